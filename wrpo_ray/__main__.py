@@ -1,0 +1,7 @@
+"""`python -m wrpo_ray` is `wrpo`."""
+
+import sys
+
+from wrpo_ray.cli import main
+
+sys.exit(main())

@@ -1,0 +1,412 @@
+"""One frozen config tree, read from YAML: every field with type, bound, default and unit.
+
+Nothing here imports torch or ray. `load` reports all problems of a file at once, each as
+`path: problem (got value)`, and suggests the nearest name for an unknown key.
+Fields marked `PLACEMENT` say where and how fast a step runs, never what it computes, and
+stay out of its identity (`Section.identity`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from wrpo_ray.errors import UserError
+
+PLACEMENT = {"placement": True}
+"""`json_schema_extra` of fields that do not change results."""
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    def identity(self) -> dict[str, Any]:
+        """The JSON-ready fields that decide a result: all but those marked `PLACEMENT`."""
+        names = [n for n, f in type(self).model_fields.items() if f.json_schema_extra != PLACEMENT]
+        dumped = self.model_dump(mode="json", include=set(names))
+        nested = {n: getattr(self, n) for n in names}
+        return {n: v.identity() if isinstance(v, Section) else dumped[n] for n, v in nested.items()}
+
+
+class Columns(Section):
+    """Which columns of the user's file hold what; null where the file has no such column."""
+
+    prompt: str = "prompt"
+    """The prompt: a string, a {role, content} record, or a list of them."""
+    reference: str | None = None
+    """The right answer, given to verifier functions. Nulls are not allowed in it."""
+    group: str | None = None
+    """What to split evaluation tables by, such as a skill or category."""
+
+
+class PromptsConfig(Section):
+    """The prompts to fuse on."""
+
+    path: str
+    """A JSONL or Parquet file, or a folder of them, local or in an object store."""
+    columns: Columns = Columns()
+    """Column names in the file."""
+    limit: int | None = Field(None, ge=1)
+    """Use only about this many prompts, chosen by hash; null uses all."""
+
+
+class ResponseColumns(Columns):
+    """Column names of a file of existing responses, one response a row."""
+
+    response: str = "response"
+    """The answer's text."""
+    source: str = "model"
+    """The name of the model that answered."""
+    reward: str = "reward"
+    """The answer's score, a finite number; higher is better."""
+
+
+class ImportConfig(Section):
+    """Existing answers that enter the chain instead of generated ones."""
+
+    path: str
+    """A JSONL or Parquet file, or a folder of them."""
+    format: Literal["responses", "preferences"] = "responses"
+    """`responses`: one scored answer a row. `preferences`: the published rows
+    {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}."""
+    columns: ResponseColumns = ResponseColumns()
+    """Column names, for the format `responses`."""
+    target: str | None = None
+    """The model in the source column whose answers are the target's own (y_wt, y_l)."""
+
+
+class Actors(Section):
+    """An autoscaling pool of Ray actors."""
+
+    min: int = Field(1, ge=1)
+    """Actors kept for certain."""
+    max: int = Field(1, ge=1)
+    """Actors at the most, as the cluster has room."""
+    num_cpus: float = Field(1, ge=0)
+    """CPUs for an actor."""
+    num_gpus: float = Field(0, ge=0)
+    """GPUs for an actor; 0 runs it on the CPU."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Actors:
+        if self.max < self.min:
+            raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
+        return self
+
+
+class ModelConfig(Section):
+    """A model that answers prompts on vLLM."""
+
+    name: Name
+    """Its name in tables and records."""
+    model: str
+    """A Hugging Face model folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the engine."""
+    max_model_len: int | None = Field(None, ge=8)
+    """Context in tokens, prompt and answer together; null takes the model's own."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's own chat template."""
+    engine: dict[str, Any] = {}
+    """Further arguments of `vllm.LLM`."""
+    actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
+    """Its pool of engines."""
+
+
+class SamplingConfig(Section):
+    """How answers are sampled (paper, section 4.1)."""
+
+    samples: int = Field(5, ge=1, le=1024)
+    """Answers a prompt from each model."""
+    temperature: float = Field(0.8, ge=0, le=2)
+    """0 is greedy."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus mass."""
+    max_tokens: int = Field(2048, ge=1)
+    """Longest answer in tokens."""
+
+
+class RewardConfig(Section):
+    """What scores an answer: a reward model's folder, or a Python function."""
+
+    name: Name = "reward"
+    """Its name in tables and records."""
+    model: str | None = None
+    """Folder of a Hugging Face sequence classifier with one label."""
+    function: ImportPath | None = None
+    """`module:function` called as f(messages, response, reference) -> float."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the classifier."""
+    max_length: int = Field(4096, ge=8)
+    """Tokens of prompt and answer together; a longer pair is a failed row, never cut."""
+    batch_size: int = Field(32, ge=1, json_schema_extra=PLACEMENT)
+    """Answers in one forward pass."""
+    actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
+    """The pool of reward models."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> RewardConfig:
+        if (self.model is None) == (self.function is None):
+            raise ValueError("give exactly one of `model` and `function`")
+        return self
+
+
+class SplitConfig(Section):
+    """How prompts are divided, by a hash of the prompt."""
+
+    sft: float = Field(1 / 3, ge=0, le=1)
+    """Share of the prompts for SFT on y_ws; the rest are for preferences."""
+
+
+class PairConfig(Section):
+    """How candidates become preference rows."""
+
+    source_below_target: Literal["keep", "drop"] = "keep"
+    """What to do with a row whose y_ws scores below its y_wt."""
+
+
+class TrainConfig(Section):
+    """One fine-tuning run on Ray Train and DeepSpeed."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the rows."""
+    batch_size: int = Field(128, ge=1)
+    """Rows an optimizer step, over all workers."""
+    learning_rate: float = Field(7e-6, gt=0, le=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps in which the rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay."""
+    clip: float = Field(1.0, ge=0)
+    """Greatest norm of the whole gradient; 0 does not clip."""
+    max_length: int = Field(2048, ge=8)
+    """Tokens of prompt and answer together; a row with a longer answer is dropped and counted."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of weights and activations; log-probs are always summed in fp32."""
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, json_schema_extra=PLACEMENT)
+    """DeepSpeed ZeRO stage."""
+    micro_batch: int = Field(2, ge=1, json_schema_extra=PLACEMENT)
+    """Rows a worker holds in one forward pass."""
+    workers: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
+    """Ray Train workers."""
+    num_cpus: float = Field(1, ge=0, json_schema_extra=PLACEMENT)
+    """CPUs for a worker."""
+    num_gpus: int = Field(0, ge=0, le=1, json_schema_extra=PLACEMENT)
+    """1 trains on GPUs, one a worker; 0 on the CPU (gloo)."""
+    checkpoint_every: int = Field(100, ge=1, json_schema_extra=PLACEMENT)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=PLACEMENT)
+    """Newest checkpoints kept until the run is finished."""
+    max_failures: int = Field(3, ge=0, json_schema_extra=PLACEMENT)
+    """How often Ray Train restarts the workers from the last checkpoint."""
+
+
+class AlphaConfig(Section):
+    """The weight of the source's answer against the target's (paper, equation 6)."""
+
+    end: float = Field(0.1, ge=0, le=1)
+    """alpha at the last step (`dynamic`) or at every step (`static`); 0 is DPO."""
+    schedule: Literal["dynamic", "static"] = "dynamic"
+    """`dynamic` grows linearly from 0 with the rows consumed."""
+
+
+class WrpoConfig(TrainConfig):
+    """Preference training (paper, equations 4 to 6)."""
+
+    learning_rate: float = Field(3e-7, gt=0, le=1)
+    """Peak learning rate."""
+    beta: float = Field(0.01, gt=0)
+    """Scale of the implicit reward beta * log(pi/pi_ref)."""
+    alpha: AlphaConfig = AlphaConfig()
+    """The fusion coefficient."""
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation of every model of the run."""
+
+    prompts: PromptsConfig
+    """Held-out prompts; those that are also training prompts are refused."""
+    sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
+    """How answers are drawn; greedy by default."""
+    verifier: ImportPath | None = None
+    """`module:function` called as f(messages, response, reference) -> 1.0 or 0.0."""
+    dpo_baseline: bool = True
+    """Also train and evaluate plain DPO (alpha = 0) on (y_wt, y_l) from the same SFT model."""
+
+
+class StorageConfig(Section):
+    """How data lies in the output folder."""
+
+    buckets: int = Field(64, ge=1, le=65536)
+    """Parts that prompts are hashed into, a power of two: the unit of parallel work."""
+    chunk: int = Field(64, ge=1, json_schema_extra=PLACEMENT)
+    """Prompts committed at once: what a crash can lose, for each engine."""
+
+    @model_validator(mode="after")
+    def _power_of_two(self) -> StorageConfig:
+        if self.buckets & (self.buckets - 1):
+            raise ValueError(f"buckets must be a power of two, such as 64 (got {self.buckets})")
+        return self
+
+
+class ClusterConfig(Section):
+    """The Ray cluster to run on."""
+
+    address: str | None = None
+    """Ray address; null takes RAY_ADDRESS, and without it starts Ray on this machine."""
+    num_cpus: int | None = Field(None, ge=1)
+    """CPUs of a Ray started on this machine; null takes the cores it has."""
+
+
+class Config(Section):
+    """A fusion run."""
+
+    output: str
+    """Folder of all results, local or in an object store (s3://, gs://)."""
+    seed: int = Field(42, ge=0, lt=2**31)
+    """Decides splits, samples, orders."""
+    prompts: PromptsConfig | None = None
+    """Prompts to generate answers for."""
+    existing: ImportConfig | None = Field(None, alias="import")
+    """Existing answers, instead of `prompts` and `sources`."""
+    sources: tuple[ModelConfig, ...] = ()
+    """The source models."""
+    target: ModelConfig | None = None
+    """The model to be improved."""
+    sampling: SamplingConfig = SamplingConfig()
+    """How sources and target-SFT are sampled."""
+    reward: RewardConfig | None = None
+    """What scores the answers."""
+    split: SplitConfig = SplitConfig()
+    """SFT and preference prompts."""
+    pair: PairConfig = PairConfig()
+    """Selection of y_ws, y_wt, y_l."""
+    sft: TrainConfig = TrainConfig()
+    """SFT of the target on y_ws (paper, section 4.1)."""
+    wrpo: WrpoConfig = WrpoConfig()
+    """Preference training of target-SFT."""
+    evaluate: EvaluateConfig | None = None
+    """Held-out evaluation."""
+    storage: StorageConfig = StorageConfig()
+    """Layout of the output."""
+    cluster: ClusterConfig = Field(ClusterConfig(), json_schema_extra=PLACEMENT)
+    """Where to run."""
+    failure_limit: float = Field(0.01, ge=0, le=1, json_schema_extra=PLACEMENT)
+    """Greatest share of failed rows in a step before the run stops."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Config:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self):
+        if (self.prompts is None) == (self.existing is None):
+            yield "give exactly one of `prompts` and `import`"
+        if self.prompts and not self.sources:
+            yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
+        if self.prompts and not self.reward:
+            yield "reward: missing; give `model` (a sequence classifier) or `function`"
+        names = [m.name for m in self.sources] + ([self.target.name] if self.target else [])
+        reserved = {"target-sft", "target-dpo", "fused"} & set(names)
+        if reserved:
+            yield f"sources: the name {sorted(reserved)[0]!r} is taken by the run's own models"
+        for name in {n for n in names if names.count(n) > 1}:
+            yield f"sources: the name {name!r} is given twice"
+
+
+# --- loading -----------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: list[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), check everything.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    tree = _read_yaml(Path(path))
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(e) for e in error.errors()]
+        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file; see jobs/ for examples") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys (got {type(tree).__name__})")
+    return tree
+
+
+def _override(tree: Any, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set {override}: write it as a.b=value")
+    *parents, last = dotted.split(".")
+    try:
+        value = yaml.safe_load(text)
+        for key in parents:
+            tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
+        tree[int(last) if isinstance(tree, list) else last] = value
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"--set {override}: the config has no such place") from None
+
+
+def _explain(error: dict[str, Any]) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(error['loc'])}"
+    if error["type"] == "missing":
+        return f"{where}: missing; it is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+
+
+def _nearest(loc: tuple[str | int, ...]) -> str:
+    *parents, unknown = loc
+    section = _section_at(Config, parents)
+    names = [f.alias or n for n, f in section.model_fields.items()] if section else []
+    close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
+
+
+def _section_at(section: type[Section] | None, loc: list[str | int]) -> type[Section] | None:
+    for part in loc:
+        if isinstance(part, int) or section is None:
+            continue
+        fields = {f.alias or n: f for n, f in section.model_fields.items()}
+        section = _section_in(fields[part].annotation) if part in fields else None
+    return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)

@@ -1,0 +1,139 @@
+"""The records that stages hand to each other, as typed and versioned Arrow schemas.
+
+A record is keyed by `prompt_id`, a hash of the conversation, and, for an answer, by
+(prompt_id, source, sample). Every Parquet shard of a step has one of these schemas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import pyarrow as pa
+
+FORMAT = 1
+"""Version of all schemas; part of every step's key."""
+
+Message = dict[str, str]
+"""{role, content}"""
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TOKENS = pa.list_(pa.int32())
+
+
+def _schema(name: str, fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema(fields, metadata={"record": name, "format": str(FORMAT)})
+
+
+PROMPT = _schema(
+    "prompt",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("split", pa.string()),  # sft | preference | eval
+        ("reference", pa.string()),  # the right answer, for verifiers; may be null
+        ("group", pa.string()),  # for tables by skill or category; may be null
+    ],
+)
+
+RESPONSE = _schema(
+    "response",
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("sample", pa.int32()),
+        ("text", pa.string()),
+        ("token_ids", TOKENS),  # as the engine produced them, with the end token; null if imported
+        ("finish_reason", pa.string()),  # stop | length; null if imported
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("seed", pa.int64()),
+        ("model", pa.string()),  # fingerprint of the weights and tokenizer
+        ("engine", pa.string()),
+    ],
+)
+
+SCORED = _schema(
+    "scored", [*zip(RESPONSE.names, RESPONSE.types, strict=True), ("reward", pa.float64()),
+               ("reward_model", pa.string())],
+)
+
+ANSWER = pa.struct(
+    [
+        ("text", pa.string()),
+        ("token_ids", TOKENS),
+        ("finish_reason", pa.string()),
+        ("source", pa.string()),
+        ("sample", pa.int32()),
+        ("reward", pa.float64()),
+    ]
+)
+
+CANDIDATES = pa.list_(
+    pa.struct([("source", pa.string()), ("sample", pa.int32()), ("reward", pa.float64())])
+)
+
+SELECTION = _schema(
+    "selection",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("split", pa.string()),
+        ("source_chosen", ANSWER),  # y_ws
+        ("candidates", CANDIDATES),  # the score of every source answer
+    ],
+)
+
+PREFERENCE = _schema(
+    "preference",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("source_chosen", ANSWER),  # y_ws
+        ("target_chosen", ANSWER),  # y_wt
+        ("rejected", ANSWER),  # y_l
+        ("source_margin", pa.float64()),  # reward of y_ws - reward of y_wt
+        ("target_margin", pa.float64()),  # reward of y_wt - reward of y_l
+        ("candidates", CANDIDATES),  # the score of every answer, sources' and target's
+    ],
+)
+
+FAILURE = _schema(
+    "failure",
+    [
+        ("stage", pa.string()),
+        ("prompt_id", pa.string()),  # null where the row has not even a prompt
+        ("source", pa.string()),
+        ("sample", pa.int32()),
+        ("where", pa.string()),  # file and line or row, for input rows
+        ("error", pa.string()),  # type of the error
+        ("message", pa.string()),
+        ("attempts", pa.int32()),
+    ],
+)
+
+
+def digest(value: Any, length: int = 32) -> str:
+    """Hex SHA-256 of a JSON-ready value, keys sorted, cut to `length` characters."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def prompt_id(messages: list[Message]) -> str:
+    """The prompt's key: a hash of its roles and contents (32 hex digits)."""
+    return digest([[m["role"], m["content"]] for m in messages])
+
+
+def unit_interval(*parts: Any) -> float:
+    """A hash of `parts` as a number in [0, 1): for splits, limits and ties."""
+    return int(digest(parts, 13), 16) / 16**13
+
+
+def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> dict[str, Any]:
+    """A FAILURE row: `key` gives prompt_id, source, sample or where as far as known."""
+    row: dict[str, Any] = dict.fromkeys(FAILURE.names)
+    text = " ".join(str(error).split())[:2000]
+    return row | key | {
+        "stage": stage, "error": type(error).__name__, "message": text, "attempts": attempts,
+    }

@@ -1,0 +1,149 @@
+"""Parquet shards in buckets: every record of a prompt lies in the bucket of its prompt_id.
+
+So generate, score, select and pair each work bucket by bucket, without a shuffle and without
+gathering on the driver. A shard is named `<bucket>-of-<buckets>-<key>.parquet`. The number of
+buckets is a power of two, so shards written under another number are still found: bucket i of
+B meets bucket j of C exactly when i = j modulo min(B, C).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wrpo_ray.core.records import FAILURE, PROMPT, digest
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+
+FAILURES = "failures"
+_NAME = re.compile(r"(\d{5})-of-(\d{5})-(\w+)\.parquet")
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Bucket `index` of `count`."""
+
+    index: int
+    count: int
+
+    def __contains__(self, prompt_id: str) -> bool:
+        return int(prompt_id[:8], 16) % self.count == self.index
+
+    def meets(self, shard: str) -> bool:
+        """Whether a shard, by its name, can hold records of this bucket."""
+        match = _NAME.fullmatch(shard)
+        if not match:
+            return False
+        return (self.index - int(match[1])) % min(self.count, int(match[2])) == 0
+
+    def shard(self, key: Any) -> str:
+        """The name of the shard with the contents that `key` stands for."""
+        return f"{self.index:05d}-of-{self.count:05d}-{digest(key, 16)}.parquet"
+
+
+def buckets(count: int) -> list[Bucket]:
+    """All buckets of `count`."""
+    return [Bucket(index, count) for index in range(count)]
+
+
+def read_bucket(
+    folder: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
+) -> pa.Table:
+    """A bucket's records, in the order of their shards' names; empty where there are none."""
+    wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
+    names = [name for name in folder.files(suffix=".parquet") if bucket.meets(name)]
+    tables = [_within(bucket, name, folder.read_table(name, columns).cast(wanted)) for name in names]
+    return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+def _within(bucket: Bucket, shard: str, table: pa.Table) -> pa.Table:
+    if int(shard.split("-")[2]) >= bucket.count:  # the shard's bucket is this one, or a part of it
+        return table
+    inside = [i in bucket for i in table["prompt_id"].to_pylist()]
+    return table.filter(pa.array(inside, pa.bool_()))
+
+
+def write_shard(
+    folder: Folder, bucket: Bucket, schema: pa.Schema, rows: list[dict[str, Any]], key: Any
+) -> None:
+    """Commit rows as one shard; the same key writes the same file again."""
+    folder.write_table(bucket.shard(key), pa.Table.from_pylist(rows, schema=schema))
+
+
+def write_failures(folder: Folder, bucket: Bucket, rows: list[dict[str, Any]], key: Any) -> None:
+    """Keep failed rows beside the finished ones."""
+    if rows:
+        write_shard(folder / FAILURES, bucket, FAILURE, rows, key)
+
+
+def clear_failures(folder: Folder, bucket: Bucket) -> None:
+    """Forget a bucket's failed rows before they are tried again."""
+    failures = folder / FAILURES
+    for name in failures.files(suffix=".parquet"):
+        if bucket.meets(name) and name.startswith(f"{bucket.index:05d}-of-{bucket.count:05d}-"):
+            failures.delete(name)
+
+
+def chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
+    """Consecutive parts of at most `size` rows."""
+    return (rows[start : start + size] for start in range(0, len(rows), size))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of some splits: what a stage is asked for, and the bound of what it reads."""
+
+    step: Step
+    splits: tuple[str, ...]
+
+    def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
+        """The bucket's prompts (records PROMPT); `columns` has to name `split`."""
+        table = read_bucket(root / self.step.folder, bucket, PROMPT, columns)
+        return table.filter(pc.is_in(table["split"], pa.array(self.splits)))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Answers of one model: samples 0 to `count` - 1 for each of `prompts`.
+
+    `step` filled a store that can hold more than these: other prompts, more samples.
+    """
+
+    step: Step
+    source: str
+    prompts: Prompts
+    count: int
+
+    def read(
+        self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
+    ) -> pa.Table:
+        """The bucket's answers, each (prompt, sample) once, ordered by both."""
+        table = read_bucket(root / self.step.folder, bucket, schema, columns)
+        wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
+        inside = pc.is_in(table["prompt_id"], wanted.combine_chunks())
+        table = table.filter(pc.and_(inside, pc.less(table["sample"], self.count)))
+        return _unique(table)
+
+
+def _unique(table: pa.Table) -> pa.Table:
+    keys = zip(table["prompt_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
+    first: dict[tuple[str, int], int] = {}
+    for position, key in enumerate(keys):
+        first.setdefault(key, position)
+    return table.take([first[key] for key in sorted(first)])
+
+
+def sample_keys(table: pa.Table) -> set[tuple[str, int]]:
+    """The (prompt_id, sample) pairs of a table."""
+    ids, samples = table["prompt_id"].to_pylist(), table["sample"].to_pylist()
+    return set(zip(ids, samples, strict=True))
+
+
+def count_rows(folder: Folder, names: Iterable[str]) -> int:
+    """Rows of Parquet files, from their footers."""
+    return sum(folder.read_table(name, columns=[]).num_rows for name in names)

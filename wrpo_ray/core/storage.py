@@ -1,0 +1,209 @@
+"""Folders, local or in an object store, through pyarrow.fs.
+
+A file appears whole or not at all: local files are renamed into place, object stores
+publish an object when it is complete. Nothing else relies on rename.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from filelock import FileLock
+
+from wrpo_ray.errors import UserError
+
+TEMPORARY = ".part-"
+"""Prefix of files that are being written; readers pass over them."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder by its URI, such as `/data/run`, `s3://bucket/run` or
+    `s3://bucket/run?endpoint_override=host:port&scheme=http`. It travels to workers by value.
+    """
+
+    uri: str
+
+    @cached_property
+    def _opened(self) -> tuple[pafs.FileSystem, str]:
+        if not self.is_remote:
+            return pafs.LocalFileSystem(), os.path.abspath(self.uri.removeprefix("file://"))
+        try:
+            filesystem, path = pafs.FileSystem.from_uri(self.uri)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"{self.uri}: not a storage address: {error}") from None
+        return filesystem, path
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies in an object store."""
+        return "://" in self.uri and not self.uri.startswith("file://")
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow filesystem."""
+        return self._opened[0]
+
+    @property
+    def path(self) -> str:
+        """The path within `filesystem`; absolute for local folders."""
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__dict__.update(state)
+
+    def __str__(self) -> str:
+        return self.uri.partition("?")[0]
+
+    def __truediv__(self, name: str) -> Folder:
+        base, mark, query = self.uri.partition("?")
+        return Folder(f"{base.rstrip('/')}/{name}{mark}{query}")
+
+    # --- files ---------------------------------------------------------------------------
+
+    def exists(self, name: str = "") -> bool:
+        """Whether the file or folder `name` is there."""
+        return self.filesystem.get_file_info(self._at(name)).type != pafs.FileType.NotFound
+
+    def files(self, name: str = "", suffix: str = "") -> list[str]:
+        """Names of the finished files right in the subfolder `name`, sorted."""
+        selector = pafs.FileSelector(self._at(name), allow_not_found=True)
+        found = [i.base_name for i in self.filesystem.get_file_info(selector) if i.is_file]
+        return sorted(n for n in found if n.endswith(suffix) and not n.startswith(TEMPORARY))
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        with self.filesystem.open_input_stream(self._at(name)) as stream:
+            return stream.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file; it appears at once."""
+        with self._publish(name) as path, self.filesystem.open_output_stream(path) as stream:
+            stream.write(data)
+
+    def read_json(self, name: str) -> Any:
+        """The value of a JSON file."""
+        return json.loads(self.read(name))
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a value as indented JSON."""
+        self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
+        """The table of a Parquet file."""
+        return pq.read_table(self._at(name), columns=columns, filesystem=self.filesystem)
+
+    def write_table(self, name: str, table: pa.Table) -> None:
+        """Write a Parquet file; it appears at once."""
+        with self._publish(name) as path:
+            pq.write_table(table, path, filesystem=self.filesystem, compression="zstd")
+
+    def delete(self, name: str) -> None:
+        """Delete a file or a folder with all in it; nothing happens where there is none."""
+        info = self.filesystem.get_file_info(self._at(name))
+        if info.type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(self._at(name))
+        elif info.is_file:
+            self.filesystem.delete_file(self._at(name))
+
+    # --- whole folders -------------------------------------------------------------------
+
+    def upload(self, local: Path) -> None:
+        """Copy a local folder's files to here."""
+        self.filesystem.create_dir(self.path, recursive=True)
+        pafs.copy_files(str(local), self.path, destination_filesystem=self.filesystem)
+
+    def local(self) -> Path:
+        """A local path with the folder's files: itself, or a copy in the node's cache.
+
+        The copy is made once a node, under a lock; folders of finished steps never change.
+        """
+        if not self.is_remote:
+            return Path(self.path)
+        copy = node_cache() / uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
+        with FileLock(f"{copy}.lock"):
+            if not copy.exists():
+                partial = Path(tempfile.mkdtemp(dir=copy.parent))
+                pafs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
+                partial.rename(copy)
+        return copy
+
+    # --- inside --------------------------------------------------------------------------
+
+    def _at(self, name: str) -> str:
+        return f"{self.path}/{name}".rstrip("/")
+
+    def _publish(self, name: str) -> _Publication:
+        return _Publication(self.filesystem, self._at(name))
+
+
+class _Publication:
+    """Gives the path to write to, and puts the file in place when the block ends well."""
+
+    def __init__(self, filesystem: pafs.FileSystem, path: str):
+        self.filesystem, self.path = filesystem, path
+        self.is_local = isinstance(filesystem, pafs.LocalFileSystem)
+        folder, _, name = path.rpartition("/")
+        self.folder = folder
+        unique = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}-{name}"
+        self.partial = unique if self.is_local else path
+
+    def __enter__(self) -> str:
+        if self.is_local:
+            os.makedirs(self.folder, exist_ok=True)
+        return self.partial
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if not self.is_local:
+            return
+        if kind is None:
+            os.replace(self.partial, self.path)
+        elif os.path.exists(self.partial):
+            os.remove(self.partial)
+
+
+def node_cache() -> Path:
+    """The folder of this node's copies: $WRPO_CACHE, or `wrpo-cache` beside temporary files."""
+    default = Path(tempfile.gettempdir()) / f"wrpo-cache-{os.getuid()}"
+    folder = Path(os.environ.get("WRPO_CACHE", default))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_writable(folder: Folder) -> None:
+    """Write and delete a probe.
+
+    Raises:
+        UserError: naming the folder and what the system said.
+    """
+    probe = f"{TEMPORARY}probe-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.write(probe, b"")
+        folder.delete(probe)
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"output: {folder} is not writable ({reason}); set `output` to a folder you can write"
+        ) from None
+
+
+
+
+def iter_tables(folder: Folder, suffix: str = ".parquet") -> Iterator[pa.Table]:
+    """The tables of a folder's Parquet files, in the order of their names."""
+    for name in folder.files(suffix=suffix):
+        yield folder.read_table(name)

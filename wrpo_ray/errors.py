@@ -1,0 +1,17 @@
+"""The errors a user can meet. Each says in one line what is wrong and what to do."""
+
+
+class WrpoError(Exception):
+    """Root of the project's own errors; the CLI prints its text without a traceback."""
+
+
+class UserError(WrpoError, ValueError):
+    """Something in the config, the data or the surroundings that the user can put right."""
+
+
+class FailureLimitError(WrpoError, RuntimeError):
+    """More rows of a stage failed than `failure_limit` allows; the failed rows are kept."""
+
+
+class LeaseError(WrpoError, RuntimeError):
+    """Another run holds the output folder."""
