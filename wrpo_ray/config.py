@@ -9,6 +9,7 @@ stay out of its identity (`Section.identity`).
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from wrpo_ray.errors import UserError
 
-PLACEMENT = {"placement": True}
+PLACEMENT: Any = {"placement": True}
 """`json_schema_extra` of fields that do not change results."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
@@ -313,7 +314,7 @@ class Config(Section):
             raise ValueError("; ".join(problems))
         return self
 
-    def _problems(self):
+    def _problems(self) -> Iterator[str]:
         if (self.prompts is None) == (self.existing is None):
             yield "give exactly one of `prompts` and `import`"
         if self.prompts and not self.sources:
@@ -331,7 +332,7 @@ class Config(Section):
 # --- loading -----------------------------------------------------------------------------
 
 
-def load(path: str | Path, overrides: list[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML), check everything.
 
     Raises:
@@ -377,7 +378,7 @@ def _override(tree: Any, override: str) -> None:
         raise UserError(f"--set {override}: the config has no such place") from None
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(error['loc'])}"

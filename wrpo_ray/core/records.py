@@ -18,8 +18,13 @@ FORMAT = 1
 Message = dict[str, str]
 """{role, content}"""
 
-MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-TOKENS = pa.list_(pa.int32())
+
+def _list(of: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", of))  # the name that Parquet gives it back with
+
+
+MESSAGES = _list(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TOKENS = _list(pa.int32())
 
 
 def _schema(name: str, fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
@@ -55,8 +60,12 @@ RESPONSE = _schema(
 )
 
 SCORED = _schema(
-    "scored", [*zip(RESPONSE.names, RESPONSE.types, strict=True), ("reward", pa.float64()),
-               ("reward_model", pa.string())],
+    "scored",
+    [
+        *zip(RESPONSE.names, RESPONSE.types, strict=True),
+        ("reward", pa.float64()),
+        ("reward_model", pa.string()),
+    ],
 )
 
 ANSWER = pa.struct(
@@ -70,7 +79,7 @@ ANSWER = pa.struct(
     ]
 )
 
-CANDIDATES = pa.list_(
+CANDIDATES = _list(
     pa.struct([("source", pa.string()), ("sample", pa.int32()), ("reward", pa.float64())])
 )
 
@@ -134,6 +143,13 @@ def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> d
     """A FAILURE row: `key` gives prompt_id, source, sample or where as far as known."""
     row: dict[str, Any] = dict.fromkeys(FAILURE.names)
     text = " ".join(str(error).split())[:2000]
-    return row | key | {
-        "stage": stage, "error": type(error).__name__, "message": text, "attempts": attempts,
-    }
+    return (
+        row
+        | key
+        | {
+            "stage": stage,
+            "error": type(error).__name__,
+            "message": text,
+            "attempts": attempts,
+        }
+    )

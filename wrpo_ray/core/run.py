@@ -1,4 +1,4 @@
-"""What a stage is given beside its jobs: where the output lies, limits, and how to tell progress."""
+"""What a stage is given beside its jobs: the output, limits, and how to tell progress."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 
+from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
 
@@ -26,14 +27,21 @@ class Run:
     session: str = ""
     """Marks the processes of this driver, so that a later one can tell them from its own."""
 
-    def check_failures(self, what: str, failed: int, done: int, where: str) -> None:
+    def check_failures(self, step: Step, failed: int, done: int) -> None:
         """Raise FailureLimitError when more than `failure_limit` of the rows failed."""
         if failed and failed > self.failure_limit * (failed + done):
             raise FailureLimitError(
-                f"{what}: {failed} of {failed + done} rows failed, above failure_limit "
-                f"{self.failure_limit}; they are kept with their reasons in {where}; put the "
-                f"cause right and run the same command again, or raise failure_limit"
+                f"{step.name}: {failed} of {failed + done} rows failed, above failure_limit "
+                f"{self.failure_limit}{self._example(step)}; all are kept in "
+                f"{step.failures(self.root)}; put the cause right and run the same command "
+                f"again, or raise failure_limit"
             )
+
+    def _example(self, step: Step) -> str:
+        folder = step.failures(self.root)
+        row = folder.read_table(folder.files(suffix=".parquet")[0]).slice(0, 1).to_pylist()[0]
+        where = row["where"] or f"prompt {row['prompt_id']}"
+        return f" (such as {where}: {row['error']}: {row['message']})"
 
 
 @dataclass
@@ -58,5 +66,7 @@ class Progress:
         if now - self._shown >= self.every or self.done == self.total:
             self._shown = now
             rate = self.rows / max(now - self._started, 1e-9)
-            log(f"{self.label}  {self.done}/{self.total} {self.unit}  "
-                f"{self.rows:,} rows  {rate:,.0f} rows/s")
+            log(
+                f"{self.label}  {self.done}/{self.total} {self.unit}  "
+                f"{self.rows:,} rows  {rate:,.0f} rows/s"
+            )

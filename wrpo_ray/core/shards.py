@@ -9,7 +9,7 @@ B meets bucket j of C exactly when i = j modulo min(B, C).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from wrpo_ray.core.records import FAILURE, PROMPT, digest
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 
-FAILURES = "failures"
 _NAME = re.compile(r"(\d{5})-of-(\d{5})-(\w+)\.parquet")
 
 
@@ -57,7 +56,9 @@ def read_bucket(
     """A bucket's records, in the order of their shards' names; empty where there are none."""
     wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
     names = [name for name in folder.files(suffix=".parquet") if bucket.meets(name)]
-    tables = [_within(bucket, name, folder.read_table(name, columns).cast(wanted)) for name in names]
+    tables = [
+        _within(bucket, name, folder.read_table(name, columns).cast(wanted)) for name in names
+    ]
     return pa.concat_tables(tables) if tables else wanted.empty_table()
 
 
@@ -76,17 +77,16 @@ def write_shard(
 
 
 def write_failures(folder: Folder, bucket: Bucket, rows: list[dict[str, Any]], key: Any) -> None:
-    """Keep failed rows beside the finished ones."""
+    """Keep failed rows; `folder` is the step's `failures`."""
     if rows:
-        write_shard(folder / FAILURES, bucket, FAILURE, rows, key)
+        write_shard(folder, bucket, FAILURE, rows, key)
 
 
 def clear_failures(folder: Folder, bucket: Bucket) -> None:
     """Forget a bucket's failed rows before they are tried again."""
-    failures = folder / FAILURES
-    for name in failures.files(suffix=".parquet"):
-        if bucket.meets(name) and name.startswith(f"{bucket.index:05d}-of-{bucket.count:05d}-"):
-            failures.delete(name)
+    for name in folder.files(suffix=".parquet"):
+        if name.startswith(f"{bucket.index:05d}-of-{bucket.count:05d}-"):
+            folder.delete(name)
 
 
 def chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:
@@ -109,31 +109,38 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Samples:
-    """Answers of one model: samples 0 to `count` - 1 for each of `prompts`.
+    """Answers to `prompts`: samples 0 to `count` - 1 of each model in the store; all, if None.
 
     `step` filled a store that can hold more than these: other prompts, more samples.
     """
 
     step: Step
-    source: str
     prompts: Prompts
-    count: int
+    count: int | None
+    part: str = ""
+    """Subfolder of the step's folder."""
+
+    def folder(self, root: Folder) -> Folder:
+        """Where the shards lie."""
+        return root / self.step.folder / self.part if self.part else root / self.step.folder
 
     def read(
         self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
     ) -> pa.Table:
-        """The bucket's answers, each (prompt, sample) once, ordered by both."""
-        table = read_bucket(root / self.step.folder, bucket, schema, columns)
+        """The bucket's answers, each (prompt, source, sample) once, in this order."""
+        table = read_bucket(self.folder(root), bucket, schema, columns)
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
         inside = pc.is_in(table["prompt_id"], wanted.combine_chunks())
-        table = table.filter(pc.and_(inside, pc.less(table["sample"], self.count)))
+        table = table.filter(inside)
+        if self.count is not None:
+            table = table.filter(pc.less(table["sample"], self.count))
         return _unique(table)
 
 
 def _unique(table: pa.Table) -> pa.Table:
-    keys = zip(table["prompt_id"].to_pylist(), table["sample"].to_pylist(), strict=True)
-    first: dict[tuple[str, int], int] = {}
-    for position, key in enumerate(keys):
+    names = ("prompt_id", "source", "sample")
+    first: dict[tuple[str, str, int], int] = {}
+    for position, key in enumerate(zip(*(table[n].to_pylist() for n in names), strict=True)):
         first.setdefault(key, position)
     return table.take([first[key] for key in sorted(first)])
 
@@ -142,8 +149,3 @@ def sample_keys(table: pa.Table) -> set[tuple[str, int]]:
     """The (prompt_id, sample) pairs of a table."""
     ids, samples = table["prompt_id"].to_pylist(), table["sample"].to_pylist()
     return set(zip(ids, samples, strict=True))
-
-
-def count_rows(folder: Folder, names: Iterable[str]) -> int:
-    """Rows of Parquet files, from their footers."""
-    return sum(folder.read_table(name, columns=[]).num_rows for name in names)

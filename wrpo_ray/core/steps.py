@@ -49,6 +49,10 @@ class Step:
         """Name of the manifest within the folder."""
         return "manifest.json" if self.store is None else f"manifest-{self.key}.json"
 
+    def failures(self, root: Folder) -> Folder:
+        """Where its failed rows are kept with their reasons."""
+        return root / self.folder / "failures" / self.key
+
     def is_done(self, root: Folder) -> bool:
         """Whether its result is there."""
         return (root / self.folder).exists(self.manifest)

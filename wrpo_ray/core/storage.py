@@ -29,8 +29,10 @@ TEMPORARY = ".part-"
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its URI, such as `/data/run`, `s3://bucket/run` or
-    `s3://bucket/run?endpoint_override=host:port&scheme=http`. It travels to workers by value.
+    """A folder by its URI; it travels to workers by value.
+
+    Such as `/data/run`, `s3://bucket/run` or
+    `s3://bucket/run?endpoint_override=host:port&scheme=http`.
     """
 
     uri: str
@@ -199,8 +201,6 @@ def check_writable(folder: Folder) -> None:
         raise UserError(
             f"output: {folder} is not writable ({reason}); set `output` to a folder you can write"
         ) from None
-
-
 
 
 def iter_tables(folder: Folder, suffix: str = ".parquet") -> Iterator[pa.Table]:

@@ -1,0 +1,45 @@
+# make demo: the whole system on tiny models.  make test: lint and all tests.
+# Both install what they need into .venv; a second call installs nothing.
+PYTHON ?= python3.11
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+OUT ?= out/demo
+
+.PHONY: demo test lint format soak clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.cpu
+	@$(BIN)/wrpo zoo .cache/zoo
+	@$(BIN)/wrpo fuse jobs/demo.yaml --set output=$(OUT)
+
+test: lint
+	@$(BIN)/python -m pytest -m "not soak"
+
+lint: .venv/.dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+format: .venv/.dev
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+soak: .venv/.dev
+	@$(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf .venv .cache out
+
+.venv/.dev: requirements-dev.txt .venv/.cpu
+	@echo "installing test tools ..."
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+.venv/.cpu: requirements-cpu.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || { \
+	  echo "error: CPython 3.11 is needed and '$(PYTHON)' is not it; install it, or name one: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "installing into .venv (about 2 minutes, 3 GB) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) -r requirements-cpu.txt
+	@$(PIP) --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,149 @@
+"""The command `wrpo`: parse, load the config, import the stage, run.
+
+Neither torch nor ray is imported before a config is valid, so `--help` is instant. Exit codes:
+0 done, 1 the run failed, 2 something the user can put right, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from wrpo_ray import __version__
+from wrpo_ray.errors import UserError, WrpoError
+
+STAGE_HELP = {
+    "prompts": "read prompts, or existing answers, into records",
+    "generate": "sample answers from every source on vLLM",
+    "score": "score every answer with the reward",
+    "select": "choose the best source answer of each prompt (y_ws)",
+    "sft": "fine-tune the target on y_ws",
+    "sample": "sample and score answers of target-SFT",
+    "pair": "write the preference shards (x, y_ws, y_wt, y_l)",
+    "train": "WRPO from target-SFT, and DPO to compare with",
+    "evaluate": "compare all models on held-out prompts",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return parsed.run(parsed) or 0
+    except UserError as error:
+        return _fail(error, 2)
+    except WrpoError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to go on", 130)
+
+
+def _terminate(*_: object) -> None:
+    raise SystemExit(143)
+
+
+def _fail(reason: object, code: int) -> int:
+    for line in str(reason).splitlines():
+        print(f"wrpo: error: {line}", file=sys.stderr)
+    return code
+
+
+# --- arguments -------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wrpo",
+        description="Fuse heterogeneous LLMs into one small target by Weighted-Reward Preference "
+        "Optimization (arXiv 2412.03187), on Ray.",
+        epilog="Every command can be run again: finished steps are skipped, unfinished ones go on.",
+    )
+    parser.add_argument("--version", action="version", version=f"wrpo {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    fuse = _config_command(commands, "fuse", "the whole chain of a config", _fuse)
+    fuse.add_argument(
+        "--until",
+        metavar="STEP",
+        choices=STAGE_HELP,
+        default="evaluate",
+        help=f"stop after this step: {', '.join(STAGE_HELP)}",
+    )
+    for name, text in STAGE_HELP.items():
+        _config_command(commands, name, f"the chain up to here: {text}", _fuse, until=name)
+    export = commands.add_parser("export", help="write preference rows in the published form")
+    _config_arguments(export)
+    export.add_argument(
+        "--to", required=True, metavar="FILE", type=Path, help="a .jsonl or .parquet file"
+    )
+    export.set_defaults(run=_export)
+    zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
+    zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
+    zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
+    zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
+    zoo.set_defaults(run=_zoo)
+    return parser
+
+
+def _config_command(
+    commands: Any, name: str, text: str, run: Callable[..., Any], **defaults: Any
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text)
+    _config_arguments(command)
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list the steps and whether they are done; run nothing",
+    )
+    command.set_defaults(run=run, **defaults)
+    return command
+
+
+def _config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="a YAML file; see jobs/")
+    command.add_argument(
+        "--set",
+        metavar="a.b=value",
+        action="append",
+        default=[],
+        dest="overrides",
+        help="override a value of the config; can be given again",
+    )
+
+
+# --- commands --------------------------------------------------------------------------------
+
+
+def _fuse(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config, pipeline
+
+    settings = config.load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        for stage, step, done in pipeline.plan(settings, arguments.until):
+            print(f"{stage:9} {'done' if done else 'to do':6} {step.folder}")
+        return
+    summary = pipeline.fuse(settings, arguments.until)
+    from wrpo_ray.report.text import summary_text
+
+    print(summary_text(summary))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config, pipeline
+
+    rows = pipeline.export(config.load(arguments.config, arguments.overrides), arguments.to)
+    print(f"{rows:,} preference rows in {arguments.to}")
+
+
+def _zoo(arguments: argparse.Namespace) -> None:
+    from wrpo_ray.zoo.build import build_zoo
+
+    try:
+        build_zoo(arguments.folder, seed=arguments.seed, processes=arguments.processes)
+    except (ValueError, OSError) as error:
+        raise UserError(f"zoo: {error}") from None
+    print(f"zoo: models and prompts are in {arguments.folder}")

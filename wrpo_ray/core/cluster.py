@@ -1,0 +1,174 @@
+"""The Ray cluster: connecting, checking where data lies, ending orphans, mapping over buckets."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psutil
+
+from wrpo_ray.config import Actors, ClusterConfig
+from wrpo_ray.core.records import digest
+from wrpo_ray.core.run import log
+from wrpo_ray.core.storage import TEMPORARY, Folder
+from wrpo_ray.errors import UserError, WrpoError
+
+OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
+"""Environment of every process that works for a run: which output, and which driver."""
+
+
+def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
+    """Connect to the cluster, or start Ray on this machine, and mark the run's processes."""
+    # Ray's C++ core writes warnings to stderr that say nothing to a user; errors still rise.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    import ray
+
+    marks = {OUTPUT: digest(str(root)), SESSION: session, "PYTHONPATH": _python_path()}
+    quiet = {"log_to_driver": False, "logging_level": "warning"}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
+    else:
+        os.environ |= marks
+        ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _python_path() -> str:
+    """The driver's folder first, so that functions named in the config are found by workers."""
+    paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(p for p in paths if p))
+
+
+def nodes() -> list[str]:
+    """Ids of the live nodes."""
+    import ray
+
+    return [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+
+
+def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
+
+    task = ray.remote(num_cpus=0, max_retries=3)(function)
+    return ray.get(
+        [
+            task.options(scheduling_strategy=Affinity(node, soft=False)).remote(*args)
+            for node in nodes()
+        ]
+    )
+
+
+def check_reachable(root: Folder) -> None:
+    """Check that every node sees the output folder.
+
+    Raises:
+        UserError: the path is relative, or local to a node, on more than one node.
+    """
+    if root.is_remote or len(nodes()) == 1:
+        return
+    remedy = "use an object store (s3://...) or a folder that every node mounts"
+    if not os.path.isabs(root.uri.removeprefix("file://")):
+        raise UserError(
+            f"output: {root} is relative, on a cluster of {len(nodes())} nodes; {remedy}"
+        )
+    probe = f"{TEMPORARY}probe-{uuid.uuid4().hex[:8]}"
+    root.write(probe, b"")
+    try:
+        blind = _on_every_node(_sees, root, probe).count(False)
+    finally:
+        root.delete(probe)
+    if blind:
+        raise UserError(f"output: {root} is not seen by {blind} of {len(nodes())} nodes; {remedy}")
+
+
+def _sees(root: Folder, name: str) -> bool:
+    return root.exists(name)
+
+
+def end_orphans(root: Folder, session: str) -> None:
+    """End what an earlier, dead driver of this output left running on any node.
+
+    The lease has to be held: then every process marked with this output and another session
+    is an orphan.
+    """
+    ended = sum(_on_every_node(_end_orphans, digest(str(root)), session))
+    if ended:
+        log(f"ended {ended} processes that an interrupted run had left behind")
+
+
+def _end_orphans(output: str, session: str) -> int:
+    orphans = [p for p in psutil.process_iter() if _is_orphan(p, output, session)]
+    for process in orphans:
+        process.kill()
+    psutil.wait_procs(orphans, timeout=30)
+    return len(orphans)
+
+
+def _is_orphan(process: psutil.Process, output: str, session: str) -> bool:
+    try:
+        environ = process.environ()
+    except psutil.Error:
+        return False
+    return environ.get(OUTPUT) == output and environ.get(SESSION, session) != session
+
+
+def map_rows(
+    rows: list[dict[str, Any]],
+    worker: type,
+    arguments: dict[str, Any],
+    actors: Actors,
+    env: dict[str, str] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Map rows across a pool of `worker` actors on Ray Data; results come as they finish.
+
+    A lost actor or node is replaced and its rows are tried again, so a worker has to commit
+    its own results and pass over what is committed.
+
+    Raises:
+        WrpoError: as raised by the worker.
+    """
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+        worker,
+        fn_constructor_kwargs=arguments,
+        compute=ActorPoolStrategy(
+            min_size=min(actors.min, len(rows)), max_size=min(actors.max, len(rows))
+        ),
+        num_cpus=actors.num_cpus,
+        num_gpus=actors.num_gpus or None,
+        runtime_env={"env_vars": env or {}},
+    )
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise own_error(error) from error
+
+
+def own_error(error: BaseException) -> BaseException:
+    """The project's own error inside one of Ray's, or the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, WrpoError):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error
+
+
+def thread_env(actors: Actors) -> dict[str, str]:
+    """Environment of an actor: as many threads as it has CPUs, at least one."""
+    return {"OMP_NUM_THREADS": str(max(1, int(actors.num_cpus)))}
+
+
+def disconnect() -> None:
+    """Leave the cluster; a Ray that `connect` started ends."""
+    import ray
+
+    ray.shutdown()

@@ -1,0 +1,52 @@
+"""What tells one input from another: hashes of model folders and of data files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import pyarrow as pa
+
+from wrpo_ray.core.records import digest
+from wrpo_ray.core.storage import Folder
+
+WHOLE = 64 * 2**20
+"""Files up to this many bytes are hashed whole; larger ones by their size and samples."""
+SAMPLES, SAMPLE = 64, 2**20
+
+
+def model_fingerprint(folder: Folder) -> str:
+    """16 hex digits over the files of a model folder.
+
+    Weights of many GB are told apart by their size and 64 samples of 1 MiB, which any
+    training step changes; reading them whole would take minutes at every start.
+    """
+    names = [n for n in folder.files() if not n.startswith(".")]
+    return _fingerprint((name, folder / name) for name in names)
+
+
+def data_fingerprint(uris: Iterable[str]) -> str:
+    """16 hex digits over data files, so that an edited file is a new input."""
+    return _fingerprint((str(Folder(uri)).rsplit("/", 1)[-1], Folder(uri)) for uri in uris)
+
+
+def _fingerprint(files: Iterable[tuple[str, Folder]]) -> str:
+    return digest([[name, _file_digest(file)] for name, file in files], 16)
+
+
+def _file_digest(file: Folder) -> str:
+    with file.filesystem.open_input_file(file.path) as stream:
+        sha = hashlib.sha256(str(stream.size()).encode())
+        for part in _parts(stream):
+            sha.update(part)
+    return sha.hexdigest()
+
+
+def _parts(stream: pa.NativeFile) -> Iterable[bytes]:
+    size = stream.size()
+    if size <= WHOLE:
+        yield stream.read()
+        return
+    for index in range(SAMPLES):
+        stream.seek(index * (size - SAMPLE) // (SAMPLES - 1))
+        yield stream.read(SAMPLE)

@@ -1,0 +1,109 @@
+"""A lease on the output folder keeps two runs apart.
+
+The holder writes a heartbeat. Another run on the same host sees at once whether the holder
+still lives; from another host it watches for `EXPIRES` seconds, by its own clock, whether the
+heartbeat moves. Not covered: object stores have no compare-and-swap here, so two runs that
+start within the same second can both believe to hold it; the read-back makes that unlikely.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import os
+import socket
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import LeaseError
+
+FILE = "lease.json"
+BEAT = 5.0
+"""Seconds between heartbeats."""
+EXPIRES = 30.0
+"""Seconds without a heartbeat after which a lease may be taken."""
+
+
+class Lease:
+    """Held within a `with` block.
+
+    Raises:
+        LeaseError: another run holds the folder.
+    """
+
+    def __init__(self, folder: Folder, session: str, beat: float = BEAT, expires: float = EXPIRES):
+        self.folder, self.session, self.beat, self.expires = folder, session, beat, expires
+        self.lost = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._keep, daemon=True)
+
+    def __enter__(self) -> Lease:
+        held = self._read()
+        if held and not _is_dead(held) and self._is_beating(held):
+            raise LeaseError(
+                f"output: {self.folder} is in use by a run on {held['host']} (process "
+                f"{held['pid']}); wait for it, stop it, or set another `output`"
+            )
+        self._write(0)
+        if (self._read() or {}).get("session") != self.session:
+            raise LeaseError(f"output: {self.folder}: another run took it just now")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.lost:
+            self.folder.delete(FILE)
+
+    def _is_beating(self, held: dict[str, Any]) -> bool:
+        if held["host"] == socket.gethostname():
+            return True  # its process lives
+        deadline = time.monotonic() + self.expires
+        while time.monotonic() < deadline:
+            time.sleep(min(self.beat, self.expires / 10))
+            if self._read() != held:
+                return True
+        return False
+
+    def _keep(self) -> None:
+        count = 0
+        while not self._stop.wait(self.beat):
+            held = self._read()
+            if held and held["session"] != self.session:
+                self.lost = True
+                _thread.interrupt_main()
+                return
+            self._write(count := count + 1)
+
+    def _write(self, count: int) -> None:
+        me = psutil.Process()
+        self.folder.write_json(
+            FILE,
+            {
+                "session": self.session,
+                "host": socket.gethostname(),
+                "pid": os.getpid(),
+                "started": me.create_time(),
+                "beat": count,
+            },
+        )
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            return self.folder.read_json(FILE)
+        except (OSError, json.JSONDecodeError):
+            return None
+
+
+def _is_dead(held: dict[str, Any]) -> bool:
+    if held["host"] != socket.gethostname():
+        return False
+    try:
+        return abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True

@@ -1,0 +1,88 @@
+"""The published form of preference rows, and ours.
+
+`{prompt_id, prompt: {content, role}, chosen: [y_ws, y_wt], rejected: [y_l]}`, each answer
+`{content, role: "assistant"}` (the method's released data sets). It holds neither rewards nor
+sources, so a row read from it has none, and its margins are null.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from wrpo_ray.core.records import MESSAGES, Message, prompt_id
+
+PUBLISHED = pa.schema(
+    [("prompt_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)]
+)
+"""As Parquet columns."""
+
+Row = dict[str, Any]
+
+
+def messages_of(prompt: Any) -> list[Message]:
+    """A prompt as a conversation: from a string, a {role, content} record, or a list of them.
+
+    Raises:
+        ValueError: it is empty or of another form.
+    """
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    turns = [turns] if isinstance(turns, dict) else turns
+    if not isinstance(turns, list) or not turns:
+        raise ValueError("a prompt is a text, a {role, content} record or a list of them")
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in _KEYS):
+            raise ValueError("each message needs a text `role` and a text `content`")
+    if not turns[-1]["content"].strip():
+        raise ValueError("the prompt is empty")
+    return [{key: turn[key] for key in _KEYS} for turn in turns]
+
+
+_KEYS = ("role", "content")
+
+
+def from_published(row: Row) -> Row:
+    """A PREFERENCE record.
+
+    Raises:
+        ValueError: a part is missing or of another form.
+    """
+    messages = messages_of(row.get("prompt"))
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not isinstance(chosen, list) or len(chosen) != 2:
+        raise ValueError("`chosen` has to be a list of two answers, [y_ws, y_wt]")
+    if not isinstance(rejected, list) or len(rejected) != 1:
+        raise ValueError("`rejected` has to be a list of one answer, [y_l]")
+    return {
+        "prompt_id": prompt_id(messages),
+        "messages": messages,
+        "source_chosen": _answer(chosen[0]),
+        "target_chosen": _answer(chosen[1]),
+        "rejected": _answer(rejected[0]),
+        "source_margin": None,
+        "target_margin": None,
+        "candidates": [],
+    }
+
+
+def _answer(answer: Any) -> Row:
+    if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
+        raise ValueError("each answer needs a text `content`")
+    empty = dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))
+    return {"text": answer["content"]} | empty
+
+
+def to_published(row: Row) -> Row:
+    """A row of the published form from a PREFERENCE record."""
+    messages = row["messages"]
+
+    def said(name: str) -> Row:
+        return {"content": row[name]["text"], "role": "assistant"}
+
+    return {
+        "prompt_id": row["prompt_id"],
+        "prompt": messages[0] if len(messages) == 1 else messages,
+        "chosen": [said("source_chosen"), said("target_chosen")],
+        "rejected": [said("rejected")],
+    }

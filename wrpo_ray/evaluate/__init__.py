@@ -1,0 +1,1 @@
+"""How good each model of a run is on held-out prompts."""

@@ -1,0 +1,1 @@
+"""Prompts and existing answers, from the user's files into records."""

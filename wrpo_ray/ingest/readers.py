@@ -1,0 +1,158 @@
+"""Rows of JSONL and Parquet files, one by one; a line that cannot be read is told, not lost."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+
+from wrpo_ray.config import Columns, ResponseColumns
+from wrpo_ray.core.published import messages_of
+from wrpo_ray.core.records import prompt_id, unit_interval
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".parquet")
+
+
+def input_files(path: str, what: str) -> list[str]:
+    """URIs of the data files at `path`: the file itself, or those in the folder.
+
+    Raises:
+        UserError: nothing is there, or nothing of a known kind.
+    """
+    place = Folder(path)
+    info = place.filesystem.get_file_info(place.path)
+    if info.type == pafs.FileType.NotFound:
+        raise UserError(f"{what}: no such file: {place}; give a JSONL or Parquet file, or a folder")
+    found = [path] if info.is_file else [(place / n).uri for n in place.files()]
+    files = [uri for uri in found if str(Folder(uri)).endswith(SUFFIXES)]
+    if not files:
+        raise UserError(f"{what}: {place} is no .jsonl or .parquet file, and holds none")
+    return files
+
+
+def check_columns(uri: str, columns: list[str], what: str) -> None:
+    """Check that a Parquet file has the columns; JSONL rows are checked one by one.
+
+    Raises:
+        UserError: naming the columns that are missing, and those that are there.
+    """
+    file = Folder(uri)
+    if not str(file).endswith(".parquet"):
+        return
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            there = pq.ParquetFile(stream).schema_arrow.names
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{what}: {file} is no Parquet file: {error}") from None
+    missing = [c for c in columns if c not in there]
+    if missing:
+        raise UserError(
+            f"{what}: {file} has no column {', '.join(map(repr, missing))}; it has "
+            f"{', '.join(there)}; set `columns`"
+        )
+
+
+def read_rows(uri: str) -> Iterator[tuple[str, Row | Exception]]:
+    """(place, row) for each row, such as ("prompts.jsonl:3", {...}); an Exception for a bad one."""
+    file = Folder(uri)
+    name = str(file).rsplit("/", 1)[-1]
+    with file.filesystem.open_input_file(file.path) as stream:
+        rows = _parquet(stream) if name.endswith(".parquet") else _jsonl(stream)
+        for number, row in enumerate(rows, start=1):
+            yield f"{name}:{number}", row
+
+
+def _parquet(stream: pa.NativeFile) -> Iterator[Row]:
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
+        yield from batch.to_pylist()
+
+
+def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception]:
+    for line in io.BufferedReader(stream):
+        try:
+            row = json.loads(line)
+            yield row if isinstance(row, dict) else TypeError("the line is no JSON object")
+        except ValueError as error:
+            yield error
+
+
+# --- rows into records -------------------------------------------------------------------
+
+
+class RowError(ValueError):
+    """A row that cannot be used; its text is the reason."""
+
+
+def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: int) -> Row:
+    """A PROMPT record; its split is drawn by a hash of the prompt from {split: share}.
+
+    Raises:
+        RowError: the prompt is missing, empty or malformed, or the reference is null.
+    """
+    messages = _messages(row, columns)
+    key = prompt_id(messages)
+    reference = _cell(row, columns.reference) if columns.reference else None
+    group = row.get(columns.group) if columns.group else None
+    return {
+        "prompt_id": key,
+        "messages": messages,
+        "split": _split(key, splits, seed),
+        "reference": None if reference is None else str(reference),
+        "group": None if group is None else str(group),
+    }
+
+
+def _split(key: str, splits: dict[str, float], seed: int) -> str:
+    point, edge = unit_interval("split", seed, key), 0.0
+    for name, share in splits.items():
+        edge += share
+        if point < edge:
+            return name
+    return name
+
+
+def scored_record(row: Row, columns: ResponseColumns) -> Row:
+    """A SCORED record of an existing answer, without its sample number.
+
+    Raises:
+        RowError: the answer, its source or its reward is null or of a wrong type.
+    """
+    text = _cell(row, columns.response)
+    if not isinstance(text, str):
+        raise RowError(f"{columns.response!r} has to be a text (got {type(text).__name__})")
+    return {
+        "prompt_id": prompt_id(_messages(row, columns)),
+        "source": str(_cell(row, columns.source)),
+        "text": text,
+        "reward": _number(_cell(row, columns.reward), columns.reward),
+        "reward_model": f"column {columns.reward}",
+        "engine": "import",
+    }
+
+
+def _messages(row: Row, columns: Columns) -> list[dict[str, str]]:
+    try:
+        return messages_of(_cell(row, columns.prompt))
+    except ValueError as error:
+        raise RowError(str(error)) from None
+
+
+def _cell(row: Row, column: str) -> Any:
+    if row.get(column) is None:
+        raise RowError(f"{column!r} is {'null' if column in row else 'missing'}")
+    return row[column]
+
+
+def _number(value: Any, column: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(f"{column!r} has to be a finite number (got {value!r})")
+    return float(value)

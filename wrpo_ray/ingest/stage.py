@@ -1,0 +1,212 @@
+"""Reads the user's files on Ray Data into bucketed records.
+
+Each file is read in one task, its rows are shuffled to their buckets by Ray Data, and each
+bucket is written as one shard; nothing passes through the driver.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from wrpo_ray.config import ImportConfig, PromptsConfig
+from wrpo_ray.core import records
+from wrpo_ray.core.cluster import own_error
+from wrpo_ray.core.published import from_published
+from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.shards import Bucket, Prompts, write_failures, write_shard
+from wrpo_ray.core.steps import Step
+from wrpo_ray.errors import UserError
+from wrpo_ray.ingest.readers import (
+    check_columns,
+    input_files,
+    prompt_record,
+    read_rows,
+    scored_record,
+)
+
+Row = dict[str, Any]
+SOURCES, TARGET = "sources", "target"
+"""Parts of the folder of imported answers."""
+
+
+@dataclass(frozen=True)
+class IngestPrompts:
+    """Prompts into PROMPT shards: each prompt once, with its split."""
+
+    step: Step
+    input: PromptsConfig | ImportConfig
+    splits: dict[str, float]
+    seed: int
+    without: Prompts | None = None
+    """Prompts that must not be among them, such as those trained on."""
+
+    schema = records.PROMPT
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        used = self.input.columns
+        return [c for c in (used.prompt, used.reference, used.group) if c]
+
+    def record(self, row: Row) -> Row:
+        """A PROMPT record."""
+        return prompt_record(row, self.input.columns, self.splits, self.seed)
+
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+        """Each prompt once, and none of `without`, in the part of the folder it belongs to."""
+        unique = {row["prompt_id"]: row for row in rows}
+        known: set[str] = set()
+        if self.without:
+            table = self.without.read(run.root, bucket, ["prompt_id", "split"])
+            known = set(table["prompt_id"].to_pylist())
+        return {"": [row for key, row in sorted(unique.items()) if key not in known]}
+
+
+@dataclass(frozen=True)
+class IngestResponses:
+    """Existing scored answers into SCORED shards, the target's apart from the sources'."""
+
+    step: Step
+    input: ImportConfig
+
+    schema = records.SCORED
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        used = self.input.columns
+        return [used.prompt, used.response, used.source, used.reward]
+
+    def record(self, row: Row) -> Row:
+        """A SCORED record."""
+        return scored_record(row, self.input.columns)
+
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+        """Number the samples of each (prompt, source) in an order that no file order changes."""
+        counts: dict[tuple[str, str], int] = {}
+        parts: dict[str, list[Row]] = {SOURCES: [], TARGET: []}
+        for row in sorted(
+            rows, key=lambda r: (r["prompt_id"], r["source"], r["text"], r["reward"])
+        ):
+            key = row["prompt_id"], row["source"]
+            row["sample"] = counts[key] = counts.get(key, -1) + 1
+            parts[TARGET if row["source"] == self.input.target else SOURCES].append(row)
+        return parts
+
+
+@dataclass(frozen=True)
+class IngestPreferences:
+    """Published preference rows into PREFERENCE shards."""
+
+    step: Step
+    input: ImportConfig
+
+    schema = records.PREFERENCE
+    columns = ("prompt", "chosen", "rejected")
+
+    def record(self, row: Row) -> Row:
+        """A PREFERENCE record."""
+        return from_published(row)
+
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+        """All rows, in an order that no file order changes."""
+        return {"": sorted(rows, key=lambda r: records.digest(r))}
+
+
+Ingest = IngestPrompts | IngestResponses | IngestPreferences
+
+
+def run(run: Run, jobs: list[Ingest]) -> None:
+    """Do each job; finished ones are not given.
+
+    Raises:
+        UserError: no such file or column, or no usable row.
+        FailureLimitError: too many unusable rows.
+    """
+    for job in jobs:
+        started = time.time()
+        counts = _ingest(run, job)
+        job.step.finish(run.root, counts, started)
+        log(
+            f"{job.step.name}  {counts['rows']:,} rows, {counts['failed']} failed, "
+            f"{counts['dropped']} dropped as duplicates or held out"
+        )
+
+
+def _ingest(run: Run, job: Ingest) -> dict[str, int]:
+    import ray
+
+    what = job.step.name
+    files = input_files(job.input.path, what)
+    check_columns(files[0], list(job.columns), what)
+    limit = getattr(job.input, "limit", None)
+    tasks = [{"files": files}] if limit else [{"files": [uri]} for uri in files]
+    read = _reader(job, run.buckets, limit)
+    dataset = (
+        ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        .flat_map(read, num_cpus=0.5)
+        .groupby("bucket", num_partitions=min(run.buckets, 200))
+        .map_groups(_writer(run, job), batch_format="pyarrow")
+    )
+    try:
+        done = dataset.sum(["read", "rows", "failed"])
+    except ray.exceptions.RayError as error:
+        raise own_error(error) from error
+    totals = {name: int(done[f"sum({name})"] or 0) for name in ("read", "rows", "failed")}
+    failures = job.step.failures(run.root)
+    if not totals["read"]:
+        raise UserError(f"{what}: {job.input.path} has no rows; give a file with at least one")
+    run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
+    if not totals["rows"]:
+        raise UserError(f"{what}: no usable row in {job.input.path}; see {failures}")
+    dropped = totals["read"] - totals["rows"] - totals["failed"]
+    return totals | {"dropped": dropped}
+
+
+def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:
+    def read(task: Row) -> Iterator[Row]:
+        rows = ((place, row) for uri in task["files"] for place, row in read_rows(uri))
+        for number, (place, row) in enumerate(rows):
+            if limit and number >= limit:
+                return
+            yield _placed(job, place, row, buckets)
+
+    return read
+
+
+def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Row:
+    """The row's record with its bucket, or the reason why there is none."""
+    try:
+        if isinstance(row, Exception):
+            raise row
+        record = job.record(row)
+        bucket = int(record["prompt_id"][:8], 16) % buckets
+        return {"bucket": bucket, "good": True, "record": json.dumps(record)}
+    except (ValueError, TypeError) as error:
+        bucket = int(records.digest(place, 8), 16) % buckets
+        failed = records.failure(job.step.name, error, where=place)
+        return {"bucket": bucket, "good": False, "record": json.dumps(failed)}
+
+
+def _writer(run: Run, job: Ingest) -> Callable[[pa.Table], pa.Table]:
+    def write(group: pa.Table) -> pa.Table:
+        """Write one bucket's shard; Ray Data calls it with all rows of the bucket."""
+        bucket = Bucket(group["bucket"][0].as_py(), run.buckets)
+        rows = [(r["good"], json.loads(r["record"])) for r in group.to_pylist()]
+        good = [record for is_good, record in rows if is_good]
+        failed = [record for is_good, record in rows if not is_good]
+        folder = run.root / job.step.folder
+        written = 0
+        for part, kept in job.finish_bucket(good, run, bucket).items():
+            write_shard(folder / part if part else folder, bucket, job.schema, kept, "all")
+            written += len(kept)
+        write_failures(job.step.failures(run.root), bucket, failed, "all")
+        return pa.table({"read": [len(rows)], "rows": [written], "failed": [len(failed)]})
+
+    return write

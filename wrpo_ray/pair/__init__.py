@@ -1,0 +1,1 @@
+"""From scored candidates to y_ws, y_wt and y_l."""

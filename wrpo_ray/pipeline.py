@@ -1,0 +1,508 @@
+"""The chain, readable from top to bottom: which steps a config asks for, and running them.
+
+prompts -> generate (sources) -> score -> select -> sft -> sample (target-SFT) -> pair -> train
+-> evaluate. Every stage is a list of phases, every phase some jobs of one kind, every job a
+frozen spec with a `step`; jobs whose step is done are not run again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wrpo_ray.config import AlphaConfig, Config, EvaluateConfig, ModelConfig, RewardConfig
+from wrpo_ray.core.chat import check_model_folder
+from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
+from wrpo_ray.core.published import PUBLISHED, to_published
+from wrpo_ray.core.records import digest
+from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.shards import Prompts, Samples
+from wrpo_ray.core.steps import Step, versions
+from wrpo_ray.core.storage import Folder, check_writable
+from wrpo_ray.errors import UserError
+from wrpo_ray.evaluate.stage import EXAMPLE, TABLE, Entrant, Evaluate
+from wrpo_ray.generate.stage import Generate
+from wrpo_ray.ingest.readers import check_columns, input_files
+from wrpo_ray.ingest.stage import (
+    SOURCES,
+    TARGET,
+    IngestPreferences,
+    IngestPrompts,
+    IngestResponses,
+)
+from wrpo_ray.pair.stage import Pair, Select
+from wrpo_ray.score.rewards import load_function
+from wrpo_ray.score.stage import Score
+from wrpo_ray.train.stage import Train
+
+STAGES = ("prompts", "generate", "score", "select", "sft", "sample", "pair", "train", "evaluate")
+T = TypeVar("T")
+SFT, DPO, FUSED = "target-sft", "target-dpo", "fused"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A name to stop after, and phases of jobs that run one after another."""
+
+    name: str
+    phases: tuple[tuple[Any, ...], ...]
+
+    @property
+    def steps(self) -> list[Step]:
+        """The steps of all jobs."""
+        return [job.step for phase in self.phases for job in phase]
+
+
+# --- the chain -----------------------------------------------------------------------------
+
+
+@dataclass
+class Chain:
+    """Builds the stages of a config, up to and with `until`."""
+
+    config: Config
+    until: str = STAGES[-1]
+    stages: list[Stage] = field(default_factory=list)
+    _fingerprints: dict[str, str] = field(default_factory=dict)
+    _trained_models: dict[str, tuple[ModelConfig, Folder, str]] = field(default_factory=dict)
+
+    @cached_property
+    def root(self) -> Folder:
+        """The output folder."""
+        return Folder(self.config.output)
+
+    def build(self) -> list[Stage]:
+        """All stages, in order."""
+        existing = self.config.existing
+        if existing and existing.format == "preferences":
+            self._train(self._published_preferences(), Folder(self._target.model))
+        else:
+            selection, own_answers = self._imported() if existing else (self._generated(), None)
+            if self._wants("sft") and own_answers is None:
+                own_answers = self._sft(selection)
+            if self._wants("pair") and own_answers:
+                pairs = Pair(selection, own_answers, self.config.pair.source_below_target)
+                self._add("pair", (pairs,))
+                if self._wants("train") and self.config.target:
+                    self._train(pairs.step, self._trained(SFT))
+        if self._wants("evaluate") and self.config.evaluate and self.config.target:
+            self._evaluate()
+        return self.stages
+
+    def _wants(self, stage: str) -> bool:
+        return STAGES.index(stage) <= STAGES.index(self.until)
+
+    def _add(self, name: str, *phases: tuple[Any, ...]) -> None:
+        if self._wants(name):
+            self.stages.append(Stage(name, tuple(p for p in phases if p)))
+
+    # --- prompts and candidates
+
+    @cached_property
+    def _splits(self) -> dict[str, float]:
+        sft = self.config.split.sft
+        return {"sft": sft, "preference": 1 - sft}
+
+    @cached_property
+    def _prompts(self) -> Prompts:
+        given = self.config.prompts or _required(self.config.existing, "import")
+        step = self._input_step("prompts", given, splits=self._splits, seed=self.config.seed)
+        self._add("prompts", (IngestPrompts(step, given, self._splits, self.config.seed),))
+        return Prompts(step, tuple(self._splits))
+
+    def _input_step(
+        self, name: str, given: Any, inputs: tuple[Step, ...] = (), **config: Any
+    ) -> Step:
+        content = data_fingerprint(input_files(given.path, name))
+        read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
+        return Step(name, read | config, inputs)
+
+    def _generated(self) -> Select:
+        prompts = self._prompts
+        answers = [self._generate(source, prompts) for source in self.config.sources]
+        # Held-out answers come from the same engines, so that none is started twice.
+        held_out = [self._held_out(m) for m in self._given_models] if self._evaluating else []
+        by_model = sorted([*answers, *held_out], key=lambda job: job.model.name)
+        self._add("generate", tuple(by_model))
+        scores = [self._score(job.samples) for job in answers]
+        self._add("score", tuple(scores))
+        selection = Select(prompts, tuple(s.samples for s in scores))
+        self._add("select", (selection,))
+        return selection
+
+    def _imported(self) -> tuple[Select, Samples]:
+        prompts, given = self._prompts, _required(self.config.existing, "import")
+        step = self._input_step("import", given, (prompts.step,))
+        self._add("score", (IngestResponses(step, given),))
+        selection = Select(prompts, (Samples(step, prompts, None, SOURCES),))
+        self._add("select", (selection,))
+        if self.config.target and self._wants("sft"):
+            self._sft(selection)
+        return selection, Samples(step, Prompts(prompts.step, ("preference",)), None, TARGET)
+
+    def _published_preferences(self) -> Step:
+        given = _required(self.config.existing, "import")
+        step = self._input_step("import", given)
+        self._add("pair", (IngestPreferences(step, given),))
+        return step
+
+    # --- models
+
+    def _trained(self, name: str) -> Folder:
+        return self._trained_models[name][1]
+
+    @property
+    def _target(self) -> ModelConfig:
+        return _required(self.config.target, "target")
+
+    def _add_trained(self, name: str, job: Train) -> None:
+        """A model of the run, served by vLLM with the target's own settings."""
+        folder = self.root / job.step.folder / "model"
+        settings = self._target.model_copy(update={"name": name, "model": folder.uri})
+        self._trained_models[name] = settings, folder, job.step.key
+
+    def _train_job(self, name: str, rows: Step, base: Folder, base_key: str, config: Any) -> Train:
+        step = Step(
+            name, {"train": config.identity(), "base": base_key, "seed": self.config.seed}, (rows,)
+        )
+        return Train(step, rows, base, config, self.config.seed)
+
+    def _sft(self, selection: Select) -> Samples | None:
+        """SFT of the target on y_ws, and its own answers to the preference prompts."""
+        base = Folder(self._target.model)
+        job = self._train_job("sft", selection.step, base, self._fingerprint(base), self.config.sft)
+        self._add("sft", (job,))
+        self._add_trained(SFT, job)
+        if self.config.existing:
+            return None
+        model = self._trained_models[SFT]
+        own = self._generate(model[0], Prompts(self._prompts.step, ("preference",)))
+        held_out = [self._held_out(model[0])] if self._evaluating else []
+        score = self._score(own.samples)
+        self._add("sample", (own, *held_out), (score,))
+        return score.samples
+
+    def _train(self, rows: Step, base: Folder) -> None:
+        """WRPO from target-SFT, and plain DPO to compare with."""
+        key = self._trained_models[SFT][2] if self._trained_models else self._fingerprint(base)
+        plain = self.config.wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})
+        configs = {FUSED: self.config.wrpo}
+        if self.config.evaluate and self.config.evaluate.dpo_baseline:
+            configs = {DPO: plain} | configs
+        jobs = {
+            n: self._train_job(n.replace(FUSED, "wrpo").removeprefix("target-"), rows, base, key, c)
+            for n, c in configs.items()
+        }
+        self._add("train", tuple(jobs.values()))
+        for name, job in jobs.items():
+            self._add_trained(name, job)
+
+    def _fingerprint(self, folder: Folder, chat_template: str | None = None) -> str:
+        """What identifies given weights; each folder is read once."""
+        if folder.uri not in self._fingerprints:
+            self._fingerprints[folder.uri] = model_fingerprint(folder)
+        weights = self._fingerprints[folder.uri]
+        return (
+            digest([weights, data_fingerprint([chat_template])], 16) if chat_template else weights
+        )
+
+    # --- answers and rewards
+
+    def _generate(self, model: ModelConfig, prompts: Prompts, sampling: Any = None) -> Generate:
+        trained = self._trained_models.get(model.name)
+        folder = trained[1] if trained else Folder(model.model)
+        identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
+        return Generate(
+            model, folder, identity, prompts, sampling or self.config.sampling, self.config.seed
+        )
+
+    def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
+        reward = reward or _required(self.config.reward, "reward")
+        folder = Folder(reward.model) if reward.model else None
+        identity = self._fingerprint(folder) if folder else _function_fingerprint(reward)
+        return Score(answers, reward, folder, identity)
+
+    # --- evaluation
+
+    @property
+    def _evaluating(self) -> bool:
+        return bool(self.config.evaluate and self.config.target) and self._wants("evaluate")
+
+    @property
+    def _evaluation(self) -> EvaluateConfig:
+        return _required(self.config.evaluate, "evaluate")
+
+    @property
+    def _given_models(self) -> list[ModelConfig]:
+        return [*self.config.sources, self._target]
+
+    @cached_property
+    def _eval_prompts(self) -> Prompts:
+        given, splits = self._evaluation.prompts, {"eval": 1.0}
+        trained_on = self._prompts if self.config.prompts else None
+        inputs = (trained_on.step,) if trained_on else ()
+        step = self._input_step("eval-prompts", given, inputs, seed=self.config.seed)
+        job = IngestPrompts(step, given, splits, self.config.seed, without=trained_on)
+        self._add("prompts", (job,))
+        return Prompts(step, tuple(splits))
+
+    def _held_out(self, model: ModelConfig) -> Generate:
+        return self._generate(model, self._eval_prompts, self._evaluation.sampling)
+
+    def _evaluate(self) -> None:
+        evaluate, trained = self._evaluation, [m for m, _, _ in self._trained_models.values()]
+        models = [*self._given_models, *trained]
+        answers = {m.name: self._held_out(m) for m in models}
+        rewards = (
+            {n: self._score(a.samples) for n, a in answers.items()} if self.config.reward else {}
+        )
+        verify = (
+            RewardConfig(name="verifier", function=evaluate.verifier) if evaluate.verifier else None
+        )
+        checks = {n: self._score(a.samples, verify) for n, a in answers.items()} if verify else {}
+        entrants = tuple(
+            Entrant(n, (rewards or checks)[n].samples, checks[n].samples if checks else None)
+            for n in answers
+        )
+        job = Evaluate(self._eval_prompts, entrants, tuple(self._contrasts()))
+        self._add(
+            "evaluate",
+            tuple(answers.values()),
+            tuple(rewards.values()),
+            tuple(checks.values()),
+            (job,),
+        )
+
+    def _contrasts(self) -> Iterator[tuple[str, str]]:
+        """Paired differences worth knowing: the fused model's first."""
+        target, own = self._target.name, self._trained_models
+        yield FUSED, target
+        yield from ((FUSED, name) for name in (SFT, DPO) if name in own)
+        if SFT in own:
+            yield SFT, target
+
+
+def _function_fingerprint(reward: RewardConfig) -> str:
+    """A function is known by its import path and its module's source."""
+    path = _required(reward.function, "reward.function")
+    source = importlib.import_module(path.partition(":")[0]).__file__
+    return digest([path, data_fingerprint([source] if source else [])], 16)
+
+
+def _required(value: T | None, key: str) -> T:
+    if value is None:
+        raise UserError(f"{key}: missing; this step needs it in the config")
+    return value
+
+
+# --- checks before any work ------------------------------------------------------------------
+
+
+def preflight(config: Config) -> None:
+    """Check whatever can be checked without starting anything.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    problems = []
+    for check in _checks(config):
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+
+
+def _checks(config: Config) -> Iterator[Any]:
+    models = [(f"sources.{m.name}", m) for m in config.sources]
+    models += [("target", config.target)] if config.target else []
+    for what, model in models:
+        yield lambda what=what, m=model: _check_model(what, m.model, m.chat_template)
+    if config.reward and config.reward.model:
+        yield lambda: _check_model("reward", config.reward.model, None)
+    functions = [config.reward.function if config.reward else None]
+    functions += [config.evaluate.verifier if config.evaluate else None]
+    for path in filter(None, functions):
+        yield lambda path=path: load_function(path)
+    for what, given in (("prompts", config.prompts), ("import", config.existing)):
+        if given:
+            yield lambda what=what, g=given: _check_input(what, g)
+    if config.evaluate:
+        yield lambda: _check_input("evaluate.prompts", config.evaluate.prompts)
+    yield lambda: check_writable(Folder(config.output))
+
+
+def _check_model(what: str, uri: str, chat_template: str | None) -> None:
+    folder = Folder(uri)
+    if not folder.is_remote:
+        check_model_folder(folder.local(), what, chat_template)
+    elif not folder.exists("config.json"):
+        raise UserError(f"{what}: {folder} has no config.json; give a Hugging Face model folder")
+
+
+def _check_input(what: str, given: Any) -> None:
+    used = given.columns
+    columns = [used.prompt, used.reference, used.group]
+    if getattr(given, "format", None) == "preferences":
+        columns = ["prompt", "chosen", "rejected"]
+    elif hasattr(used, "response"):
+        columns += [used.response, used.source, used.reward]
+    for uri in input_files(given.path, what):
+        check_columns(uri, [c for c in columns if c], what)
+
+
+# --- running ---------------------------------------------------------------------------------
+
+
+def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
+    """Run the chain up to and with the stage `until`, and return the summary.
+
+    Finished steps are skipped; if all are, not even Ray is started.
+
+    Raises:
+        WrpoError: see `errors`.
+    """
+    from wrpo_ray.core import cluster
+    from wrpo_ray.core.lease import Lease
+
+    preflight(config)
+    chain = Chain(config, until)
+    stages, root = chain.build(), chain.root
+    run = Run(
+        root, config.storage.buckets, config.storage.chunk, config.failure_limit, uuid.uuid4().hex
+    )
+    if all(step.is_done(root) for stage in stages for step in stage.steps):
+        log(f"all steps are done in {root}")
+    else:
+        with Lease(root, run.session):
+            cluster.connect(config.cluster, root, run.session)
+            try:
+                cluster.check_reachable(root)
+                cluster.end_orphans(root, run.session)
+                _run_stages(run, stages)
+            finally:
+                cluster.disconnect()
+            summary = summarise(chain, stages)
+            root.write_json("summary.json", summary)
+    return summarise(chain, stages)
+
+
+def _run_stages(run: Run, stages: list[Stage]) -> None:
+    for number, stage in enumerate(stages, start=1):
+        started, label = time.time(), f"[{number}/{len(stages)}] {stage.name}"
+        missing = [step for step in stage.steps if not step.is_done(run.root)]
+        if not missing:
+            log(f"{label}: done before")
+            continue
+        log(f"{label}: {', '.join(dict.fromkeys(step.name for step in missing))}")
+        for phase in stage.phases:
+            jobs = [job for job in phase if not job.step.is_done(run.root)]
+            if jobs:
+                _runner(jobs[0])(run, jobs)
+        log(f"{label}: finished in {time.time() - started:.0f} s")
+
+
+def _runner(job: Any) -> Any:
+    """The `run` function of the stage module that defines the job."""
+    return importlib.import_module(type(job).__module__).run
+
+
+def plan(config: Config, until: str = STAGES[-1]) -> list[tuple[str, Step, bool]]:
+    """(stage, step, whether it is done) for each step, without running anything."""
+    preflight(config)
+    chain = Chain(config, until)
+    return [(s.name, step, step.is_done(chain.root)) for s in chain.build() for step in s.steps]
+
+
+def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
+    """What a run did: its steps, the evaluation's table, and where the fused model lies."""
+    root = chain.root
+    summary: dict[str, Any] = {
+        "output": str(root),
+        "versions": versions(),
+        "steps": [_step_summary(root, s.name, step) for s in stages for step in s.steps],
+    }
+    for stage in stages:
+        for step in stage.steps:
+            if step.name == "evaluate" and step.is_done(root):
+                summary["evaluation"] = (root / step.folder).read_json(TABLE)
+                summary["example"] = (root / step.folder).read_json(EXAMPLE)
+            if step.name == "wrpo" and step.is_done(root):
+                summary["fused_model"] = str(root / step.folder / "model")
+    return summary
+
+
+def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
+    summary = {"stage": stage, "step": step.name, "folder": step.folder, "state": "to do"}
+    if not step.is_done(root):
+        return summary
+    record = step.read_manifest(root)
+    rows_in = sum(_rows(i.read_manifest(root)) for i in step.inputs if i.is_done(root))
+    return summary | {
+        "state": "done",
+        "rows_in": rows_in,
+        "rows_out": _rows(record),
+        "seconds": record["seconds"],
+        "counts": record["counts"],
+    }
+
+
+def _rows(record: dict[str, Any]) -> int:
+    return record["counts"].get("rows", 0)
+
+
+# --- export ----------------------------------------------------------------------------------
+
+
+def export(config: Config, to: Path) -> int:
+    """Write the preference rows in the published form; returns how many.
+
+    Rows are streamed bucket by bucket to one local file, JSONL or Parquet by its ending.
+
+    Raises:
+        UserError: the preference step is not done, or the ending is of another kind.
+    """
+    chain = Chain(config, "pair")
+    step = chain.build()[-1].steps[-1]
+    if not step.is_done(chain.root):
+        raise UserError("export: the preference rows are not there yet; run `wrpo pair` first")
+    write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(to.suffix)
+    if write is None:
+        raise UserError(f"export: --to {to} has to end in .jsonl or .parquet")
+    folder = chain.root / step.folder
+    tables = (folder.read_table(name) for name in folder.files(suffix=".parquet"))
+    return write(to, ([to_published(row) for row in table.to_pylist()] for table in tables))
+
+
+def _write_jsonl(to: Path, parts: Iterator[list[dict[str, Any]]]) -> int:
+    count = 0
+    with to.open("w", encoding="utf-8") as file:
+        for rows in parts:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            count += len(rows)
+    return count
+
+
+def _write_parquet(to: Path, parts: Iterator[list[dict[str, Any]]]) -> int:
+    """A prompt is always a list of messages here, because a Parquet column has one type."""
+    count = 0
+    with pq.ParquetWriter(to, PUBLISHED) as file:
+        for rows in parts:
+            for row in rows:
+                row["prompt"] = (
+                    row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
+                )
+            file.write_table(pa.Table.from_pylist(rows, schema=PUBLISHED))
+            count += len(rows)
+    return count

@@ -1,0 +1,84 @@
+"""The end of a run as text: counts by step, the evaluation's table, one example."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def summary_text(summary: Row) -> str:
+    """What `wrpo fuse` prints when it is done."""
+    parts = ["\n".join(_steps(summary)), "\n".join(_wins(summary))]
+    if "evaluation" in summary:
+        parts += ["\n".join(lines) for lines in _tables(summary["evaluation"])]
+    if summary.get("example"):
+        parts.append("\n".join(_example(summary["example"])))
+    if "fused_model" in summary:
+        parts.append(f"Fused model: {_short(summary['fused_model'])}")
+    parts.append(f"Summary:     {_short(summary['output'])}/summary.json")
+    return "\n" + "\n\n".join(part for part in parts if part)
+
+
+def _short(path: str) -> str:
+    relative = os.path.relpath(path) if os.path.isabs(path) else path
+    return path if relative.startswith("..") else relative
+
+
+def _steps(summary: Row) -> Iterator[str]:
+    yield f"{'step':34}{'rows in':>10}{'rows out':>10}{'failed':>8}{'seconds':>9}"
+    for step in summary["steps"]:
+        if step["state"] != "done":
+            continue
+        failed = step["counts"].get("failed", 0)
+        yield (
+            f"{step['step']:34}{step['rows_in']:>10,}{step['rows_out']:>10,}"
+            f"{failed:>8,}{step['seconds']:>9.1f}"
+        )
+
+
+def _wins(summary: Row) -> Iterator[str]:
+    for step in summary["steps"]:
+        counts = step.get("counts", {})
+        wins = {k.removeprefix("wins."): v for k, v in counts.items() if k.startswith("wins.")}
+        if step["step"] == "select" and wins:
+            yield f"y_ws by source ({counts['rows']:,} prompts, {counts['ties']:,} with a tie):"
+            for name, won in sorted(wins.items(), key=lambda item: -item[1]):
+                yield f"  {name:32}{won:>8,}{won / counts['rows']:>8.1%}"
+        if step["step"] == "pair":
+            told = ", ".join(
+                f"{k.removeprefix('dropped.')} {v:,}"
+                for k, v in counts.items()
+                if k.startswith("dropped.")
+            )
+            yield f"preference rows: {counts['rows']:,}" + (f"; dropped: {told}" if told else "")
+
+
+def _tables(evaluation: Row) -> Iterator[list[str]]:
+    if "accuracy" in evaluation:
+        yield list(_table("Verifier accuracy on held-out prompts, %", evaluation, "accuracy", 100))
+    yield list(_table("Mean reward on held-out prompts", evaluation, "reward", 1))
+
+
+def _table(title: str, evaluation: Row, measure: str, scale: int) -> Iterator[str]:
+    groups, models = evaluation["groups"], evaluation[measure]["models"]
+    digits = 1 if scale == 100 else 2
+    width = max(8, *(len(g) + 2 for g in groups))
+    yield f"{title} (all: with 95 % interval)"
+    yield f"{'':16}" + "".join(f"{g:>{width}}" for g in groups)
+    for name, row in models.items():
+        cells = "".join(f"{row[g]['mean'] * scale:>{width}.{digits}f}" for g in groups)
+        low, high = (row["all"][end] * scale for end in ("low", "high"))
+        yield f"{name:16}{cells}  [{low:.{digits}f}, {high:.{digits}f}]"
+    for name, difference in evaluation[measure]["contrasts"].items():
+        mean, low, high = (difference[k] * scale for k in ("mean", "low", "high"))
+        yield f"  {name:28}{mean:+.{digits}f}  [{low:+.{digits}f}, {high:+.{digits}f}] paired"
+
+
+def _example(example: Row) -> Iterator[str]:
+    yield f"Question: {example['messages'][-1]['content']}"
+    for name, text in example["answers"].items():
+        right = example["reference"] is not None and text.strip() == example["reference"]
+        yield f"  {name:14}{text.strip()}" + ("   (right)" if right else "")

@@ -1,0 +1,133 @@
+"""A pool of reward actors on Ray Data; the unit of work is a bucket of one store of answers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+from wrpo_ray.config import RewardConfig
+from wrpo_ray.core import records
+from wrpo_ray.core.cluster import map_rows, thread_env
+from wrpo_ray.core.run import Progress, Run
+from wrpo_ray.core.shards import (
+    Bucket,
+    Samples,
+    buckets,
+    clear_failures,
+    read_bucket,
+    sample_keys,
+    write_failures,
+    write_shard,
+)
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.score.rewards import Item, Reward, load_reward
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The rewards of some answers."""
+
+    answers: Samples
+    reward: RewardConfig
+    folder: Folder | None
+    """The reward model's weights; None for a function."""
+    fingerprint: str
+    """What identifies them: part of the store's key."""
+
+    @cached_property
+    def step(self) -> Step:
+        """The step; its store grows with the store of answers."""
+        source = self.answers.step
+        name = source.name.removeprefix("generate-")
+        store = {
+            "reward": self.reward.identity() | {"model": self.fingerprint},
+            "answers": source.folder,
+        }
+        return Step(f"score-{self.reward.name}-{name}", {}, (source,), store)
+
+    @property
+    def samples(self) -> Samples:
+        """The same answers with their rewards (records SCORED), as later stages read them."""
+        return Samples(self.step, self.answers.prompts, self.answers.count)
+
+
+def run(run: Run, jobs: list[Score]) -> None:
+    """Do each job; the jobs of one reward share its actors.
+
+    Raises:
+        FailureLimitError: too many answers could not be scored.
+    """
+    for _, group in groupby(jobs, key=lambda job: job.reward):
+        _run_pool(run, list(group))
+
+
+def _run_pool(run: Run, jobs: list[Score]) -> None:
+    reward, started = jobs[0].reward, time.time()
+    rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
+    progress = Progress(f"score with {reward.name}", len(rows))
+    totals = [dict.fromkeys(("rows", "new", "failed"), 0) for _ in jobs]
+    env = thread_env(reward.actors)
+    for result in map_rows(rows, Scorer, {"run": run, "jobs": jobs}, reward.actors, env):
+        for name, total in totals[result["job"]].items():
+            totals[result["job"]][name] = total + result[name]
+        progress.add(result["new"])
+    for job, total in zip(jobs, totals, strict=True):
+        run.check_failures(job.step, total["failed"], total["rows"])
+        skipped = total["rows"] - total.pop("new")
+        job.step.finish(run.root, total | {"skipped": skipped}, started)
+
+
+class Scorer:
+    """The Ray Data actor: a reward that is loaded when the first unscored answer is met."""
+
+    def __init__(self, run: Run, jobs: list[Score]):
+        self.run, self.jobs = run, jobs
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The loaded reward."""
+        job = self.jobs[0]
+        return load_reward(job.reward, job.folder.local() if job.folder else None)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Fill one bucket of one job; what is returned are counts only."""
+        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
+        held, missing = self._missing(job, bucket)
+        clear_failures(job.step.failures(self.run.root), bucket)
+        good, failed = self._score(job, bucket, missing) if missing else ([], [])
+        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in missing)
+        if good:
+            write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
+        write_failures(job.step.failures(self.run.root), bucket, failed, key)
+        return row | {"rows": held + len(good), "new": len(good), "failed": len(failed)}
+
+    def _missing(self, job: Score, bucket: Bucket) -> tuple[int, list[Row]]:
+        """How many wanted answers are scored, and those that are not."""
+        store = job.samples.folder(self.run.root)
+        done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
+        answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
+        missing = [r for r in answers if (r["prompt_id"], r["sample"]) not in done]
+        return len(answers) - len(missing), missing
+
+    def _score(self, job: Score, bucket: Bucket, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+        prompts = job.answers.prompts.read(self.run.root, bucket).to_pylist()
+        by_id = {p["prompt_id"]: p for p in prompts}
+        asked = [by_id[row["prompt_id"]] for row in rows]
+        items = [
+            Item(prompt["messages"], row["text"], prompt["reference"])
+            for prompt, row in zip(asked, rows, strict=True)
+        ]
+        good, failed = [], []
+        for row, value in zip(rows, self.reward.score(items), strict=True):
+            if isinstance(value, Exception):
+                key = {name: row[name] for name in ("prompt_id", "source", "sample")}
+                failed.append(records.failure("score", value, **key))
+            else:
+                good.append(row | {"reward": value, "reward_model": job.fingerprint})
+        return good, failed

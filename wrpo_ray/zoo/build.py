@@ -1,0 +1,200 @@
+"""Build the whole zoo: models trained in parallel processes, each kept as soon as it is complete.
+
+Imports no torch: a finished zoo is recognised at once, and only the child processes train.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from wrpo_ray.errors import UserError
+from wrpo_ray.zoo.skills import Question, make_questions
+
+RECIPE = 1
+"""Version of the recipe: raise it with every change that alters what is built."""
+
+PLACES: dict[str, str] = {
+    "base": ".base",
+    "gemma2-chars": "sources/gemma2-chars",
+    "reward": "reward",
+    "qwen3-bpe": "sources/qwen3-bpe",
+    "llama-bytes": "sources/llama-bytes",
+    "target": "target",
+}
+"""The folder of each model, in the order in which to train: the longest chain first."""
+
+BUILT_ON_BASE = ("target", "reward")
+"""Models that start from the base model, which is removed when they are complete."""
+
+PROMPTS = {"prompts.jsonl": (3000, "train"), "eval.jsonl": (1800, "heldout")}
+"""Prompt files: how many rows, on which words."""
+
+Log = Callable[[str], Any]
+
+
+def build_zoo(folder: Path, seed: int = 0, processes: int = 2, log: Log = print) -> dict[str, Any]:
+    """Train every model of the zoo that the folder does not hold yet, and write its prompts.
+
+    A killed build goes on with the models that are missing. The same seed gives the same zoo on
+    the same machine. Two builds of one folder wait for each other.
+
+    Args:
+        folder: where the zoo lies; made here.
+        seed: decides words, weights and orders.
+        processes: how many models to train at the same time, one core each.
+        log: called with one line of progress at a time; the processes print their own.
+
+    Returns:
+        The contents of zoo.json: seed, recipe, versions, and the measures of each model.
+
+    Raises:
+        UserError: (a ValueError) if the folder holds a zoo of another seed or recipe.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_builder(folder):
+        _check_same(folder, seed)
+        missing = missing_models(folder)
+        record = _read(folder / "zoo.json")
+        if record and not missing and all((folder / name).exists() for name in PROMPTS):
+            return record
+        _write(folder / "zoo.json", {"complete": False, "seed": seed, "recipe": RECIPE})
+        for name, (count, words) in PROMPTS.items():
+            _write_questions(folder / name, make_questions(count, f"{seed}/{name}", words))
+        if missing:
+            log(f"zoo: training {', '.join(missing)} in {processes} processes")
+            _train(folder, seed, missing, max(1, processes), log)
+        return _finish(folder, seed)
+
+
+def missing_models(folder: Path) -> list[str]:
+    """The models still to train, in order; the base model only if another one needs it."""
+    missing = [name for name, place in PLACES.items() if not (folder / place).is_dir()]
+    if "base" in missing and not set(BUILT_ON_BASE) & set(missing):
+        missing.remove("base")
+    return missing
+
+
+def _train(folder: Path, seed: int, missing: list[str], processes: int, log: Log) -> None:
+    """Keep `processes` jobs running, always the first model whose base is complete."""
+    waiting, running = list(missing), {}
+    context = get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
+        try:
+            while waiting or running:
+                for name in _ready(waiting, running.values())[: processes - len(running)]:
+                    waiting.remove(name)
+                    running[pool.submit(_train_one, name, str(folder), seed)] = name
+                for job in wait(running, return_when=FIRST_COMPLETED).done:
+                    log(_line(running.pop(job), job))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _ready(waiting: list[str], running: Any) -> list[str]:
+    base_missing = "base" in {*waiting, *running}
+    return [name for name in waiting if not (base_missing and name in BUILT_ON_BASE)]
+
+
+def _line(name: str, job: Future) -> str:
+    measures = ", ".join(f"{key} {value:g}" for key, value in job.result().items())
+    return f"zoo: {name} done ({measures})"
+
+
+def _one_thread() -> None:
+    """Before torch is imported in a child: one thread a process, no network."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def _train_one(name: str, folder: str, seed: int) -> dict[str, float]:
+    """Train one model in a sibling of its folder, which then takes the folder's name."""
+    from transformers.utils import logging
+
+    from wrpo_ray.zoo import recipes
+
+    logging.disable_progress_bar()
+    final = Path(folder) / PLACES[name]
+    partial = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    measures = recipes.train(name, partial, Path(folder) / PLACES["base"], seed)
+    partial.rename(final)
+    return measures
+
+
+def _finish(folder: Path, seed: int) -> dict[str, Any]:
+    """Remove the base model and write zoo.json, which marks the zoo as complete."""
+    shutil.rmtree(folder / PLACES["base"], ignore_errors=True)
+    names = [name for name in PLACES if name != "base"]
+    record = {
+        "complete": True,
+        "seed": seed,
+        "recipe": RECIPE,
+        "versions": {
+            package: importlib.metadata.version(package)
+            for package in ("torch", "transformers", "tokenizers")
+        },
+        "models": {name: _read(folder / PLACES[name] / "training.json") for name in names},
+    }
+    _write(folder / "zoo.json", record)
+    return record
+
+
+def _check_same(folder: Path, seed: int) -> None:
+    """Refuse a folder whose zoo, complete or not, has another seed or recipe."""
+    record = _read(folder / "zoo.json")
+    for key, value in {"seed": seed, "recipe": RECIPE}.items():
+        if record and record.get(key) != value:
+            raise UserError(
+                f"{folder}: holds a zoo of {key} {record.get(key)}, not {value}; "
+                "choose another folder or delete this one"
+            )
+
+
+@contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system frees it when the process ends, however it ends."""
+    with (folder / ".lock").open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _write(path: Path, record: dict[str, Any]) -> None:
+    _replace(path, json.dumps(record, indent=2) + "\n")
+
+
+def _write_questions(path: Path, questions: list[Question]) -> None:
+    """Rows of prompt, reference, skill."""
+    rows = [asdict(question) for question in questions]
+    lines = [
+        json.dumps({"prompt": r["prompt"], "reference": r["answer"], "skill": r["skill"]})
+        for r in rows
+    ]
+    _replace(path, "\n".join(lines) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write the file whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
