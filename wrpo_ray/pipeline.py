@@ -103,8 +103,12 @@ class Chain:
         return STAGES.index(stage) <= STAGES.index(self.until)
 
     def _add(self, name: str, *phases: tuple[Any, ...]) -> None:
-        if self._wants(name):
-            self.stages.append(Stage(name, tuple(p for p in phases if p)))
+        """Add a stage; jobs that an earlier stage has are left to it."""
+        if not self._wants(name):
+            return
+        known = {step.key for stage in self.stages for step in stage.steps}
+        new = (tuple(job for job in phase if job.step.key not in known) for phase in phases)
+        self.stages.append(Stage(name, tuple(phase for phase in new if phase)))
 
     # --- prompts and candidates
 

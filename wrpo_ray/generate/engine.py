@@ -24,6 +24,8 @@ CPU_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 """On the CPU, compiling costs more than small runs take, and bound threads starve each other."""
+CPU_ENGINE = {"enforce_eager": True, "dtype": "float32", "enable_chunked_prefill": False}
+"""A seeded request whose prefill is split fails on the CPU: its generator has no offset."""
 ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
@@ -53,9 +55,9 @@ class Engine:
         import vllm
 
         on_cpu = model.actors.num_gpus == 0
-        defaults = {"enforce_eager": True, "dtype": "float32"} if on_cpu else {}
+        defaults = CPU_ENGINE if on_cpu else {}
         if model.dtype != "auto":
-            defaults["dtype"] = model.dtype
+            defaults = defaults | {"dtype": model.dtype}
         arguments = defaults | {"max_model_len": model.max_model_len} | model.engine
         self.llm = vllm.LLM(model=str(folder), disable_log_stats=True, **arguments)
         self.tokenizer = load_tokenizer(folder, model.chat_template)

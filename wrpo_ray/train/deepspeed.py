@@ -1,0 +1,113 @@
+"""DeepSpeed engines: the config from ours, the policy with its optimizer, the frozen reference.
+
+DeepSpeed averages gradients over workers; it is told not to divide by accumulation steps. So a
+loss of `workers * own share of the mean` makes the gradient the exact mean (see `loop`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from wrpo_ray.config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BUCKET = 50_000_000
+"""Elements reduced or gathered at once."""
+
+
+def prepare(config: TrainConfig) -> None:
+    """Keep DeepSpeed quiet, and on CPUs from compiling operators, which takes half a minute."""
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if config.num_gpus == 0:
+        deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+
+
+def engine_config(config: TrainConfig, accumulation: int, workers: int) -> dict[str, Any]:
+    """DeepSpeed's config dict.
+
+    `train_batch_size` is what DeepSpeed wants to be micro-batch x accumulation x workers; the
+    real number of rows of a step may be smaller, and is what losses are divided by.
+    """
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": config.num_gpus > 0,
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
+    }
+    if config.zero_stage == 3:
+        del zero["allgather_bucket_size"]
+        zero["stage3_prefetch_bucket_size"] = BUCKET
+    return {
+        "train_batch_size": config.micro_batch * accumulation * workers,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+@contextlib.contextmanager
+def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
+    """Within it `from_pretrained` shards each parameter as it is read, if the stage is 3."""
+    from transformers.integrations import deepspeed as hooks
+
+    if settings["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    marker = _Settings(settings)  # transformers keeps a weak reference only
+    hooks.set_hf_deepspeed_config(marker)
+    try:
+        yield
+    finally:
+        hooks.unset_hf_deepspeed_config()
+
+
+class _Settings:
+    """What transformers asks a DeepSpeed config (its own class would need `accelerate`)."""
+
+    def __init__(self, config: dict[str, Any]):
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def policy_engine(model: Any, config: TrainConfig, settings: dict[str, Any]) -> Any:
+    """The engine that trains `model`, with torch's AdamW (DeepSpeed's own needs a compiler)."""
+    import deepspeed
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def reference_engine(model: Any, settings: dict[str, Any]) -> Any:
+    """`model` frozen: sharded like the policy under stage 3, else a plain replica."""
+    model.requires_grad_(False)
+    if settings["zero_optimization"]["stage"] < 3:
+        return model
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=settings)
+    return engine
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """The rate of the next optimizer step."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate

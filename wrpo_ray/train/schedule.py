@@ -1,0 +1,41 @@
+"""alpha and the learning rate as pure functions of the optimizer step.
+
+Steps count from 0; `steps` is the number of steps of the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+
+from wrpo_ray.config import AlphaConfig, TrainConfig
+
+
+def alpha_at(config: AlphaConfig, step: int, steps: int) -> float:
+    """The fusion coefficient at a step (paper, section 3.3).
+
+    `dynamic` grows linearly from 0 at step 0 to exactly `end` at the last step; a run of one
+    step uses `end`. `static` is `end` throughout.
+    """
+    if config.schedule == "static" or step >= steps - 1:
+        return config.end
+    return config.end * (step / (steps - 1))
+
+
+def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
+    """The learning rate at a step.
+
+    It rises linearly over the first ceil(warmup * steps) steps, and reaches its peak at the
+    step after them. Then `cosine` and `linear` fall towards 0, which the step after the last
+    would have, and `constant` stays. The first step of a warm-up has one part of the rise, not
+    0, so that no step is wasted.
+    """
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, steps - warmup)  # in [0, 1)
+    shape = {
+        "constant": 1.0,
+        "linear": 1 - done,
+        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
+    }
+    return config.learning_rate * shape[config.schedule]

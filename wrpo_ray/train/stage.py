@@ -1,0 +1,245 @@
+"""Training on Ray: one TorchTrainer run a job, watched from the driver.
+
+The one module of this package that speaks Ray on the driver's side. torch and ray are imported
+when a run starts, so that the config can be checked without them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wrpo_ray.config import TrainConfig
+from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.train.task import CHECKPOINTS, METRICS, Task
+
+EVERY = 5.0
+"""Seconds between lines of progress."""
+DRIVER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished or lost worker is seen
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+}
+"""Ray Train's settings that its controller takes from the driver, unless they are set."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """One model to train."""
+
+    step: Step
+    """Its result is the folder `model` in the step's folder."""
+    rows: Step
+    """Its folder holds the SELECTION (SFT) or PREFERENCE (WRPO) shards."""
+    base: Folder
+    """The model folder to start from, and the reference of preference training."""
+    config: TrainConfig
+    """A WrpoConfig makes it preference training, else it is SFT."""
+    seed: int
+    """Decides the order of the rows."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the base's own template, and goes with the trained model."""
+
+
+def run(run: Run, jobs: list[Train]) -> None:
+    """Train the jobs, one after another, and write each one's manifest.
+
+    Raises:
+        UserError: nothing to train on, or not enough room for the workers.
+        FailureLimitError: too many rows could not be used.
+        WrpoError: the workers failed more often than `max_failures` allows.
+    """
+    for job in jobs:
+        _train(run, job)
+
+
+def _train(run: Run, job: Train) -> None:
+    started = time.time()
+    _check_room(job)
+    task = _task(run, job)
+    checkpoints = task.folder / CHECKPOINTS
+    counts = _fit(task, checkpoints)
+    _tell(task, counts)
+    job.step.finish(run.root, counts, started)
+    task.folder.delete(CHECKPOINTS)
+
+
+def _task(run: Run, job: Train) -> Task:
+    """The task with absolute folders, because a worker's working directory is another."""
+    root, base = _absolute(run.root), _absolute(job.base)
+    template = os.path.abspath(job.chat_template) if job.chat_template else None
+    rows = root / job.rows.folder
+    return Task(replace(run, root=root), job.step, rows, base, job.config, job.seed, template)
+
+
+def _absolute(folder: Folder) -> Folder:
+    return folder if folder.is_remote else Folder(folder.path)
+
+
+def _check_room(job: Train) -> None:
+    """Refuse what a Ray of this machine can never place; a cluster may still grow."""
+    import ray
+
+    config = job.config
+    have = ray.cluster_resources()
+    need = {"CPU": config.workers * config.num_cpus, "GPU": config.workers * config.num_gpus}
+    short = {name: n for name, n in need.items() if n > have.get(name, 0)}
+    if not short:
+        return
+    name, count = next(iter(short.items()))
+    lack = f"{config.workers} workers need {count:g} {name}s and Ray has {have.get(name, 0):g}"
+    if _is_own_ray():
+        raise UserError(f"{job.step.name}: {lack}; set fewer workers or less for each of them")
+    log(f"{job.step.name}: {lack}; waiting for the cluster to grow")
+
+
+def _is_own_ray() -> bool:
+    """Whether this process started the cluster, which then has this one node for good."""
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    return bool(node and node.head)
+
+
+# --- one run ---------------------------------------------------------------------------------
+
+
+def _fit(task: Task, checkpoints: Folder) -> dict[str, Any]:
+    """Run the workers to the end; returns the counts of the first."""
+    from wrpo_ray.train import checkpoint
+
+    for name, value in DRIVER_ENV.items():
+        os.environ.setdefault(name, value)
+    label, layout = task.step.name, checkpoint.layout(task.config)
+    checkpoint.repair(checkpoints / layout, label)
+    log(f"{label}: starting {task.config.workers} workers")
+    trainer = _trainer(task, checkpoints, layout)
+    result = _watch(task, trainer)
+    if isinstance(result, WrpoError):
+        raise result
+    return result
+
+
+def _trainer(task: Task, checkpoints: Folder, layout: str) -> Any:
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    config = task.config
+    resources = {"CPU": config.num_cpus} | ({"GPU": 1} if config.num_gpus else {})
+    return TorchTrainer(
+        _work,
+        train_loop_config={"task": task},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.num_gpus else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=config.workers,
+            resources_per_worker=resources,
+            use_gpu=config.num_gpus > 0,
+        ),
+        run_config=train.RunConfig(
+            name=layout,
+            storage_path=checkpoints.path,
+            storage_filesystem=checkpoints.filesystem,
+            failure_config=train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            worker_runtime_env={"env_vars": _worker_env(config)},
+        ),
+    )
+
+
+def _worker_env(config: TrainConfig) -> dict[str, str]:
+    env = {"OMP_NUM_THREADS": str(max(1, math.floor(config.num_cpus)))}
+    return env if config.num_gpus else env | {"DS_ACCELERATOR": "cpu"}
+
+
+def _work(config: dict[str, Any]) -> Any:
+    """Runs on each worker."""
+    from wrpo_ray.train import loop
+
+    return loop.work(config["task"])
+
+
+def _watch(task: Task, trainer: Any) -> Any:
+    """Fit in a thread, and tell progress meanwhile.
+
+    In the main thread Ray Train would take over SIGINT for good; so Ctrl-C is the caller's.
+    """
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["value"] = trainer.fit().return_value
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    shown = -1
+    while thread.is_alive():
+        thread.join(EVERY)
+        if thread.is_alive():
+            shown = _progress(task, shown)
+    if "error" in outcome:
+        raise _readable(task, outcome["error"]) from outcome["error"]
+    return outcome["value"]
+
+
+def _progress(task: Task, shown: int) -> int:
+    """Log the last step in the metrics, if it is another than `shown`; returns it."""
+    from wrpo_ray.train.metrics import read_metrics
+
+    records = read_metrics(task.folder) if task.folder.exists(METRICS) else []
+    if not records or records[-1]["step"] == shown:
+        return shown
+    last = records[-1]
+    accuracy = last.get("rewards/accuracies")
+    log(
+        f"{task.step.name}  step {last['step'] + 1}/{last['steps']}  loss {last['loss']:.4f}"
+        + ("" if accuracy is None else f"  accuracy {accuracy:.2f}")
+        + f"  {last['tokens_per_s']:,.0f} tokens/s"
+    )
+    return last["step"]
+
+
+def _tell(task: Task, counts: dict[str, Any]) -> None:
+    label, limit = task.step.name, task.config.max_length
+    if counts["resumed_at"]:
+        log(f"{label}: resumed at step {counts['resumed_at']}")
+    if counts["dropped"]:
+        log(f"{label}: dropped {counts['dropped']:,} rows with more than max_length {limit} tokens")
+    loss = counts["final_loss"]
+    log(f"{label}: {counts['steps']} steps on {counts['rows']:,} rows, final loss {loss:.4f}")
+
+
+# --- errors ----------------------------------------------------------------------------------
+
+
+def _readable(task: Task, error: BaseException) -> BaseException:
+    """The project's own error inside Ray's, or one line that names the first cause."""
+    causes = list(_causes(error))
+    own = next((cause for cause in causes if isinstance(cause, WrpoError)), None)
+    if own is not None:
+        return own
+    cause = causes[-1]
+    text = " ".join(str(cause).split())[:500]
+    return WrpoError(
+        f"{task.step.name}: training failed after {task.config.max_failures} restarts: "
+        f"{type(cause).__name__}: {text}; put the cause right and run the same command again, "
+        f"which goes on from the last checkpoint"
+    )
+
+
+def _causes(error: BaseException | None) -> Any:
+    """The error and what it wraps, outermost first."""
+    while error is not None:
+        yield error
+        failures = list(getattr(error, "worker_failures", {}).values())
+        inner = [getattr(error, "controller_failure", None), getattr(error, "_base_exc", None)]
+        inner += [*failures, getattr(error, "cause", None), error.__cause__]
+        error = next((e for e in inner if isinstance(e, BaseException)), None)

@@ -1,0 +1,53 @@
+"""What one training run is given, as it travels from the driver to the workers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from wrpo_ray.config import TrainConfig, WrpoConfig
+from wrpo_ray.core.run import Run
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+
+MODEL = "model"
+"""Subfolder of a training step with the trained model."""
+CHECKPOINTS = "checkpoints"
+"""Subfolder with what an unfinished run resumes from."""
+METRICS = "metrics.jsonl"
+"""One JSON record an optimizer step."""
+
+SFT_ANSWERS = ("source_chosen",)
+WRPO_ANSWERS = ("source_chosen", "target_chosen", "rejected")
+"""The answers of a row in the order in which they are tokenized and stacked."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training run."""
+
+    run: Run
+    step: Step
+    """Whose folder takes the result."""
+    rows: Folder
+    """Holds the SELECTION (SFT) or PREFERENCE (WRPO) shards."""
+    base: Folder
+    """The model to start from, which is also the reference of preference training."""
+    config: TrainConfig
+    seed: int
+    chat_template: str | None = None
+    """A Jinja file that replaces the base's own template."""
+
+    @property
+    def folder(self) -> Folder:
+        """The step's folder."""
+        return self.run.root / self.step.folder
+
+    @property
+    def is_preference(self) -> bool:
+        """Whether this is preference training; else it is SFT."""
+        return isinstance(self.config, WrpoConfig)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The names of a row's answers."""
+        return WRPO_ANSWERS if self.is_preference else SFT_ANSWERS
