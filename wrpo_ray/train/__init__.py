@@ -1,1 +1,1 @@
-
+"""SFT and preference training (WRPO) on Ray Train and DeepSpeed."""

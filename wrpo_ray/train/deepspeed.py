@@ -22,12 +22,16 @@ BUCKET = 50_000_000
 
 
 def prepare(config: TrainConfig) -> None:
-    """Keep DeepSpeed quiet, and on CPUs from compiling operators, which takes half a minute."""
+    """Let DeepSpeed take the process group that is there, and keep it quiet.
+
+    On CPUs it is also kept from compiling operators, which takes half a minute.
+    """
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if config.num_gpus == 0:
         deepspeed.ops.__compatible_ops__ = collections.defaultdict(bool)
+    deepspeed.init_distributed(verbose=False)
 
 
 def engine_config(config: TrainConfig, accumulation: int, workers: int) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def rewards(policy: Logps, reference: Logps, *, beta: float) -> Logps:
 
 
 def weighted_chosen(reward: Logps, alpha: float) -> Tensor:
-    """alpha * r(y_ws) + (1 - alpha) * r(y_wt), (B,); at the ends exactly one of the two."""
+    """The reward alpha * r(y_ws) + (1 - alpha) * r(y_wt), (B,), at the ends exactly one of them."""
     if alpha == 0:
         return reward.target_chosen
     if alpha == 1:
