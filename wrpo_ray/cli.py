@@ -7,8 +7,10 @@ Neither torch nor ray is imported before a config is valid, so `--help` is insta
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,10 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         return parsed.run(parsed) or 0
-    except UserError as error:
-        return _fail(error, 2)
     except WrpoError as error:
-        return _fail(error, 1)
+        if os.environ.get("WRPO_DEBUG"):
+            traceback.print_exc()
+        return _fail(error, 2 if isinstance(error, UserError) else 1)
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", 130)
 

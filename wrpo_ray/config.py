@@ -321,6 +321,10 @@ class Config(Section):
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self.prompts and not self.reward:
             yield "reward: missing; give `model` (a sequence classifier) or `function`"
+        if self.evaluate and not self.target:
+            yield "evaluate: needs a `target`"
+        if self.evaluate and not (self.reward or self.evaluate.verifier):
+            yield "evaluate: needs a `reward` or a `verifier`"
         names = [m.name for m in self.sources] + ([self.target.name] if self.target else [])
         reserved = {"target-sft", "target-dpo", "fused"} & set(names)
         if reserved:

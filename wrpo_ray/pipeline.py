@@ -95,7 +95,7 @@ class Chain:
                 self._add("pair", (pairs,))
                 if self._wants("train") and self.config.target:
                     self._train(pairs.step, self._trained(SFT))
-        if self._wants("evaluate") and self.config.evaluate and self.config.target:
+        if self._evaluating:
             self._evaluate()
         return self.stages
 
@@ -127,7 +127,10 @@ class Chain:
     def _input_step(
         self, name: str, given: Any, inputs: tuple[Step, ...] = (), **config: Any
     ) -> Step:
-        content = data_fingerprint(input_files(given.path, name))
+        try:
+            content = data_fingerprint(input_files(given.path, name))
+        except OSError as error:
+            raise UserError(f"{name}: {given.path} cannot be read: {error}") from None
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
         return Step(name, read | config, inputs)
 
@@ -240,7 +243,7 @@ class Chain:
 
     @property
     def _evaluating(self) -> bool:
-        return bool(self.config.evaluate and self.config.target) and self._wants("evaluate")
+        return self.config.evaluate is not None and self._wants("evaluate")
 
     @property
     def _evaluation(self) -> EvaluateConfig:

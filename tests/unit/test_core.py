@@ -106,9 +106,9 @@ def test_samples_bound_what_a_grown_store_gives(tmp_path):
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     """A writer that dies leaves a partial file that no reader sees."""
     folder = Folder(str(tmp_path))
-    with pytest.raises(RuntimeError), folder._publish("a.parquet") as path:
-        folder.filesystem.open_output_stream(path).write(b"half")
-        raise RuntimeError
+    publication = folder._publish("a.parquet")
+    folder.filesystem.open_output_stream(publication.__enter__()).write(b"half")
+    publication.__exit__(RuntimeError)
     (tmp_path / f"{TEMPORARY}1234-b.parquet").write_bytes(b"half")
     assert folder.files() == []
 

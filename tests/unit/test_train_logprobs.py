@@ -37,7 +37,7 @@ def test_equals_the_naive_sum(model):
 
 @pytest.mark.parametrize("left", [False, True])
 def test_padding_and_company_change_nothing(model, left):
-    padded = answer_logps(model, collate(PAIRS + [([2, 5, 3] * 10, [1])], pad=1, left=left))
+    padded = answer_logps(model, collate([*PAIRS, ([2, 5, 3] * 10, [1])], pad=1, left=left))
     alone = torch.cat([answer_logps(model, collate([pair])) for pair in PAIRS])
     torch.testing.assert_close(padded[:3], alone, rtol=1e-12, atol=1e-10)
 

@@ -50,7 +50,10 @@ def test_deepspeed_config_is_consistent(rows, batch, workers):
     assert got["train_batch_size"] >= min(rows, batch)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"checkpoint_results": [{"checkpoint_dir_name": "x"}]}'])
+GONE = '{"checkpoint_results": [{"checkpoint_dir_name": "x"}]}'
+
+
+@pytest.mark.parametrize("text", ["", "{", GONE])
 def test_a_damaged_snapshot_is_put_aside(folder, text):
     folder.write(checkpoint.SNAPSHOT, text.encode())
     checkpoint.repair(folder, "wrpo")

@@ -119,6 +119,7 @@ def _is_orphan(process: psutil.Process, output: str, session: str) -> bool:
 
 
 def map_rows(
+    what: str,
     rows: list[dict[str, Any]],
     worker: type,
     arguments: dict[str, Any],
@@ -131,7 +132,7 @@ def map_rows(
     its own results and pass over what is committed.
 
     Raises:
-        WrpoError: as raised by the worker.
+        WrpoError: as raised by the worker, or one that names `what` and the cause.
     """
     import ray
     from ray.data import ActorPoolStrategy
@@ -149,17 +150,30 @@ def map_rows(
     try:
         yield from dataset.iter_rows()
     except ray.exceptions.RayError as error:
-        raise own_error(error) from error
+        raise readable(error, what) from error
 
 
-def own_error(error: BaseException) -> BaseException:
-    """The project's own error inside one of Ray's, or the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, WrpoError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+def readable(error: BaseException, what: str) -> WrpoError:
+    """The project's own error inside one of Ray's, or one line that names the first cause."""
+    causes = list(_causes(error))
+    own = next((cause for cause in causes if isinstance(cause, WrpoError)), None)
+    if own is not None:
+        return own
+    text = " ".join(str(causes[-1]).split())[:500]
+    return WrpoError(
+        f"{what} failed: {type(causes[-1]).__name__}: {text}; put the cause right and run the same "
+        f"command again, which goes on where this one stopped (WRPO_DEBUG=1 shows the whole trace)"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it wraps, outermost first."""
+    while error is not None:
+        yield error
+        failures = list(getattr(error, "worker_failures", {}).values())
+        inner = [getattr(error, "controller_failure", None), getattr(error, "_base_exc", None)]
+        inner += [*failures, getattr(error, "cause", None), error.__cause__]
+        error = next((e for e in inner if isinstance(e, BaseException)), None)
 
 
 def thread_env(actors: Actors) -> dict[str, str]:

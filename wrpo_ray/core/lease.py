@@ -57,8 +57,9 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if not self.lost:
-            self.folder.delete(FILE)
+        if self.lost:
+            raise LeaseError(f"output: {self.folder} was taken over by another run; this one ends")
+        self.folder.delete(FILE)
 
     def _is_beating(self, held: dict[str, Any]) -> bool:
         if held["host"] == socket.gethostname():
@@ -104,6 +105,8 @@ def _is_dead(held: dict[str, Any]) -> bool:
     if held["host"] != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(held["pid"]).create_time() - held["started"]) > 1
+        process = psutil.Process(held["pid"])
+        is_another = abs(process.create_time() - held["started"]) > 1
+        return is_another or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True

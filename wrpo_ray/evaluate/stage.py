@@ -59,7 +59,9 @@ def run(run: Run, jobs: list[Evaluate]) -> None:
         examples: list[dict[str, Any]] = []
         rows = [{"bucket": b.index} for b in buckets(run.buckets)]
         arguments = {"run": run, "job": job}
-        for result in map_rows(rows, Summer, arguments, Actors(num_cpus=0.5, max=64)):
+        for result in map_rows(
+            job.step.name, rows, Summer, arguments, Actors(num_cpus=0.5, max=64)
+        ):
             part = json.loads(result["part"])
             for key, values in part["sums"]:
                 measure, name, group = key

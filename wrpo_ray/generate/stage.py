@@ -8,7 +8,7 @@ hand, and more prompts or samples are only added.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -74,9 +74,13 @@ def run(run: Run, jobs: list[Generate]) -> None:
         FailureLimitError: too many rows failed.
     """
     pools = [list(group) for _, group in groupby(jobs, key=lambda job: job.model)]
-    with ThreadPoolExecutor(len(pools)) as threads:
-        for done in [threads.submit(_run_pool, run, pool) for pool in pools]:
+    threads = ThreadPoolExecutor(len(pools))
+    try:
+        for done in as_completed([threads.submit(_run_pool, run, pool) for pool in pools]):
             done.result()
+    finally:
+        # After an error or Ctrl-C nobody waits: the other pools end with the connection to Ray.
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _run_pool(run: Run, jobs: list[Generate]) -> None:
@@ -86,12 +90,16 @@ def _run_pool(run: Run, jobs: list[Generate]) -> None:
     env = ENV | thread_env(model.actors) | (CPU_ENV if model.actors.num_gpus == 0 else {})
     progress = Progress(f"generate {model.name}", len(rows))
     tallies = [_Tally() for _ in jobs]
-    for result in map_rows(rows, Generator, {"run": run, "jobs": jobs}, model.actors, env):
+    for result in map_rows(
+        progress.label, rows, Generator, {"run": run, "jobs": jobs}, model.actors, env
+    ):
         tallies[result["job"]].add(result)
         progress.add(result["new"])
     for job, tally in zip(jobs, tallies, strict=True):
         run.check_failures(job.step, tally.failed, tally.rows)
         job.step.finish(run.root, tally.counts(), started)
+        if tally.rows > tally.new:
+            log(f"{job.step.name}: {tally.rows - tally.new:,} of {tally.rows:,} rows were there")
 
 
 @dataclass

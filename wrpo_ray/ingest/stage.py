@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from wrpo_ray.config import ImportConfig, PromptsConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import own_error
+from wrpo_ray.core.cluster import readable
 from wrpo_ray.core.published import from_published
 from wrpo_ray.core.run import Run, log
 from wrpo_ray.core.shards import Bucket, Prompts, write_failures, write_shard
@@ -157,7 +157,7 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
     try:
         done = dataset.sum(["read", "rows", "failed"])
     except ray.exceptions.RayError as error:
-        raise own_error(error) from error
+        raise readable(error, what) from error
     totals = {name: int(done[f"sum({name})"] or 0) for name in ("read", "rows", "failed")}
     failures = job.step.failures(run.root)
     if not totals["read"]:

@@ -95,7 +95,7 @@ def run(run: Run, jobs: list[Select | Pair]) -> None:
         counts: Counter[str] = Counter()
         rows = [{"bucket": b.index} for b in buckets(run.buckets)]
         for result in map_rows(
-            rows, Filler, {"run": run, "job": job}, Actors(num_cpus=0.5, max=64)
+            job.step.name, rows, Filler, {"run": run, "job": job}, Actors(num_cpus=0.5, max=64)
         ):
             counts.update(json.loads(result["counts"]))
         totals = {name: counts[name] for name in sorted({"rows", *counts})}

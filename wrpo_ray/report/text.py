@@ -1,4 +1,4 @@
-"""The end of a run as text: counts by step, the evaluation's table, one example."""
+"""The end of a run as text: counts by stage, the evaluation's table, one example."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = dict[str, Any]
 
 def summary_text(summary: Row) -> str:
     """What `wrpo fuse` prints when it is done."""
-    parts = ["\n".join(_steps(summary)), "\n".join(_wins(summary))]
+    parts = ["\n".join(_stages(summary)), "\n".join(_wins(summary))]
     if "evaluation" in summary:
         parts += ["\n".join(lines) for lines in _tables(summary["evaluation"])]
     if summary.get("example"):
@@ -27,16 +27,13 @@ def _short(path: str) -> str:
     return path if relative.startswith("..") else relative
 
 
-def _steps(summary: Row) -> Iterator[str]:
-    yield f"{'step':34}{'rows in':>10}{'rows out':>10}{'failed':>8}{'seconds':>9}"
-    for step in summary["steps"]:
-        if step["state"] != "done":
-            continue
-        failed = step["counts"].get("failed", 0)
-        yield (
-            f"{step['step']:34}{step['rows_in']:>10,}{step['rows_out']:>10,}"
-            f"{failed:>8,}{step['seconds']:>9.1f}"
-        )
+def _stages(summary: Row) -> Iterator[str]:
+    yield f"{'stage':12}{'steps':>8}{'rows':>12}{'failed':>10}"
+    for stage in dict.fromkeys(step["stage"] for step in summary["steps"]):
+        steps = [s for s in summary["steps"] if s["stage"] == stage and s["state"] == "done"]
+        rows = sum(s["rows_out"] for s in steps)
+        failed = sum(s["counts"].get("failed", 0) for s in steps)
+        yield f"{stage:12}{len(steps):>8}{rows:>12,}{failed:>10,}"
 
 
 def _wins(summary: Row) -> Iterator[str]:

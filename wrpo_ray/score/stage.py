@@ -73,7 +73,9 @@ def _run_pool(run: Run, jobs: list[Score]) -> None:
     progress = Progress(f"score with {reward.name}", len(rows))
     totals = [dict.fromkeys(("rows", "new", "failed"), 0) for _ in jobs]
     env = thread_env(reward.actors)
-    for result in map_rows(rows, Scorer, {"run": run, "jobs": jobs}, reward.actors, env):
+    for result in map_rows(
+        progress.label, rows, Scorer, {"run": run, "jobs": jobs}, reward.actors, env
+    ):
         for name, total in totals[result["job"]].items():
             totals[result["job"]][name] = total + result[name]
         progress.add(result["new"])

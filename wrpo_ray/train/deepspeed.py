@@ -38,15 +38,17 @@ def engine_config(config: TrainConfig, accumulation: int, workers: int) -> dict[
     """DeepSpeed's config dict.
 
     `train_batch_size` is what DeepSpeed wants to be micro-batch x accumulation x workers; the
-    real number of rows of a step may be smaller, and is what losses are divided by.
+    real number of rows of a step may be smaller, and is what losses are divided by. Stage 0 in
+    bf16 becomes stage 1: without ZeRO there are no fp32 master weights, and small updates vanish.
     """
+    stage = 1 if config.zero_stage == 0 and config.precision == "bf16" else config.zero_stage
     zero: dict[str, Any] = {
-        "stage": config.zero_stage,
+        "stage": stage,
         "overlap_comm": config.num_gpus > 0,
         "reduce_bucket_size": BUCKET,
         "allgather_bucket_size": BUCKET,
     }
-    if config.zero_stage == 3:
+    if stage == 3:
         del zero["allgather_bucket_size"]
         zero["stage3_prefetch_bucket_size"] = BUCKET
     return {

@@ -7,6 +7,7 @@ and ZeRO stage. Not covered: the driver's side (`stage`).
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import distributed as dist
 from wrpo_ray.config import WrpoConfig
 from wrpo_ray.core.chat import end_ids, load_tokenizer
 from wrpo_ray.core.shards import Bucket, write_failures
-from wrpo_ray.errors import WrpoError
+from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.train import checkpoint, deepspeed, model, schedule
 from wrpo_ray.train.logprobs import Batch, answer_logps, collate
 from wrpo_ray.train.loss import Logps, row_metrics, wrpo_loss
@@ -33,17 +34,21 @@ Counts = dict[str, Any]
 def work(task: Task) -> Counts | WrpoError:
     """Train on this worker.
 
-    An error in the rows is found by all workers alike; it is returned rather than raised,
-    because Ray Train would try again.
+    The project's own errors rise on all workers alike, and another try would meet them again.
+    So they are returned: what is raised makes Ray Train start over.
     """
+    try:
+        return _train(task)
+    except WrpoError as error:
+        return error
+
+
+def _train(task: Task) -> Counts:
     torch.set_num_threads(max(1, int(task.config.num_cpus)))
     deepspeed.prepare(task.config)
     base = task.base.local()
     tokenizer = load_tokenizer(base, task.chat_template)
-    try:
-        rows = load_rows(task, tokenizer, end_ids(tokenizer, base))
-    except WrpoError as error:
-        return error
+    rows = load_rows(task, tokenizer, end_ids(tokenizer, base))
     trainer = Trainer.create(task, rows.kept, tokenizer.pad_token_id or 0)
     first_step = checkpoint.restore(trainer.policy)
     final_loss = trainer.run(first_step)
@@ -90,6 +95,7 @@ class Trainer:
     policy: Any
     reference: Any
     pad: int
+    device: torch.device
 
     @classmethod
     def create(cls, task: Task, rows: list[Row], pad: int) -> Trainer:
@@ -99,19 +105,22 @@ class Trainer:
         workers = dist.get_world_size()
         accumulation = order.accumulation(workers, config.micro_batch)
         settings = deepspeed.engine_config(config, accumulation, workers)
-        dtype, device = deepspeed.DTYPES[config.precision], cls.device
+        dtype = deepspeed.DTYPES[config.precision]
+        device = torch.device("cuda" if config.num_gpus else "cpu")
         with deepspeed.partitioned_loading(settings):
             policy = model.load(base, dtype, device)
             reference = model.load(base, dtype, device) if task.is_preference else None
         engine = deepspeed.policy_engine(policy, config, settings)
         if reference is not None:
             reference = deepspeed.reference_engine(reference, settings)
-        return cls(task, rows, order, engine, reference, pad)
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return cls(task, rows, order, engine, reference, pad, device)
 
     def run(self, first_step: int) -> float | None:
-        """All steps from `first_step`; returns the last step's loss (on the first worker)."""
+        """All steps from `first_step`; returns the last step's loss (on the first worker).
+
+        Raises:
+            UserError: the loss is no longer a number.
+        """
         folder, every = self.task.folder, self.task.config.checkpoint_every
         file = MetricsFile(folder, first_step) if dist.get_rank() == 0 else None
         for step in range(first_step, self.order.steps):
@@ -122,9 +131,10 @@ class Trainer:
                 if file:
                     file.flush()
                 checkpoint.save(self.policy, step + 1, {"step": step, "loss": record["loss"]})
-        if file:
-            file.flush()
-        return file.records[-1]["loss"] if file else None
+        if file is None:
+            return None
+        file.flush()
+        return file.records[-1]["loss"] if file.records else None
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics, which are the same on all workers."""
@@ -142,6 +152,10 @@ class Trainer:
         totals = sums.reduce()
         tokens, seconds = totals.pop("tokens"), time.monotonic() - started
         loss = totals.pop("loss") / self._divisor(step)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"{self.task.step.name}: the loss is {loss} at step {step}; lower learning_rate"
+            )
         rows = len(self.order.batch(step))
         return {
             "step": step,
@@ -187,9 +201,7 @@ class Trainer:
         logps = answer_logps(self.policy, batch)
         return -logps, {"logps/source_chosen": logps, "tokens": _tokens(batch)}
 
-    def _wrpo(
-        self, rows: list[Row], weights: dict[str, float]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _wrpo(self, rows: list[Row], weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
         batch = self._collate([row.pairs()[a] for a in range(3) for row in rows])  # (3B, T)
         with torch.no_grad():
             reference = Logps(*answer_logps(self.reference, batch).chunk(3))
@@ -208,4 +220,4 @@ def _tokens(batch: Batch) -> Tensor:
 
 
 def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return float(value) if value is not None and math.isfinite(value) else None

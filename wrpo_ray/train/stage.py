@@ -18,7 +18,7 @@ from wrpo_ray.core.run import Run, log
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.train.task import CHECKPOINTS, METRICS, Task
+from wrpo_ray.train.task import CHECKPOINTS, Task
 
 EVERY = 5.0
 """Seconds between lines of progress."""
@@ -117,6 +117,8 @@ def _fit(task: Task, checkpoints: Folder) -> dict[str, Any]:
 
     for name, value in DRIVER_ENV.items():
         os.environ.setdefault(name, value)
+    if _is_own_ray():  # its node is never preempted: one process less
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     label, layout = task.step.name, checkpoint.layout(task.config)
     checkpoint.repair(checkpoints / layout, label)
     log(f"{label}: starting {task.config.workers} workers")
@@ -180,7 +182,7 @@ def _watch(task: Task, trainer: Any) -> Any:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    shown = -1
+    shown = _progress(task, None)
     while thread.is_alive():
         thread.join(EVERY)
         if thread.is_alive():
@@ -190,14 +192,17 @@ def _watch(task: Task, trainer: Any) -> Any:
     return outcome["value"]
 
 
-def _progress(task: Task, shown: int) -> int:
-    """Log the last step in the metrics, if it is another than `shown`; returns it."""
+def _progress(task: Task, shown: int | None) -> int:
+    """Log the last step in the metrics unless it is `shown`; returns it, or -1.
+
+    With None it says nothing: what is there is of an earlier, interrupted run.
+    """
     from wrpo_ray.train.metrics import read_metrics
 
-    records = read_metrics(task.folder) if task.folder.exists(METRICS) else []
-    if not records or records[-1]["step"] == shown:
-        return shown
-    last = records[-1]
+    records = read_metrics(task.folder)
+    last = records[-1] if records else {"step": -1}
+    if shown is None or last["step"] in (shown, -1):
+        return last["step"]
     accuracy = last.get("rewards/accuracies")
     log(
         f"{task.step.name}  step {last['step'] + 1}/{last['steps']}  loss {last['loss']:.4f}"
@@ -213,8 +218,7 @@ def _tell(task: Task, counts: dict[str, Any]) -> None:
         log(f"{label}: resumed at step {counts['resumed_at']}")
     if counts["dropped"]:
         log(f"{label}: dropped {counts['dropped']:,} rows with more than max_length {limit} tokens")
-    loss = counts["final_loss"]
-    log(f"{label}: {counts['steps']} steps on {counts['rows']:,} rows, final loss {loss:.4f}")
+    log(f"{label}: {counts['steps']} steps on {counts['rows']:,} rows")
 
 
 # --- errors ----------------------------------------------------------------------------------

@@ -46,7 +46,10 @@ def gemma2(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 def reward_model(base: LlamaForCausalLM) -> LlamaForSequenceClassification:
     """A scalar head on the transformer of `base`, which is shared and not copied."""
-    config = LlamaConfig(**{**base.config.to_dict(), "num_labels": 1, "architectures": None})
+    shape = base.config.to_dict()
+    for key in ("architectures", "id2label", "label2id"):
+        shape.pop(key, None)
+    config = LlamaConfig(**shape, num_labels=1)
     model = LlamaForSequenceClassification(config)
     model.model = base.model
     return model

@@ -25,7 +25,7 @@ from wrpo_ray.zoo import models, tokenizers, training
 from wrpo_ray.zoo.mistakes import slip, wrong_answer
 from wrpo_ray.zoo.skills import GROUPS, SKILLS, Question, make_questions, verify
 
-BATCH = 64
+BATCH = 32
 MEASURE = 900
 """Held-out questions that a model is measured on, a hundred a skill."""
 
@@ -47,9 +47,9 @@ class Source:
 
 
 SOURCES: dict[str, Source] = {
-    "llama-bytes": Source("form", tokenizers.byte_tokenizer, models.llama, 450, 0.02),
-    "qwen3-bpe": Source("order", tokenizers.bpe_tokenizer, models.qwen3, 500, 0.05),
-    "gemma2-chars": Source("move", tokenizers.char_tokenizer, models.gemma2, 500, 0.08),
+    "llama-bytes": Source("form", tokenizers.byte_tokenizer, models.llama, 900, 0.02),
+    "qwen3-bpe": Source("order", tokenizers.bpe_tokenizer, models.qwen3, 1000, 0.05),
+    "gemma2-chars": Source("move", tokenizers.char_tokenizer, models.gemma2, 1000, 0.08, 4e-3),
 }
 
 
@@ -109,7 +109,7 @@ def train_source(name: str, seed: int) -> Trained:
     )
 
 
-def train_base(seed: int, steps: int = 600) -> Trained:
+def train_base(seed: int, steps: int = 1200) -> Trained:
     """Right on every skill: what the target and the reward model start from."""
     tokenizer = tokenizers.word_tokenizer()
     model = models.llama(tokenizer)
@@ -122,7 +122,7 @@ def train_base(seed: int, steps: int = 600) -> Trained:
 
 
 def train_target(
-    base: Path, seed: int, steps: int = 150, right: float = 0.15, learning_rate: float = 1e-3
+    base: Path, seed: int, steps: int = 300, right: float = 0.3, learning_rate: float = 1e-3
 ) -> Trained:
     """The base model with bad habits: answers of another skill, and slips."""
     model, tokenizer = _load(base)
@@ -143,7 +143,7 @@ def habitual_answer(question: Question, rng: random.Random, right: float) -> str
     return wrong_answer(question, rng, weights=(0.75, 0.25, 0, 0))
 
 
-def train_reward(base: Path, seed: int, steps: int = 200) -> Trained:
+def train_reward(base: Path, seed: int, steps: int = 400) -> Trained:
     """A Bradley-Terry reward model, measured on held-out pairs of right and wrong answers."""
     language, tokenizer = _load(base)
     model = models.reward_model(language)

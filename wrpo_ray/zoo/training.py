@@ -6,7 +6,6 @@ checkpoints. A model takes half a minute; a killed one starts again.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Report = Callable[[int, int, float], None]
 """Called with step, steps and loss."""
-
-ANSWER_TOKENS = 6
-"""A usual answer's length with its end token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +59,7 @@ def train_language_model(
     *,
     learning_rate: float,
     report: Report,
-    batch: int = 64,
+    batch: int = 32,
 ) -> None:
     """One pass over (prompt, answer) pairs, cross-entropy on the answers' tokens."""
 
@@ -71,8 +67,7 @@ def train_language_model(
         ids, mask, labels = collate(rows, tokenizer.pad_token_id)
         return answer_loss(model(input_ids=ids, attention_mask=mask).logits, labels)
 
-    rows = encode(tokenizer, pairs)
-    batches = bucketed(rows, [len(row.ids) for row in rows], batch)
+    batches = _batches(encode(tokenizer, pairs), batch)
     _descend([model], loss, batches, learning_rate, report)
 
 
@@ -84,7 +79,7 @@ def train_reward_model(
     *,
     learning_rate: float,
     report: Report,
-    batch: int = 64,
+    batch: int = 32,
     lm_weight: float = 0.2,
     score_penalty: float = 0.01,
 ) -> None:
@@ -107,37 +102,13 @@ def train_reward_model(
 
     right = encode(tokenizer, [(prompt, chosen) for prompt, chosen, _ in triples])
     wrong = encode(tokenizer, [(prompt, rejected) for prompt, _, rejected in triples])
-    lengths = [max(len(r.ids), len(w.ids)) for r, w in zip(right, wrong, strict=True)]
-    batches = bucketed(list(zip(right, wrong, strict=True)), lengths, batch)
+    batches = _batches(list(zip(right, wrong, strict=True)), batch)
     _descend([reward, lm_head], loss, batches, learning_rate, report)
 
 
-def bucketed(rows: Sequence, lengths: Sequence[int], batch: int, window: int = 4) -> list[list]:
-    """Batches of rows of like length, which pad little, in random order.
-
-    Rows move only within windows of `window` batches, so that every stretch of the training
-    sees every kind of row.
-    """
-    rng = random.Random(0)
-    batches: list[list] = []
-    for indices in _batches(range(len(rows)), window * batch):
-        ordered = sorted(indices, key=lengths.__getitem__)
-        parts = [[rows[i] for i in part] for part in _batches(ordered, batch)]
-        rng.shuffle(parts)
-        batches += parts
-    return batches
-
-
 def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits (B, T, V) against the next token's labels (B, T).
-
-    Summed over an answer's tokens, averaged over rows and divided by a usual answer's length:
-    batches hold answers of like length, and a mean over tokens would slight the long ones.
-    """
-    total = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
-    return total / (len(labels) * ANSWER_TOKENS)
+    """Mean cross-entropy of logits (B, T, V) against the next token's labels (B, T)."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
 @torch.inference_mode()

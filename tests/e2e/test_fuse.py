@@ -1,0 +1,101 @@
+"""The whole chain on real engines, undisturbed and killed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import processes_of, rows, shards
+
+KEY = ("prompt_id", "source", "sample")
+SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(demo, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("undisturbed")
+    result = demo(output)("fuse")
+    assert result.returncode == 0, result.stderr
+    assert "Verifier accuracy on held-out prompts" in result.stdout
+    assert "Fused model:" in result.stdout
+    return output
+
+
+def test_summary_tells_every_step_and_compares_every_model(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    assert {step["state"] for step in summary["steps"]} == {"done"}
+    assert all(step["rows_out"] > 0 for step in summary["steps"])
+    accuracy = summary["evaluation"]["accuracy"]["models"]
+    assert set(accuracy) == {*SOURCES, "target", "target-sft", "target-dpo", "fused"}
+    assert accuracy["fused"]["all"]["n"] == 200
+    assert accuracy["fused"]["all"]["low"] > accuracy["target"]["all"]["high"]
+
+
+def test_every_prompt_has_its_answers_once_and_every_score_is_kept(undisturbed):
+    summary = json.loads((undisturbed / "summary.json").read_text())
+    counts = {s["step"]: s["counts"] for s in summary["steps"] if s["stage"] == "select"}["select"]
+    assert counts["rows"] == 360
+    assert counts["candidates"] == 360 * 5 * len(SOURCES)
+    pairs = rows(undisturbed, "pair", "prompt_id", "candidates")
+    assert all(text.count("'reward'") == 5 * (len(SOURCES) + 1) for _, text in pairs)
+
+
+def test_trained_models_are_ordinary_folders(undisturbed):
+    """vLLM has loaded it for the evaluation; transformers loads it here."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (folder,) = undisturbed.glob("wrpo-*/model")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size >= len(tokenizer)
+    assert tokenizer.chat_template
+
+
+def test_training_starts_at_ln_2_and_alpha_ends_at_its_end(undisturbed):
+    (file,) = undisturbed.glob("wrpo-*/metrics.jsonl")
+    steps = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [s["step"] for s in steps] == list(range(len(steps)))
+    assert steps[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert steps[0]["alpha"] == 0
+    assert steps[-1]["alpha"] == 0.5
+
+
+def test_a_second_call_does_nothing(demo, undisturbed):
+    before = shards(undisturbed, "**/*")
+    result = demo(undisturbed)("fuse")
+    assert result.returncode == 0
+    assert "all steps are done" in result.stderr
+    assert "Verifier accuracy" in result.stdout
+    assert shards(undisturbed, "**/*") == before
+
+
+def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed, tmp_path):
+    """SIGKILL of the driver in mid-generation and in mid-training of WRPO."""
+    output = tmp_path / "killed"
+    wrpo = demo(output)
+
+    log = wrpo.killed_when(lambda: len(shards(output, "generate-*/*.parquet")) >= 10, "fuse")
+    assert "generate" in log
+    generated = shards(output, "generate-*/*.parquet")
+
+    log = wrpo.killed_when(lambda: list(output.glob("wrpo-*/checkpoints/*/checkpoint_*")), "fuse")
+    assert "rows were there" in log
+    assert generated.items() <= shards(output, "generate-*/*.parquet").items()
+    finished = shards(output, "**/*.parquet")
+
+    result = wrpo("fuse")
+    assert result.returncode == 0, result.stderr
+    assert "wrpo: resumed at step" in result.stderr
+    assert finished.items() <= shards(output, "**/*.parquet").items()
+    assert not processes_of(output)
+
+    for source in (*SOURCES, "target-sft"):
+        for step in (f"generate-{source}", f"score-reward-{source}"):
+            killed = rows(output, step, *KEY)
+            assert killed == rows(undisturbed, step, *KEY)
+            assert len(killed) == len(set(killed))
+    for step in ("select", "pair"):
+        assert rows(output, step, "prompt_id") == rows(undisturbed, step, "prompt_id")
+    for source in (*SOURCES, "target"):  # the held-out answers are greedy
+        (greedy,) = {f.parent.name for f in output.glob(f"score-verifier-{source}-*/*.parquet")}
+        name = greedy.rsplit("-", 1)[0]
+        assert rows(output, name, *KEY, "text") == rows(undisturbed, name, *KEY, "text")

@@ -1,0 +1,111 @@
+"""The data part of the demo in an S3 store, killed once: the same rows as on local disk."""
+
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pytest
+
+from wrpo_ray.core import records
+from wrpo_ray.core.shards import Bucket, read_bucket
+from wrpo_ray.core.storage import Folder
+
+PORT = 5713
+SMALL = {"sampling": {"samples": 2, "temperature": 0.0, "top_p": 1.0, "max_tokens": 20}}
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 server of the test's own, with one bucket."""
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        _wait_for(f"http://127.0.0.1:{PORT}/moto-api/")
+        import boto3
+
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{PORT}").create_bucket(Bucket="wrpo")
+        yield f"s3://wrpo/run?endpoint_override=127.0.0.1:{PORT}&scheme=http"
+        server.terminate()
+
+
+def _wait_for(url: str) -> None:
+    for _ in range(120):
+        try:
+            urllib.request.urlopen(url, timeout=1)
+            return
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(url)
+
+
+def tables(output: Folder, step: str, schema: pa.Schema) -> pa.Table:
+    infos = output.filesystem.get_file_info(pa.fs.FileSelector(output.path))
+    names = [i.base_name for i in infos if i.base_name.rsplit("-", 1)[0] == step]
+    assert names, f"no {step} in {output}"
+    parts = [read_bucket(output / name, Bucket(0, 1), schema) for name in names]
+    table = pa.concat_tables(parts)
+    return table.sort_by([(n, "ascending") for n in KEY if n in schema.names])
+
+
+KEY = ("prompt_id", "source", "sample")
+
+
+def test_same_rows_as_on_disk_after_a_kill(demo, bucket, tmp_path):
+    """Greedy, so that answers can be compared by content."""
+    local = demo(tmp_path / "local", **SMALL)
+    assert local("fuse", "--until", "select").returncode == 0
+
+    store, remote = Folder(bucket), demo(bucket, **SMALL)
+
+    def is_generating() -> bool:
+        names = [
+            i.base_name
+            for i in store.filesystem.get_file_info(
+                pa.fs.FileSelector(store.path, allow_not_found=True)
+            )
+        ]
+        return (
+            sum(
+                len((store / n).files(suffix=".parquet"))
+                for n in names
+                if n.startswith("generate-")
+            )
+            >= 6
+        )
+
+    remote.killed_when(is_generating, "fuse", "--until", "select")
+    result = remote("fuse", "--until", "select")
+    assert result.returncode == 0, result.stderr
+    assert "rows were there" in result.stderr
+
+    disk = Folder(str(tmp_path / "local"))
+    for source in ("llama-bytes", "qwen3-bpe", "gemma2-chars"):
+        ours = tables(store, f"score-reward-{source}", records.SCORED).drop_columns("reward")
+        theirs = tables(disk, f"score-reward-{source}", records.SCORED).drop_columns("reward")
+        assert ours.equals(theirs)
+    columns = ["prompt_id", "messages", "split"]
+    ours = tables(store, "select", records.SELECTION).select(columns)
+    assert ours.equals(tables(disk, "select", records.SELECTION).select(columns))
+
+
+def test_training_from_and_to_an_object_store(demo, bucket):
+    """SFT reads its shards from the store, puts its model there, and vLLM loads it from there."""
+    result = demo(bucket, **SMALL)("fuse", "--until", "sample")
+    assert result.returncode == 0, result.stderr
+    store = Folder(bucket)
+    (sft,) = [
+        i.base_name
+        for i in store.filesystem.get_file_info(pa.fs.FileSelector(store.path))
+        if i.base_name.startswith("sft-")
+    ]
+    assert "model.safetensors" in (store / sft / "model").files()
+    assert tables(store, "score-reward-target-sft", records.SCORED).num_rows > 0

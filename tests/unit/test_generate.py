@@ -1,0 +1,194 @@
+"""What a generation actor does with a bucket, with a fake engine: asking, committing, resuming."""
+
+from pathlib import Path
+
+import pytest
+
+from wrpo_ray.config import ModelConfig, RewardConfig, SamplingConfig
+from wrpo_ray.core import records
+from wrpo_ray.core.run import Run
+from wrpo_ray.core.shards import Bucket, Prompts, Samples, read_bucket, write_shard
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import FailureLimitError
+from wrpo_ray.generate.engine import Request
+from wrpo_ray.generate.stage import Generate, Generator, _runs
+from wrpo_ray.score.rewards import ClassifierReward, Item
+from wrpo_ray.score.stage import Score, Scorer
+
+BUCKET = Bucket(0, 1)
+ROW = {"job": 0, "bucket": 0}
+
+
+class FakeEngine:
+    """Answers with the prompt's id; dies at call `dies_at`; refuses the prompts in `refuses`."""
+
+    def __init__(self, dies_at: int | None = None, refuses: tuple[str, ...] = ()):
+        self.asked: list[Request] = []
+        self.calls, self.dies_at, self.refuses = 0, dies_at, refuses
+
+    def generate(self, requests: list[Request], sampling: SamplingConfig):
+        self.calls += 1
+        if self.calls == self.dies_at:
+            raise RuntimeError("the engine died")
+        self.asked += requests
+        rows, failed = [], []
+        for request in requests:
+            for sample in request.samples:
+                key = {"prompt_id": request.prompt_id, "source": "m", "sample": sample}
+                if request.prompt_id in self.refuses:
+                    failed.append(records.failure("generate", ValueError("no"), **key))
+                else:
+                    rows.append(key | {"text": f"{request.prompt_id}/{sample}", "output_tokens": 1})
+        return rows, failed
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Folder(str(tmp_path)), buckets=1, chunk=4)
+
+
+def prompts(run: Run, count: int) -> Prompts:
+    step = Step("prompts", {"count": count})
+    rows = [
+        {
+            "prompt_id": records.digest(i),
+            "split": "sft",
+            "messages": [{"role": "user", "content": str(i)}],
+        }
+        for i in range(count)
+    ]
+    write_shard(run.root / step.folder, BUCKET, records.PROMPT, rows, "all")
+    return Prompts(step, ("sft",))
+
+
+def job(asked: Prompts, samples: int = 3) -> Generate:
+    sampling = SamplingConfig(samples=samples)
+    return Generate(ModelConfig(name="m", model="m"), Folder("m"), "weights", asked, sampling, 0)
+
+
+def generator(run: Run, job: Generate, engine: FakeEngine) -> Generator:
+    actor = Generator(run, [job])
+    actor.engine = engine  # in place of the lazily started one
+    return actor
+
+
+def stored(run: Run, job: Generate) -> list[tuple[str, int, str]]:
+    table = job.samples.read(run.root, BUCKET, records.RESPONSE)
+    return [(r["prompt_id"], r["sample"], r["text"]) for r in table.to_pylist()]
+
+
+def test_a_crash_loses_only_the_chunk_in_hand_and_nothing_is_asked_twice(run):
+    ten = job(prompts(run, 10))
+    first = FakeEngine(dies_at=3)
+    with pytest.raises(RuntimeError):
+        generator(run, ten, first)(ROW)
+    assert len(stored(run, ten)) == 8 * 3  # two chunks of four prompts
+    second = FakeEngine()
+    counts = generator(run, ten, second)(ROW)
+    assert {r.prompt_id for r in first.asked}.isdisjoint(r.prompt_id for r in second.asked)
+    assert (counts["rows"], counts["new"]) == (30, 6)
+    assert stored(run, ten) == [
+        (key, s, f"{key}/{s}") for key in sorted(map(records.digest, range(10))) for s in range(3)
+    ]
+
+
+def test_more_samples_ask_for_the_last_ones_only(run):
+    asked = prompts(run, 4)
+    generator(run, job(asked, 3), FakeEngine())(ROW)
+    more, engine = job(asked, 5), FakeEngine()
+    generator(run, more, engine)(ROW)
+    assert {(r.first, r.count) for r in engine.asked} == {(3, 2)}
+    assert len(stored(run, more)) == 20
+    assert len(stored(run, job(asked, 3))) == 12
+
+
+def test_more_prompts_ask_for_the_new_ones_only(run):
+    generator(run, job(prompts(run, 4)), FakeEngine())(ROW)
+    engine, more = FakeEngine(), job(prompts(run, 6))
+    generator(run, more, engine)(ROW)
+    assert sorted(r.prompt_id for r in engine.asked) == sorted(map(records.digest, (4, 5)))
+    assert len(stored(run, more)) == 18
+
+
+def test_failed_rows_are_kept_with_the_reason_and_tried_again(run):
+    two, bad = job(prompts(run, 2)), records.digest(0)
+    counts = generator(run, two, FakeEngine(refuses=(bad,)))(ROW)
+    assert (counts["rows"], counts["failed"]) == (3, 3)
+    kept = read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
+    assert {(r["prompt_id"], r["sample"], r["message"]) for r in kept} == {
+        (bad, s, "no") for s in range(3)
+    }
+    with pytest.raises(FailureLimitError, match="3 of 6 rows failed.*ValueError: no"):
+        run.check_failures(two.step, counts["failed"], counts["rows"])
+    counts = generator(run, two, FakeEngine())(ROW)
+    assert (counts["rows"], counts["failed"]) == (6, 0)
+    assert read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).num_rows == 0
+
+
+def test_runs_of_consecutive_samples():
+    assert _runs([0, 1, 4]) == [(0, 2), (4, 1)]
+    assert _runs([]) == []
+
+
+# --- scoring ---------------------------------------------------------------------------------
+
+
+def score_text(messages, response: str, reference: str | None) -> float:
+    """A reward for the test: the sample's number; text ending in /2 has none."""
+    if response.endswith("/2"):
+        raise ZeroDivisionError("odd text")
+    return float(response[-1])
+
+
+def test_scoring_passes_over_what_is_scored_and_keeps_what_fails(run):
+    answers = job(prompts(run, 3))
+    generator(run, answers, FakeEngine())(ROW)
+    config = RewardConfig(function=f"{__name__}:score_text")
+    scored = Score(answers.samples, config, None, "function")
+    counts = Scorer(run, [scored])(ROW)
+    assert (counts["rows"], counts["new"], counts["failed"]) == (6, 6, 3)
+    again = Scorer(run, [scored])(ROW)
+    assert (again["rows"], again["new"], again["failed"]) == (6, 0, 3)
+    rows = scored.samples.read(run.root, BUCKET, records.SCORED).to_pylist()
+    assert all(r["reward"] == r["sample"] for r in rows)
+    kept = read_bucket(scored.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
+    assert {(r["sample"], r["error"]) for r in kept} == {(2, "ZeroDivisionError")}
+
+
+def test_rewards_do_not_depend_on_the_batch(tmp_path):
+    """Batches of mixed lengths, padded on the right, give what each answer gets alone."""
+    import torch
+    from tiny_models import make_model, make_tokenizer
+    from transformers import LlamaForSequenceClassification
+
+    config = make_model().config
+    config.num_labels = 1
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    items = [
+        Item([{"role": "user", "content": "w1 w2"}], " ".join(["w3"] * n), None)
+        for n in (9, 1, 5, 30, 2)
+    ]
+    items.append(Item(items[0].messages, "w1 " * 200, None))
+    rewards = [
+        ClassifierReward(RewardConfig(model="m", max_length=100, batch_size=size), tmp_path)
+        for size in (1, 4)
+    ]
+    alone, together = (reward.score(items) for reward in rewards)
+    assert together[:5] == pytest.approx(alone[:5], abs=1e-5)
+    assert len(set(alone[:5])) == 5
+    assert "above 100" in str(together[5])
+
+
+def test_samples_of_all_sources_in_one_store_are_kept_apart(run):
+    """An import has all sources in one store: the key of a row includes its source."""
+    asked, step = prompts(run, 1), Step("import")
+    key = records.digest(0)
+    rows = [
+        {"prompt_id": key, "source": s, "sample": 0, "text": s, "reward": 1.0} for s in ("a", "b")
+    ]
+    write_shard(run.root / step.folder / "sources", BUCKET, records.SCORED, rows, "all")
+    table = Samples(step, asked, None, "sources").read(run.root, BUCKET, records.SCORED)
+    assert table["source"].to_pylist() == ["a", "b"]
