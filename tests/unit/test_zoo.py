@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_train_and_heldout_words_are_disjoint_and_alternate():
     assert not (train | heldout) & set(PHRASE_WORDS)
     for word in train | heldout:
         assert 3 <= len(word) <= 5
-        assert all((a in VOWELS) != (b in VOWELS) for a, b in zip(word, word[1:], strict=False))
+        assert all((a in VOWELS) != (b in VOWELS) for a, b in pairwise(word))
 
 
 def test_about_a_fifth_of_the_words_is_held_out():
@@ -64,8 +65,8 @@ def test_about_a_fifth_of_the_words_is_held_out():
 
 
 def test_the_heldout_hash_is_stable_over_processes_and_versions():
-    """First byte of sha256 modulo 5: b9 = 185 -> 0, so the first is held out."""
-    assert [word for word in ("mato", "kilu", "bo", "zeb", "ace", "ufo") if is_heldout(word)] == []
+    """First bytes of sha256: tipo 225 (a multiple of 5: held out), mato 137, kilu 176."""
+    assert [word for word in ("tipo", "mato", "kilu") if is_heldout(word)] == ["tipo"]
 
 
 def test_questions_are_distinct_even_and_decided_by_the_seed():

@@ -10,18 +10,18 @@ import importlib.metadata
 import json
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.zoo.skills import Question, make_questions
+from wrpo_ray.zoo.skills import Question, Words, make_questions
 
-RECIPE = 1
+RECIPE = 2
 """Version of the recipe: raise it with every change that alters what is built."""
 
 PLACES: dict[str, str] = {
@@ -37,7 +37,10 @@ PLACES: dict[str, str] = {
 BUILT_ON_BASE = ("target", "reward")
 """Models that start from the base model, which is removed when they are complete."""
 
-PROMPTS = {"prompts.jsonl": (3000, "train"), "eval.jsonl": (1800, "heldout")}
+PROMPTS: dict[str, tuple[int, Words]] = {
+    "prompts.jsonl": (3000, "train"),
+    "eval.jsonl": (1800, "heldout"),
+}
 """Prompt files: how many rows, on which words."""
 
 Log = Callable[[str], Any]
@@ -88,9 +91,10 @@ def missing_models(folder: Path) -> list[str]:
 
 def _train(folder: Path, seed: int, missing: list[str], processes: int, log: Log) -> None:
     """Keep `processes` jobs running, always the first model whose base is complete."""
-    waiting, running = list(missing), {}
+    waiting = list(missing)
+    running: dict[Future, str] = {}
     context = get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_child) as pool:
         try:
             while waiting or running:
                 for name in _ready(waiting, running.values())[: processes - len(running)]:
@@ -113,13 +117,24 @@ def _line(name: str, job: Future) -> str:
     return f"zoo: {name} done ({measures})"
 
 
-def _one_thread() -> None:
-    """Before torch is imported in a child: one thread a process, no network."""
+def _start_child() -> None:
+    """Before torch is imported in a child: one thread, no network, and no life after its parent.
+
+    A pool's workers outlive a parent that is killed with -9, and would write where the next
+    build writes.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["RAYON_NUM_THREADS"] = "1"
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["HF_HUB_OFFLINE"] = "1"
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train_one(name: str, folder: str, seed: int) -> dict[str, float]:
@@ -185,10 +200,8 @@ def _write(path: Path, record: dict[str, Any]) -> None:
 
 def _write_questions(path: Path, questions: list[Question]) -> None:
     """Rows of prompt, reference, skill."""
-    rows = [asdict(question) for question in questions]
     lines = [
-        json.dumps({"prompt": r["prompt"], "reference": r["answer"], "skill": r["skill"]})
-        for r in rows
+        json.dumps({"prompt": q.prompt, "reference": q.answer, "skill": q.skill}) for q in questions
     ]
     _replace(path, "\n".join(lines) + "\n")
 
