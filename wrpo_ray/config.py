@@ -57,7 +57,7 @@ class PromptsConfig(Section):
     columns: Columns = Columns()
     """Column names in the file."""
     limit: int | None = Field(None, ge=1)
-    """Use only about this many prompts, chosen by hash; null uses all."""
+    """Use only the first so many rows, files in the order of their names; null uses all."""
 
 
 class ResponseColumns(Columns):

@@ -1,4 +1,4 @@
-"""Wrong answers: another skill's, a slip, a cut-off, the right rule on a wrong word. Pure."""
+"""Wrong answers: another skill's, a slip, a near miss, a cut-off, a wrong word. Pure."""
 
 from __future__ import annotations
 
@@ -41,16 +41,25 @@ def _slipped(question: Question, rng: random.Random) -> str:
     return slip(question.answer, rng)
 
 
+def _near_miss(question: Question, rng: random.Random) -> str:
+    """The right letters in another order, or too many or too few times."""
+    if question.skill == "repeat":
+        return SKILLS["repeat"].rule(question.word, rng.choice((1, 2, 3, 4)))
+    letters = list(question.answer)
+    rng.shuffle(letters)
+    return "".join(letters)
+
+
 def wrong_answer(
     question: Question,
     rng: random.Random,
-    weights: tuple[float, float, float, float] = (0.45, 0.3, 0.1, 0.15),
+    weights: tuple[float, float, float, float, float] = (0.3, 0.3, 0.25, 0.05, 0.1),
 ) -> str:
     """A wrong, non-empty answer.
 
-    `weights` are those of another skill, a slip, a cut-off, a wrong word.
+    `weights` are those of another skill, a slip, a near miss, a cut-off, a wrong word.
     """
-    kinds = (other_skill, _slipped, _cut, _wrong_word)
+    kinds = (other_skill, _slipped, _near_miss, _cut, _wrong_word)
     while True:
         text = rng.choices(kinds, weights)[0](question, rng)
         if text not in ("", question.answer):

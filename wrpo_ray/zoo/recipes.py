@@ -140,10 +140,10 @@ def habitual_answer(question: Question, rng: random.Random, right: float) -> str
     """The right answer with probability `right`, else another skill's or a slip."""
     if rng.random() < right:
         return question.answer
-    return wrong_answer(question, rng, weights=(0.75, 0.25, 0, 0))
+    return wrong_answer(question, rng, weights=(0.75, 0.25, 0, 0, 0))
 
 
-def train_reward(base: Path, seed: int, steps: int = 400) -> Trained:
+def train_reward(base: Path, seed: int, steps: int = 1200) -> Trained:
     """A Bradley-Terry reward model, measured on held-out pairs of right and wrong answers."""
     language, tokenizer = _load(base)
     model = models.reward_model(language)
