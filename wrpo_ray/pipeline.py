@@ -32,7 +32,7 @@ from wrpo_ray.core.storage import Folder, check_writable
 from wrpo_ray.errors import UserError
 from wrpo_ray.evaluate.stage import EXAMPLE, TABLE, Entrant, Evaluate
 from wrpo_ray.generate.stage import Generate
-from wrpo_ray.ingest.readers import check_columns, input_files
+from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.ingest.stage import (
     SOURCES,
     TARGET,
@@ -365,8 +365,10 @@ def _check_input(what: str, given: Any) -> None:
         columns = ["prompt", "chosen", "rejected"]
     elif hasattr(used, "response"):
         columns += [used.response, used.source, used.reward]
-    for uri in input_files(given.path, what):
+    files = input_files(given.path, what)
+    for uri in files:
         check_columns(uri, [c for c in columns if c], what)
+    check_some_rows(files, what)
 
 
 # --- running ---------------------------------------------------------------------------------

@@ -61,6 +61,24 @@ def check_columns(uri: str, columns: list[str], what: str) -> None:
         )
 
 
+def check_some_rows(uris: list[str], what: str) -> None:
+    """Check that at least one of the files has a row; only their sizes are read.
+
+    Raises:
+        UserError: all are empty.
+    """
+    if not any(_has_rows(Folder(uri)) for uri in uris):
+        names = ", ".join(str(Folder(uri)) for uri in uris[:3])
+        raise UserError(f"{what}: {names} has no rows; give a file with at least one")
+
+
+def _has_rows(file: Folder) -> bool:
+    with file.filesystem.open_input_file(file.path) as stream:
+        if str(file).endswith(".parquet"):
+            return pq.ParquetFile(stream).metadata.num_rows > 0
+        return stream.size() > 0
+
+
 def read_rows(uri: str) -> Iterator[tuple[str, Row | Exception]]:
     """(place, row) for each row, such as ("prompts.jsonl:3", {...}); an Exception for a bad one."""
     file = Folder(uri)
