@@ -22,6 +22,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": str(ROOT / "tests" / "ray"),  # workers import actors that tests define
 }
 os.environ.pop("RAY_ADDRESS", None)
 

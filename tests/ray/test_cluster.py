@@ -1,8 +1,11 @@
 """Where data lies, and who still works on it, on Ray clusters that the tests start and end."""
 
+import contextlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.core import cluster
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import UserError, WrpoError
 
 TWO_NODES = """
 import sys
@@ -65,7 +68,8 @@ def test_an_output_that_one_node_does_not_see_is_refused(tmp_path, monkeypatch):
     output.mkdir()
     address = f"127.0.0.1:{6399}"
     ray = str(Path(sys.executable).parent / "ray")
-    common = ["--num-cpus=1", "--block", "--disable-usage-stats", f"--temp-dir={tmp_path}/r"]
+    folder = tempfile.mkdtemp(prefix="wrpo-")  # sockets in it have a path of 107 bytes at most
+    common = ["--num-cpus=1", "--block", "--disable-usage-stats", f"--temp-dir={folder}"]
     head = [
         ray,
         "start",
@@ -104,7 +108,8 @@ def test_an_output_that_one_node_does_not_see_is_refused(tmp_path, monkeypatch):
     finally:
         cluster.disconnect()
         for process in started:
-            end_tree(process.pid)
+            end_tree(process)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for(is_true) -> None:
@@ -115,11 +120,13 @@ def wait_for(is_true) -> None:
     raise TimeoutError
 
 
-def end_tree(pid: int) -> None:
-    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    for process in tree:
-        process.kill()
-    psutil.wait_procs(tree, timeout=20)
+def end_tree(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        tree = [*psutil.Process(process.pid).children(recursive=True), process]
+        for member in tree:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait(20)
 
 
 def test_orphans_of_this_output_are_ended_and_others_are_not(local_ray, tmp_path):
@@ -176,3 +183,20 @@ class Refuses:
 def test_the_projects_own_errors_come_through_ray(local_ray):
     with pytest.raises(UserError, match="^cause and remedy$"):
         list(cluster.map_rows("test", [{"row": 1}], Refuses, {}, Actors()))
+
+
+class Breaks:
+    """An actor with a fault of its own."""
+
+    def __call__(self, row: dict) -> dict:
+        return {}[row["row"]]
+
+
+def test_another_error_is_told_with_its_cause(local_ray):
+    with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
+        list(cluster.map_rows("test", [{"row": 1}], Breaks, {}, Actors()))
+
+
+def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):
+    with pytest.raises(UserError, match="nothing answers at 127.0.0.1:9 .*correct the address"):
+        cluster.connect(ClusterConfig(address="127.0.0.1:9"), Folder(str(tmp_path)), "test")

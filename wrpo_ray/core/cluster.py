@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import psutil
 
+from wrpo_ray import errors
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import log
@@ -30,12 +35,31 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
+        _check_answers(address)
         ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
     else:
         os.environ |= marks
         ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _check_answers(address: str) -> None:
+    """Ray waits for minutes, and ends the process, where nothing listens.
+
+    Raises:
+        UserError: nothing does.
+    """
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not port.isdigit():
+        return  # such as `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address: nothing answers at {address} ({error}); start the cluster, or "
+            f"correct the address (RAY_ADDRESS)"
+        ) from None
 
 
 def _python_path() -> str:
@@ -106,8 +130,18 @@ def _end_orphans(output: str, session: str) -> int:
     orphans = [p for p in psutil.process_iter() if _is_orphan(p, output, session)]
     for process in orphans:
         process.kill()
-    psutil.wait_procs(orphans, timeout=30)
+    deadline = time.monotonic() + 30
+    while any(map(_runs, orphans)) and time.monotonic() < deadline:
+        time.sleep(0.1)
     return len(orphans)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still does; one that waits only for its parent to take notice does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _is_orphan(process: psutil.Process, output: str, session: str) -> bool:
@@ -137,9 +171,10 @@ def map_rows(
     import ray
     from ray.data import ActorPoolStrategy
 
+    guarded = type(worker.__name__, (_Guarded,), {})  # under the name that dashboards show
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        worker,
-        fn_constructor_kwargs=arguments,
+        guarded,
+        fn_constructor_kwargs={"what": what, "worker": worker, "arguments": arguments},
         compute=ActorPoolStrategy(
             min_size=min(actors.min, len(rows)), max_size=min(actors.max, len(rows))
         ),
@@ -148,9 +183,41 @@ def map_rows(
         runtime_env={"env_vars": env or {}},
     )
     try:
-        yield from dataset.iter_rows()
+        for result in dataset.iter_rows():
+            if "error" in result:
+                raise _own_error(result)
+            yield result
     except ray.exceptions.RayError as error:
         raise readable(error, what) from error
+
+
+class _Guarded:
+    """A worker whose errors are results: raised, they come wrapped in Ray's, with long traces."""
+
+    def __init__(self, what: str, worker: type, arguments: dict[str, Any]):
+        self.what, self.worker, self.arguments = what, worker, arguments
+
+    @cached_property
+    def _made(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return self.worker(**self.arguments)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._made(row)
+        except Exception as error:  # whatever it is, the driver tells it
+            own = error if isinstance(error, WrpoError) else readable(error, self.what)
+            return {
+                "error": type(own).__name__,
+                "message": str(own),
+                "trace": traceback.format_exc(),
+            }
+
+
+def _own_error(result: dict[str, Any]) -> WrpoError:
+    kind: type[WrpoError] = getattr(errors, result["error"])
+    error = kind(result["message"])
+    error.__cause__ = RuntimeError(result["trace"])  # shown with WRPO_DEBUG
+    return error
 
 
 def readable(error: BaseException, what: str) -> WrpoError:

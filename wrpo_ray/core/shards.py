@@ -142,7 +142,7 @@ def _unique(table: pa.Table) -> pa.Table:
     first: dict[tuple[str, str, int], int] = {}
     for position, key in enumerate(zip(*(table[n].to_pylist() for n in names), strict=True)):
         first.setdefault(key, position)
-    return table.take([first[key] for key in sorted(first)])
+    return table.take(pa.array([first[key] for key in sorted(first)], pa.int64()))
 
 
 def sample_keys(table: pa.Table) -> set[tuple[str, int]]:
