@@ -1,17 +1,34 @@
-"""Conversations to token ids: the one path for generation, reference and training.
+"""Conversations to token ids: the one path for generation, reference, training and rewards.
 
-Token ids, not text, cross the line to an engine, so nothing is tokenized twice and no
-second BOS can appear. Not covered: tools, images.
+Token ids, not text, cross the line to an engine, so nothing is tokenized twice. What holds:
+- One BOS at the start where the template writes it or the tokenizer would add it; else none.
+- An answer's ids follow the prompt's in the whole conversation. Where one token would span the
+  border, the answer is tokenized apart: the prompt's ids never change.
+- An answer ends with the first special token that the template writes after its text.
+- Text that spells a special token stays text in an answer; in a prompt it becomes the token.
+- The date that a template may ask for is fixed: no rendering depends on the day.
+
+Not covered: tools, images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from wrpo_ray.core.records import Message
 from wrpo_ray.errors import UserError
+
+PROBE = "PROBE"
+"""An answer that no template alters."""
+DATE = datetime(2024, 7, 26)
+"""The date that Llama 3.1's template takes where it is given none."""
+_REPLACED = "".join(f" | replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "YymBbdjAaHMS")
+CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
+"""Jinja that hides the clock from the template behind it."""
 
 
 def check_model_folder(folder: Path, what: str, chat_template: str | None = None) -> None:
@@ -24,47 +41,50 @@ def check_model_folder(folder: Path, what: str, chat_template: str | None = None
         raise UserError(f"{what}: no such model folder: {folder}; give a Hugging Face model folder")
     if not (folder / "config.json").is_file():
         raise UserError(f"{what}: {folder} has no config.json; give a Hugging Face model folder")
+    config = folder / "tokenizer_config.json"
+    inline = config.is_file() and json.loads(config.read_text()).get("chat_template")
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise UserError(f"{what}: no such chat template file: {chat_template}")
-    elif not _has_template(folder):
+    elif not inline and not (folder / "chat_template.jinja").is_file():
         raise UserError(
             f"{what}: {folder} has no chat template; add chat_template.jinja to it, "
             f"or set `chat_template` to a Jinja file"
         )
 
 
-def _has_template(folder: Path) -> bool:
-    config = folder / "tokenizer_config.json"
-    inline = config.is_file() and json.loads(config.read_text()).get("chat_template")
-    return bool(inline) or (folder / "chat_template.jinja").is_file()
-
-
 def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
     """The folder's tokenizer, with its chat template replaced by a file's where one is given."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # Mistral's own format has no Jinja template, and reads no special tokens in text
+    tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
     if chat_template is not None:
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
     return tokenizer
 
 
 def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """Every token id that ends a turn: the tokenizer's eos and those of generation_config."""
-    ends = {tokenizer.eos_token_id}
+    """Every token id that ends a turn: the tokenizer's eos, generation_config's, the template's."""
     file = folder / "generation_config.json"
-    if file.is_file():
-        listed = json.loads(file.read_text()).get("eos_token_id")
-        ends |= set(listed) if isinstance(listed, list) else {listed}
-    return frozenset(ends - {None})
+    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    listed = listed if isinstance(listed, list) else [listed]
+    ends = frozenset({tokenizer.eos_token_id, *listed} - {None})
+    _, tail = _body_and_tail(tokenizer, [{"role": "user", "content": PROBE}], PROBE)
+    with contextlib.suppress(UserError):
+        ends |= {_end(tokenizer, tail, ends)}
+    return ends
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     """Token ids of the conversation up to where the assistant's answer begins."""
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
+    return _one_bos(tokenizer, _encode(tokenizer, _render(tokenizer, messages, prompt=True)))
+
+
+def conversation_ids(tokenizer: Any, messages: list[Message], text: str) -> list[int]:
+    """Token ids of the conversation with an answer, and all that the template writes after it."""
+    body, tail = _body_and_tail(tokenizer, messages, text)
+    return _one_bos(tokenizer, _encode_answer(tokenizer, body, tail, text))
 
 
 def answer_ids(
@@ -73,21 +93,106 @@ def answer_ids(
     """Token ids of an answer as the template continues the prompt with it.
 
     The ids end with exactly one end of turn, or with none where `closed` is false (an answer
-    that was cut off).
+    that was cut off). An empty answer is its end of turn alone.
 
     Raises:
-        UserError: the prompt's ids are no prefix of the whole conversation's.
+        UserError: the prompt is no prefix, nothing closes the answer, or nothing of it is left.
     """
-    prompt = prompt_ids(tokenizer, messages)
-    conversation = [*messages, {"role": "assistant", "content": text}]
-    whole = tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=False)
-    if whole[: len(prompt)] != prompt:
+    prompt = _render(tokenizer, messages, prompt=True)
+    body, tail = _body_and_tail(tokenizer, messages, text)
+    _check_prefix(prompt, body)
+    end = tokenizer.convert_ids_to_tokens(_end(tokenizer, tail, ends))
+    closing = tail[: tail.index(end) + len(end)] if closed else ""
+    start = _one_bos(tokenizer, _encode(tokenizer, prompt))
+    ids = _one_bos(tokenizer, _encode_answer(tokenizer, body, closing, text))
+    if ids[: len(start)] != start:
+        ids = [*start, *_encode_answer(tokenizer, body[len(prompt) :], closing, text, "\n")]
+    if len(ids) == len(start):
+        raise UserError("an answer that was cut off has no text; drop the row")
+    return ids[len(start) :]
+
+
+def check_sampled(ids: list[int], ends: frozenset[int], *, closed: bool) -> None:
+    """Check an engine's answer: its only end of turn is its last token, or it has none if open."""
+    if [i for i, token in enumerate(ids) if token in ends] != [len(ids) - 1] * closed:
         raise UserError(
-            "chat template: the prompt's tokens are no prefix of the whole conversation's; "
-            "use a template that renders a finished answer as it renders the prompt"
+            "a sampled answer does not end with its only end of turn, or was cut off and has one; "
+            "list every end of turn as eos_token_id in generation_config.json, and sample again"
         )
-    answer = whole[len(prompt) :]
-    end = max((i for i, token in enumerate(answer) if token in ends), default=None)
-    if end is None:
-        raise UserError("chat template: a finished answer does not end with an end-of-turn token")
-    return answer[: end + 1] if closed else answer[:end]
+
+
+def _render(tokenizer: Any, messages: list[Message], *, prompt: bool = False) -> str:
+    template = tokenizer.get_chat_template()
+    template = CLOCK * ("strftime_now" in template) + template
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+    )
+
+
+def _end(tokenizer: Any, tail: str, ends: frozenset[int]) -> int:
+    """The first token of the tail that ends a turn or is special."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | ends
+    for token in _encode(tokenizer, tail):
+        if token in special:
+            return token
+    raise UserError(
+        "chat template: no special token closes an answer; set `chat_template` to a file with one"
+    )
+
+
+def _body_and_tail(tokenizer: Any, messages: list[Message], text: str) -> tuple[str, str]:
+    """The conversation's text up to the end of the answer's, and what the template writes then."""
+    turns = [{"role": "assistant", "content": content} for content in (text, PROBE)]
+    whole, probe = (_render(tokenizer, [*messages, turn]) for turn in turns)
+    tail = probe.rpartition(PROBE)[2] if PROBE in probe else ""
+    if not whole.endswith(tail):
+        raise UserError(
+            f"chat template: this answer is not followed by {tail!r}, as others are; "
+            "set `chat_template` to a file that closes every answer alike"
+        )
+    return whole[: len(whole) - len(tail)], tail
+
+
+def _check_prefix(prompt: str, whole: str) -> None:
+    if not whole.startswith(prompt):
+        pairs = zip(prompt, whole, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(whole))
+        raise UserError(
+            f"chat template: the prompt has {prompt[same:][:40]!r} where the finished conversation "
+            f"has {whole[same:][:40]!r}; set `chat_template` to a file in which they agree"
+        )
+
+
+def _encode(tokenizer: Any, text: str, before: str = "", *, plain: bool = False) -> list[int]:
+    """Token ids of a text after `before`: some tokenizers put a space before a text on its own.
+
+    Special tokens that a `plain` text spells stay text.
+    """
+    options = {"add_special_tokens": False, "split_special_tokens": plain}
+    lead = tokenizer(before, **options)["input_ids"]
+    ids = tokenizer(before + text, **options)["input_ids"]
+    if ids[: len(lead)] != lead:
+        ids, lead = tokenizer(text, **options)["input_ids"], []
+    return ids[len(lead) :]
+
+
+def _encode_answer(tokenizer: Any, body: str, after: str, text: str, before: str = "") -> list[int]:
+    """Token ids of body + after; special tokens spelled by `text`, the body's end, stay text."""
+    known = tokenizer.added_tokens_decoder.values()
+    if not any(token.special and token.content in text for token in known):
+        return _encode(tokenizer, body + after, before)
+    start, content, rest = body.rpartition(text.strip())
+    if not content:
+        raise UserError("the answer spells a special token and the template alters it; drop it")
+    ids = _encode(tokenizer, content, "\n", plain=True)
+    return [*_encode(tokenizer, start, before), *ids, *_encode(tokenizer, rest + after, "\n")]
+
+
+def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
+    """The ids with one BOS in front if there is any, or if the tokenizer itself would add one."""
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
+    adds_one = tokenizer("x")["input_ids"][:1] == [bos]
+    return [bos] * (start > 0 or adds_one) + ids[start:]

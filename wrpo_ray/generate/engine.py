@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.core.chat import load_tokenizer, prompt_ids
+from wrpo_ray.core.chat import end_ids, load_tokenizer, prompt_ids
 from wrpo_ray.core.records import Message, digest, failure
 
 Row = dict[str, Any]
@@ -61,6 +61,7 @@ class Engine:
         arguments = defaults | {"max_model_len": model.max_model_len} | model.engine
         self.llm = vllm.LLM(model=str(folder), disable_log_stats=True, **arguments)
         self.tokenizer = load_tokenizer(folder, model.chat_template)
+        self.ends = sorted(end_ids(self.tokenizer, folder))
         self.context = self.llm.llm_engine.model_config.max_model_len
         self.name = model.name
         self.version = f"vllm {vllm.__version__}"
@@ -117,6 +118,7 @@ class Engine:
             top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
             seed=self._base(request) + request.first,
+            stop_token_ids=self.ends,
         )
 
     def _base(self, request: Request) -> int:

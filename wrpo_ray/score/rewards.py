@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from wrpo_ray.config import RewardConfig
-from wrpo_ray.core.chat import load_tokenizer
+from wrpo_ray.core.chat import conversation_ids, load_tokenizer
 from wrpo_ray.core.records import Message
 from wrpo_ray.errors import UserError
 
@@ -114,8 +114,7 @@ class ClassifierReward:
         return [scores[i] for i in range(len(items))]
 
     def _ids(self, item: Item) -> list[int]:
-        whole = [*item.messages, {"role": "assistant", "content": item.text}]
-        ids = self.tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
+        ids = conversation_ids(self.tokenizer, item.messages, item.text)
         if len(ids) > self.max_length:
             raise TooLongError(f"prompt and answer have {len(ids)} tokens, above {self.max_length}")
         return ids
