@@ -68,7 +68,8 @@ def demo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., W
         tree["prompts"]["limit"] = 360
         tree["evaluate"]["prompts"]["limit"] = 200
         for training in (tree["sft"], tree["wrpo"]):  # as many steps on fewer prompts
-            training |= {"batch_size": 8, "micro_batch": 4, "checkpoint_every": 10}
+            training |= {"batch_size": 8, "checkpoint_every": 10}
+        tree["sft"]["epochs"] = 3
         path = tmp_path_factory.mktemp("config") / "demo.yaml"
         path.write_text(yaml.safe_dump(tree | changes))
         return Wrpo(path)

@@ -15,7 +15,7 @@ from wrpo_ray.core.shards import Bucket, read_bucket
 from wrpo_ray.core.storage import Folder
 
 PORT = 5713
-SMALL = {"sampling": {"samples": 2, "temperature": 0.0, "top_p": 1.0, "max_tokens": 20}}
+SMALL = {"sampling": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 20}}
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,8 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     """Connect to the cluster, or start Ray on this machine, and mark the run's processes."""
     # Ray's C++ core writes warnings to stderr that say nothing to a user; errors still rise.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # After a failure a thread that still waits for Ray Data must not start a Ray of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
     marks = {OUTPUT: digest(str(root)), SESSION: session, "PYTHONPATH": _python_path()}
@@ -249,7 +251,12 @@ def thread_env(actors: Actors) -> dict[str, str]:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a Ray that `connect` started ends."""
+    """Leave the cluster; a Ray that `connect` started ends.
+
+    What other threads still had under way ends with it, and has nothing more to tell.
+    """
     import ray
 
+    logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
     ray.shutdown()

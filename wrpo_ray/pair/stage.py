@@ -45,17 +45,14 @@ class Select:
         write_shard(folder, bucket, records.SELECTION, rows, "all")
         wins = Counter(f"wins.{r['source_chosen']['source']}" for r in rows)
         splits = Counter(f"{r['split']}_rows" for r in rows)
-        tied = sum(_is_tied(row) for row in rows)
-        return (
-            wins
-            + splits
-            + Counter(
-                rows=len(rows),
-                candidates=len(candidates),
-                ties=tied,
-                without_answer=len(prompts) - len(rows),
-            )
-        )
+        return {
+            **wins,
+            **splits,
+            "rows": len(rows),
+            "candidates": len(candidates),
+            "ties": sum(map(_is_tied, rows)),
+            "without_answer": len(prompts) - len(rows),
+        }
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,8 @@ class Pair:
         write_shard(run.root / self.step.folder, bucket, records.PREFERENCE, rows, "all")
         dropped = Counter(f"dropped.{r}" for r in results if isinstance(r, str))
         below = sum(r["source_margin"] < 0 for r in rows)
-        return dropped + Counter(prompts=len(chosen), rows=len(rows), source_below_target=below)
+        found = {"prompts": len(chosen), "rows": len(rows), "source_below_target": below}
+        return {**dropped, **found}
 
 
 def run(run: Run, jobs: list[Select | Pair]) -> None:
@@ -98,7 +96,7 @@ def run(run: Run, jobs: list[Select | Pair]) -> None:
             job.step.name, rows, Filler, {"run": run, "job": job}, Actors(num_cpus=0.5, max=64)
         ):
             counts.update(json.loads(result["counts"]))
-        totals = {name: counts[name] for name in sorted({"rows", *counts})}
+        totals = dict(sorted(counts.items()))
         job.step.finish(run.root, totals, started)
         told = {k: v for k, v in totals.items() if not k.startswith("wins.")}
         log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in told.items()))
