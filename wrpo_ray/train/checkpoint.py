@@ -1,51 +1,75 @@
 """Checkpoints of an unfinished run: what Ray Train keeps, and what is in them.
 
-A checkpoint holds each worker's shard of weights and optimizer, and the next step. The rest
-(order of rows, alpha, learning rate) is a function of the step. Ray Train copies the files into
-the run's storage and lists a checkpoint in its snapshot once all workers have handed theirs in,
-so a half-written one is never resumed from. Not covered: another number of workers or ZeRO
-stage, which starts anew in a folder of its own (`layout`).
+A checkpoint holds the training state (`state`), a part of each worker, and the next step. The rest
+(order of rows, alpha, learning rate) is a function of the step. So any number of workers goes on
+from it, at any ZeRO stage. Each worker writes its part to a folder of its own; Ray Train copies
+it to the run's storage while training goes on, and lists a checkpoint in its snapshot once all
+parts are there. So a half-written one is never resumed from; what a lost worker had not
+uploaded is trained again from the checkpoint before.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
-from wrpo_ray.config import TrainConfig
+from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import log
 from wrpo_ray.core.storage import Folder
+from wrpo_ray.train.state import load_state, save_state
 
-TAG = "state"
+LAYOUT = "sharded"
+"""Folder of a run's checkpoints; a format that this code cannot load needs another name."""
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of complete checkpoints (ray.train.v2, 2.60)."""
 
 
-def layout(config: TrainConfig) -> str:
-    """Name of the folder of checkpoints that a run with this config can load."""
-    return f"workers{config.workers}-zero{config.zero_stage}-{config.precision}"
-
-
 def save(engine: Any, next_step: int, metrics: dict[str, Any]) -> None:
-    """Hand a checkpoint to Ray Train; all workers call it."""
+    """Write a checkpoint and have Ray Train upload it meanwhile; all workers call it.
+
+    It first waits until the one before is complete, so that no more than one is on the disk.
+    Ray Train deletes it there once it is uploaded, and uploads the last before a run ends.
+    """
     from ray import train
 
-    with tempfile.TemporaryDirectory() as scratch:
-        engine.save_checkpoint(scratch, tag=TAG, client_state={"next_step": next_step})
-        train.report(metrics, checkpoint=train.Checkpoint.from_directory(scratch))
+    train.get_all_reported_checkpoints(train.CheckpointConsistencyMode.COMMITTED)
+    folder = _local_folder()
+    if folder.exists():  # of a worker that was killed
+        shutil.rmtree(folder)
+    save_state(engine, folder, {"next_step": next_step})
+    train.report(
+        metrics,
+        checkpoint=train.Checkpoint.from_directory(str(folder)),
+        checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
+        delete_local_checkpoint_after_upload=True,
+    )
+
+
+def _local_folder() -> Path:
+    """The same for every worker of this rank and run, so that a killed one's is cleared away."""
+    from ray import train
+
+    context = train.get_context()
+    name = f"{digest(context.get_storage().experiment_fs_path, 16)}-{context.get_world_rank()}"
+    return Path(tempfile.gettempdir()) / f"wrpo-checkpoint-{name}"
 
 
 def restore(engine: Any) -> int:
-    """Load the newest complete checkpoint; returns the step to go on with, 0 without one."""
+    """Load the newest complete checkpoint; returns the step to go on with, 0 without one.
+
+    Raises:
+        WrpoError: the checkpoint is damaged.
+    """
     from ray import train
 
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
-        _, state = engine.load_checkpoint(folder, tag=TAG)
-    return state["next_step"]
+        return load_state(engine, Path(folder))["next_step"]
 
 
 def repair(folder: Folder, label: str) -> None:
