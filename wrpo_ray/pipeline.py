@@ -43,6 +43,7 @@ from wrpo_ray.ingest.stage import (
 from wrpo_ray.pair.stage import Pair, Select
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
+from wrpo_ray.train.prepare import Prepare
 from wrpo_ray.train.stage import Train
 
 STAGES = ("prompts", "generate", "score", "select", "sft", "sample", "pair", "train", "evaluate")
@@ -85,7 +86,9 @@ class Chain:
         """All stages, in order."""
         existing = self.config.existing
         if existing and existing.format == "preferences":
-            self._train(self._published_preferences(), Folder(self._target.model))
+            rows = self._published_preferences()
+            if self._wants("train"):
+                self._train(rows, Folder(self._target.model))
         else:
             selection, own_answers = self._imported() if existing else (self._generated(), None)
             if self._wants("sft") and own_answers is None:
@@ -178,17 +181,21 @@ class Chain:
         settings = self._target.model_copy(update={"name": name, "model": folder.uri})
         self._trained_models[name] = settings, folder, job.step.key
 
-    def _train_job(self, name: str, rows: Step, base: Folder, base_key: str, config: Any) -> Train:
-        step = Step(
-            name, {"train": config.identity(), "base": base_key, "seed": self.config.seed}, (rows,)
-        )
-        return Train(step, rows, base, config, self.config.seed)
+    def _prepare_job(self, name: str, rows: Step, base: Folder, key: str, config: Any) -> Prepare:
+        return Prepare(name, rows, base, key, config, self._target.chat_template)
+
+    def _train_job(self, name: str, rows: Prepare, config: Any) -> Train:
+        identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
+        step = Step(name, identity, (rows.step,))
+        return Train(step, rows.step, rows.base, config, self.config.seed, rows.chat_template)
 
     def _sft(self, selection: Select) -> Samples | None:
         """SFT of the target on y_ws, and its own answers to the preference prompts."""
         base = Folder(self._target.model)
-        job = self._train_job("sft", selection.step, base, self._fingerprint(base), self.config.sft)
-        self._add("sft", (job,))
+        key = self._fingerprint(base, self._target.chat_template)
+        rows = self._prepare_job("sft", selection.step, base, key, self.config.sft)
+        job = self._train_job("sft", rows, self.config.sft)
+        self._add("sft", (rows,), (job,))
         self._add_trained(SFT, job)
         if self.config.existing:
             return None
@@ -200,17 +207,21 @@ class Chain:
         return score.samples
 
     def _train(self, rows: Step, base: Folder) -> None:
-        """WRPO from target-SFT, and plain DPO to compare with."""
-        key = self._trained_models[SFT][2] if self._trained_models else self._fingerprint(base)
+        """WRPO from target-SFT, and plain DPO to compare with, on the same prepared rows."""
+        if self._trained_models:
+            key = self._trained_models[SFT][2]
+        else:
+            key = self._fingerprint(base, self._target.chat_template)
         plain = self.config.wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})
         configs = {FUSED: self.config.wrpo}
         if self.config.evaluate and self.config.evaluate.dpo_baseline:
             configs = {DPO: plain} | configs
+        prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo)
         jobs = {
-            n: self._train_job(n.replace(FUSED, "wrpo").removeprefix("target-"), rows, base, key, c)
-            for n, c in configs.items()
+            name: self._train_job(name.replace(FUSED, "wrpo").removeprefix("target-"), prepared, c)
+            for name, c in configs.items()
         }
-        self._add("train", tuple(jobs.values()))
+        self._add("train", (prepared,), tuple(jobs.values()))
         for name, job in jobs.items():
             self._add_trained(name, job)
 

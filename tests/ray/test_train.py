@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,11 +16,13 @@ import pytest
 import torch
 from tiny_models import preference_rows, write_model, write_preferences, write_selection
 
-from wrpo_ray.config import AlphaConfig, TrainConfig, WrpoConfig
+from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
+from wrpo_ray.train import prepare
+from wrpo_ray.train.prepare import Prepare
 from wrpo_ray.train.stage import Train, run
 
 PAIRS, SELECTION = Step("pair"), Step("select")
@@ -32,12 +35,12 @@ SETTINGS = {
     "precision": "fp32",
     "workers": 2,
     "num_cpus": 1,
-    "micro_batch": 3,
+    "micro_batch_tokens": 60,
     "checkpoint_every": 1000,
 }
 WRPO = WrpoConfig(**SETTINGS, beta=0.5, alpha=AlphaConfig(end=0.5))
-LONG = WRPO.model_copy(update={"epochs": 10, "batch_size": 4, "micro_batch": 1, "zero_stage": 3,
-                               "checkpoint_every": 5, "workers": 2})  # fmt: skip
+LONG = WRPO.model_copy(update={"epochs": 10, "batch_size": 4, "micro_batch_tokens": 40,
+                               "checkpoint_every": 5, "holdout": 0.0})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +53,24 @@ def root(tmp_path_factory) -> Folder:
     return folder
 
 
+def prepared(root: Folder, config: TrainConfig) -> Prepare:
+    """The prepared rows of a config, made if they are not there."""
+    preference = isinstance(config, WrpoConfig)
+    name, rows = ("wrpo", PAIRS) if preference else ("sft", SELECTION)
+    job = Prepare(name, rows, root / "base", "base", config)
+    if not job.step.is_done(root):
+        prepare.run(Run(root, 4), [job])
+    return job
+
+
+def step_of(name: str, rows: Prepare, config: TrainConfig) -> Step:
+    return Step(name, {"train": config.identity()}, (rows.step,))
+
+
 def train(root: Folder, name: str, config: TrainConfig) -> Step:
-    rows = PAIRS if isinstance(config, WrpoConfig) else SELECTION
-    step = Step(name, {"train": config.identity()}, (rows,))
-    run(Run(root, 4), [Train(step, rows, root / "base", config, SEED)])
+    rows = prepared(root, config)
+    step = step_of(name, rows, config)
+    run(Run(root, 4), [Train(step, rows.step, root / "base", config, SEED)])
     return step
 
 
@@ -69,24 +86,23 @@ def metrics(root: Folder, step: Step) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def losses(root: Folder, step: Step) -> list[float]:
+    return [line["loss"] for line in metrics(root, step)]
+
+
 def plain(root: Folder, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
     """One process, one row at a time, torch alone: what the stage has to agree with."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from wrpo_ray.train.order import Order
-    from wrpo_ray.train.rows import read_part, tokenize
+    from wrpo_ray.train.rows import PreparedRows
     from wrpo_ray.train.schedule import alpha_at, learning_rate_at
-    from wrpo_ray.train.task import SFT_ANSWERS, WRPO_ANSWERS
 
-    preference = isinstance(config, WrpoConfig)
-    names, step = (WRPO_ANSWERS, PAIRS) if preference else (SFT_ANSWERS, SELECTION)
-    base = root.local() / "base"
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    records = sorted(read_part(root / step.folder, names, 0, 1), key=lambda r: r["prompt_id"])
-    rows = tokenize(tokenizer, frozenset({1}), records, names, stage="x", max_length=64).kept
+    preference, base = isinstance(config, WrpoConfig), root.local() / "base"
+    rows = PreparedRows((root / prepared(root, config).step.folder).local())
     model, reference = (AutoModelForCausalLM.from_pretrained(base) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
-    order, losses = Order(len(rows), config.epochs, config.batch_size, SEED), []
+    order, found = Order(len(rows), config.epochs, config.batch_size, SEED), []
 
     def logp(model, row, answer):
         ids = torch.tensor([[*row.prompt, *answer]])
@@ -104,7 +120,7 @@ def plain(root: Folder, config: TrainConfig) -> tuple[dict[str, torch.Tensor], l
 
     for step_index in range(order.steps):
         batch = [rows[i] for i in order.batch(step_index)]
-        alpha = alpha_at(config.alpha, step_index, order.steps) if preference else 0
+        alpha = alpha_at(config.alpha, order.consumed(step_index)) if preference else 0
         count = len(batch) if preference else sum(len(row.answers[0]) for row in batch)
         optimizer.param_groups[0]["lr"] = learning_rate_at(config, step_index, order.steps)
         optimizer.zero_grad()
@@ -112,8 +128,8 @@ def plain(root: Folder, config: TrainConfig) -> tuple[dict[str, torch.Tensor], l
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         optimizer.step()
-        losses.append(loss.item())
-    return model.state_dict(), losses
+        found.append(loss.item())
+    return model.state_dict(), found
 
 
 def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -128,8 +144,10 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 CASES = {
     "wrpo-zero3": WRPO,
-    # three workers do not divide eight rows, one of them has a dummy in the last step
-    "wrpo-three-workers": WRPO.model_copy(update={"workers": 3, "zero_stage": 1, "micro_batch": 1}),
+    # three workers do not divide eight rows, and have dummies
+    "wrpo-three-workers": WRPO.model_copy(update={"workers": 3, "zero_stage": 1}),
+    "wrpo-padded": WRPO.model_copy(update={"packing": False, "zero_stage": 2}),
+    "wrpo-offloaded": WRPO.model_copy(update={"workers": 1, "offload": "all"}),
     "sft": TrainConfig(**SETTINGS),
 }
 
@@ -138,36 +156,69 @@ CASES = {
 def test_agrees_with_a_plain_loop(local_ray, root, name):
     config = CASES[name]
     step = train(root, name, config)
-    expected, losses = plain(root, config)
+    expected, expected_losses = plain(root, config)
     assert_close(weights(root, step), expected)
     lines = metrics(root, step)
-    assert [line["loss"] for line in lines] == pytest.approx(losses, abs=1e-5)
+    assert losses(root, step) == pytest.approx(expected_losses, abs=1e-5)
     manifest = step.read_manifest(root)
-    folder = root / step.folder
-    assert manifest["counts"]["dropped"] == 0
-    assert manifest["counts"]["steps"] == len(losses)
+    assert manifest["counts"]["steps"] == len(lines)
     assert manifest["counts"]["final_loss"] == lines[-1]["loss"]
-    assert not folder.exists("checkpoints")
+    assert not (root / step.folder).exists("checkpoints")
+    assert (lines[0]["padding"] > 0) == (name == "wrpo-padded")
     if isinstance(config, WrpoConfig):
         assert lines[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
         assert (lines[0]["alpha"], lines[-1]["alpha"]) == (0, 0.5)
+
+
+LORA = LoraConfig(rank=4, alpha=8)
+MATRIX = [(lora, zero) for lora in (None, LORA) for zero in (1, 3)]
+
+
+@pytest.mark.parametrize(("lora", "zero"), MATRIX, ids=lambda v: "lora" if v is LORA else str(v))
+def test_a_live_reference_gives_the_losses_of_a_stored_one(local_ray, root, lora, zero):
+    """{full, LoRA} x {ZeRO-1, ZeRO-3} x {stored, live} on two workers, measured on rows held out.
+
+    The learning rate is high, so that a reference that moved would show.
+    """
+    change = {"lora": lora, "zero_stage": zero, "learning_rate": 1e-2, "holdout": 0.2}
+    found = {}
+    for mode in ("stored", "live"):
+        config = WRPO.model_copy(update=change | {"reference": ReferenceConfig(mode=mode)})
+        step = train(root, f"{mode}-{zero}-{bool(lora)}", config)
+        found[mode] = step, losses(root, step)
+        assert 0 < metrics(root, step)[-1]["holdout/loss"] < 2
+        assert metrics(root, step)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert found["live"][1] == pytest.approx(found["stored"][1], abs=1e-5)
+    assert found["stored"][1][-1] != pytest.approx(0.6931472, abs=1e-3)
+    assert_close(weights(root, found["live"][0]), weights(root, found["stored"][0]))
 
 
 def test_too_few_rows_and_workers_are_told_clearly(local_ray, root):
     with pytest.raises(UserError, match=r"99 workers need 99 CPUs and Ray has 4"):
         train(root, "crowd", WRPO.model_copy(update={"workers": 99}))
     with pytest.raises(UserError, match=r"21 rows have more than 8 tokens.*wrpo.max_length"):
-        train(root, "short", WRPO.model_copy(update={"max_length": 8, "workers": 1}))
+        prepare.run(
+            Run(root, 4),
+            [
+                Prepare(
+                    "wrpo",
+                    PAIRS,
+                    root / "base",
+                    "base",
+                    WRPO.model_copy(update={"max_length": 8}),
+                )
+            ],
+        )
 
 
 # --- kills -----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def undisturbed(local_ray, root) -> dict[str, torch.Tensor]:
+def undisturbed(local_ray, root) -> Step:
     step = train(root, "undisturbed", LONG)
     assert len(metrics(root, step)) == 60
-    return weights(root, step)
+    return step
 
 
 def wait_for_steps(root: Folder, step: Step, count: int, seconds: float = 90) -> None:
@@ -178,16 +229,18 @@ def wait_for_steps(root: Folder, step: Step, count: int, seconds: float = 90) ->
         time.sleep(0.005)
 
 
-def check_resumed(root: Folder, step: Step, expected: dict[str, torch.Tensor]) -> None:
+def check_resumed(root: Folder, step: Step, undisturbed: Step) -> None:
+    """Loss of each step and the weights, bit by bit."""
     resumed_at = step.read_manifest(root)["counts"]["resumed_at"]
     assert resumed_at > 0
     assert resumed_at % 5 == 0
     assert [line["step"] for line in metrics(root, step)] == list(range(60))
-    assert_same(weights(root, step), expected)
+    assert losses(root, step) == losses(root, undisturbed)
+    assert_same(weights(root, step), weights(root, undisturbed))
 
 
 def test_a_killed_worker_is_replaced(local_ray, root, undisturbed):
-    step = Step("worker-killed", {"train": LONG.identity()}, (PAIRS,))
+    step = step_of("worker-killed", prepared(root, LONG), LONG)
     killed = []
 
     def kill() -> None:
@@ -212,28 +265,86 @@ def _is_worker(process: psutil.Process) -> bool:
         return False
 
 
-def start_driver(root: Folder) -> subprocess.Popen:
+def start_driver(root: Folder, name: str, *nodes: str) -> subprocess.Popen:
     """This module as a driver of its own, with a Ray of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(
-        [sys.executable, __file__, str(root)], env=environment, start_new_session=True
+        [sys.executable, __file__, str(root), name, *nodes],
+        env=environment,
+        start_new_session=True,
     )
 
 
 def test_a_killed_driver_goes_on(root, undisturbed):
-    step = Step("driver-killed", {"train": LONG.identity()}, (PAIRS,))
-    first = start_driver(root)
+    step = step_of("driver-killed", prepared(root, LONG), LONG)
+    first = start_driver(root, "driver-killed")
     wait_for_steps(root, step, 28)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not step.is_done(root)
-    assert start_driver(root).wait(timeout=120) == 0
+    assert start_driver(root, "driver-killed").wait(timeout=120) == 0
     check_resumed(root, step, undisturbed)
+
+
+@pytest.mark.soak
+def test_five_kills_at_random_moments(root, undisturbed):
+    """Drivers and workers in turn, at moments drawn by a seed."""
+    rng, name = random.Random(7), "killed-often"
+    step = step_of(name, prepared(root, LONG), LONG)
+    for number, moment in enumerate(sorted(rng.sample(range(6, 58), 5))):
+        driver = start_driver(root, name)
+        wait_for_steps(root, step, moment)
+        if number % 2:
+            workers = [p for p in psutil.Process(driver.pid).children(recursive=True)
+                       if _is_worker(p)]  # fmt: skip
+            rng.choice(workers).kill()
+            time.sleep(2)
+        driver.kill()
+        driver.wait()
+    assert start_driver(root, name).wait(timeout=120) == 0
+    check_resumed(root, step, undisturbed)
+
+
+ELASTIC = LONG.model_copy(update={"min_workers": 1})
+
+
+def test_a_lost_node_leaves_a_smaller_run_with_the_same_losses(root, undisturbed):
+    """Two nodes with one CPU each; the second is lost in mid-run and does not come back."""
+    step = step_of("node-lost", prepared(root, ELASTIC), ELASTIC)
+    assert start_driver(root, "node-lost", "two-nodes").wait(timeout=240) == 0
+    counts = step.read_manifest(root)["counts"]
+    assert counts["workers"] == 1
+    assert counts["resumed_at"] > 0
+    assert losses(root, step) == pytest.approx(losses(root, undisturbed), abs=1e-4)
+    assert_close(weights(root, step), weights(root, undisturbed))
+
+
+def lose_a_node(root: Folder, name: str) -> None:
+    """As a driver: train on two nodes, and end one at step 28."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = cluster.add_node(num_cpus=1)
+    ray.init(address=cluster.address, log_to_driver=False)
+    step = step_of(name, prepared(root, ELASTIC), ELASTIC)
+
+    def lose() -> None:
+        wait_for_steps(root, step, 28)
+        cluster.remove_node(second, allow_graceful=False)
+
+    threading.Thread(target=lose, daemon=True).start()
+    train(root, name, ELASTIC)
+    ray.shutdown()
+    cluster.shutdown()
 
 
 if __name__ == "__main__":
     import ray
 
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    train(Folder(sys.argv[1]), "driver-killed", LONG)
-    ray.shutdown()
+    if sys.argv[3:]:
+        lose_a_node(Folder(sys.argv[1]), sys.argv[2])
+    else:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        train(Folder(sys.argv[1]), sys.argv[2], LONG)
+        ray.shutdown()

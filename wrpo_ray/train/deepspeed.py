@@ -16,7 +16,6 @@ import torch
 
 from wrpo_ray.config import TrainConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BUCKET = 50_000_000
 """Elements reduced or gathered at once."""
 
@@ -34,34 +33,45 @@ def prepare(config: TrainConfig) -> None:
     deepspeed.init_distributed(verbose=False)
 
 
-def engine_config(config: TrainConfig, accumulation: int, workers: int) -> dict[str, Any]:
+def engine_config(config: TrainConfig, workers: int) -> dict[str, Any]:
     """DeepSpeed's config dict.
 
-    `train_batch_size` is what DeepSpeed wants to be micro-batch x accumulation x workers; the
-    real number of rows of a step may be smaller, and is what losses are divided by. Stage 0 in
-    bf16 becomes stage 1: without ZeRO there are no fp32 master weights, and small updates vanish.
+    The number of micro-batches differs from step to step, so the loop tells DeepSpeed which one
+    is the last (`set_gradient_accumulation_boundary`); the sizes here say only that there can be
+    more than one. Stage 0 in bf16 becomes stage 1: without ZeRO there are no fp32 master weights,
+    and small updates vanish.
     """
     stage = 1 if config.zero_stage == 0 and config.precision == "bf16" else config.zero_stage
+    return {
+        "train_batch_size": 2 * workers,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": config.clip,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": _zero(config, stage),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def _zero(config: TrainConfig, stage: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": config.num_gpus > 0,
         "reduce_bucket_size": BUCKET,
-        "allgather_bucket_size": BUCKET,
     }
     if stage == 3:
-        del zero["allgather_bucket_size"]
         zero["stage3_prefetch_bucket_size"] = BUCKET
-    return {
-        "train_batch_size": config.micro_batch * accumulation * workers,
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": config.clip,
-        "bf16": {"enabled": config.precision == "bf16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 10**9,
-    }
+    else:
+        zero["allgather_bucket_size"] = BUCKET
+    on_cpu = {"device": "cpu", "pin_memory": config.num_gpus > 0}
+    if config.offload != "none":
+        zero["offload_optimizer"] = on_cpu
+    if config.offload == "all":
+        zero["offload_param"] = on_cpu
+    return zero
 
 
 @contextlib.contextmanager

@@ -1,83 +1,121 @@
-"""Summed log-probs of answers under a causal language model.
+"""Log-probs of answers from hidden states, without logits of all tokens at once.
 
-B sequences, T tokens, V vocabulary, N answer tokens of the whole batch. The sums are in fp32
-whatever the model's precision: in bf16 they are wrong by up to 2 nats at -400. Not covered yet:
-one prompt shared by several answers, heads computed in chunks.
+Only the N positions that predict an answer token go through the head, some of them at a time;
+the backward pass computes their logits again. Sums are in fp32 (float64 models: float64),
+whatever the model's precision: in bf16 they are wrong by up to 2 nats at -400.
+A answers, H width, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import Tensor
 
+from wrpo_ray.train.packing import Batch
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Padded sequences of prompt and answer."""
-
-    ids: Tensor  # (B, T)
-    attention_mask: Tensor  # (B, T): 1 on tokens, 0 on padding
-    answer_mask: Tensor  # (B, T): true on answer tokens
-
-    @property
-    def position_ids(self) -> Tensor:
-        """(B, T): each sequence counts from 0 at its first token, wherever padding lies."""
-        return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens without padding."""
-        return int(self.attention_mask.sum())
-
-    def to(self, device: torch.device) -> Batch:
-        """The batch on a device."""
-        return Batch(
-            self.ids.to(device), self.attention_mask.to(device), self.answer_mask.to(device)
-        )
+CHUNK = 2**24
+"""Logits that exist at once: 64 MB in fp32."""
 
 
-def collate(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int = 0, *, left: bool = False
-) -> Batch:
-    """Pairs of (prompt ids, answer ids) as a batch, padded on the right, or on the left."""
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    ids = torch.full((len(pairs), longest), pad, dtype=torch.long)
-    attention = torch.zeros_like(ids)
-    answers = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, answer) in enumerate(pairs):
-        length = len(prompt) + len(answer)
-        start = longest - length if left else 0
-        ids[row, start : start + length] = torch.as_tensor([*prompt, *answer])
-        attention[row, start : start + length] = 1
-        answers[row, start + len(prompt) : start + length] = True
-    return Batch(ids, attention, answers)
+def answer_logps(hidden: Tensor, head: Any, batch: Batch) -> Tensor:
+    """The summed log-prob of each answer given what is before it, (A,).
 
-
-def answer_logps(model: Any, batch: Batch) -> Tensor:
-    """The summed log-prob of each sequence's answer given what is before it, (B,), fp32.
-
-    `model` is a transformers causal language model, or an engine around one. Gradients flow
-    where they are enabled.
+    Args:
+        hidden: the last hidden states (S, T, H).
+        head: called with hidden states (N, H) and tokens (N,), gives their log-probs (N,).
+        batch: what the hidden states are of.
     """
-    logits = model(
-        input_ids=batch.ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    ).logits  # (B, T, V)
-    return sum_answers(logits, batch.ids, batch.answer_mask)
+    chosen = hidden.flatten(0, 1).index_select(0, batch.predict)  # (N, H)
+    token_logps = head(chosen, batch.targets)
+    spread = token_logps.new_zeros(batch.spread.shape)
+    return spread.masked_scatter(batch.spread, token_logps).sum(1)
 
 
-def sum_answers(logits: Tensor, ids: Tensor, answer_mask: Tensor) -> Tensor:
-    """Sum over each row's answer tokens of their log-probs under logits (B, T, V); (B,)."""
-    predicted = answer_mask[:, 1:]  # logits at t predict the token at t + 1
-    chosen = logits[:, :-1][predicted]  # (N, V): no log-softmax where there is no answer
-    wide = torch.promote_types(chosen.dtype, torch.float32)
-    token_logps = -F.cross_entropy(chosen.to(wide), ids[:, 1:][predicted], reduction="none")
-    spread = token_logps.new_zeros(predicted.shape).masked_scatter(predicted, token_logps)
-    return spread.sum(1)
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    softcap: float | None = None,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Log-probs (N,) of `targets` (N,) under the head: hidden (N, H), weight (V, H), bias (V,).
+
+    `softcap` is Gemma 2's on the logits: softcap * tanh(logits / softcap).
+    """
+    return _TokenLogps.apply(hidden, weight, bias, targets, softcap, chunk)
+
+
+class _TokenLogps(torch.autograd.Function):
+    """d log p(t) / d logits = onehot(t) - softmax, chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        softcap: float | None,
+        chunk: int,
+    ) -> Tensor:
+        rows = max(1, chunk // weight.shape[0])
+        logps, norms = [], []
+        for part, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = _logits(part, weight, bias, softcap)
+            norm = logits.logsumexp(1)
+            logps.append(logits.gather(1, tokens[:, None])[:, 0] - norm)
+            norms.append(norm)
+        ctx.softcap, ctx.rows = softcap, rows
+        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(norms))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, norms = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        of_hidden = torch.empty_like(hidden) if wants_hidden else None
+        of_weight = torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
+        of_bias = torch.zeros_like(bias, dtype=_wide(weight)) if wants_bias else None
+        for start in range(0, len(targets), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            logits = _logits(hidden[part], weight, bias, ctx.softcap)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            of_logits = _of_logits_(logits, norms[part], targets[part], gradients[0][part])
+            if slope is not None:
+                of_logits *= slope
+            narrow = of_logits.to(weight.dtype)
+            if of_hidden is not None:
+                torch.mm(narrow, weight, out=of_hidden[part])
+            if of_weight is not None:
+                _add_product(of_weight, narrow, hidden[part])
+            if of_bias is not None:
+                of_bias += of_logits.sum(0)
+        cast = [g if g is None else g.to(weight.dtype) for g in (of_weight, of_bias)]
+        return of_hidden, *cast, None, None, None
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    """(rows, V) in fp32."""
+    logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(weight))
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _of_logits_(logits: Tensor, norms: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient by the logits, gradient * (onehot(targets) - softmax), in their place."""
+    of_logits = logits.sub_(norms[:, None]).exp_().mul_(-gradient[:, None])
+    return of_logits.scatter_add_(1, targets[:, None], gradient[:, None])
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left.T @ right to total, in the total's precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left.T, right)
+    else:
+        total += left.T @ right

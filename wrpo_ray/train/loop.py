@@ -1,34 +1,37 @@
 """What each Ray Train worker does: rows, engines, optimizer steps, the trained model.
 
-The gradient of a step is the sum of the losses of its rows (WRPO) or answer tokens (SFT) over
-all workers, divided by their real number: the same for every number of workers, micro-batch
-and ZeRO stage. Not covered: the driver's side (`stage`).
+The gradient of a step is the sum of the losses of its rows (preferences) or answer tokens (SFT)
+over all workers, divided by their real number: the same for every number of workers, packing,
+micro-batch and ZeRO stage. Not covered: the driver's side (`stage`).
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
 from wrpo_ray.config import WrpoConfig
-from wrpo_ray.core.chat import end_ids, load_tokenizer
-from wrpo_ray.core.shards import Bucket, write_failures
+from wrpo_ray.core.chat import load_tokenizer
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.train import checkpoint, deepspeed, model, schedule
-from wrpo_ray.train.logprobs import Batch, answer_logps, collate
-from wrpo_ray.train.loss import Logps, row_metrics, wrpo_loss
-from wrpo_ray.train.metrics import MetricsFile, Sums
-from wrpo_ray.train.order import MicroBatch, Order
-from wrpo_ray.train.rows import Row, Rows, check_some, merge, read_part, tokenize
+from wrpo_ray.train.loss import Answers, preference_loss, row_metrics
+from wrpo_ray.train.metrics import MetricsFile, Sums, peak_memory, trackers
+from wrpo_ray.train.order import Order
+from wrpo_ray.train.packing import Batch, deal
+from wrpo_ray.train.rows import PreparedRows, Row
 from wrpo_ray.train.task import MODEL, Task
 
 Counts = dict[str, Any]
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""The loss of each row (B,), and metrics, each (B,)."""
 
 
 def work(task: Task) -> Counts | WrpoError:
@@ -46,43 +49,18 @@ def work(task: Task) -> Counts | WrpoError:
 def _train(task: Task) -> Counts:
     torch.set_num_threads(max(1, int(task.config.num_cpus)))
     deepspeed.prepare(task.config)
-    base = task.base.local()
-    tokenizer = load_tokenizer(base, task.chat_template)
-    rows = load_rows(task, tokenizer, end_ids(tokenizer, base))
-    trainer = Trainer.create(task, rows.kept, tokenizer.pad_token_id or 0)
+    trainer = Trainer.create(task)
     first_step = checkpoint.restore(trainer.policy)
     final_loss = trainer.run(first_step)
-    is_writer = dist.get_rank() == 0
-    model.save(trainer.policy.module, tokenizer, task.folder / MODEL, write=is_writer)
+    trainer.save()
     return {
-        "rows": len(rows.kept),
-        "dropped": rows.dropped,
-        "failed": len(rows.failed) - rows.dropped,
+        "rows": len(trainer.train_rows),
+        "held_out": len(trainer.held_rows),
         "steps": trainer.order.steps,
         "final_loss": final_loss,
         "resumed_at": first_step,
+        "workers": dist.get_world_size(),
     }
-
-
-def load_rows(task: Task, tokenizer: Any, ends: frozenset[int]) -> Rows:
-    """All rows on every worker, each having read and tokenized its part of the shards.
-
-    Raises:
-        UserError: there is no row to train on.
-        FailureLimitError: more rows failed than `failure_limit` allows.
-    """
-    records = read_part(task.rows, task.answers, dist.get_rank(), dist.get_world_size())
-    limit = task.config.max_length
-    own = tokenize(tokenizer, ends, records, task.answers, stage=task.step.name, max_length=limit)
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, own)
-    rows = merge(parts)
-    if dist.get_rank() == 0:
-        write_failures(task.step.failures(task.run.root), Bucket(0, 1), rows.failed, "rows")
-    dist.barrier()
-    task.run.check_failures(task.step, len(rows.failed) - rows.dropped, len(rows.kept))
-    check_some(rows, "wrpo" if task.is_preference else "sft", task.rows, limit)
-    return rows
 
 
 @dataclass
@@ -90,30 +68,45 @@ class Trainer:
     """The engines and rows of one worker."""
 
     task: Task
-    rows: list[Row]
+    rows: PreparedRows
+    train_rows: np.ndarray
+    """Indices of the rows to train on."""
+    held_rows: np.ndarray
+    """Indices of the rows to measure the loss on."""
     order: Order
     policy: Any
     reference: Any
-    pad: int
+    """A frozen second model; None where log-probs are stored, or adapters are switched off."""
     device: torch.device
 
     @classmethod
-    def create(cls, task: Task, rows: list[Row], pad: int) -> Trainer:
-        """Load the policy and, for preference training, the reference."""
+    def create(cls, task: Task) -> Trainer:
+        """Load the policy and, for preference training with a live reference, that too.
+
+        Raises:
+            UserError: no row is left to train on.
+        """
         config, base = task.config, task.base.local()
-        order = Order(len(rows), config.epochs, config.batch_size, task.seed)
-        workers = dist.get_world_size()
-        accumulation = order.accumulation(workers, config.micro_batch)
-        settings = deepspeed.engine_config(config, accumulation, workers)
-        dtype = deepspeed.DTYPES[config.precision]
+        torch.manual_seed(task.seed)  # adapters start at random
+        rows = PreparedRows(task.rows.local())
+        held = rows.held_out(config.holdout)
+        train_rows = np.flatnonzero(~held)
+        if not len(train_rows):
+            raise UserError(
+                f"{task.step.name}: all {len(rows)} rows are held out; lower holdout to 0, "
+                f"or give more prompts"
+            )
+        order = Order(len(train_rows), config.epochs, config.batch_size, task.seed)
+        settings = deepspeed.engine_config(config, dist.get_world_size())
         device = torch.device("cuda" if config.num_gpus else "cpu")
+        torch.manual_seed(task.seed)  # draws new adapters
         with deepspeed.partitioned_loading(settings):
-            policy = model.load(base, dtype, device)
-            reference = model.load(base, dtype, device) if task.is_preference else None
+            policy = model.load_policy(base, config, device)
+            reference = model.load_policy(base, config, device) if task.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
         if reference is not None:
             reference = deepspeed.reference_engine(reference, settings)
-        return cls(task, rows, order, engine, reference, pad, device)
+        return cls(task, rows, train_rows, np.flatnonzero(held), order, engine, reference, device)
 
     def run(self, first_step: int) -> float | None:
         """All steps from `first_step`; returns the last step's loss (on the first worker).
@@ -121,13 +114,16 @@ class Trainer:
         Raises:
             UserError: the loss is no longer a number.
         """
-        folder, every = self.task.folder, self.task.config.checkpoint_every
-        file = MetricsFile(folder, first_step) if dist.get_rank() == 0 else None
+        is_first = dist.get_rank() == 0
+        file = MetricsFile(self.task.folder, first_step) if is_first else None
+        tell = trackers(self.task) if is_first else []
         for step in range(first_step, self.order.steps):
-            record = self.step(step)
+            record = self.step(step) | self._held_out(step)
             if file:
                 file.append(record)
-            if (step + 1) % every == 0:
+            for tracker in tell:
+                tracker(record)
+            if (step + 1) % self.task.config.checkpoint_every == 0 and step + 1 < self.order.steps:
                 if file:
                     file.flush()
                 checkpoint.save(self.policy, step + 1, {"step": step, "loss": record["loss"]})
@@ -140,83 +136,131 @@ class Trainer:
         """One optimizer step; returns its metrics, which are the same on all workers."""
         started, sums = time.monotonic(), Sums()
         config, steps = self.task.config, self.order.steps
+        batch = self.train_rows[list(self.order.batch(step))]
         rate = schedule.learning_rate_at(config, step, steps)
         deepspeed.set_learning_rate(self.policy, rate)
-        objective = self._objective(step)
-        scale = dist.get_world_size() / self._divisor(step)  # DeepSpeed averages over workers
-        for part in self._micro_batches(step):
-            losses, metrics = objective([self.rows[i] for i in part.rows])
-            self.policy.backward(losses.sum() * (part.weight * scale), scale_wrt_gas=False)
+        alpha, divisor = self._alpha(step), self._divisor(batch)
+        scale = dist.get_world_size() / divisor  # DeepSpeed averages over workers
+        parts = self._micro_batches(batch)
+        for number, (part, is_real) in enumerate(parts, start=1):
+            self.policy.set_gradient_accumulation_boundary(number == len(parts))
+            losses, metrics = self._losses(part, alpha)
+            self.policy.backward(losses.sum() * (is_real * scale), scale_wrt_gas=False)
             self.policy.step()  # acts on the last micro-batch
-            sums.add(metrics | {"loss": losses}, part.weight)
-        totals = sums.reduce()
-        tokens, seconds = totals.pop("tokens"), time.monotonic() - started
-        loss = totals.pop("loss") / self._divisor(step)
+            sums.add(metrics | {"loss": losses}, is_real)
+        totals, seconds = sums.reduce(), time.monotonic() - started
+        loss = totals.pop("loss") / divisor
         if not math.isfinite(loss):
             raise UserError(
                 f"{self.task.step.name}: the loss is {loss} at step {step}; lower learning_rate"
             )
-        rows = len(self.order.batch(step))
+        tokens, size = totals.pop("tokens"), totals.pop("size")
         return {
             "step": step,
             "steps": steps,
-            "rows": rows,
+            "rows": len(batch),
             "loss": loss,
             "lr": rate,
             "grad_norm": _number(self.policy.get_global_grad_norm()),
-            **self._alpha(step),
-            **{name: total / rows for name, total in totals.items()},
+            **({} if alpha is None else {"alpha": alpha}),
+            **{name: total / len(batch) for name, total in totals.items()},
             "tokens_per_s": round(tokens / seconds, 1),
+            "padding": round(1 - tokens / size, 4),
+            "peak_memory_gb": peak_memory(self.device),
         }
+
+    def save(self) -> None:
+        """Write the trained model; all workers call it."""
+        task, base = self.task, self.task.base.local()
+        tokenizer = load_tokenizer(base, task.chat_template)
+        is_writer = dist.get_rank() == 0
+        model.save(
+            self.policy.module, base, task.config, tokenizer, task.folder / MODEL, write=is_writer
+        )
 
     # --- inside
 
-    def _micro_batches(self, step: int) -> list[MicroBatch]:
-        workers, size = dist.get_world_size(), self.task.config.micro_batch
-        return self.order.micro_batches(step, dist.get_rank(), workers, size)
+    def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
+        """This worker's micro-batches, and whether each is real and no dummy.
 
-    def _divisor(self, step: int) -> int:
+        A dummy keeps the number of forward passes equal on all workers (ZeRO-3 gathers weights
+        in each); it adds nothing to loss or gradient.
+        """
+        costs = [self._cost(i) for i in batch]
+        workers, budget = dist.get_world_size(), self.task.config.micro_batch_tokens
+        dealt = deal(costs, workers, budget)[dist.get_rank()]
+        least = int(np.argmin(costs))
+        return [([self.rows[batch[i]] for i in part or (least,)], bool(part)) for part in dealt]
+
+    def _cost(self, index: int) -> int:
+        prompt, *answers = self.rows.lengths[index].tolist()
+        if self.task.config.packing:
+            return prompt + sum(answers)
+        return (prompt + max(answers)) * len(answers)
+
+    def _divisor(self, batch: np.ndarray) -> int:
         """What the summed losses of a step are divided by: its rows, or answer tokens in SFT."""
-        batch = self.order.batch(step)
         if self.task.is_preference:
             return len(batch)
-        return max(1, sum(len(self.rows[i].answers[0]) for i in batch))
+        return max(1, int(self.rows.lengths[batch, 1].sum()))
 
-    def _alpha(self, step: int) -> dict[str, float]:
+    def _alpha(self, step: int) -> float | None:
         config = self.task.config
         if not isinstance(config, WrpoConfig):
-            return {}
-        return {"alpha": schedule.alpha_at(config.alpha, step, self.order.steps)}
+            return None
+        return schedule.alpha_at(config.alpha, self.order.consumed(step))
 
-    def _objective(self, step: int) -> Any:
-        """The function from rows to (losses (B,), metrics, each (B,)) at a step."""
+    def _losses(self, rows: Sequence[Row], alpha: float | None) -> Losses:
+        batch = model.collate(rows, self.task.config).to(self.device)
+        logps = self.policy(batch)  # (A,)
+        if alpha is None:
+            losses, metrics = (
+                -logps,
+                {"logps/source_chosen": logps, "lengths/source_chosen": batch.lengths},
+            )
+        else:
+            losses, metrics = self._preference(rows, batch, logps, alpha)
+        sizes = {"tokens": batch.tokens, "size": batch.size}
+        return losses, metrics | {n: torch.tensor([v]).float() for n, v in sizes.items()}
+
+    def _preference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, alpha: float) -> Losses:
         config = self.task.config
-        if not isinstance(config, WrpoConfig):
-            return self._sft
-        weights = self._alpha(step) | {"beta": config.beta}
-        return lambda rows: self._wrpo(rows, weights)
+        assert isinstance(config, WrpoConfig)
+        reference = self._reference(rows, batch, logps, config.reference.mode)
+        of_policy, of_reference, lengths = (
+            Answers(*t.reshape(-1, 3).unbind(1)) for t in (logps, reference, batch.lengths)
+        )
+        losses = preference_loss(of_policy, of_reference, lengths, config, alpha)
+        return losses, row_metrics(of_policy, of_reference, lengths, config, alpha)
 
-    def _sft(self, rows: list[Row]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self._collate([row.pairs()[0] for row in rows])
-        logps = answer_logps(self.policy, batch)
-        return -logps, {"logps/source_chosen": logps, "tokens": _tokens(batch)}
-
-    def _wrpo(self, rows: list[Row], weights: dict[str, float]) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = self._collate([row.pairs()[a] for a in range(3) for row in rows])  # (3B, T)
+    def _reference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, mode: str) -> Tensor:
+        """The log-probs of the batch's answers under the reference, (A,)."""
+        if not self.task.has_reference:
+            return torch.zeros_like(logps)
+        if mode == "stored":
+            stored = [value for row in rows for value in row.reference]
+            return torch.tensor(stored, dtype=logps.dtype, device=logps.device)
         with torch.no_grad():
-            reference = Logps(*answer_logps(self.reference, batch).chunk(3))
-        policy = Logps(*answer_logps(self.policy, batch).chunk(3))
-        losses = wrpo_loss(policy, reference, **weights)
-        metrics = row_metrics(policy, reference, **weights)
-        return losses, metrics | {"tokens": _tokens(batch)}
+            if self.reference is not None:
+                return self.reference(batch)
+            with self.policy.module.without_adapters():
+                return self.policy(batch)
 
-    def _collate(self, pairs: list[Any]) -> Batch:
-        return collate(pairs, self.pad).to(self.device)
-
-
-def _tokens(batch: Batch) -> Tensor:
-    """Tokens of a batch, in the form of a metric."""
-    return batch.attention_mask.sum().float()[None]
+    def _held_out(self, step: int) -> dict[str, float]:
+        """Loss and accuracy on the rows held out, at the greatest alpha, so that steps compare."""
+        config, is_last = self.task.config, step == self.order.steps - 1
+        if not len(self.held_rows) or not (is_last or (step + 1) % config.holdout_every == 0):
+            return {}
+        sums, alpha = Sums(), config.alpha.end if isinstance(config, WrpoConfig) else None
+        with torch.no_grad():
+            for part, is_real in self._micro_batches(self.held_rows):
+                losses, metrics = self._losses(part, alpha)
+                sums.add(metrics | {"loss": losses}, is_real)
+        totals, rows = sums.reduce(), len(self.held_rows)
+        measures = {"holdout/loss": totals["loss"] / self._divisor(self.held_rows)}
+        if alpha is not None:
+            measures["holdout/accuracies"] = totals["rewards/accuracies"] / rows
+        return measures
 
 
 def _number(value: Any) -> float | None:

@@ -1,10 +1,11 @@
-"""Metrics of each optimizer step: summed over rows and workers, kept as JSON lines."""
+"""Metrics of each optimizer step: summed over rows and workers, kept as JSON lines, tracked."""
 
 from __future__ import annotations
 
 import json
+import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.train.task import METRICS
+from wrpo_ray.errors import UserError
+from wrpo_ray.train.task import METRICS, Task
 
 Record = dict[str, Any]
 
@@ -23,10 +25,12 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
-    def add(self, values: Mapping[str, Tensor], weight: int) -> None:
-        """Add per-row values, each (B,); with weight 0 (a dummy) only their names."""
+    def add(self, values: Mapping[str, Tensor], is_real: bool) -> None:
+        """Add per-row values, each (B,); of a dummy only their names."""
         for name, value in values.items():
-            total = value.detach().double().sum() if weight else torch.zeros((), dtype=torch.double)
+            total = (
+                value.detach().double().sum() if is_real else torch.zeros((), dtype=torch.double)
+            )
             self._sums[name] = self._sums.get(name, 0.0) + total.to(value.device)
 
     def reduce(self) -> dict[str, float]:
@@ -81,3 +85,77 @@ def _parse(line: bytes) -> Record | None:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def peak_memory(device: torch.device) -> float:
+    """GB that this worker has held at the most: of the GPU, or of its process on a CPU."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
+
+
+# --- where else metrics go -----------------------------------------------------------------------
+
+Tracker = Callable[[Record], None]
+PACKAGES = {"tensorboard": "tensorboardX"}
+"""What to install for a tracker, where that has another name."""
+
+
+def trackers(task: Task) -> list[Tracker]:
+    """A function for each tracker of the config, called with each step's record.
+
+    Raises:
+        UserError: its package is missing, or it cannot write to this output.
+    """
+    makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+    made = []
+    for name in task.config.trackers:
+        try:
+            made.append(makers[name](task))
+        except ImportError:
+            package = PACKAGES.get(name, name)
+            raise UserError(f"trackers: {name} needs its package: pip install {package}") from None
+    return made
+
+
+def _tensorboard(task: Task) -> Tracker:
+    """Each step is written at once: a SummaryWriter queues it, and its flush does not wait."""
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.proto.summary_pb2 import Summary
+
+    if task.folder.is_remote:
+        raise UserError("trackers: tensorboard writes to a local output only; use wandb or mlflow")
+    folder = Path(task.folder.path) / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = EventsWriter(str(folder / "events"))
+
+    def tell(record: Record) -> None:
+        values = [Summary.Value(tag=n, simple_value=v) for n, v in _numbers(record).items()]
+        summary, step = Summary(value=values), record["step"]
+        writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        writer.flush()
+
+    return tell
+
+
+def _wandb(task: Task) -> Tracker:
+    import wandb
+
+    run = wandb.init(
+        project="wrpo-ray", name=task.step.folder, id=task.step.key, resume="allow",
+        config=task.config.model_dump(mode="json"),
+    )  # fmt: skip
+    return lambda record: run.log(_numbers(record), step=record["step"])
+
+
+def _mlflow(task: Task) -> Tracker:
+    import mlflow
+
+    mlflow.start_run(run_name=task.step.folder)
+    mlflow.log_params(task.config.identity())
+    return lambda record: mlflow.log_metrics(_numbers(record), step=record["step"])
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    return {n: v for n, v in record.items() if n not in ("step", "steps") and v is not None}

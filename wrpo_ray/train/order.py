@@ -1,7 +1,7 @@
-"""Which rows each optimizer step, worker and micro-batch takes, as pure functions.
+"""Which rows each optimizer step takes, as pure functions.
 
-The rows of a step depend on (seed, epoch, index) alone, so another number of workers, another
-micro-batch or a resumed run trains on the same rows in the same steps.
+The rows of a step depend on (seed, epoch, index) alone, so another number of workers, other
+micro-batches (`packing.deal`) or a resumed run train on the same rows in the same steps.
 """
 
 from __future__ import annotations
@@ -20,18 +20,6 @@ def permutation(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
         return hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=16).digest()
 
     return tuple(sorted(range(rows), key=place))
-
-
-@dataclass(frozen=True, slots=True)
-class MicroBatch:
-    """Row indices of one forward pass, never empty.
-
-    `weight` is 1, or 0 for a dummy, which only keeps the number of forward passes equal on all
-    workers (ZeRO-3 gathers parameters in each) and adds nothing to loss or gradient.
-    """
-
-    rows: tuple[int, ...]
-    weight: int
 
 
 @dataclass(frozen=True)
@@ -59,19 +47,15 @@ class Order:
         start = within * self.batch_size
         return permutation(self.seed, epoch, self.rows)[start : start + self.batch_size]
 
-    def accumulation(self, workers: int, micro_batch: int) -> int:
-        """Micro-batches a worker has in every step."""
-        return math.ceil(math.ceil(min(self.batch_size, self.rows) / workers) / micro_batch)
+    def consumed(self, step: int) -> float:
+        """The share of the way from the first step to the last, in rows consumed; in [0, 1].
 
-    def micro_batches(
-        self, step: int, worker: int, workers: int, micro_batch: int
-    ) -> list[MicroBatch]:
-        """A worker's part of a step: always `accumulation` micro-batches, dummies last."""
-        batch = self.batch(step)
-        own = batch[worker::workers]
-        real = [
-            MicroBatch(own[start : start + micro_batch], 1)
-            for start in range(0, len(own), micro_batch)
-        ]
-        dummies = self.accumulation(workers, micro_batch) - len(real)
-        return real + [MicroBatch(batch[:1], 0)] * dummies
+        A run of one step is at its end.
+        """
+        last = self._before(self.steps - 1)
+        return self._before(step) / last if last else 1.0
+
+    def _before(self, step: int) -> int:
+        """Rows consumed before a step."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self.rows + within * self.batch_size

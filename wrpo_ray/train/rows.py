@@ -1,29 +1,45 @@
-"""Training rows: from Parquet records to token ids, in an order of their own.
+"""Training rows: from Parquet records to token ids within the limits of length, and back.
 
 A row is a prompt with its answers, in the order of `names` (`task.SFT_ANSWERS`,
-`task.WRPO_ANSWERS`). Rows are indexed by the order of their prompt_id, whatever shards and
-workers they came through.
+`task.WRPO_ANSWERS`). Prepared rows lie in Arrow files, a bucket each, which workers map into
+memory: a node holds the data set once, whatever the number of its workers, and reads a row
+when it trains on it. Rows are indexed by the order of their prompt_id, whatever shards they
+came through.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
+from wrpo_ray.config import TrainConfig
 from wrpo_ray.core import chat
-from wrpo_ray.core.records import failure
+from wrpo_ray.core.records import failure, unit_interval
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError
 
 Record = dict[str, Any]
+SUFFIX = ".arrow"
+
+PREPARED = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("tokens", pa.list_(pa.int32())),  # prompt, then each answer
+        ("lengths", pa.list_(pa.int32())),  # of the prompt and of each answer
+        ("reference", pa.list_(pa.float64())),  # log pi_ref of each answer; empty without one
+    ]
+)
 
 
 class TooLong(ValueError):  # noqa: N818 (the name is kept in the failure record)
-    """Prompt and longest answer together exceed `max_length`."""
+    """The prompt, or prompt and longest answer together, exceed the limits of length."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +49,8 @@ class Row:
     prompt_id: str
     prompt: np.ndarray
     answers: tuple[np.ndarray, ...]
-
-    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """(prompt, answer) for each answer."""
-        return [(self.prompt, answer) for answer in self.answers]
+    reference: tuple[float, ...] = ()
+    """log pi_ref of each answer, in nats; empty where it is not stored."""
 
 
 @dataclass
@@ -45,6 +59,8 @@ class Rows:
 
     kept: list[Row] = field(default_factory=list)
     failed: list[Record] = field(default_factory=list)
+    cut: int = 0
+    """Answers that were cut to fit."""
 
     @property
     def dropped(self) -> int:
@@ -52,97 +68,189 @@ class Rows:
         return sum(row["error"] == TooLong.__name__ for row in self.failed)
 
 
-def read_part(folder: Folder, names: tuple[str, ...], part: int, parts: int) -> list[Record]:
-    """The records in every `parts`-th shard from the shard `part`.
-
-    Of SELECTION records (where `names` is the source's answer alone) those with the split
-    `sft`; PREFERENCE records have no split.
-    """
-    is_selection = len(names) == 1
-    columns = ["prompt_id", "messages", *names, *(["split"] if is_selection else [])]
-    records: list[Record] = []
-    for shard in folder.files(suffix=".parquet")[part::parts]:
-        table = folder.read_table(shard, columns)
-        if is_selection:
-            table = table.filter(pc.equal(table["split"], "sft"))
-        records += table.to_pylist()
-    return records
+# --- records into rows -----------------------------------------------------------------------
 
 
-def tokenize(
-    tokenizer: Any,
-    ends: frozenset[int],
-    records: Iterable[Record],
-    names: tuple[str, ...],
-    *,
-    stage: str,
-    max_length: int,
-) -> Rows:
-    """Token ids of records; a record that fails or does not fit becomes a FAILURE row."""
-    rows = Rows()
-    for record in records:
-        try:
-            rows.kept.append(tokenize_row(tokenizer, ends, record, names, max_length))
-        except Exception as error:  # a template may raise anything
-            rows.failed.append(failure(stage, error, prompt_id=record["prompt_id"]))
-    return rows
+@dataclass(frozen=True)
+class Tokenizing:
+    """How records become rows."""
+
+    tokenizer: Any
+    ends: frozenset[int]
+    """Token ids that end a turn."""
+    names: tuple[str, ...]
+    """The answers of a row."""
+    config: TrainConfig
+
+    def rows(self, records: Iterable[Record], stage: str) -> Rows:
+        """Rows of records; one that fails or does not fit becomes a FAILURE row of `stage`."""
+        rows = Rows()
+        for record in records:
+            try:
+                row, cut = self.row(record)
+                rows.kept.append(row)
+                rows.cut += cut
+            except Exception as error:  # a template may raise anything
+                rows.failed.append(failure(stage, error, prompt_id=record["prompt_id"]))
+        return rows
+
+    def row(self, record: Record) -> tuple[Row, int]:
+        """The row of a record, and how many of its answers were cut.
+
+        Raises:
+            TooLong: it exceeds the limits.
+            UserError: the chat template does not continue the prompt.
+        """
+        messages = record["messages"]
+        prompt = chat.prompt_ids(self.tokenizer, messages)
+        answers = [self._answer(messages, record[name], name) for name in self.names]
+        prompt, answers, cut = fit(prompt, answers, self.config)
+        return Row(record["prompt_id"], _ids(prompt), tuple(map(_ids, answers))), cut
+
+    def _answer(self, messages: list[Any], answer: Record, name: str) -> list[int]:
+        """The target's answers keep the ids it sampled; a source's are of its own tokenizer.
+
+        The published script has texts only, closes each with the template, and adds an end token.
+        """
+        closed = answer["finish_reason"] != "length"
+        if self.config.compat == "published":
+            return [*self._of_text(messages, answer, closed=True), self.tokenizer.eos_token_id]
+        if name == "source_chosen" or not answer["token_ids"]:
+            return self._of_text(messages, answer, closed=closed)
+        ids = list(answer["token_ids"])
+        chat.check_sampled(ids, self.ends, closed=closed)
+        return ids
+
+    def _of_text(self, messages: list[Any], answer: Record, *, closed: bool) -> list[int]:
+        text = answer["text"].strip()
+        return chat.answer_ids(self.tokenizer, messages, text, self.ends, closed=closed)
 
 
-def tokenize_row(
-    tokenizer: Any, ends: frozenset[int], record: Record, names: tuple[str, ...], max_length: int
-) -> Row:
-    """Token ids of one record.
+def fit(
+    prompt: list[int], answers: list[list[int]], config: TrainConfig
+) -> tuple[list[int], list[list[int]], int]:
+    """Prompt and answers within the limits of length, and how many answers were cut.
 
     Raises:
-        TooLong: the prompt with the longest of the answers exceeds `max_length` tokens.
-        UserError: the chat template does not continue the prompt.
+        TooLong: the prompt leaves no room, or an answer is too long and `overflow` is `drop`.
     """
-    messages = record["messages"]
-    prompt = chat.prompt_ids(tokenizer, messages)
-    answers = [_answer(tokenizer, ends, messages, record[name], name) for name in names]
-    longest = len(prompt) + max(len(answer) for answer in answers)
-    if longest > max_length:
-        raise TooLong(f"prompt and longest answer have {longest} tokens, max_length {max_length}")
-    return Row(record["prompt_id"], _ids(prompt), tuple(_ids(answer) for answer in answers))
+    longest = len(prompt) + max(map(len, answers))
+    if config.compat == "published":
+        return _fit_as_published(prompt, answers, longest, config)
+    most = config.max_prompt_length or config.max_length - 1
+    if len(prompt) > most:
+        raise TooLong(f"the prompt has {len(prompt)} tokens, of which {most} are allowed")
+    if longest <= config.max_length:
+        return prompt, answers, 0
+    if config.overflow == "drop":
+        raise TooLong(
+            f"prompt and longest answer have {longest} tokens, max_length {config.max_length}"
+        )
+    room = config.max_length - len(prompt)
+    return prompt, [a[:room] for a in answers], sum(len(a) > room for a in answers)
 
 
-def _answer(
-    tokenizer: Any, ends: frozenset[int], messages: list[Any], answer: Record, name: str
-) -> list[int]:
-    """The target's own answers keep the ids it sampled; a source's ids are of its own tokenizer."""
-    if name != "source_chosen" and answer["token_ids"]:
-        return answer["token_ids"]
-    closed = answer["finish_reason"] != "length"
-    return chat.answer_ids(tokenizer, messages, answer["text"].strip(), ends, closed=closed)
+def _fit_as_published(
+    prompt: list[int], answers: list[list[int]], longest: int, config: TrainConfig
+) -> tuple[list[int], list[list[int]], int]:
+    """The published script's way: the prompt's end is kept, and all answers are cut alike."""
+    assert config.max_prompt_length is not None
+    if longest <= config.max_length:
+        return prompt, answers, 0
+    longest -= len(prompt)
+    prompt = prompt[-config.max_prompt_length :]
+    if len(prompt) + longest <= config.max_length:
+        return prompt, answers, 0
+    room = config.max_length - config.max_prompt_length
+    return prompt, [a[:room] for a in answers], sum(len(a) > room for a in answers)
 
 
 def _ids(values: list[int]) -> np.ndarray:
     return np.asarray(values, dtype=np.int32)
 
 
-def merge(parts: Iterable[Rows]) -> Rows:
-    """The parts as a whole, in the order of prompt_id, each prompt once."""
-    parts = list(parts)
-    kept = {row.prompt_id: row for part in parts for row in part.kept}
-    failed = {row["prompt_id"]: row for part in parts for row in part.failed}
-    # real faults first: the first row is what an error message quotes
-    order = sorted(failed, key=lambda key: (failed[key]["error"] == TooLong.__name__, key))
-    return Rows([kept[key] for key in sorted(kept)], [failed[key] for key in order])
+# --- prepared rows on disk -------------------------------------------------------------------
 
 
-def check_some(rows: Rows, section: str, folder: Folder, max_length: int) -> None:
-    """Check that there is a row to train on; `section` is the config's: sft or wrpo.
+def write_rows(folder: Folder, name: str, rows: list[Row], counts: dict[str, int]) -> None:
+    """Commit a bucket's rows as the file `name`, with its counts."""
+    columns = [
+        [row.prompt_id for row in rows],
+        [np.concatenate([row.prompt, *row.answers]) for row in rows],
+        [[len(row.prompt), *map(len, row.answers)] for row in rows],
+        [list(row.reference) for row in rows],
+    ]
+    arrays = [pa.array(c, f.type) for c, f in zip(columns, PREPARED, strict=True)]
+    schema = PREPARED.with_metadata({"counts": json.dumps(counts)})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, schema) as writer:
+        writer.write_table(pa.table(arrays, schema=schema))
+    folder.write(name, sink.getvalue())
 
-    Raises:
-        UserError: with what to do about it.
-    """
-    if rows.kept:
-        return
-    if rows.dropped:
-        raise UserError(
-            f"{section}: no row is left to train on: {rows.dropped} rows have more than "
-            f"{max_length} tokens in prompt and answer; raise {section}.max_length"
-        )
-    raise UserError(
-        f"{section}: {folder} holds no row to train on; give more prompts, or another `split.sft`"
-    )
+
+def read_counts(folder: Folder, name: str) -> dict[str, int] | None:
+    """The counts of a bucket's file; None where it is not there."""
+    if not folder.exists(name):
+        return None
+    with folder.filesystem.open_input_file((folder / name).path) as file:
+        return json.loads(pa.ipc.open_file(file).schema.metadata[b"counts"])
+
+
+class PreparedRows:
+    """The rows of a local folder of Arrow files, mapped into memory and read one at a time."""
+
+    def __init__(self, folder: Path):
+        tables = [_mapped(path) for path in sorted(folder.glob(f"*{SUFFIX}"))]
+        table = pa.concat_tables(tables) if tables else PREPARED.empty_table()
+        batches = table.to_batches()
+        self._batches = [_columns(batch) for batch in batches]
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        by_prompt = pc.sort_indices(table["prompt_id"])  # stable
+        self._order: np.ndarray = by_prompt.to_numpy()
+        self._ids = table["prompt_id"]
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Row:
+        batch, at = self._place(index)
+        tokens, lengths, reference = (_at(column, at) for column in self._batches[batch])
+        prompt, *answers = np.split(tokens, np.cumsum(lengths)[:-1])
+        return Row(self.prompt_id(index), prompt, tuple(answers), tuple(reference.tolist()))
+
+    def prompt_id(self, index: int) -> str:
+        """The prompt_id of a row."""
+        return self._ids[int(self._order[index])].as_py()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(rows, 1 + answers): tokens of each row's prompt and answers."""
+        parts = [values.reshape(len(starts) - 1, -1) for _, (starts, values), _ in self._batches]
+        return np.concatenate(parts)[self._order] if parts else np.zeros((0, 2), np.int32)
+
+    def held_out(self, share: float) -> np.ndarray:
+        """(rows,), true for about that share of the rows, by hash of their prompts."""
+        places = [
+            unit_interval("holdout", self.prompt_id(i)) for i in range(len(self) if share else 0)
+        ]
+        return np.array(places) < share if places else np.zeros(len(self), bool)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        row = int(self._order[index])
+        batch = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return batch, row - int(self._starts[batch])
+
+
+def _mapped(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().replace_schema_metadata()
+
+
+def _columns(batch: pa.RecordBatch) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(starts, values) of the columns tokens, lengths, reference."""
+    columns = [batch.column(name) for name in ("tokens", "lengths", "reference")]
+    return [(c.offsets.to_numpy(), c.values.to_numpy(zero_copy_only=False)) for c in columns]
+
+
+def _at(column: tuple[np.ndarray, np.ndarray], row: int) -> np.ndarray:
+    starts, values = column
+    return values[starts[row] : starts[row + 1]]

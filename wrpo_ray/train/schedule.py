@@ -1,4 +1,4 @@
-"""alpha and the learning rate as pure functions of the optimizer step.
+"""alpha and the learning rate as pure functions of how far a run has come.
 
 Steps count from 0; `steps` is the number of steps of the whole run.
 """
@@ -10,15 +10,13 @@ import math
 from wrpo_ray.config import AlphaConfig, TrainConfig
 
 
-def alpha_at(config: AlphaConfig, step: int, steps: int) -> float:
-    """The fusion coefficient at a step (paper, section 3.3).
+def alpha_at(config: AlphaConfig, consumed: float) -> float:
+    """The fusion coefficient (paper, section 3.3) where a share of the rows is `consumed`.
 
-    `dynamic` grows linearly from 0 at step 0 to exactly `end` at the last step; a run of one
-    step uses `end`. `static` is `end` throughout.
+    `dynamic` grows linearly from 0 at the first step to exactly `end` at the last, whose
+    `consumed` is 1 (`Order.consumed`). `static` is `end` throughout.
     """
-    if config.schedule == "static" or step >= steps - 1:
-        return config.end
-    return config.end * (step / (steps - 1))
+    return config.end if config.schedule == "static" else config.end * consumed
 
 
 def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:

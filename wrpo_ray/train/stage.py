@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
+from wrpo_ray.core.cluster import readable
 from wrpo_ray.core.run import Run, log
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
@@ -26,6 +27,8 @@ DRIVER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished or lost worker is seen
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # an elastic run asks for its old size first, as Ray sees a lost node only every 20 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
 """Ray Train's settings that its controller takes from the driver, unless they are set."""
 
@@ -37,7 +40,7 @@ class Train:
     step: Step
     """Its result is the folder `model` in the step's folder."""
     rows: Step
-    """Its folder holds the SELECTION (SFT) or PREFERENCE (WRPO) shards."""
+    """Its folder holds the prepared rows (`prepare`)."""
     base: Folder
     """The model folder to start from, and the reference of preference training."""
     config: TrainConfig
@@ -53,7 +56,6 @@ def run(run: Run, jobs: list[Train]) -> None:
 
     Raises:
         UserError: nothing to train on, or not enough room for the workers.
-        FailureLimitError: too many rows could not be used.
         WrpoError: the workers failed more often than `max_failures` allows.
     """
     for job in jobs:
@@ -89,12 +91,13 @@ def _check_room(job: Train) -> None:
 
     config = job.config
     have = ray.cluster_resources()
-    need = {"CPU": config.workers * config.num_cpus, "GPU": config.workers * config.num_gpus}
+    workers = config.min_workers or config.workers
+    need = {"CPU": workers * config.num_cpus, "GPU": workers * config.num_gpus}
     short = {name: n for name, n in need.items() if n > have.get(name, 0)}
     if not short:
         return
     name, count = next(iter(short.items()))
-    lack = f"{config.workers} workers need {count:g} {name}s and Ray has {have.get(name, 0):g}"
+    lack = f"{workers} workers need {count:g} {name}s and Ray has {have.get(name, 0):g}"
     if _is_own_ray():
         raise UserError(f"{job.step.name}: {lack}; set fewer workers or less for each of them")
     log(f"{job.step.name}: {lack}; waiting for the cluster to grow")
@@ -119,33 +122,36 @@ def _fit(task: Task, checkpoints: Folder) -> dict[str, Any]:
         os.environ.setdefault(name, value)
     if _is_own_ray():  # its node is never preempted: one process less
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    label, layout = task.step.name, checkpoint.layout(task.config)
-    checkpoint.repair(checkpoints / layout, label)
+    label = task.step.name
+    checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)
     log(f"{label}: starting {task.config.workers} workers")
-    trainer = _trainer(task, checkpoints, layout)
+    trainer = _trainer(task, checkpoints)
     result = _watch(task, trainer)
     if isinstance(result, WrpoError):
         raise result
     return result
 
 
-def _trainer(task: Task, checkpoints: Folder, layout: str) -> Any:
+def _trainer(task: Task, checkpoints: Folder) -> Any:
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from wrpo_ray.train.checkpoint import LAYOUT
+
     config = task.config
+    is_elastic = config.min_workers not in (None, config.workers)
     resources = {"CPU": config.num_cpus} | ({"GPU": 1} if config.num_gpus else {})
     return TorchTrainer(
         _work,
         train_loop_config={"task": task},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.num_gpus else "gloo"),
         scaling_config=train.ScalingConfig(
-            num_workers=config.workers,
+            num_workers=(config.min_workers, config.workers) if is_elastic else config.workers,
             resources_per_worker=resources,
             use_gpu=config.num_gpus > 0,
         ),
         run_config=train.RunConfig(
-            name=layout,
+            name=LAYOUT,
             storage_path=checkpoints.path,
             storage_filesystem=checkpoints.filesystem,
             failure_config=train.FailureConfig(max_failures=config.max_failures),
@@ -191,7 +197,7 @@ def _watch(task: Task, trainer: Any) -> Any:
         if thread.is_alive():
             shown = _progress(task, shown)
     if "error" in outcome:
-        raise _readable(task, outcome["error"]) from outcome["error"]
+        raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     return outcome["value"]
 
 
@@ -216,37 +222,7 @@ def _progress(task: Task, shown: int | None) -> int:
 
 
 def _tell(task: Task, counts: dict[str, Any]) -> None:
-    label, limit = task.step.name, task.config.max_length
+    label = task.step.name
     if counts["resumed_at"]:
         log(f"{label}: resumed at step {counts['resumed_at']}")
-    if counts["dropped"]:
-        log(f"{label}: dropped {counts['dropped']:,} rows with more than max_length {limit} tokens")
     log(f"{label}: {counts['steps']} steps on {counts['rows']:,} rows")
-
-
-# --- errors ----------------------------------------------------------------------------------
-
-
-def _readable(task: Task, error: BaseException) -> BaseException:
-    """The project's own error inside Ray's, or one line that names the first cause."""
-    causes = list(_causes(error))
-    own = next((cause for cause in causes if isinstance(cause, WrpoError)), None)
-    if own is not None:
-        return own
-    cause = causes[-1]
-    text = " ".join(str(cause).split())[:500]
-    return WrpoError(
-        f"{task.step.name}: training failed after {task.config.max_failures} restarts: "
-        f"{type(cause).__name__}: {text}; put the cause right and run the same command again, "
-        f"which goes on from the last checkpoint"
-    )
-
-
-def _causes(error: BaseException | None) -> Any:
-    """The error and what it wraps, outermost first."""
-    while error is not None:
-        yield error
-        failures = list(getattr(error, "worker_failures", {}).values())
-        inner = [getattr(error, "controller_failure", None), getattr(error, "_base_exc", None)]
-        inner += [*failures, getattr(error, "cause", None), error.__cause__]
-        error = next((e for e in inner if isinstance(e, BaseException)), None)

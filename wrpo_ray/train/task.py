@@ -29,7 +29,7 @@ class Task:
     step: Step
     """Whose folder takes the result."""
     rows: Folder
-    """Holds the SELECTION (SFT) or PREFERENCE (WRPO) shards."""
+    """Holds the prepared rows (`rows`)."""
     base: Folder
     """The model to start from, which is also the reference of preference training."""
     config: TrainConfig
@@ -48,6 +48,14 @@ class Task:
         return isinstance(self.config, WrpoConfig)
 
     @property
-    def answers(self) -> tuple[str, ...]:
-        """The names of a row's answers."""
-        return WRPO_ANSWERS if self.is_preference else SFT_ANSWERS
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return isinstance(self.config, WrpoConfig) and self.config.objective != "simpo"
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether workers hold the reference; with LoRA it is the policy without adapters."""
+        config = self.config
+        if not isinstance(config, WrpoConfig) or config.lora or not self.has_reference:
+            return False
+        return config.reference.mode == "live"

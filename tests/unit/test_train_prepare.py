@@ -1,0 +1,275 @@
+"""Buckets of rows ready to train on: what is in them, and when they are made again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import (
+    make_tokenizer,
+    preference_rows,
+    write_model,
+    write_preferences,
+    write_selection,
+)
+
+from wrpo_ray.config import Actors, ReferenceConfig, TrainConfig, WrpoConfig
+from wrpo_ray.core.run import Run
+from wrpo_ray.core.shards import buckets
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+from wrpo_ray.train.prepare import Prepare, Preparer, _check_some, _clear_other_buckets
+from wrpo_ray.train.rows import SUFFIX, PreparedRows
+
+PAIRS, SELECTION = Step("pair"), Step("select")
+SETTINGS: dict[str, Any] = {"max_length": 64, "precision": "fp32"}
+WRPO = WrpoConfig(**SETTINGS)
+LIVE = ReferenceConfig(mode="live")
+COUNT = 4
+"""Buckets of a run."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("base"), seed=2)
+
+
+@pytest.fixture
+def root(tmp_path) -> Folder:
+    """An output folder with 21 preference rows, in the same buckets as a run's."""
+    folder = Folder(str(tmp_path / "out"))
+    write_preferences(folder / PAIRS.folder, preference_rows(21), COUNT)
+    write_selection(folder / SELECTION.folder, preference_rows(21), COUNT)
+    return folder
+
+
+def job(base: Path | str, config: TrainConfig = WRPO, fingerprint: str = "base") -> Prepare:
+    rows = PAIRS if isinstance(config, WrpoConfig) else SELECTION
+    return Prepare("wrpo", rows, Folder(str(base)), fingerprint, config)
+
+
+def fill(root: Folder, job: Prepare, count: int = COUNT) -> list[dict[str, Any]]:
+    """All buckets by one actor; returns their counts."""
+    preparer = Preparer(Run(root, count), job)
+    return [preparer({"bucket": bucket.index}) for bucket in buckets(count)]
+
+
+def read(root: Folder, job: Prepare) -> PreparedRows:
+    return PreparedRows((root / job.step.folder).local())
+
+
+def failures(root: Folder, job: Prepare) -> list[dict[str, Any]]:
+    folder = job.step.failures(root)
+    return [
+        row for n in folder.files(suffix=".parquet") for row in folder.read_table(n).to_pylist()
+    ]
+
+
+# --- what is in a bucket ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_stored_log_probs_are_the_plain_models(root, base, packing):
+    """transformers alone, an answer at a time, all logits."""
+    from transformers import AutoModelForCausalLM
+
+    config = WRPO.model_copy(update={"packing": packing, "micro_batch_tokens": 50})
+    fill(root, job(base, config))
+    rows, plain = read(root, job(base, config)), AutoModelForCausalLM.from_pretrained(base)
+    for row in (rows[i] for i in range(len(rows))):
+        for answer, stored in zip(row.answers, row.reference, strict=True):
+            ids = torch.tensor([[*row.prompt, *answer]])
+            with torch.no_grad():
+                table = plain(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            want = table.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :].sum()
+            assert stored == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_counts_tell_what_lies_there(root, base):
+    counts, rows = fill(root, job(base)), read(root, job(base))
+    assert [c["bucket"] for c in counts] == list(range(COUNT))
+    assert sum(c["rows"] for c in counts) == len(rows) == 21
+    assert sum(c["tokens"] for c in counts) == rows.lengths.sum()
+    assert not any(c[name] for c in counts for name in ("dropped", "failed", "cut"))
+    ids = [rows.prompt_id(i) for i in range(21)]
+    assert ids == sorted(record["prompt_id"] for record in preference_rows(21))
+
+
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_shards_of_another_number_of_buckets_are_found(root, base, count):
+    live = job(base, WRPO.model_copy(update={"reference": LIVE}))
+    counts = fill(root, live, count)
+    assert len(counts) == count
+    rows = read(root, live)
+    wanted = sorted(record["prompt_id"] for record in preference_rows(21))
+    assert [rows.prompt_id(i) for i in range(len(rows))] == wanted
+
+
+def test_sft_takes_the_prompts_of_its_split_and_no_reference(root, base):
+    sft = job(base, TrainConfig(**SETTINGS))
+    fill(root, sft)
+    rows = read(root, sft)
+    wanted = {r["prompt_id"] for i, r in enumerate(preference_rows(21)) if i % 4 != 3}
+    assert {rows.prompt_id(i) for i in range(len(rows))} == wanted
+    assert len(rows) == len(wanted)
+    assert {(len(row.answers), row.reference) for row in (rows[i] for i in range(len(rows)))} == {
+        (1, ())
+    }
+
+
+@pytest.mark.parametrize("update", [{"objective": "simpo"}, {"reference": LIVE}])
+def test_no_reference_is_stored_and_no_model_loaded(root, tmp_path, update):
+    """The base folder has a tokenizer and no weights."""
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    without = job(tmp_path / "tokenizer", WRPO.model_copy(update=update))
+    assert not without.has_reference
+    fill(root, without)
+    rows = read(root, without)
+    assert {rows[i].reference for i in range(len(rows))} == {()}
+
+
+def test_a_bucket_without_rows_loads_no_model(tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    empty, root = job(tmp_path / "tokenizer"), Folder(str(tmp_path / "out"))
+    assert [c["rows"] for c in fill(root, empty)] == [0] * COUNT
+    assert len(read(root, empty)) == 0
+
+
+def test_the_references_pool_is_the_configs():
+    pool = Actors(max=3, num_gpus=1)
+    assert job("base", WrpoConfig(reference=ReferenceConfig(actors=pool))).actors == pool
+    assert job("base", TrainConfig()).actors == Actors()
+
+
+# --- what fails or is there already -----------------------------------------------------------
+
+
+def test_failed_and_dropped_rows_are_kept_with_their_reasons(tmp_path, base):
+    records = preference_rows(6)
+    records[0]["messages"] = []  # no template continues that
+    records[1]["messages"] = [{"role": "user", "content": "w1 " * 70}]
+    root = Folder(str(tmp_path / "out"))
+    write_preferences(root / PAIRS.folder, records, 1)
+    (counts,) = fill(root, job(base), 1)
+    assert (counts["rows"], counts["failed"], counts["dropped"]) == (4, 1, 1)
+    reasons = {row["prompt_id"]: row["error"] for row in failures(root, job(base))}
+    assert reasons.keys() == {record["prompt_id"] for record in records[:2]}
+    assert reasons[records[1]["prompt_id"]] == "TooLong"
+
+
+def test_a_bucket_that_is_there_is_passed_over(root, base):
+    """With its counts; nothing of the base is read again, and the bucket stays."""
+    first = fill(root, job(base))
+    files = root / job(base).step.folder
+    before = [files.read(name) for name in files.files(suffix=SUFFIX)]
+    assert fill(root, job("/nowhere")) == first
+    assert [files.read(name) for name in files.files(suffix=SUFFIX)] == before
+
+
+def test_a_bucket_that_a_kill_left_out_is_filled_alone(root, base):
+    first = fill(root, job(base))
+    files = root / job(base).step.folder
+    lost = files.files(suffix=SUFFIX)[1]
+    before = files.read(lost)
+    files.delete(lost)
+    assert fill(root, job(base)) == first
+    assert files.read(lost) == before
+
+
+def test_another_try_forgets_the_failures_of_the_first(tmp_path, base):
+    root, records = Folder(str(tmp_path / "out")), preference_rows(3)
+    broken = [record | {"messages": []} for record in records]
+    write_preferences(root / PAIRS.folder, broken, 1)
+    fill(root, job(base), 1)
+    assert len(failures(root, job(base))) == 3
+    write_preferences(root / PAIRS.folder, records, 1)
+    (root / job(base).step.folder).delete(f"00000-of-00001{SUFFIX}")
+    fill(root, job(base), 1)
+    assert failures(root, job(base)) == []
+
+
+def test_files_of_another_number_of_buckets_are_cleared(root, base):
+    """Else a run that was interrupted and goes on with other `storage.buckets` had rows twice."""
+    files = root / job(base).step.folder
+    fill(root, job(base), 2)
+    fill(root, job(base), COUNT)
+    assert len(read(root, job(base))) == 42
+    _clear_other_buckets(files, COUNT)
+    assert len(read(root, job(base))) == 21
+    assert len(files.files(suffix=SUFFIX)) == COUNT
+
+
+# --- the step's key ---------------------------------------------------------------------------
+
+
+OTHER: list[dict[str, Any]] = [
+    {"max_length": 65},
+    {"max_prompt_length": 30},
+    {"overflow": "cut"},
+    {"precision": "bf16"},
+    {"objective": "simpo"},
+    {"reference": LIVE},
+]
+SAME: list[dict[str, Any]] = [
+    {"learning_rate": 1e-3},
+    {"beta": 0.5},
+    {"alpha": {"end": 0.9}},
+    {"objective": "ipo"},
+    {"epochs": 3},
+    {"batch_size": 7},
+    {"holdout": 0.1},
+    {"lora": {}},
+    {"packing": False},
+    {"micro_batch_tokens": 99},
+    {"zero_stage": 1},
+    {"sft_weight": 0.1},
+    {"reference": {"actors": {"max": 4}}},
+]
+
+
+@pytest.mark.parametrize("change", OTHER, ids=str)
+def test_what_rows_depend_on_is_in_the_key(change):
+    assert job("base", WrpoConfig(**(SETTINGS | change))).step.folder != job("base").step.folder
+
+
+@pytest.mark.parametrize("change", SAME, ids=str)
+def test_what_optimization_alone_depends_on_is_not(change):
+    """So WRPO and its DPO baseline share their rows."""
+    assert job("base", WrpoConfig(**(SETTINGS | change))).step.folder == job("base").step.folder
+
+
+def test_another_base_or_other_rows_are_another_step():
+    same = job("base").step
+    assert job("base", fingerprint="other").step.key != same.key
+    assert job("elsewhere").step.key == same.key  # the fingerprint tells what lies there
+    other = Prepare("wrpo", Step("pair", {"x": 1}), Folder("base"), "base", WRPO)
+    assert other.step.key != same.key
+    assert job("base", TrainConfig(**SETTINGS)).step.key != same.key
+
+
+def test_compat_is_in_the_key():
+    """It needs a max_prompt_length, which is in the key by itself."""
+    kinds = [WrpoConfig(**SETTINGS, max_prompt_length=30, compat=c) for c in ("none", "published")]
+    assert len({job("base", config).step.key for config in kinds}) == 2
+
+
+def test_precision_matters_only_to_what_is_computed():
+    simpo = [WrpoConfig(objective="simpo", precision=p) for p in ("fp32", "bf16")]
+    assert len({job("base", config).step.key for config in simpo}) == 1
+
+
+# --- nothing to train on ----------------------------------------------------------------------
+
+
+def test_no_row_is_an_error_with_a_remedy():
+    with pytest.raises(UserError, match=rf"wrpo: {PAIRS.folder} holds no row .*give more prompts"):
+        _check_some(job("base"), {"rows": 0, "dropped": 0})
+    with pytest.raises(UserError, match=r"7 rows have more than 64 tokens .*raise wrpo.max_length"):
+        _check_some(job("base"), {"rows": 0, "dropped": 7})
+    short = job("base", WRPO.model_copy(update={"max_prompt_length": 9}))
+    with pytest.raises(UserError, match="64 tokens in prompt and answer or 9 in the prompt"):
+        _check_some(short, {"rows": 0, "dropped": 7})
+    _check_some(job("base"), {"rows": 1, "dropped": 7})

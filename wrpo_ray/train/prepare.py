@@ -1,0 +1,198 @@
+"""Rows ready to train on: token ids, and the reference's log-probs of each answer.
+
+A pool of actors fills bucket by bucket. Reference log-probs come from the trainer's own forward
+pass, without a backward pass and so in larger micro-batches; they lie with the token ids they
+are of. The step's key holds the model, its tokenizer and template, and the limits of length, so
+a change of any computes them again. Training then holds no reference model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow.compute as pc
+
+from wrpo_ray.config import Actors, TrainConfig, WrpoConfig
+from wrpo_ray.core.chat import end_ids, load_tokenizer
+from wrpo_ray.core.cluster import map_rows, thread_env
+from wrpo_ray.core.run import Progress, Run, log
+from wrpo_ray.core.shards import Bucket, buckets, clear_failures, write_failures
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+from wrpo_ray.train.rows import SUFFIX, Record, Row, Rows, Tokenizing, read_counts, write_rows
+from wrpo_ray.train.task import SFT_ANSWERS, WRPO_ANSWERS
+
+FORMAT = 1
+"""Version of what a prepared row holds: part of the step's key."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """The rows of one training run, or of several that differ in their optimization only."""
+
+    name: str
+    """`sft` or `wrpo`."""
+    rows: Step
+    """Its folder holds the SELECTION (SFT) or PREFERENCE (WRPO) shards."""
+    base: Folder
+    """The model that is trained, and the reference of preference training."""
+    fingerprint: str
+    """What identifies the model, its tokenizer and its template."""
+    config: TrainConfig
+    chat_template: str | None = None
+    """A Jinja file that replaces the base's own template."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The names of a row's answers."""
+        return WRPO_ANSWERS if isinstance(self.config, WrpoConfig) else SFT_ANSWERS
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether log-probs of the reference are stored."""
+        config = self.config
+        if not isinstance(config, WrpoConfig) or config.objective == "simpo":
+            return False
+        return config.reference.mode == "stored"
+
+    @property
+    def actors(self) -> Actors:
+        """The pool of workers."""
+        return self.config.reference.actors if isinstance(self.config, WrpoConfig) else Actors()
+
+    @cached_property
+    def step(self) -> Step:
+        """The step; what optimization alone depends on is not in its key."""
+        config = self.config
+        key = {
+            "answers": self.answers,
+            "base": self.fingerprint,
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "overflow": config.overflow,
+            "compat": config.compat,
+            "reference": config.precision if self.has_reference else None,
+            "format": FORMAT,
+        }
+        return Step(f"rows-{self.name}", key, (self.rows,))
+
+
+def run(run: Run, jobs: list[Prepare]) -> None:
+    """Do each job.
+
+    Raises:
+        UserError: no row is left to train on.
+        FailureLimitError: more rows failed than `failure_limit` allows.
+    """
+    for job in jobs:
+        _prepare(run, job)
+
+
+def _prepare(run: Run, job: Prepare) -> None:
+    started, counts = time.time(), Counter[str]()
+    rows = [{"bucket": b.index} for b in buckets(run.buckets)]
+    _clear_other_buckets(run.root / job.step.folder, run.buckets)
+    progress = Progress(job.step.name, len(rows))
+    env = thread_env(job.actors) | {"TORCHDYNAMO_DISABLE": "1"}
+    for result in map_rows(
+        job.step.name, rows, Preparer, {"run": run, "job": job}, job.actors, env
+    ):
+        counts.update({k: v for k, v in result.items() if k != "bucket"})
+        progress.add(result["rows"])
+    totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}
+    run.check_failures(job.step, totals["failed"], totals["rows"])
+    _check_some(job, totals)
+    job.step.finish(run.root, totals, started)
+    log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in totals.items()))
+
+
+def _clear_other_buckets(folder: Folder, count: int) -> None:
+    """Delete what an interrupted run wrote in another number of buckets: its rows come again."""
+    for name in folder.files(suffix=SUFFIX):
+        if not name.endswith(f"-of-{count:05d}{SUFFIX}"):
+            folder.delete(name)
+
+
+def _check_some(job: Prepare, counts: dict[str, int]) -> None:
+    if counts["rows"]:
+        return
+    if counts["dropped"]:
+        most = job.config.max_prompt_length
+        raise UserError(
+            f"{job.name}: no row is left to train on: {counts['dropped']} rows have more than "
+            f"{job.config.max_length} tokens in prompt and answer"
+            + (f" or {most} in the prompt" if most else "")
+            + f"; raise {job.name}.max_length"
+        )
+    raise UserError(
+        f"{job.name}: {job.rows.folder} holds no row to train on; give more prompts, or another "
+        f"`split.sft`"
+    )
+
+
+class Preparer:
+    """The Ray Data actor; what is returned are counts only."""
+
+    def __init__(self, run: Run, job: Prepare):
+        self.run, self.job = run, job
+
+    @cached_property
+    def tokenizing(self) -> Tokenizing:
+        """How records become rows."""
+        base = self.job.base.local()
+        tokenizer = load_tokenizer(base, self.job.chat_template)
+        return Tokenizing(tokenizer, end_ids(tokenizer, base), self.job.answers, self.job.config)
+
+    @cached_property
+    def reference(self) -> Any:
+        """The function from rows to the same rows with the reference's log-probs."""
+        from wrpo_ray.train.model import Reference
+
+        return Reference(self.job.base.local(), self.job.config, self.job.actors.num_gpus > 0)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Fill one bucket, unless it is there."""
+        bucket = Bucket(row["bucket"], self.run.buckets)
+        folder = self.run.root / self.job.step.folder
+        name = f"{bucket.index:05d}-of-{bucket.count:05d}{SUFFIX}"
+        counts = read_counts(folder, name)
+        if counts is None:
+            rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
+            kept = self._with_reference(rows.kept)
+            failures = self.job.step.failures(self.run.root)
+            clear_failures(failures, bucket)
+            write_failures(failures, bucket, rows.failed, "rows")
+            counts = _counts(rows)
+            write_rows(folder, name, kept, counts)
+        return row | counts
+
+    def _with_reference(self, rows: list[Row]) -> list[Row]:
+        return self.reference(rows) if rows and self.job.has_reference else rows
+
+    def _records(self, bucket: Bucket) -> list[Record]:
+        """Of SELECTION records those of the split `sft`; PREFERENCE records have no split."""
+        is_selection = self.job.answers == SFT_ANSWERS
+        columns = ["prompt_id", "messages", *self.job.answers, *(["split"] if is_selection else [])]
+        folder, records = self.run.root / self.job.rows.folder, []
+        for shard in folder.files(suffix=".parquet"):
+            if bucket.meets(shard):
+                table = folder.read_table(shard, columns)
+                if is_selection:
+                    table = table.filter(pc.equal(table["split"], "sft"))
+                records += [r for r in table.to_pylist() if r["prompt_id"] in bucket]
+        return records
+
+
+def _counts(rows: Rows) -> dict[str, int]:
+    return {
+        "rows": len(rows.kept),
+        "dropped": rows.dropped,
+        "failed": len(rows.failed) - rows.dropped,
+        "cut": rows.cut,
+        "tokens": sum(len(r.prompt) + sum(map(len, r.answers)) for r in rows.kept),
+    }
