@@ -20,8 +20,9 @@ from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import buckets
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError
-from wrpo_ray.train.prepare import Prepare, Preparer, _check_some, _clear_other_buckets
+from wrpo_ray.errors import FailureLimitError, UserError
+from wrpo_ray.train import prepare
+from wrpo_ray.train.prepare import Prepare, Preparer
 from wrpo_ray.train.rows import SUFFIX, PreparedRows
 
 PAIRS, SELECTION = Step("pair"), Step("select")
@@ -61,8 +62,8 @@ def read(root: Folder, job: Prepare) -> PreparedRows:
     return PreparedRows((root / job.step.folder).local())
 
 
-def failures(root: Folder, job: Prepare) -> list[dict[str, Any]]:
-    folder = job.step.failures(root)
+def failures(root: Folder, job: Prepare, part: str = "") -> list[dict[str, Any]]:
+    folder = job.step.failures(root) / part if part else job.step.failures(root)
     return [
         row for n in folder.files(suffix=".parquet") for row in folder.read_table(n).to_pylist()
     ]
@@ -155,9 +156,10 @@ def test_failed_and_dropped_rows_are_kept_with_their_reasons(tmp_path, base):
     write_preferences(root / PAIRS.folder, records, 1)
     (counts,) = fill(root, job(base), 1)
     assert (counts["rows"], counts["failed"], counts["dropped"]) == (4, 1, 1)
-    reasons = {row["prompt_id"]: row["error"] for row in failures(root, job(base))}
-    assert reasons.keys() == {record["prompt_id"] for record in records[:2]}
-    assert reasons[records[1]["prompt_id"]] == "TooLong"
+    (fault,), (dropped,) = failures(root, job(base)), failures(root, job(base), "dropped")
+    assert fault["prompt_id"] == records[0]["prompt_id"]
+    assert dropped["prompt_id"] == records[1]["prompt_id"]
+    assert dropped["error"] == "TooLong"
 
 
 def test_a_bucket_that_is_there_is_passed_over(root, base):
@@ -191,15 +193,65 @@ def test_another_try_forgets_the_failures_of_the_first(tmp_path, base):
     assert failures(root, job(base)) == []
 
 
+# --- the stage, in this process ---------------------------------------------------------------
+
+
+@pytest.fixture
+def without_ray(monkeypatch) -> None:
+    def map_rows(_: str, rows: Any, worker: Any, arguments: dict[str, Any], *__: Any) -> Any:
+        return map(worker(**arguments), rows)
+
+    monkeypatch.setattr(prepare, "map_rows", map_rows)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_the_stage_sums_counts_into_the_manifest(root, base):
+    prepare.run(Run(root, COUNT), [job(base)])
+    tokens = int(read(root, job(base)).lengths.sum())
+    expected = {"rows": 21, "dropped": 0, "cut": 0, "failed": 0, "tokens": tokens}
+    assert job(base).step.read_manifest(root)["counts"] == expected
+
+
+@pytest.mark.usefixtures("without_ray")
 def test_files_of_another_number_of_buckets_are_cleared(root, base):
     """Else a run that was interrupted and goes on with other `storage.buckets` had rows twice."""
-    files = root / job(base).step.folder
     fill(root, job(base), 2)
-    fill(root, job(base), COUNT)
-    assert len(read(root, job(base))) == 42
-    _clear_other_buckets(files, COUNT)
+    prepare.run(Run(root, COUNT), [job(base)])
     assert len(read(root, job(base))) == 21
-    assert len(files.files(suffix=SUFFIX)) == COUNT
+    assert len((root / job(base).step.folder).files(suffix=SUFFIX)) == COUNT
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_too_many_failures_end_the_stage(tmp_path, base):
+    """One of four rows, of which a tenth is allowed, and then half.
+
+    Dropped rows do not count, and are no example of what failed.
+    """
+    records, root = preference_rows(5), Folder(str(tmp_path / "out"))
+    records[0]["messages"] = []
+    records[1]["messages"] = [{"role": "user", "content": "w1 " * 70}]
+    write_preferences(root / PAIRS.folder, records, COUNT)
+    with pytest.raises(FailureLimitError, match="1 of 4 rows failed") as caught:
+        prepare.run(Run(root, COUNT, failure_limit=0.1), [job(base)])
+    assert records[0]["prompt_id"] in str(caught.value)
+    assert not job(base).step.is_done(root)
+    prepare.run(Run(root, COUNT, failure_limit=0.5), [job(base)])
+    assert job(base).step.is_done(root)
+
+
+@pytest.mark.usefixtures("without_ray")
+def test_no_row_is_an_error_with_a_remedy(root, tmp_path):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    for settings, told in (
+        ({"max_length": 8}, r"wrpo: .* 21 rows have more than 8 tokens .*raise wrpo.max_length"),
+        ({"max_prompt_length": 1}, "64 tokens in prompt and answer or 1 in the prompt"),
+    ):
+        short = job(tmp_path / "tokenizer", WrpoConfig(**(SETTINGS | settings)))
+        with pytest.raises(UserError, match=told):
+            prepare.run(Run(root, COUNT), [short])
+    root.delete(PAIRS.folder)
+    with pytest.raises(UserError, match=rf"wrpo: {PAIRS.folder} holds no row .*give more prompts"):
+        prepare.run(Run(root, COUNT), [job(tmp_path / "tokenizer")])
 
 
 # --- the step's key ---------------------------------------------------------------------------
@@ -259,17 +311,3 @@ def test_compat_is_in_the_key():
 def test_precision_matters_only_to_what_is_computed():
     simpo = [WrpoConfig(objective="simpo", precision=p) for p in ("fp32", "bf16")]
     assert len({job("base", config).step.key for config in simpo}) == 1
-
-
-# --- nothing to train on ----------------------------------------------------------------------
-
-
-def test_no_row_is_an_error_with_a_remedy():
-    with pytest.raises(UserError, match=rf"wrpo: {PAIRS.folder} holds no row .*give more prompts"):
-        _check_some(job("base"), {"rows": 0, "dropped": 0})
-    with pytest.raises(UserError, match=r"7 rows have more than 64 tokens .*raise wrpo.max_length"):
-        _check_some(job("base"), {"rows": 0, "dropped": 7})
-    short = job("base", WRPO.model_copy(update={"max_prompt_length": 9}))
-    with pytest.raises(UserError, match="64 tokens in prompt and answer or 9 in the prompt"):
-        _check_some(short, {"rows": 0, "dropped": 7})
-    _check_some(job("base"), {"rows": 1, "dropped": 7})

@@ -204,12 +204,12 @@ def test_counts_and_failures(tokenizing, record):
     """Prompt 6, answers 4, 2 and 2: one token less than 10 drops the row, or cuts one answer."""
     assert len(tokenizing(max_length=10).rows([record], "wrpo").kept) == 1
     dropped = tokenizing(max_length=9).rows([record], "wrpo")
-    assert (dropped.kept, dropped.dropped, dropped.cut) == ([], 1, 0)
-    failed = dropped.failed[0]
+    assert (dropped.kept, dropped.faults, dropped.cut) == ([], [], 0)
+    (failed,) = dropped.too_long
     assert (failed["stage"], failed["error"]) == ("wrpo", "TooLong")
     assert failed["prompt_id"] == record["prompt_id"]
     cut = tokenizing(max_length=9, overflow="cut").rows([record], "wrpo")
-    assert (cut.dropped, cut.cut, cut.failed) == (0, 1, [])
+    assert (cut.cut, cut.failed) == (1, [])
     assert [len(answer) for answer in cut.kept[0].answers] == [3, 2, 2]
 
 
@@ -217,8 +217,8 @@ def test_a_broken_row_fails_alone(tokenizing, record):
     broken = record | {"prompt_id": "0" * 32, "messages": None}
     rows = tokenizing().rows([broken, record], "wrpo")
     assert [row.prompt_id for row in rows.kept] == [record["prompt_id"]]
-    assert [row["prompt_id"] for row in rows.failed] == ["0" * 32]
-    assert rows.dropped == 0
+    assert [row["prompt_id"] for row in rows.faults] == ["0" * 32]
+    assert rows.too_long == []
 
 
 # --- prepared rows ----------------------------------------------------------------------------

@@ -99,11 +99,11 @@ class Trainer:
         order = Order(len(train_rows), config.epochs, config.batch_size, task.seed)
         settings = deepspeed.engine_config(config, dist.get_world_size())
         device = torch.device("cuda" if config.num_gpus else "cpu")
-        torch.manual_seed(task.seed)  # draws new adapters
         with deepspeed.partitioned_loading(settings):
             policy = model.load_policy(base, config, device)
             reference = model.load_policy(base, config, device) if task.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
+        model.check_forward(policy, config, device)
         if reference is not None:
             reference = deepspeed.reference_engine(reference, settings)
         return cls(task, rows, train_rows, np.flatnonzero(held), order, engine, reference, device)

@@ -29,6 +29,8 @@ from wrpo_ray.train.task import SFT_ANSWERS, WRPO_ANSWERS
 
 FORMAT = 1
 """Version of what a prepared row holds: part of the step's key."""
+DROPPED = "dropped"
+"""Subfolder of the step's failures with the rows that are too long."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,6 @@ def run(run: Run, jobs: list[Prepare]) -> None:
 def _prepare(run: Run, job: Prepare) -> None:
     started, counts = time.time(), Counter[str]()
     rows = [{"bucket": b.index} for b in buckets(run.buckets)]
-    _clear_other_buckets(run.root / job.step.folder, run.buckets)
     progress = Progress(job.step.name, len(rows))
     env = thread_env(job.actors) | {"TORCHDYNAMO_DISABLE": "1"}
     for result in map_rows(
@@ -109,13 +110,6 @@ def _prepare(run: Run, job: Prepare) -> None:
     _check_some(job, totals)
     job.step.finish(run.root, totals, started)
     log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in totals.items()))
-
-
-def _clear_other_buckets(folder: Folder, count: int) -> None:
-    """Delete what an interrupted run wrote in another number of buckets: its rows come again."""
-    for name in folder.files(suffix=SUFFIX):
-        if not name.endswith(f"-of-{count:05d}{SUFFIX}"):
-            folder.delete(name)
 
 
 def _check_some(job: Prepare, counts: dict[str, int]) -> None:
@@ -164,12 +158,17 @@ class Preparer:
         if counts is None:
             rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
             kept = self._with_reference(rows.kept)
-            failures = self.job.step.failures(self.run.root)
-            clear_failures(failures, bucket)
-            write_failures(failures, bucket, rows.failed, "rows")
+            self._keep_left_out(rows, bucket)
             counts = _counts(rows)
             write_rows(folder, name, kept, counts)
         return row | counts
+
+    def _keep_left_out(self, rows: Rows, bucket: Bucket) -> None:
+        """Rows that are too long lie apart from faults, which count against `failure_limit`."""
+        failures = self.job.step.failures(self.run.root)
+        for folder, part in ((failures, rows.faults), (failures / DROPPED, rows.too_long)):
+            clear_failures(folder, bucket)
+            write_failures(folder, bucket, part, "rows")
 
     def _with_reference(self, rows: list[Row]) -> list[Row]:
         return self.reference(rows) if rows and self.job.has_reference else rows
@@ -191,8 +190,8 @@ class Preparer:
 def _counts(rows: Rows) -> dict[str, int]:
     return {
         "rows": len(rows.kept),
-        "dropped": rows.dropped,
-        "failed": len(rows.failed) - rows.dropped,
+        "dropped": len(rows.too_long),
+        "failed": len(rows.faults),
         "cut": rows.cut,
         "tokens": sum(len(r.prompt) + sum(map(len, r.answers)) for r in rows.kept),
     }

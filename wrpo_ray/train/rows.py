@@ -63,9 +63,14 @@ class Rows:
     """Answers that were cut to fit."""
 
     @property
-    def dropped(self) -> int:
-        """How many rows were too long."""
-        return sum(row["error"] == TooLong.__name__ for row in self.failed)
+    def too_long(self) -> list[Record]:
+        """The failed rows that exceed the limits of length."""
+        return [row for row in self.failed if row["error"] == TooLong.__name__]
+
+    @property
+    def faults(self) -> list[Record]:
+        """The failed rows that have something wrong with them."""
+        return [row for row in self.failed if row["error"] != TooLong.__name__]
 
 
 # --- records into rows -----------------------------------------------------------------------

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -76,7 +77,7 @@ def train(name: str, folder: Path, base: Path, seed: int) -> dict[str, float]:
         model, tokenizer, measures = train_reward(base, seed)
     else:
         model, tokenizer, measures = train_source(name, seed)
-    model.eval().save_pretrained(folder)
+    _save(model, folder)
     tokenizer.save_pretrained(folder)
     measures = {**measures, "seconds": round(time.monotonic() - started, 1)}
     (folder / "training.json").write_text(json.dumps(measures, indent=2), encoding="utf-8")
@@ -188,6 +189,15 @@ def accuracy_by_skill(
 
 def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int) -> float:
     return _mean(list(accuracy_by_skill(model, tokenizer, heldout(seed)).values()))
+
+
+def _save(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes, which would import DeepSpeed for it: seconds a model."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
