@@ -1,11 +1,12 @@
 # make demo: the whole system on tiny models.  make test: lint and all tests.
-# Both install what they need into .venv; a second call installs nothing.
+# make bench: training against other code, into benchmarks/.
+# They install what they need into .venv; a second call installs nothing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 OUT ?= out/demo
 
-.PHONY: demo test lint format soak clean
+.PHONY: demo test lint format soak bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.cpu
@@ -26,6 +27,9 @@ format: .venv/.dev
 
 soak: .venv/.dev
 	@$(BIN)/python -m pytest -m soak
+
+bench: .venv/.dev
+	@$(BIN)/python -W ignore benchmarks/train.py
 
 clean:
 	rm -rf .venv .cache out

@@ -213,14 +213,6 @@ def test_the_stage_sums_counts_into_the_manifest(root, base):
 
 
 @pytest.mark.usefixtures("without_ray")
-def test_files_of_another_number_of_buckets_are_cleared(root, base):
-    """Else a run that was interrupted and goes on with other `storage.buckets` had rows twice."""
-    fill(root, job(base), 2)
-    prepare.run(Run(root, COUNT), [job(base)])
-    assert len(read(root, job(base))) == 21
-    assert len((root / job(base).step.folder).files(suffix=SUFFIX)) == COUNT
-
-
 @pytest.mark.usefixtures("without_ray")
 def test_too_many_failures_end_the_stage(tmp_path, base):
     """One of four rows, of which a tenth is allowed, and then half.
