@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, _terminate)
+    if os.getcwd() not in sys.path:  # functions named in the config are the user's own
+        sys.path.insert(0, os.getcwd())
     try:
         return parsed.run(parsed) or 0
     except WrpoError as error:

@@ -115,8 +115,8 @@ class ModelConfig(Section):
     """Precision of the engine."""
     max_model_len: int | None = Field(None, ge=8)
     """Context in tokens, prompt and answer together; null takes the model's own."""
-    chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's own chat template."""
+    chat_template: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """A Jinja file that replaces the tokenizer's own chat template; its content is what counts."""
     engine: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`."""
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
@@ -290,8 +290,8 @@ class ReferenceConfig(Section):
     mode: Literal["stored", "live"] = Field("stored", json_schema_extra=PLACEMENT)
     """`stored`: computed once, before training, and kept with the rows. `live`: computed in each
     step by a second model that the workers hold (with LoRA: by the same without its adapters)."""
-    actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
-    """The pool that computes them; its `max` is how many models are loaded."""
+    actors: Actors | None = Field(None, json_schema_extra=PLACEMENT)
+    """The pool that computes them; null takes as many as there are workers, each with as much."""
 
 
 class WrpoConfig(TrainConfig):
@@ -327,7 +327,7 @@ class EvaluateConfig(Section):
     """Held-out evaluation of every model of the run."""
 
     prompts: PromptsConfig
-    """Held-out prompts; those that are also training prompts are refused."""
+    """Held-out prompts; those that are also training prompts are left out and counted."""
     sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
     """How answers are drawn; greedy by default."""
     verifier: ImportPath | None = None

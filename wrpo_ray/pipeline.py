@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -80,7 +81,7 @@ class Chain:
     @cached_property
     def root(self) -> Folder:
         """The output folder."""
-        return Folder(self.config.output)
+        return Folder(self.config.output).absolute()
 
     def build(self) -> list[Stage]:
         """All stages, in order."""
@@ -88,7 +89,7 @@ class Chain:
         if existing and existing.format == "preferences":
             rows = self._published_preferences()
             if self._wants("train"):
-                self._train(rows, Folder(self._target.model))
+                self._train(rows, Folder(self._target.model).absolute())
         else:
             selection, own_answers = self._imported() if existing else (self._generated(), None)
             if self._wants("sft") and own_answers is None:
@@ -182,16 +183,19 @@ class Chain:
         self._trained_models[name] = settings, folder, job.step.key
 
     def _prepare_job(self, name: str, rows: Step, base: Folder, key: str, config: Any) -> Prepare:
-        return Prepare(name, rows, base, key, config, self._target.chat_template)
+        return Prepare(name, rows, base, key, config, _absolute(self._target.chat_template))
 
     def _train_job(self, name: str, rows: Prepare, config: Any) -> Train:
         identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
         step = Step(name, identity, (rows.step,))
-        return Train(step, rows.step, rows.base, config, self.config.seed, rows.chat_template)
+        return Train(
+            step, rows.step, rows.base, rows.fingerprint, config, self.config.seed,
+            rows.chat_template,
+        )  # fmt: skip
 
     def _sft(self, selection: Select) -> Samples | None:
         """SFT of the target on y_ws, and its own answers to the preference prompts."""
-        base = Folder(self._target.model)
+        base = Folder(self._target.model).absolute()
         key = self._fingerprint(base, self._target.chat_template)
         rows = self._prepare_job("sft", selection.step, base, key, self.config.sft)
         job = self._train_job("sft", rows, self.config.sft)
@@ -238,15 +242,16 @@ class Chain:
 
     def _generate(self, model: ModelConfig, prompts: Prompts, sampling: Any = None) -> Generate:
         trained = self._trained_models.get(model.name)
-        folder = trained[1] if trained else Folder(model.model)
+        folder = trained[1] if trained else Folder(model.model).absolute()
         identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
+        model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
         return Generate(
             model, folder, identity, prompts, sampling or self.config.sampling, self.config.seed
         )
 
     def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
         reward = reward or _required(self.config.reward, "reward")
-        folder = Folder(reward.model) if reward.model else None
+        folder = Folder(reward.model).absolute() if reward.model else None
         identity = self._fingerprint(folder) if folder else _function_fingerprint(reward)
         return Score(answers, reward, folder, identity)
 
@@ -267,7 +272,8 @@ class Chain:
     @cached_property
     def _eval_prompts(self) -> Prompts:
         given, splits = self._evaluation.prompts, {"eval": 1.0}
-        trained_on = self._prompts if self.config.prompts else None
+        is_published = self.config.existing and self.config.existing.format == "preferences"
+        trained_on = None if is_published else self._prompts
         inputs = (trained_on.step,) if trained_on else ()
         step = self._input_step("eval-prompts", given, inputs, seed=self.config.seed)
         job = IngestPrompts(step, given, splits, self.config.seed, without=trained_on)
@@ -289,7 +295,11 @@ class Chain:
         )
         checks = {n: self._score(a.samples, verify) for n, a in answers.items()} if verify else {}
         entrants = tuple(
-            Entrant(n, (rewards or checks)[n].samples, checks[n].samples if checks else None)
+            Entrant(
+                n,
+                rewards[n].samples if rewards else None,
+                checks[n].samples if checks else None,
+            )
             for n in answers
         )
         job = Evaluate(self._eval_prompts, entrants, tuple(self._contrasts()))
@@ -308,6 +318,10 @@ class Chain:
         yield from ((FUSED, name) for name in (SFT, DPO) if name in own)
         if SFT in own:
             yield SFT, target
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
 
 
 def _function_fingerprint(reward: RewardConfig) -> str:
@@ -338,6 +352,8 @@ def preflight(config: Config) -> None:
             check()
         except UserError as error:
             problems.append(str(error))
+        except (OSError, ValueError) as error:  # a store that does not answer, a broken JSON file
+            problems.append(f"cannot be read: {' '.join(str(error).split())}")
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
 
@@ -403,19 +419,19 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
         root, config.storage.buckets, config.storage.chunk, config.failure_limit, uuid.uuid4().hex
     )
     if all(step.is_done(root) for stage in stages for step in stage.steps):
-        log(f"all steps are done in {root}")
+        log(f"all steps are done in {config.output}")
     else:
         with Lease(root, run.session):
             cluster.connect(config.cluster, root, run.session)
             try:
-                cluster.check_reachable(root)
+                cluster.check_reachable(Folder(config.output))
                 cluster.end_orphans(root, run.session)
                 _run_stages(run, stages)
             finally:
                 cluster.disconnect()
-            summary = summarise(chain, stages)
-            root.write_json("summary.json", summary)
-    return summarise(chain, stages)
+    summary = summarise(chain, stages)
+    root.write_json("summary.json", summary)
+    return summary
 
 
 def _run_stages(run: Run, stages: list[Stage]) -> None:
@@ -500,6 +516,8 @@ def export(config: Config, to: Path) -> int:
     write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(to.suffix)
     if write is None:
         raise UserError(f"export: --to {to} has to end in .jsonl or .parquet")
+    if not to.absolute().parent.is_dir():
+        raise UserError(f"export: --to {to}: there is no folder {to.absolute().parent}; make it")
     folder = chain.root / step.folder
     tables = (folder.read_table(name) for name in folder.files(suffix=".parquet"))
     return write(to, ([to_published(row) for row in table.to_pylist()] for table in tables))

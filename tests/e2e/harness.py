@@ -70,6 +70,7 @@ def demo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., W
         for training in (tree["sft"], tree["wrpo"]):  # as many steps on fewer prompts
             training |= {"batch_size": 8, "checkpoint_every": 10}
         tree["sft"]["epochs"] = 3
+        tree["wrpo"]["epochs"] = 2
         path = tmp_path_factory.mktemp("config") / "demo.yaml"
         path.write_text(yaml.safe_dump(tree | changes))
         return Wrpo(path)
@@ -93,13 +94,13 @@ def rows(output: Path, step: str, *columns: str) -> list[tuple]:
 
 def processes_of(output: str | Path) -> set[int]:
     """Live processes that work for an output folder."""
-    from wrpo_ray.core.cluster import OUTPUT
-    from wrpo_ray.core.records import digest
+    from wrpo_ray.core.cluster import OUTPUT, mark
+    from wrpo_ray.core.storage import Folder
 
-    mark, found = f"{OUTPUT}={digest(str(output))}".encode(), set()
+    wanted, found = f"{OUTPUT}={mark(Folder(str(output)))}".encode(), set()
     for folder in Path("/proc").iterdir():
         try:
-            if folder.name.isdigit() and mark in (folder / "environ").read_bytes().split(b"\0"):
+            if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):
                 found.add(int(folder.name))
         except OSError:
             continue

@@ -136,9 +136,9 @@ def test_orphans_of_this_output_are_ended_and_others_are_not(local_ray, tmp_path
         env = os.environ | {cluster.OUTPUT: output, cluster.SESSION: session}
         return subprocess.Popen(["sleep", "60"], env=env)
 
-    mine = sleeper(digest(str(root)), "now")
+    mine = sleeper(cluster.mark(root), "now")
     foreign = sleeper(digest("elsewhere"), "before")
-    orphan = sleeper(digest(str(root)), "before")
+    orphan = sleeper(cluster.mark(root), "before")
     try:
         cluster.end_orphans(root, "now")
         assert orphan.wait(10) == -9

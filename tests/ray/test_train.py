@@ -70,7 +70,7 @@ def step_of(name: str, rows: Prepare, config: TrainConfig) -> Step:
 def train(root: Folder, name: str, config: TrainConfig) -> Step:
     rows = prepared(root, config)
     step = step_of(name, rows, config)
-    run(Run(root, 4), [Train(step, rows.step, root / "base", config, SEED)])
+    run(Run(root, 4), [Train(step, rows.step, root / "base", "base", config, SEED)])
     return step
 
 

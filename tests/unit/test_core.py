@@ -12,7 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wrpo_ray.core import records
+from wrpo_ray.core.cluster import mark
+from wrpo_ray.core.fingerprint import data_fingerprint
 from wrpo_ray.core.lease import Lease
+from wrpo_ray.core.published import messages_of
 from wrpo_ray.core.shards import (
     Bucket,
     Prompts,
@@ -188,3 +191,66 @@ def test_a_beating_lease_of_another_host_is_respected(tmp_path):
         with pytest.raises(LeaseError, match="elsewhere"):
             Lease(folder, "me", beat=0.1, expires=3).__enter__()
         holder.kill()
+
+
+def test_a_lease_that_cannot_be_renewed_ends_the_run(tmp_path, monkeypatch):
+    """Else another host would take the folder while this run goes on."""
+    lease = Lease(Folder(str(tmp_path)), "one", beat=0.02, expires=0.2)
+
+    def fail(count: int) -> None:
+        raise OSError("the store does not answer")
+
+    def hold() -> None:
+        with lease:
+            monkeypatch.setattr(lease, "_write", fail)
+            time.sleep(5)
+
+    with pytest.raises((LeaseError, KeyboardInterrupt)):
+        hold()
+    assert lease.lost
+
+
+def test_a_lease_survives_a_moment_without_its_store(tmp_path, monkeypatch):
+    with Lease(Folder(str(tmp_path)), "one", beat=0.02, expires=0.5) as lease:
+        write, failed = lease._write, []
+
+        def fail_twice(count: int) -> None:
+            if len(failed) < 2:
+                failed.append(count)
+                raise OSError("the store does not answer")
+            write(count)
+
+        monkeypatch.setattr(lease, "_write", fail_twice)
+        time.sleep(0.8)
+        assert len(failed) == 2
+        assert not lease.lost
+
+
+def test_an_address_is_shown_without_its_secrets():
+    folder = Folder("s3://KEY:SECRET@bucket/run?endpoint_override=x") / "a"
+    assert str(folder) == "s3://bucket/run/a"
+    assert folder.uri.startswith("s3://KEY:SECRET@bucket/run/a?")
+
+
+def test_an_output_is_known_by_one_mark_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("out", "./out/", str(tmp_path / "out"), f"{tmp_path}/x/../out/")
+    assert len({mark(Folder(name)) for name in names}) == 1
+    assert mark(Folder("other")) != mark(Folder("out"))
+
+
+def test_half_a_surrogate_pair_is_a_bad_row():
+    with pytest.raises(ValueError, match="no Unicode at character 3"):
+        messages_of("abc\ud83d")
+
+
+def test_any_change_of_data_is_a_new_input(tmp_path):
+    path = tmp_path / "p.jsonl"
+    seen = set()
+    for byte in (b"a", b"b"):
+        with path.open("wb") as file:
+            file.truncate(65 * 2**20)  # above what is read of weights
+            file.seek(33_333_333)
+            file.write(byte)
+        seen.add(data_fingerprint([str(path)]))
+    assert len(seen) == 2

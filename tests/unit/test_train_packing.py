@@ -17,7 +17,7 @@ from wrpo_ray.train import attention
 from wrpo_ray.train.logprobs import token_logps
 from wrpo_ray.train.loss import Answers, preference_loss
 from wrpo_ray.train.model import Policy, check_forward, without_dropout
-from wrpo_ray.train.packing import Block, cost, deal, pack, pad
+from wrpo_ray.train.packing import Block, costs, deal, pack, pad
 from wrpo_ray.train.rows import Row
 
 VOCABULARY = 61
@@ -161,7 +161,14 @@ def test_layout_of_a_row_worked_by_hand():
     assert padded.ids.tolist() == [[5, 6, 7, 0], [5, 6, 8, 9]]
     assert padded.predict.tolist() == [1, 5, 6]
     assert (batch.tokens, batch.size, padded.tokens, padded.size) == (5, 5, 7, 8)
-    assert (cost(row, packed=True), cost(row, packed=False)) == (5, 7)
+    assert costs(np.array([[2, 1, 2]]), packed=True) == [5]
+
+
+def test_a_padded_row_costs_as_much_as_the_longest():
+    """Two answers a row: (2, 1, 2) packs 5 tokens, (4, 3, 1) packs 8 and pads 2 x 7."""
+    lengths = np.array([[2, 1, 2], [4, 3, 1]])
+    assert costs(lengths, packed=True) == [5, 8]
+    assert costs(lengths, packed=False) == [14, 14]
 
 
 def test_a_model_with_logits_of_its_own_is_refused():

@@ -23,7 +23,14 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.train import checkpoint, loop, model
 from wrpo_ray.train.deepspeed import engine_config
-from wrpo_ray.train.metrics import MetricsFile, Sums, peak_memory, read_metrics, trackers
+from wrpo_ray.train.metrics import (
+    MetricsFile,
+    Sums,
+    check_trackers,
+    peak_memory,
+    read_metrics,
+    trackers,
+)
 from wrpo_ray.train.rows import Row
 from wrpo_ray.train.task import METRICS, Task
 
@@ -43,7 +50,7 @@ def _deepspeed_on_cpu(monkeypatch):
 
 
 def task(folder: Folder, config: TrainConfig) -> Task:
-    return Task(Run(folder, 4), Step("wrpo"), folder, folder, config, seed=0)
+    return Task(Run(folder, 4), Step("wrpo"), folder, folder, "base", config, seed=0)
 
 
 # --- settings ---------------------------------------------------------------------------------
@@ -231,7 +238,7 @@ def test_tensorboard(folder):
 def test_tensorboard_is_for_a_local_output(tmp_path):
     remote = task(Folder("s3://bucket/run"), TrainConfig(trackers=("tensorboard",)))
     with pytest.raises(UserError, match="local output only; use wandb or mlflow"):
-        trackers(remote)
+        check_trackers(remote)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +250,7 @@ def test_a_missing_package_is_told_with_the_remedy(folder, monkeypatch, name, pa
         monkeypatch.delitem(sys.modules, known)
     monkeypatch.setitem(sys.modules, package, None)  # what import takes for not installed
     with pytest.raises(UserError, match=f"trackers: {name} .* pip install {package}$"):
-        trackers(task(folder, TrainConfig(trackers=(name,))))
+        check_trackers(task(folder, TrainConfig(trackers=(name,))))
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])

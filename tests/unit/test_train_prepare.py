@@ -16,6 +16,7 @@ from tiny_models import (
 )
 
 from wrpo_ray.config import Actors, ReferenceConfig, TrainConfig, WrpoConfig
+from wrpo_ray.core import chat
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import buckets
 from wrpo_ray.core.steps import Step
@@ -303,3 +304,28 @@ def test_compat_is_in_the_key():
 def test_precision_matters_only_to_what_is_computed():
     simpo = [WrpoConfig(objective="simpo", precision=p) for p in ("fp32", "bf16")]
     assert len({job("base", config).step.key for config in simpo}) == 1
+
+
+def test_a_bucket_with_a_fault_is_tried_again(root, base, monkeypatch):
+    """The cause was put right: what failed is made, and is a failure no more."""
+    broken, answer_ids = [], chat.answer_ids
+
+    def once(*arguments: Any, **options: Any) -> list[int]:
+        if not broken:
+            broken.append(1)
+            raise OSError("a moment's fault")
+        return answer_ids(*arguments, **options)
+
+    monkeypatch.setattr(chat, "answer_ids", once)
+    assert sum(c["failed"] for c in fill(root, job(base))) == 1
+    assert sum(c["failed"] for c in fill(root, job(base))) == 0
+    assert len(read(root, job(base))) == 21
+    assert failures(root, job(base)) == []
+
+
+def test_the_reference_has_the_trainers_resources_unless_it_is_given_others(base):
+    config = WRPO.model_copy(update={"workers": 8, "num_gpus": 1, "num_cpus": 4})
+    assert job(base, config).actors == Actors(max=8, num_gpus=1, num_cpus=4)
+    own = ReferenceConfig(actors=Actors(max=2))
+    assert job(base, config.model_copy(update={"reference": own})).actors == Actors(max=2)
+    assert job(base, config.model_copy(update={"reference": LIVE})).actors.num_gpus == 0

@@ -121,7 +121,9 @@ def create(folder: Path, base: Path, rows: list[Row], config: TrainConfig) -> Tr
         rows = model.Reference(base, config, on_gpu=False)(rows)
     write_rows(prepared, f"00000-of-00001{SUFFIX}", rows, {})
     run = Run(Folder(str(folder)), 1)
-    return Trainer.create(Task(run, Step("wrpo"), prepared, Folder(str(base)), config, seed=3))
+    return Trainer.create(
+        Task(run, Step("wrpo"), prepared, Folder(str(base)), "base", config, seed=3)
+    )
 
 
 def train(folder: Path, base: Path, rows: list[Row], config: TrainConfig) -> Trainer:

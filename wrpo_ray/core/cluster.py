@@ -33,17 +33,25 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
-    marks = {OUTPUT: digest(str(root)), SESSION: session, "PYTHONPATH": _python_path()}
+    marks = {OUTPUT: mark(root), SESSION: session, "PYTHONPATH": _python_path()}
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
         _check_answers(address)
-        ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
+        try:
+            ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
+        except ConnectionError as error:
+            raise UserError(f"cluster.address: {address}: {error}") from None
     else:
         os.environ |= marks
         ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def mark(root: Folder) -> str:
+    """What the processes of an output's runs are known by, however its path was written."""
+    return digest(root.absolute().uri.rstrip("/"))
 
 
 def _check_answers(address: str) -> None:
@@ -123,7 +131,7 @@ def end_orphans(root: Folder, session: str) -> None:
     The lease has to be held: then every process marked with this output and another session
     is an orphan.
     """
-    ended = sum(_on_every_node(_end_orphans, digest(str(root)), session))
+    ended = sum(_on_every_node(_end_orphans, mark(root), session))
     if ended:
         log(f"ended {ended} processes that an interrupted run had left behind")
 
@@ -173,6 +181,8 @@ def map_rows(
     import ray
     from ray.data import ActorPoolStrategy
 
+    check_room(what, min(actors.min, len(rows)), "actors", actors.num_cpus, actors.num_gpus)
+
     guarded = type(worker.__name__, (_Guarded,), {})  # under the name that dashboards show
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
         guarded,
@@ -191,6 +201,34 @@ def map_rows(
             yield result
     except ray.exceptions.RayError as error:
         raise readable(error, what) from error
+
+
+def check_room(what: str, count: int, kind: str, num_cpus: float, num_gpus: float) -> None:
+    """Refuse what a Ray of this machine can never place; a cluster may still grow.
+
+    Raises:
+        UserError: `count` workers do not fit.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    need = {"CPU": count * num_cpus, "GPU": count * num_gpus}
+    short = {name: n for name, n in need.items() if n > have.get(name, 0)}
+    if not short:
+        return
+    name, wanted = next(iter(short.items()))
+    lack = f"{count} {kind} need {wanted:g} {name}s and Ray has {have.get(name, 0):g}"
+    if is_own_ray():
+        raise UserError(f"{what}: {lack}; set fewer or less for each of them")
+    log(f"{what}: {lack}; waiting for the cluster to grow")
+
+
+def is_own_ray() -> bool:
+    """Whether this process started the cluster, which then has this one node for good."""
+    from ray._private import worker
+
+    node = getattr(worker, "_global_node", None)
+    return bool(node and node.head)
 
 
 class _Guarded:

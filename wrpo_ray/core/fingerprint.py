@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pyarrow as pa
 
@@ -11,7 +11,7 @@ from wrpo_ray.core.records import digest
 from wrpo_ray.core.storage import Folder
 
 WHOLE = 64 * 2**20
-"""Files up to this many bytes are hashed whole; larger ones by their size and samples."""
+"""Weights up to this many bytes are hashed whole; larger ones by their size and samples."""
 SAMPLES, SAMPLE = 64, 2**20
 
 
@@ -22,30 +22,40 @@ def model_fingerprint(folder: Folder) -> str:
     training step changes; reading them whole would take minutes at every start.
     """
     names = [n for n in folder.files() if not n.startswith(".")]
-    return _fingerprint((name, folder / name) for name in names)
+    return digest([[name, _sampled_digest(folder / name)] for name in names], 16)
 
 
 def data_fingerprint(uris: Iterable[str]) -> str:
     """16 hex digits over data files, so that an edited file is a new input."""
-    return _fingerprint((str(Folder(uri)).rsplit("/", 1)[-1], Folder(uri)) for uri in uris)
+    files = [Folder(uri) for uri in uris]
+    return digest([[str(f).rsplit("/", 1)[-1], _whole_digest(f)] for f in files], 16)
 
 
-def _fingerprint(files: Iterable[tuple[str, Folder]]) -> str:
-    return digest([[name, _file_digest(file)] for name, file in files], 16)
+def _whole_digest(file: Folder) -> str:
+    return _digest(file, _whole)
 
 
-def _file_digest(file: Folder) -> str:
+def _sampled_digest(file: Folder) -> str:
+    return _digest(file, _samples)
+
+
+def _digest(file: Folder, parts: Callable[[pa.NativeFile], Iterable[bytes]]) -> str:
     with file.filesystem.open_input_file(file.path) as stream:
         sha = hashlib.sha256(str(stream.size()).encode())
-        for part in _parts(stream):
+        for part in parts(stream):
             sha.update(part)
     return sha.hexdigest()
 
 
-def _parts(stream: pa.NativeFile) -> Iterable[bytes]:
+def _whole(stream: pa.NativeFile) -> Iterable[bytes]:
+    while part := stream.read(16 * SAMPLE):
+        yield part
+
+
+def _samples(stream: pa.NativeFile) -> Iterable[bytes]:
     size = stream.size()
     if size <= WHOLE:
-        yield stream.read()
+        yield from _whole(stream)
         return
     for index in range(SAMPLES):
         stream.seek(index * (size - SAMPLE) // (SAMPLES - 1))

@@ -58,7 +58,10 @@ class Lease:
         self._stop.set()
         self._thread.join()
         if self.lost:
-            raise LeaseError(f"output: {self.folder} was taken over by another run; this one ends")
+            raise LeaseError(
+                f"output: {self.folder} was taken over by another run, or could not be reached for "
+                f"{self.expires:g} s; this run ends"
+            )
         self.folder.delete(FILE)
 
     def _is_beating(self, held: dict[str, Any]) -> bool:
@@ -72,14 +75,24 @@ class Lease:
         return False
 
     def _keep(self) -> None:
-        count = 0
+        count, beaten = 0, time.monotonic()
         while not self._stop.wait(self.beat):
             held = self._read()
-            if held and held["session"] != self.session:
+            if held and held["session"] == self.session and self._beats(count := count + 1):
+                beaten = time.monotonic()
+            is_taken = held is not None and held["session"] != self.session
+            if is_taken or time.monotonic() - beaten > self.expires:
                 self.lost = True
                 _thread.interrupt_main()
                 return
-            self._write(count := count + 1)
+
+    def _beats(self, count: int) -> bool:
+        """Whether the heart could beat; a store may fail for a moment."""
+        try:
+            self._write(count)
+        except OSError:
+            return False
+        return True
 
     def _write(self, count: int) -> None:
         me = psutil.Process()

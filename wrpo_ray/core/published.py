@@ -36,10 +36,25 @@ def messages_of(prompt: Any) -> list[Message]:
             raise ValueError("each message needs a text `role` and a text `content`")
     if not turns[-1]["content"].strip():
         raise ValueError("the prompt is empty")
+    for turn in turns:
+        check_text(turn["content"])
     return [{key: turn[key] for key in _KEYS} for turn in turns]
 
 
 _KEYS = ("role", "content")
+
+
+def check_text(text: str) -> str:
+    """The text, if it can be stored.
+
+    Raises:
+        ValueError: it holds half of a surrogate pair, as cut-off scraped text does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is no Unicode at character {error.start}") from None
+    return text
 
 
 def from_published(row: Row) -> Row:
@@ -70,7 +85,7 @@ def _answer(answer: Any) -> Row:
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
         raise ValueError("each answer needs a text `content`")
     empty = dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))
-    return {"text": answer["content"]} | empty
+    return {"text": check_text(answer["content"])} | empty
 
 
 def to_published(row: Row) -> Row:

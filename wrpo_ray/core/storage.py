@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,12 @@ class Folder:
         self.__dict__.update(state)
 
     def __str__(self) -> str:
-        return self.uri.partition("?")[0]
+        """The address without what opens it: options and credentials."""
+        return re.sub(r"//[^/@]*@", "//", self.uri.partition("?")[0])
+
+    def absolute(self) -> Folder:
+        """The same folder by a path that any working directory leads to."""
+        return self if self.is_remote else Folder(self.path)
 
     def __truediv__(self, name: str) -> Folder:
         base, mark, query = self.uri.partition("?")
@@ -129,14 +134,15 @@ class Folder:
         self.filesystem.create_dir(self.path, recursive=True)
         pafs.copy_files(str(local), self.path, destination_filesystem=self.filesystem)
 
-    def local(self) -> Path:
+    def local(self, version: str = "") -> Path:
         """A local path with the folder's files: itself, or a copy in the node's cache.
 
-        The copy is made once a node, under a lock; folders of finished steps never change.
+        The copy is made once a node and version, under a lock. Folders of finished steps never
+        change; for others `version` has to tell their contents apart.
         """
         if not self.is_remote:
             return Path(self.path)
-        copy = node_cache() / uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
+        copy = node_cache() / uuid.uuid5(uuid.NAMESPACE_URL, f"{self.uri}#{version}").hex
         with FileLock(f"{copy}.lock"):
             if not copy.exists():
                 partial = Path(tempfile.mkdtemp(dir=copy.parent))
@@ -201,9 +207,3 @@ def check_writable(folder: Folder) -> None:
         raise UserError(
             f"output: {folder} is not writable ({reason}); set `output` to a folder you can write"
         ) from None
-
-
-def iter_tables(folder: Folder, suffix: str = ".parquet") -> Iterator[pa.Table]:
-    """The tables of a folder's Parquet files, in the order of their names."""
-    for name in folder.files(suffix=suffix):
-        yield folder.read_table(name)

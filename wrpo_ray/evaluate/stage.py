@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from wrpo_ray.core.cluster import map_rows
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step
-from wrpo_ray.evaluate.statistics import Sums, normal, wilson
+from wrpo_ray.evaluate.statistics import Estimate, Sums, normal, wilson
 
 ALL = "all"
 TABLE, EXAMPLE = "table.json", "example.json"
@@ -23,10 +24,10 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class Entrant:
-    """A model to be compared, by its rewarded and, with a verifier, its verified answers."""
+    """A model to be compared, by its rewarded or its verified answers, or both."""
 
     name: str
-    rewarded: Samples
+    rewarded: Samples | None
     verified: Samples | None
 
 
@@ -44,9 +45,7 @@ class Evaluate:
         """The step."""
         inputs = [self.prompts.step]
         for entrant in self.entrants:
-            inputs += [entrant.rewarded.step] + (
-                [entrant.verified.step] if entrant.verified else []
-            )
+            inputs += [s.step for s in (entrant.rewarded, entrant.verified) if s]
         config = {"models": [e.name for e in self.entrants], "contrasts": self.contrasts}
         return Step("evaluate", config, tuple(inputs))
 
@@ -85,7 +84,9 @@ def _first(job: Evaluate) -> str:
 
 
 def _measures(job: Evaluate) -> list[str]:
-    return ["reward", "accuracy"] if job.entrants[0].verified else ["reward"]
+    first = job.entrants[0]
+    answers = {"reward": first.rewarded, "accuracy": first.verified}
+    return [measure for measure, samples in answers.items() if samples]
 
 
 def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
@@ -97,15 +98,20 @@ def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
         interval = wilson if measure == "accuracy" else normal
         table[measure] = {
             "models": {
-                name: {g: asdict(interval(sums.get((measure, name, g), Sums()))) for g in groups}
+                name: {g: _plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
                 for name in names
             },
             "contrasts": {
-                f"{a} - {b}": asdict(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
+                f"{a} - {b}": _plain(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
                 for a, b in job.contrasts
             },
         }
     return table
+
+
+def _plain(estimate: Estimate) -> dict[str, float | None]:
+    """As JSON, which has no NaN: null where there are too few prompts."""
+    return {n: None if math.isnan(v) else v for n, v in asdict(estimate).items()}
 
 
 class Summer:
@@ -182,7 +188,9 @@ class Summer:
         key = min(won, default=min(prompts))
         entrants = {e.name: e for e in self.job.entrants}
         answers = {
-            name: self._answers(entrants[name], "reward", bucket, "text").get(key, [""])[0]
+            name: self._answers(entrants[name], _measures(self.job)[0], bucket, "text").get(
+                key, [""]
+            )[0]
             for name in (worse, better)
         }
         prompt = prompts[key]

@@ -134,7 +134,7 @@ class Generator:
     def engine(self) -> Engine:
         """The model's engine."""
         job = self.jobs[0]
-        return Engine(job.model, job.folder.local(), job.seed)
+        return Engine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job; what is returned are counts only."""

@@ -13,7 +13,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from wrpo_ray.config import Columns, ResponseColumns
-from wrpo_ray.core.published import messages_of
+from wrpo_ray.core.published import check_text, messages_of
 from wrpo_ray.core.records import prompt_id, unit_interval
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
@@ -32,7 +32,8 @@ def input_files(path: str, what: str) -> list[str]:
     info = place.filesystem.get_file_info(place.path)
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{what}: no such file: {place}; give a JSONL or Parquet file, or a folder")
-    found = [path] if info.is_file else [(place / n).uri for n in place.files()]
+    place = place.absolute()  # a worker's working directory is another
+    found = [place.uri] if info.is_file else [(place / n).uri for n in place.files()]
     files = [uri for uri in found if str(Folder(uri)).endswith(SUFFIXES)]
     if not files:
         raise UserError(f"{what}: {place} is no .jsonl or .parquet file, and holds none")
@@ -147,6 +148,7 @@ def scored_record(row: Row, columns: ResponseColumns) -> Row:
     text = _cell(row, columns.response)
     if not isinstance(text, str):
         raise RowError(f"{columns.response!r} has to be a text (got {type(text).__name__})")
+    check_text(text)
     return {
         "prompt_id": prompt_id(_messages(row, columns)),
         "source": str(_cell(row, columns.source)),

@@ -33,6 +33,7 @@ from wrpo_ray.ingest.readers import (
 Row = dict[str, Any]
 SOURCES, TARGET = "sources", "target"
 """Parts of the folder of imported answers."""
+COUNTS = ("read", "rows", "failed", "target_rows")
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,20 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
         .map_groups(_writer(run, job), batch_format="pyarrow")
     )
     try:
-        done = dataset.sum(["read", "rows", "failed"])
+        done = dataset.sum(list(COUNTS))
     except ray.exceptions.RayError as error:
         raise readable(error, what) from error
-    totals = {name: int(done[f"sum({name})"] or 0) for name in ("read", "rows", "failed")}
+    totals = {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
     failures = job.step.failures(run.root)
     run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
     if not totals["rows"]:
         raise UserError(f"{what}: no usable row in {job.input.path}; see {failures}")
+    of_target = totals.pop("target_rows")
+    if isinstance(job, IngestResponses) and job.input.target and not of_target:
+        raise UserError(
+            f"{what}: no answer in {job.input.path} is of the target {job.input.target!r}; set "
+            f"import.target to a name in the source column"
+        )
     dropped = totals["read"] - totals["rows"] - totals["failed"]
     return totals | {"dropped": dropped}
 
@@ -200,11 +207,16 @@ def _writer(run: Run, job: Ingest) -> Callable[[pa.Table], pa.Table]:
         good = [record for is_good, record in rows if is_good]
         failed = [record for is_good, record in rows if not is_good]
         folder = run.root / job.step.folder
-        written = 0
-        for part, kept in job.finish_bucket(good, run, bucket).items():
+        parts = job.finish_bucket(good, run, bucket)
+        for part, kept in parts.items():
             write_shard(folder / part if part else folder, bucket, job.schema, kept, "all")
-            written += len(kept)
         write_failures(job.step.failures(run.root), bucket, failed, "all")
-        return pa.table({"read": [len(rows)], "rows": [written], "failed": [len(failed)]})
+        counts = {
+            "read": len(rows),
+            "rows": sum(map(len, parts.values())),
+            "failed": len(failed),
+            "target_rows": len(parts.get(TARGET, ())),
+        }
+        return pa.table({name: [count] for name, count in counts.items()})
 
     return write

@@ -56,7 +56,8 @@ def _wins(summary: Row) -> Iterator[str]:
 def _tables(evaluation: Row) -> Iterator[list[str]]:
     if "accuracy" in evaluation:
         yield list(_table("Verifier accuracy on held-out prompts, %", evaluation, "accuracy", 100))
-    yield list(_table("Mean reward on held-out prompts", evaluation, "reward", 1))
+    if "reward" in evaluation:
+        yield list(_table("Mean reward on held-out prompts", evaluation, "reward", 1))
 
 
 def _table(title: str, evaluation: Row, measure: str, scale: int) -> Iterator[str]:
@@ -66,12 +67,18 @@ def _table(title: str, evaluation: Row, measure: str, scale: int) -> Iterator[st
     yield f"{title} (all: with 95 % interval)"
     yield f"{'':16}" + "".join(f"{g:>{width}}" for g in groups)
     for name, row in models.items():
-        cells = "".join(f"{row[g]['mean'] * scale:>{width}.{digits}f}" for g in groups)
-        low, high = (row["all"][end] * scale for end in ("low", "high"))
-        yield f"{name:16}{cells}  [{low:.{digits}f}, {high:.{digits}f}]"
+        cells = "".join(f"{_scaled(row[g]['mean'], scale, digits):>{width}}" for g in groups)
+        low, high = (_scaled(row["all"][end], scale, digits) for end in ("low", "high"))
+        yield f"{name:16}{cells}  [{low}, {high}]"
     for name, difference in evaluation[measure]["contrasts"].items():
-        mean, low, high = (difference[k] * scale for k in ("mean", "low", "high"))
-        yield f"  {name:28}{mean:+.{digits}f}  [{low:+.{digits}f}, {high:+.{digits}f}] paired"
+        mean, low, high = (
+            _scaled(difference[k], scale, digits, "+") for k in ("mean", "low", "high")
+        )
+        yield f"  {name:28}{mean}  [{low}, {high}] paired"
+
+
+def _scaled(value: float | None, scale: int, digits: int, sign: str = "") -> str:
+    return "-" if value is None else f"{value * scale:{sign}.{digits}f}"
 
 
 def _example(example: Row) -> Iterator[str]:

@@ -49,6 +49,8 @@ class Score:
             "reward": self.reward.identity() | {"model": self.fingerprint},
             "answers": source.folder,
         }
+        if self.reward.function:  # it may look at the prompts' references
+            store["prompts"] = self.answers.prompts.step.key
         return Step(f"score-{self.reward.name}-{name}", {}, (source,), store)
 
     @property
@@ -95,7 +97,7 @@ class Scorer:
     def reward(self) -> Reward:
         """The loaded reward."""
         job = self.jobs[0]
-        return load_reward(job.reward, job.folder.local() if job.folder else None)
+        return load_reward(job.reward, job.folder.local(job.fingerprint) if job.folder else None)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job; what is returned are counts only."""

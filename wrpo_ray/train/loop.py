@@ -21,11 +21,11 @@ from torch import distributed as dist
 from wrpo_ray.config import WrpoConfig
 from wrpo_ray.core.chat import load_tokenizer
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.train import checkpoint, deepspeed, model, schedule
+from wrpo_ray.train import checkpoint, deepspeed, model, packing, schedule
 from wrpo_ray.train.loss import Answers, preference_loss, row_metrics
 from wrpo_ray.train.metrics import MetricsFile, Sums, peak_memory, trackers
 from wrpo_ray.train.order import Order
-from wrpo_ray.train.packing import Batch, deal
+from wrpo_ray.train.packing import Batch
 from wrpo_ray.train.rows import PreparedRows, Row
 from wrpo_ray.train.task import MODEL, Task
 
@@ -86,7 +86,7 @@ class Trainer:
         Raises:
             UserError: no row is left to train on.
         """
-        config, base = task.config, task.base.local()
+        config, base = task.config, task.base.local(task.fingerprint)
         torch.manual_seed(task.seed)  # adapters start at random
         rows = PreparedRows(task.rows.local())
         held = rows.held_out(config.holdout)
@@ -171,7 +171,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the trained model; all workers call it."""
-        task, base = self.task, self.task.base.local()
+        task, base = self.task, self.task.base.local(self.task.fingerprint)
         tokenizer = load_tokenizer(base, task.chat_template)
         is_writer = dist.get_rank() == 0
         model.save(
@@ -186,17 +186,14 @@ class Trainer:
         A dummy keeps the number of forward passes equal on all workers (ZeRO-3 gathers weights
         in each); it adds nothing to loss or gradient.
         """
-        costs = [self._cost(i) for i in batch]
-        workers, budget = dist.get_world_size(), self.task.config.micro_batch_tokens
-        dealt = deal(costs, workers, budget)[dist.get_rank()]
+        config = self.task.config
+        costs = packing.costs(self.rows.lengths[batch], packed=config.packing)
+        dealt = packing.deal(costs, dist.get_world_size(), config.micro_batch_tokens)
         least = int(np.argmin(costs))
-        return [([self.rows[batch[i]] for i in part or (least,)], bool(part)) for part in dealt]
-
-    def _cost(self, index: int) -> int:
-        prompt, *answers = self.rows.lengths[index].tolist()
-        if self.task.config.packing:
-            return prompt + sum(answers)
-        return (prompt + max(answers)) * len(answers)
+        return [
+            ([self.rows[batch[i]] for i in part or (least,)], bool(part))
+            for part in dealt[dist.get_rank()]
+        ]
 
     def _divisor(self, batch: np.ndarray) -> int:
         """What the summed losses of a step are divided by: its rows, or answer tokens in SFT."""
@@ -221,7 +218,9 @@ class Trainer:
         else:
             losses, metrics = self._preference(rows, batch, logps, alpha)
         sizes = {"tokens": batch.tokens, "size": batch.size}
-        return losses, metrics | {n: torch.tensor([v]).float() for n, v in sizes.items()}
+        return losses, metrics | {
+            n: torch.tensor([float(v)], device=self.device) for n, v in sizes.items()
+        }
 
     def _preference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, alpha: float) -> Losses:
         config = self.task.config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import time
@@ -97,25 +98,29 @@ def peak_memory(device: torch.device) -> float:
 # --- where else metrics go -----------------------------------------------------------------------
 
 Tracker = Callable[[Record], None]
-PACKAGES = {"tensorboard": "tensorboardX"}
-"""What to install for a tracker, where that has another name."""
+PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
+
+
+def check_trackers(task: Task) -> None:
+    """On the driver, before the workers start: only the first of them would meet the fault.
+
+    Raises:
+        UserError: a tracker's package is missing, or it cannot write to this output.
+    """
+    for name in task.config.trackers:
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            package = PACKAGES[name]
+            raise UserError(f"trackers: {name} needs its package: pip install {package}")
+        if name == "tensorboard" and task.folder.is_remote:
+            raise UserError(
+                "trackers: tensorboard writes to a local output only; use wandb or mlflow"
+            )
 
 
 def trackers(task: Task) -> list[Tracker]:
-    """A function for each tracker of the config, called with each step's record.
-
-    Raises:
-        UserError: its package is missing, or it cannot write to this output.
-    """
+    """A function for each tracker of the config, called with each step's record."""
     makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
-    made = []
-    for name in task.config.trackers:
-        try:
-            made.append(makers[name](task))
-        except ImportError:
-            package = PACKAGES.get(name, name)
-            raise UserError(f"trackers: {name} needs its package: pip install {package}") from None
-    return made
+    return [makers[name](task) for name in task.config.trackers]
 
 
 def _tensorboard(task: Task) -> Tracker:
@@ -124,8 +129,6 @@ def _tensorboard(task: Task) -> Tracker:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
-    if task.folder.is_remote:
-        raise UserError("trackers: tensorboard writes to a local output only; use wandb or mlflow")
     folder = Path(task.folder.path) / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
     writer = EventsWriter(str(folder / "events"))

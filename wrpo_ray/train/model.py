@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +18,7 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.train import attention
 from wrpo_ray.train.logprobs import answer_logps, token_logps
-from wrpo_ray.train.packing import Batch, cost, deal, pack, pad
+from wrpo_ray.train.packing import Batch, costs, deal, pack, pad
 from wrpo_ray.train.rows import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -119,8 +120,9 @@ class Reference:
     @torch.inference_mode()
     def __call__(self, rows: list[Row]) -> list[Row]:
         """The rows with the log-probs of their answers."""
-        costs = [cost(row, packed=self.config.packing) for row in rows]
-        (parts,) = deal(costs, 1, FORWARD_TOKENS * self.config.micro_batch_tokens)
+        lengths = np.array([[len(row.prompt), *map(len, row.answers)] for row in rows])
+        budget = FORWARD_TOKENS * self.config.micro_batch_tokens
+        (parts,) = deal(costs(lengths, packed=self.config.packing), 1, budget)
         done: dict[int, Row] = {}
         for part in filter(None, parts):
             batch = collate([rows[i] for i in part], self.config).to(self.device)
@@ -143,6 +145,7 @@ def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> 
     """
     from torch.testing import assert_close
 
+    _check_rope(policy.model.config.get_text_config(), config.max_length)
     probe = _probe(policy.model.config.get_text_config().vocab_size)
     tolerance = 2e-2 if config.precision == "bf16" else 1e-4
     with torch.no_grad():
@@ -159,9 +162,22 @@ def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> 
         ) from None
 
 
-def _probe(vocabulary: int) -> Row:
-    import numpy as np
+def _check_rope(settings: Any, max_length: int) -> None:
+    """Refuse positions whose meaning depends on the longest row in company.
 
+    transformers 5.23 chooses the scaling of these kinds by a forward pass's greatest position.
+    """
+    rope = getattr(settings, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or settings.max_position_embeddings
+    if rope.get("rope_type") in ("longrope", "dynamic") and max_length > original:
+        raise UserError(
+            f"{settings.model_type}: rows above {original} tokens would change the log-probs of "
+            f"others in their micro-batch ({rope['rope_type']} positions); set max_length to "
+            f"{original}"
+        )
+
+
+def _probe(vocabulary: int) -> Row:
     ids = (np.arange(1, 13, dtype=np.int32) * 7) % vocabulary
     return Row("probe", ids[:4], (ids[4:6], ids[6:9], ids[9:]))
 

@@ -82,10 +82,15 @@ class Batch:
         return Batch(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in moved.items()})
 
 
-def cost(row: Row, *, packed: bool) -> int:
-    """Tokens of a row in a forward pass, without padding."""
-    prompts = 1 if packed else len(row.answers)
-    return prompts * len(row.prompt) + sum(map(len, row.answers))
+def costs(lengths: np.ndarray, *, packed: bool) -> list[int]:
+    """Tokens of each row in a forward pass, from (rows, 1 + answers) tokens of prompt and answers.
+
+    Padded, every row costs as much as the longest: whatever rows it comes together with.
+    """
+    if packed:
+        return lengths.sum(1).tolist()
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+    return [longest * (lengths.shape[1] - 1)] * len(lengths)
 
 
 def pack(rows: Sequence[Row]) -> Batch:

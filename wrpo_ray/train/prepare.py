@@ -65,7 +65,11 @@ class Prepare:
     @property
     def actors(self) -> Actors:
         """The pool of workers."""
-        return self.config.reference.actors if isinstance(self.config, WrpoConfig) else Actors()
+        config = self.config
+        if isinstance(config, WrpoConfig) and config.reference.actors:
+            return config.reference.actors
+        gpus = config.num_gpus if self.has_reference else 0
+        return Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=gpus)
 
     @cached_property
     def step(self) -> Step:
@@ -138,7 +142,7 @@ class Preparer:
     @cached_property
     def tokenizing(self) -> Tokenizing:
         """How records become rows."""
-        base = self.job.base.local()
+        base = self.job.base.local(self.job.fingerprint)
         tokenizer = load_tokenizer(base, self.job.chat_template)
         return Tokenizing(tokenizer, end_ids(tokenizer, base), self.job.answers, self.job.config)
 
@@ -147,15 +151,17 @@ class Preparer:
         """The function from rows to the same rows with the reference's log-probs."""
         from wrpo_ray.train.model import Reference
 
-        return Reference(self.job.base.local(), self.job.config, self.job.actors.num_gpus > 0)
+        return Reference(
+            self.job.base.local(self.job.fingerprint), self.job.config, self.job.actors.num_gpus > 0
+        )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fill one bucket, unless it is there."""
+        """Fill one bucket, unless it is there without a fault."""
         bucket = Bucket(row["bucket"], self.run.buckets)
         folder = self.run.root / self.job.step.folder
         name = f"{bucket.index:05d}-of-{bucket.count:05d}{SUFFIX}"
         counts = read_counts(folder, name)
-        if counts is None:
+        if counts is None or counts["failed"]:
             rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
             kept = self._with_reference(rows.kept)
             self._keep_left_out(rows, bucket)

@@ -10,15 +10,15 @@ import math
 import os
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
-from wrpo_ray.core.cluster import readable
+from wrpo_ray.core.cluster import check_room, is_own_ray, readable
 from wrpo_ray.core.run import Run, log
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.errors import WrpoError
 from wrpo_ray.train.task import CHECKPOINTS, Task
 
 EVERY = 5.0
@@ -43,6 +43,8 @@ class Train:
     """Its folder holds the prepared rows (`prepare`)."""
     base: Folder
     """The model folder to start from, and the reference of preference training."""
+    fingerprint: str
+    """What identifies the base."""
     config: TrainConfig
     """A WrpoConfig makes it preference training, else it is SFT."""
     seed: int
@@ -74,41 +76,16 @@ def _train(run: Run, job: Train) -> None:
 
 
 def _task(run: Run, job: Train) -> Task:
-    """The task with absolute folders, because a worker's working directory is another."""
-    root, base = _absolute(run.root), _absolute(job.base)
-    template = os.path.abspath(job.chat_template) if job.chat_template else None
-    rows = root / job.rows.folder
-    return Task(replace(run, root=root), job.step, rows, base, job.config, job.seed, template)
-
-
-def _absolute(folder: Folder) -> Folder:
-    return folder if folder.is_remote else Folder(folder.path)
+    rows = run.root / job.rows.folder
+    return Task(
+        run, job.step, rows, job.base, job.fingerprint, job.config, job.seed, job.chat_template
+    )
 
 
 def _check_room(job: Train) -> None:
-    """Refuse what a Ray of this machine can never place; a cluster may still grow."""
-    import ray
-
     config = job.config
-    have = ray.cluster_resources()
     workers = config.min_workers or config.workers
-    need = {"CPU": workers * config.num_cpus, "GPU": workers * config.num_gpus}
-    short = {name: n for name, n in need.items() if n > have.get(name, 0)}
-    if not short:
-        return
-    name, count = next(iter(short.items()))
-    lack = f"{workers} workers need {count:g} {name}s and Ray has {have.get(name, 0):g}"
-    if _is_own_ray():
-        raise UserError(f"{job.step.name}: {lack}; set fewer workers or less for each of them")
-    log(f"{job.step.name}: {lack}; waiting for the cluster to grow")
-
-
-def _is_own_ray() -> bool:
-    """Whether this process started the cluster, which then has this one node for good."""
-    from ray._private import worker
-
-    node = getattr(worker, "_global_node", None)
-    return bool(node and node.head)
+    check_room(job.step.name, workers, "workers", config.num_cpus, config.num_gpus)
 
 
 # --- one run ---------------------------------------------------------------------------------
@@ -117,10 +94,12 @@ def _is_own_ray() -> bool:
 def _fit(task: Task, checkpoints: Folder) -> dict[str, Any]:
     """Run the workers to the end; returns the counts of the first."""
     from wrpo_ray.train import checkpoint
+    from wrpo_ray.train.metrics import check_trackers
 
+    check_trackers(task)
     for name, value in DRIVER_ENV.items():
         os.environ.setdefault(name, value)
-    if _is_own_ray():  # its node is never preempted: one process less
+    if is_own_ray():  # its node is never preempted: one process less
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     label = task.step.name
     checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)

@@ -32,6 +32,8 @@ class Task:
     """Holds the prepared rows (`rows`)."""
     base: Folder
     """The model to start from, which is also the reference of preference training."""
+    fingerprint: str
+    """What identifies the base: its copies on nodes are kept under it."""
     config: TrainConfig
     seed: int
     chat_template: str | None = None
