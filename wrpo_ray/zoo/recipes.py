@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_model
+from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -197,7 +197,8 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-    save_model(model, str(folder / "model.safetensors"), metadata={"format": "pt"})
+    weights = dict(model.named_parameters())  # tied ones once, under the name vLLM looks for
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
