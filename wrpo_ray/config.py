@@ -487,7 +487,7 @@ def _nearest(loc: tuple[str | int, ...]) -> str:
     *parents, unknown = loc
     section = _section_at(Config, parents)
     names = [f.alias or n for n, f in section.model_fields.items()] if section else []
-    close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
 
 

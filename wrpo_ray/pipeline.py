@@ -101,7 +101,18 @@ class Chain:
                     self._train(pairs.step, self._trained(SFT))
         if self._evaluating:
             self._evaluate()
+        self._check_reached()
         return self.stages
+
+    def _check_reached(self) -> None:
+        """A stage that was asked for has to be there; without asking all that there are run."""
+        if self.until == STAGES[-1] or any(stage.name == self.until for stage in self.stages):
+            return
+        there = ", ".join(dict.fromkeys(stage.name for stage in self.stages))
+        raise UserError(
+            f"{self.until}: this config has no such stage; it has {there} (see `target`, "
+            f"`import.target` and `evaluate`)"
+        )
 
     def _wants(self, stage: str) -> bool:
         return STAGES.index(stage) <= STAGES.index(self.until)
@@ -321,7 +332,7 @@ class Chain:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(path)
+    return None if path is None else os.path.abspath(os.path.expanduser(path))
 
 
 def _function_fingerprint(reward: RewardConfig) -> str:

@@ -40,7 +40,8 @@ class Folder:
     @cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         if not self.is_remote:
-            return pafs.LocalFileSystem(), os.path.abspath(self.uri.removeprefix("file://"))
+            path = os.path.expanduser(self.uri.removeprefix("file://"))
+            return pafs.LocalFileSystem(), os.path.abspath(path)
         try:
             filesystem, path = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, OSError) as error:

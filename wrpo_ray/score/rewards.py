@@ -51,8 +51,11 @@ def load_function(path: str) -> Verifier:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{path}: cannot be imported ({error}); give `module:function`") from None
+    except Exception as error:  # the user's module can raise anything
+        raise UserError(
+            f"{path}: cannot be imported ({type(error).__name__}: {error}); put the module right, "
+            f"or give `module:function`"
+        ) from None
     if not callable(function):
         raise UserError(f"{path}: not a function")
     return function
