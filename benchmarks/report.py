@@ -1,0 +1,318 @@
+"""What `train.py` measured as tables, a report and rows of results."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+
+PREFIX = "train."
+LLAMA_8B = {"body": 6_979_321_856, "head": 525_336_576}
+"""Weights of Llama-3 8B's layers and of its head."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A prompt/answer ratio, with spread lengths or all equal."""
+
+    ratio: float
+    equal: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in the names of results."""
+        return f"r{self.ratio:g}" + ("_equal" if self.equal else "")
+
+    @property
+    def bound(self) -> float:
+        """Tokens saved at most by sharing the prompt of three answers: 3(r + 1) / (r + 3)."""
+        return 3 * (self.ratio + 1) / (self.ratio + 3)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cell's figures; keys are `ours`, `published`, `trl`."""
+
+    cell: Cell
+    times: dict[str, float]
+    """Seconds of a step, and of `reference`, our pass of the reference model over its rows."""
+    peaks: dict[str, int]
+    """Bytes above the persistent states."""
+    tokens: dict[str, int]
+    """Tokens that go through the layers, padding included."""
+    answers: dict[str, int]
+    """Tokens of `all` three answers, and of the `pairs` that TRL trains on."""
+
+    @property
+    def speedup(self) -> float:
+        """Published against ours."""
+        return self.times["published"] / self.times["ours"]
+
+    @property
+    def speedup_with_reference(self) -> float:
+        """The same where our step pays for the reference pass over its rows."""
+        return self.times["published"] / (self.times["ours"] + self.times["reference"])
+
+    @property
+    def token_times(self) -> tuple[float, float]:
+        """Milliseconds an answer token, of ours and of TRL."""
+        return (
+            1e3 * self.times["ours"] / self.answers["all"],
+            1e3 * self.times["trl"] / self.answers["pairs"],
+        )
+
+    @property
+    def speedup_to_trl(self) -> float:
+        """TRL against ours, an answer token."""
+        ours, trl = self.token_times
+        return trl / ours
+
+    @property
+    def memory_ratio(self) -> float:
+        """Published against ours."""
+        return self.peaks["published"] / self.peaks["ours"]
+
+    def work_ratio(self, weights: dict[str, int]) -> float:
+        """Multiplications with weights, published against ours.
+
+        A weight costs 2 a token forward and 4 backward. Ours: layers on all tokens, the head on
+        answers and once more backward. Published: both on all tokens, padding included, and
+        forward in the reference model too.
+        """
+        body, head = weights["body"], weights["head"]
+        ours = 6 * body * self.tokens["ours"] + 8 * head * self.answers["all"]
+        return 8 * (body + head) * self.tokens["published"] / ours
+
+
+@dataclass(frozen=True)
+class Report:
+    """All cells, and what they were measured with."""
+
+    measured: Sequence[Measured]
+    weights: dict[str, int]
+    options: dict[str, Any]
+    machine: str
+
+    def tables(self) -> str:
+        """Speed against both, then memory, in Markdown."""
+        return "\n\n".join([self._published(), self._trl(), self._memory()])
+
+    def _published(self) -> str:
+        columns: dict[str, Callable[[Measured], str]] = {
+            "ours, s": lambda m: f"{m.times['ours']:.2f}",
+            "published, s": lambda m: f"{m.times['published']:.2f}",
+            "ratio": lambda m: f"**{m.speedup:.2f}**",
+            "with our reference pass": lambda m: f"{m.speedup_with_reference:.2f}",
+            "bound of sharing": lambda m: f"{m.cell.bound:.2f}",
+            "and no reference, x 4/3": lambda m: f"{m.cell.bound * 4 / 3:.2f}",
+            "by work": lambda m: f"{m.work_ratio(self.weights):.2f}",
+            "by work, 8B": lambda m: f"{m.work_ratio(LLAMA_8B):.2f}",
+        }
+        return self._table(columns)
+
+    def _trl(self) -> str:
+        columns: dict[str, Callable[[Measured], str]] = {
+            "ours, ms/answer token": lambda m: f"{m.token_times[0]:.2f}",
+            "TRL, ms/answer token": lambda m: f"{m.token_times[1]:.2f}",
+            "ratio": lambda m: f"**{m.speedup_to_trl:.2f}**",
+            "bound of sharing": lambda m: f"{m.cell.bound:.2f}",
+        }
+        return self._table(columns)
+
+    def _memory(self) -> str:
+        columns: dict[str, Callable[[Measured], str]] = {
+            "ours, MB": lambda m: f"{_mb(m.peaks['ours']):.0f}",
+            "published, MB": lambda m: f"{_mb(m.peaks['published']):.0f}",
+            "ratio": lambda m: f"**{m.memory_ratio:.2f}**",
+            "TRL (two answers a row), MB": lambda m: f"{_mb(m.peaks['trl']):.0f}",
+        }
+        return self._table(columns)
+
+    def _table(self, columns: dict[str, Callable[[Measured], str]]) -> str:
+        lines = [["r", "lengths", *columns], ["---"] * (2 + len(columns))]
+        for m in self.measured:
+            head = [f"{m.cell.ratio:g}", "equal" if m.cell.equal else "spread"]
+            lines.append(head + [column(m) for column in columns.values()])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    # --- files
+
+    def write(self, folder: Path) -> None:
+        """RESULTS.md, and the rows of results.json; other benchmarks' rows there stay."""
+        path = folder / "results.json"
+        rows = json.loads(path.read_text()) if path.exists() else []
+        rows = [row for row in rows if not row["name"].startswith(PREFIX)] + self.rows()
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+        (folder / "RESULTS.md").write_text(self.text())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Named figures; `ratio` is peer / ours, so above 1 ours is better."""
+        rows = [row for m in self.measured for row in self._rows(m)]
+        peaks = {
+            n: geometric_mean([m.peaks[n] for m in self.measured]) for n in ("ours", "published")
+        }
+        return [*rows, self._row("peak_memory.vs_published", *map(_mb, peaks.values()), "MB")]
+
+    def _rows(self, m: Measured) -> list[dict[str, Any]]:
+        times, cell = m.times, m.cell.name
+        whole = times["ours"] + times["reference"]
+        peaks = {name: _mb(peak) for name, peak in m.peaks.items()}
+        figures = [
+            (f"step_time.{cell}.vs_published", times["ours"], times["published"], "s"),
+            (f"step_time_with_reference.{cell}.vs_published", whole, times["published"], "s"),
+            (f"step_time.{cell}.vs_trl", *m.token_times, "ms/answer token"),
+            (f"peak_memory.{cell}.vs_published", peaks["ours"], peaks["published"], "MB"),
+            (f"peak_memory.{cell}.vs_trl", peaks["ours"], peaks["trl"], "MB"),
+        ]
+        return [self._row(*figure) for figure in figures]
+
+    def _row(self, name: str, ours: float, peer: float, unit: str) -> dict[str, Any]:
+        figures = {"ours": round(ours, 4), "peer": round(peer, 4), "ratio": round(peer / ours, 3)}
+        about = {"unit": unit, "machine": self.machine, "versions": versions()}
+        return {"name": PREFIX + name, **figures, **about}
+
+    def text(self) -> str:
+        """RESULTS.md."""
+        options, weights = self.options, self.weights
+        share = weights["head"] / (weights["head"] + weights["body"])
+        share_8b = LLAMA_8B["head"] / sum(LLAMA_8B.values())
+        return TEXT.format(
+            **options,
+            machine=self.machine,
+            versions=", ".join(f"{name} {v}" for name, v in versions().items()),
+            weights=weights["all"] / 1e6,
+            share=share,
+            share_8b=share_8b,
+            targets=self._targets(),
+            published=self._published(),
+            trl=self._trl(),
+            memory=self._memory(),
+        )
+
+    def _targets(self) -> str:
+        lines = ["| peer / ours | at least | measured | |", "| --- | --- | --- | --- |"]
+        lines += [
+            f"| {what} | {least:g}x | {value:.2f}x | {'met' if value >= least else 'missed'} |"
+            for what, least, value in self._checks()
+        ]
+        return "\n".join(lines)
+
+    def _checks(self) -> list[tuple[str, float, float]]:
+        """What the project aims at: what, at least, measured."""
+        speedups = {m.cell.name: m.speedup for m in self.measured}
+        memory = [m.memory_ratio for m in self.measured]
+        return [
+            ("step against published, r 0.4", 2.0, speedups["r0.4"]),
+            ("step against published, r 4", 3.0, speedups["r4"]),
+            ("step against TRL, worst cell", 1.0, min(m.speedup_to_trl for m in self.measured)),
+            ("peak memory against published, geometric mean", 2.0, geometric_mean(memory)),
+            ("peak memory against published, worst cell", 2.0, min(memory)),
+        ]
+
+
+TEXT = """# Training: one step, side by side
+
+{targets}
+
+One WRPO step (forward and backward of {rows} rows, and the optimizer's) on {machine},
+{threads} thread(s) of torch, {device}. `make bench` measures it all again and writes this file
+and [results.json](results.json); options are in `train.py --help`.
+
+## Speed
+
+**ours**: rows packed with a shared prompt, the head on answer tokens only, stored log-probs of the
+reference. **published**: the published algorithm, written plainly: each row three padded
+sequences, logits of all tokens, a live reference model, `sdpa` attention.
+
+{published}
+
+- r is the mean prompt length over the mean answer length. Lengths are log-normal (sigma 0.6) or
+  all equal; an answer has {answer_mean} tokens on average.
+- "with our reference pass": our step also pays for its share of the pass that stores the
+  reference's log-probs, once an epoch. The paper trains one epoch, so this is what a whole run
+  gains; each further epoch gains "ratio".
+- "bound of sharing" is 3(r+1)/(r+3), the tokens that a shared prompt saves. A step without the
+  reference's forward saves a further 4/3. What lies beyond is padding, and the head on prompts.
+- "by work" counts the multiplications with weights on these rows, without attention; "8B" counts
+  them for the shape of Llama-3 8B.
+- Where lengths are equal nothing is padded: there the ratio is what sharing, the reference and
+  the head give alone. At r 0.4 that is below 2: the rest of that target comes from padding.
+
+**TRL**: `DPOTrainer` on the pairs (y_wt, y_l) of the same rows, its own collation and
+`training_step`, `precompute_ref_log_probs=True`. It trains two answers a row and ours three, so
+times are compared an answer token.
+
+{trl}
+
+## Memory
+
+The peak of tensor memory in a step above weights, gradients and the optimizer's states (the
+reference's weights in `published` are not counted either), at two rows a micro-batch.
+
+{memory}
+
+Sharing and packing leave fewer tokens whose activations are kept, and ours never has the logits of
+all tokens; published peaks in the reference's forward, while the policy's activations and logits
+wait for the backward pass. Where prompts are short and nothing is padded, both keep nearly the
+same activations, so the ratio is least.
+
+## How it was measured
+
+- A Llama of {weights:.0f}M random weights, the same for all three: width {hidden}, {layers}
+  layers, vocabulary {vocabulary}; fp32 on the CPU, bf16 on a GPU. The learning rate is 0: the work
+  is the same, and every cell starts alike.
+- The same rows, seeded, in micro-batches of two rows, the published script's. Ours deals rows by a
+  token budget: it is set to the least at which micro-batches hold two rows on average.
+- Plain AdamW (fused) for all, not DeepSpeed, so that the step is compared and not the engine. No
+  gradient checkpointing, which is off in our defaults and was switched off in TRL.
+- In turn, ours, published, TRL, ours, ...; medians of {repeats} steps after a warm-up. On one CPU
+  thread times are CPU time of the process, which other processes disturb less.
+- Memory on the CPU is the greatest running sum of the allocations that torch's profiler records.
+- Each cell checks that the gradients of ours and published agree (relative difference below 1e-3).
+- TRL scores answer tokens only on a GPU, and all tokens on a CPU; here it does the former.
+- Versions: {versions}.
+
+## What it does not show
+
+- GPUs: `--device cuda` is there but has not been run. There our attention takes another kernel.
+- Other shapes: here the head has {share:.0%} of the weights that are multiplied with, in Llama-3 8B
+  {share_8b:.0%}. The larger that share, the more ours gains where prompts are long, and the less
+  where they are short.
+- A caching allocator: on the CPU large tensors get fresh pages from the system, about 15% of a step
+  of published and 5 to 10% of ours.
+- Many workers, ZeRO, communication, checkpoints, reading of rows, storing of log-probs.
+- TRL with a live reference, its default, which costs it a forward pass more.
+- Real data: lengths of a row's answers are independent here, and in real rows are often alike.
+"""
+
+
+def _mb(size: float) -> float:
+    return size / 1e6
+
+
+def machine(device: torch.device) -> str:
+    """The kind of machine, without its name."""
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cpu = f"{_cpu()}, {os.cpu_count()} cores, {gigabytes:.0f} GB"
+    return f"{torch.cuda.get_device_name()}, {cpu}" if device.type == "cuda" else cpu
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def versions() -> dict[str, str]:
+    """Of what was compared."""
+    names = ("torch", "transformers", "trl", "wrpo-ray")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
