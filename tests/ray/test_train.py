@@ -144,8 +144,10 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 CASES = {
     "wrpo-zero3": WRPO,
-    # three workers do not divide eight rows, and have dummies
-    "wrpo-three-workers": WRPO.model_copy(update={"workers": 3, "zero_stage": 1}),
+    # a micro-batch a row, so three workers have two dummies in a step of four rows
+    "wrpo-three-workers": WRPO.model_copy(
+        update={"workers": 3, "batch_size": 4, "micro_batch_tokens": 1}
+    ),
     "wrpo-padded": WRPO.model_copy(update={"packing": False, "zero_stage": 2}),
     "wrpo-offloaded": WRPO.model_copy(update={"workers": 1, "offload": "all"}),
     "sft": TrainConfig(**SETTINGS),
