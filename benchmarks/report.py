@@ -189,6 +189,7 @@ class Report:
             machine=self.machine,
             versions=", ".join(f"{name} {v}" for name, v in versions().items()),
             weights=weights["all"] / 1e6,
+            load=os.getloadavg()[2],
             share=share,
             share_8b=share_8b,
             targets=self._targets(),
@@ -274,7 +275,8 @@ same activations, so the ratio is least.
 - Plain AdamW (fused) for all, not DeepSpeed, so that the step is compared and not the engine. No
   gradient checkpointing, which is off in our defaults and was switched off in TRL.
 - In turn, ours, published, TRL, ours, ...; medians of {repeats} steps after a warm-up. On one CPU
-  thread times are CPU time of the process, which other processes disturb less.
+  thread times are CPU time of the process, which other processes disturb less. The machine's load
+  in the last 15 minutes was {load:.1f}, of which this run was 1.
 - Memory on the CPU is the greatest running sum of the allocations that torch's profiler records.
 - Each cell checks that the gradients of ours and published agree (relative difference below 1e-3).
 - TRL scores answer tokens only on a GPU, and all tokens on a CPU; here it does the former.

@@ -49,6 +49,7 @@ from wrpo_ray.train.stage import Train
 
 STAGES = ("prompts", "generate", "score", "select", "sft", "sample", "pair", "train", "evaluate")
 T = TypeVar("T")
+SUMMARY = "summary.json"
 SFT, DPO, FUSED = "target-sft", "target-dpo", "fused"
 
 
@@ -441,7 +442,8 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
             finally:
                 cluster.disconnect()
     summary = summarise(chain, stages)
-    root.write_json("summary.json", summary)
+    if not root.exists(SUMMARY) or root.read_json(SUMMARY) != summary:
+        root.write_json(SUMMARY, summary)
     return summary
 
 

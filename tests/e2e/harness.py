@@ -107,6 +107,14 @@ def processes_of(output: str | Path) -> set[int]:
     return found - {os.getpid()}
 
 
+def wait_until(is_true: Callable[[], bool], seconds: float = 60) -> None:
+    """Wait for what takes a moment, such as processes that are ending."""
+    deadline = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
 def failures(output: Path) -> list[dict[str, Any]]:
     """All failed rows that a run has kept, ordered by where they come from."""
     files = output.glob("*/failures/*/*.parquet")

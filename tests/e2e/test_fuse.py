@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import processes_of, rows, shards
+from harness import processes_of, rows, shards, wait_until
 
 KEY = ("prompt_id", "source", "sample")
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
@@ -92,7 +92,7 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed
     assert result.returncode == 0, result.stderr
     assert "wrpo: resumed at step" in result.stderr
     assert finished.items() <= shards(output, "**/*.parquet").items()
-    assert not processes_of(output)
+    wait_until(lambda: not processes_of(output))
 
     for source in (*SOURCES, "target-sft"):
         for step in (f"generate-{source}", f"score-reward-{source}"):
