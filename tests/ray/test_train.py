@@ -223,10 +223,15 @@ def undisturbed(local_ray, root) -> Step:
     return step
 
 
-def wait_for_steps(root: Folder, step: Step, count: int, seconds: float = 90) -> None:
+def wait_for_steps(
+    root: Folder, step: Step, count: int, since: float = 0, seconds: float = 90
+) -> None:
+    """Until so many steps are in the metrics, of a run that wrote there after `since`."""
     path = root.local() / step.folder / "metrics.jsonl"
     deadline = time.monotonic() + seconds
-    while not path.exists() or path.read_bytes().count(b"\n") < count:
+    while (
+        not path.exists() or path.stat().st_mtime < since or path.read_bytes().count(b"\n") < count
+    ):
         assert time.monotonic() < deadline, f"no {count} steps within {seconds} s"
         time.sleep(0.005)
 
@@ -293,16 +298,16 @@ def test_five_kills_at_random_moments(root, undisturbed):
     """Drivers and workers in turn, at moments drawn by a seed."""
     rng, name = random.Random(7), "killed-often"
     step = step_of(name, prepared(root, LONG), LONG)
-    for number, moment in enumerate(sorted(rng.sample(range(6, 58), 5))):
-        driver = start_driver(root, name)
-        wait_for_steps(root, step, moment)
+    for number, moment in enumerate(sorted(rng.sample(range(6, 40), 5))):
+        started, driver = time.time(), start_driver(root, name)
+        wait_for_steps(root, step, moment, since=started)
+        tree = psutil.Process(driver.pid).children(recursive=True)
         if number % 2:
-            workers = [p for p in psutil.Process(driver.pid).children(recursive=True)
-                       if _is_worker(p)]  # fmt: skip
-            rng.choice(workers).kill()
+            rng.choice([p for p in tree if _is_worker(p)]).kill()
             time.sleep(2)
         driver.kill()
         driver.wait()
+        psutil.wait_procs(tree, timeout=60)  # they write on until they see that it is dead
     assert start_driver(root, name).wait(timeout=120) == 0
     check_resumed(root, step, undisturbed)
 
