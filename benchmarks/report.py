@@ -288,8 +288,8 @@ same activations, so the ratio is least.
 - Other shapes: here the head has {share:.0%} of the weights that are multiplied with, in Llama-3 8B
   {share_8b:.0%}. The larger that share, the more ours gains where prompts are long, and the less
   where they are short.
-- A caching allocator: on the CPU large tensors get fresh pages from the system, about 15% of a step
-  of published and 5 to 10% of ours.
+- A caching allocator: on the CPU large tensors get fresh pages from the system, seen to take 8 to
+  15% of a step of published, 6 to 10% of ours, next to nothing of TRL's.
 - Many workers, ZeRO, communication, checkpoints, reading of rows, storing of log-probs.
 - TRL with a live reference, its default, which costs it a forward pass more.
 - Real data: lengths of a row's answers are independent here, and in real rows are often alike.
