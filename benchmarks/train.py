@@ -158,7 +158,7 @@ class Ours(Contender):
 
     def take(self, rows: list[Row]) -> None:
         """Set the budget, and store the log-probs of the reference."""
-        lengths = np.array([[len(row.prompt), *map(len, row.answers)] for row in rows])
+        lengths = np.array([row.lengths for row in rows])
         self.costs = costs(lengths, packed=True)
         self.tokens = sum(self.costs)
         self.budget = least_budget(self.costs)

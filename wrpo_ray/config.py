@@ -257,6 +257,11 @@ class TrainConfig(Section):
     )
     """Where metrics go beside `metrics.jsonl`; each needs its package and its own settings."""
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return False
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
@@ -313,6 +318,11 @@ class WrpoConfig(TrainConfig):
     """Weight of an SFT term: the negative log-prob of y_ws an answer token."""
     reference: ReferenceConfig = ReferenceConfig()
     """Where the log-probs under pi_ref come from."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return self.objective != "simpo"
 
     @model_validator(mode="after")
     def _fits_objective(self) -> WrpoConfig:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Iterator
@@ -333,7 +332,7 @@ class Chain:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else os.path.abspath(os.path.expanduser(path))
+    return None if path is None else Folder(path).path
 
 
 def _function_fingerprint(reward: RewardConfig) -> str:

@@ -107,7 +107,7 @@ def check_reachable(root: Folder) -> None:
     if root.is_remote or len(nodes()) == 1:
         return
     remedy = "use an object store (s3://...) or a folder that every node mounts"
-    if not os.path.isabs(root.uri.removeprefix("file://")):
+    if root.is_relative:
         raise UserError(
             f"output: {root} is relative, on a cluster of {len(nodes())} nodes; {remedy}"
         )
@@ -283,9 +283,9 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = next((e for e in inner if isinstance(e, BaseException)), None)
 
 
-def thread_env(actors: Actors) -> dict[str, str]:
-    """Environment of an actor: as many threads as it has CPUs, at least one."""
-    return {"OMP_NUM_THREADS": str(max(1, int(actors.num_cpus)))}
+def thread_env(num_cpus: float) -> dict[str, str]:
+    """Environment of a worker: as many threads as it has CPUs, at least one."""
+    return {"OMP_NUM_THREADS": str(max(1, int(num_cpus)))}
 
 
 def disconnect() -> None:

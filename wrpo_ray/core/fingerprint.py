@@ -22,21 +22,13 @@ def model_fingerprint(folder: Folder) -> str:
     training step changes; reading them whole would take minutes at every start.
     """
     names = [n for n in folder.files() if not n.startswith(".")]
-    return digest([[name, _sampled_digest(folder / name)] for name in names], 16)
+    return digest([[name, _digest(folder / name, _samples)] for name in names], 16)
 
 
 def data_fingerprint(uris: Iterable[str]) -> str:
     """16 hex digits over data files, so that an edited file is a new input."""
     files = [Folder(uri) for uri in uris]
-    return digest([[str(f).rsplit("/", 1)[-1], _whole_digest(f)] for f in files], 16)
-
-
-def _whole_digest(file: Folder) -> str:
-    return _digest(file, _whole)
-
-
-def _sampled_digest(file: Folder) -> str:
-    return _digest(file, _samples)
+    return digest([[str(f).rsplit("/", 1)[-1], _digest(f, _whole)] for f in files], 16)
 
 
 def _digest(file: Folder, parts: Callable[[pa.NativeFile], Iterable[bytes]]) -> str:

@@ -40,8 +40,7 @@ class Folder:
     @cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         if not self.is_remote:
-            path = os.path.expanduser(self.uri.removeprefix("file://"))
-            return pafs.LocalFileSystem(), os.path.abspath(path)
+            return pafs.LocalFileSystem(), os.path.abspath(self._local_path)
         try:
             filesystem, path = pafs.FileSystem.from_uri(self.uri)
         except (pa.ArrowInvalid, OSError) as error:
@@ -52,6 +51,15 @@ class Folder:
     def is_remote(self) -> bool:
         """Whether it lies in an object store."""
         return "://" in self.uri and not self.uri.startswith("file://")
+
+    @property
+    def is_relative(self) -> bool:
+        """Whether it is local, and where depends on the working directory."""
+        return not self.is_remote and not os.path.isabs(self._local_path)
+
+    @property
+    def _local_path(self) -> str:
+        return os.path.expanduser(self.uri.removeprefix("file://"))
 
     @property
     def filesystem(self) -> pafs.FileSystem:

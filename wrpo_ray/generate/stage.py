@@ -87,7 +87,7 @@ def _run_pool(run: Run, jobs: list[Generate]) -> None:
     model, started = jobs[0].model, time.time()
     log(f"generate {model.name}: starting engines")
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    env = ENV | thread_env(model.actors) | (CPU_ENV if model.actors.num_gpus == 0 else {})
+    env = ENV | thread_env(model.actors.num_cpus) | (CPU_ENV if model.actors.num_gpus == 0 else {})
     progress = Progress(f"generate {model.name}", len(rows))
     tallies = [_Tally() for _ in jobs]
     for result in map_rows(

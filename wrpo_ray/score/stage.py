@@ -74,7 +74,7 @@ def _run_pool(run: Run, jobs: list[Score]) -> None:
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
     progress = Progress(f"score with {reward.name}", len(rows))
     totals = [dict.fromkeys(("rows", "new", "failed"), 0) for _ in jobs]
-    env = thread_env(reward.actors)
+    env = thread_env(reward.actors.num_cpus)
     for result in map_rows(
         progress.label, rows, Scorer, {"run": run, "jobs": jobs}, reward.actors, env
     ):

@@ -28,9 +28,8 @@ def answer_logps(hidden: Tensor, head: Any, batch: Batch) -> Tensor:
         batch: what the hidden states are of.
     """
     chosen = hidden.flatten(0, 1).index_select(0, batch.predict)  # (N, H)
-    token_logps = head(chosen, batch.targets)
-    spread = token_logps.new_zeros(batch.spread.shape)
-    return spread.masked_scatter(batch.spread, token_logps).sum(1)
+    logps = head(chosen, batch.targets)  # (N,)
+    return logps.new_zeros(batch.spread.shape).masked_scatter(batch.spread, logps).sum(1)
 
 
 def token_logps(

@@ -211,10 +211,8 @@ class Trainer:
         batch = model.collate(rows, self.task.config).to(self.device)
         logps = self.policy(batch)  # (A,)
         if alpha is None:
-            losses, metrics = (
-                -logps,
-                {"logps/source_chosen": logps, "lengths/source_chosen": batch.lengths},
-            )
+            losses = -logps
+            metrics = {"logps/source_chosen": logps, "lengths/source_chosen": batch.lengths}
         else:
             losses, metrics = self._preference(rows, batch, logps, alpha)
         sizes = {"tokens": batch.tokens, "size": batch.size}
@@ -234,7 +232,7 @@ class Trainer:
 
     def _reference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, mode: str) -> Tensor:
         """The log-probs of the batch's answers under the reference, (A,)."""
-        if not self.task.has_reference:
+        if not self.task.config.has_reference:
             return torch.zeros_like(logps)
         if mode == "stored":
             stored = [value for row in rows for value in row.reference]

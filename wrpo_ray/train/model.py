@@ -120,7 +120,7 @@ class Reference:
     @torch.inference_mode()
     def __call__(self, rows: list[Row]) -> list[Row]:
         """The rows with the log-probs of their answers."""
-        lengths = np.array([[len(row.prompt), *map(len, row.answers)] for row in rows])
+        lengths = np.array([row.lengths for row in rows])
         budget = FORWARD_TOKENS * self.config.micro_batch_tokens
         (parts,) = deal(costs(lengths, packed=self.config.packing), 1, budget)
         done: dict[int, Row] = {}

@@ -19,8 +19,15 @@ import pyarrow.compute as pc
 from wrpo_ray.config import Actors, TrainConfig, WrpoConfig
 from wrpo_ray.core.chat import end_ids, load_tokenizer
 from wrpo_ray.core.cluster import map_rows, thread_env
+from wrpo_ray.core.records import PREFERENCE, SELECTION
 from wrpo_ray.core.run import Progress, Run, log
-from wrpo_ray.core.shards import Bucket, buckets, clear_failures, write_failures
+from wrpo_ray.core.shards import (
+    Bucket,
+    buckets,
+    clear_failures,
+    read_bucket,
+    write_failures,
+)
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
@@ -55,12 +62,12 @@ class Prepare:
         return WRPO_ANSWERS if isinstance(self.config, WrpoConfig) else SFT_ANSWERS
 
     @property
-    def has_reference(self) -> bool:
+    def stores_reference(self) -> bool:
         """Whether log-probs of the reference are stored."""
         config = self.config
-        if not isinstance(config, WrpoConfig) or config.objective == "simpo":
+        if not isinstance(config, WrpoConfig):
             return False
-        return config.reference.mode == "stored"
+        return config.has_reference and config.reference.mode == "stored"
 
     @property
     def actors(self) -> Actors:
@@ -68,7 +75,7 @@ class Prepare:
         config = self.config
         if isinstance(config, WrpoConfig) and config.reference.actors:
             return config.reference.actors
-        gpus = config.num_gpus if self.has_reference else 0
+        gpus = config.num_gpus if self.stores_reference else 0
         return Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=gpus)
 
     @cached_property
@@ -82,7 +89,7 @@ class Prepare:
             "max_prompt_length": config.max_prompt_length,
             "overflow": config.overflow,
             "compat": config.compat,
-            "reference": config.precision if self.has_reference else None,
+            "reference": config.precision if self.stores_reference else None,
             "format": FORMAT,
         }
         return Step(f"rows-{self.name}", key, (self.rows,))
@@ -103,7 +110,7 @@ def _prepare(run: Run, job: Prepare) -> None:
     started, counts = time.time(), Counter[str]()
     rows = [{"bucket": b.index} for b in buckets(run.buckets)]
     progress = Progress(job.step.name, len(rows))
-    env = thread_env(job.actors) | {"TORCHDYNAMO_DISABLE": "1"}
+    env = thread_env(job.actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
     for result in map_rows(
         job.step.name, rows, Preparer, {"run": run, "job": job}, job.actors, env
     ):
@@ -177,20 +184,16 @@ class Preparer:
             write_failures(folder, bucket, part, "rows")
 
     def _with_reference(self, rows: list[Row]) -> list[Row]:
-        return self.reference(rows) if rows and self.job.has_reference else rows
+        return self.reference(rows) if rows and self.job.stores_reference else rows
 
     def _records(self, bucket: Bucket) -> list[Record]:
         """Of SELECTION records those of the split `sft`; PREFERENCE records have no split."""
-        is_selection = self.job.answers == SFT_ANSWERS
-        columns = ["prompt_id", "messages", *self.job.answers, *(["split"] if is_selection else [])]
-        folder, records = self.run.root / self.job.rows.folder, []
-        for shard in folder.files(suffix=".parquet"):
-            if bucket.meets(shard):
-                table = folder.read_table(shard, columns)
-                if is_selection:
-                    table = table.filter(pc.equal(table["split"], "sft"))
-                records += [r for r in table.to_pylist() if r["prompt_id"] in bucket]
-        return records
+        folder = self.run.root / self.job.rows.folder
+        columns = ["prompt_id", "messages", *self.job.answers]
+        if self.job.answers == WRPO_ANSWERS:
+            return read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
+        table = read_bucket(folder, bucket, SELECTION, [*columns, "split"])
+        return table.filter(pc.equal(table["split"], "sft")).to_pylist()
 
 
 def _counts(rows: Rows) -> dict[str, int]:
@@ -199,5 +202,5 @@ def _counts(rows: Rows) -> dict[str, int]:
         "dropped": len(rows.too_long),
         "failed": len(rows.faults),
         "cut": rows.cut,
-        "tokens": sum(len(r.prompt) + sum(map(len, r.answers)) for r in rows.kept),
+        "tokens": sum(sum(row.lengths) for row in rows.kept),
     }

@@ -52,6 +52,11 @@ class Row:
     reference: tuple[float, ...] = ()
     """log pi_ref of each answer, in nats; empty where it is not stored."""
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the prompt and of each answer."""
+        return [len(self.prompt), *map(len, self.answers)]
+
 
 @dataclass
 class Rows:
@@ -182,7 +187,7 @@ def write_rows(folder: Folder, name: str, rows: list[Row], counts: dict[str, int
     columns = [
         [row.prompt_id for row in rows],
         [np.concatenate([row.prompt, *row.answers]) for row in rows],
-        [[len(row.prompt), *map(len, row.answers)] for row in rows],
+        [row.lengths for row in rows],
         [list(row.reference) for row in rows],
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, PREPARED, strict=True)]

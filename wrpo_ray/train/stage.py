@@ -6,7 +6,6 @@ when a run starts, so that the config can be checked without them.
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
-from wrpo_ray.core.cluster import check_room, is_own_ray, readable
+from wrpo_ray.core.cluster import check_room, is_own_ray, readable, thread_env
 from wrpo_ray.core.run import Run, log
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
@@ -141,7 +140,7 @@ def _trainer(task: Task, checkpoints: Folder) -> Any:
 
 
 def _worker_env(config: TrainConfig) -> dict[str, str]:
-    env = {"OMP_NUM_THREADS": str(max(1, math.floor(config.num_cpus)))}
+    env = thread_env(config.num_cpus)
     if config.num_gpus:
         return env
     # DeepSpeed's import compiles an optimizer that is not used: more than a second a worker

@@ -50,14 +50,9 @@ class Task:
         return isinstance(self.config, WrpoConfig)
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the objective compares with a reference model."""
-        return isinstance(self.config, WrpoConfig) and self.config.objective != "simpo"
-
-    @property
     def has_second_model(self) -> bool:
         """Whether workers hold the reference; with LoRA it is the policy without adapters."""
         config = self.config
-        if not isinstance(config, WrpoConfig) or config.lora or not self.has_reference:
+        if not isinstance(config, WrpoConfig) or config.lora or not config.has_reference:
             return False
         return config.reference.mode == "live"
