@@ -96,12 +96,63 @@ class Actors(Section):
     """CPUs for an actor."""
     num_gpus: float = Field(0, ge=0)
     """GPUs for an actor; 0 runs it on the CPU."""
+    resources: dict[str, float] = {}
+    """Custom resources for an actor, such as a node type's: {h100: 1}."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Actors:
         if self.max < self.min:
             raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
         return self
+
+
+class SamplingConfig(Section):
+    """How answers are sampled (paper, section 4.1)."""
+
+    samples: int = Field(5, ge=1, le=1024)
+    """Answers a prompt from each model."""
+    temperature: float = Field(0.8, ge=0, le=2)
+    """0 is greedy."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    """Nucleus mass."""
+    top_k: int = Field(0, ge=0)
+    """Tokens that are drawn from; 0 is no bound."""
+    min_p: float = Field(0, ge=0, le=1)
+    """Least probability of a token, as a share of the likeliest one's."""
+    repetition_penalty: float = Field(1, gt=0)
+    """Divides the logits of tokens that are there already; 1 does nothing."""
+    max_tokens: int = Field(2048, ge=1)
+    """Longest answer in tokens."""
+
+    @model_validator(mode="after")
+    def _greedy_once(self) -> SamplingConfig:
+        if self.temperature == 0 and self.samples > 1:
+            raise ValueError("temperature 0 gives the same answer each time; set samples: 1")
+        return self
+
+    def updated(self, changes: SamplingOverride | None) -> SamplingConfig:
+        """These settings with what `changes` sets."""
+        given = changes.model_dump(exclude_none=True) if changes else {}
+        return SamplingConfig(**self.model_dump() | given)
+
+
+class SamplingOverride(Section):
+    """A model's own sampling; null leaves the run's."""
+
+    samples: int | None = Field(None, ge=1, le=1024)
+    """Answers a prompt."""
+    temperature: float | None = Field(None, ge=0, le=2)
+    """0 is greedy."""
+    top_p: float | None = Field(None, gt=0, le=1)
+    """Nucleus mass."""
+    top_k: int | None = Field(None, ge=0)
+    """Tokens that are drawn from; 0 is no bound."""
+    min_p: float | None = Field(None, ge=0, le=1)
+    """Least probability of a token, as a share of the likeliest one's."""
+    repetition_penalty: float | None = Field(None, gt=0)
+    """Divides the logits of tokens that are there already; 1 does nothing."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Longest answer in tokens."""
 
 
 class ModelConfig(Section):
@@ -117,28 +168,31 @@ class ModelConfig(Section):
     """Context in tokens, prompt and answer together; null takes the model's own."""
     chat_template: str | None = Field(None, json_schema_extra=PLACEMENT)
     """A Jinja file that replaces the tokenizer's own chat template; its content is what counts."""
+    chat_template_args: dict[str, str | int | float | bool | None] = {}
+    """Variables of the chat template, such as {enable_thinking: false}."""
+    quantization: str | None = None
+    """vLLM's name of the weights' format, such as `fp8`; null takes what the weights say."""
+    sampling: SamplingOverride | None = None
+    """What differs for this model from the run's `sampling`."""
+    tensor_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
+    """GPUs that each layer is divided over."""
+    pipeline_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
+    """Stages that the layers are divided into, each of `tensor_parallel` GPUs; they may lie on
+    different nodes."""
     engine: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`."""
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
-    """Its pool of engines."""
+    """Its pool of engines; with parallelism, `num_gpus` and `resources` are those of each part."""
 
-
-class SamplingConfig(Section):
-    """How answers are sampled (paper, section 4.1)."""
-
-    samples: int = Field(5, ge=1, le=1024)
-    """Answers a prompt from each model."""
-    temperature: float = Field(0.8, ge=0, le=2)
-    """0 is greedy."""
-    top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus mass."""
-    max_tokens: int = Field(2048, ge=1)
-    """Longest answer in tokens."""
+    @property
+    def parts(self) -> int:
+        """Workers of one engine, one for each GPU."""
+        return self.tensor_parallel * self.pipeline_parallel
 
     @model_validator(mode="after")
-    def _greedy_once(self) -> SamplingConfig:
-        if self.temperature == 0 and self.samples > 1:
-            raise ValueError("temperature 0 gives the same answer each time; set samples: 1")
+    def _parallel(self) -> ModelConfig:
+        if self.parts > 1 and self.actors.num_gpus not in (0, 1):
+            raise ValueError("with tensor_parallel or pipeline_parallel, actors.num_gpus is 1")
         return self
 
 

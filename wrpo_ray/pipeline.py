@@ -11,7 +11,7 @@ import importlib
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,15 +22,17 @@ import pyarrow.parquet as pq
 
 from wrpo_ray.config import AlphaConfig, Config, EvaluateConfig, ModelConfig, RewardConfig
 from wrpo_ray.core.chat import check_model_folder
+from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
 from wrpo_ray.core.published import PUBLISHED, to_published
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import Run, log
-from wrpo_ray.core.shards import Prompts, Samples
+from wrpo_ray.core.shards import Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step, versions
 from wrpo_ray.core.storage import Folder, check_writable
 from wrpo_ray.errors import UserError
 from wrpo_ray.evaluate.stage import EXAMPLE, TABLE, Entrant, Evaluate
+from wrpo_ray.generate import stage as generate
 from wrpo_ray.generate.stage import Generate
 from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.ingest.stage import (
@@ -41,6 +43,7 @@ from wrpo_ray.ingest.stage import (
     IngestResponses,
 )
 from wrpo_ray.pair.stage import Pair, Select
+from wrpo_ray.score import stage as score
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
 from wrpo_ray.train.prepare import Prepare
@@ -256,9 +259,10 @@ class Chain:
         folder = trained[1] if trained else Folder(model.model).absolute()
         identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
         model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
-        return Generate(
-            model, folder, identity, prompts, sampling or self.config.sampling, self.config.seed
-        )
+        if model.dtype == "auto" and not model.actors.num_gpus:
+            model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
+        sampling = sampling or self.config.sampling.updated(model.sampling)
+        return Generate(model, folder, identity, prompts, sampling, self.config.seed)
 
     def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
         reward = reward or _required(self.config.reward, "reward")
@@ -447,18 +451,48 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
 
 
 def _run_stages(run: Run, stages: list[Stage]) -> None:
-    for number, stage in enumerate(stages, start=1):
-        started, label = time.time(), f"[{number}/{len(stages)}] {stage.name}"
-        missing = [step for step in stage.steps if not step.is_done(run.root)]
-        if not missing:
+    phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
+    while phases:
+        number, phase = phases.pop(0)
+        jobs, following = _missing(run, phase), []
+        if jobs and phases and _can_follow(jobs, _missing(run, phases[0][1])):
+            last, phase = phases.pop(0)
+            following = _missing(run, phase)
+            number = max(number, last)
+        label = f"[{number + 1}/{len(stages)}] {stages[number].name}"
+        started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
+        if not names:
             log(f"{label}: done before")
             continue
-        log(f"{label}: {', '.join(dict.fromkeys(step.name for step in missing))}")
-        for phase in stage.phases:
-            jobs = [job for job in phase if not job.step.is_done(run.root)]
-            if jobs:
-                _runner(jobs[0])(run, jobs)
+        log(f"{label}: {', '.join(names)}")
+        if following:
+            _run_together(run, jobs, following)
+        else:
+            _runner(jobs[0])(run, jobs)
         log(f"{label}: finished in {time.time() - started:.0f} s")
+
+
+def _missing(run: Run, jobs: Sequence[Any]) -> list[Any]:
+    return [job for job in jobs if not job.step.is_done(run.root)]
+
+
+def _can_follow(jobs: list[Any], following: list[Any]) -> bool:
+    """Whether answers can be scored while others are generated: there has to be room for both."""
+    if not isinstance(jobs[0], Generate) or not following or not isinstance(following[0], Score):
+        return False
+    pools = [generate.pool_of(job.model) for job in jobs]
+    return all(fit_together([pool, score.pool_of(following[0].reward)]) for pool in pools)
+
+
+def _run_together(run: Run, jobs: list[Generate], scores: list[Score]) -> None:
+    """Generate, and score each bucket as soon as it is filled."""
+    feed = Feed([job.answers.step for job in scores])
+    made = {job.step.key for job in jobs}
+    for job in scores:
+        if job.answers.step.key not in made:  # made before
+            for bucket in buckets(run.buckets):
+                feed.add(job.answers.step, bucket.index)
+    side_by_side([lambda: generate.run(run, jobs, feed), lambda: score.run(run, scores, feed)])
 
 
 def _runner(job: Any) -> Any:

@@ -9,18 +9,34 @@ import pytest
 
 SCRIPT = """
 import json, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.generate.engine import Engine, Request
+from wrpo_ray.generate.engine import Request, VllmEngine
 
 folder, prompts = Path(sys.argv[1]), json.loads(sys.argv[2])
-engine = Engine(ModelConfig(name="m", model=str(folder)), folder, seed=0)
+engine = VllmEngine(ModelConfig(name="m", model=str(folder), dtype="float32"), folder, seed=0)
 asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
 requests = [Request(f"{i:032x}", messages, 0, 1) for i, messages in enumerate(asked)]
 sampling = SamplingConfig(samples=1, temperature=0, top_p=1, max_tokens=20)
-rows, failures = engine.generate(requests, sampling)
-assert not failures, failures
+
+def answers(part):  # two buckets in hand, as in an actor
+    return list(engine.answers(part, sampling))
+
+with ThreadPoolExecutor(2) as threads:
+    done = [a for part in threads.map(answers, (requests[::2], requests[1::2])) for a in part]
+assert not any(failed for _, failed in done)
+rows = sorted((row for rows, _ in done for row in rows), key=lambda row: row["prompt_id"])
 Path(sys.argv[3]).write_text(json.dumps([r["token_ids"] for r in rows]))
+
+# a sample does not depend on how many others are asked for with it
+sampling = SamplingConfig(samples=4, max_tokens=20)
+def drawn(first, count):
+    asked = [Request(r.prompt_id, r.messages, first, count) for r in requests[:5]]
+    rows = [row for rows, _ in engine.answers(asked, sampling) for row in rows]
+    return {(r["prompt_id"], r["sample"]): (r["seed"], r["token_ids"]) for r in rows}
+together, apart = drawn(0, 4), drawn(0, 1) | drawn(1, 3)
+assert together == apart and len(together) == 20
 """
 MODELS = ("sources/llama-bytes", "sources/qwen3-bpe", "sources/gemma2-chars", "target")
 

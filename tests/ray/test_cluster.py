@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pytest
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.core import cluster
 from wrpo_ray.core.records import digest
+from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
 
+POOL = cluster.Pool("test", Actors())
 TWO_NODES = """
 import sys
 from ray.cluster_utils import Cluster
@@ -166,9 +169,8 @@ class Dies:
 
 def test_a_lost_actor_is_replaced_and_its_rows_are_done(local_ray, tmp_path):
     rows = [{"row": i} for i in range(8)]
-    done = cluster.map_rows(
-        "test", rows, Dies, {"folder": str(tmp_path)}, Actors(num_cpus=0.5, max=2)
-    )
+    pool = cluster.Pool("test", Actors(num_cpus=0.5, max=2))
+    done = cluster.map_rows(pool, rows, Dies, {"folder": str(tmp_path)})
     assert sorted(r["row"] for r in done) == list(range(8))
     assert (tmp_path / "died-3").exists()
 
@@ -182,7 +184,7 @@ class Refuses:
 
 def test_the_projects_own_errors_come_through_ray(local_ray):
     with pytest.raises(UserError, match="^cause and remedy$"):
-        list(cluster.map_rows("test", [{"row": 1}], Refuses, {}, Actors()))
+        list(cluster.map_rows(POOL, [{"row": 1}], Refuses, {}))
 
 
 class Breaks:
@@ -194,9 +196,107 @@ class Breaks:
 
 def test_another_error_is_told_with_its_cause(local_ray):
     with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
-        list(cluster.map_rows("test", [{"row": 1}], Breaks, {}, Actors()))
+        list(cluster.map_rows(POOL, [{"row": 1}], Breaks, {}))
 
 
 def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):
     with pytest.raises(UserError, match="nothing answers at 127.0.0.1:9 .*correct the address"):
         cluster.connect(ClusterConfig(address="127.0.0.1:9"), Folder(str(tmp_path)), "test")
+
+
+PARTS = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from ray.util import get_current_placement_group, placement_group_table
+from wrpo_ray.config import Actors, ClusterConfig
+from wrpo_ray.core import cluster
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import WrpoError
+
+
+class Parallel:
+    \"\"\"Starts its workers in its placement group, as vLLM does.\"\"\"
+
+    def __init__(self, parts, fails):
+        self.fails = fails
+        place = ray.remote(num_cpus=0, resources={"chip": 1})(Part)
+        self.workers = [place.remote() for _ in range(parts)]
+
+    def __call__(self, row):
+        if self.fails:
+            raise WrpoError("an engine was lost")
+        group = get_current_placement_group()
+        nodes = ray.get([worker.node.remote() for worker in self.workers])
+        return {"nodes": len(set(nodes)), "bundles": group.bundle_count}
+
+
+class Part:
+    def node(self):
+        return ray.get_runtime_context().get_node_id()
+
+
+nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"chip": 2}})
+nodes.add_node(num_cpus=2, resources={"chip": 2})
+cluster.connect(ClusterConfig(address=nodes.address), Folder(sys.argv[1]), "test")
+for parts, pools, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
+    actors = Actors(min=pools, max=pools, num_cpus=0.5, resources={"chip": 1})
+    pool = cluster.Pool("test", actors, parts=parts)
+    rows, arguments = [{"row": i} for i in range(4)], {"parts": parts, "fails": fails}
+    try:
+        done = list(cluster.map_rows(pool, rows, Parallel, arguments))
+        spread, bundles = max(d["nodes"] for d in done), done[0]["bundles"]
+        told = f"{len(done)} rows, nodes {spread}, bundles {bundles}"
+    except WrpoError as error:
+        told = str(error)
+    states = [group["state"] for group in placement_group_table().values()]
+    print(parts, told, set(states), len(states), sep="; ")
+cluster.disconnect()
+nodes.shutdown()
+"""
+
+
+def test_engines_with_parts_follow_each_other_and_leave_no_placement_group(tmp_path):
+    """Three shapes on two nodes of two chips: each needs what the one before has to give back."""
+    result = subprocess.run(
+        [sys.executable, "-c", PARTS, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+    )
+    told = [line for line in result.stdout.splitlines() if line[0].isdigit()]  # none of Ray's own
+    assert told == [
+        "2; 4 rows, nodes 1, bundles 3; {'REMOVED'}; 2",
+        "4; 4 rows, nodes 2, bundles 5; {'REMOVED'}; 3",
+        "3; an engine was lost; {'REMOVED'}; 4",
+        "4; 4 rows, nodes 2, bundles 5; {'REMOVED'}; 5",
+    ], result.stderr
+
+
+class Doubles:
+    """An actor that takes two rows at once, and tells how many it had in hand."""
+
+    def __init__(self):
+        self.both = threading.Barrier(2)
+
+    def __call__(self, row: dict) -> dict:
+        self.both.wait(30)
+        return row | {"twice": 2 * row["bucket"]}
+
+
+def test_rows_of_a_feed_are_worked_on_as_they_become_ready(local_ray):
+    """Two calls in hand at once; a step that nobody follows adds nothing."""
+    followed, other = Step("followed"), Step("other")
+    feed = cluster.Feed([other, followed])
+    pool = cluster.Pool("test", Actors(), threads=2)
+    rows = [{"job": 1, "bucket": b} for b in range(4)]
+    results = cluster.map_rows(pool, rows, Doubles, {}, feed)
+    done = []
+    taker = threading.Thread(target=lambda: done.extend(results))
+    taker.start()
+    feed.add(Step("nobody's"), 7)
+    for bucket in (3, 1):
+        feed.add(followed, bucket)
+    wait_for(lambda: done)  # Ray Data holds the latest result back until there is another
+    for bucket in (0, 2):
+        feed.add(followed, bucket)
+    taker.join(60)
+    assert {d["twice"] for d in done[:2]} == {2, 6}
+    assert sorted((d["job"], d["bucket"]) for d in done) == [(1, b) for b in range(4)]

@@ -11,7 +11,7 @@ from wrpo_ray.core.shards import Bucket, Prompts, Samples, read_bucket, write_sh
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
-from wrpo_ray.generate.engine import Request
+from wrpo_ray.generate.engine import Request, failures
 from wrpo_ray.generate.stage import Generate, Generator, _runs
 from wrpo_ray.score.rewards import ClassifierReward, Item
 from wrpo_ray.score.stage import Score, Scorer
@@ -21,26 +21,26 @@ ROW = {"job": 0, "bucket": 0}
 
 
 class FakeEngine:
-    """Answers with the prompt's id; dies at call `dies_at`; refuses the prompts in `refuses`."""
+    """Answers with the prompt's id; dies at request `dies_at`; refuses the prompts in `refuses`."""
 
     def __init__(self, dies_at: int | None = None, refuses: tuple[str, ...] = ()):
         self.asked: list[Request] = []
         self.calls, self.dies_at, self.refuses = 0, dies_at, refuses
 
-    def generate(self, requests: list[Request], sampling: SamplingConfig):
-        self.calls += 1
-        if self.calls == self.dies_at:
-            raise RuntimeError("the engine died")
-        self.asked += requests
-        rows, failed = [], []
+    def answers(self, requests: list[Request], sampling: SamplingConfig):
         for request in requests:
-            for sample in request.samples:
-                key = {"prompt_id": request.prompt_id, "source": "m", "sample": sample}
-                if request.prompt_id in self.refuses:
-                    failed.append(records.failure("generate", ValueError("no"), **key))
-                else:
-                    rows.append(key | {"text": f"{request.prompt_id}/{sample}", "output_tokens": 1})
-        return rows, failed
+            self.calls += 1
+            if self.calls == self.dies_at:
+                raise RuntimeError("the engine died")
+            self.asked.append(request)
+            if request.prompt_id in self.refuses:
+                yield failures("m", request, ValueError("no"))
+            else:
+                yield [self.row(request.prompt_id, sample) for sample in request.samples], []
+
+    def row(self, prompt_id: str, sample: int) -> dict:
+        key = {"prompt_id": prompt_id, "source": "m", "sample": sample}
+        return key | {"text": f"{prompt_id}/{sample}", "output_tokens": 1}
 
 
 @pytest.fixture
@@ -80,13 +80,14 @@ def stored(run: Run, job: Generate) -> list[tuple[str, int, str]]:
 
 def test_a_crash_loses_only_the_chunk_in_hand_and_nothing_is_asked_twice(run):
     ten = job(prompts(run, 10))
-    first = FakeEngine(dies_at=3)
+    first = FakeEngine(dies_at=10)
     with pytest.raises(RuntimeError):
         generator(run, ten, first)(ROW)
     assert len(stored(run, ten)) == 8 * 3  # two chunks of four prompts
     second = FakeEngine()
     counts = generator(run, ten, second)(ROW)
-    assert {r.prompt_id for r in first.asked}.isdisjoint(r.prompt_id for r in second.asked)
+    committed = {r.prompt_id for r in first.asked[:8]}  # the ninth was lost with its chunk
+    assert committed.isdisjoint(r.prompt_id for r in second.asked)
     assert (counts["rows"], counts["new"]) == (30, 6)
     assert stored(run, ten) == [
         (key, s, f"{key}/{s}") for key in sorted(map(records.digest, range(10))) for s in range(3)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import socket
+import threading
 import time
 import traceback
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +24,7 @@ from wrpo_ray import errors
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import log
+from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import TEMPORARY, Folder
 from wrpo_ray.errors import UserError, WrpoError
 
@@ -162,57 +169,203 @@ def _is_orphan(process: psutil.Process, output: str, session: str) -> bool:
     return environ.get(OUTPUT) == output and environ.get(SESSION, session) != session
 
 
+@dataclass(frozen=True)
+class Pool:
+    """Actors of one kind."""
+
+    what: str
+    """Its name in messages."""
+    actors: Actors
+    env: dict[str, str] = field(default_factory=dict)
+    threads: int = 1
+    """Calls that an actor has in hand at once."""
+    parts: int = 1
+    """Workers, one for each GPU, that an actor starts itself; 1 is the actor alone."""
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """Resources of one actor with its parts."""
+        actors = self.actors
+        needs = {"CPU": actors.num_cpus, "GPU": actors.num_gpus * self.parts}
+        return needs | {name: n * self.parts for name, n in actors.resources.items()}
+
+
 def map_rows(
-    what: str,
+    pool: Pool,
     rows: list[dict[str, Any]],
     worker: type,
     arguments: dict[str, Any],
-    actors: Actors,
-    env: dict[str, str] | None = None,
+    feed: Feed | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Map rows across a pool of `worker` actors on Ray Data; results come as they finish.
 
     A lost actor or node is replaced and its rows are tried again, so a worker has to commit
-    its own results and pass over what is committed.
+    its own results and pass over what is committed. With a `feed` the rows are taken from it,
+    as many as `rows` has, when they are there.
 
     Raises:
-        WrpoError: as raised by the worker, or one that names `what` and the cause.
+        WrpoError: as raised by the worker, or one that names the pool and the cause.
     """
     import ray
     from ray.data import ActorPoolStrategy
 
-    check_room(what, min(actors.min, len(rows)), "actors", actors.num_cpus, actors.num_gpus)
-
-    guarded = type(worker.__name__, (_Guarded,), {})  # under the name that dashboards show
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
-        guarded,
-        fn_constructor_kwargs={"what": what, "worker": worker, "arguments": arguments},
-        compute=ActorPoolStrategy(
-            min_size=min(actors.min, len(rows)), max_size=min(actors.max, len(rows))
-        ),
-        num_cpus=actors.num_cpus,
-        num_gpus=actors.num_gpus or None,
-        runtime_env={"env_vars": env or {}},
-    )
+    least, most = (min(n, len(rows)) for n in (pool.actors.min, pool.actors.max))
+    check_room(pool.what, least, "actors", pool.needs)
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    if feed:
+        dataset = feed.replace(dataset, len(rows))
+    made = {"what": pool.what, "worker": worker, "arguments": arguments}
     try:
-        for result in dataset.iter_rows():
-            if "error" in result:
-                raise _own_error(result)
-            yield result
+        with _placed(pool) as place:
+            kind = _Apart if place else _Guarded
+            results = dataset.map(
+                type(worker.__name__, (kind,), {}),  # under the name that dashboards show
+                fn_constructor_kwargs=made | place,
+                compute=ActorPoolStrategy(
+                    min_size=least,
+                    max_size=most,
+                    max_concurrent_calls_per_actor=pool.threads,
+                    enable_true_multi_threading=pool.threads > 1,
+                ),
+                num_cpus=0 if place else pool.actors.num_cpus,
+                num_gpus=None if place else pool.actors.num_gpus or None,
+                resources=None if place else pool.actors.resources or None,
+                runtime_env={"env_vars": pool.env},
+            )
+            for result in results.iter_rows():
+                if "error" in result:
+                    raise _own_error(result)
+                yield result
     except ray.exceptions.RayError as error:
-        raise readable(error, what) from error
+        raise readable(error, pool.what) from error
 
 
-def check_room(what: str, count: int, kind: str, num_cpus: float, num_gpus: float) -> None:
+@contextmanager
+def _placed(pool: Pool) -> Iterator[dict[str, Any]]:
+    """Where actors with parts go: arguments of `_Apart`; none for actors without.
+
+    The placement groups that they make are gone when the block ends, also by an error; Ray
+    itself would keep them until the driver ends.
+    """
+    if pool.parts == 1:
+        yield {}
+        return
+    part = ({"GPU": pool.actors.num_gpus} if pool.actors.num_gpus else {}) | pool.actors.resources
+    group = f"{uuid.uuid4().hex}-"
+    bundles = [{"CPU": pool.actors.num_cpus}, *[part] * pool.parts]
+    try:
+        yield {"bundles": bundles, "group": group, "threads": pool.threads}
+    finally:
+        _free(group)
+
+
+def _free(group: str) -> None:
+    """Remove the placement groups of this name, and wait until their resources are free."""
+    from ray.util import get_placement_group, placement_group_table, remove_placement_group
+
+    deadline = time.monotonic() + 60
+    while True:
+        found = [g for g in placement_group_table().values() if g["name"].startswith(group)]
+        left = [g for g in found if g["state"] != "REMOVED"]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            raise WrpoError(f"{len(left)} placement groups could not be removed within 60 s")
+        for entry in left:
+            with suppress(ValueError):  # removed in the meantime
+                remove_placement_group(get_placement_group(entry["name"]))
+        time.sleep(0.1)
+
+
+class Feed:
+    """Rows for a pool that follows another one, in the order in which they become ready.
+
+    `steps` are those that are followed; row {"job": i, "bucket": b} says that bucket b of the
+    step number i can be read. The rows wait in an actor beside the driver.
+    """
+
+    def __init__(self, steps: list[Step]):
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
+
+        self._jobs = {step.key: job for job, step in enumerate(steps)}
+        here = Affinity(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(_Board).options(
+            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
+        )
+        self._board = board.remote()
+
+    def add(self, step: Step, bucket: int) -> None:
+        """Tell that a bucket can be read; steps that nobody follows are passed over."""
+        if step.key in self._jobs:
+            self._board.add.remote({"job": self._jobs[step.key], "bucket": bucket})
+
+    def replace(self, dataset: Any, count: int) -> Any:
+        """A dataset of `count` rows of the feed in place of those given."""
+        import ray
+
+        dataset = ray.data.from_items(list(range(count)), override_num_blocks=count)
+        return dataset.map(_next, fn_kwargs={"board": self._board}, num_cpus=0, concurrency=2)
+
+
+class _Board:
+    """An actor: rows by number, for those who wait for them."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.changed = asyncio.Condition()
+
+    async def add(self, row: dict[str, Any]) -> None:
+        async with self.changed:
+            self.rows.append(row)
+            self.changed.notify_all()
+
+    async def row(self, number: int) -> dict[str, Any]:
+        """The row, when it is there; asked again, the same one."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: number < len(self.rows))
+        return self.rows[number]
+
+
+def _next(row: dict[str, Any], board: Any) -> dict[str, Any]:
+    import ray
+
+    return ray.get(board.row.remote(row["item"]))
+
+
+def side_by_side(calls: list[Callable[[], None]]) -> None:
+    """Make each call in a thread; the first error is raised at once.
+
+    After it, or after Ctrl-C, nobody waits for the others: they end with the connection to Ray.
+    """
+    threads = ThreadPoolExecutor(len(calls))
+    try:
+        for done in as_completed([threads.submit(call) for call in calls]):
+            done.result()
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def fit_together(pools: list[Pool]) -> bool:
+    """Whether the cluster as it is has room for one actor of each pool at once."""
+    import ray
+
+    have, need = ray.cluster_resources(), Counter[str]()
+    for pool in pools:
+        need.update(pool.needs)
+    return all(n <= have.get(name, 0) for name, n in need.items())
+
+
+def check_room(what: str, count: int, kind: str, needs: dict[str, float]) -> None:
     """Refuse what a Ray of this machine can never place; a cluster may still grow.
 
     Raises:
-        UserError: `count` workers do not fit.
+        UserError: `count` workers, each of which `needs` so much, do not fit.
     """
     import ray
 
     have = ray.cluster_resources()
-    need = {"CPU": count * num_cpus, "GPU": count * num_gpus}
+    need = {name: count * n for name, n in needs.items()}
     short = {name: n for name, n in need.items() if n > have.get(name, 0)}
     if not short:
         return
@@ -236,14 +389,21 @@ class _Guarded:
 
     def __init__(self, what: str, worker: type, arguments: dict[str, Any]):
         self.what, self.worker, self.arguments = what, worker, arguments
+        self._making = threading.Lock()
 
     @cached_property
     def _made(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
         return self.worker(**self.arguments)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return self.work(row)
+
+    def work(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The worker's result, or what went wrong."""
         try:
-            return self._made(row)
+            with self._making:
+                made = self._made
+            return made(row)
         except Exception as error:  # whatever it is, the driver tells it
             own = error if isinstance(error, WrpoError) else readable(error, self.what)
             return {
@@ -251,6 +411,47 @@ class _Guarded:
                 "message": str(own),
                 "trace": traceback.format_exc(),
             }
+
+
+class _Apart:
+    """An actor in place of a worker with parts, which it starts in a placement group.
+
+    vLLM starts its own workers in the group that it finds itself in. The group is there when
+    the constructor ends, so no row is given to a worker that has no place yet.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        worker: type,
+        arguments: dict[str, Any],
+        bundles: list[dict[str, float]],
+        group: str,
+        threads: int,
+    ):
+        import ray
+        from ray.util import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
+
+        place = placement_group(bundles, strategy="PACK", name=f"{group}{uuid.uuid4().hex}")
+        while not place.wait(60):
+            log(f"{what}: waiting for {len(bundles) - 1} workers' places")
+        self.worker = (
+            ray.remote(_Guarded)
+            .options(
+                num_cpus=bundles[0]["CPU"],
+                max_concurrency=threads,
+                max_restarts=-1,
+                max_task_retries=-1,
+                scheduling_strategy=InGroup(place, 0, placement_group_capture_child_tasks=True),
+            )
+            .remote(what, worker, arguments)
+        )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
+        return ray.get(self.worker.work.remote(row))
 
 
 def _own_error(result: dict[str, Any]) -> WrpoError:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
@@ -42,6 +44,36 @@ class Run:
         row = folder.read_table(folder.files(suffix=".parquet")[0]).slice(0, 1).to_pylist()[0]
         where = row["where"] or f"prompt {row['prompt_id']}"
         return f" (such as {where}: {row['error']}: {row['message']})"
+
+
+class Tally:
+    """Sums a job's counts over its buckets; with the last bucket the job's step is finished.
+
+    A result has `rows` (wanted ones that are there now), `new` (of them, those made by this
+    call), `failed` and what else there is to sum.
+    """
+
+    def __init__(self, run: Run, step: Step):
+        self.run, self.step = run, step
+        self.counts: Counter[str] = Counter(rows=0, new=0, failed=0)
+        self._buckets, self._started = 0, time.time()
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Add a bucket's counts.
+
+        Raises:
+            FailureLimitError: more rows failed than may in the whole job.
+        """
+        self.counts.update({k: v for k, v in result.items() if k not in ("job", "bucket")})
+        self._buckets += 1
+        failed, rows = self.counts["failed"], self.counts["rows"]
+        expected = (failed + rows) * self.run.buckets // self._buckets
+        self.run.check_failures(self.step, failed, expected - failed)
+        if self._buckets == self.run.buckets:
+            skipped = rows - self.counts.pop("new")
+            self.step.finish(self.run.root, {**self.counts, "skipped": skipped}, self._started)
+            if skipped:
+                log(f"{self.step.name}: {skipped:,} of {rows:,} rows were there")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from wrpo_ray.config import Actors
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import map_rows
+from wrpo_ray.core.cluster import Pool, map_rows
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step
@@ -57,10 +57,8 @@ def run(run: Run, jobs: list[Evaluate]) -> None:
         sums: dict[Key, Sums] = {}
         examples: list[dict[str, Any]] = []
         rows = [{"bucket": b.index} for b in buckets(run.buckets)]
-        arguments = {"run": run, "job": job}
-        for result in map_rows(
-            job.step.name, rows, Summer, arguments, Actors(num_cpus=0.5, max=64)
-        ):
+        pool = Pool(job.step.name, Actors(num_cpus=0.5, max=64))
+        for result in map_rows(pool, rows, Summer, {"run": run, "job": job}):
             part = json.loads(result["part"])
             for key, values in part["sums"]:
                 measure, name, group = key

@@ -1,21 +1,28 @@
-"""vLLM, in this process: token ids in, n samples out.
+"""vLLM, in this process: token ids in, n samples out, each answer as soon as it is finished.
 
-Sample i of a prompt has the seed base + i, where the base is a hash of run seed, model and
-prompt: samples can be asked for one at a time or together, and a second call asks only for
-what is missing. Not covered: tensor parallelism across nodes, images.
+The engine steps in a thread of its own. Callers, from any thread, put requests in and take
+answers out, so that a second bucket's requests fill the batch while the first one's long
+answers end. Sample i of a prompt has the seed base + i, where the base is a hash of run seed,
+model and prompt: samples can be asked for one at a time or together, and a second call asks
+only for what is missing. Not covered: images.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, Protocol
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core.chat import end_ids, load_tokenizer, prompt_ids
 from wrpo_ray.core.records import Message, digest, failure
 
 Row = dict[str, Any]
+Answers = tuple[list[Row], list[Row]]
+"""RESPONSE rows (without `model`), and FAILURE rows, of one request."""
 
 CPU_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -24,7 +31,7 @@ CPU_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 """On the CPU, compiling costs more than small runs take, and bound threads starve each other."""
-CPU_ENGINE = {"enforce_eager": True, "dtype": "float32", "enable_chunked_prefill": False}
+CPU_ENGINE = {"enforce_eager": True, "enable_chunked_prefill": False}
 """A seeded request whose prefill is split fails on the CPU: its generator has no offset."""
 ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -44,41 +51,68 @@ class Request:
         return range(self.first, self.first + self.count)
 
 
+class Engine(Protocol):
+    """Whatever answers: a model on vLLM, or an endpoint."""
+
+    def answers(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[Answers]:
+        """The answers of one request after another, as they finish; threads may call at once."""
+        ...
+
+
 class PromptTooLongError(ValueError):
     """The prompt leaves no room for an answer in the model's context."""
 
 
-class Engine:
-    """A loaded model."""
+def seed_base(seed: int, source: str, prompt_id: str) -> int:
+    """The seed of a prompt's sample 0; sample i has this + i."""
+    return int(digest([seed, source, prompt_id], 12), 16)
+
+
+def failures(source: str, request: Request, error: Exception, **more: Any) -> Answers:
+    """A request none of whose samples could be had."""
+    return [], [
+        failure("generate", error, prompt_id=request.prompt_id, source=source, sample=s, **more)
+        for s in request.samples
+    ]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request on its way through the engine, and where its answers are to be put."""
+
+    request: Request
+    ids: list[int]
+    sampling: SamplingConfig
+    out: SimpleQueue[Answers | Exception]
+
+
+class VllmEngine:
+    """A model that is loaded in the engine's thread; errors of loading are raised here."""
 
     def __init__(self, model: ModelConfig, folder: Path, seed: int):
-        import vllm
-
-        on_cpu = model.actors.num_gpus == 0
-        defaults = CPU_ENGINE if on_cpu else {}
-        if model.dtype != "auto":
-            defaults = defaults | {"dtype": model.dtype}
-        arguments = defaults | {"max_model_len": model.max_model_len} | model.engine
-        self.llm = vllm.LLM(model=str(folder), disable_log_stats=True, **arguments)
+        self.name, self.seed = model.name, seed
         self.tokenizer = load_tokenizer(folder, model.chat_template)
         self.ends = sorted(end_ids(self.tokenizer, folder))
-        self.context = self.llm.llm_engine.model_config.max_model_len
-        self.name = model.name
-        self.version = f"vllm {vllm.__version__}"
-        self.seed = seed
+        self._inbox: SimpleQueue[_Asked] = SimpleQueue()
+        self._asked: dict[str, _Asked] = {}
+        loaded: SimpleQueue[Exception | None] = SimpleQueue()
+        threading.Thread(target=self._work, args=(model, folder, loaded), daemon=True).start()
+        if error := loaded.get():
+            raise error
 
-    def generate(
-        self, requests: list[Request], sampling: SamplingConfig
-    ) -> tuple[list[Row], list[Row]]:
-        """RESPONSE rows (without `model`) of all requests, and FAILURE rows of those that fail."""
-        ready, failed = [], []
+    def answers(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[Answers]:
+        """The answers of one request after another, as they finish; threads may call at once."""
+        out: SimpleQueue[Answers | Exception] = SimpleQueue()
         for request in requests:
             try:
-                ready.append((request, self._prompt_ids(request)))
+                self._inbox.put(_Asked(request, self._prompt_ids(request), sampling, out))
             except Exception as error:  # a template can raise anything; the row is kept with it
-                failed += _failures(self.name, request, error)
-        rows, broken = self._generate(ready, sampling)
-        return rows, failed + broken
+                out.put(failures(self.name, request, error))
+        for _ in requests:
+            answers = out.get()
+            if isinstance(answers, Exception):
+                raise answers
+            yield answers
 
     def _prompt_ids(self, request: Request) -> list[int]:
         ids = prompt_ids(self.tokenizer, request.messages)
@@ -88,43 +122,83 @@ class Engine:
             )
         return ids
 
-    def _generate(
-        self, ready: list[tuple[Request, list[int]]], sampling: SamplingConfig
-    ) -> tuple[list[Row], list[Row]]:
-        if not ready:
-            return [], []
-        prompts = [{"prompt_token_ids": ids} for _, ids in ready]
-        parameters = [self._parameters(request, sampling) for request, _ in ready]
+    # --- the engine's thread
+
+    def _work(
+        self, model: ModelConfig, folder: Path, loaded: SimpleQueue[Exception | None]
+    ) -> None:
         try:
-            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
-        except ValueError as error:
-            # vLLM refuses a request by ValueError and says not which: find it by halves.
-            if len(ready) == 1:
-                return [], _failures(self.name, ready[0][0], error)
-            middle = len(ready) // 2
-            left, right = (
-                self._generate(part, sampling) for part in (ready[:middle], ready[middle:])
-            )
-            return left[0] + right[0], left[1] + right[1]
-        pairs = zip(ready, outputs, strict=True)
-        return [row for (request, ids), out in pairs for row in self._rows(request, ids, out)], []
+            self._load(model, folder)
+        except Exception as error:  # told by the constructor
+            loaded.put(error)
+            return
+        loaded.put(None)
+        try:
+            while True:
+                self._step()
+        except Exception as error:  # the engine is lost, and with it all that it is asked
+            for asked in self._asked.values():
+                asked.out.put(error)
+            while True:
+                self._inbox.get().out.put(error)
 
-    def _parameters(self, request: Request, sampling: SamplingConfig) -> Any:
+    def _load(self, model: ModelConfig, folder: Path) -> None:
+        import vllm
+
+        arguments: dict[str, Any] = {
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "max_model_len": model.max_model_len,
+            "tensor_parallel_size": model.tensor_parallel,
+            "pipeline_parallel_size": model.pipeline_parallel,
+        }
+        arguments |= {} if model.actors.num_gpus else CPU_ENGINE
+        arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
+        llm = vllm.LLM(model=str(folder), disable_log_stats=True, **arguments | model.engine)
+        self.engine = llm.llm_engine
+        self.context = self.engine.model_config.max_model_len
+        self.version = f"vllm {vllm.__version__}"
+
+    def _step(self) -> None:
+        """Take in what is asked, wait for it if there is nothing to do, and make a step."""
+        while not self._inbox.empty() or not self._asked:
+            self._add(self._inbox.get())
+        for output in self.engine.step():
+            if output.finished:
+                asked = self._asked.pop(output.request_id)
+                asked.out.put((self._rows(asked, output), []))
+
+    def _add(self, asked: _Asked) -> None:
+        key = f"{asked.request.prompt_id}/{asked.request.first}/{id(asked)}"
+        try:
+            prompt = {"prompt_token_ids": asked.ids}
+            self.engine.add_request(key, prompt, self._parameters(asked))
+        except ValueError as error:  # how vLLM refuses a request
+            asked.out.put(failures(self.name, asked.request, error))
+        else:
+            self._asked[key] = asked
+
+    def _parameters(self, asked: _Asked) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
+        request, sampling = asked.request, asked.sampling
         return SamplingParams(
             n=request.count,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_tokens,
-            seed=self._base(request) + request.first,
+            seed=seed_base(self.seed, self.name, request.prompt_id) + request.first,
             stop_token_ids=self.ends,
+            output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _base(self, request: Request) -> int:
-        return int(digest([self.seed, self.name, request.prompt_id], 12), 16)
-
-    def _rows(self, request: Request, ids: list[int], output: Any) -> list[Row]:
+    def _rows(self, asked: _Asked, output: Any) -> list[Row]:
+        request = asked.request
+        base = seed_base(self.seed, self.name, request.prompt_id)
         return [
             {
                 "prompt_id": request.prompt_id,
@@ -133,17 +207,10 @@ class Engine:
                 "text": answer.text,
                 "token_ids": list(answer.token_ids),
                 "finish_reason": answer.finish_reason,
-                "prompt_tokens": len(ids),
+                "prompt_tokens": len(asked.ids),
                 "output_tokens": len(answer.token_ids),
-                "seed": self._base(request) + sample,
+                "seed": base + sample,
                 "engine": self.version,
             }
             for sample, answer in zip(request.samples, output.outputs, strict=True)
         ]
-
-
-def _failures(source: str, request: Request, error: Exception) -> list[Row]:
-    return [
-        failure("generate", error, prompt_id=request.prompt_id, source=source, sample=sample)
-        for sample in request.samples
-    ]

@@ -2,28 +2,28 @@
 
 An actor reads its bucket's prompts, passes over the (prompt, sample) pairs that the store
 already holds, and commits the rest chunk by chunk. So a crash loses at most the chunks in
-hand, and more prompts or samples are only added.
+hand, and more prompts or samples are only added. An actor has several buckets in hand, so
+that its engine stays full while the last long answers of one of them end.
 """
 
 from __future__ import annotations
 
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import map_rows, thread_env
-from wrpo_ray.core.run import Progress, Run, log
+from wrpo_ray.core.cluster import Feed, Pool, map_rows, side_by_side, thread_env
+from wrpo_ray.core.run import Progress, Run, Tally, log
 from wrpo_ray.core.shards import (
     Bucket,
     Prompts,
     Samples,
     buckets,
-    chunks,
     clear_failures,
     read_bucket,
     sample_keys,
@@ -32,7 +32,10 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.generate.engine import CPU_ENV, ENV, Engine, Request
+from wrpo_ray.generate.engine import CPU_ENV, ENV, Answers, Engine, Request, VllmEngine
+
+IN_HAND = 2
+"""Buckets that an actor works on at once."""
 
 
 @dataclass(frozen=True)
@@ -67,61 +70,35 @@ class Generate:
         return Samples(self.step, self.prompts, self.sampling.samples)
 
 
-def run(run: Run, jobs: list[Generate]) -> None:
+def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
     """Do each job; the jobs of one model share its engines, models run side by side.
+
+    `feed` is told of each finished bucket; of a job's last one when the whole job is done.
 
     Raises:
         FailureLimitError: too many rows failed.
     """
     pools = [list(group) for _, group in groupby(jobs, key=lambda job: job.model)]
-    threads = ThreadPoolExecutor(len(pools))
-    try:
-        for done in as_completed([threads.submit(_run_pool, run, pool) for pool in pools]):
-            done.result()
-    finally:
-        # After an error or Ctrl-C nobody waits: the other pools end with the connection to Ray.
-        threads.shutdown(wait=False, cancel_futures=True)
+    side_by_side([partial(_run_pool, run, pool, feed) for pool in pools])
 
 
-def _run_pool(run: Run, jobs: list[Generate]) -> None:
-    model, started = jobs[0].model, time.time()
-    log(f"generate {model.name}: starting engines")
+def pool_of(model: ModelConfig) -> Pool:
+    """The model's engines as a pool of actors."""
+    env = ENV | thread_env(model.actors.num_cpus) | ({} if model.actors.num_gpus else CPU_ENV)
+    return Pool(f"generate {model.name}", model.actors, env, threads=IN_HAND, parts=model.parts)
+
+
+def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
+    pool = pool_of(jobs[0].model)
+    log(f"{pool.what}: starting engines")
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    env = ENV | thread_env(model.actors.num_cpus) | (CPU_ENV if model.actors.num_gpus == 0 else {})
-    progress = Progress(f"generate {model.name}", len(rows))
-    tallies = [_Tally() for _ in jobs]
-    for result in map_rows(
-        progress.label, rows, Generator, {"run": run, "jobs": jobs}, model.actors, env
-    ):
-        tallies[result["job"]].add(result)
+    progress = Progress(pool.what, len(rows))
+    tallies = [Tally(run, job.step) for job in jobs]
+    for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
         progress.add(result["new"])
-    for job, tally in zip(jobs, tallies, strict=True):
-        run.check_failures(job.step, tally.failed, tally.rows)
-        job.step.finish(run.root, tally.counts(), started)
-        if tally.rows > tally.new:
-            log(f"{job.step.name}: {tally.rows - tally.new:,} of {tally.rows:,} rows were there")
-
-
-@dataclass
-class _Tally:
-    """Sums over a job's buckets."""
-
-    rows: int = 0
-    new: int = 0
-    failed: int = 0
-    tokens: int = 0
-
-    def add(self, result: dict[str, Any]) -> None:
-        for name in ("rows", "new", "failed", "tokens"):
-            setattr(self, name, getattr(self, name) + result[name])
-
-    def counts(self) -> dict[str, int]:
-        return {
-            "rows": self.rows,
-            "skipped": self.rows - self.new,
-            "failed": self.failed,
-            "output_tokens": self.tokens,
-        }
+        tallies[result["job"]].add(result)
+        if feed:
+            feed.add(jobs[result["job"]].step, result["bucket"])
 
 
 class Generator:
@@ -129,25 +106,40 @@ class Generator:
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
+        self._starting = threading.Lock()
 
     @cached_property
     def engine(self) -> Engine:
         """The model's engine."""
         job = self.jobs[0]
-        return Engine(job.model, job.folder.local(job.fingerprint), job.seed)
+        return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fill one bucket of one job; what is returned are counts only."""
+        """Fill one bucket of one job; what is returned are counts only. Threads call at once."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         held, requests = self._missing(job, bucket)
         clear_failures(job.step.failures(self.run.root), bucket)
         done = failed = tokens = 0
-        for part in chunks(requests, self.run.chunk):
-            rows, failures = self.engine.generate(part, job.sampling)
+        for rows, failures in self._answers(job, requests):
             self._commit(bucket, job, rows, failures)
             done, failed = done + len(rows), failed + len(failures)
-            tokens += sum(r["output_tokens"] for r in rows)
-        return row | {"rows": held + done, "new": done, "failed": failed, "tokens": tokens}
+            tokens += sum(r["output_tokens"] or 0 for r in rows)
+        counts = {"rows": held + done, "new": done, "failed": failed, "output_tokens": tokens}
+        return row | counts
+
+    def _answers(self, job: Generate, requests: list[Request]) -> Iterator[Answers]:
+        """Answers as they finish, gathered until there are enough for a shard."""
+        if not requests:
+            return
+        with self._starting:
+            engine = self.engine
+        rows, failed = [], []
+        for count, answers in enumerate(engine.answers(requests, job.sampling), start=1):
+            rows += answers[0]
+            failed += answers[1]
+            if count % self.run.chunk == 0 or count == len(requests):
+                yield rows, failed
+                rows, failed = [], []
 
     def _missing(self, job: Generate, bucket: Bucket) -> tuple[int, list[Request]]:
         """How many wanted answers the store holds, and requests for the others."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from wrpo_ray.config import Actors
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import map_rows
+from wrpo_ray.core.cluster import Pool, map_rows
 from wrpo_ray.core.run import Run, log
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets, read_bucket, write_shard
 from wrpo_ray.core.steps import Step
@@ -92,9 +92,8 @@ def run(run: Run, jobs: list[Select | Pair]) -> None:
         started = time.time()
         counts: Counter[str] = Counter()
         rows = [{"bucket": b.index} for b in buckets(run.buckets)]
-        for result in map_rows(
-            job.step.name, rows, Filler, {"run": run, "job": job}, Actors(num_cpus=0.5, max=64)
-        ):
+        pool = Pool(job.step.name, Actors(num_cpus=0.5, max=64))
+        for result in map_rows(pool, rows, Filler, {"run": run, "job": job}):
             counts.update(json.loads(result["counts"]))
         totals = dict(sorted(counts.items()))
         job.step.finish(run.root, totals, started)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -10,8 +9,8 @@ from typing import Any
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import map_rows, thread_env
-from wrpo_ray.core.run import Progress, Run
+from wrpo_ray.core.cluster import Feed, Pool, map_rows, thread_env
+from wrpo_ray.core.run import Progress, Run, Tally
 from wrpo_ray.core.shards import (
     Bucket,
     Samples,
@@ -59,32 +58,32 @@ class Score:
         return Samples(self.step, self.answers.prompts, self.answers.count)
 
 
-def run(run: Run, jobs: list[Score]) -> None:
+def run(run: Run, jobs: list[Score], feed: Feed | None = None) -> None:
     """Do each job; the jobs of one reward share its actors.
+
+    A `feed` tells which buckets of the jobs' answers can be read, while others are still made;
+    the jobs have one reward then.
 
     Raises:
         FailureLimitError: too many answers could not be scored.
     """
     for _, group in groupby(jobs, key=lambda job: job.reward):
-        _run_pool(run, list(group))
+        _run_pool(run, list(group), feed)
 
 
-def _run_pool(run: Run, jobs: list[Score]) -> None:
-    reward, started = jobs[0].reward, time.time()
+def pool_of(reward: RewardConfig) -> Pool:
+    """The reward as a pool of actors."""
+    return Pool(f"score with {reward.name}", reward.actors, thread_env(reward.actors.num_cpus))
+
+
+def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
+    pool = pool_of(jobs[0].reward)
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    progress = Progress(f"score with {reward.name}", len(rows))
-    totals = [dict.fromkeys(("rows", "new", "failed"), 0) for _ in jobs]
-    env = thread_env(reward.actors.num_cpus)
-    for result in map_rows(
-        progress.label, rows, Scorer, {"run": run, "jobs": jobs}, reward.actors, env
-    ):
-        for name, total in totals[result["job"]].items():
-            totals[result["job"]][name] = total + result[name]
+    progress = Progress(pool.what, len(rows))
+    tallies = [Tally(run, job.step) for job in jobs]
+    for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
         progress.add(result["new"])
-    for job, total in zip(jobs, totals, strict=True):
-        run.check_failures(job.step, total["failed"], total["rows"])
-        skipped = total["rows"] - total.pop("new")
-        job.step.finish(run.root, total | {"skipped": skipped}, started)
+        tallies[result["job"]].add(result)
 
 
 class Scorer:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import Actors, TrainConfig, WrpoConfig
 from wrpo_ray.core.chat import end_ids, load_tokenizer
-from wrpo_ray.core.cluster import map_rows, thread_env
+from wrpo_ray.core.cluster import Pool, map_rows, thread_env
 from wrpo_ray.core.records import PREFERENCE, SELECTION
 from wrpo_ray.core.run import Progress, Run, log
 from wrpo_ray.core.shards import (
@@ -111,9 +111,8 @@ def _prepare(run: Run, job: Prepare) -> None:
     rows = [{"bucket": b.index} for b in buckets(run.buckets)]
     progress = Progress(job.step.name, len(rows))
     env = thread_env(job.actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
-    for result in map_rows(
-        job.step.name, rows, Preparer, {"run": run, "job": job}, job.actors, env
-    ):
+    pool = Pool(job.step.name, job.actors, env)
+    for result in map_rows(pool, rows, Preparer, {"run": run, "job": job}):
         counts.update({k: v for k, v in result.items() if k != "bucket"})
         progress.add(result["rows"])
     totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}

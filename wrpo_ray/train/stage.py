@@ -84,7 +84,8 @@ def _task(run: Run, job: Train) -> Task:
 def _check_room(job: Train) -> None:
     config = job.config
     workers = config.min_workers or config.workers
-    check_room(job.step.name, workers, "workers", config.num_cpus, config.num_gpus)
+    needs = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)}
+    check_room(job.step.name, workers, "workers", needs)
 
 
 # --- one run ---------------------------------------------------------------------------------
