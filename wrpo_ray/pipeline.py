@@ -24,9 +24,10 @@ from wrpo_ray.config import AlphaConfig, Config, EvaluateConfig, ModelConfig, Re
 from wrpo_ray.core.chat import check_model_folder
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
+from wrpo_ray.core.progress import log
 from wrpo_ray.core.published import PUBLISHED, to_published
 from wrpo_ray.core.records import digest
-from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step, versions
 from wrpo_ray.core.storage import Folder, check_writable

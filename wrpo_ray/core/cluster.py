@@ -22,8 +22,8 @@ import psutil
 
 from wrpo_ray import errors
 from wrpo_ray.config import Actors, ClusterConfig
+from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
-from wrpo_ray.core.run import log
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import TEMPORARY, Folder
 from wrpo_ray.errors import UserError, WrpoError

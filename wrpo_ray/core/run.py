@@ -1,21 +1,16 @@
-"""What a stage is given beside its jobs: the output, limits, and how to tell progress."""
+"""What a stage is given beside its jobs: the output, limits, and how its counts are summed."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from wrpo_ray.core.progress import log
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
-
-
-def log(text: str) -> None:
-    """One line of progress to stderr, with the time of day."""
-    print(f"{time.strftime('%H:%M:%S')}  {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -74,31 +69,3 @@ class Tally:
             self.step.finish(self.run.root, {**self.counts, "skipped": skipped}, self._started)
             if skipped:
                 log(f"{self.step.name}: {skipped:,} of {rows:,} rows were there")
-
-
-@dataclass
-class Progress:
-    """A line now and then: `generate llama  7/16 buckets  2,100 rows  310 rows/s`."""
-
-    label: str
-    total: int
-    unit: str = "buckets"
-    every: float = 5.0
-    """Seconds between lines."""
-    done: int = 0
-    rows: int = 0
-    _started: float = field(default_factory=time.monotonic)
-    _shown: float = field(default_factory=time.monotonic)
-
-    def add(self, rows: int) -> None:
-        """One more unit is finished, with so many rows."""
-        self.done += 1
-        self.rows += rows
-        now = time.monotonic()
-        if now - self._shown >= self.every or self.done == self.total:
-            self._shown = now
-            rate = self.rows / max(now - self._started, 1e-9)
-            log(
-                f"{self.label}  {self.done}/{self.total} {self.unit}  "
-                f"{self.rows:,} rows  {rate:,.0f} rows/s"
-            )

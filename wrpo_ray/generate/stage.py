@@ -18,7 +18,8 @@ from typing import Any
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.cluster import Feed, Pool, map_rows, side_by_side, thread_env
-from wrpo_ray.core.run import Progress, Run, Tally, log
+from wrpo_ray.core.progress import Progress, log
+from wrpo_ray.core.run import Run, Tally
 from wrpo_ray.core.shards import (
     Bucket,
     Prompts,
@@ -95,7 +96,7 @@ def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
     progress = Progress(pool.what, len(rows))
     tallies = [Tally(run, job.step) for job in jobs]
     for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
-        progress.add(result["new"])
+        progress.add(result["new"], result["failed"])
         tallies[result["job"]].add(result)
         if feed:
             feed.add(jobs[result["job"]].step, result["bucket"])

@@ -17,8 +17,9 @@ import pyarrow as pa
 from wrpo_ray.config import ImportConfig, PromptsConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.cluster import readable
+from wrpo_ray.core.progress import log
 from wrpo_ray.core.published import from_published
-from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, write_failures, write_shard
 from wrpo_ray.core.steps import Step
 from wrpo_ray.errors import UserError

@@ -11,7 +11,8 @@ from typing import Any, Literal
 from wrpo_ray.config import Actors
 from wrpo_ray.core import records
 from wrpo_ray.core.cluster import Pool, map_rows
-from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.progress import log
+from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets, read_bucket, write_shard
 from wrpo_ray.core.steps import Step
 from wrpo_ray.pair.select import by_prompt, pair, select

@@ -10,7 +10,8 @@ from typing import Any
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.cluster import Feed, Pool, map_rows, thread_env
-from wrpo_ray.core.run import Progress, Run, Tally
+from wrpo_ray.core.progress import Progress
+from wrpo_ray.core.run import Run, Tally
 from wrpo_ray.core.shards import (
     Bucket,
     Samples,
@@ -82,7 +83,7 @@ def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
     progress = Progress(pool.what, len(rows))
     tallies = [Tally(run, job.step) for job in jobs]
     for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
-        progress.add(result["new"])
+        progress.add(result["new"], result["failed"])
         tallies[result["job"]].add(result)
 
 

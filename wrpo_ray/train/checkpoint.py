@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
-from wrpo_ray.core.run import log
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.train.state import load_state, save_state
 

@@ -19,8 +19,9 @@ import pyarrow.compute as pc
 from wrpo_ray.config import Actors, TrainConfig, WrpoConfig
 from wrpo_ray.core.chat import end_ids, load_tokenizer
 from wrpo_ray.core.cluster import Pool, map_rows, thread_env
+from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.records import PREFERENCE, SELECTION
-from wrpo_ray.core.run import Progress, Run, log
+from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import (
     Bucket,
     buckets,

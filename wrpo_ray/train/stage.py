@@ -14,7 +14,8 @@ from typing import Any
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.core.cluster import check_room, is_own_ray, readable, thread_env
-from wrpo_ray.core.run import Run, log
+from wrpo_ray.core.progress import log
+from wrpo_ray.core.run import Run
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import WrpoError
