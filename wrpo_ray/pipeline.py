@@ -466,6 +466,7 @@ def _run_stages(run: Run, stages: list[Stage]) -> None:
             log(f"{label}: done before")
             continue
         log(f"{label}: {', '.join(names)}")
+        _tell_resumed(run, jobs + following)
         if following:
             _run_together(run, jobs, following)
         else:
@@ -475,6 +476,12 @@ def _run_stages(run: Run, stages: list[Stage]) -> None:
 
 def _missing(run: Run, jobs: Sequence[Any]) -> list[Any]:
     return [job for job in jobs if not job.step.is_done(run.root)]
+
+
+def _tell_resumed(run: Run, jobs: list[Any]) -> None:
+    for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
+        if found := len((run.root / step.folder).files(suffix=".parquet")):
+            log(f"{step.name}: {found:,} shards are there; what they hold is passed over")
 
 
 def _can_follow(jobs: list[Any], following: list[Any]) -> bool:
