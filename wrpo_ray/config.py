@@ -161,7 +161,11 @@ class ModelConfig(Section):
     name: Name
     """Its name in tables and records."""
     model: str
-    """A Hugging Face model folder."""
+    """A Hugging Face model: a folder, local or in an object store, or a hub id (`org/name`, or
+    `hf://org/name`). An existing local folder comes before a hub id."""
+    revision: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """Branch, tag or commit of a hub id; null is the main branch. The commit that it is at when a
+    run starts is what counts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the engine."""
     max_model_len: int | None = Field(None, ge=8)
@@ -202,7 +206,9 @@ class RewardConfig(Section):
     name: Name = "reward"
     """Its name in tables and records."""
     model: str | None = None
-    """Folder of a Hugging Face sequence classifier with one label."""
+    """A Hugging Face sequence classifier with one label: a folder or a hub id, as for `sources`."""
+    revision: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """Branch, tag or commit of a hub id, as for `sources`."""
     function: ImportPath | None = None
     """`module:function` called as f(messages, response, reference) -> float."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -218,6 +224,8 @@ class RewardConfig(Section):
     def _one_kind(self) -> RewardConfig:
         if (self.model is None) == (self.function is None):
             raise ValueError("give exactly one of `model` and `function`")
+        if self.function is not None and self.revision is not None:
+            raise ValueError("revision belongs to `model`")
         return self
 
 
@@ -422,6 +430,9 @@ class ClusterConfig(Section):
     """Ray address; null takes RAY_ADDRESS, and without it starts Ray on this machine."""
     num_cpus: int | None = Field(None, ge=1)
     """CPUs of a Ray started on this machine; null takes the cores it has."""
+    cache_gb: float | None = Field(None, gt=0)
+    """GB (10^9 bytes) of disk that copies of weights may take on each node, in its WRPO_CACHE;
+    null takes the node's WRPO_CACHE_GB, and without that all but 1 GB of the disk."""
 
 
 class Config(Section):

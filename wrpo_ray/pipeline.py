@@ -11,7 +11,8 @@ import importlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,13 +25,14 @@ from wrpo_ray.config import AlphaConfig, Config, EvaluateConfig, ModelConfig, Re
 from wrpo_ray.core.chat import check_model_folder
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
+from wrpo_ray.core.hub import HubModel, address
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.published import PUBLISHED, to_published
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step, versions
-from wrpo_ray.core.storage import Folder, check_writable
+from wrpo_ray.core.storage import HUB, Folder, check_writable
 from wrpo_ray.errors import UserError
 from wrpo_ray.evaluate.stage import EXAMPLE, TABLE, Entrant, Evaluate
 from wrpo_ray.generate import stage as generate
@@ -356,31 +358,75 @@ def _required(value: T | None, key: str) -> T:
 # --- checks before any work ------------------------------------------------------------------
 
 
-def preflight(config: Config) -> None:
+def preflight(config: Config) -> Config:
     """Check whatever can be checked without starting anything.
+
+    Returns the config with every hub id at the commit that it is at now.
 
     Raises:
         UserError: with one line for each problem.
     """
-    problems = []
-    for check in _checks(config):
+    problems: list[str] = []
+
+    def told(check: Any, *arguments: Any) -> Any:
         try:
-            check()
+            return check(*arguments)
         except UserError as error:
             problems.append(str(error))
         except (OSError, ValueError) as error:  # a store that does not answer, a broken JSON file
             problems.append(f"cannot be read: {' '.join(str(error).split())}")
+        return None
+
+    config = _with_models(config, lambda what, model: told(_checked, what, model) or model)
+    for check in _checks(config):
+        told(check)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _with_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
+    """The config with each section that names a model changed: `change(what, section)`."""
+    models: dict[str, Any] = {
+        "sources": tuple(change(f"sources.{model.name}", model) for model in config.sources)
+    }
+    if config.target:
+        models["target"] = change("target", config.target)
+    if config.reward and config.reward.model:
+        models["reward"] = change("reward", config.reward)
+    return config.model_copy(update=models)
+
+
+def _pinned(what: str, model: Any) -> Any:
+    """The section with a hub id at the commit that it is at now."""
+    with _naming(what):
+        return model.model_copy(
+            update={"model": address(model.model, model.revision), "revision": None}
+        )
+
+
+def _checked(what: str, model: Any) -> Any:
+    """The pinned section, once it holds a model that can be talked to."""
+    pinned, name = _pinned(what, model), ""
+    folder = Folder(pinned.model)
+    if folder.uri.startswith(HUB):
+        name = model.model
+        with _naming(what):
+            folder = Folder(str(HubModel.at(folder.uri).look()))
+    check_model_folder(folder, what, getattr(model, "chat_template", None), name)
+    return pinned
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Puts the config's key in front of a problem."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
 
 
 def _checks(config: Config) -> Iterator[Any]:
-    models = [(f"sources.{m.name}", m) for m in config.sources]
-    models += [("target", config.target)] if config.target else []
-    for what, model in models:
-        yield lambda what=what, m=model: _check_model(what, m.model, m.chat_template)
-    if config.reward and config.reward.model:
-        yield lambda: _check_model("reward", config.reward.model, None)
     functions = [config.reward.function if config.reward else None]
     functions += [config.evaluate.verifier if config.evaluate else None]
     for path in filter(None, functions):
@@ -391,14 +437,6 @@ def _checks(config: Config) -> Iterator[Any]:
     if config.evaluate:
         yield lambda: _check_input("evaluate.prompts", config.evaluate.prompts)
     yield lambda: check_writable(Folder(config.output))
-
-
-def _check_model(what: str, uri: str, chat_template: str | None) -> None:
-    folder = Folder(uri)
-    if not folder.is_remote:
-        check_model_folder(folder.local(), what, chat_template)
-    elif not folder.exists("config.json"):
-        raise UserError(f"{what}: {folder} has no config.json; give a Hugging Face model folder")
 
 
 def _check_input(what: str, given: Any) -> None:
@@ -428,8 +466,7 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
     from wrpo_ray.core import cluster
     from wrpo_ray.core.lease import Lease
 
-    preflight(config)
-    chain = Chain(config, until)
+    chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
     run = Run(
         root, config.storage.buckets, config.storage.chunk, config.failure_limit, uuid.uuid4().hex
@@ -510,8 +547,7 @@ def _runner(job: Any) -> Any:
 
 def plan(config: Config, until: str = STAGES[-1]) -> list[tuple[str, Step, bool]]:
     """(stage, step, whether it is done) for each step, without running anything."""
-    preflight(config)
-    chain = Chain(config, until)
+    chain = Chain(preflight(config), until)
     return [(s.name, step, step.is_done(chain.root)) for s in chain.build() for step in s.steps]
 
 
@@ -521,6 +557,7 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "output": str(root),
         "versions": versions(),
+        "models": _models(chain.config),
         "steps": [_step_summary(root, s.name, step) for s in stages for step in s.steps],
     }
     for stage in stages:
@@ -531,6 +568,13 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
             if step.name == "wrpo" and step.is_done(root):
                 summary["fused_model"] = str(root / step.folder / "model")
     return summary
+
+
+def _models(config: Config) -> dict[str, str]:
+    """{name: where it lies} of the given models; a hub id with its commit."""
+    found: dict[str, str] = {}
+    _with_models(config, lambda _, m: found.update({m.name: str(Folder(m.model))}) or m)
+    return found
 
 
 def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
@@ -563,7 +607,7 @@ def export(config: Config, to: Path) -> int:
     Raises:
         UserError: the preference step is not done, or the ending is of another kind.
     """
-    chain = Chain(config, "pair")
+    chain = Chain(_with_models(config, _pinned), "pair")
     step = chain.build()[-1].steps[-1]
     if not step.is_done(chain.root):
         raise UserError("export: the preference rows are not there yet; run `wrpo pair` first")

@@ -1,50 +1,12 @@
 """The data part of the demo in an S3 store, killed once: the same rows as on local disk."""
 
-import os
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-
 import pyarrow as pa
-import pytest
 
 from wrpo_ray.core import records
 from wrpo_ray.core.shards import Bucket, read_bucket
 from wrpo_ray.core.storage import Folder
 
-PORT = 5713
 SMALL = {"sampling": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 20}}
-
-
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[str]:
-    """An S3 server of the test's own, with one bucket."""
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(PORT)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        _wait_for(f"http://127.0.0.1:{PORT}/moto-api/")
-        import boto3
-
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{PORT}").create_bucket(Bucket="wrpo")
-        yield f"s3://wrpo/run?endpoint_override=127.0.0.1:{PORT}&scheme=http"
-        server.terminate()
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError(url)
 
 
 def tables(output: Folder, step: str, schema: pa.Schema) -> pa.Table:

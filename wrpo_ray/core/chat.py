@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from wrpo_ray.core.records import Message
+from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 
 PROBE = "PROBE"
@@ -31,24 +32,29 @@ CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endma
 """Jinja that hides the clock from the template behind it."""
 
 
-def check_model_folder(folder: Path, what: str, chat_template: str | None = None) -> None:
+def check_model_folder(
+    folder: Folder, what: str, chat_template: str | None = None, name: str = ""
+) -> None:
     """Check without loading that a folder holds a model that can be talked to.
+
+    `name` is what the user knows it by, if not the folder's address.
 
     Raises:
         UserError: the folder, its config or its chat template is missing.
     """
-    if not folder.is_dir():
-        raise UserError(f"{what}: no such model folder: {folder}; give a Hugging Face model folder")
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{what}: {folder} has no config.json; give a Hugging Face model folder")
-    config = folder / "tokenizer_config.json"
-    inline = config.is_file() and json.loads(config.read_text()).get("chat_template")
+    name = name or str(folder)
+    if not folder.exists("config.json"):
+        lack = "has no config.json" if folder.exists() else "no such model folder"
+        raise UserError(f"{what}: {name}: {lack}; give a Hugging Face model folder or hub id")
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise UserError(f"{what}: no such chat template file: {chat_template}")
-    elif not inline and not (folder / "chat_template.jinja").is_file():
+        return
+    config = "tokenizer_config.json"
+    inline = folder.exists(config) and folder.read_json(config).get("chat_template")
+    if not inline and not folder.exists("chat_template.jinja"):
         raise UserError(
-            f"{what}: {folder} has no chat template; add chat_template.jinja to it, "
+            f"{what}: {name} has no chat template; add chat_template.jinja to it, "
             f"or set `chat_template` to a Jinja file"
         )
 

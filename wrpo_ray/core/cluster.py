@@ -22,6 +22,7 @@ import psutil
 
 from wrpo_ray import errors
 from wrpo_ray.config import Actors, ClusterConfig
+from wrpo_ray.core.cache import LIMIT
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.steps import Step
@@ -41,6 +42,8 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     import ray
 
     marks = {OUTPUT: mark(root), SESSION: session, "PYTHONPATH": _python_path()}
+    if cluster.cache_gb is not None:
+        marks[LIMIT] = str(cluster.cache_gb)
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":

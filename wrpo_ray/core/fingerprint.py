@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pyarrow as pa
 
 from wrpo_ray.core.records import digest
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.storage import HUB, Folder
 
 WHOLE = 64 * 2**20
 """Weights up to this many bytes are hashed whole; larger ones by their size and samples."""
@@ -16,11 +16,13 @@ SAMPLES, SAMPLE = 64, 2**20
 
 
 def model_fingerprint(folder: Folder) -> str:
-    """16 hex digits over the files of a model folder.
+    """16 hex digits over the files of a model folder; of a model on the hub its commit.
 
     Weights of many GB are told apart by their size and 64 samples of 1 MiB, which any
     training step changes; reading them whole would take minutes at every start.
     """
+    if folder.uri.startswith(HUB):
+        return folder.uri.partition("@")[2]
     names = [n for n in folder.files() if not n.startswith(".")]
     return digest([[name, _digest(folder / name, _samples)] for name in names], 16)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,20 +19,26 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from filelock import FileLock
 
+from wrpo_ray.core.cache import node_cache
+from wrpo_ray.core.weights import engine_files
 from wrpo_ray.errors import UserError
 
 TEMPORARY = ".part-"
 """Prefix of files that are being written; readers pass over them."""
+HUB = "hf://"
+"""Where the address of a model on the Hugging Face hub begins (`hub`)."""
+STREAMS = 8
+"""Files that are copied from an object store at once."""
 
 
 @dataclass(frozen=True)
 class Folder:
     """A folder by its URI; it travels to workers by value.
 
-    Such as `/data/run`, `s3://bucket/run` or
-    `s3://bucket/run?endpoint_override=host:port&scheme=http`.
+    Such as `/data/run`, `s3://bucket/run`,
+    `s3://bucket/run?endpoint_override=host:port&scheme=http`, or a model of the Hugging Face hub
+    at a commit, `hf://org/name@commit`.
     """
 
     uri: str
@@ -146,18 +152,21 @@ class Folder:
     def local(self, version: str = "") -> Path:
         """A local path with the folder's files: itself, or a copy in the node's cache.
 
-        The copy is made once a node and version, under a lock. Folders of finished steps never
-        change; for others `version` has to tell their contents apart.
+        The copy is made once a node and version, under a lock, and held by this process until it
+        ends (`cache`). Folders of finished steps never change; for others `version` has to tell
+        their contents apart. Of a model on the hub it holds what an engine needs.
+
+        Raises:
+            UserError: no room, or the hub does not give it.
         """
         if not self.is_remote:
             return Path(self.path)
-        copy = node_cache() / uuid.uuid5(uuid.NAMESPACE_URL, f"{self.uri}#{version}").hex
-        with FileLock(f"{copy}.lock"):
-            if not copy.exists():
-                partial = Path(tempfile.mkdtemp(dir=copy.parent))
-                pafs.copy_files(self.path, str(partial), source_filesystem=self.filesystem)
-                partial.rename(copy)
-        return copy
+        if self.uri.startswith(HUB):
+            from wrpo_ray.core.hub import HubModel  # its client takes a moment to import
+
+            return HubModel.at(self.uri).local()
+        key = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.uri}#{version}").hex
+        return node_cache().copy(key, _Remote(self))
 
     # --- inside --------------------------------------------------------------------------
 
@@ -193,12 +202,41 @@ class _Publication:
             os.remove(self.partial)
 
 
-def node_cache() -> Path:
-    """The folder of this node's copies: $WRPO_CACHE, or `wrpo-cache` beside temporary files."""
-    default = Path(tempfile.gettempdir()) / f"wrpo-cache-{os.getuid()}"
-    folder = Path(os.environ.get("WRPO_CACHE", default))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+@dataclass(frozen=True)
+class _Remote:
+    """A folder of an object store as the source of a copy."""
+
+    folder: Folder
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file in the folder and below; of a model's those that an engine needs."""
+        selector = pafs.FileSelector(self.folder.path, recursive=True)
+        found = self.folder.filesystem.get_file_info(selector)
+        start = len(self.folder.path) + 1
+        sizes = {i.path[start:]: i.size for i in found if i.is_file}
+        return {n: sizes[n] for n in engine_files(sizes)} if "config.json" in sizes else sizes
+
+    def fetch(self, sizes: dict[str, int], to: Path) -> None:
+        """Copy files that are not there; several at a time."""
+        for left in to.rglob(f"{TEMPORARY}*"):  # of an interrupted copy
+            left.unlink()
+        missing = [name for name in sizes if not (to / name).is_file()]
+        with ThreadPoolExecutor(STREAMS) as threads:
+            for done in [threads.submit(self._fetch, name, to) for name in missing]:
+                done.result()
+
+    def _fetch(self, name: str, to: Path) -> None:
+        target = _Publication(pafs.LocalFileSystem(), str(to / name))
+        with target as path:
+            pafs.copy_files(
+                f"{self.folder.path}/{name}",
+                path,
+                source_filesystem=self.folder.filesystem,
+                destination_filesystem=pafs.LocalFileSystem(),
+            )
 
 
 def check_writable(folder: Folder) -> None:

@@ -1,0 +1,221 @@
+"""Copies of remote folders on this node's disk: made once, shared by its processes, evicted.
+
+A copy grows in `<key>.part` and is renamed to `<key>` when all its files are there in their
+sizes, so a folder without `.part` is whole. One process makes it and the others wait (a file
+lock). Who uses a copy holds a shared lock on it for the rest of its life; copies that nobody
+holds are evicted, the least recently used first, where a new one would not fit. The kernel gives
+up the locks of a process that ends, however it ends. Not covered: a cache shared by several
+nodes, which not every network file system can lock.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from filelock import FileLock
+
+from wrpo_ray.errors import UserError
+
+LIMIT = "WRPO_CACHE_GB"
+"""Environment variable: GB (10^9 bytes) that all copies of a node may take."""
+SPARE = 10**9
+"""Bytes of the disk left free for Ray and the engines."""
+PATIENCE = 60.0
+"""Seconds to wait for processes that end and let go of their copies."""
+_held: dict[Path, BinaryIO] = {}
+"""Locks of this process, kept until it ends."""
+
+
+class Source(Protocol):
+    """What a copy is made from; `str()` is what a user knows it by, without credentials."""
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by its path within the folder."""
+        ...
+
+    def fetch(self, sizes: dict[str, int], to: Path) -> None:
+        """Bring these files into a folder that may hold some from an interrupted try."""
+        ...
+
+
+@dataclass(frozen=True)
+class NodeCache:
+    """A folder of copies, with a bound on what they take together."""
+
+    folder: Path
+    limit: int | None = None
+    """Bytes; None is bounded by the disk alone."""
+    patience: float = PATIENCE
+
+    def copy(self, key: str, source: Source) -> Path:
+        """The whole copy that `key` names, held by this process from now on.
+
+        Raises:
+            UserError: it does not fit.
+            OSError: a file did not arrive whole; another try goes on from here.
+        """
+        entry = _Entry(self.folder, key)
+        with FileLock(entry.path(".lock")):
+            entry.hold()
+            if not entry.copy.is_dir():
+                sizes = source.sizes()
+                entry.part.mkdir(exist_ok=True)
+                self._await_room(entry, str(source), sum(sizes.values()))
+                source.fetch(sizes, entry.part)
+                _check_sizes(sizes, entry.part, source)
+                entry.part.rename(entry.copy)
+        return entry.copy
+
+    def _await_room(self, entry: _Entry, what: str, need: int) -> None:
+        deadline = time.monotonic() + self.patience
+        while problem := self._make_room(entry, what, need):
+            if time.monotonic() > deadline:
+                raise UserError(problem)
+            time.sleep(min(1.0, self.patience / 10))
+
+    def _make_room(self, entry: _Entry, what: str, need: int) -> str | None:
+        """Set `need` bytes aside for the entry, evicting as little as does.
+
+        Returns what is wrong where others would have to let go of their copies first; then
+        nothing is evicted.
+        """
+        with FileLock(self.folder / "room.lock"), ExitStack() as claims:
+            others = [e for e in self._entries() if e != entry]
+            idle = [e for e in others if claims.enter_context(e.claimed())]
+            held = [e for e in others if e not in idle]
+            if self._lack(entry, need, [], freed=sum(e.written for e in others)) > 0:
+                raise UserError(self._refusal(what, need, held))
+            if self._lack(entry, need, held, freed=sum(e.written for e in idle)) > 0:
+                return self._refusal(what, need, held)
+            idle.sort(key=lambda e: e.used)
+            while self._lack(entry, need, held + idle) > 0:
+                idle.pop(0).delete()
+            entry.record(what, need)
+        return None
+
+    def _entries(self) -> list[_Entry]:
+        return [_Entry(self.folder, file.stem) for file in self.folder.glob("*.json")]
+
+    def _lack(self, entry: _Entry, need: int, others: list[_Entry], freed: int = 0) -> int:
+        """Bytes too few for the entry beside the others, by the limit or on the disk."""
+        to_come = need - entry.written + sum(e.bytes - e.written for e in others)
+        by_disk = to_come + SPARE - freed - shutil.disk_usage(self.folder).free
+        by_limit = need + sum(e.bytes for e in others) - (self.limit or 0)
+        return by_disk if self.limit is None else max(by_disk, by_limit)
+
+    def _refusal(self, what: str, need: int, held: list[_Entry]) -> str:
+        limit = "" if self.limit is None else f"may hold {_gb(self.limit)} ({LIMIT}) and "
+        return (
+            f"{what} takes {_gb(need)} and does not fit: the cache {self.folder} {limit}has "
+            f"{_gb(shutil.disk_usage(self.folder).free)} of disk left, and "
+            f"{_gb(sum(e.bytes for e in held))} are copies in use; raise cluster.cache_gb, free "
+            f"the disk, or set WRPO_CACHE to a folder on a larger one"
+        )
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A copy, finished or not, and the files beside it."""
+
+    folder: Path
+    key: str
+
+    def path(self, suffix: str) -> Path:
+        return self.folder / f"{self.key}{suffix}"
+
+    @property
+    def copy(self) -> Path:
+        return self.path("")
+
+    @property
+    def part(self) -> Path:
+        return self.path(".part")
+
+    def record(self, what: str, size: int) -> None:
+        self.path(".json").write_text(json.dumps({"of": what, "bytes": size}) + "\n")
+
+    @property
+    def bytes(self) -> int:
+        """What it takes once it is whole; 0 where a record was not written to its end."""
+        try:
+            return json.loads(self.path(".json").read_text())["bytes"]
+        except (OSError, json.JSONDecodeError):
+            return 0
+
+    @property
+    def written(self) -> int:
+        """Bytes that it has on the disk."""
+        if self.copy.is_dir():
+            return self.bytes
+        return sum(f.stat().st_size for f in self.part.rglob("*") if f.is_file())
+
+    @property
+    def used(self) -> float:
+        """When it was last asked for."""
+        return self.path(".held").stat().st_mtime
+
+    def hold(self) -> None:
+        """Keep it from being evicted until this process ends."""
+        path = self.path(".held")
+        if path not in _held:
+            file = path.open("ab")
+            fcntl.flock(file, fcntl.LOCK_SH)
+            _held[path] = file
+        os.utime(path, ns=(time.time_ns(),) * 2)  # the kernel's own stamps are coarse
+
+    @contextmanager
+    def claimed(self) -> Iterator[bool]:
+        """Whether nobody holds it; nobody then can within the block."""
+        with self.path(".held").open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield True
+
+    def delete(self) -> None:
+        """Remove it; interrupted, it leaves what no reader takes for a copy."""
+        if self.copy.is_dir():
+            shutil.rmtree(self.part, ignore_errors=True)
+            self.copy.rename(self.part)
+        shutil.rmtree(self.part, ignore_errors=True)
+        self.path(".json").unlink()
+
+
+def node_cache() -> NodeCache:
+    """This node's copies: $WRPO_CACHE, or `wrpo-cache-<uid>` beside temporary files.
+
+    Raises:
+        UserError: the limit in the environment is no number of GB.
+    """
+    default = Path(tempfile.gettempdir()) / f"wrpo-cache-{os.getuid()}"
+    folder = Path(os.environ.get("WRPO_CACHE", default)).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    limit = os.environ.get(LIMIT)
+    try:
+        return NodeCache(folder, int(float(limit) * 10**9) if limit else None)
+    except ValueError:
+        raise UserError(f"{LIMIT}={limit}: not a number of GB") from None
+
+
+def _check_sizes(sizes: dict[str, int], folder: Path, source: Source) -> None:
+    for name, size in sizes.items():
+        there = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if there != size:
+            (folder / name).unlink(missing_ok=True)
+            raise OSError(f"{source}: {name} arrived with {there} bytes in place of {size}")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 10**9:.3g} GB"

@@ -1,0 +1,36 @@
+"""Which files of a model folder an engine or a trainer reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+SMALL = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.py")
+"""Configs, tokenizers, chat templates, and code that a config names."""
+TEMPLATES = "additional_chat_templates/"
+WEIGHTS = (
+    re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
+    re.compile(r".*\.safetensors"),
+    re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
+)
+"""Forms of the weights, best first: a repository often has several of the same numbers."""
+
+
+def weight_files(names: Iterable[str]) -> list[str]:
+    """The weights among a model folder's files, in one form; empty where it has none known."""
+    top = [name for name in names if "/" not in name]
+    found = ([name for name in top if form.fullmatch(name)] for form in WEIGHTS)
+    return next(filter(None, found), [])
+
+
+def engine_files(names: Iterable[str]) -> list[str]:
+    """Of a model folder's files those that an engine needs: the weights once, and small files."""
+    names = list(names)
+    weights = weight_files(names)
+    return [name for name in names if name in weights or _is_small(name)]
+
+
+def _is_small(name: str) -> bool:
+    below = name.removeprefix(TEMPLATES)
+    return "/" not in below and any(fnmatch(below, pattern) for pattern in SMALL)
