@@ -81,6 +81,6 @@ def local_ray() -> Iterator[None]:
     from wrpo_ray.core.storage import Folder
 
     with tempfile.TemporaryDirectory(prefix="wrpo-ray-") as folder:
-        cluster.connect(ClusterConfig(num_cpus=4), Folder(folder), "tests")
+        cluster.connect(ClusterConfig(num_cpus=4, cache_gb=20), Folder(folder), "tests")
         yield
         cluster.disconnect()

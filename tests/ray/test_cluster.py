@@ -199,6 +199,18 @@ def test_another_error_is_told_with_its_cause(local_ray):
         list(cluster.map_rows(POOL, [{"row": 1}], Breaks, {}))
 
 
+class Limit:
+    """Tells the limit of the cache that it works under."""
+
+    def __call__(self, row):
+        return row | {"limit": os.environ["WRPO_CACHE_GB"]}
+
+
+def test_the_limit_of_the_cache_reaches_the_workers(local_ray):
+    rows = cluster.map_rows("look", [{"n": 0}], Limit, {}, Actors(), {"OMP_NUM_THREADS": "1"})
+    assert list(rows) == [{"n": 0, "limit": "20.0"}]
+
+
 def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):
     with pytest.raises(UserError, match="nothing answers at 127.0.0.1:9 .*correct the address"):
         cluster.connect(ClusterConfig(address="127.0.0.1:9"), Folder(str(tmp_path)), "test")
