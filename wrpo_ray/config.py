@@ -9,12 +9,21 @@ stay out of its identity (`Section.identity`).
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from wrpo_ray.errors import UserError
 
@@ -155,14 +164,70 @@ class SamplingOverride(Section):
     """Longest answer in tokens."""
 
 
+class EndpointConfig(Section):
+    """A server that speaks OpenAI's chat completions, and what may be asked of it."""
+
+    url: str
+    """Its base, such as https://api.example.com/v1. It decides results: nothing else tells one
+    server's weights and precision from another's under the same name."""
+    key_env: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """Name of the environment variable with the key; null sends none."""
+    concurrency: int = Field(32, ge=1, le=65536, json_schema_extra=PLACEMENT)
+    """Calls in flight at the most."""
+    requests_per_minute: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
+    """Calls a minute at the most, spread evenly; null sets no limit."""
+    tokens_per_minute: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
+    """Tokens of prompts and answers a minute at the most; null sets no limit."""
+    timeout: float = Field(600, gt=0, json_schema_extra=PLACEMENT)
+    """Seconds for one whole answer."""
+    attempts: int = Field(6, ge=1, le=100, json_schema_extra=PLACEMENT)
+    """Times that a call is tried whose fault may pass."""
+    extra: dict[str, Any] = {}
+    """Further fields of each call, such as `reasoning_effort`; null leaves one out that is sent
+    otherwise (`seed`, `top_p`, or `max_tokens` where a server wants `max_completion_tokens`)."""
+
+    @field_validator("url")
+    @classmethod
+    def _is_base(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("write it as https://host/v1")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ValueError("holds more than host and path; a key belongs to `key_env`")
+        if parts.path.rstrip("/").endswith("/chat/completions"):
+            raise ValueError("leave /chat/completions out; it is added")
+        return url.rstrip("/")
+
+    @field_validator("key_env")
+    @classmethod
+    def _is_no_key(cls, name: str | None) -> str | None:
+        # The value is not repeated: it may be the key itself.
+        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise ValueError("give the variable's name, in capitals such as OPENAI_API_KEY")
+        return name
+
+    @field_validator("extra")
+    @classmethod
+    def _leaves_the_call(cls, extra: dict[str, Any]) -> dict[str, Any]:
+        fixed = {"model", "messages", "n", "stream"} & set(extra)
+        if extra.get("seed") is not None:
+            fixed.add("seed")
+        if fixed:
+            raise ValueError(f"{sorted(fixed)[0]} is not for `extra`: each call has its own")
+        return extra
+
+
 class ModelConfig(Section):
-    """A model that answers prompts on vLLM."""
+    """A model that answers prompts, on vLLM or behind an endpoint."""
 
     name: Name
     """Its name in tables and records."""
     model: str
     """A Hugging Face model: a folder, local or in an object store, or a hub id (`org/name`, or
-    `hf://org/name`). An existing local folder comes before a hub id."""
+    `hf://org/name`). An existing local folder comes before a hub id. With an endpoint: the model's
+    name there."""
+    endpoint: EndpointConfig | None = None
+    """The server that has the model; null loads it into vLLM."""
     revision: str | None = Field(None, json_schema_extra=PLACEMENT)
     """Branch, tag or commit of a hub id; null is the main branch. The commit that it is at when a
     run starts is what counts."""
@@ -186,7 +251,8 @@ class ModelConfig(Section):
     engine: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`."""
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
-    """Its pool of engines; with parallelism, `num_gpus` and `resources` are those of each part."""
+    """Its pool of engines; with parallelism, `num_gpus` and `resources` are those of each part. An
+    endpoint has one actor, so that its limits hold over all calls."""
 
     @property
     def parts(self) -> int:
@@ -197,6 +263,19 @@ class ModelConfig(Section):
     def _parallel(self) -> ModelConfig:
         if self.parts > 1 and self.actors.num_gpus not in (0, 1):
             raise ValueError("with tensor_parallel or pipeline_parallel, actors.num_gpus is 1")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_endpoint(self) -> ModelConfig:
+        if self.endpoint is None:
+            return self
+        fields = type(self).model_fields
+        loading = ("dtype", "max_model_len", "chat_template", "engine")
+        given = [name for name in loading if getattr(self, name) != fields[name].default]
+        if given:
+            raise ValueError(f"{given[0]} belongs to a model on vLLM; an endpoint has its own")
+        if self.actors.max > 1 or self.actors.num_gpus:
+            raise ValueError("an endpoint is served by one actor without a GPU (actors.max: 1)")
         return self
 
 
@@ -485,6 +564,8 @@ class Config(Section):
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self.prompts and not self.reward:
             yield "reward: missing; give `model` (a sequence classifier) or `function`"
+        if self.target and self.target.endpoint:
+            yield "target: it is trained, so it needs weights: give a model folder, no endpoint"
         if self.evaluate and not self.target:
             yield "evaluate: needs a `target`"
         if self.evaluate and not (self.reward or self.evaluate.verifier):

@@ -1,0 +1,470 @@
+"""Chat completions of an OpenAI-compatible server, for sources and judges alike.
+
+Calls run side by side on one event loop in a thread of its own; any number of threads may ask,
+and the limits hold over all of them: calls in flight, requests a minute, tokens a minute. A
+fault that may pass (429, 408, 409, 5xx, no connection, no answer in time, an answer that is cut
+off or makes no sense) is tried again after a growing, random wait, or after what the server's
+Retry-After says; any other 4xx is final. The key comes from an environment variable, and is cut
+out of whatever the server says before anyone sees it.
+
+Not covered: streaming, tools, images, servers that want the key elsewhere than as a bearer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
+from typing import Any, Literal
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+from pydantic import SecretStr
+
+from wrpo_ray.config import EndpointConfig
+from wrpo_ray.errors import UserError
+
+Body = dict[str, Any]
+"""What a call sends beside `model` and the config's `extra`: messages, max_tokens, seed, ..."""
+
+FIRST_WAIT, LONGEST_WAIT = 0.5, 60.0
+"""Seconds before the second attempt at the most, doubled for each further one; and the bound."""
+LONGEST_PAUSE = 600.0
+"""A server that asks for more seconds is out of quota rather than busy: the call fails."""
+SLACK = 0.05
+"""Seconds of a limit that a late wake-up may make up for."""
+GLANCE = 0.1
+"""Seconds between looks at a limit that answers with fewer tokens than charged have eased."""
+CHARACTERS_A_TOKEN = 4
+"""For the estimate of a prompt's tokens, until the server tells their number."""
+SECRET = 16
+"""Shorter keys are placeholders such as EMPTY, that local servers take and answers may spell."""
+INT32 = 2**31
+FINISH: dict[str, Literal["stop", "length"]] = {
+    "stop": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+}
+"""What servers call the two ways in which an answer ends."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int | None
+    output_tokens: int | None
+    """As the server counts them; null where it does not."""
+    model: str
+    """What the server says has answered, with its fingerprint if it gives one."""
+    attempts: int = 1
+
+
+class EndpointError(RuntimeError):
+    """A call failed."""
+
+    may_pass = True
+    """Whether another attempt makes sense."""
+    attempts = 1
+    """How many there were."""
+    pause = 0.0
+    """Seconds for which the server wants no further call."""
+
+
+class RateLimitedError(EndpointError):
+    """The server answers 429: too many requests or tokens."""
+
+
+class ServerFaultError(EndpointError):
+    """The server answers 5xx, 408 or 409."""
+
+
+class ConnectionFaultError(EndpointError):
+    """No connection, or it ended before an answer began."""
+
+
+class AnswerTimeoutError(EndpointError):
+    """The whole answer was not there in time."""
+
+
+class CutAnswerError(EndpointError):
+    """The connection ended in the middle of an answer."""
+
+
+class MalformedAnswerError(EndpointError):
+    """The answer is not JSON."""
+
+
+class WrongShapeError(EndpointError):
+    """The answer is JSON, but no chat completion."""
+
+
+class RefusedError(EndpointError):
+    """The server answers 3xx or a 4xx that will not pass."""
+
+    may_pass = False
+
+
+class NoTextError(EndpointError):
+    """The answer has no text, as when reasoning took all tokens; its seed gives that again."""
+
+    may_pass = False
+
+
+class ContentFilterError(EndpointError):
+    """The server withholds the answer."""
+
+    may_pass = False
+
+
+def read_key(config: EndpointConfig) -> SecretStr | None:
+    """The key, from the environment of this process.
+
+    Raises:
+        UserError: it is not set, or can be no key.
+    """
+    if config.key_env is None:
+        return None
+    key = os.environ.get(config.key_env, "").strip()
+    if not key:
+        raise UserError(
+            f"the environment variable {config.key_env} is not set; put the key of {config.url} "
+            f"into it, on a cluster on every node before Ray is started"
+        )
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"the environment variable {config.key_env} holds no key: it is not a word")
+    return SecretStr(key)
+
+
+class Endpoint:
+    """A model behind an OpenAI-compatible server.
+
+    One object a process holds its limits; it is shared by threads, and does not travel.
+    """
+
+    def __init__(self, config: EndpointConfig, model: str):
+        self.config, self.model = config, model
+        self.host = urlsplit(config.url).netloc
+        self._key = read_key(config)
+        self._limits = _Limits(config)
+        self._has_answered = False
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+        self._session = self._run(_open_session(config, self._key)).result()
+        self._proxy = _proxy(config.url)
+        self.close = weakref.finalize(self, _close, self._loop, self._session)
+        """End all calls under way; also happens at the process's end."""
+
+    def complete(self, body: Body) -> Completion:
+        """The answer to one call.
+
+        Raises:
+            EndpointError: it failed; the subclass says why.
+            UserError: nothing was ever answered, and the server knows no such key or model.
+        """
+        return self._run(self._complete(body)).result()
+
+    def complete_all(
+        self, bodies: Iterable[Body]
+    ) -> Iterator[tuple[int, Completion | EndpointError]]:
+        """(index, answer or error) of each call, as they finish.
+
+        Bodies are taken from the iterable as there is room for calls.
+
+        Raises:
+            UserError: nothing was ever answered, and the server knows no such key or model.
+        """
+        numbered = enumerate(bodies)
+        under_way: dict[Future[Completion], int] = {}
+        done: SimpleQueue[Future[Completion]] = SimpleQueue()
+        try:
+            while True:
+                # Twice as many as may run: the others wait for a turn, or for a new attempt.
+                room = 2 * self.config.concurrency - len(under_way)
+                for index, body in itertools.islice(numbered, room):
+                    future = self._run(self._complete(body))
+                    under_way[future] = index
+                    future.add_done_callback(done.put)
+                if not under_way:
+                    return
+                future = done.get()
+                error = future.exception()
+                answer = error if isinstance(error, EndpointError) else future.result()
+                yield under_way.pop(future), answer
+        finally:
+            for future in under_way:
+                future.cancel()
+
+    def _run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    async def _complete(self, body: Body) -> Completion:
+        sent = {"model": self.model} | body | self.config.extra
+        sent = {name: value for name, value in sent.items() if value is not None}
+        for attempt in itertools.count(1):
+            try:
+                return replace(await self._attempt(sent), attempts=attempt)
+            except EndpointError as error:
+                error.attempts = attempt
+                is_last = attempt == self.config.attempts or error.pause > LONGEST_PAUSE
+                if is_last or not error.may_pass:
+                    raise
+                wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
+                wait += error.pause
+            await asyncio.sleep(wait)
+        raise AssertionError("unreachable")
+
+    async def _attempt(self, sent: Body) -> Completion:
+        estimate = _estimate(sent)
+        async with self._limits.turn(estimate):
+            status, headers, raw = await self._post(sent)
+        if status != 200:
+            error = self._refusal(status, raw)
+            error.pause = _seconds(headers.get("Retry-After"))
+            if error.pause <= LONGEST_PAUSE:
+                self._limits.pause(error.pause)
+            raise error
+        completion = self._read(raw)
+        self._has_answered = True
+        self._limits.correct(estimate, completion)
+        return completion
+
+    async def _post(self, sent: Body) -> tuple[int, Any, bytes]:
+        """Status, headers and body; the key is in no error, nor in one that it comes from."""
+        url = f"{self.config.url}/chat/completions"
+        body = json.dumps(sent).encode()
+        try:
+            async with self._session.post(
+                url, data=body, proxy=self._proxy, allow_redirects=False
+            ) as response:
+                return response.status, response.headers, await response.read()
+        except TimeoutError:
+            error: EndpointError = AnswerTimeoutError(
+                f"{self.host} did not answer within {self.config.timeout:g} s"
+            )
+        except aiohttp.ClientPayloadError:
+            error = CutAnswerError(f"{self.host} ended the connection in the middle of an answer")
+        except (aiohttp.ClientError, OSError) as fault:
+            error = ConnectionFaultError(self._clean(f"{self.host}: {fault or 'disconnected'}"))
+        raise error
+
+    def _refusal(self, status: int, raw: bytes) -> EndpointError:
+        text = f"{self.host} answers {status}: {self._clean(_message(raw))}"
+        if status == 429:
+            return RateLimitedError(text)
+        if status in (408, 409) or status >= 500:
+            return ServerFaultError(text)
+        if status in (401, 404) and not self._has_answered:
+            key = self.config.key_env or "missing: set `key_env`"
+            raise UserError(
+                f"{text}; correct the endpoint's `url`, the name {self.model!r} in `model`, or the "
+                f"key ({key})"
+            )
+        return RefusedError(text)
+
+    def _read(self, raw: bytes) -> Completion:
+        try:
+            answer = json.loads(raw)
+        except (ValueError, RecursionError):
+            error: EndpointError = MalformedAnswerError(
+                f"{self.host} answers with what is not JSON: {self._clean(_message(raw), 100)}"
+            )
+        else:
+            try:
+                return self._completion(answer)
+            except (LookupError, TypeError, AttributeError, ValueError):
+                error = WrongShapeError(
+                    f"{self.host} answers with no chat completion: {self._clean(_message(raw))}"
+                )
+        raise error
+
+    def _completion(self, answer: Any) -> Completion:
+        """What an answer says; any of several errors, where it has another shape."""
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        reason, text = choice["finish_reason"], choice["message"]["content"]
+        if reason == "content_filter":
+            raise ContentFilterError(f"{self.host} withholds the answer: content_filter")
+        finish_reason = FINISH[reason]
+        if text is None:
+            raise NoTextError(f"{self.host} answers without a text; finish_reason is {reason}")
+        text.encode()  # lone surrogates are no text
+        names = [answer.get(name) for name in ("model", "system_fingerprint")]
+        return Completion(
+            self._without_key(text) if self._has_secret else text,
+            finish_reason,
+            _count(usage.get("prompt_tokens")),
+            _count(usage.get("completion_tokens")),
+            self._clean(" ".join(name for name in names if isinstance(name, str)), 200),
+        )
+
+    # --- what is told
+
+    @property
+    def _has_secret(self) -> bool:
+        return self._key is not None and len(self._key.get_secret_value()) >= SECRET
+
+    def _without_key(self, text: str) -> str:
+        """The text without the key, plain, as JSON or as a URL has it."""
+        if self._key is None:
+            return text
+        key = self._key.get_secret_value()
+        for form in (key, json.dumps(key)[1:-1], quote(key, safe="")):
+            text = text.replace(form, "[key]")
+        return text
+
+    def _clean(self, text: str, length: int = 500) -> str:
+        """One line of what the server says, that can be stored."""
+        line = " ".join(self._without_key(text).split())
+        return line.encode(errors="replace").decode()[:length]
+
+
+class _Limits:
+    """Calls in flight, and the even spacing of their starts that the minute's limits ask for.
+
+    A call takes 60 / requests_per_minute seconds, and for its tokens 60 / tokens_per_minute
+    each: the next starts when these are over. Tokens are charged by an estimate, which is
+    corrected by what the answer took; a call that fails stays charged.
+    """
+
+    def __init__(self, config: EndpointConfig):
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._turn = asyncio.Lock()
+        self._requests = _Pace(config.requests_per_minute)
+        self._tokens = _Pace(config.tokens_per_minute)
+
+    @asynccontextmanager
+    async def turn(self, tokens: int) -> AsyncIterator[None]:
+        """Hold one of the calls in flight, from when the limits let it start."""
+        async with self._slots:
+            async with self._turn:
+                while (wait := max(self._requests.wait, self._tokens.wait)) > 0:
+                    await asyncio.sleep(min(wait, GLANCE))
+                self._requests.charge(1)
+                self._tokens.charge(tokens)
+            yield
+
+    def correct(self, charged: int, completion: Completion) -> None:
+        """Charge what a call took, where that is known, in place of the estimate."""
+        if completion.prompt_tokens is not None and completion.output_tokens is not None:
+            self._tokens.correct(completion.prompt_tokens + completion.output_tokens - charged)
+
+    def pause(self, seconds: float) -> None:
+        """Start nothing for so long."""
+        self._requests.pause(seconds)
+
+
+class _Pace:
+    """When the next call may start, by one limit."""
+
+    def __init__(self, per_minute: int | None):
+        self._seconds_each = 60 / per_minute if per_minute else 0.0
+        self._free_at = 0.0
+
+    @property
+    def wait(self) -> float:
+        """Seconds until the next start; none are left when it is not above 0."""
+        return self._free_at - time.monotonic()
+
+    def charge(self, count: int) -> None:
+        """Take the time of so many."""
+        self._free_at = max(self._free_at, time.monotonic() - SLACK) + count * self._seconds_each
+
+    def correct(self, count: int) -> None:
+        """Take the time of so many more, or give it back where there are fewer."""
+        self._free_at += count * self._seconds_each
+
+    def pause(self, seconds: float) -> None:
+        """Start nothing for so long."""
+        self._free_at = max(self._free_at, time.monotonic() + seconds)
+
+
+# --- the connection --------------------------------------------------------------------------
+
+
+async def _open_session(config: EndpointConfig, key: SecretStr | None) -> aiohttp.ClientSession:
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key.get_secret_value()}"
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),  # the slots are the limit
+        timeout=aiohttp.ClientTimeout(total=config.timeout),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers=headers,
+    )
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for the server."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+
+
+def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
+    async def end() -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await session.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(end(), loop)
+
+
+# --- reading and estimating ------------------------------------------------------------------
+
+
+def _estimate(sent: Body) -> int:
+    """Tokens that a call may take: the prompt's, by its length, and the longest answer's."""
+    prompt = sum(len(str(m.get("content"))) for m in sent.get("messages", ()))
+    longest = sent.get("max_completion_tokens") or sent.get("max_tokens") or 0
+    return prompt // CHARACTERS_A_TOKEN + longest
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens, or null where it is none."""
+    return value if type(value) is int and 0 <= value < INT32 else None
+
+
+def _message(raw: bytes) -> str:
+    """What a body says went wrong: the usual fields of an error, or all of it."""
+    text = raw.decode(errors="replace")
+    try:
+        told = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    error = told.get("error", told) if isinstance(told, dict) else told
+    message = error.get("message") if isinstance(error, dict) else error
+    return message if isinstance(message, str) else text
+
+
+def _seconds(retry_after: str | None) -> float:
+    """Seconds that a Retry-After header asks for: a number, or a date; 0 where it is neither."""
+    if retry_after is None:
+        return 0.0
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return max(0.0, seconds)
