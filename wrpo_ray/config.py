@@ -269,11 +269,10 @@ class ModelConfig(Section):
     def _fits_endpoint(self) -> ModelConfig:
         if self.endpoint is None:
             return self
-        fields = type(self).model_fields
-        loading = ("dtype", "max_model_len", "chat_template", "engine")
-        given = [name for name in loading if getattr(self, name) != fields[name].default]
-        if given:
-            raise ValueError(f"{given[0]} belongs to a model on vLLM; an endpoint has its own")
+        here = {"name", "model", "endpoint", "sampling", "actors"}
+        for name, field in type(self).model_fields.items():
+            if name not in here and getattr(self, name) != field.default:
+                raise ValueError(f"{name} belongs to a model on vLLM; an endpoint has its own")
         if self.actors.max > 1 or self.actors.num_gpus:
             raise ValueError("an endpoint is served by one actor without a GPU (actors.max: 1)")
         return self

@@ -14,14 +14,21 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from wrpo_ray.config import AlphaConfig, Config, EvaluateConfig, ModelConfig, RewardConfig
+from wrpo_ray.config import (
+    AlphaConfig,
+    Config,
+    EndpointConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RewardConfig,
+)
 from wrpo_ray.core.chat import check_model_folder
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
@@ -260,7 +267,10 @@ class Chain:
     def _generate(self, model: ModelConfig, prompts: Prompts, sampling: Any = None) -> Generate:
         trained = self._trained_models.get(model.name)
         folder = trained[1] if trained else Folder(model.model).absolute()
-        identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
+        if model.endpoint:
+            identity = digest([model.endpoint.url, model.model], 16)  # its weights are not seen
+        else:
+            identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
         model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
         if model.dtype == "auto" and not model.actors.num_gpus:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
@@ -388,7 +398,10 @@ def preflight(config: Config) -> Config:
 def _with_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     """The config with each section that names a model changed: `change(what, section)`."""
     models: dict[str, Any] = {
-        "sources": tuple(change(f"sources.{model.name}", model) for model in config.sources)
+        "sources": tuple(
+            model if model.endpoint else change(f"sources.{model.name}", model)
+            for model in config.sources
+        )
     }
     if config.target:
         models["target"] = change("target", config.target)
@@ -427,6 +440,9 @@ def _naming(what: str) -> Iterator[None]:
 
 
 def _checks(config: Config) -> Iterator[Any]:
+    for model in config.sources:
+        if model.endpoint:
+            yield partial(_check_key, f"sources.{model.name}", model.endpoint)
     functions = [config.reward.function if config.reward else None]
     functions += [config.evaluate.verifier if config.evaluate else None]
     for path in filter(None, functions):
@@ -437,6 +453,13 @@ def _checks(config: Config) -> Iterator[Any]:
     if config.evaluate:
         yield lambda: _check_input("evaluate.prompts", config.evaluate.prompts)
     yield lambda: check_writable(Folder(config.output))
+
+
+def _check_key(what: str, endpoint: EndpointConfig) -> None:
+    from wrpo_ray.core.endpoint import read_key
+
+    with _naming(f"{what}.endpoint"):
+        read_key(endpoint)
 
 
 def _check_input(what: str, given: Any) -> None:

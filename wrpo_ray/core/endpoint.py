@@ -47,7 +47,7 @@ SLACK = 0.05
 """Seconds of a limit that a late wake-up may make up for."""
 GLANCE = 0.1
 """Seconds between looks at a limit that answers with fewer tokens than charged have eased."""
-CHARACTERS_A_TOKEN = 4
+BYTES_A_TOKEN = 4
 """For the estimate of a prompt's tokens, until the server tells their number."""
 SECRET = 16
 """Shorter keys are placeholders such as EMPTY, that local servers take and answers may spell."""
@@ -83,6 +83,8 @@ class EndpointError(RuntimeError):
 
     may_pass = True
     """Whether another attempt makes sense."""
+    concerns_all = False
+    """Whether every call meets it, if nothing was ever answered."""
     attempts = 1
     """How many there were."""
     pause = 0.0
@@ -99,6 +101,8 @@ class ServerFaultError(EndpointError):
 
 class ConnectionFaultError(EndpointError):
     """No connection, or it ended before an answer began."""
+
+    concerns_all = True
 
 
 class AnswerTimeoutError(EndpointError):
@@ -121,6 +125,12 @@ class RefusedError(EndpointError):
     """The server answers 3xx or a 4xx that will not pass."""
 
     may_pass = False
+
+
+class AccessError(RefusedError):
+    """The server answers 401 or 404: it knows no such key, model or path."""
+
+    concerns_all = True
 
 
 class NoTextError(EndpointError):
@@ -167,7 +177,7 @@ class Endpoint:
         self._limits = _Limits(config)
         self._has_answered = False
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="endpoint", daemon=True).start()
+        threading.Thread(target=_work, args=(self._loop,), name="endpoint", daemon=True).start()
         self._session = self._run(_open_session(config, self._key)).result()
         self._proxy = _proxy(config.url)
         self.close = weakref.finalize(self, _close, self._loop, self._session)
@@ -178,7 +188,8 @@ class Endpoint:
 
         Raises:
             EndpointError: it failed; the subclass says why.
-            UserError: nothing was ever answered, and the server knows no such key or model.
+            UserError: nothing was ever answered, and no call can be: nobody listens there, or
+                the server knows no such key or model.
         """
         return self._run(self._complete(body)).result()
 
@@ -190,7 +201,8 @@ class Endpoint:
         Bodies are taken from the iterable as there is room for calls.
 
         Raises:
-            UserError: nothing was ever answered, and the server knows no such key or model.
+            UserError: nothing was ever answered, and no call can be: nobody listens there, or
+                the server knows no such key or model.
         """
         numbered = enumerate(bodies)
         under_way: dict[Future[Completion], int] = {}
@@ -226,7 +238,7 @@ class Endpoint:
                 error.attempts = attempt
                 is_last = attempt == self.config.attempts or error.pause > LONGEST_PAUSE
                 if is_last or not error.may_pass:
-                    raise
+                    raise self._for_all(error) from None
                 wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
                 wait += error.pause
             await asyncio.sleep(wait)
@@ -272,13 +284,17 @@ class Endpoint:
             return RateLimitedError(text)
         if status in (408, 409) or status >= 500:
             return ServerFaultError(text)
-        if status in (401, 404) and not self._has_answered:
-            key = self.config.key_env or "missing: set `key_env`"
-            raise UserError(
-                f"{text}; correct the endpoint's `url`, the name {self.model!r} in `model`, or the "
-                f"key ({key})"
-            )
-        return RefusedError(text)
+        return (AccessError if status in (401, 404) else RefusedError)(text)
+
+    def _for_all(self, error: EndpointError) -> EndpointError | UserError:
+        """What stops a run before all its rows fail one after another."""
+        if self._has_answered or not error.concerns_all:
+            return error
+        key = self.config.key_env or "missing: set `key_env`"
+        return UserError(
+            f"{error}; start the server, or correct the endpoint's `url`, the name {self.model!r} "
+            f"in `model`, or the key ({key})"
+        )
 
     def _read(self, raw: bytes) -> Completion:
         try:
@@ -417,6 +433,11 @@ def _proxy(url: str) -> str | None:
     return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
+def _work(loop: asyncio.AbstractEventLoop) -> None:
+    loop.run_forever()
+    loop.close()
+
+
 def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> None:
     async def end() -> None:
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
@@ -434,9 +455,10 @@ def _close(loop: asyncio.AbstractEventLoop, session: aiohttp.ClientSession) -> N
 
 def _estimate(sent: Body) -> int:
     """Tokens that a call may take: the prompt's, by its length, and the longest answer's."""
-    prompt = sum(len(str(m.get("content"))) for m in sent.get("messages", ()))
+    contents = [str(message.get("content")) for message in sent["messages"]]
+    prompt = sum(len(content.encode(errors="replace")) for content in contents)
     longest = sent.get("max_completion_tokens") or sent.get("max_tokens") or 0
-    return prompt // CHARACTERS_A_TOKEN + longest
+    return prompt // BYTES_A_TOKEN + longest
 
 
 def _count(value: Any) -> int | None:

@@ -1,0 +1,76 @@
+"""A model behind an OpenAI-compatible server, as a source like any other.
+
+Each sample is a call of its own, because servers differ in `n`; its seed is that of the other
+engines, cut to the 31 bits that all servers take. Text comes back and no token ids: the server
+renders the conversation, by its own template.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from wrpo_ray.config import ModelConfig, SamplingConfig
+from wrpo_ray.core.endpoint import INT32, Body, Completion, Endpoint, EndpointError
+from wrpo_ray.core.records import digest, failure
+from wrpo_ray.generate.engine import Request, Row
+
+NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
+"""Not among OpenAI's own fields, so that they are sent only where they do something."""
+
+
+class EndpointEngine:
+    """Answers as an engine does."""
+
+    def __init__(self, model: ModelConfig, seed: int):
+        assert model.endpoint is not None
+        self.name, self.seed = model.name, seed
+        self.endpoint = Endpoint(model.endpoint, model.model)
+
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig
+    ) -> Iterator[tuple[list[Row], list[Row]]]:
+        """The answers of one request after another, as they finish; threads may call at once.
+
+        Raises:
+            UserError: the server knows no such key or model.
+        """
+        asked = [(r, sample) for r, request in enumerate(requests) for sample in request.samples]
+        bodies = (self._body(requests[r], sample, sampling) for r, sample in asked)
+        gathered: defaultdict[int, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+        for index, answer in self.endpoint.complete_all(bodies):
+            r, sample = asked[index]
+            rows, failed = gathered[r]
+            if isinstance(answer, EndpointError):
+                failed.append(self._failure(requests[r], sample, answer))
+            else:
+                rows.append(self._row(requests[r], sample, answer))
+            if len(rows) + len(failed) == requests[r].count:
+                yield gathered.pop(r)
+
+    def _body(self, request: Request, sample: int, sampling: SamplingConfig) -> Body:
+        settings = sampling.model_dump(exclude={"samples"})
+        settings = {n: value for n, value in settings.items() if NEUTRAL.get(n) != value}
+        return {"messages": request.messages, "seed": self._seed(request, sample)} | settings
+
+    def _seed(self, request: Request, sample: int) -> int:
+        base = int(digest([self.seed, self.name, request.prompt_id], 12), 16)
+        return (base + sample) % INT32
+
+    def _row(self, request: Request, sample: int, answer: Completion) -> Row:
+        return {
+            "prompt_id": request.prompt_id,
+            "source": self.name,
+            "sample": sample,
+            "text": answer.text,
+            "token_ids": None,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "output_tokens": answer.output_tokens,
+            "seed": self._seed(request, sample),
+            "engine": f"openai {self.endpoint.host}/{answer.model}",
+        }
+
+    def _failure(self, request: Request, sample: int, error: EndpointError) -> Row:
+        key = {"prompt_id": request.prompt_id, "source": self.name, "sample": sample}
+        return failure("generate", error, attempts=error.attempts, **key)
