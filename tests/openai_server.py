@@ -103,6 +103,7 @@ class Server:
             return web.json_response(NO_COMPLETION[len(self.calls) % len(NO_COMPLETION)])
         if what.isdigit():
             headers = {"Retry-After": self.retry_after()} if what in ("429", "503") else {}
+            headers |= {"Location": "/v1/elsewhere"} if what == "302" else {}
             told = {"error": {"message": f"no: {call.headers.get('Authorization')}"}}
             return web.json_response(told, status=int(what), headers=headers)
         return web.json_response(self.completion(call, what))

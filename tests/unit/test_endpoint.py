@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import random
 import threading
@@ -26,7 +27,7 @@ from wrpo_ray.config import EndpointConfig, ModelConfig, SamplingConfig, TrainCo
 from wrpo_ray.core import endpoint as core
 from wrpo_ray.core import records
 from wrpo_ray.core.chat import end_ids
-from wrpo_ray.core.endpoint import Completion, Endpoint, EndpointError
+from wrpo_ray.core.endpoint import Endpoint, EndpointError
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, read_bucket, write_failures, write_shard
 from wrpo_ray.core.steps import Step
@@ -125,9 +126,9 @@ def test_a_storm_of_faults_leaves_every_row_answered_or_failed_with_its_reason(s
         if what in ("always", "final"):
             return told
         dice = random.Random(f"{call.prompt} {call.body['seed']} {call.attempt}")
-        return dice.choice(kinds) if call.attempt < 4 and dice.random() < 0.3 else "ok"
+        return dice.choice(kinds) if call.attempt < 3 and dice.random() < 0.33 else "ok"
 
-    server, config = start(Server(plan, delay=0.01), concurrency=24, attempts=6, timeout=0.3)
+    server, config = start(Server(plan, delay=0.01), concurrency=24, attempts=4, timeout=0.5)
     good = [request(f"good: {i}") for i in range(80)]
     bad = [request(f"always: {kind}", 1) for kind in REASONS]
     bad += [request(f"final: {kind}", 1) for kind in FINAL]
@@ -141,12 +142,13 @@ def test_a_storm_of_faults_leaves_every_row_answered_or_failed_with_its_reason(s
     assert all(r["text"] == f"{texts[r['prompt_id']]}/{r['seed']}" for r in rows)
     reasons = {texts[f["prompt_id"]]: (f["error"], f["attempts"]) for f in failed}
     assert reasons == {
-        **{f"always: {kind}": (error, 6) for kind, error in REASONS.items()},
+        **{f"always: {kind}": (error, 4) for kind, error in REASONS.items()},
         **{f"final: {kind}": (error, 1) for kind, error in FINAL.items()},
     }
     assert all(len(server.of(f"final: {kind}")) == 1 for kind in FINAL)
-    assert all(len(server.of(f"always: {kind}")) == 6 for kind in REASONS)
-    assert len([c for c in server.calls if c.prompt.startswith("good") and c.attempt > 1]) > 50
+    assert all(len(server.of(f"always: {kind}")) == 4 for kind in REASONS)
+    faults = [call for call in server.calls if plan(call) != "ok"]
+    assert len(faults) > 0.3 * len(server.calls)
     assert server.most_in_flight == 24
 
 
@@ -159,7 +161,7 @@ def test_no_json_is_malformed(answer):
 @pytest.mark.parametrize("answer", NO_COMPLETION, ids=range(len(NO_COMPLETION)))
 def test_another_shape_is_told(answer):
     with pytest.raises(core.WrongShapeError):
-        reader()._read(records.json.dumps(answer).encode())
+        reader()._read(json.dumps(answer).encode())
 
 
 @given(st.binary(max_size=200))
@@ -168,8 +170,10 @@ def test_no_bytes_break_the_reader(raw):
         reader()._read(raw)
 
 
+TEXT = st.text(st.characters(exclude_categories=()), max_size=5)
+"""Lone surrogates as well, which JSON can hold and a record cannot."""
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.just("stop"),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -184,7 +188,7 @@ JSON = st.recursive(
 @given(JSON)
 def test_no_json_breaks_the_reader(answer):
     try:
-        assert isinstance(reader()._read(records.json.dumps(answer).encode()), Completion)
+        reader()._read(json.dumps(answer).encode()).text.encode()
     except EndpointError as error:
         str(error).encode()
 
@@ -210,7 +214,7 @@ READER = Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1"), "m")
 def test_counts_that_are_none_are_null(usage, counts):
     server = Server(usage=usage)
     call = type("Call", (), {"prompt": "p", "body": {}})
-    completion = reader()._read(records.json.dumps(server.completion(call, "ok")).encode())
+    completion = reader()._read(json.dumps(server.completion(call, "ok")).encode())
     assert (completion.prompt_tokens, completion.output_tokens) == counts
     assert completion.model == "served-1 fp_1"
 
@@ -221,13 +225,13 @@ def test_counts_that_are_none_are_null(usage, counts):
 )
 def test_how_an_answer_ends_is_told_in_two_words(told, kept):
     answer = {"choices": [{"finish_reason": told, "message": {"content": "a"}}]}
-    assert reader()._read(records.json.dumps(answer).encode()).finish_reason == kept
+    assert reader()._read(json.dumps(answer).encode()).finish_reason == kept
 
 
 def test_an_answer_without_text_is_final():
     answer = {"choices": [{"finish_reason": "length", "message": {"content": None}}]}
     with pytest.raises(core.NoTextError) as caught:
-        reader()._read(records.json.dumps(answer).encode())
+        reader()._read(json.dumps(answer).encode())
     assert not caught.value.may_pass
 
 
@@ -338,7 +342,7 @@ def test_the_pace_of_a_limit(monkeypatch):
 
 
 def test_calls_are_taken_as_there_is_room_and_end_with_their_reader(start):
-    server, config = start(Server(delay=0.01), concurrency=3)
+    server, config = start(Server(delay=0.1), concurrency=3)
     taken = itertools.count()
     answers = Endpoint(config, "m").complete_all(body(str(next(taken))) for _ in itertools.count())
     for _ in range(5):
@@ -347,7 +351,7 @@ def test_calls_are_taken_as_there_is_room_and_end_with_their_reader(start):
     assert next(taken) <= 5 + 2 * 3
     time.sleep(0.05)
     before = len(server.calls)
-    time.sleep(0.05)
+    time.sleep(0.2)
     assert len(server.calls) == before
 
 
