@@ -24,6 +24,7 @@ NO_COMPLETION: tuple[Any, ...] = (
     [],
     {},
     {"error": {"message": "provider is down", "code": 502}},
+    {"error": {"message": "\ud800"}},
     {"choices": []},
     {"choices": [{}]},
     {"choices": {"0": 1}},

@@ -272,7 +272,7 @@ class Chain:
         else:
             identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
         model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
-        if model.dtype == "auto" and not model.actors.num_gpus:
+        if model.dtype == "auto" and not model.actors.num_gpus and not model.endpoint:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
         sampling = sampling or self.config.sampling.updated(model.sampling)
         return Generate(model, folder, identity, prompts, sampling, self.config.seed)

@@ -160,8 +160,9 @@ def test_no_json_is_malformed(answer):
 
 @pytest.mark.parametrize("answer", NO_COMPLETION, ids=range(len(NO_COMPLETION)))
 def test_another_shape_is_told(answer):
-    with pytest.raises(core.WrongShapeError):
+    with pytest.raises(core.WrongShapeError) as caught:
         reader()._read(json.dumps(answer).encode())
+    str(caught.value).encode()  # can be stored
 
 
 @given(st.binary(max_size=200))

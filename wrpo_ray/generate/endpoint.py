@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core.endpoint import INT32, Body, Completion, Endpoint, EndpointError
-from wrpo_ray.core.records import digest, failure
-from wrpo_ray.generate.engine import Request, Row
+from wrpo_ray.core.records import failure
+from wrpo_ray.generate.engine import Answers, Request, Row, seed_base
 
 NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
 """Not among OpenAI's own fields, so that they are sent only where they do something."""
@@ -27,17 +27,15 @@ class EndpointEngine:
         self.name, self.seed = model.name, seed
         self.endpoint = Endpoint(model.endpoint, model.model)
 
-    def answers(
-        self, requests: list[Request], sampling: SamplingConfig
-    ) -> Iterator[tuple[list[Row], list[Row]]]:
+    def answers(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[Answers]:
         """The answers of one request after another, as they finish; threads may call at once.
 
         Raises:
-            UserError: the server knows no such key or model.
+            UserError: no call can be answered; see `Endpoint`.
         """
         asked = [(r, sample) for r, request in enumerate(requests) for sample in request.samples]
         bodies = (self._body(requests[r], sample, sampling) for r, sample in asked)
-        gathered: defaultdict[int, tuple[list[Row], list[Row]]] = defaultdict(lambda: ([], []))
+        gathered: defaultdict[int, Answers] = defaultdict(lambda: ([], []))
         for index, answer in self.endpoint.complete_all(bodies):
             r, sample = asked[index]
             rows, failed = gathered[r]
@@ -54,8 +52,7 @@ class EndpointEngine:
         return {"messages": request.messages, "seed": self._seed(request, sample)} | settings
 
     def _seed(self, request: Request, sample: int) -> int:
-        base = int(digest([self.seed, self.name, request.prompt_id], 12), 16)
-        return (base + sample) % INT32
+        return (seed_base(self.seed, self.name, request.prompt_id) + sample) % INT32
 
     def _row(self, request: Request, sample: int, answer: Completion) -> Row:
         return {
