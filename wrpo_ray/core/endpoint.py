@@ -242,7 +242,7 @@ class Endpoint:
                 wait = random.uniform(0, min(LONGEST_WAIT, FIRST_WAIT * 2 ** (attempt - 1)))
                 wait += error.pause
             await asyncio.sleep(wait)
-        raise AssertionError("unreachable")
+        raise AssertionError("the last attempt returns or raises")
 
     async def _attempt(self, sent: Body) -> Completion:
         estimate = _estimate(sent)
@@ -275,7 +275,10 @@ class Endpoint:
         except aiohttp.ClientPayloadError:
             error = CutAnswerError(f"{self.host} ended the connection in the middle of an answer")
         except (aiohttp.ClientError, OSError) as fault:
-            error = ConnectionFaultError(self._clean(f"{self.host}: {fault or 'disconnected'}"))
+            # The text of some names the address, where a proxy's may hold a password.
+            told = getattr(fault, "message", None) or fault
+            text = f"{self.host}: {type(fault).__name__}: {told}"
+            error = ConnectionFaultError(self._clean(text))
         raise error
 
     def _refusal(self, status: int, raw: bytes) -> EndpointError:
