@@ -33,10 +33,12 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
+from wrpo_ray.generate.endpoint import EndpointEngine
 from wrpo_ray.generate.engine import CPU_ENV, ENV, Answers, Engine, Request, VllmEngine
 
-IN_HAND = 2
-"""Buckets that an actor works on at once."""
+IN_HAND, IN_HAND_ENDPOINT = 2, 8
+"""Buckets that an actor works on at once: few of an engine's own, which has them all in memory,
+more of an endpoint, whose limit of calls in flight is to be reached with small buckets too."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
 
 def pool_of(model: ModelConfig) -> Pool:
     """The model's engines as a pool of actors."""
+    if model.endpoint:
+        return Pool(f"generate {model.name}", model.actors, threads=IN_HAND_ENDPOINT)
     env = ENV | thread_env(model.actors.num_cpus) | ({} if model.actors.num_gpus else CPU_ENV)
     return Pool(f"generate {model.name}", model.actors, env, threads=IN_HAND, parts=model.parts)
 
@@ -113,6 +117,8 @@ class Generator:
     def engine(self) -> Engine:
         """The model's engine."""
         job = self.jobs[0]
+        if job.model.endpoint:
+            return EndpointEngine(job.model, job.seed)
         return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
