@@ -15,3 +15,15 @@ class FailureLimitError(WrpoError, RuntimeError):
 
 class LeaseError(WrpoError, RuntimeError):
     """Another run holds the output folder."""
+
+
+class TemplateError(UserError):
+    """A chat template refuses a conversation, or fails on it."""
+
+
+class TokenizeError(UserError):
+    """A tokenizer cannot encode a text."""
+
+
+class SpelledTokenError(UserError):
+    """A text spells a special token, and this tokenizer cannot keep it text."""

@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from wrpo_ray.core.chat import (
+    MARKS,
     answer_ids,
     check_sampled,
     conversation_ids,
@@ -27,7 +30,8 @@ from wrpo_ray.core.chat import (
     load_tokenizer,
     prompt_ids,
 )
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import SpelledTokenError, TemplateError, TokenizeError, UserError
+from wrpo_ray.zoo.tokenizers import char_tokenizer
 
 WORDS = ["user", "assistant", "system", "model", "think", "hi", "yes", "no", "kind"]
 
@@ -41,7 +45,7 @@ def _bpe(characters: list[str], pairs: list[tuple[str, str]], marker: str) -> mo
 
 
 def _byte_level() -> Tokenizer:
-    tokenizer = Tokenizer(_bpe(pre_tokenizers.ByteLevel.alphabet(), [("Ċ", "Ċ")], "Ġ"))
+    tokenizer = Tokenizer(_bpe(sorted(pre_tokenizers.ByteLevel.alphabet()), [("Ċ", "Ċ")], "Ġ"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -187,7 +191,10 @@ STYLES = {
 @cache
 def make(name: str) -> PreTrainedTokenizerFast:
     """The style's tokenizer; one with a BOS adds it to every text, as the family's do."""
-    style = STYLES[name]
+    return build(STYLES[name])
+
+
+def build(style: Style) -> PreTrainedTokenizerFast:
     inner = style.build()
     named = [token for token in (style.bos, style.eos) if token]
     inner.add_special_tokens(named)
@@ -410,12 +417,110 @@ def test_a_spelled_end_of_turn_by_hand():
     assert shown(make("llama3"), answer) == "no < | e o t _ i d | > <|eot_id|>"
 
 
+# --- special tokens spelled in messages --------------------------------------------------------
+
+
+@cache
+def unspellable(name: str) -> PreTrainedTokenizerFast:
+    """The style's tokenizer with special tokens of the same ids that no text below spells."""
+    style = STYLES[name]
+
+    def renamed(token: str) -> str:
+        is_piped = token.startswith("<|")
+        return token.replace("<|", "⟦").replace("|>", "⟧") if is_piped else f"⟦{token[1:-1]}⟧"
+
+    template = style.template.replace("<|", "⟦").replace("|>", "⟧")  # Phi-3's is put together
+    for token in style.others:
+        template = template.replace(token, renamed(token))
+    return build(
+        replace(
+            style,
+            template=template,
+            bos=style.bos and renamed(style.bos),
+            eos=renamed(style.eos),
+            others=tuple(map(renamed, style.others)),
+        )
+    )
+
+
+def texts_of(name: str) -> st.SearchStrategy[str]:
+    """Texts of special tokens, whole, halved and doubled, marks, spaces and words."""
+    style = STYLES[name]
+    tokens = [t for t in (style.bos, style.eos, *style.others) if t]
+    halves = [t[: len(t) // 2] for t in tokens] + [t[len(t) // 2 :] for t in tokens]
+    parts = [*tokens, *halves, *MARKS[:2], "hi", " yes", " ", "\n", "no\n", "é", "{{ bos_token }}"]
+    return st.lists(st.sampled_from(parts), min_size=1, max_size=8).map("".join)
+
+
 @every_style
-def test_special_tokens_spelled_in_a_prompt_move_no_border(name):
-    """There they become the tokens, as in every engine's rendering; the answer is unmoved."""
-    tokenizer = make(name)
-    messages = said(f"hi {STYLES[name].end} no")
-    assert shown(tokenizer, answer_ids(tokenizer, messages, "yes", ends(name))) == EXPECTED[name][1]
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_no_text_of_a_message_becomes_a_special_token(name, data):
+    """The ids are those of a tokenizer whose special tokens cannot be spelled at all.
+
+    So the template's own tokens are there, no other is, and what is spelled is split into the
+    same pieces as any text.
+    """
+    turns = data.draw(st.sampled_from([1, 3]))
+    messages = said(*(data.draw(texts_of(name)) for _ in range(turns)))
+    if STYLES[name].has_system and data.draw(st.booleans()):
+        messages = told(data.draw(texts_of(name)), *(m["content"] for m in messages))
+    tokenizer, other = make(name), unspellable(name)
+    assert prompt_ids(tokenizer, messages) == prompt_ids(other, messages)
+    text = data.draw(texts_of(name)) + "yes"
+    whole = conversation_ids(tokenizer, messages, text)
+    assert whole == conversation_ids(other, messages, text)
+    for closed in (True, False):
+        answer = answer_ids(tokenizer, messages, text, ends(name), closed=closed)
+        assert answer == answer_ids(other, messages, text, ends(name), closed=closed)
+        assert sum(token in ends(name) for token in answer) == closed
+
+
+def test_a_special_token_spelled_in_a_prompt_by_hand():
+    expected = EXPECTED["llama3"][0].replace("hi", "hi < | e o t _ i d | > no")
+    assert shown(make("llama3"), prompt_ids(make("llama3"), said("hi<|eot_id|>no"))) == expected
+
+
+def test_a_text_with_all_marks_that_spells_a_token_is_refused():
+    everything = "".join(MARKS)
+    assert prompt_ids(make("llama3"), said(everything))
+    with pytest.raises(SpelledTokenError):
+        prompt_ids(make("llama3"), said(everything + "<|eot_id|>"))
+
+
+def test_a_special_token_of_one_character_is_refused_as_text():
+    """Nothing can go between its characters."""
+    tokenizer = deepcopy(make("qwen2"))
+    tokenizer.add_special_tokens({"pad_token": "¤"})
+    with pytest.raises(SpelledTokenError):
+        prompt_ids(tokenizer, said("10 ¤"))
+
+
+def test_a_special_token_that_only_normalizing_makes_is_refused():
+    inner = _byte_level()
+    inner.normalizer = normalizers.Lowercase()
+    inner.add_special_tokens([AddedToken("<end>", normalized=True)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+    tokenizer.chat_template = CHATML.replace("<|im_end|>", "<end>")
+    assert prompt_ids(tokenizer, HI).count(tokenizer.eos_token_id) == 1
+    with pytest.raises(SpelledTokenError, match="which its tokens would become"):
+        prompt_ids(tokenizer, said("hi <END>"))
+
+
+def test_unknown_characters_beside_a_spelled_token():
+    """The token of unknown characters is special, and what the tokenizer gives for any of them."""
+    tokenizer = char_tokenizer()
+    ids = prompt_ids(tokenizer, said("é<end_of_turn><unk>"))
+    assert shown(tokenizer, ids[:5]) == "<turn_user> <unk> < e n"
+    assert ids.count(tokenizer.unk_token_id) == 1
+    assert tokenizer.eos_token_id not in ids
+
+
+def test_faults_are_named_by_what_failed():
+    with pytest.raises(TemplateError, match="chat template: TemplateError: roles must alternate"):
+        prompt_ids(make("gemma"), [*HI, *HI])
+    with pytest.raises(TokenizeError, match="tokenizer: "):
+        prompt_ids(make("gemma"), said("half a pair \ud83d"))
 
 
 # --- prompts that are no prefix ---------------------------------------------------------------

@@ -5,7 +5,8 @@ Token ids, not text, cross the line to an engine, so nothing is tokenized twice.
 - An answer's ids follow the prompt's in the whole conversation. Where one token would span the
   border, the answer is tokenized apart: the prompt's ids never change.
 - An answer ends with the first special token that the template writes after its text.
-- Text that spells a special token stays text in an answer; in a prompt it becomes the token.
+- Text that spells a special token stays text, in every message; a row where the tokenizer cannot
+  do so is refused. Only the template writes special tokens.
 - The date that a template may ask for is fixed: no rendering depends on the day.
 
 Not covered: tools, images.
@@ -15,13 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from wrpo_ray.core.records import Message
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import SpelledTokenError, TemplateError, TokenizeError, UserError
+
+Encode = Callable[[str], list[int]]
 
 PROBE = "PROBE"
 """An answer that no template alters."""
@@ -30,6 +37,8 @@ DATE = datetime(2024, 7, 26)
 _REPLACED = "".join(f" | replace('%{c}', '{DATE.strftime('%' + c)}')" for c in "YymBbdjAaHMS")
 CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro %}}\n"
 """Jinja that hides the clock from the template behind it."""
+MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Unicode's noncharacters, which no text has that is meant for others."""
 
 
 def check_model_folder(
@@ -83,14 +92,24 @@ def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
 
 
 def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
-    """Token ids of the conversation up to where the assistant's answer begins."""
-    return _one_bos(tokenizer, _encode(tokenizer, _render(tokenizer, messages, prompt=True)))
+    """Token ids of the conversation up to where the assistant's answer begins.
+
+    Raises:
+        TemplateError, TokenizeError, SpelledTokenError: the messages cannot be written.
+    """
+    messages, encode = _disarmed(tokenizer, messages)
+    return _one_bos(tokenizer, encode(_render(tokenizer, messages, prompt=True)))
 
 
 def conversation_ids(tokenizer: Any, messages: list[Message], text: str) -> list[int]:
-    """Token ids of the conversation with an answer, and all that the template writes after it."""
-    body, tail = _body_and_tail(tokenizer, messages, text)
-    return _one_bos(tokenizer, _encode_answer(tokenizer, body, tail, text))
+    """Token ids of the conversation with an answer, and all that the template writes after it.
+
+    Raises:
+        TemplateError, TokenizeError, SpelledTokenError: the messages cannot be written.
+    """
+    (*messages, answer), encode = _disarmed(tokenizer, [*messages, _answer(text)])
+    body, tail = _body_and_tail(tokenizer, messages, answer["content"])
+    return _one_bos(tokenizer, encode(body + tail))
 
 
 def answer_ids(
@@ -102,17 +121,19 @@ def answer_ids(
     that was cut off). An empty answer is its end of turn alone.
 
     Raises:
-        UserError: the prompt is no prefix, nothing closes the answer, or nothing of it is left.
+        UserError: the prompt is no prefix, nothing closes the answer, nothing of it is left, or
+            the messages cannot be written.
     """
+    (*messages, answer), encode = _disarmed(tokenizer, [*messages, _answer(text)])
     prompt = _render(tokenizer, messages, prompt=True)
-    body, tail = _body_and_tail(tokenizer, messages, text)
+    body, tail = _body_and_tail(tokenizer, messages, answer["content"])
     _check_prefix(prompt, body)
     end = tokenizer.convert_ids_to_tokens(_end(tokenizer, tail, ends))
     closing = tail[: tail.index(end) + len(end)] if closed else ""
-    start = _one_bos(tokenizer, _encode(tokenizer, prompt))
-    ids = _one_bos(tokenizer, _encode_answer(tokenizer, body, closing, text))
+    start = _one_bos(tokenizer, encode(prompt))
+    ids = _one_bos(tokenizer, encode(body + closing))
     if ids[: len(start)] != start:
-        ids = [*start, *_encode_answer(tokenizer, body[len(prompt) :], closing, text, "\n")]
+        ids = [*start, *_encode_after(encode, "\n", body[len(prompt) :] + closing)]
     if len(ids) == len(start):
         raise UserError("an answer that was cut off has no text; drop the row")
     return ids[len(start) :]
@@ -130,15 +151,22 @@ def check_sampled(ids: list[int], ends: frozenset[int], *, closed: bool) -> None
 def _render(tokenizer: Any, messages: list[Message], *, prompt: bool = False) -> str:
     template = tokenizer.get_chat_template()
     template = CLOCK * ("strftime_now" in template) + template
-    return tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    except Exception as error:  # a template can raise anything
+        raise TemplateError(f"chat template: {type(error).__name__}: {error}") from error
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
 
 
 def _end(tokenizer: Any, tail: str, ends: frozenset[int]) -> int:
     """The first token of the tail that ends a turn or is special."""
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | ends
-    for token in _encode(tokenizer, tail):
+    special = _specials(tokenizer).ids | ends
+    for token in _encoder(tokenizer)(tail):
         if token in special:
             return token
     raise UserError(
@@ -148,8 +176,7 @@ def _end(tokenizer: Any, tail: str, ends: frozenset[int]) -> int:
 
 def _body_and_tail(tokenizer: Any, messages: list[Message], text: str) -> tuple[str, str]:
     """The conversation's text up to the end of the answer's, and what the template writes then."""
-    turns = [{"role": "assistant", "content": content} for content in (text, PROBE)]
-    whole, probe = (_render(tokenizer, [*messages, turn]) for turn in turns)
+    whole, probe = (_render(tokenizer, [*messages, _answer(t)]) for t in (text, PROBE))
     tail = probe.rpartition(PROBE)[2] if PROBE in probe else ""
     if not whole.endswith(tail):
         raise UserError(
@@ -169,29 +196,20 @@ def _check_prefix(prompt: str, whole: str) -> None:
         )
 
 
-def _encode(tokenizer: Any, text: str, before: str = "", *, plain: bool = False) -> list[int]:
-    """Token ids of a text after `before`: some tokenizers put a space before a text on its own.
+def _encoder(tokenizer: Any) -> Encode:
+    def encode(text: str) -> list[int]:
+        try:
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        except Exception as error:  # such as a TypeError for text that is no Unicode
+            raise TokenizeError(f"tokenizer: {type(error).__name__}: {error}") from error
 
-    Special tokens that a `plain` text spells stay text.
-    """
-    options = {"add_special_tokens": False, "split_special_tokens": plain}
-    lead = tokenizer(before, **options)["input_ids"]
-    ids = tokenizer(before + text, **options)["input_ids"]
-    if ids[: len(lead)] != lead:
-        ids, lead = tokenizer(text, **options)["input_ids"], []
-    return ids[len(lead) :]
+    return encode
 
 
-def _encode_answer(tokenizer: Any, body: str, after: str, text: str, before: str = "") -> list[int]:
-    """Token ids of body + after; special tokens spelled by `text`, the body's end, stay text."""
-    known = tokenizer.added_tokens_decoder.values()
-    if not any(token.special and token.content in text for token in known):
-        return _encode(tokenizer, body + after, before)
-    start, content, rest = body.rpartition(text.strip())
-    if not content:
-        raise UserError("the answer spells a special token and the template alters it; drop it")
-    ids = _encode(tokenizer, content, "\n", plain=True)
-    return [*_encode(tokenizer, start, before), *ids, *_encode(tokenizer, rest + after, "\n")]
+def _encode_after(encode: Encode, before: str, text: str) -> list[int]:
+    """Token ids of a text after `before`: some tokenizers put a space before a text on its own."""
+    lead, ids = encode(before), encode(before + text)
+    return ids[len(lead) :] if ids[: len(lead)] == lead else encode(text)
 
 
 def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
@@ -202,3 +220,94 @@ def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
     start = next((i for i, token in enumerate(ids) if token != bos), len(ids))
     adds_one = tokenizer("x")["input_ids"][:1] == [bos]
     return [bos] * (start > 0 or adds_one) + ids[start:]
+
+
+# --- texts that spell special tokens -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Specials:
+    """A tokenizer's special tokens, but for the one of unknown characters, which any may become."""
+
+    ids: frozenset[int]
+    spelled: re.Pattern[str]
+    """Any of them, as text."""
+    starts: re.Pattern[str]
+    """The first character of any of them, also of those that overlap."""
+    normalizer: Any
+    """What a text goes through before they are looked for in it; None where nothing."""
+
+    def are_in(self, text: str) -> bool:
+        """Whether a text spells one."""
+        if self.normalizer is not None and self.spelled.search(self.normalizer.normalize_str(text)):
+            return True
+        return self.spelled.search(text) is not None
+
+    def within(self, ids: list[int]) -> list[int]:
+        """Those among token ids."""
+        return [token for token in ids if token in self.ids]
+
+
+@lru_cache(maxsize=8)
+def _specials(tokenizer: Any) -> _Specials:
+    tokens = {i: t for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    words = "|".join(re.escape(t.content) for t in tokens.values()) or r"(?!)"
+    is_normalized = tokenizer.is_fast and any(t.normalized for t in tokens.values())
+    return _Specials(
+        ids=frozenset(tokens) - {tokenizer.unk_token_id},
+        spelled=re.compile(words),
+        starts=re.compile(f"(?={words})(.)", re.DOTALL),
+        normalizer=tokenizer.backend_tokenizer.normalizer if is_normalized else None,
+    )
+
+
+def _disarmed(tokenizer: Any, messages: list[Message]) -> tuple[list[Message], Encode]:
+    """Messages that spell no special token, and what encodes their rendering as if they did.
+
+    A mark goes behind the first character of each spelled token, so that neither template nor
+    tokenizer takes it for the token. The encoder finds the tokens of the template, drops the
+    marks, and goes on as the tokenizer does: pieces of text are cut at special tokens only. So
+    the ids are those of a tokenizer that has the template's tokens and knows no spelling of them.
+    Where no text spells one, nothing is changed.
+
+    Raises:
+        SpelledTokenError: the tokenizer has no form that can be changed so.
+    """
+    texts = [message["content"] for message in messages]
+    special = _specials(tokenizer)
+    if not any(map(special.are_in, texts)):
+        return messages, _encoder(tokenizer)
+    mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
+    hidden = [special.starts.sub(rf"\g<1>{mark}", text) for text in texts]
+    if mark is None or any(map(special.spelled.search, hidden)) or not tokenizer.is_fast:
+        raise SpelledTokenError("a text spells a special token and cannot be kept apart from it")
+    pairs = zip(messages, hidden, strict=True)
+    return [m | {"content": text} for m, text in pairs], _unmarking_encoder(tokenizer, mark)
+
+
+def _unmarking_encoder(tokenizer: Any, mark: str) -> Encode:
+    plain, special = _encoder(tokenizer), _specials(tokenizer)
+    unmarking = _unmarking(tokenizer, mark)
+
+    def encode(text: str) -> list[int]:
+        ids = unmarking.encode(text, add_special_tokens=False).ids
+        if special.within(ids) != special.within(plain(text)):
+            raise SpelledTokenError("a text spells a special token, which its tokens would become")
+        return ids
+
+    return encode
+
+
+@lru_cache(maxsize=2)
+def _unmarking(tokenizer: Any, mark: str) -> Any:
+    """The tokenizer, but its normalizer, which works behind the search for tokens, drops marks."""
+    from tokenizers import Tokenizer
+    from tokenizers.normalizers import Replace, Sequence
+
+    tree = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in tree["added_tokens"]:
+        token["normalized"] &= not token["special"]
+    copy = Tokenizer.from_str(json.dumps(tree | {"truncation": None, "padding": None}))
+    own = [copy.normalizer] if copy.normalizer is not None else []
+    copy.normalizer = Sequence([Replace(mark, ""), *own])
+    return copy
