@@ -57,6 +57,11 @@ class Columns(Section):
     group: str | None = None
     """What to split evaluation tables by, such as a skill or category."""
 
+    @property
+    def of_prompt(self) -> list[str]:
+        """Columns that hold a prompt and what belongs to it."""
+        return [c for c in (self.prompt, self.reference, self.group) if c]
+
 
 class PromptsConfig(Section):
     """The prompts to fuse on."""
@@ -68,16 +73,21 @@ class PromptsConfig(Section):
     limit: int | None = Field(None, ge=1)
     """Use only the first so many rows, files in the order of their names; null uses all."""
 
+    @property
+    def needed(self) -> list[str]:
+        """Columns that the files must have."""
+        return self.columns.of_prompt
+
 
 class ResponseColumns(Columns):
-    """Column names of a file of existing responses, one response a row."""
+    """Column names of a file of existing responses."""
 
     response: str = "response"
-    """The answer's text."""
+    """The answer's text; in the format `candidates` a list of them."""
     source: str = "model"
     """The name of the model that answered."""
     reward: str = "reward"
-    """The answer's score, a finite number; higher is better."""
+    """The answer's score, a finite number, higher is better; in `candidates` a list of them."""
 
 
 class ImportConfig(Section):
@@ -85,13 +95,34 @@ class ImportConfig(Section):
 
     path: str
     """A JSONL or Parquet file, or a folder of them."""
-    format: Literal["responses", "preferences"] = "responses"
-    """`responses`: one scored answer a row. `preferences`: the published rows
+    format: Literal["responses", "candidates", "preferences"] = "responses"
+    """`responses`: one scored answer a row. `candidates`: all of a model's answers to a prompt in
+    one row, {prompt, all_generated_responses: [text, ...], all_rm_scores: [number, ...]}, as in
+    princeton-nlp/llama3-ultrafeedback-armorm. `preferences`: the published rows
     {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}."""
     columns: ResponseColumns = ResponseColumns()
-    """Column names, for the format `responses`."""
+    """Column names, for `responses` and `candidates` (whose defaults are the names above)."""
+    source: Name | None = None
+    """The model that gave all answers; null where a column names it."""
     target: str | None = None
-    """The model in the source column whose answers are the target's own (y_wt, y_l)."""
+    """The model whose answers are the target's own (y_wt, y_l), by its name in `source`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _columns_of_candidates(cls, given: Any) -> Any:
+        columns = given.get("columns", {}) if isinstance(given, dict) else None
+        if not isinstance(columns, dict) or given.get("format") != "candidates":
+            return given
+        names = {"response": "all_generated_responses", "reward": "all_rm_scores"}
+        return given | {"columns": names | columns}
+
+    @property
+    def needed(self) -> list[str]:
+        """Columns that the files must have."""
+        if self.format == "preferences":
+            return ["prompt", "chosen", "rejected"]
+        of_answer = [self.columns.response, self.columns.reward]
+        return self.columns.of_prompt + of_answer + [self.columns.source] * (self.source is None)
 
 
 class Actors(Section):

@@ -26,7 +26,9 @@ from wrpo_ray.config import (
     Config,
     EndpointConfig,
     EvaluateConfig,
+    ImportConfig,
     ModelConfig,
+    PromptsConfig,
     RewardConfig,
 )
 from wrpo_ray.core.chat import check_model_folder
@@ -462,16 +464,10 @@ def _check_key(what: str, endpoint: EndpointConfig) -> None:
         read_key(endpoint)
 
 
-def _check_input(what: str, given: Any) -> None:
-    used = given.columns
-    columns = [used.prompt, used.reference, used.group]
-    if getattr(given, "format", None) == "preferences":
-        columns = ["prompt", "chosen", "rejected"]
-    elif hasattr(used, "response"):
-        columns += [used.response, used.source, used.reward]
+def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:
     files = input_files(given.path, what)
     for uri in files:
-        check_columns(uri, [c for c in columns if c], what)
+        check_columns(uri, given.needed, what)
     check_some_rows(files, what)
 
 

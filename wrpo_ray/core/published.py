@@ -19,25 +19,34 @@ PUBLISHED = pa.schema(
 """As Parquet columns."""
 
 Row = dict[str, Any]
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Templates write a role between special tokens, so that another could spell one."""
+
+
+class RowError(ValueError):
+    """A row of the user's that cannot be used; its text is the reason."""
 
 
 def messages_of(prompt: Any) -> list[Message]:
     """A prompt as a conversation: from a string, a {role, content} record, or a list of them.
 
     Raises:
-        ValueError: it is empty or of another form.
+        RowError: it is empty, of another form, or ends with an answer.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
-        raise ValueError("a prompt is a text, a {role, content} record or a list of them")
+        raise RowError("a prompt is a text, a {role, content} record or a list of them")
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in _KEYS):
-            raise ValueError("each message needs a text `role` and a text `content`")
-    if not turns[-1]["content"].strip():
-        raise ValueError("the prompt is empty")
-    for turn in turns:
+            raise RowError("each message needs a text `role` and a text `content`")
+        if turn["role"] not in ROLES:
+            raise RowError(f"the role {turn['role'][:40]!r} is none of {', '.join(ROLES)}")
         check_text(turn["content"])
+    if not turns[-1]["content"].strip():
+        raise RowError("the prompt is empty")
+    if turns[-1]["role"] == "assistant":
+        raise RowError("the prompt ends with an assistant's message, so that nothing is asked")
     return [{key: turn[key] for key in _KEYS} for turn in turns]
 
 
@@ -48,12 +57,12 @@ def check_text(text: str) -> str:
     """The text, if it can be stored.
 
     Raises:
-        ValueError: it holds half of a surrogate pair, as cut-off scraped text does.
+        RowError: it holds half of a surrogate pair, as cut-off scraped text does.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text is no Unicode at character {error.start}") from None
+        raise RowError(f"the text is no Unicode at character {error.start}") from None
     return text
 
 
@@ -61,14 +70,14 @@ def from_published(row: Row) -> Row:
     """A PREFERENCE record.
 
     Raises:
-        ValueError: a part is missing or of another form.
+        RowError: a part is missing or of another form.
     """
     messages = messages_of(row.get("prompt"))
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, list) or len(chosen) != 2:
-        raise ValueError("`chosen` has to be a list of two answers, [y_ws, y_wt]")
+        raise RowError("`chosen` has to be a list of two answers, [y_ws, y_wt]")
     if not isinstance(rejected, list) or len(rejected) != 1:
-        raise ValueError("`rejected` has to be a list of one answer, [y_l]")
+        raise RowError("`rejected` has to be a list of one answer, [y_l]")
     return {
         "prompt_id": prompt_id(messages),
         "messages": messages,
@@ -83,7 +92,7 @@ def from_published(row: Row) -> Row:
 
 def _answer(answer: Any) -> Row:
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
-        raise ValueError("each answer needs a text `content`")
+        raise RowError("each answer needs a text `content`")
     empty = dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))
     return {"text": check_text(answer["content"])} | empty
 

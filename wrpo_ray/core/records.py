@@ -142,7 +142,7 @@ def unit_interval(*parts: Any) -> float:
 def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> dict[str, Any]:
     """A FAILURE row: `key` gives prompt_id, source, sample or where as far as known."""
     row: dict[str, Any] = dict.fromkeys(FAILURE.names)
-    text = " ".join(str(error).split())[:2000]
+    text = " ".join(str(error).split())[:2000].encode(errors="backslashreplace").decode()
     return (
         row
         | key

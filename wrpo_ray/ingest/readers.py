@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import math
+import reprlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,8 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from wrpo_ray.config import Columns, ResponseColumns
-from wrpo_ray.core.published import check_text, messages_of
+from wrpo_ray.config import Columns, ImportConfig, ResponseColumns
+from wrpo_ray.core.published import RowError, check_text, messages_of
 from wrpo_ray.core.records import prompt_id, unit_interval
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
@@ -80,35 +81,49 @@ def _has_rows(file: Folder) -> bool:
         return stream.size() > 0
 
 
-def read_rows(uri: str) -> Iterator[tuple[str, Row | Exception]]:
-    """(place, row) for each row, such as ("prompts.jsonl:3", {...}); an Exception for a bad one."""
+def read_rows(uri: str, columns: list[str]) -> Iterator[tuple[str, Row | Exception]]:
+    """(place, row) for each row, such as ("prompts.jsonl:3", {...}); an Exception for a bad one.
+
+    Rows of a Parquet file have only `columns`. Blank lines are passed over.
+    """
     file = Folder(uri)
     name = str(file).rsplit("/", 1)[-1]
     with file.filesystem.open_input_file(file.path) as stream:
-        rows = _parquet(stream) if name.endswith(".parquet") else _jsonl(stream)
+        rows = _parquet(stream, columns) if name.endswith(".parquet") else _jsonl(stream)
         for number, row in enumerate(rows, start=1):
-            yield f"{name}:{number}", row
+            if row is not None:
+                yield f"{name}:{number}", row
 
 
-def _parquet(stream: pa.NativeFile) -> Iterator[Row]:
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024):
-        yield from batch.to_pylist()
+def _parquet(stream: pa.NativeFile, columns: list[str]) -> Iterator[Row | Exception]:
+    for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024, columns=columns):
+        try:
+            yield from batch.to_pylist()
+        except ValueError:  # such as bytes that are no text: find the rows
+            yield from (_one(batch.slice(i, 1)) for i in range(batch.num_rows))
 
 
-def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception]:
+def _one(batch: pa.RecordBatch) -> Row | Exception:
+    try:
+        return batch.to_pylist()[0]
+    except ValueError as error:
+        return error
+
+
+def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception | None]:
+    """None for a blank line."""
     for line in io.BufferedReader(stream):
+        if not line.strip():
+            yield None
+            continue
         try:
             row = json.loads(line)
-            yield row if isinstance(row, dict) else TypeError("the line is no JSON object")
-        except ValueError as error:
+            yield row if isinstance(row, dict) else RowError("the line is no JSON object")
+        except (ValueError, RecursionError) as error:
             yield error
 
 
 # --- rows into records -------------------------------------------------------------------
-
-
-class RowError(ValueError):
-    """A row that cannot be used; its text is the reason."""
 
 
 def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: int) -> Row:
@@ -119,14 +134,13 @@ def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: in
     """
     messages = _messages(row, columns)
     key = prompt_id(messages)
-    reference = _cell(row, columns.reference) if columns.reference else None
     group = row.get(columns.group) if columns.group else None
     return {
         "prompt_id": key,
         "messages": messages,
         "split": _split(key, splits, seed),
-        "reference": None if reference is None else str(reference),
-        "group": None if group is None else str(group),
+        "reference": check_text(str(_cell(row, columns.reference))) if columns.reference else None,
+        "group": None if group is None else check_text(str(group)),
     }
 
 
@@ -139,31 +153,43 @@ def _split(key: str, splits: dict[str, float], seed: int) -> str:
     return name
 
 
-def scored_record(row: Row, columns: ResponseColumns) -> Row:
-    """A SCORED record of an existing answer, without its sample number.
+def scored_records(row: Row, given: ImportConfig) -> list[Row | RowError]:
+    """SCORED records of a row's answers, without their sample numbers; a RowError for a bad one.
 
     Raises:
-        RowError: the answer, its source or its reward is null or of a wrong type.
+        RowError: prompt or model is null or of a wrong type, or answers and scores do not match.
     """
-    text = _cell(row, columns.response)
-    if not isinstance(text, str):
-        raise RowError(f"{columns.response!r} has to be a text (got {type(text).__name__})")
-    check_text(text)
-    return {
+    columns = given.columns
+    shared = {
         "prompt_id": prompt_id(_messages(row, columns)),
-        "source": str(_cell(row, columns.source)),
-        "text": text,
-        "reward": _number(_cell(row, columns.reward), columns.reward),
+        "source": given.source or _name(_cell(row, columns.source), columns.source),
         "reward_model": f"column {columns.reward}",
         "engine": "import",
     }
+    texts, rewards = _cell(row, columns.response), _cell(row, columns.reward)
+    if given.format == "responses":
+        texts, rewards = [texts], [rewards]
+    if not isinstance(texts, list) or not isinstance(rewards, list) or not texts:
+        raise RowError(f"{columns.response!r} and {columns.reward!r} have to be lists, not empty")
+    if len(texts) != len(rewards):
+        raise RowError(
+            f"{columns.response!r} has {len(texts)} answers, {columns.reward!r} {len(rewards)}"
+        )
+    return [_scored(t, r, columns, shared) for t, r in zip(texts, rewards, strict=True)]
+
+
+def _scored(text: Any, reward: Any, columns: ResponseColumns, shared: Row) -> Row | RowError:
+    if not isinstance(text, str):
+        return RowError(f"{columns.response!r} has to be a text (got {type(text).__name__})")
+    try:
+        number = _number(reward, columns.reward)
+        return shared | {"text": check_text(text), "reward": number}
+    except RowError as error:
+        return error
 
 
 def _messages(row: Row, columns: Columns) -> list[dict[str, str]]:
-    try:
-        return messages_of(_cell(row, columns.prompt))
-    except ValueError as error:
-        raise RowError(str(error)) from None
+    return messages_of(_cell(row, columns.prompt))
 
 
 def _cell(row: Row, column: str) -> Any:
@@ -172,7 +198,15 @@ def _cell(row: Row, column: str) -> Any:
     return row[column]
 
 
+def _name(value: Any, column: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise RowError(f"{column!r} has to be a name (got {type(value).__name__})")
+    return check_text(str(value))
+
+
 def _number(value: Any, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RowError(f"{column!r} has to be a finite number (got {value!r})")
+    largest = sys.float_info.max
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not -largest <= value <= largest:
+        raise RowError(f"{column!r} has to be a finite number (got {reprlib.repr(value)})")
     return float(value)

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,7 @@ from wrpo_ray.config import ImportConfig, PromptsConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.cluster import readable
 from wrpo_ray.core.progress import log
-from wrpo_ray.core.published import from_published
+from wrpo_ray.core.published import RowError, from_published
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, write_failures, write_shard
 from wrpo_ray.core.steps import Step
@@ -28,7 +29,7 @@ from wrpo_ray.ingest.readers import (
     input_files,
     prompt_record,
     read_rows,
-    scored_record,
+    scored_records,
 )
 
 Row = dict[str, Any]
@@ -53,12 +54,11 @@ class IngestPrompts:
     @property
     def columns(self) -> list[str]:
         """Columns that the input must have."""
-        used = self.input.columns
-        return [c for c in (used.prompt, used.reference, used.group) if c]
+        return self.input.columns.of_prompt
 
-    def record(self, row: Row) -> Row:
-        """A PROMPT record."""
-        return prompt_record(row, self.input.columns, self.splits, self.seed)
+    def records(self, row: Row) -> list[Row | RowError]:
+        """One PROMPT record."""
+        return [prompt_record(row, self.input.columns, self.splits, self.seed)]
 
     def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
         """Each prompt once, and none of `without`, in the part of the folder it belongs to."""
@@ -82,12 +82,11 @@ class IngestResponses:
     @property
     def columns(self) -> list[str]:
         """Columns that the input must have."""
-        used = self.input.columns
-        return [used.prompt, used.response, used.source, used.reward]
+        return self.input.needed
 
-    def record(self, row: Row) -> Row:
-        """A SCORED record."""
-        return scored_record(row, self.input.columns)
+    def records(self, row: Row) -> list[Row | RowError]:
+        """SCORED records: one, or one for each of the row's answers."""
+        return scored_records(row, self.input)
 
     def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
         """Number the samples of each (prompt, source) in an order that no file order changes."""
@@ -110,11 +109,15 @@ class IngestPreferences:
     input: ImportConfig
 
     schema = records.PREFERENCE
-    columns = ("prompt", "chosen", "rejected")
 
-    def record(self, row: Row) -> Row:
-        """A PREFERENCE record."""
-        return from_published(row)
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        return self.input.needed
+
+    def records(self, row: Row) -> list[Row | RowError]:
+        """One PREFERENCE record."""
+        return [from_published(row)]
 
     def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
         """All rows, in an order that no file order changes."""
@@ -146,7 +149,7 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
 
     what = job.step.name
     files = input_files(job.input.path, what)
-    check_columns(files[0], list(job.columns), what)
+    check_columns(files[0], job.columns, what)
     limit = getattr(job.input, "limit", None)
     tasks = [{"files": files}] if limit else [{"files": [uri]} for uri in files]
     read = _reader(job, run.buckets, limit)
@@ -177,27 +180,31 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
 
 def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:
     def read(task: Row) -> Iterator[Row]:
-        rows = ((place, row) for uri in task["files"] for place, row in read_rows(uri))
-        for number, (place, row) in enumerate(rows):
-            if limit and number >= limit:
-                return
-            yield _placed(job, place, row, buckets)
+        rows = (found for uri in task["files"] for found in read_rows(uri, job.columns))
+        for place, row in islice(rows, limit):
+            yield from _placed(job, place, row, buckets)
 
     return read
 
 
-def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Row:
-    """The row's record with its bucket, or the reason why there is none."""
+def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Iterator[Row]:
+    """The row's records with their buckets, or the reasons why there are none."""
     try:
-        if isinstance(row, Exception):
-            raise row
-        record = job.record(row)
-        bucket = int(record["prompt_id"][:8], 16) % buckets
-        return {"bucket": bucket, "good": True, "record": json.dumps(record)}
-    except (ValueError, TypeError) as error:
-        bucket = int(records.digest(place, 8), 16) % buckets
-        failed = records.failure(job.step.name, error, where=place)
-        return {"bucket": bucket, "good": False, "record": json.dumps(failed)}
+        found: list[Any] = [row] if isinstance(row, Exception) else job.records(row)
+    except Exception as error:  # whatever a row may hold, it is kept with the reason
+        found = [error]
+    for number, record in enumerate(found):
+        key = record["prompt_id"] if isinstance(record, dict) else records.digest(place)
+        if isinstance(record, Exception):
+            where = place if len(found) == 1 else f"{place}[{number}]"
+            record = records.failure(job.step.name, record, where=where)
+            yield _in_bucket(key, buckets, record, good=False)
+        else:
+            yield _in_bucket(key, buckets, record, good=True)
+
+
+def _in_bucket(key: str, buckets: int, record: Row, *, good: bool) -> Row:
+    return {"bucket": int(key[:8], 16) % buckets, "good": good, "record": json.dumps(record)}
 
 
 def _writer(run: Run, job: Ingest) -> Callable[[pa.Table], pa.Table]:

@@ -1,0 +1,178 @@
+"""Rows of the user's files into records: what is usable, and what is kept with a reason."""
+
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hostile import hostile_lines
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wrpo_ray.config import Columns, ImportConfig, PromptsConfig
+from wrpo_ray.core.published import ROLES, RowError, messages_of
+from wrpo_ray.core.records import FAILURE, PROMPT, SCORED
+from wrpo_ray.core.steps import Step
+from wrpo_ray.ingest.readers import prompt_record, read_rows, scored_records
+from wrpo_ray.ingest.stage import IngestPrompts, IngestResponses, _placed
+
+SPLITS = {"sft": 0.5, "preference": 0.5}
+
+
+def placed(job, path) -> tuple[list[dict], list[dict]]:
+    """The records and the failures that a job makes of a file, as they cross to the writers."""
+    found = [
+        part
+        for place, row in read_rows(str(path), job.columns)
+        for part in _placed(job, place, row, 4)
+    ]
+    records = {
+        good: [json.loads(f["record"]) for f in found if f["good"] == good]
+        for good in (True, False)
+    }
+    pa.Table.from_pylist(records[True], schema=job.schema)
+    pa.Table.from_pylist(records[False], schema=FAILURE)
+    return records[True], records[False]
+
+
+def prompts_job(**columns: str) -> IngestPrompts:
+    given = PromptsConfig(path="x", columns=Columns(**columns))
+    return IngestPrompts(Step("prompts"), given, SPLITS, 0)
+
+
+# --- hostile rows ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_hostile_line_is_a_record_or_a_failure_with_its_place(tmp_path, seed):
+    lines = hostile_lines(400, seed, long=2**14)
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    good, bad = placed(prompts_job(reference="reference", group="group"), path)
+    blank = sum(not line.strip() for line in lines)
+    assert len(good) + len(bad) == 400 - blank
+    assert len({row["where"] for row in bad}) == len(bad)
+    assert {row["error"] for row in bad} >= {"RowError", "JSONDecodeError", "RecursionError"}
+    good, bad = placed(prompts_job(), path)
+    assert len(good) > 100
+    assert all(m["role"] in ROLES for row in good for m in row["messages"])
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"prompt": "\xff"}', "UnicodeDecodeError"),
+        (b'{"prompt": "\\ud83d"}', "RowError: the text is no Unicode at character 0"),
+        (b'{"prompt": "x", "r": "\\ud83d"}', "RowError: the text is no Unicode at character 0"),
+        (b"[" * 100_000, "RecursionError"),
+        (b'{"r": 1}', "RowError: 'prompt' is missing"),
+        (b'{"prompt": null, "r": 1}', "RowError: 'prompt' is null"),
+        (b'{"prompt": "x", "r": null}', "RowError: 'r' is null"),
+        (b'{"prompt": [{"role": "end", "content": "x"}], "r": 1}', "RowError: the role 'end' is"),
+        (
+            b'{"prompt": [{"role": "assistant", "content": "x"}], "r": 1}',
+            "RowError: the prompt ends with an assistant's message",
+        ),
+    ],
+)
+def test_a_bad_line_is_kept_with_its_reason(tmp_path, line, reason):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b'{"prompt": "fine", "r": 1}\n\n' + line)
+    good, (bad,) = placed(prompts_job(reference="r"), path)
+    assert [row["messages"][0]["content"] for row in good] == ["fine"]
+    assert bad["where"] == "p.jsonl:3"
+    assert f"{bad['error']}: {bad['message']}".startswith(reason)
+
+
+@pytest.mark.parametrize("line", [b"\xef\xbb\xbf%s", b"%s\r", b"  %s  "])
+def test_byte_order_mark_and_ends_of_lines_do_no_harm(tmp_path, line):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(line % b'{"prompt": "x"}' + b"\n")
+    good, bad = placed(prompts_job(), path)
+    assert (good[0]["messages"][0]["content"], bad) == ("x", [])
+
+
+def test_bytes_that_are_no_text_cost_one_row_of_a_parquet_file(tmp_path):
+    raw = pa.array([b"a", b"\xff", b"c", None], pa.binary())
+    text = pa.Array.from_buffers(pa.string(), 4, raw.buffers())
+    path = tmp_path / "p.parquet"
+    pq.write_table(pa.table({"prompt": text, "unused": text}), path)
+    good, bad = placed(prompts_job(), path)
+    assert [row["messages"][0]["content"] for row in good] == ["a", "c"]
+    assert [(row["where"], row["error"]) for row in bad] == [
+        ("p.parquet:2", "UnicodeDecodeError"),
+        ("p.parquet:4", "RowError"),
+    ]
+
+
+NESTED = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@given(NESTED)
+def test_any_prompt_is_a_conversation_or_a_row_error(prompt):
+    try:
+        messages = messages_of(prompt)
+    except RowError:
+        return
+    pa.array([messages], PROMPT.field("messages").type)
+
+
+# --- all answers of a prompt in one row --------------------------------------------------------
+
+ROW = {
+    "prompt": "Why?",
+    "prompt_id": "7",
+    "all_generated_responses": ["because", "so", "hm"],
+    "all_rm_scores": [0.3, 0.1, 1],
+    "chosen": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "hm"}],
+    "rejected": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "so"}],
+}
+
+
+def candidates(**changes) -> ImportConfig:
+    return ImportConfig(**{"path": "x", "format": "candidates", "source": "llama"} | changes)
+
+
+def test_one_row_becomes_a_scored_record_for_each_answer():
+    rows = scored_records(ROW, candidates())
+    assert [(r["text"], r["reward"]) for r in rows] == [("because", 0.3), ("so", 0.1), ("hm", 1.0)]
+    assert {r["source"] for r in rows} == {"llama"}
+    (prompt,) = {r["prompt_id"] for r in rows}
+    assert prompt == prompt_record(ROW, Columns(), SPLITS, 0)["prompt_id"]
+    pa.Table.from_pylist(rows, schema=SCORED)
+
+
+def test_the_model_may_stand_in_a_column():
+    config = candidates(source=None, columns={"source": "who"})
+    assert config.needed == ["prompt", "all_generated_responses", "all_rm_scores", "who"]
+    assert {r["source"] for r in scored_records(ROW | {"who": "b"}, config)} == {"b"}
+    assert candidates().needed == ["prompt", "all_generated_responses", "all_rm_scores"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"all_rm_scores": [1, 2]}, "has 3 answers, 'all_rm_scores' 2"),
+        ({"all_rm_scores": None}, "'all_rm_scores' is null"),
+        ({"all_generated_responses": "because"}, "have to be lists, not empty"),
+        ({"all_generated_responses": [], "all_rm_scores": []}, "have to be lists, not empty"),
+        ({"prompt": ""}, "the prompt is empty"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_refused_whole(change, reason):
+    with pytest.raises(RowError, match=reason):
+        scored_records(ROW | change, candidates())
+
+
+@pytest.mark.parametrize("score", [None, math.nan, math.inf, "1", True, 10**400, [1]])
+def test_an_answer_without_a_score_fails_alone(tmp_path, score):
+    path = tmp_path / "c.jsonl"
+    path.write_text(json.dumps(ROW | {"all_rm_scores": [0.3, score, 1]}))
+    good, (bad,) = placed(IngestResponses(Step("import"), candidates()), path)
+    assert [row["text"] for row in good] == ["because", "hm"]
+    assert (bad["where"], bad["error"]) == ("c.jsonl:1[1]", "RowError")
+    assert "has to be a finite number" in bad["message"]
