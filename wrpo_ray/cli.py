@@ -7,16 +7,20 @@ Neither torch nor ray is imported before a config is valid, so `--help` is insta
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wrpo_ray import __version__
 from wrpo_ray.errors import UserError, WrpoError
+
+if TYPE_CHECKING:
+    from wrpo_ray.config import Config
 
 STAGE_HELP = {
     "prompts": "read prompts, or existing answers, into records",
@@ -85,6 +89,17 @@ def _parser() -> argparse.ArgumentParser:
         "--to", required=True, metavar="FILE", type=Path, help="a .jsonl or .parquet file"
     )
     export.set_defaults(run=_export)
+    failures = commands.add_parser("failures", help="failed rows, and new attempts for them")
+    _config_arguments(failures)
+    failures.add_argument("--step", metavar="STEP", help="only of this stage or step")
+    failures.add_argument("--json", action="store_true", help="as JSON")
+    failures.add_argument(
+        "--retry", action="store_true", help="give failed answers and scores new attempts"
+    )
+    failures.add_argument(
+        "--yes", action="store_true", help="with --retry: also where models are trained again"
+    )
+    failures.set_defaults(run=_failures)
     zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
     zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
     zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
@@ -141,6 +156,38 @@ def _export(arguments: argparse.Namespace) -> None:
 
     rows = pipeline.export(config.load(arguments.config, arguments.overrides), arguments.to)
     print(f"{rows:,} preference rows in {arguments.to}")
+
+
+def _failures(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config, results
+
+    settings = config.load(arguments.config, arguments.overrides)
+    if arguments.retry:
+        _retry(arguments, settings)
+        return
+    groups = results.failures(settings, arguments.step)
+    if arguments.json:
+        print(json.dumps(groups, indent=2, ensure_ascii=False))
+        return
+    from wrpo_ray.report.text import failures_text
+
+    print(failures_text(groups))
+
+
+def _retry(arguments: argparse.Namespace, settings: Config) -> None:
+    from wrpo_ray import results
+
+    plan = results.plan_retry(settings, arguments.step)
+    told = ", ".join(f"{rows:,} of {step}" for step, rows in plan.rows.items())
+    print(f"failed rows to try again: {told}")
+    if plan.again:
+        print(f"done again after that:    {', '.join(plan.again)}")
+    if plan.trained and not arguments.yes:
+        raise UserError(
+            f"--retry: {', '.join(plan.trained)} would be trained again; add --yes to do so"
+        )
+    results.retry(settings, plan)
+    print("run the same `wrpo fuse` as before")
 
 
 def _zoo(arguments: argparse.Namespace) -> None:

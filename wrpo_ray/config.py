@@ -579,6 +579,9 @@ class Config(Section):
     """Where to run."""
     failure_limit: float = Field(0.01, ge=0, le=1, json_schema_extra=PLACEMENT)
     """Greatest share of failed rows in a step before the run stops."""
+    max_attempts: int = Field(3, ge=1, json_schema_extra=PLACEMENT)
+    """Runs in which an answer or a score is tried before it stays failed; `wrpo failures --retry`
+    gives as many again."""
 
     @model_validator(mode="after")
     def _whole(self) -> Config:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -64,6 +64,8 @@ from wrpo_ray.train.stage import Train
 STAGES = ("prompts", "generate", "score", "select", "sft", "sample", "pair", "train", "evaluate")
 T = TypeVar("T")
 SUMMARY = "summary.json"
+RETRIES = "retries.json"
+"""{key of a step: how often its failed rows were given new attempts}"""
 SFT, DPO, FUSED = "target-sft", "target-dpo", "fused"
 
 
@@ -89,6 +91,8 @@ class Chain:
 
     config: Config
     until: str = STAGES[-1]
+    retries: dict[str, int] | None = None
+    """By key of a step without them; null reads those of the output."""
     stages: list[Stage] = field(default_factory=list)
     _fingerprints: dict[str, str] = field(default_factory=dict)
     _trained_models: dict[str, tuple[ModelConfig, Folder, str]] = field(default_factory=dict)
@@ -100,6 +104,8 @@ class Chain:
 
     def build(self) -> list[Stage]:
         """All stages, in order."""
+        if self.retries is None:
+            self.retries = self.root.read_json(RETRIES) if self.root.exists(RETRIES) else {}
         existing = self.config.existing
         if existing and existing.format == "preferences":
             rows = self._published_preferences()
@@ -277,13 +283,18 @@ class Chain:
         if model.dtype == "auto" and not model.actors.num_gpus and not model.endpoint:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
         sampling = sampling or self.config.sampling.updated(model.sampling)
-        return Generate(model, folder, identity, prompts, sampling, self.config.seed)
+        return self._retried(Generate(model, folder, identity, prompts, sampling, self.config.seed))
 
     def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
         reward = reward or _required(self.config.reward, "reward")
         folder = Folder(reward.model).absolute() if reward.model else None
         identity = self._fingerprint(folder) if folder else _function_fingerprint(reward)
-        return Score(answers, reward, folder, identity)
+        return self._retried(Score(answers, reward, folder, identity))
+
+    def _retried(self, job: Any) -> Any:
+        """The job as another request to its store, if its failed rows were given new attempts."""
+        times = (self.retries or {}).get(job.step.key, 0)
+        return replace(job, retry=times) if times else job
 
     # --- evaluation
 
@@ -488,7 +499,12 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
     run = Run(
-        root, config.storage.buckets, config.storage.chunk, config.failure_limit, uuid.uuid4().hex
+        root,
+        config.storage.buckets,
+        config.storage.chunk,
+        config.failure_limit,
+        uuid.uuid4().hex,
+        config.max_attempts,
     )
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {config.output}")

@@ -1,5 +1,6 @@
 """What a generation actor does with a bucket, with a fake engine: asking, committing, resuming."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,14 @@ import pytest
 from wrpo_ray.config import ModelConfig, RewardConfig, SamplingConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.run import Run
-from wrpo_ray.core.shards import Bucket, Prompts, Samples, read_bucket, write_shard
+from wrpo_ray.core.shards import (
+    Bucket,
+    Prompts,
+    Samples,
+    failed_by_error,
+    read_bucket,
+    write_shard,
+)
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
@@ -127,6 +135,32 @@ def test_failed_rows_are_kept_with_the_reason_and_tried_again(run):
     assert read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).num_rows == 0
 
 
+def test_a_row_is_tried_in_so_many_runs_and_then_given_up(run):
+    """Its attempts are counted over the runs; a retry is another request, with attempts anew."""
+    two, bad = job(prompts(run, 2), samples=1), records.digest(0)
+    for attempt in (1, 2, 3):
+        engine = FakeEngine(refuses=(bad,))
+        counts = generator(run, two, engine)(ROW)
+        assert [r.prompt_id for r in engine.asked].count(bad) == 1
+        assert (counts["rows"], counts["failed"]) == (1, 1)
+        (row,) = read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
+        assert row["attempts"] == attempt
+    engine = FakeEngine(refuses=(bad,))
+    counts = generator(run, two, engine)(ROW)
+    assert (engine.asked, counts["rows"], counts["failed"]) == ([], 1, 1)
+    (found,) = failed_by_error(two.step.failures(run.root))
+    assert (found["error"], found["rows"], found["attempts"]) == ("ValueError", 1, 3)
+
+    again, engine = replace(two, retry=1), FakeEngine()
+    assert again.step.folder == two.step.folder
+    assert again.step.key != two.step.key
+    counts = generator(run, again, engine)(ROW)
+    assert [r.prompt_id for r in engine.asked] == [bad]
+    assert (counts["rows"], counts["new"], counts["failed"]) == (2, 1, 0)
+    counts = generator(run, two, engine)(ROW)  # what another request brought is no failed row
+    assert (counts["rows"], counts["failed"]) == (2, 0)
+
+
 def test_runs_of_consecutive_samples():
     assert _runs([0, 1, 4]) == [(0, 2), (4, 1)]
     assert _runs([]) == []
@@ -150,6 +184,12 @@ def test_scoring_passes_over_what_is_scored_and_keeps_what_fails(run):
     counts = Scorer(run, [scored])(ROW)
     assert (counts["rows"], counts["new"], counts["failed"]) == (6, 6, 3)
     again = Scorer(run, [scored])(ROW)
+    assert (again["rows"], again["new"], again["failed"]) == (6, 0, 3)
+    kept = scored.step.failures(run.root)
+    assert [(g["rows"], g["attempts"]) for g in failed_by_error(kept)] == [(3, 2)]
+    given_up = Scorer(replace(run, max_attempts=2), [scored])
+    given_up.reward = None  # asked nothing, it would fail
+    again = given_up(ROW)
     assert (again["rows"], again["new"], again["failed"]) == (6, 0, 3)
     rows = scored.samples.read(run.root, BUCKET, records.SCORED).to_pylist()
     assert all(r["reward"] == r["sample"] for r in rows)

@@ -23,6 +23,8 @@ class Run:
     failure_limit: float = 0.01
     session: str = ""
     """Marks the processes of this driver, so that a later one can tell them from its own."""
+    max_attempts: int = 3
+    """How often a row is tried in all runs together before it stays failed."""
 
     def check_failures(self, step: Step, failed: int, done: int) -> None:
         """Raise FailureLimitError when more than `failure_limit` of the rows failed."""
@@ -31,7 +33,7 @@ class Run:
                 f"{step.name}: {failed} of {failed + done} rows failed, above failure_limit "
                 f"{self.failure_limit}{self._example(step)}; all are kept in "
                 f"{step.failures(self.root)}; put the cause right and run the same command "
-                f"again, or raise failure_limit"
+                f"again (`wrpo failures` tells more), or raise failure_limit"
             )
 
     def _example(self, step: Step) -> str:

@@ -20,6 +20,8 @@ from wrpo_ray.core.records import FAILURE, PROMPT, digest
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 
+GIVEN_UP = "given up"
+SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
 _NAME = re.compile(r"(\d{5})-of-(\d{5})-(\w+)\.parquet")
 
 
@@ -76,17 +78,71 @@ def write_shard(
     folder.write_table(bucket.shard(key), pa.Table.from_pylist(rows, schema=schema))
 
 
-def write_failures(folder: Folder, bucket: Bucket, rows: list[dict[str, Any]], key: Any) -> None:
-    """Keep failed rows; `folder` is the step's `failures`."""
-    if rows:
-        write_shard(folder, bucket, FAILURE, rows, key)
+# --- failed rows -----------------------------------------------------------------------------
 
 
-def clear_failures(folder: Folder, bucket: Bucket) -> None:
-    """Forget a bucket's failed rows before they are tried again."""
-    for name in folder.files(suffix=".parquet"):
-        if name.startswith(f"{bucket.index:05d}-of-{bucket.count:05d}-"):
+@dataclass(frozen=True)
+class Earlier:
+    """Failed rows of a bucket in earlier runs, known by (prompt_id, source, sample)."""
+
+    attempts: dict[tuple[Any, ...], int]
+    """How often each was tried."""
+    given_up: frozenset[tuple[str, int]]
+    """Those that are not tried again, by (prompt_id, sample); they stay where they are kept."""
+
+
+def write_failures(
+    folder: Folder,
+    bucket: Bucket,
+    rows: list[dict[str, Any]],
+    key: Any,
+    earlier: Earlier | None = None,
+) -> None:
+    """Keep failed rows, with their attempts in all runs; `folder` is the step's `failures`."""
+    before = earlier.attempts if earlier else {}
+    counted = [r | {"attempts": r["attempts"] + before.get(_failed_key(r), 0)} for r in rows]
+    if counted:
+        write_shard(folder, bucket, FAILURE, counted, key)
+
+
+def clear_failures(folder: Folder, bucket: Bucket, max_attempts: int | None = None) -> Earlier:
+    """Forget a bucket's failed rows before they are tried again, but for their attempts.
+
+    Those with `max_attempts` or more are kept.
+    """
+    shard = f"{bucket.index:05d}-of-{bucket.count:05d}-"
+    names = [name for name in folder.files(suffix=".parquet") if name.startswith(shard)]
+    rows = {_failed_key(row): row for n in names for row in folder.read_table(n).to_pylist()}
+    kept = [r for r in rows.values() if max_attempts and r["attempts"] >= max_attempts]
+    write_failures(folder, bucket, kept, GIVEN_UP)
+    for name in names:
+        if not kept or name != bucket.shard(GIVEN_UP):
             folder.delete(name)
+    attempts = {key: row["attempts"] for key, row in rows.items()}
+    return Earlier(attempts, frozenset((row["prompt_id"], row["sample"]) for row in kept))
+
+
+def _failed_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["prompt_id"], row["source"], row["sample"]
+
+
+def failed_by_error(folder: Folder) -> list[dict[str, Any]]:
+    """{error, rows, attempts (most), where, prompt_id, message (of one)} by type of error."""
+    groups: dict[str, dict[str, Any]] = {}
+    shown = ["where", "prompt_id", "message"]
+    for name in folder.files(suffix=".parquet"):
+        table = folder.read_table(name, ["error", "attempts", *shown])
+        firsts = [(column, "first", SKIP_NO_NULL) for column in shown]
+        counts = [("attempts", "max"), ([], "count_all"), *firsts]
+        for found in table.group_by("error", use_threads=False).aggregate(counts).to_pylist():
+            example = {column: found[f"{column}_first"] for column in shown}
+            one = groups.setdefault(found["error"], {"rows": 0, "attempts": 0} | example)
+            one["rows"] += found["count_all"]
+            one["attempts"] = max(one["attempts"], found["attempts_max"])
+    return [{"error": e} | groups[e] for e in sorted(groups, key=lambda e: -groups[e]["rows"])]
+
+
+# --- prompts and samples ---------------------------------------------------------------------
 
 
 def chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:

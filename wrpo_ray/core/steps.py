@@ -30,12 +30,15 @@ class Step:
     inputs: tuple[Step, ...] = ()
     store: dict[str, Any] | None = None
     """What names the folder, where that is less than config and inputs."""
+    retry: int = 0
+    """How often its failed rows were given new attempts after it was done."""
 
     @cached_property
     def key(self) -> str:
         """12 hex digits over everything the result depends on."""
         inputs = [step.key for step in self.inputs]
-        return digest([self.name, FORMAT, self.config, self.store, inputs], 12)
+        again = [self.retry] if self.retry else []
+        return digest([self.name, FORMAT, self.config, self.store, inputs, *again], 12)
 
     @cached_property
     def folder(self) -> str:

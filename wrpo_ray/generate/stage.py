@@ -22,6 +22,7 @@ from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.run import Run, Tally
 from wrpo_ray.core.shards import (
     Bucket,
+    Earlier,
     Prompts,
     Samples,
     buckets,
@@ -53,6 +54,7 @@ class Generate:
     prompts: Prompts
     sampling: SamplingConfig
     seed: int
+    retry: int = 0
 
     @cached_property
     def step(self) -> Step:
@@ -65,7 +67,7 @@ class Generate:
             "seed": self.seed,
         }
         wanted = {"samples": count, "splits": list(self.prompts.splits)}
-        return Step(f"generate-{self.model.name}", wanted, (self.prompts.step,), store)
+        return Step(f"generate-{self.model.name}", wanted, (self.prompts.step,), store, self.retry)
 
     @property
     def samples(self) -> Samples:
@@ -124,11 +126,12 @@ class Generator:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job; what is returned are counts only. Threads call at once."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
-        held, requests = self._missing(job, bucket)
-        clear_failures(job.step.failures(self.run.root), bucket)
-        done = failed = tokens = 0
+        kept = job.step.failures(self.run.root)
+        earlier = clear_failures(kept, bucket, self.run.max_attempts)
+        held, failed, requests = self._missing(job, bucket, earlier)
+        done = tokens = 0
         for rows, failures in self._answers(job, requests):
-            self._commit(bucket, job, rows, failures)
+            self._commit(bucket, job, rows, failures, earlier)
             done, failed = done + len(rows), failed + len(failures)
             tokens += sum(r["output_tokens"] or 0 for r in rows)
         counts = {"rows": held + done, "new": done, "failed": failed, "output_tokens": tokens}
@@ -148,28 +151,38 @@ class Generator:
                 yield rows, failed
                 rows, failed = [], []
 
-    def _missing(self, job: Generate, bucket: Bucket) -> tuple[int, list[Request]]:
-        """How many wanted answers the store holds, and requests for the others."""
+    def _missing(
+        self, job: Generate, bucket: Bucket, earlier: Earlier
+    ) -> tuple[int, int, list[Request]]:
+        """How many wanted answers are held, how many given up, and requests for the others."""
         store = self.run.root / job.step.folder
         done = sample_keys(read_bucket(store, bucket, records.RESPONSE, ["prompt_id", "sample"]))
+        given_up = earlier.given_up - done
         prompts = job.prompts.read(self.run.root, bucket).to_pylist()
         requests, wanted = [], job.sampling.samples
         for prompt in prompts:
-            lacking = [s for s in range(wanted) if (prompt["prompt_id"], s) not in done]
+            keys = [(prompt["prompt_id"], sample) for sample in range(wanted)]
+            lacking = [key[1] for key in keys if key not in done and key not in given_up]
             requests += [
                 Request(prompt["prompt_id"], prompt["messages"], first, count)
                 for first, count in _runs(lacking)
             ]
-        return wanted * len(prompts) - sum(r.count for r in requests), requests
+        tried = sum(request.count for request in requests)
+        return wanted * len(prompts) - tried - len(given_up), len(given_up), requests
 
     def _commit(
-        self, bucket: Bucket, job: Generate, rows: list[dict], failures: list[dict]
+        self,
+        bucket: Bucket,
+        job: Generate,
+        rows: list[dict],
+        failures: list[dict],
+        earlier: Earlier,
     ) -> None:
         key = sorted([r["prompt_id"], r["sample"]] for r in rows + failures)
         if rows:
             marked = [row | {"model": job.fingerprint} for row in rows]
             write_shard(job.samples.folder(self.run.root), bucket, records.RESPONSE, marked, key)
-        write_failures(job.step.failures(self.run.root), bucket, failures, key)
+        write_failures(job.step.failures(self.run.root), bucket, failures, key, earlier)
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 Row = dict[str, Any]
+EXAMPLE = 120
+"""Characters of an example that are shown."""
 
 
 def summary_text(summary: Row) -> str:
@@ -86,3 +88,24 @@ def _example(example: Row) -> Iterator[str]:
     for name, text in example["answers"].items():
         right = example["reference"] is not None and text.strip() == example["reference"]
         yield f"  {name:14}{text.strip()}" + ("   (right)" if right else "")
+
+
+# --- failed rows -----------------------------------------------------------------------------
+
+
+def failures_text(groups: list[Row]) -> str:
+    """What `wrpo failures` prints: a line for each step and type of error, with an example."""
+    if not groups:
+        return "no failed rows"
+    width = max(len(group["step"]) for group in groups) + 2
+    lines = [f"{'step':{width}}{'error':22}{'rows':>9}{'attempts':>10}  example"]
+    for group in groups:
+        place = group["where"] or f"prompt {group['prompt_id']}"
+        example = f"{place}: {group['message']}"
+        lines.append(
+            f"{group['step']:{width}}{group['error']:22}{group['rows']:>9,}"
+            f"{group['attempts']:>10}  {example[:EXAMPLE]}{'...' * (len(example) > EXAMPLE)}"
+        )
+    folders = dict.fromkeys((group["step"], group["folder"]) for group in groups)
+    kept = [f"{step:{width}}{_short(folder)}" for step, folder in folders]
+    return "\n".join([*lines, "", "kept in", *kept])

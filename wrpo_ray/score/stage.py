@@ -14,6 +14,7 @@ from wrpo_ray.core.progress import Progress
 from wrpo_ray.core.run import Run, Tally
 from wrpo_ray.core.shards import (
     Bucket,
+    Earlier,
     Samples,
     buckets,
     clear_failures,
@@ -39,6 +40,7 @@ class Score:
     """The reward model's weights; None for a function."""
     fingerprint: str
     """What identifies them: part of the store's key."""
+    retry: int = 0
 
     @cached_property
     def step(self) -> Step:
@@ -51,7 +53,7 @@ class Score:
         }
         if self.reward.function:  # it may look at the prompts' references
             store["prompts"] = self.answers.prompts.step.key
-        return Step(f"score-{self.reward.name}-{name}", {}, (source,), store)
+        return Step(f"score-{self.reward.name}-{name}", {}, (source,), store, self.retry)
 
     @property
     def samples(self) -> Samples:
@@ -102,22 +104,30 @@ class Scorer:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job; what is returned are counts only."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
-        held, missing = self._missing(job, bucket)
-        clear_failures(job.step.failures(self.run.root), bucket)
+        kept = job.step.failures(self.run.root)
+        earlier = clear_failures(kept, bucket, self.run.max_attempts)
+        held, given_up, missing = self._missing(job, bucket, earlier)
         good, failed = self._score(job, bucket, missing) if missing else ([], [])
         key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in missing)
         if good:
             write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
-        write_failures(job.step.failures(self.run.root), bucket, failed, key)
-        return row | {"rows": held + len(good), "new": len(good), "failed": len(failed)}
+        write_failures(kept, bucket, failed, key, earlier)
+        counts = {"rows": held + len(good), "new": len(good), "failed": given_up + len(failed)}
+        return row | counts
 
-    def _missing(self, job: Score, bucket: Bucket) -> tuple[int, list[Row]]:
-        """How many wanted answers are scored, and those that are not."""
+    def _missing(self, job: Score, bucket: Bucket, earlier: Earlier) -> tuple[int, int, list[Row]]:
+        """How many wanted answers are scored, how many given up, and the others."""
         store = job.samples.folder(self.run.root)
         done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
         answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
-        missing = [r for r in answers if (r["prompt_id"], r["sample"]) not in done]
-        return len(answers) - len(missing), missing
+        given_up = earlier.given_up - done
+        keys = [(row["prompt_id"], row["sample"]) for row in answers]
+        missing = [
+            row
+            for row, key in zip(answers, keys, strict=True)
+            if key not in done and key not in given_up
+        ]
+        return len(answers) - len(missing) - len(given_up), len(given_up), missing
 
     def _score(self, job: Score, bucket: Bucket, rows: list[Row]) -> tuple[list[Row], list[Row]]:
         prompts = job.answers.prompts.read(self.run.root, bucket).to_pylist()

@@ -180,8 +180,7 @@ class Preparer:
         """Rows that are too long lie apart from faults, which count against `failure_limit`."""
         failures = self.job.step.failures(self.run.root)
         for folder, part in ((failures, rows.faults), (failures / DROPPED, rows.too_long)):
-            clear_failures(folder, bucket)
-            write_failures(folder, bucket, part, "rows")
+            write_failures(folder, bucket, part, "rows", clear_failures(folder, bucket))
 
     def _with_reference(self, rows: list[Row]) -> list[Row]:
         return self.reference(rows) if rows and self.job.stores_reference else rows
