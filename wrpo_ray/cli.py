@@ -83,10 +83,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name, text in STAGE_HELP.items():
         _config_command(commands, name, f"the chain up to here: {text}", _fuse, until=name)
-    export = commands.add_parser("export", help="write preference rows in the published form")
+    export = commands.add_parser("export", help="preference rows as a data set with its card")
     _config_arguments(export)
     export.add_argument(
-        "--to", required=True, metavar="FILE", type=Path, help="a .jsonl or .parquet file"
+        "--to",
+        required=True,
+        metavar="PLACE",
+        help="a folder, local or in an object store, or a .jsonl or .parquet file",
+    )
+    export.add_argument(
+        "--format",
+        choices=("published", "trl", "records"),
+        default="published",
+        help="published: chosen [y_ws, y_wt], rejected [y_l] (default); trl: TRL's preference "
+        "rows; records: with every reward and source",
+    )
+    export.add_argument(
+        "--pairs",
+        choices=("target", "source", "both"),
+        default="target",
+        help="for trl: y_wt and y_l (default), y_ws and y_l, or a row of each",
     )
     export.set_defaults(run=_export)
     failures = commands.add_parser("failures", help="failed rows, and new attempts for them")
@@ -152,9 +168,13 @@ def _fuse(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from wrpo_ray import config, pipeline
+    from wrpo_ray import config, results
+    from wrpo_ray.export.forms import Form
 
-    rows = pipeline.export(config.load(arguments.config, arguments.overrides), arguments.to)
+    if arguments.pairs != "target" and arguments.format != "trl":
+        raise UserError("export: --pairs belongs to --format trl; the other forms have all answers")
+    settings = config.load(arguments.config, arguments.overrides)
+    rows = results.export(settings, arguments.to, Form(arguments.format, arguments.pairs))
     print(f"{rows:,} preference rows in {arguments.to}")
 
 

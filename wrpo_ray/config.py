@@ -281,6 +281,9 @@ class ModelConfig(Section):
     different nodes."""
     engine: dict[str, Any] = {}
     """Further arguments of `vllm.LLM`."""
+    license: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """The model's licence by its Hugging Face id, for the card of exported rows; null reads it
+    from the model folder's README.md."""
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
     """Its pool of engines; with parallelism, `num_gpus` and `resources` are those of each part. An
     endpoint has one actor, so that its limits hold over all calls."""

@@ -8,18 +8,13 @@ frozen spec with a `step`; jobs whose step is done are not run again.
 from __future__ import annotations
 
 import importlib
-import json
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any, TypeVar
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from wrpo_ray.config import (
     AlphaConfig,
@@ -36,7 +31,6 @@ from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
 from wrpo_ray.core.hub import HubModel, address
 from wrpo_ray.core.progress import log
-from wrpo_ray.core.published import PUBLISHED, to_published
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Prompts, Samples, buckets
@@ -629,51 +623,3 @@ def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
 
 def _rows(record: dict[str, Any]) -> int:
     return record["counts"].get("rows", 0)
-
-
-# --- export ----------------------------------------------------------------------------------
-
-
-def export(config: Config, to: Path) -> int:
-    """Write the preference rows in the published form; returns how many.
-
-    Rows are streamed bucket by bucket to one local file, JSONL or Parquet by its ending.
-
-    Raises:
-        UserError: the preference step is not done, or the ending is of another kind.
-    """
-    chain = Chain(_with_models(config, _pinned), "pair")
-    step = chain.build()[-1].steps[-1]
-    if not step.is_done(chain.root):
-        raise UserError("export: the preference rows are not there yet; run `wrpo pair` first")
-    write = {".jsonl": _write_jsonl, ".parquet": _write_parquet}.get(to.suffix)
-    if write is None:
-        raise UserError(f"export: --to {to} has to end in .jsonl or .parquet")
-    if not to.absolute().parent.is_dir():
-        raise UserError(f"export: --to {to}: there is no folder {to.absolute().parent}; make it")
-    folder = chain.root / step.folder
-    tables = (folder.read_table(name) for name in folder.files(suffix=".parquet"))
-    return write(to, ([to_published(row) for row in table.to_pylist()] for table in tables))
-
-
-def _write_jsonl(to: Path, parts: Iterator[list[dict[str, Any]]]) -> int:
-    count = 0
-    with to.open("w", encoding="utf-8") as file:
-        for rows in parts:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            count += len(rows)
-    return count
-
-
-def _write_parquet(to: Path, parts: Iterator[list[dict[str, Any]]]) -> int:
-    """A prompt is always a list of messages here, because a Parquet column has one type."""
-    count = 0
-    with pq.ParquetWriter(to, PUBLISHED) as file:
-        for rows in parts:
-            for row in rows:
-                row["prompt"] = (
-                    row["prompt"] if isinstance(row["prompt"], list) else [row["prompt"]]
-                )
-            file.write_table(pa.Table.from_pylist(rows, schema=PUBLISHED))
-            count += len(rows)
-    return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,13 +12,19 @@ from wrpo_ray.config import Config
 from wrpo_ray.core.lease import Lease
 from wrpo_ray.core.shards import failed_by_error
 from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.storage import Folder, check_writable
 from wrpo_ray.errors import UserError
+from wrpo_ray.export.card import Facts, Model, card, license_of
+from wrpo_ray.export.forms import Form
+from wrpo_ray.export.write import is_file, write_file, write_folder
+from wrpo_ray.generate.stage import Generate
 from wrpo_ray.pipeline import RETRIES, STAGES, Chain
-from wrpo_ray.train.prepare import DROPPED
+from wrpo_ray.score.stage import Score
+from wrpo_ray.train.prepare import DROPPED, Prepare
 from wrpo_ray.train.stage import Train
 
 Row = dict[str, Any]
+CARD = "README.md"
 
 
 # --- failed rows -----------------------------------------------------------------------------
@@ -106,6 +113,79 @@ def retry(config: Config, plan: Retry) -> None:
     root = _chain(config).root
     with Lease(root, uuid.uuid4().hex):
         root.write_json(RETRIES, plan.retries)
+
+
+# --- preference rows -------------------------------------------------------------------------
+
+
+def export(config: Config, to: str, form: Form) -> int:
+    """Write the preference rows to a .jsonl or .parquet file, or as a dataset folder with a card.
+
+    Returns how many rows were written.
+
+    Raises:
+        UserError: the preference step is not done or has no rows, or `to` cannot be written to.
+    """
+    chain = Chain(config, "pair")
+    jobs, place = _jobs(chain), Folder(to).absolute()
+    step: Step = jobs[-1][1].step
+    if not step.is_done(chain.root):
+        raise UserError("export: the preference rows are not there yet; run `wrpo pair` first")
+    if is_file(place):
+        return write_file(chain.root / step.folder, place, form)
+    check_writable(place, "--to")
+    statistics = write_folder(chain.root / step.folder, place, form)
+    text = card(form, statistics, _facts(config, chain.root, jobs))
+    place.write(CARD, text.encode())
+    return statistics.rows * form.rows_each
+
+
+def _facts(config: Config, root: Folder, jobs: list[tuple[str, Any]]) -> Facts:
+    done = [job.step for _, job in jobs if job.step.is_done(root)]
+    records = [step.read_manifest(root) for step in done]
+    settings: Row = {"seed": config.seed}
+    for name in ("sampling", "split", "pair", "reward"):
+        section = getattr(config, name)
+        settings |= {name: _without_paths(section.identity())} if section else {}
+    return Facts(
+        models=list(_models(config, jobs)),
+        settings=settings,
+        steps=[{"step": r["step"], "counts": r["counts"]} for r in records],
+        failures=_failures(root, jobs, None),
+        versions={k: v for record in records for k, v in record["versions"].items()},
+    )
+
+
+def _models(config: Config, jobs: list[tuple[str, Any]]) -> Iterator[Model]:
+    """The sources, the target and the reward model, as far as the config has them."""
+    weights = {job.model.name: job.fingerprint for _, job in jobs if isinstance(job, Generate)}
+    for _, job in jobs:
+        if isinstance(job, Prepare) and config.target:
+            weights[config.target.name] = job.fingerprint
+        if isinstance(job, Score) and config.reward:
+            weights[config.reward.name] = job.fingerprint
+    answering = [("source", m) for m in config.sources]
+    answering += [("target", config.target)] if config.target else []
+    given = [(role, m.name, m.model, m.license) for role, m in answering]
+    if config.reward:
+        place = config.reward.model or config.reward.function or ""
+        given.append(("reward", config.reward.name, place, None))
+    for role, name, place, stated in given:
+        terms = license_of(name, stated, Folder(place).absolute())
+        yield Model(role, name, _last(place), weights.get(name, ""), terms)
+
+
+def _without_paths(settings: Row) -> Row:
+    """What a card may show: of places on this machine only the last name."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    return {k: _last(v) if k in ("model", "path") else v for k, v in given.items()}
+
+
+def _last(path: str) -> str:
+    return str(Folder(path)).rstrip("/").rsplit("/", 1)[-1]
+
+
+# --- the chain -------------------------------------------------------------------------------
 
 
 def _chain(config: Config, retries: dict[str, int] | None = None) -> Chain:

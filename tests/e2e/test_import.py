@@ -58,19 +58,38 @@ def test_real_responses(tmp_path):
     assert {k[5:]: v for k, v in counts["select"].items() if k.startswith("wins.")} == wins
 
 
-def test_two_target_answers_make_preference_rows_and_columns_are_mapped(tmp_path):
-    rows = [
-        {"q": f"Question {i}?", "a": f"{who} {n}", "who": who, "score": score}
-        for i in range(8)
-        for who, n, score in [("A", 0, 0.9), ("B", 0, 0.2), ("T", 0, 0.5), ("T", 1, 0.1)]
+ANSWERS = [("A", 0, 0.9), ("B", 0, 0.2), ("T", 0, 0.5), ("T", 1, 0.1)]
+
+
+def one_answer_a_row(question: str) -> list[dict]:
+    return [{"q": question, "a": f"{who} {n}", "who": who, "score": s} for who, n, s in ANSWERS]
+
+
+def all_answers_of_a_model_in_a_row(question: str) -> list[dict]:
+    return [
+        {
+            "q": question,
+            "a": [f"{who} {n}" for who, n, _ in ANSWERS if who == name],
+            "who": name,
+            "score": [score for who, _, score in ANSWERS if who == name],
+        }
+        for name in "ABT"
     ]
+
+
+@pytest.mark.parametrize(
+    ("form", "rows_of"),
+    [("responses", one_answer_a_row), ("candidates", all_answers_of_a_model_in_a_row)],
+)
+def test_two_target_answers_make_preference_rows_and_columns_are_mapped(tmp_path, form, rows_of):
+    rows = [row for i in range(8) for row in rows_of(f"Question {i}?")]
     data = tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     columns = {"prompt": "q", "response": "a", "source": "who", "reward": "score"}
     wrpo = config(
         tmp_path,
         split={"sft": 0.0},
-        **{"import": {"path": str(data), "columns": columns, "target": "T"}},
+        **{"import": {"path": str(data), "format": form, "columns": columns, "target": "T"}},
     )
     result = wrpo("fuse", "--until", "pair")
     assert result.returncode == 0, result.stderr

@@ -71,3 +71,20 @@ def test_training_from_and_to_an_object_store(demo, bucket):
     ]
     assert "model.safetensors" in (store / sft / "model").files()
     assert tables(store, "score-reward-target-sft", records.SCORED).num_rows > 0
+
+
+def test_export_into_an_object_store(bucket):
+    """As on disk, from shards that lie there too."""
+    from tiny_models import preference_rows, write_preferences
+
+    from wrpo_ray.export.forms import Form
+    from wrpo_ray.export.write import write_file, write_folder
+
+    store = Folder(bucket)
+    rows = preference_rows(20)
+    write_preferences(store / "shards", rows)
+    assert write_folder(store / "shards", store / "set", Form("records")).rows == 20
+    (name,) = (store / "set").files("data")
+    assert (store / "set").read_table(f"data/{name}").num_rows == 20
+    assert write_file(store / "shards", store / "rows.jsonl", Form()) == 20
+    assert store.read("rows.jsonl").count(b"\n") == 20

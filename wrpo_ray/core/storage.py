@@ -10,7 +10,9 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,8 +116,14 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file; it appears at once."""
-        with self._publish(name) as path, self.filesystem.open_output_stream(path) as stream:
+        with self.writing(name) as stream:
             stream.write(data)
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+        """A stream into a file, which appears when the block ends."""
+        with self._publish(name) as path, self.filesystem.open_output_stream(path) as stream:
+            yield stream
 
     def read_json(self, name: str) -> Any:
         """The value of a JSON file."""
@@ -239,7 +247,7 @@ class _Remote:
             )
 
 
-def check_writable(folder: Folder) -> None:
+def check_writable(folder: Folder, what: str = "output") -> None:
     """Write and delete a probe.
 
     Raises:
@@ -252,5 +260,5 @@ def check_writable(folder: Folder) -> None:
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"output: {folder} is not writable ({reason}); set `output` to a folder you can write"
+            f"{what}: {folder} is not writable ({reason}); set `{what}` to a folder you can write"
         ) from None

@@ -1,0 +1,1 @@
+"""Preference rows for others to use: files, and a dataset card."""

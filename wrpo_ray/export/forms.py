@@ -1,0 +1,82 @@
+"""The forms that preference rows leave in: functions of Arrow batches, no row is a Python object.
+
+- `published`: {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}, as the method's authors
+  released theirs (`core.published`).
+- `trl`: {prompt, chosen, rejected}, each a list of messages: TRL's conversational preference form
+  with an explicit prompt. The pair is (y_wt, y_l), (y_ws, y_l), or one row of each.
+- `records`: all that is known (`core.records.PREFERENCE`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+
+from wrpo_ray.core.published import PUBLISHED
+from wrpo_ray.core.records import MESSAGES, PREFERENCE
+
+Name = Literal["published", "trl", "records"]
+Pairs = Literal["target", "source", "both"]
+CHOSEN: dict[Pairs, tuple[str, ...]] = {
+    "target": ("target_chosen",),
+    "source": ("source_chosen",),
+    "both": ("source_chosen", "target_chosen"),
+}
+TRL = pa.schema([("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)])
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form, and for `trl` which pairs."""
+
+    name: Name = "published"
+    pairs: Pairs = "target"
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the rows that leave."""
+        return {"published": PUBLISHED, "trl": TRL, "records": PREFERENCE}[self.name]
+
+    @property
+    def rows_each(self) -> int:
+        """Rows that one PREFERENCE record becomes."""
+        return len(CHOSEN[self.pairs]) if self.name == "trl" else 1
+
+    def of(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """Rows of this form, from PREFERENCE records."""
+        if self.name == "records":
+            return batch.cast(PREFERENCE)
+        if self.name == "published":
+            chosen = said(text(batch, "source_chosen"), text(batch, "target_chosen"))
+            rejected = said(text(batch, "rejected"))
+            columns = [batch["prompt_id"], batch["messages"].cast(MESSAGES), chosen, rejected]
+            return pa.RecordBatch.from_arrays(columns, schema=PUBLISHED)
+        answers = [said(text(batch, name)) for name in CHOSEN[self.pairs]]
+        again = [batch["messages"].cast(MESSAGES), said(text(batch, "rejected"))]
+        prompts, rejected = (in_turn([column] * len(answers)) for column in again)
+        return pa.RecordBatch.from_arrays([prompts, in_turn(answers), rejected], schema=TRL)
+
+
+def text(batch: pa.RecordBatch, answer: str) -> pa.Array:
+    """The texts of an answer."""
+    return batch[answer].field("text")
+
+
+def said(*texts: pa.Array) -> pa.ListArray:
+    """For each row a list of assistant's messages, one of each column of texts."""
+    contents = in_turn(list(texts))
+    roles = pa.repeat(pa.scalar("assistant"), len(contents))
+    messages = pa.StructArray.from_arrays([roles, contents], fields=list(MESSAGES.value_type))
+    starts = np.arange(0, len(contents) + 1, len(texts), dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(starts), messages, type=MESSAGES)
+
+
+def in_turn(columns: list[pa.Array]) -> pa.Array:
+    """The first value of each column, then the second of each, and so on."""
+    if len(columns) == 1:
+        return columns[0]
+    order = np.arange(len(columns) * len(columns[0])).reshape(len(columns), -1).T.ravel()
+    return pa.concat_arrays(columns).take(pa.array(order))

@@ -1,0 +1,143 @@
+"""Preference shards into one file, or into a folder that Hugging Face `datasets` reads.
+
+Shards are read batch by batch and written file by file, some side by side; what is held in
+memory is a batch for each of them, whatever the size of the set.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+from wrpo_ray.export.forms import Form
+from wrpo_ray.export.statistics import Statistics, bounds
+
+FILES = (".jsonl", ".parquet")
+DATA = "data"
+FILE_BYTES = 256 * 2**20
+"""Bytes of shards that go into one file of a folder."""
+BATCH = 4096
+"""Rows in memory."""
+
+
+def is_file(to: Folder) -> bool:
+    """Whether one file is wanted, by its ending, and not a folder."""
+    return str(to).endswith(FILES)
+
+
+def write_file(shards: Folder, to: Folder, form: Form) -> int:
+    """Write one JSONL or Parquet file; returns its rows.
+
+    Raises:
+        UserError: it is to lie in a folder that is not there.
+    """
+    parent = os.path.dirname(to.path)
+    if not to.is_remote and not os.path.isdir(parent):
+        raise UserError(f"export: --to {to}: there is no folder {parent}; make it")
+    write = _write_jsonl if str(to).endswith(".jsonl") else _write_parquet
+    return write(to, "", form, _batches(shards, shards.files(suffix=".parquet")))
+
+
+def write_folder(shards: Folder, to: Folder, form: Form) -> Statistics:
+    """Write `data/train-*.parquet`; returns counts of the PREFERENCE records.
+
+    Raises:
+        UserError: there are no rows, or files of another export are there.
+    """
+    footers = {name: _open(shards, name).metadata for name in shards.files(suffix=".parquet")}
+    parts = _parts({name: footer for name, footer in footers.items() if footer.num_rows})
+    if not parts:
+        raise UserError("export: there are no preference rows; see `dropped` in the summary")
+    names = [f"train-{i:05d}-of-{len(parts):05d}.parquet" for i in range(len(parts))]
+    strangers = set(to.files(DATA)) - set(names)
+    if strangers:
+        raise UserError(
+            f"export: {to}/{DATA} holds other files, such as {min(strangers)}; give a new folder, "
+            f"or delete them"
+        )
+    total = Statistics(bounds(footers.values()))
+    write = partial(_write_part, shards, to, form, total.bounds)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        for part in threads.map(write, names, parts):
+            total.merge(part)
+    return total
+
+
+def _parts(footers: dict[str, pq.FileMetaData]) -> list[list[str]]:
+    """Names of shards, by the file that they go into."""
+    parts: list[list[str]] = []
+    room = 0
+    for name, footer in footers.items():
+        size = sum(footer.row_group(i).total_byte_size for i in range(footer.num_row_groups))
+        if room < size or not parts:
+            parts.append([])
+            room = FILE_BYTES
+        parts[-1].append(name)
+        room -= size
+    return parts
+
+
+def _write_part(
+    shards: Folder,
+    to: Folder,
+    form: Form,
+    limits: tuple[float, float] | None,
+    name: str,
+    part: list[str],
+) -> Statistics:
+    statistics = Statistics(limits)
+
+    def counted() -> Iterator[pa.RecordBatch]:
+        for batch in _batches(shards, part):
+            statistics.add(batch)
+            yield batch
+
+    _write_parquet(to, f"{DATA}/{name}", form, counted())
+    return statistics
+
+
+def _open(shards: Folder, name: str) -> pq.ParquetFile:
+    return pq.ParquetFile(f"{shards.path}/{name}", filesystem=shards.filesystem)
+
+
+def _batches(shards: Folder, names: list[str]) -> Iterator[pa.RecordBatch]:
+    for name in names:
+        with _open(shards, name) as file:
+            yield from file.iter_batches(batch_size=BATCH)
+
+
+def _write_parquet(to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch]) -> int:
+    """A prompt is always a list of messages here, because a Parquet column has one type."""
+    count = 0
+    with (
+        to.writing(name) as stream,
+        pq.ParquetWriter(stream, form.schema, compression="zstd") as file,
+    ):
+        for batch in batches:
+            rows = form.of(batch)
+            file.write_batch(rows)
+            count += len(rows)
+    return count
+
+
+def _write_jsonl(to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch]) -> int:
+    """A published prompt of one message is that message, as in the published rows."""
+    count = 0
+    with to.writing(name) as stream:
+        for batch in batches:
+            rows = form.of(batch).to_pylist()
+            for row in rows:
+                if form.name == "published" and len(row["prompt"]) == 1:
+                    row["prompt"] = row["prompt"][0]
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            stream.write("".join(lines).encode())
+            count += len(rows)
+    return count
