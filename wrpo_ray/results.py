@@ -24,6 +24,8 @@ from wrpo_ray.train.prepare import DROPPED, Prepare
 from wrpo_ray.train.stage import Train
 
 Row = dict[str, Any]
+Job = tuple[str, Any]
+"""The stage's name, and the job."""
 CARD = "README.md"
 
 
@@ -41,24 +43,18 @@ def failures(config: Config, only: str | None = None) -> list[Row]:
         UserError: no stage or step is named `only`.
     """
     chain = _chain(config)
-    return _failures(chain.root, _jobs(chain), only)
+    return _failures(chain.root, _named(_jobs(chain), only))
 
 
-def _failures(root: Folder, jobs: list[tuple[str, Any]], only: str | None) -> list[Row]:
-    names = {name: None for stage, job in jobs for name in (stage, job.step.name)}
-    if only is not None and only not in names:
-        raise UserError(f"--step {only}: no such stage or step; there are {', '.join(names)}")
+def _failures(root: Folder, jobs: list[Job]) -> list[Row]:
     found = []
     for stage, job in jobs:
         step: Step = job.step
-        if only not in (None, stage, step.name):
-            continue
-        told = {"stage": stage, "step": step.name, "done": step.is_done(root)}
+        told = {"stage": stage, "done": step.is_done(root), "can_retry": hasattr(job, "retry")}
         folder = step.failures(root)
         for name, part in ((step.name, folder), (f"{step.name} {DROPPED}", folder / DROPPED)):
-            can_retry = hasattr(job, "retry")
-            more = told | {"step": name, "can_retry": can_retry, "folder": str(part)}
-            found += [more | group for group in failed_by_error(part)]
+            groups = failed_by_error(part)
+            found += [{"step": name, **told, "folder": str(part), **group} for group in groups]
     return found
 
 
@@ -88,15 +84,14 @@ def plan_retry(config: Config, only: str | None = None) -> Retry:
     """
     chain, rows = _chain(config), Counter[str]()
     now = _jobs(chain)
-    for group in _failures(chain.root, now, only):
-        if group["can_retry"]:
-            rows[group["step"]] += group["rows"]
+    retries = dict(chain.retries or {})
+    for stage, job in _named(now, only):
+        failed = _failures(chain.root, [(stage, job)])
+        if failed and hasattr(job, "retry"):
+            rows[job.step.name] += sum(group["rows"] for group in failed)
+            retries[replace(job, retry=0).step.key] = job.retry + 1
     if not rows:
         raise UserError("failures: there is no failed answer or score to retry")
-    retries = dict(chain.retries or {})
-    for _, job in now:
-        if job.step.name in rows and hasattr(job, "retry"):
-            retries[replace(job, retry=0).step.key] = job.retry + 1
     after = {job.step.key for _, job in _jobs(_chain(config, retries))}
     again = [j for _, j in now if j.step.key not in after and j.step.is_done(chain.root)]
     names = list(dict.fromkeys(job.step.name for job in again))
@@ -140,7 +135,7 @@ def export(config: Config, to: str, form: Form) -> int:
     return statistics.rows * form.rows_each
 
 
-def _facts(config: Config, root: Folder, jobs: list[tuple[str, Any]]) -> Facts:
+def _facts(config: Config, root: Folder, jobs: list[Job]) -> Facts:
     done = [job.step for _, job in jobs if job.step.is_done(root)]
     records = [step.read_manifest(root) for step in done]
     settings: Row = {"seed": config.seed}
@@ -151,12 +146,12 @@ def _facts(config: Config, root: Folder, jobs: list[tuple[str, Any]]) -> Facts:
         models=list(_models(config, jobs)),
         settings=settings,
         steps=[{"step": r["step"], "counts": r["counts"]} for r in records],
-        failures=_failures(root, jobs, None),
+        failures=_failures(root, jobs),
         versions={k: v for record in records for k, v in record["versions"].items()},
     )
 
 
-def _models(config: Config, jobs: list[tuple[str, Any]]) -> Iterator[Model]:
+def _models(config: Config, jobs: list[Job]) -> Iterator[Model]:
     """The sources, the target and the reward model, as far as the config has them."""
     weights = {job.model.name: job.fingerprint for _, job in jobs if isinstance(job, Generate)}
     for _, job in jobs:
@@ -194,6 +189,18 @@ def _chain(config: Config, retries: dict[str, int] | None = None) -> Chain:
     return Chain(config, STAGES[-1] if config.target else without_target, retries)
 
 
-def _jobs(chain: Chain) -> list[tuple[str, Any]]:
-    """(stage, job) of the chain."""
+def _jobs(chain: Chain) -> list[Job]:
+    """All jobs of the chain, in order."""
     return [(s.name, job) for s in chain.build() for phase in s.phases for job in phase]
+
+
+def _named(jobs: list[Job], only: str | None) -> list[Job]:
+    """Those of the stage or step `only`; all, where it is null.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = {name: None for stage, job in jobs for name in (stage, job.step.name)}
+    if only is not None and only not in names:
+        raise UserError(f"--step {only}: no such stage or step; there are {', '.join(names)}")
+    return [(stage, job) for stage, job in jobs if only in (None, stage, job.step.name)]
