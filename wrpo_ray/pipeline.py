@@ -25,6 +25,7 @@ from wrpo_ray.config import (
     ModelConfig,
     PromptsConfig,
     RewardConfig,
+    ScoreConfig,
 )
 from wrpo_ray.core.chat import check_model_folder
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
@@ -50,8 +51,10 @@ from wrpo_ray.ingest.stage import (
 )
 from wrpo_ray.pair.stage import Pair, Select
 from wrpo_ray.score import stage as score
+from wrpo_ray.score.classifiers import check_reward_model
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
+from wrpo_ray.score.verifiers import source_files
 from wrpo_ray.train.prepare import Prepare
 from wrpo_ray.train.stage import Train
 
@@ -281,9 +284,14 @@ class Chain:
 
     def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
         reward = reward or _required(self.config.reward, "reward")
-        folder = Folder(reward.model).absolute() if reward.model else None
-        identity = self._fingerprint(folder) if folder else _function_fingerprint(reward)
-        return self._retried(Score(answers, reward, folder, identity))
+        folders = [Folder(p.model).absolute() if p.model else None for p in reward.parts]
+        identities = [
+            self._fingerprint(folder) if folder else _scorer_fingerprint(part)
+            for part, folder in zip(reward.parts, folders, strict=True)
+        ]
+        return self._retried(
+            Score(answers, _with_absolute_paths(reward), tuple(folders), tuple(identities))
+        )
 
     def _retried(self, job: Any) -> Any:
         """The job as another request to its store, if its failed rows were given new attempts."""
@@ -325,9 +333,7 @@ class Chain:
         rewards = (
             {n: self._score(a.samples) for n, a in answers.items()} if self.config.reward else {}
         )
-        verify = (
-            RewardConfig(name="verifier", function=evaluate.verifier) if evaluate.verifier else None
-        )
+        verify = _verifier(evaluate.verifier) if evaluate.verifier else None
         checks = {n: self._score(a.samples, verify) for n, a in answers.items()} if verify else {}
         entrants = tuple(
             Entrant(
@@ -359,9 +365,36 @@ def _absolute(path: str | None) -> str | None:
     return None if path is None else Folder(path).path
 
 
-def _function_fingerprint(reward: RewardConfig) -> str:
-    """A function is known by its import path and its module's source."""
-    path = _required(reward.function, "reward.function")
+def _verifier(name: str) -> RewardConfig:
+    """A verifier, built in or a function, as the reward that it is."""
+    kind = "function" if ":" in name else "verifier"
+    return RewardConfig.model_validate({"name": "verifier", kind: name})
+
+
+def _with_absolute_paths(reward: RewardConfig) -> RewardConfig:
+    """The reward with the files of its judges by paths that any working directory leads to."""
+
+    def moved(part: Any) -> Any:
+        if not part.judge:
+            return part
+        template = _absolute(part.judge.template)
+        return part.model_copy(
+            update={"judge": part.judge.model_copy(update={"template": template})}
+        )
+
+    parts = tuple(moved(part) for part in reward.mixture)
+    return moved(reward).model_copy(update={"mixture": parts})
+
+
+def _scorer_fingerprint(part: ScoreConfig) -> str:
+    """What scores without weights is known by its name and its source: code, or a template."""
+    if part.verifier:
+        return digest([part.verifier, data_fingerprint(source_files(part.verifier))], 16)
+    if part.judge:
+        from wrpo_ray.score.judge import template_text  # it imports a client
+
+        return digest([part.judge.model, template_text(part.judge)], 16)
+    path = _required(part.function, "reward.function")
     source = importlib.import_module(path.partition(":")[0]).__file__
     return digest([path, data_fingerprint([source] if source else [])], 16)
 
@@ -412,7 +445,13 @@ def _with_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     }
     if config.target:
         models["target"] = change("target", config.target)
-    if config.reward and config.reward.model:
+    if config.reward and config.reward.mixture:
+        parts = [
+            change(f"reward.mixture.{i}", part) if part.model else part
+            for i, part in enumerate(config.reward.mixture)
+        ]
+        models["reward"] = config.reward.model_copy(update={"mixture": tuple(parts)})
+    elif config.reward and config.reward.model:
         models["reward"] = change("reward", config.reward)
     return config.model_copy(update=models)
 
@@ -434,6 +473,8 @@ def _checked(what: str, model: Any) -> Any:
         with _naming(what):
             folder = Folder(str(HubModel.at(folder.uri).look()))
     check_model_folder(folder, what, getattr(model, "chat_template", None), name)
+    if isinstance(model, ScoreConfig):
+        check_reward_model(folder.read_json("config.json"), model, f"{what}: {name or folder}")
     return pinned
 
 
@@ -450,16 +491,28 @@ def _checks(config: Config) -> Iterator[Any]:
     for model in config.sources:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
-    functions = [config.reward.function if config.reward else None]
-    functions += [config.evaluate.verifier if config.evaluate else None]
-    for path in filter(None, functions):
-        yield lambda path=path: load_function(path)
+    scorers = list(config.reward.parts) if config.reward else []
+    if config.evaluate and config.evaluate.verifier:
+        scorers.append(_verifier(config.evaluate.verifier))
+    for part in scorers:
+        yield partial(_check_scorer, part)
     for what, given in (("prompts", config.prompts), ("import", config.existing)):
         if given:
             yield lambda what=what, g=given: _check_input(what, g)
     if config.evaluate:
         yield lambda: _check_input("evaluate.prompts", config.evaluate.prompts)
     yield lambda: check_writable(Folder(config.output))
+
+
+def _check_scorer(part: ScoreConfig) -> None:
+    """Check what a part of the reward needs, as far as this machine shows it."""
+    if part.function:
+        load_function(part.function)
+    if part.judge:
+        from wrpo_ray.score.judge import Question  # it imports a client
+
+        _check_key("reward.judge", part.judge.endpoint)
+        Question(part.judge)
 
 
 def _check_key(what: str, endpoint: EndpointConfig) -> None:

@@ -61,7 +61,7 @@ def transformers_answers(folder, prompts: list[str]) -> list[list[int]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
-    from wrpo_ray.generate.engine import CPU_ENV, ENV
+    from wrpo_ray.core.vllm import CPU_ENV, ENV
 
     lines = (zoo / "eval.jsonl").read_text().splitlines()[:20]
     prompts = [json.loads(line)["prompt"] for line in lines]

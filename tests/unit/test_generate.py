@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from wrpo_ray.config import ModelConfig, RewardConfig, SamplingConfig
+from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import (
@@ -21,8 +21,6 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.generate.engine import Request, failures
 from wrpo_ray.generate.stage import Generate, Generator, _runs
-from wrpo_ray.score.rewards import ClassifierReward, Item
-from wrpo_ray.score.stage import Score, Scorer
 
 BUCKET = Bucket(0, 1)
 ROW = {"job": 0, "bucket": 0}
@@ -164,63 +162,6 @@ def test_a_row_is_tried_in_so_many_runs_and_then_given_up(run):
 def test_runs_of_consecutive_samples():
     assert _runs([0, 1, 4]) == [(0, 2), (4, 1)]
     assert _runs([]) == []
-
-
-# --- scoring ---------------------------------------------------------------------------------
-
-
-def score_text(messages, response: str, reference: str | None) -> float:
-    """A reward for the test: the sample's number; text ending in /2 has none."""
-    if response.endswith("/2"):
-        raise ZeroDivisionError("odd text")
-    return float(response[-1])
-
-
-def test_scoring_passes_over_what_is_scored_and_keeps_what_fails(run):
-    answers = job(prompts(run, 3))
-    generator(run, answers, FakeEngine())(ROW)
-    config = RewardConfig(function=f"{__name__}:score_text")
-    scored = Score(answers.samples, config, None, "function")
-    counts = Scorer(run, [scored])(ROW)
-    assert (counts["rows"], counts["new"], counts["failed"]) == (6, 6, 3)
-    again = Scorer(run, [scored])(ROW)
-    assert (again["rows"], again["new"], again["failed"]) == (6, 0, 3)
-    kept = scored.step.failures(run.root)
-    assert [(g["rows"], g["attempts"]) for g in failed_by_error(kept)] == [(3, 2)]
-    given_up = Scorer(replace(run, max_attempts=2), [scored])
-    given_up.reward = None  # asked nothing, it would fail
-    again = given_up(ROW)
-    assert (again["rows"], again["new"], again["failed"]) == (6, 0, 3)
-    rows = scored.samples.read(run.root, BUCKET, records.SCORED).to_pylist()
-    assert all(r["reward"] == r["sample"] for r in rows)
-    kept = read_bucket(scored.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
-    assert {(r["sample"], r["error"]) for r in kept} == {(2, "ZeroDivisionError")}
-
-
-def test_rewards_do_not_depend_on_the_batch(tmp_path):
-    """Batches of mixed lengths, padded on the right, give what each answer gets alone."""
-    import torch
-    from tiny_models import make_model, make_tokenizer
-    from transformers import LlamaForSequenceClassification
-
-    config = make_model().config
-    config.num_labels = 1
-    torch.manual_seed(0)
-    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
-    make_tokenizer().save_pretrained(tmp_path)
-    items = [
-        Item([{"role": "user", "content": "w1 w2"}], " ".join(["w3"] * n), None)
-        for n in (9, 1, 5, 30, 2)
-    ]
-    items.append(Item(items[0].messages, "w1 " * 200, None))
-    rewards = [
-        ClassifierReward(RewardConfig(model="m", max_length=100, batch_size=size), tmp_path)
-        for size in (1, 4)
-    ]
-    alone, together = (reward.score(items) for reward in rewards)
-    assert together[:5] == pytest.approx(alone[:5], abs=1e-5)
-    assert len(set(alone[:5])) == 5
-    assert "above 100" in str(together[5])
 
 
 def test_samples_of_all_sources_in_one_store_are_kept_apart(run):

@@ -19,21 +19,11 @@ from typing import Any, Protocol
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core.chat import end_ids, load_tokenizer, prompt_ids
 from wrpo_ray.core.records import Message, digest, failure
+from wrpo_ray.core.vllm import CPU_ENGINE
 
 Row = dict[str, Any]
 Answers = tuple[list[Row], list[Row]]
 """RESPONSE rows (without `model`), and FAILURE rows, of one request."""
-
-CPU_ENV = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "TORCHDYNAMO_DISABLE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-}
-"""On the CPU, compiling costs more than small runs take, and bound threads starve each other."""
-CPU_ENGINE = {"enforce_eager": True, "enable_chunked_prefill": False}
-"""A seeded request whose prefill is split fails on the CPU: its generator has no offset."""
-ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,9 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.vllm import CPU_ENV, ENV
 from wrpo_ray.generate.endpoint import EndpointEngine
-from wrpo_ray.generate.engine import CPU_ENV, ENV, Answers, Engine, Request, VllmEngine
+from wrpo_ray.generate.engine import Answers, Engine, Request, VllmEngine
 
 IN_HAND, IN_HAND_ENDPOINT = 2, 8
 """Buckets that an actor works on at once: few of an engine's own, which has them all in memory,

@@ -1,48 +1,20 @@
-"""What turns (messages, answer) into a number: a sequence classifier or a Python function."""
+"""What turns (messages, answer) into a number: the reward that a config describes."""
 
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
 
-from wrpo_ray.config import RewardConfig
-from wrpo_ray.core.chat import conversation_ids, load_tokenizer
+from wrpo_ray.config import RewardConfig, ScoreConfig
 from wrpo_ray.core.records import Message
 from wrpo_ray.errors import UserError
+from wrpo_ray.score.base import Item, Outcome, Reward, finite
 
-Verifier = Callable[[list[Message], str, str | None], float]
-
-
-@dataclass(frozen=True)
-class Item:
-    """An answer to be scored."""
-
-    messages: list[Message]
-    text: str
-    reference: str | None
+Function = Callable[[list[Message], str, str | None], float]
 
 
-class Reward(Protocol):
-    """Scores answers; an answer that cannot be scored gets the error in place of a number."""
-
-    def score(self, items: list[Item]) -> list[float | Exception]:
-        """One number or error for each item, in order."""
-        ...
-
-
-class TooLongError(ValueError):
-    """Prompt and answer do not fit the reward model; cutting would score another text."""
-
-
-class NotFiniteError(ValueError):
-    """The reward is not a finite number."""
-
-
-def load_function(path: str) -> Verifier:
+def load_function(path: str) -> Function:
     """The function that `module:function` names.
 
     Raises:
@@ -67,80 +39,67 @@ class FunctionReward:
     def __init__(self, path: str):
         self.function = load_function(path)
 
-    def score(self, items: list[Item]) -> list[float | Exception]:
+    def score(self, items: list[Item]) -> list[Outcome]:
         """One call an item; whatever the function raises is the item's error."""
         return [self._one(item) for item in items]
 
-    def _one(self, item: Item) -> float | Exception:
+    def _one(self, item: Item) -> Outcome:
         try:
-            return _finite(float(self.function(item.messages, item.text, item.reference)))
+            return finite(float(self.function(item.messages, item.text, item.reference)))
         except Exception as error:  # the user's code can raise anything; the row keeps it
             return error
 
 
-class ClassifierReward:
-    """A Hugging Face sequence classifier with one label, on the conversation's tokens."""
+class MixtureReward:
+    """The sum of other rewards, as they are, each times its weight."""
 
-    def __init__(self, config: RewardConfig, folder: Path):
-        import torch
-        from transformers import AutoModelForSequenceClassification
+    def __init__(self, weights: Sequence[float], parts: Sequence[Reward]):
+        self.weights, self.parts = weights, parts
 
-        self.device = "cuda" if config.actors.num_gpus else "cpu"
-        dtype = "auto" if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype)
-        if model.config.num_labels != 1:
-            raise UserError(
-                f"reward: {folder} has {model.config.num_labels} labels; a reward model has one"
-            )
-        self.model = model.to(self.device).eval()
-        self.tokenizer = load_tokenizer(folder)
-        self.pad = model.config.get_text_config().pad_token_id
-        if self.pad is None:
-            raise UserError(f"reward: {folder}/config.json has no pad_token_id; set it")
-        self.max_length = config.max_length
-        self.batch_size = config.batch_size
+    def score(self, items: list[Item]) -> list[Outcome]:
+        """Sums; an item that a part cannot score has that part's error, the first's if several.
 
-    def score(self, items: list[Item]) -> list[float | Exception]:
-        """Batches of like length, padded on the right."""
-        scores: dict[int, float | Exception] = {}
-        encoded: dict[int, list[int]] = {}
-        for i, item in enumerate(items):
-            try:
-                encoded[i] = self._ids(item)
-            except Exception as error:  # a template can raise anything; the row keeps it
-                scores[i] = error
-        ready = sorted(encoded, key=lambda i: len(encoded[i]))
-        for start in range(0, len(ready), self.batch_size):
-            batch = ready[start : start + self.batch_size]
-            values = self._forward([encoded[i] for i in batch])
-            scores |= {i: _finite(value) for i, value in zip(batch, values, strict=True)}
-        return [scores[i] for i in range(len(items))]
-
-    def _ids(self, item: Item) -> list[int]:
-        ids = conversation_ids(self.tokenizer, item.messages, item.text)
-        if len(ids) > self.max_length:
-            raise TooLongError(f"prompt and answer have {len(ids)} tokens, above {self.max_length}")
-        return ids
-
-    def _forward(self, rows: list[list[int]]) -> list[float]:
-        """Rewards of token id rows."""
-        import torch
-
-        longest = max(map(len, rows))
-        ids = torch.tensor([row + [self.pad] * (longest - len(row)) for row in rows])  # (B, T)
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        with torch.inference_mode():
-            out = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-        return out.logits[:, 0].float().tolist()
+        A later part is not asked about it.
+        """
+        scores: dict[int, Outcome] = dict.fromkeys(range(len(items)), 0.0)
+        terms: dict[int, list[float]] = {i: [] for i in scores}
+        for weight, part in zip(self.weights, self.parts, strict=True):
+            left = list(terms)
+            for i, value in zip(left, part.score([items[i] for i in left]), strict=True):
+                if isinstance(value, Exception):
+                    scores[i] = value
+                    del terms[i]
+                else:
+                    terms[i].append(weight * value)
+        scores |= {i: finite(sum(values)) for i, values in terms.items()}
+        return list(scores.values())
 
 
-def _finite(value: float) -> float | Exception:
-    return value if math.isfinite(value) else NotFiniteError(f"the reward is {value}")
+def load_reward(config: RewardConfig, folders: Sequence[Path | None]) -> Reward:
+    """The reward that the config describes; `folders` hold the weights of its parts.
+
+    Raises:
+        UserError: a part cannot work here.
+    """
+    parts = [_load(*pair, config) for pair in zip(config.parts, folders, strict=True)]
+    if not config.mixture:
+        return parts[0]
+    return MixtureReward([part.weight for part in config.mixture], parts)
 
 
-def load_reward(config: RewardConfig, folder: Path | None) -> Reward:
-    """The reward that the config describes; `folder` holds a classifier's weights."""
-    if config.function is not None:
-        return FunctionReward(config.function)
+def _load(part: ScoreConfig, folder: Path | None, whole: RewardConfig) -> Reward:
+    """One part, on the devices of the whole; only what it needs is imported."""
+    if part.function:
+        return FunctionReward(part.function)
+    if part.verifier:
+        from wrpo_ray.score.verifiers import load_verifier
+
+        return load_verifier(part.verifier, part.code, threads=max(1, int(whole.actors.num_cpus)))
+    if part.judge:
+        from wrpo_ray.score.judge import JudgeReward
+
+        return JudgeReward(part.judge)
+    from wrpo_ray.score.classifiers import load_classifier
+
     assert folder is not None
-    return ClassifierReward(config, folder)
+    return load_classifier(part, folder, on_gpu=whole.actors.num_gpus > 0)

@@ -1,4 +1,7 @@
-"""A pool of reward actors on Ray Data; the unit of work is a bucket of one store of answers."""
+"""A pool of reward actors on Ray Data; the unit of work is a bucket of one store of answers.
+
+An actor passes over the answers that are scored, and commits the others chunk by chunk.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from wrpo_ray.core.shards import (
     Earlier,
     Samples,
     buckets,
+    chunks,
     clear_failures,
     read_bucket,
     sample_keys,
@@ -25,7 +29,9 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.score.rewards import Item, Reward, load_reward
+from wrpo_ray.core.vllm import CPU_ENV, ENV
+from wrpo_ray.score.base import Item, Reward
+from wrpo_ray.score.rewards import load_reward
 
 Row = dict[str, Any]
 
@@ -36,11 +42,17 @@ class Score:
 
     answers: Samples
     reward: RewardConfig
-    folder: Folder | None
-    """The reward model's weights; None for a function."""
-    fingerprint: str
-    """What identifies them: part of the store's key."""
+    folders: tuple[Folder | None, ...]
+    """The weights of each of the reward's parts; None for what has none."""
+    fingerprints: tuple[str, ...]
+    """What identifies weights, code or text of each part."""
     retry: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the reward: part of the store's key."""
+        whole = self.fingerprints
+        return whole[0] if len(whole) == 1 else records.digest(whole, 16)
 
     @cached_property
     def step(self) -> Step:
@@ -51,7 +63,7 @@ class Score:
             "reward": self.reward.identity() | {"model": self.fingerprint},
             "answers": source.folder,
         }
-        if self.reward.function:  # it may look at the prompts' references
+        if not self.reward.model:  # it may look at the prompts' references
             store["prompts"] = self.answers.prompts.step.key
         return Step(f"score-{self.reward.name}-{name}", {}, (source,), store, self.retry)
 
@@ -76,7 +88,10 @@ def run(run: Run, jobs: list[Score], feed: Feed | None = None) -> None:
 
 def pool_of(reward: RewardConfig) -> Pool:
     """The reward as a pool of actors."""
-    return Pool(f"score with {reward.name}", reward.actors, thread_env(reward.actors.num_cpus))
+    env = thread_env(reward.actors.num_cpus)
+    if any(part.engine == "vllm" for part in reward.parts):
+        env |= ENV | ({} if reward.actors.num_gpus else CPU_ENV)
+    return Pool(f"score with {reward.name}", reward.actors, env)
 
 
 def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
@@ -99,21 +114,24 @@ class Scorer:
     def reward(self) -> Reward:
         """The loaded reward."""
         job = self.jobs[0]
-        return load_reward(job.reward, job.folder.local(job.fingerprint) if job.folder else None)
+        parts = zip(job.folders, job.fingerprints, strict=True)
+        return load_reward(
+            job.reward, [folder.local(key) if folder else None for folder, key in parts]
+        )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job; what is returned are counts only."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
         earlier = clear_failures(kept, bucket, self.run.max_attempts)
-        held, given_up, missing = self._missing(job, bucket, earlier)
-        good, failed = self._score(job, bucket, missing) if missing else ([], [])
-        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in missing)
-        if good:
-            write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
-        write_failures(kept, bucket, failed, key, earlier)
-        counts = {"rows": held + len(good), "new": len(good), "failed": given_up + len(failed)}
-        return row | counts
+        held, failed, missing = self._missing(job, bucket, earlier)
+        prompts = self._prompts(job, bucket) if missing else {}
+        done = 0
+        for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
+            good, failures = self._score(job, prompts, rows)
+            self._commit(job, bucket, rows, good, failures, earlier)
+            done, failed = done + len(good), failed + len(failures)
+        return row | {"rows": held + done, "new": done, "failed": failed}
 
     def _missing(self, job: Score, bucket: Bucket, earlier: Earlier) -> tuple[int, int, list[Row]]:
         """How many wanted answers are scored, how many given up, and the others."""
@@ -129,10 +147,14 @@ class Scorer:
         ]
         return len(answers) - len(missing) - len(given_up), len(given_up), missing
 
-    def _score(self, job: Score, bucket: Bucket, rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    def _prompts(self, job: Score, bucket: Bucket) -> dict[str, Row]:
         prompts = job.answers.prompts.read(self.run.root, bucket).to_pylist()
-        by_id = {p["prompt_id"]: p for p in prompts}
-        asked = [by_id[row["prompt_id"]] for row in rows]
+        return {prompt["prompt_id"]: prompt for prompt in prompts}
+
+    def _score(
+        self, job: Score, prompts: dict[str, Row], rows: list[Row]
+    ) -> tuple[list[Row], list[Row]]:
+        asked = [prompts[row["prompt_id"]] for row in rows]
         items = [
             Item(prompt["messages"], row["text"], prompt["reference"])
             for prompt, row in zip(asked, rows, strict=True)
@@ -145,3 +167,17 @@ class Scorer:
             else:
                 good.append(row | {"reward": value, "reward_model": job.fingerprint})
         return good, failed
+
+    def _commit(
+        self,
+        job: Score,
+        bucket: Bucket,
+        rows: list[Row],
+        good: list[Row],
+        failed: list[Row],
+        earlier: Earlier,
+    ) -> None:
+        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in rows)
+        if good:
+            write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
+        write_failures(job.step.failures(self.run.root), bucket, failed, key, earlier)

@@ -1,0 +1,128 @@
+"""A judge behind an endpoint, against a server on this machine."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from openai_server import Call, Server, serving
+
+from wrpo_ray.config import EndpointConfig, JudgeConfig
+from wrpo_ray.core import endpoint
+from wrpo_ray.errors import UserError
+from wrpo_ray.score.base import Item
+from wrpo_ray.score.judge import JudgeReward, Question
+
+
+@dataclass
+class Judge(Server):
+    """Says what `judgements` holds for the answer that it finds in the question."""
+
+    judgements: dict[str, str] = field(default_factory=dict)
+
+    def completion(self, call: Call, what: str) -> dict[str, Any]:
+        said = next(text for answer, text in self.judgements.items() if answer in call.prompt)
+        answer = super().completion(call, what)
+        answer["choices"][0]["message"]["content"] = said
+        return answer
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+
+
+def config(url: str, **options: Any) -> JudgeConfig:
+    given = EndpointConfig(url=url, attempts=3, timeout=2)
+    return JudgeConfig(model="j", endpoint=given, **options)
+
+
+def item(text: str, reference: str | None = None) -> Item:
+    return Item([{"role": "user", "content": "What is 2 + 2?"}], text, reference)
+
+
+RATED = {
+    "first": ("Good. [[7]]", 7.0),
+    "second": ("It says [[10]] itself.\nRating: [[3.5]]", 3.5),
+    "third": ("[[ 8 / 10 ]]", 8.0),
+    "fourth": ("[[11]]", "the rating 11 is not within 1 to 10"),
+    "fifth": ("I would say 7 of 10.", "no rating in the judgement: I would say"),
+    "sixth": ("I cannot judge this.", "no rating"),
+    "seventh": ("", "no rating"),
+    "eighth": ("[[-1]]", "not within"),
+}
+
+
+def test_ratings_are_read_and_what_is_none_fails_with_its_reason():
+    with serving(Judge(judgements={k: text for k, (text, _) in RATED.items()})) as server:
+        scores = JudgeReward(config(server.url)).score([item(f"the {k}") for k in RATED])
+    for score, (_, wanted) in zip(scores, RATED.values(), strict=True):
+        if isinstance(wanted, str):
+            assert type(score).__name__ == "NoRatingError"
+            assert wanted in str(score)
+        else:
+            assert score == wanted
+    (body,) = [call.body for call in server.calls if "first" in call.prompt]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("j", 0, 1024)
+    assert "seed" not in body
+
+
+def test_faults_of_the_server_are_the_rows_own():
+    plans = {"good": "ok", "filtered": "content_filter", "refused": "400", "busy": "500"}
+
+    def plan(call: Call) -> str:
+        return next(what for name, what in plans.items() if f"a {name} answer" in call.prompt)
+
+    judge = Judge(plan=plan, judgements={"long answer": "it", "answer": "[[5]]"})
+    with serving(judge) as server:
+        scores = JudgeReward(config(server.url)).score([item(f"a {k} answer") for k in plans])
+        plans["long"] = "length"
+        (cut,) = JudgeReward(config(server.url)).score([item("a long answer")])
+    names = [s if isinstance(s, float) else type(s).__name__ for s in scores]
+    assert names == [5.0, "ContentFilterError", "RefusedError", "ServerFaultError"]
+    assert "cut off at max_tokens: it" in str(cut)
+
+
+def test_the_question_has_the_whole_conversation_and_a_reference_where_there_is_one():
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "{{ hi }}"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "2 + 2?"},
+    ]
+    question = Question(config("http://h/v1", worst=0, best=5))
+    text = question.about(Item(turns, "Four [[5]] {% x %}", "4"))
+    order = ["[system]\nBe brief.", "[user]\n{{ hi }}", "[assistant]\nYes?", "[user]\n2 + 2?",
+             "comparison]\n4\n", "judge]\nFour [[5]] {% x %}\n", "scale from 0 to 5"]  # fmt: skip
+    places = [text.index(part) for part in order]
+    assert places == sorted(places)
+    assert "for comparison" not in question.about(Item(turns, "Four", None))
+
+
+def test_a_template_of_ones_own_and_what_is_wrong_with_one_is_told(tmp_path):
+    file = tmp_path / "judge.jinja"
+    file.write_text("{{ messages[-1].content }} > {{ answer | upper }}? {{ reference|length }}")
+    given = config("http://h/v1", template=str(file))
+    assert Question(given).about(item("x", "ab")) == "What is 2 + 2? > X? 2"
+    for text, told in (("{{ answre }}", "'answre' is undefined"), ("{% if %}", "Expected")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=told):
+            Question(given)
+    file.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        Question(given)
+
+
+def test_a_row_that_the_template_cannot_take_fails_alone(tmp_path):
+    file = tmp_path / "judge.jinja"
+    file.write_text("{{ answer }} {{ reference|length }}")
+    with serving(Judge(judgements={"x": "[[5]]"})) as server:
+        reward = JudgeReward(config(server.url, template=str(file)))
+        bad, good = reward.score([item("x", None), item("x", "ab")])
+    assert isinstance(bad, TypeError)
+    assert good == 5.0
+
+
+def test_bounds_have_an_order():
+    with pytest.raises(ValueError, match="worst \\(3\\) must be below best \\(3\\)"):
+        config("http://h/v1", worst=3, best=3)

@@ -1,0 +1,265 @@
+"""The inside of `sandbox`: a script that shuts a program in, runs its tests, and says how it went.
+
+Run as `python -I -S jail.py` with a marshalled task on stdin, once an answer: it imports little.
+It starts a guard, which is process 1 of its own namespaces, and the guard starts the program: when
+the guard ends, the kernel ends all that the program left. The program is another user in an empty
+root folder with Python and the system's libraries, read only, and a small `/tmp` in memory.
+
+Ends with PASSED, NOT_PASSED, BAD_TESTS, or FAILED; with the last two the reason is on stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import marshal
+import os
+import resource
+import select
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+PASSED, NOT_PASSED, BAD_TESTS, FAILED = 10, 11, 12, 13  # not 0, 1, 2: how a broken Python ends
+
+PROCESSES, FILES, FILE_BYTES, DISK = 8, 64, 2**24, "size=64m,nr_inodes=4096"
+NOBODY = 65534
+FIRST_USER = 2_000_000_000
+"""Users from here on have no files; each run has one of its own, so that its limits are too."""
+SPEC, MARK = 3, 4
+"""The program's file descriptors: what to run, and where to say that the tests are over."""
+
+# <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
+NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
+    0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000,
+)  # fmt: skip
+RDONLY, NOSUID, NODEV, REMOUNT, BIND, REC, PRIVATE, RELATIME = (
+    0x1, 0x2, 0x4, 0x20, 0x1000, 0x4000, 0x40000, 0x200000,
+)  # fmt: skip
+SET_PDEATHSIG, SET_NO_NEW_PRIVS = 1, 38
+
+RUNNER = f"""
+def main():
+    import builtins, marshal, os, sys
+    with open({SPEC}, "rb") as spec:
+        program, tests, mark = marshal.load(spec)
+    tests = compile(tests, "tests", "exec")
+    answer = sys.modules["answer"] = type(sys)("answer")
+    names, run, say, ends = vars(answer), exec, os.write, (sys.settrace, sys.setprofile)
+    own = dict(vars(builtins))
+    run(compile(program, "answer", "exec"), names)
+    for end in ends:
+        end(None)
+    names["__builtins__"] = builtins
+    vars(builtins).update(own)
+    run(tests, names)
+    say({MARK}, mark)
+main()
+"""
+"""What the program's process runs. Only a run that comes to its end says the mark: one that exits
+early does not. What the answer changed of Python's own functions is put right before the tests."""
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> int:
+    """Run the program that stdin describes; what became of it is the exit code."""
+    task = marshal.load(sys.stdin.buffer)
+    try:
+        compile(task["tests"], "tests", "exec")
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        return _tell(BAD_TESTS, error)
+    try:
+        return PASSED if _passes(task) else NOT_PASSED
+    except OSError as error:
+        return _tell(FAILED, error)
+
+
+def _tell(code: int, error: Exception) -> int:
+    print(error, file=sys.stderr)
+    return code
+
+
+def _passes(task: dict[str, Any]) -> bool:
+    """Whether the tests come to their end in time.
+
+    Raises:
+        OSError: the program could not be shut in.
+    """
+    mark = os.urandom(16)
+    user = _other_user()
+    if task["isolated"]:
+        _leave(task, user)
+    said, say = os.pipe()
+    broken, breaks = os.pipe()
+    guard = os.fork()
+    if guard == 0:
+        os.setpgid(0, 0)
+        _end_with(lambda: _guard(task, user, mark, say, breaks), breaks)
+    for end in (say, breaks):
+        os.close(end)
+    try:
+        _wait(guard, task["timeout"])
+    finally:
+        _end_all(guard, user, task["isolated"])
+    if reason := os.read(broken, 4096):
+        raise OSError(reason.decode())
+    os.set_blocking(said, False)
+    try:
+        return os.read(said, len(mark)) == mark
+    except BlockingIOError:  # a process that got away still has the other end
+        return False
+
+
+def _wait(guard: int, seconds: float) -> None:
+    watch = select.poll()
+    watch.register(os.pidfd_open(guard), select.POLLIN)
+    watch.poll(seconds * 1000)
+
+
+def _end_all(guard: int, user: int | None, isolated: bool) -> None:
+    """End the guard, and with it all in its namespaces; without those, its group and its user's."""
+    os.killpg(guard, signal.SIGKILL)  # it waits to be reaped, so the id is its own
+    os.waitpid(guard, 0)
+    if isolated or user is None:
+        return
+    sweeper = os.fork()
+    if sweeper == 0:
+        _become(user)
+        os.kill(-1, signal.SIGKILL)  # all that this user may: the run's processes
+        os._exit(0)
+    os.waitpid(sweeper, 0)
+
+
+# --- the guard -------------------------------------------------------------------------------
+
+
+def _guard(task: dict[str, Any], user: int | None, mark: bytes, say: int, breaks: int) -> None:
+    """Shut this process in, start the program, and end with it."""
+    task["nothing"] = os.open(os.devnull, os.O_RDWR)
+    if task["isolated"]:
+        _build_root(task["root"], task["python"], task["prefix"])
+        os.chroot(task["root"])
+    os.chdir("/tmp" if task["isolated"] else task["root"])
+    if user is not None:
+        _become(user)
+    _check(libc.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")  # with the script
+    _check(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
+    program = os.fork()
+    if program == 0:
+        _end_with(lambda: _become_program(task, mark, say), breaks)
+    os.close(breaks)
+    while os.wait()[0] != program:
+        pass  # an orphan of the program's
+
+
+def _become_program(task: dict[str, Any], mark: bytes, say: int) -> NoReturn:
+    spec = os.memfd_create("spec")
+    os.write(spec, marshal.dumps((task["program"], task["tests"], mark)))
+    os.lseek(spec, 0, os.SEEK_SET)
+    given = [task["nothing"]] * 3 + [spec, say]
+    apart = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FILES) for fd in given]
+    for number, fd in enumerate(apart):
+        os.dup2(fd, number)
+    for name, limit in {
+        resource.RLIMIT_CPU: int(task["timeout"]) + 1,
+        resource.RLIMIT_AS: task["memory"],
+        resource.RLIMIT_FSIZE: FILE_BYTES,
+        resource.RLIMIT_NPROC: PROCESSES,
+        resource.RLIMIT_NOFILE: FILES,
+        resource.RLIMIT_CORE: 0,
+    }.items():
+        resource.setrlimit(name, (limit, limit))
+    os.execve(task["python"], [task["python"], "-I", "-S", "-c", RUNNER], {})
+
+
+def _end_with(what: Callable[[], None], breaks: int) -> NoReturn:
+    """Do it and end this process; a fault is written to `breaks`, which an exec closes."""
+    try:
+        what()
+    except BaseException as error:  # nothing may leave this process
+        os.write(breaks, f"{type(error).__name__}: {error}".encode()[:4096])
+    os._exit(0)
+
+
+# --- shutting in -----------------------------------------------------------------------------
+
+
+def _other_user() -> int | None:
+    """A user for this run alone, if this is root; else None."""
+    return FIRST_USER + os.getpid() if os.geteuid() == 0 else None
+
+
+def _become(user: int) -> None:
+    os.setgroups([])
+    try:
+        os.setresgid(user, user, user)
+        os.setresuid(user, user, user)
+    except OSError:  # a container that knows fewer users
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def _leave(task: dict[str, Any], user: int | None) -> None:
+    """Leave the machine's network, mounts and, for children, its processes."""
+    real = os.geteuid(), os.getegid()
+    spaces = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
+    _check(libc.unshare(spaces | (NEWUSER if user is None else 0)), "unshare")
+    if user is None:  # in a user namespace it may do what follows, as the user that it was
+        for name, line in (
+            ("setgroups", "deny"),
+            ("uid_map", f"{NOBODY} {real[0]} 1"),
+            ("gid_map", f"{NOBODY} {real[1]} 1"),
+        ):
+            with open(f"/proc/self/{name}", "w") as file:
+                file.write(line)
+
+
+def _build_root(root: str, python: str, prefix: str) -> None:
+    """Mount a folder in memory at `root`, and in it what Python needs, read only."""
+    _mount(None, "/", None, REC | PRIVATE)
+    _mount("tmpfs", root, "tmpfs", NOSUID | NODEV, f"{DISK},mode=755")
+    done: list[str] = []
+    for path in (prefix, os.path.dirname(python), "/lib", "/lib64", "/usr/lib", "/usr/lib64"):
+        if os.path.lexists(path) and not any(path.startswith(f"{d}/") or path == d for d in done):
+            _show(root, path)
+            done.append(path)
+    for file in ("/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"):
+        if os.path.exists(file):
+            _show(root, file)
+    os.mkdir(f"{root}/tmp")
+    os.chmod(f"{root}/tmp", 0o1777)
+
+
+def _show(root: str, path: str) -> None:
+    """Make a folder, file or link of the machine seen in `root`."""
+    there = root + path
+    os.makedirs(os.path.dirname(there), exist_ok=True)
+    if os.path.islink(path):
+        os.symlink(os.readlink(path), there)
+        return
+    if os.path.isdir(path):
+        os.mkdir(there)
+    else:
+        open(there, "x").close()
+    _mount(path, there, None, BIND | REC)
+    if not path.startswith("/dev/"):
+        # Flags that the mount has may not be taken from it in a user namespace.
+        kept = os.statvfs(there).f_flag & 0xF
+        _mount(None, there, None, BIND | REMOUNT | RDONLY | RELATIME | NOSUID | NODEV | kept)
+
+
+def _mount(source: str | None, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    names = [name.encode() if name else None for name in (source, target, kind, data)]
+    _check(libc.mount(*names[:3], ctypes.c_ulong(flags), names[3]), f"mount {target}")
+
+
+def _check(result: int, what: str) -> None:
+    if result != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
