@@ -607,7 +607,7 @@ class EvaluateConfig(Section):
     """Held-out prompts; those that are also training prompts are left out and counted."""
     sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
     """How answers are drawn; greedy by default."""
-    verifier: VerifierName | ImportPath | None = None
+    verifier: str | None = Field(None, pattern=r"^(exact|number|code|[\w.]+:\w+)$")
     """What tells a right answer: `exact`, `number` or `code`, as for `reward`, or
     `module:function` called as f(messages, response, reference) -> 1.0 or 0.0."""
     dpo_baseline: bool = True

@@ -100,6 +100,7 @@ HOSTILE = {
     "passwords": "open('/etc/passwd')",
     "processes": "import os\nos.listdir('/proc')",
     "outside": "import os\nos.chroot('.')",
+    "spaces": "import ctypes\nif ctypes.CDLL(None).unshare(0x10000000):\n    raise OSError",
     "user": "import os\nos.setuid(0)",
     "forks": "import os, time\nfor _ in range(9):\n    os.fork() or time.sleep(9)",
     "threads": "import threading, time\n"
@@ -166,6 +167,11 @@ def test_nothing_of_this_process_is_seen(monkeypatch):
     program = "import os\nenv, args, user = dict(os.environ), os.listdir('/tmp'), os.getuid()"
     assert BOX.passes(program, "assert set(env) <= {'LC_CTYPE'} and args == [] and user != 0")
     assert BOX.passes("import sys", "assert sys.stdin.read() == ''")
+    fds = (
+        "import os\ndef there(n):\n"
+        "    try:\n        return os.fstat(n)\n    except OSError:\n        pass"
+    )
+    assert BOX.passes(fds, "assert [n for n in range(100) if there(n)] == [0, 1, 2, 4]")
 
 
 def test_killing_its_parent_or_everything_does_the_program_no_good():

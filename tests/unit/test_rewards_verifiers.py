@@ -1,7 +1,9 @@
 """What the built-in verifiers find right: tables worked by hand."""
 
+import os
 import time
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -17,6 +19,15 @@ from wrpo_ray.score.verifiers import (
     last_program,
     load_verifier,
 )
+
+
+@pytest.fixture
+def shared() -> Path:
+    beside = Path(__file__).parents[3] / "shared" / "data"
+    folder = Path(os.environ.get("WRPO_TEST_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("no real data beside the repository, nor named by WRPO_TEST_DATA")
+    return folder
 
 
 def item(text: str, reference: str | None) -> Item:
@@ -129,6 +140,17 @@ def test_a_long_text_takes_no_long_time(text):
     started = time.monotonic()
     last_number(text)
     assert time.monotonic() - started < 5
+
+
+def test_real_answers_of_nine_models_are_read_as_their_publishers_read_them(shared):
+    """GSM8K, with outcomes by another reader: to it 2:00 pm is 2, and a calculation no number."""
+    import pyarrow.parquet as pq
+
+    columns = ["response", "gold_answer", "reward"]
+    table = pq.read_table(shared / "gsm8k_real_responses.parquet", columns=columns)
+    rows = table.to_pylist()[::5]
+    same = [has_same_number(r["response"], r["gold_answer"]) == r["reward"] for r in rows]
+    assert sum(same) / len(rows) > 0.99
 
 
 FENCE = "```"

@@ -115,7 +115,7 @@ def has_same_number(text: str, reference: str) -> bool:
 def last_number(text: str) -> Fraction | None:
     """The last number of a text; units, currency and per cent signs count for nothing.
 
-    Not covered: mixed numbers (3 1/2), powers of ten (2 x 10^6), decimal commas.
+    Not covered: mixed numbers (3 1/2), powers of ten (2 x 10^6), decimal commas, clock times.
     """
     for written, read in SPELLINGS:
         text = text.replace(written, read)
