@@ -435,6 +435,15 @@ def preflight(config: Config) -> Config:
     return config
 
 
+def pinned(config: Config) -> Config:
+    """The config with every hub id at the commit that it is at now.
+
+    Raises:
+        UserError: a model cannot be found.
+    """
+    return _with_models(config, _pinned)
+
+
 def _with_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     """The config with each section that names a model changed: `change(what, section)`."""
     models: dict[str, Any] = {
@@ -466,8 +475,8 @@ def _pinned(what: str, model: Any) -> Any:
 
 def _checked(what: str, model: Any) -> Any:
     """The pinned section, once it holds a model that can be talked to."""
-    pinned, name = _pinned(what, model), ""
-    folder = Folder(pinned.model)
+    found, name = _pinned(what, model), ""
+    folder = Folder(found.model)
     if folder.uri.startswith(HUB):
         name = model.model
         with _naming(what):
@@ -475,7 +484,7 @@ def _checked(what: str, model: Any) -> Any:
     check_model_folder(folder, what, getattr(model, "chat_template", None), name)
     if isinstance(model, ScoreConfig):
         check_reward_model(folder.read_json("config.json"), model, f"{what}: {name or folder}")
-    return pinned
+    return found
 
 
 @contextmanager
@@ -655,7 +664,9 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
 def _models(config: Config) -> dict[str, str]:
     """{name: where it lies} of the given models; a hub id with its commit."""
     found: dict[str, str] = {}
-    _with_models(config, lambda _, m: found.update({m.name: str(Folder(m.model))}) or m)
+    _with_models(
+        config, lambda what, m: found.update({getattr(m, "name", what): str(Folder(m.model))}) or m
+    )
     return found
 
 

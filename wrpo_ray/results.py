@@ -8,17 +8,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from wrpo_ray.config import Config
+from wrpo_ray.config import Config, ScoreConfig
 from wrpo_ray.core.lease import Lease
 from wrpo_ray.core.shards import failed_by_error
 from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder, check_writable
+from wrpo_ray.core.storage import HUB, Folder, check_writable
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.card import Facts, Model, card, license_of
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.write import is_file, write_file, write_folder
 from wrpo_ray.generate.stage import Generate
-from wrpo_ray.pipeline import RETRIES, STAGES, Chain
+from wrpo_ray.pipeline import RETRIES, STAGES, Chain, pinned
 from wrpo_ray.score.stage import Score
 from wrpo_ray.train.prepare import DROPPED, Prepare
 from wrpo_ray.train.stage import Train
@@ -121,6 +121,7 @@ def export(config: Config, to: str, form: Form) -> int:
     Raises:
         UserError: the preference step is not done or has no rows, or `to` cannot be written to.
     """
+    config = pinned(config)
     chain = Chain(config, "pair")
     jobs, place = _jobs(chain), Folder(to).absolute()
     step: Step = jobs[-1][1].step
@@ -161,13 +162,19 @@ def _models(config: Config, jobs: list[Job]) -> Iterator[Model]:
             weights[config.reward.name] = job.fingerprint
     answering = [("source", m) for m in config.sources]
     answering += [("target", config.target)] if config.target else []
-    given = [(role, m.name, m.model, m.license) for role, m in answering]
+    for role, m in answering:
+        is_folder = not m.endpoint and not m.model.startswith(HUB)
+        terms = license_of(m.name, m.license, Folder(m.model).absolute() if is_folder else None)
+        yield Model(role, m.name, _last(m.model), weights.get(m.name, ""), terms)
     if config.reward:
-        place = config.reward.model or config.reward.function or ""
-        given.append(("reward", config.reward.name, place, None))
-    for role, name, place, stated in given:
-        terms = license_of(name, stated, Folder(place).absolute())
-        yield Model(role, name, _last(place), weights.get(name, ""), terms)
+        name, what = config.reward.name, ", ".join(map(_scorer, config.reward.parts))
+        yield Model("reward", name, what, weights.get(name, ""), None)
+
+
+def _scorer(part: ScoreConfig) -> str:
+    """What a part of the reward is, without a path."""
+    judge = f"judge {part.judge.model}" if part.judge else ""
+    return (_last(part.model) if part.model else "") or part.function or part.verifier or judge
 
 
 def _without_paths(settings: Row) -> Row:
@@ -186,7 +193,7 @@ def _last(path: str) -> str:
 def _chain(config: Config, retries: dict[str, int] | None = None) -> Chain:
     """As far as the config goes: without a target nothing is sampled from it or trained."""
     without_target = "pair" if config.existing else "select"
-    return Chain(config, STAGES[-1] if config.target else without_target, retries)
+    return Chain(pinned(config), STAGES[-1] if config.target else without_target, retries)
 
 
 def _jobs(chain: Chain) -> list[Job]:

@@ -69,9 +69,12 @@ class Facts:
     versions: dict[str, str]
 
 
-def license_of(name: str, given: str | None, folder: Folder) -> str | None:
-    """A model's licence: as the config gives it, else as its model card or config.json does."""
-    found = _stated(folder)
+def license_of(name: str, given: str | None, folder: Folder | None) -> str | None:
+    """A model's licence: as the config gives it, else as its model card or config.json does.
+
+    `folder` is null where the model lies in none that can be read here.
+    """
+    found = _stated(folder) if folder else None
     if given and found and given != found:
         log(f"{name}: the config says licence {given}, {folder} says {found}; the config's is used")
     return given or found
