@@ -49,7 +49,8 @@ from wrpo_ray.ingest.stage import (
     IngestPrompts,
     IngestResponses,
 )
-from wrpo_ray.pair.stage import Pair, Select
+from wrpo_ray.pair.answers import check_patterns
+from wrpo_ray.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
 from wrpo_ray.score import stage as score
 from wrpo_ray.score.classifiers import check_reward_model
 from wrpo_ray.score.rewards import load_function
@@ -109,11 +110,14 @@ class Chain:
             if self._wants("train"):
                 self._train(rows, Folder(self._target.model).absolute())
         else:
-            selection, own_answers = self._imported() if existing else (self._generated(), None)
-            if self._wants("sft") and own_answers is None:
-                own_answers = self._sft(selection)
-            if self._wants("pair") and own_answers:
-                pairs = Pair(selection, own_answers, self.config.pair.source_below_target)
+            selection, answers = self._imported() if existing else (self._generated(), None)
+            if self.config.pair.policy == "fusechat3":
+                answers = self._source_answers(selection)
+            if self._wants("sft") and (self.config.target or not existing):
+                self._sft(selection)
+                answers = answers or self._own_answers()
+            if self._wants("pair") and answers:
+                pairs = Pair(selection, answers, self.config.pair)
                 self._add("pair", (pairs,))
                 if self._wants("train") and self.config.target:
                     self._train(pairs.step, self._trained(SFT))
@@ -157,6 +161,10 @@ class Chain:
         self._add("prompts", (IngestPrompts(step, given, self._splits, self.config.seed),))
         return Prompts(step, tuple(self._splits))
 
+    @property
+    def _preference_prompts(self) -> Prompts:
+        return Prompts(self._prompts.step, ("preference",))
+
     def _input_step(
         self, name: str, given: Any, inputs: tuple[Step, ...] = (), **config: Any
     ) -> Step:
@@ -168,27 +176,39 @@ class Chain:
         return Step(name, read | config, inputs)
 
     def _generated(self) -> Select:
-        prompts = self._prompts
+        prompts, left_out = self._prompts, self._contamination()
         answers = [self._generate(source, prompts) for source in self.config.sources]
         # Held-out answers come from the same engines, so that none is started twice.
         held_out = [self._held_out(m) for m in self._given_models] if self._evaluating else []
         by_model = sorted([*answers, *held_out], key=lambda job: job.model.name)
         self._add("generate", tuple(by_model))
-        scores = [self._score(job.samples) for job in answers]
-        self._add("score", tuple(scores))
-        selection = Select(prompts, tuple(s.samples for s in scores))
+        return self._select(self._scored("score", *answers), left_out)
+
+    def _select(self, sources: Answers, left_out: Contamination | None) -> Select:
+        selection = Select(self._prompts, sources, left_out)
         self._add("select", (selection,))
         return selection
 
-    def _imported(self) -> tuple[Select, Samples]:
+    def _contamination(self) -> Contamination | None:
+        """What training prompts share with evaluation prompts; returned if it is to be left out.
+
+        It does not depend on the last stage that is asked for, as keys of steps must not.
+        """
+        config = self.config.pair.contamination
+        if self.config.evaluate is None or config.action == "off":
+            return None
+        ngrams = EvalNgrams(self._eval_prompts, config.ngram)
+        job = Contamination(self._prompts, ngrams)
+        self._add("prompts", (ngrams,), (job,))
+        return job if config.action == "drop" else None
+
+    def _imported(self) -> tuple[Select, Answers]:
         prompts, given = self._prompts, _required(self.config.existing, "import")
         step = self._input_step("import", given, (prompts.step,))
         self._add("score", (IngestResponses(step, given),))
-        selection = Select(prompts, (Samples(step, prompts, None, SOURCES),))
-        self._add("select", (selection,))
-        if self.config.target and self._wants("sft"):
-            self._sft(selection)
-        return selection, Samples(step, Prompts(prompts.step, ("preference",)), None, TARGET)
+        left_out = self._contamination()
+        selection = self._select(self._answers(Samples(step, prompts, None, SOURCES)), left_out)
+        return selection, self._answers(Samples(step, self._preference_prompts, None, TARGET))
 
     def _published_preferences(self) -> Step:
         given = _required(self.config.existing, "import")
@@ -222,22 +242,30 @@ class Chain:
             rows.chat_template,
         )  # fmt: skip
 
-    def _sft(self, selection: Select) -> Samples | None:
-        """SFT of the target on y_ws, and its own answers to the preference prompts."""
+    def _sft(self, selection: Select) -> None:
+        """SFT of the target on y_ws."""
         base = Folder(self._target.model).absolute()
         key = self._fingerprint(base, self._target.chat_template)
         rows = self._prepare_job("sft", selection.step, base, key, self.config.sft)
         job = self._train_job("sft", rows, self.config.sft)
         self._add("sft", (rows,), (job,))
         self._add_trained(SFT, job)
-        if self.config.existing:
-            return None
-        model = self._trained_models[SFT]
-        own = self._generate(model[0], Prompts(self._prompts.step, ("preference",)))
-        held_out = [self._held_out(model[0])] if self._evaluating else []
-        score = self._score(own.samples)
-        self._add("sample", (own, *held_out), (score,))
-        return score.samples
+
+    def _own_answers(self) -> Answers:
+        """What target-SFT answers to the preference prompts."""
+        model = self._trained_models[SFT][0]
+        own = self._generate(model, self._preference_prompts)
+        held_out = [self._held_out(model)] if self._evaluating else []
+        return self._scored("sample", own, before=((own, *held_out),))
+
+    def _source_answers(self, selection: Select) -> Answers:
+        """What the sources answer to the preference prompts."""
+        sources = selection.sources
+        samples, verdicts = (
+            tuple(replace(s, prompts=self._preference_prompts) for s in given)
+            for given in (sources.samples, sources.verdicts)
+        )
+        return replace(sources, samples=samples, verdicts=verdicts)
 
     def _train(self, rows: Step, base: Folder) -> None:
         """WRPO from target-SFT, and plain DPO to compare with, on the same prepared rows."""
@@ -247,7 +275,8 @@ class Chain:
             key = self._fingerprint(base, self._target.chat_template)
         plain = self.config.wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})
         configs = {FUSED: self.config.wrpo}
-        if self.config.evaluate and self.config.evaluate.dpo_baseline:
+        is_dpo = not self.config.wrpo.alpha.end
+        if self.config.evaluate and self.config.evaluate.dpo_baseline and not is_dpo:
             configs = {DPO: plain} | configs
         prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo)
         jobs = {
@@ -281,6 +310,19 @@ class Chain:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
         sampling = sampling or self.config.sampling.updated(model.sampling)
         return self._retried(Generate(model, folder, identity, prompts, sampling, self.config.seed))
+
+    def _scored(self, stage: str, *answers: Generate, before: tuple[Any, ...] = ()) -> Answers:
+        """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
+        scores = tuple(self._score(job.samples) for job in answers)
+        verify = self.config.pair.verifier
+        reward = _verifier(verify) if verify else None
+        checks = tuple(self._score(job.samples, reward) for job in answers) if reward else ()
+        self._add(stage, *before, scores, checks)
+        verdicts = tuple(job.samples for job in checks)
+        return self._answers(*(job.samples for job in scores), verdicts=verdicts)
+
+    def _answers(self, *samples: Samples, verdicts: tuple[Samples, ...] = ()) -> Answers:
+        return Answers(samples, self.config.answers, verdicts)
 
     def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
         reward = reward or _required(self.config.reward, "reward")
@@ -501,10 +543,10 @@ def _checks(config: Config) -> Iterator[Any]:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
     scorers = list(config.reward.parts) if config.reward else []
-    if config.evaluate and config.evaluate.verifier:
-        scorers.append(_verifier(config.evaluate.verifier))
-    for part in scorers:
+    verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
+    for part in [*scorers, *(_verifier(name) for name in verifiers if name)]:
         yield partial(_check_scorer, part)
+    yield partial(check_patterns, config.answers.refusal_patterns)
     for what, given in (("prompts", config.prompts), ("import", config.existing)):
         if given:
             yield lambda what=what, g=given: _check_input(what, g)

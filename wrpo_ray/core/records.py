@@ -108,6 +108,17 @@ PREFERENCE = _schema(
     ],
 )
 
+NGRAMS = _schema("ngrams", [("hash", pa.uint64())])
+"""The distinct n-grams of the evaluation prompts."""
+
+OVERLAP = _schema(
+    "overlap",
+    [
+        ("prompt_id", pa.string()),
+        ("overlap", pa.float64()),  # share of the prompt's n-grams that evaluation prompts have
+    ],
+)
+
 FAILURE = _schema(
     "failure",
     [

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,6 +24,8 @@ from wrpo_ray.core.storage import Folder
 GIVEN_UP = "given up"
 SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
 _NAME = re.compile(r"(\d{5})-of-(\d{5})-(\w+)\.parquet")
+KEY = ("prompt_id", "source", "sample")
+"""What an answer is known by."""
 
 
 @dataclass(frozen=True)
@@ -56,26 +59,41 @@ def read_bucket(
     folder: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
 ) -> pa.Table:
     """A bucket's records, in the order of their shards' names; empty where there are none."""
+    names = _shards(folder, bucket)
+    tables = [_within(bucket, n, _read_shards(folder, [n], schema, columns)) for n in names]
+    return pa.concat_tables(tables) if tables else _read_shards(folder, [], schema, columns)
+
+
+def _shards(folder: Folder, bucket: Bucket) -> list[str]:
+    return [name for name in folder.files(suffix=".parquet") if bucket.meets(name)]
+
+
+def _read_shards(
+    folder: Folder, names: list[str], schema: pa.Schema, columns: list[str] | None
+) -> pa.Table:
+    """Whole shards, one after another."""
     wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
-    names = [name for name in folder.files(suffix=".parquet") if bucket.meets(name)]
-    tables = [
-        _within(bucket, name, folder.read_table(name, columns).cast(wanted)) for name in names
-    ]
+    tables = [folder.read_table(name, wanted.names).cast(wanted) for name in names]
     return pa.concat_tables(tables) if tables else wanted.empty_table()
 
 
 def _within(bucket: Bucket, shard: str, table: pa.Table) -> pa.Table:
     if int(shard.split("-")[2]) >= bucket.count:  # the shard's bucket is this one, or a part of it
         return table
-    inside = [i in bucket for i in table["prompt_id"].to_pylist()]
-    return table.filter(pa.array(inside, pa.bool_()))
+    inside = [i for i in table["prompt_id"].unique().to_pylist() if i in bucket]
+    return table.filter(pc.is_in(table["prompt_id"], pa.array(inside, pa.string())))
 
 
 def write_shard(
-    folder: Folder, bucket: Bucket, schema: pa.Schema, rows: list[dict[str, Any]], key: Any
+    folder: Folder,
+    bucket: Bucket,
+    schema: pa.Schema,
+    rows: list[dict[str, Any]] | pa.Table,
+    key: Any,
 ) -> None:
     """Commit rows as one shard; the same key writes the same file again."""
-    folder.write_table(bucket.shard(key), pa.Table.from_pylist(rows, schema=schema))
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
+    folder.write_table(bucket.shard(key), table)
 
 
 # --- failed rows -----------------------------------------------------------------------------
@@ -184,21 +202,52 @@ class Samples:
         self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
     ) -> pa.Table:
         """The bucket's answers, each (prompt, source, sample) once, in this order."""
-        table = read_bucket(self.folder(root), bucket, schema, columns)
+        return self.find(root, bucket, schema).read(columns)
+
+    def find(self, root: Folder, bucket: Bucket, schema: pa.Schema) -> Found:
+        """The same answers, whose columns are read when they are asked for."""
+        folder = self.folder(root)
+        names = _shards(folder, bucket)
+        keys = _read_shards(folder, names, schema, list(KEY))
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
-        inside = pc.is_in(table["prompt_id"], wanted.combine_chunks())
-        table = table.filter(inside)
+        inside = pc.is_in(keys["prompt_id"], wanted.combine_chunks()).to_numpy()
         if self.count is not None:
-            table = table.filter(pc.less(table["sample"], self.count))
-        return _unique(table)
+            inside &= keys["sample"].to_numpy() < self.count
+        rows = np.flatnonzero(inside)
+        return Found(folder, tuple(names), schema, rows[_unique(keys.take(rows))])
 
 
-def _unique(table: pa.Table) -> pa.Table:
-    names = ("prompt_id", "source", "sample")
-    first: dict[tuple[str, str, int], int] = {}
-    for position, key in enumerate(zip(*(table[n].to_pylist() for n in names), strict=True)):
-        first.setdefault(key, position)
-    return table.take(pa.array([first[key] for key in sorted(first)], pa.int64()))
+@dataclass(frozen=True)
+class Found:
+    """Rows of some shards laid end to end: which, and in which order."""
+
+    folder: Folder
+    shards: tuple[str, ...]
+    schema: pa.Schema
+    rows: np.ndarray
+
+    def read(self, columns: list[str] | None = None, of: np.ndarray | None = None) -> pa.Table:
+        """Columns of all these rows, or of those at the places `of` among them."""
+        rows = self.rows if of is None else self.rows[of]
+        if not len(rows):
+            return _read_shards(self.folder, [], self.schema, columns)
+        return _read_shards(self.folder, list(self.shards), self.schema, columns).take(rows)
+
+
+def _unique(keys: pa.Table) -> np.ndarray:
+    """The places of each (prompt, source, sample), its first where it is there twice, in order."""
+    columns = [ranks(keys["prompt_id"]), ranks(keys["source"]), keys["sample"].to_numpy()]
+    order = np.lexsort(columns[::-1])
+    is_new = np.ones(len(order), bool)
+    is_new[1:] = np.any([np.diff(c[order]) != 0 for c in columns], axis=0)
+    return order[is_new]
+
+
+def ranks(texts: pa.ChunkedArray) -> np.ndarray:
+    """For each text its place among the distinct ones, sorted."""
+    encoded = texts.combine_chunks().dictionary_encode()
+    places = pc.rank(encoded.dictionary, tiebreaker="dense").to_numpy()
+    return places[encoded.indices.to_numpy()]
 
 
 def sample_keys(table: pa.Table) -> set[tuple[str, int]]:

@@ -1,88 +1,106 @@
-"""Which answers become y_ws, y_wt and y_l: pure functions of scored candidates.
+"""Which answers become y_ws, y_wt and y_l: pure functions of arrays.
 
-Equal rewards are told apart by a hash of (prompt_id, source, sample), so that no source wins
-all ties and the same candidates always give the same choice.
+N candidates, sorted by (prompt, source, sample), lie in G groups: a prompt's, or those of a
+prompt and source. Equal rewards are told apart by a hash of (prompt_id, source, sample), so
+that no source wins all ties and the same candidates always give the same choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, Literal
+from collections.abc import Callable
 
-from wrpo_ray.core.records import ANSWER, unit_interval
+import numpy as np
 
-Candidate = dict[str, Any]
-"""A SCORED record."""
-Row = dict[str, Any]
+Ties = Callable[[np.ndarray], np.ndarray]
+"""Gives each of some candidates its place in [0, 1) among those of equal reward."""
 
-Reason = Literal["too_few", "same_text", "equal_reward", "source_below_target"]
-
-
-def tie(candidate: Candidate) -> float:
-    """The place in [0, 1) of a candidate among those of equal reward; greater wins."""
-    return unit_interval("tie", candidate["prompt_id"], candidate["source"], candidate["sample"])
-
-
-def rank(candidate: Candidate) -> tuple[float, float]:
-    """Sorts candidates of one prompt from worst to best."""
-    return candidate["reward"], tie(candidate)
-
-
-def by_prompt(candidates: Iterable[Candidate]) -> dict[str, list[Candidate]]:
-    """Candidates grouped by prompt."""
-    groups: dict[str, list[Candidate]] = {}
-    for candidate in candidates:
-        groups.setdefault(candidate["prompt_id"], []).append(candidate)
-    return groups
+REASONS = (
+    "too_few",  # than two answers that may be used
+    "none_chosen",  # all may only be rejected: cut off, or wrong
+    "none_rejected",  # all are right
+    "equal_reward",  # says nothing about which is better
+    "margin",  # outside min_margin to max_margin, or the worse is rewarded more
+    "same_text",
+    "similar_text",
+    "source_below_target",
+)
+"""Why a group has no pair, in the order in which it is looked at."""
+FOUND = len(REASONS)
+NONE = -1
+"""No candidate, in place of its number."""
 
 
-def answer(candidate: Candidate) -> Row:
-    """The ANSWER part of a candidate."""
-    return {field.name: candidate[field.name] for field in ANSWER}
+def best_of(
+    values: np.ndarray, eligible: np.ndarray, groups: np.ndarray, count: int, ties: Ties
+) -> np.ndarray:
+    """The eligible candidate of greatest value in each of `count` groups, (G,); NONE without one.
+
+    Of equal values the one whose tie is greatest wins. `values`, `eligible`, `groups` are (N,).
+    """
+    rows = np.flatnonzero(eligible)
+    top = np.full(count, -np.inf)
+    np.maximum.at(top, groups[rows], values[rows])
+    rows = rows[values[rows] == top[groups[rows]]]
+    tied = np.bincount(groups[rows], minlength=count)[groups[rows]] > 1
+    places = np.zeros(len(rows))
+    places[tied] = ties(rows[tied])
+    rows = rows[np.lexsort((places, groups[rows]))]
+    found = np.full(count, NONE)
+    found[groups[rows]] = rows  # of a group's rows the last stays
+    return found
 
 
-def scores(candidates: Iterable[Candidate]) -> list[Row]:
-    """The CANDIDATES part: whose answer, which, and its reward."""
-    kept = [{name: c[name] for name in ("source", "sample", "reward")} for c in candidates]
-    return sorted(kept, key=lambda c: (c["source"], c["sample"]))
+def is_tied(
+    values: np.ndarray, eligible: np.ndarray, groups: np.ndarray, best: np.ndarray
+) -> np.ndarray:
+    """Whether more than one eligible candidate of a group has its best one's value, (G,)."""
+    equal = groups[eligible & (values == at(values, best)[groups])]
+    return np.bincount(equal, minlength=len(best)) > 1
 
 
-def select(prompt: Row, candidates: list[Candidate]) -> Row:
-    """The SELECTION record of a prompt: y_ws is the best answer over all sources."""
-    return {
-        "prompt_id": prompt["prompt_id"],
-        "messages": prompt["messages"],
-        "split": prompt["split"],
-        "source_chosen": answer(max(candidates, key=rank)),
-        "candidates": scores(candidates),
-    }
+def at(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The values of rows, NaN for NONE."""
+    return np.append(values, np.nan)[rows]
+
+
+class Outcomes:
+    """What becomes of each of G groups: FOUND, or the number of the first reason it failed by."""
+
+    def __init__(self, count: int):
+        self.codes = np.full(count, FOUND)
+
+    def fail(self, reason: str, failing: np.ndarray) -> None:
+        """Groups that were found until now and fail by this reason; `failing` is (G,)."""
+        self.codes[(self.codes == FOUND) & failing] = REASONS.index(reason)
+
+    @property
+    def found(self) -> np.ndarray:
+        """Groups that have not failed, (G,)."""
+        return self.codes == FOUND
 
 
 def pair(
-    selection: Row, own: list[Candidate], source_below_target: Literal["keep", "drop"]
-) -> Row | Reason:
-    """The PREFERENCE record of a prompt, or why there is none.
+    rewards: np.ndarray,
+    chosen: np.ndarray,
+    rejected: np.ndarray,
+    groups: np.ndarray,
+    count: int,
+    ties: Ties,
+    margins: tuple[float, float],
+) -> tuple[np.ndarray, np.ndarray, Outcomes]:
+    """The best and the worst candidate of each group, and which groups have a pair by rewards.
 
-    y_wt and y_l are the best and the worst of the target's own answers. They have to differ in
-    text and in reward: equal ones say nothing about which is better.
+    `chosen` and `rejected` (N,) tell which candidates may be either; `margins` are the least and
+    the greatest difference of their rewards.
     """
-    if len(own) < 2:
-        return "too_few"
-    best, worst = max(own, key=rank), min(own, key=rank)
-    if best["reward"] == worst["reward"]:
-        return "equal_reward"
-    if best["text"] == worst["text"]:
-        return "same_text"
-    source = selection["source_chosen"]
-    if source["reward"] < best["reward"] and source_below_target == "drop":
-        return "source_below_target"
-    return {
-        "prompt_id": selection["prompt_id"],
-        "messages": selection["messages"],
-        "source_chosen": source,
-        "target_chosen": answer(best),
-        "rejected": answer(worst),
-        "source_margin": source["reward"] - best["reward"],
-        "target_margin": best["reward"] - worst["reward"],
-        "candidates": selection["candidates"] + scores(own),
-    }
+    best = best_of(rewards, chosen, groups, count, ties)
+    worst = best_of(-rewards, rejected, groups, count, lambda rows: -ties(rows))
+    margin = at(rewards, best) - at(rewards, worst)
+    low, high = margins
+    outcomes = Outcomes(count)
+    outcomes.fail("too_few", np.bincount(groups[chosen | rejected], minlength=count) < 2)
+    outcomes.fail("none_chosen", best == NONE)
+    outcomes.fail("none_rejected", worst == NONE)
+    outcomes.fail("equal_reward", margin == 0)
+    outcomes.fail("margin", ~((margin > 0) & (margin >= low) & (margin <= high)))
+    return best, worst, outcomes

@@ -5,21 +5,139 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Any
 
-from wrpo_ray.config import Actors
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wrpo_ray.config import Actors, AnswersConfig, PairConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import Pool, map_rows
+from wrpo_ray.core.cluster import Pool, map_rows, thread_env
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets, read_bucket, write_shard
 from wrpo_ray.core.steps import Step
-from wrpo_ray.pair.select import by_prompt, pair, select
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.pair import overlap
+from wrpo_ray.pair.answers import Eligible, judge
+from wrpo_ray.pair.candidates import Candidates, Verdicts, read_candidates, read_verdicts
+from wrpo_ray.pair.select import FOUND, NONE, REASONS, Outcomes, at, best_of, is_tied, pair
 
 Row = dict[str, Any]
-USED = ["prompt_id", "source", "sample", "text", "token_ids", "finish_reason", "reward"]
-"""The columns of a candidate that selection reads."""
+WHOLE = Bucket(0, 1)
+"""The bucket that all others lie in."""
+
+
+# --- contamination -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EvalNgrams:
+    """The distinct n-grams of the evaluation prompts, in one shard: there are few such prompts."""
+
+    prompts: Prompts
+    ngram: int
+
+    @property
+    def step(self) -> Step:
+        """The step."""
+        return Step("eval-ngrams", {"ngram": self.ngram}, (self.prompts.step,))
+
+    def buckets(self, run: Run) -> list[Bucket]:
+        """The units of work."""
+        return [WHOLE]
+
+    def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
+        """Write the NGRAMS shard, sorted."""
+        texts = _texts(self.prompts.read(run.root, bucket))
+        known = np.unique(overlap.ngrams(texts, self.ngram)[0])
+        table = pa.table([known], schema=records.NGRAMS)
+        write_shard(run.root / self.step.folder, bucket, records.NGRAMS, table, "all")
+        return {"prompts": len(texts), "rows": len(known)}
+
+
+@dataclass(frozen=True)
+class Contamination:
+    """How much of each training prompt evaluation prompts have, too."""
+
+    prompts: Prompts
+    ngrams: EvalNgrams
+
+    @property
+    def step(self) -> Step:
+        """The step."""
+        config = {"splits": list(self.prompts.splits)}
+        return Step("contamination", config, (self.prompts.step, self.ngrams.step))
+
+    def buckets(self, run: Run) -> list[Bucket]:
+        """The units of work."""
+        return buckets(run.buckets)
+
+    def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
+        """Write the bucket's OVERLAP shard."""
+        prompts = self.prompts.read(run.root, bucket)
+        known = _read_ngrams(run.root / self.ngrams.step.folder)
+        shares = overlap.overlaps(_texts(prompts), self.ngrams.ngram, known)
+        table = pa.table([prompts["prompt_id"], shares], schema=records.OVERLAP)
+        write_shard(run.root / self.step.folder, bucket, records.OVERLAP, table, "all")
+        return {"rows": len(shares), "contaminated": int((shares > 0).sum())}
+
+    def without(self, run: Run, bucket: Bucket, prompts: pa.Table) -> pa.Table:
+        """The bucket's prompts but for those that share anything."""
+        table = read_bucket(run.root / self.step.folder, bucket, records.OVERLAP)
+        shared = table.filter(pc.greater(table["overlap"], 0))["prompt_id"].combine_chunks()
+        return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], shared)))
+
+
+def _texts(prompts: pa.Table) -> pa.Array:
+    """What the users say in each prompt; a system prompt is no one's own."""
+    said = [
+        " ".join(m["content"] for m in messages if m["role"] == "user")
+        for messages in prompts["messages"].to_pylist()
+    ]
+    return pa.array(said, pa.string())
+
+
+@cache
+def _read_ngrams(folder: Folder) -> np.ndarray:
+    return read_bucket(folder, WHOLE, records.NGRAMS)["hash"].to_numpy()
+
+
+# --- y_ws --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Scored answers, which of them may be used, and what a verifier said of them, if one did."""
+
+    samples: tuple[Samples, ...]
+    policies: AnswersConfig
+    verdicts: tuple[Samples, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that made them."""
+        return tuple(s.step for s in (*self.samples, *self.verdicts))
+
+    def read(self, run: Run, bucket: Bucket, prompts: pa.Table) -> tuple[Candidates, Eligible]:
+        """The candidates of these prompts (sorted; with `reference`), and what each may be."""
+        ids = prompts["prompt_id"].combine_chunks()
+        candidates = read_candidates(self.samples, run.root, bucket, ids)
+        return candidates, judge(
+            candidates, self.policies, self._verdicts(run, bucket, prompts, candidates)
+        )
+
+    def _verdicts(
+        self, run: Run, bucket: Bucket, prompts: pa.Table, candidates: Candidates
+    ) -> Verdicts | None:
+        if not self.verdicts:
+            return None
+        verifiable = pc.is_valid(prompts["reference"]).to_numpy()
+        return read_verdicts(self.verdicts, run.root, bucket, candidates, verifiable)
 
 
 @dataclass(frozen=True)
@@ -27,33 +145,57 @@ class Select:
     """y_ws of every prompt: the source-selection table, and the rows of SFT."""
 
     prompts: Prompts
-    sources: tuple[Samples, ...]
+    sources: Answers
+    contamination: Contamination | None = None
+    """What to leave out."""
 
     @property
     def step(self) -> Step:
         """The step."""
-        inputs = (self.prompts.step, *(s.step for s in self.sources))
-        return Step("select", {"splits": list(self.prompts.splits)}, inputs)
+        config = {
+            "splits": list(self.prompts.splits),
+            "answers": self.sources.policies.identity(),
+        }
+        left_out = (self.contamination.step,) if self.contamination else ()
+        return Step("select", config, (self.prompts.step, *self.sources.steps, *left_out))
+
+    def buckets(self, run: Run) -> list[Bucket]:
+        """The units of work."""
+        return buckets(run.buckets)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's SELECTION shard and count wins by source."""
-        candidates = [c for s in self.sources for c in _read(s, run, bucket)]
-        groups = by_prompt(candidates)
-        prompts = self.prompts.read(run.root, bucket).to_pylist()
-        rows = [select(p, groups[p["prompt_id"]]) for p in prompts if p["prompt_id"] in groups]
-        rows.sort(key=lambda row: row["prompt_id"])
-        folder = run.root / self.step.folder
-        write_shard(folder, bucket, records.SELECTION, rows, "all")
-        wins = Counter(f"wins.{r['source_chosen']['source']}" for r in rows)
-        splits = Counter(f"{r['split']}_rows" for r in rows)
-        return {
-            **wins,
-            **splits,
-            "rows": len(rows),
-            "candidates": len(candidates),
-            "ties": sum(map(_is_tied, rows)),
-            "without_answer": len(prompts) - len(rows),
+        prompts = self.prompts.read(run.root, bucket).sort_by("prompt_id")
+        given = len(prompts)
+        if self.contamination:
+            prompts = self.contamination.without(run, bucket, prompts)
+        count = len(prompts)
+        candidates, eligible = self.sources.read(run, bucket, prompts)
+        rewards, groups = candidates.rewards, candidates.prompts
+        best = best_of(rewards, eligible.chosen, groups, count, candidates.ties)
+        found = np.flatnonzero(best != NONE)
+        kept = prompts.take(found)
+        columns = {name: kept[name] for name in ("prompt_id", "messages", "split")} | {
+            "source_chosen": candidates.answers(best[found]),
+            "candidates": candidates.scores(count).take(found),
         }
+        table = pa.table(columns, schema=records.SELECTION)
+        write_shard(run.root / self.step.folder, bucket, records.SELECTION, table, "all")
+        wins = candidates.by_source(best[found])
+        splits = Counter(f"{split}_rows" for split in kept["split"].to_pylist())
+        return {
+            **eligible.counts,
+            **{f"wins.{source}": won for source, won in wins.items()},
+            **splits,
+            "rows": len(found),
+            "candidates": len(candidates),
+            "ties": int(is_tied(rewards, eligible.chosen, groups, best).sum()),
+            "without_answer": count - len(found),
+            **({"contaminated": given - count} if self.contamination else {}),
+        }
+
+
+# --- y_wt and y_l ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,63 +203,171 @@ class Pair:
     """(x, y_ws, y_wt, y_l) of the preference prompts."""
 
     select: Select
-    own: Samples
-    source_below_target: Literal["keep", "drop"]
+    answers: Answers
+    """Those that y_wt and y_l are among: the target's own, or for `fusechat3` the sources'."""
+    config: PairConfig
+
+    @property
+    def prompts(self) -> Prompts:
+        """The preference prompts."""
+        return self.answers.samples[0].prompts
 
     @property
     def step(self) -> Step:
         """The step."""
         config = {
-            "source_below_target": self.source_below_target,
-            "splits": self.own.prompts.splits,
+            "pair": self.config.identity() | {"contamination": None},  # done by `select`
+            "answers": self.answers.policies.identity(),
+            "splits": list(self.prompts.splits),
         }
-        return Step("pair", config, (self.select.step, self.own.step))
+        return Step("pair", config, (self.select.step, *self.answers.steps))
+
+    def buckets(self, run: Run) -> list[Bucket]:
+        """The units of work."""
+        return buckets(run.buckets)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's PREFERENCE shard and count what was dropped and why."""
-        own = by_prompt(_read(self.own, run, bucket))
+        selection = self._selection(run, bucket)
+        count = len(selection)
+        candidates, eligible = self.answers.read(run, bucket, selection)
+        groups, prompts = candidates.groups, candidates.group_prompts
+        best, worst, outcomes = pair(
+            candidates.rewards, eligible.chosen, eligible.rejected, groups,
+            len(prompts), candidates.ties, self.config.margins,
+        )  # fmt: skip
+        self._check_texts(outcomes, candidates.texts, best, worst)
+        if self.config.source_below_target == "drop":
+            source = _field(selection, "source_chosen", "reward")
+            outcomes.fail("source_below_target", source[prompts] < at(candidates.rewards, best))
+        winners = best_of(
+            at(candidates.rewards, best), outcomes.found, prompts, count,
+            lambda found: candidates.ties(best[found]),
+        )  # fmt: skip
+        found = np.flatnonzero(winners != NONE)
+        best, worst = best[winners[found]], worst[winners[found]]
+        table = self._rows(selection, candidates, found, best, worst)
+        write_shard(run.root / self.step.folder, bucket, records.PREFERENCE, table, "all")
+        below = int((table["source_margin"].to_numpy() < 0).sum())
+        numbers = {"prompts": count, "rows": len(found), "source_below_target": below}
+        return {**eligible.counts, **_dropped(outcomes, prompts, count), **numbers}
+
+    def _selection(self, run: Run, bucket: Bucket) -> pa.Table:
+        """The bucket's preference prompts that have a y_ws, with their references."""
         table = read_bucket(run.root / self.select.step.folder, bucket, records.SELECTION)
-        chosen = [r for r in table.to_pylist() if r["split"] in self.own.prompts.splits]
-        results = [pair(r, own.get(r["prompt_id"], []), self.source_below_target) for r in chosen]
-        rows = [r for r in results if isinstance(r, dict)]
-        write_shard(run.root / self.step.folder, bucket, records.PREFERENCE, rows, "all")
-        dropped = Counter(f"dropped.{r}" for r in results if isinstance(r, str))
-        below = sum(r["source_margin"] < 0 for r in rows)
-        found = {"prompts": len(chosen), "rows": len(rows), "source_below_target": below}
-        return {**dropped, **found}
+        table = table.filter(pc.is_in(table["split"], pa.array(self.prompts.splits)))
+        table = table.sort_by("prompt_id")
+        if not self.answers.verdicts:
+            return table
+        columns = ["prompt_id", "split", "reference"]
+        given = self.prompts.read(run.root, bucket, columns)
+        places = pc.index_in(table["prompt_id"], value_set=given["prompt_id"].combine_chunks())
+        return table.append_column("reference", given["reference"].take(places))
+
+    def _check_texts(
+        self, outcomes: Outcomes, texts: pa.Array, best: np.ndarray, worst: np.ndarray
+    ) -> None:
+        """Fail pairs of equal or too similar texts."""
+        found = np.flatnonzero(outcomes.found)
+        chosen, rejected = texts.take(best[found]), texts.take(worst[found])
+        failing = np.zeros(len(best), bool)
+        failing[found] = pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)
+        outcomes.fail("same_text", failing)
+        limit = self.config.max_similarity
+        if limit is not None:
+            pairs = zip(chosen.to_pylist(), rejected.to_pylist(), strict=True)
+            failing[found] = [overlap.similarity(*texts) > limit for texts in pairs]
+            outcomes.fail("similar_text", failing)
+
+    def _rows(
+        self,
+        selection: pa.Table,
+        candidates: Candidates,
+        found: np.ndarray,
+        best: np.ndarray,
+        worst: np.ndarray,
+    ) -> pa.Table:
+        """The PREFERENCE records of the prompts `found`, with these chosen and rejected answers."""
+        kept, chosen = selection.take(found), candidates.answers(best)
+        is_wrpo = self.config.policy == "wrpo"
+        source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
+        scores = kept["candidates"].combine_chunks()
+        own = candidates.scores(len(selection)).take(found)
+        rewards = candidates.rewards
+        columns = {
+            "prompt_id": kept["prompt_id"],
+            "messages": kept["messages"],
+            "source_chosen": source,
+            "target_chosen": chosen,
+            "rejected": candidates.answers(worst),
+            "source_margin": pc.subtract(source.field("reward"), rewards[best]),
+            "target_margin": rewards[best] - rewards[worst],
+            "candidates": _joined(scores, own) if is_wrpo else scores,
+        }
+        return pa.table(columns, schema=records.PREFERENCE)
 
 
-def run(run: Run, jobs: list[Select | Pair]) -> None:
+def _field(table: pa.Table, column: str, name: str) -> np.ndarray:
+    return table[column].combine_chunks().field(name).to_numpy()
+
+
+def _joined(first: pa.ListArray, second: pa.ListArray) -> pa.ListArray:
+    """Lists of the first with the elements of the second's behind them."""
+    lengths = np.stack([pc.list_value_length(x).to_numpy() for x in (first, second)], axis=1)
+    values = pa.concat_arrays([first.flatten(), second.flatten()])
+    starts = (np.cumsum(lengths.T) - lengths.T.ravel()).reshape(2, -1).T.ravel()
+    counts = lengths.ravel()
+    shifts = starts - (np.cumsum(counts) - counts)
+    order = np.arange(len(values)) + np.repeat(shifts, counts)
+    offsets = np.append(0, np.cumsum(lengths.sum(axis=1))).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.take(pa.array(order)), type=first.type)
+
+
+def _dropped(outcomes: Outcomes, prompts: np.ndarray, count: int) -> dict[str, int]:
+    """How many of `count` prompts have no pair, by the last reason that one of its groups met."""
+    codes = np.full(count, REASONS.index("too_few"))
+    np.maximum.at(codes, prompts, outcomes.codes)
+    numbers = np.bincount(codes, minlength=FOUND)
+    return {f"dropped.{r}": int(n) for r, n in zip(REASONS, numbers, strict=False) if n}
+
+
+# --- running -----------------------------------------------------------------------------------
+
+Job = EvalNgrams | Contamination | Select | Pair
+
+
+def run(run: Run, jobs: Sequence[Job]) -> None:
     """Do each job."""
     for job in jobs:
         started = time.time()
         counts: Counter[str] = Counter()
-        rows = [{"bucket": b.index} for b in buckets(run.buckets)]
-        pool = Pool(job.step.name, Actors(num_cpus=0.5, max=64))
+        rows = [{"index": b.index, "count": b.count} for b in job.buckets(run)]
+        actors = Actors(max=64)
+        pool = Pool(job.step.name, actors, thread_env(actors.num_cpus))
         for result in map_rows(pool, rows, Filler, {"run": run, "job": job}):
             counts.update(json.loads(result["counts"]))
         totals = dict(sorted(counts.items()))
         job.step.finish(run.root, totals, started)
-        told = {k: v for k, v in totals.items() if not k.startswith("wins.")}
-        log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in told.items()))
+        log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in _told(totals).items()))
+
+
+def _told(totals: dict[str, int]) -> dict[str, int]:
+    """The counts without those by source: no wins, and answers by policy only."""
+    told: Counter[str] = Counter()
+    for name, count in totals.items():
+        kind, _, rest = name.partition(".")
+        if kind != "wins":
+            told[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
+    return told
 
 
 class Filler:
     """The Ray Data actor; what is returned are counts only."""
 
-    def __init__(self, run: Run, job: Select | Pair):
+    def __init__(self, run: Run, job: Job):
         self.run, self.job = run, job
 
     def __call__(self, row: Row) -> Row:
         """Fill one bucket."""
-        counts = self.job.fill(self.run, Bucket(row["bucket"], self.run.buckets))
+        counts = self.job.fill(self.run, Bucket(row["index"], row["count"]))
         return row | {"counts": json.dumps(counts)}
-
-
-def _read(samples: Samples, run: Run, bucket: Bucket) -> list[Row]:
-    return samples.read(run.root, bucket, records.SCORED, USED).to_pylist()
-
-
-def _is_tied(row: Row) -> bool:
-    best = row["source_chosen"]["reward"]
-    return sum(c["reward"] == best for c in row["candidates"]) > 1

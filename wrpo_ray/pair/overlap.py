@@ -1,0 +1,61 @@
+"""How much texts have in common: prompts with evaluation prompts, answers with each other."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_BASE = np.uint64(0x9E3779B97F4A7C15)
+"""An odd number whose powers spread the words of an n-gram over 64 bits."""
+
+
+def ngrams(texts: pa.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """64-bit hashes of all n-grams of words, and which text each is from; both (K,).
+
+    Words are runs of letters and digits, regardless of case. A text with fewer than n words is
+    one n-gram, one without words none. The hashes are the same in every process.
+    """
+    spaced = pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\pL\pN]+", " ")
+    words = pc.split_pattern(pc.utf8_trim(spaced, " "), " ")  # a text without words gives [""]
+    encoded = words.flatten().dictionary_encode()
+    hashes = np.array([_hash(word) for word in encoded.dictionary.to_pylist()], np.uint64)
+    hashes = hashes[encoded.indices.to_numpy()]
+    lengths = pc.list_value_length(words).to_numpy()
+    owners = np.repeat(np.arange(len(texts)), lengths)
+    ends = np.cumsum(lengths)[owners]
+    places = np.arange(len(owners))
+    is_first = places == ends - lengths[owners]
+    starts = np.flatnonzero((hashes != _hash("")) & ((places + n <= ends) | is_first))
+    grams = np.zeros(len(starts), np.uint64)
+    for offset in range(n):
+        inside = starts + offset < ends[starts]
+        word = hashes[np.where(inside, starts + offset, starts)]
+        grams = np.where(inside, grams * _BASE + word, grams)
+    return grams, owners[starts]
+
+
+def _hash(word: str) -> int:
+    return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
+
+
+def overlaps(texts: pa.Array, n: int, known: np.ndarray) -> np.ndarray:
+    """The share of each text's n-grams that are among `known` (sorted), (B,); 0 without any."""
+    grams, owners = ngrams(texts, n)
+    places = np.minimum(np.searchsorted(known, grams), len(known) - 1)
+    hits = known[places] == grams if len(known) else np.zeros(len(grams), bool)
+    counts = np.bincount(owners, minlength=len(texts))
+    return np.bincount(owners[hits], minlength=len(texts)) / np.maximum(counts, 1)
+
+
+def similarity(one: str, other: str, n: int = 5) -> float:
+    """Jaccard index of two texts' character n-grams, regardless of case and spacing."""
+    a, b = (_characters(text, n) for text in (one, other))
+    return len(a & b) / len(a | b)
+
+
+def _characters(text: str, n: int) -> set[str]:
+    plain = " ".join(text.lower().split())
+    return {plain[i : i + n] for i in range(max(len(plain) - n, 0) + 1)}
