@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import results
 import torch
 
 PREFIX = "train."
@@ -146,12 +144,8 @@ class Report:
     # --- files
 
     def write(self, folder: Path) -> None:
-        """RESULTS.md, and the rows of results.json; other benchmarks' rows there stay."""
-        path = folder / "results.json"
-        rows = json.loads(path.read_text()) if path.exists() else []
-        rows = [row for row in rows if not row["name"].startswith(PREFIX)] + self.rows()
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-        (folder / "RESULTS.md").write_text(self.text())
+        """Into RESULTS.md and results.json."""
+        results.save(folder, PREFIX, self.rows(), self.text())
 
     def rows(self) -> list[dict[str, Any]]:
         """Named figures; `ratio` is peer / ours, so above 1 ours is better."""
@@ -175,12 +169,11 @@ class Report:
         return [self._row(*figure) for figure in figures]
 
     def _row(self, name: str, ours: float, peer: float, unit: str) -> dict[str, Any]:
-        figures = {"ours": round(ours, 4), "peer": round(peer, 4), "ratio": round(peer / ours, 3)}
-        about = {"unit": unit, "machine": self.machine, "versions": versions()}
-        return {"name": PREFIX + name, **figures, **about}
+        about = {"machine": self.machine, "versions": versions()}
+        return results.row(PREFIX + name, ours, peer, unit, about)
 
     def text(self) -> str:
-        """RESULTS.md."""
+        """The section of RESULTS.md."""
         options, weights = self.options, self.weights
         share = weights["head"] / (weights["head"] + weights["body"])
         share_8b = LLAMA_8B["head"] / sum(LLAMA_8B.values())
@@ -224,7 +217,7 @@ TEXT = """# Training: one step, side by side
 {targets}
 
 One WRPO step (forward and backward of {rows} rows, and the optimizer's) on {machine},
-{threads} thread(s) of torch, {device}. `make bench` measures it all again and writes this file
+{threads} thread(s) of torch, {device}. `make bench` measures it all again and writes this section
 and [results.json](results.json); options are in `train.py --help`.
 
 ## Speed
@@ -302,19 +295,10 @@ def _mb(size: float) -> float:
 
 def machine(device: torch.device) -> str:
     """The kind of machine, without its name."""
-    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    cpu = f"{_cpu()}, {os.cpu_count()} cores, {gigabytes:.0f} GB"
+    cpu = results.machine()
     return f"{torch.cuda.get_device_name()}, {cpu}" if device.type == "cuda" else cpu
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def versions() -> dict[str, str]:
     """Of what was compared."""
-    names = ("torch", "transformers", "trl", "wrpo-ray")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    return results.versions("torch", "transformers", "trl", "wrpo-ray")

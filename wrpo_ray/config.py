@@ -465,9 +465,9 @@ class AnswersConfig(Section):
     cut_off: Literal["keep", "reject_only", "drop"] = "reject_only"
     """Answers cut off at `max_tokens`. As y_ws or y_wt they would teach to leave off anywhere; as
     y_l they show what the target really does. Imported answers do not tell."""
-    duplicates: Literal["keep", "drop"] = "drop"
-    """Answers of the same model with the same text to a prompt, but for the first: they say
-    nothing new, and would only win more ties."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Answers of the same model with the same text to a prompt, but for the first. Where equal
+    texts have equal rewards they only win more ties."""
 
 
 class ContaminationConfig(Section):

@@ -213,31 +213,35 @@ class Samples:
         inside = pc.is_in(keys["prompt_id"], wanted.combine_chunks()).to_numpy()
         if self.count is not None:
             inside &= keys["sample"].to_numpy() < self.count
-        rows = np.flatnonzero(inside)
-        return Found(folder, tuple(names), schema, rows[_unique(keys.take(rows))])
+        return Found(folder, tuple(names), schema, keys, _unique(keys, inside))
 
 
 @dataclass(frozen=True)
 class Found:
-    """Rows of some shards laid end to end: which, and in which order."""
+    """Rows of a bucket's shards, which lie end to end."""
 
     folder: Folder
     shards: tuple[str, ...]
     schema: pa.Schema
+    keys: pa.Table
+    """KEY of every row of the shards."""
     rows: np.ndarray
+    """Which rows are meant, in their order."""
 
-    def read(self, columns: list[str] | None = None, of: np.ndarray | None = None) -> pa.Table:
-        """Columns of all these rows, or of those at the places `of` among them."""
-        rows = self.rows if of is None else self.rows[of]
-        if not len(rows):
-            return _read_shards(self.folder, [], self.schema, columns)
-        return _read_shards(self.folder, list(self.shards), self.schema, columns).take(rows)
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """Columns of the rows that are meant."""
+        return self.read_all(columns).take(self.rows)
+
+    def read_all(self, columns: list[str] | None = None) -> pa.Table:
+        """Columns of every row of the shards."""
+        return _read_shards(self.folder, list(self.shards), self.schema, columns)
 
 
-def _unique(keys: pa.Table) -> np.ndarray:
-    """The places of each (prompt, source, sample), its first where it is there twice, in order."""
+def _unique(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
+    """Rows of each (prompt, source, sample) inside, the first where it is there twice, in order."""
     columns = [ranks(keys["prompt_id"]), ranks(keys["source"]), keys["sample"].to_numpy()]
     order = np.lexsort(columns[::-1])
+    order = order[inside[order]]
     is_new = np.ones(len(order), bool)
     is_new[1:] = np.any([np.diff(c[order]) != 0 for c in columns], axis=0)
     return order[is_new]

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,8 +139,11 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file; it appears at once."""
+        repeated = [path for path, kind in _leaves(table.schema) if not _is_varied(path, kind)]
         with self._publish(name) as path:
-            pq.write_table(table, path, filesystem=self.filesystem, compression="zstd")
+            pq.write_table(
+                table, path, filesystem=self.filesystem, compression="zstd", use_dictionary=repeated
+            )
 
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all in it; nothing happens where there is none."""
@@ -183,6 +186,23 @@ class Folder:
 
     def _publish(self, name: str) -> _Publication:
         return _Publication(self.filesystem, self._at(name))
+
+
+def _leaves(fields: Iterable[pa.Field], above: str = "") -> Iterator[tuple[str, pa.DataType]]:
+    """The Parquet columns of a schema: their paths and types."""
+    for field in fields:
+        kind, path = field.type, above + field.name
+        if pa.types.is_list(kind):
+            yield from _leaves([kind.value_field], f"{path}.list.")
+        elif pa.types.is_struct(kind):
+            yield from _leaves(kind, f"{path}.")
+        else:
+            yield path, kind
+
+
+def _is_varied(path: str, kind: pa.DataType) -> bool:
+    """Whether a column's values hardly repeat: a dictionary of them would only cost time."""
+    return pa.types.is_floating(kind) or path.rpartition(".")[2] in ("text", "content")
 
 
 class _Publication:

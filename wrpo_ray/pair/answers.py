@@ -43,9 +43,10 @@ def judge(
             counts[f"answers.{policy}.{source}"] += count
 
     if config.empty == "drop":
-        restrict("empty", _is_blank(candidates.texts))
+        restrict("empty", candidates.mask(_is_blank(candidates.table["text"])))
     if config.refusals == "drop":
-        restrict("refusal", _is_refusal(candidates.texts, config.refusal_patterns))
+        matches = _is_refusal(candidates.table["text"], config.refusal_patterns)
+        restrict("refusal", candidates.mask(matches))
     if config.cut_off != "keep":
         restrict("cut_off", candidates.cut_off, drop=config.cut_off == "drop")
     if config.duplicates == "drop":
@@ -57,29 +58,26 @@ def judge(
     return Eligible(chosen, rejected, counts)
 
 
-def _is_blank(texts: pa.Array) -> np.ndarray:
-    return _mask(pc.equal(pc.utf8_trim_whitespace(texts), ""))
+def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.equal(pc.utf8_trim_whitespace(texts), "")
 
 
-def _is_refusal(texts: pa.Array, patterns: tuple[str, ...]) -> np.ndarray:
+def _is_refusal(texts: pa.ChunkedArray, patterns: tuple[str, ...]) -> pa.ChunkedArray:
     straight = pc.replace_substring(texts, "’", "'")
-    matches = [pc.match_substring_regex(straight, p, ignore_case=True) for p in patterns]
-    return np.any([_mask(m) for m in matches], axis=0) if matches else np.zeros(len(texts), bool)
+    any_of = "|".join(f"(?:{pattern})" for pattern in patterns)
+    return pc.match_substring_regex(straight, any_of or "$.", ignore_case=True)
 
 
 def _is_repeated(candidates: Candidates, among: np.ndarray) -> np.ndarray:
     """Whether an earlier sample of the same prompt and source has the same text, (N,)."""
-    codes = candidates.texts.dictionary_encode().indices.to_numpy().astype(np.int64)
-    rows = np.flatnonzero(among)
-    keys = candidates.groups[rows] * (codes.max(initial=0) + 1) + codes[rows]
+    places = np.flatnonzero(among)
+    texts = candidates.texts(places).combine_chunks().dictionary_encode()
+    codes = texts.indices.to_numpy().astype(np.int64)
+    keys = candidates.groups[places] * (len(texts.dictionary) + 1) + codes
     _, first = np.unique(keys, return_index=True)
     repeated = among.copy()
-    repeated[rows[first]] = False
+    repeated[places[first]] = False
     return repeated
-
-
-def _mask(values: pa.Array) -> np.ndarray:
-    return values.fill_null(False).to_numpy(zero_copy_only=False)
 
 
 def check_patterns(patterns: tuple[str, ...]) -> None:

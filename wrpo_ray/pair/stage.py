@@ -182,11 +182,11 @@ class Select:
         table = pa.table(columns, schema=records.SELECTION)
         write_shard(run.root / self.step.folder, bucket, records.SELECTION, table, "all")
         wins = candidates.by_source(best[found])
-        splits = Counter(f"{split}_rows" for split in kept["split"].to_pylist())
+        splits = pc.value_counts(kept["split"]).to_pylist()
         return {
             **eligible.counts,
             **{f"wins.{source}": won for source, won in wins.items()},
-            **splits,
+            **{f"{split['values']}_rows": split["counts"] for split in splits},
             "rows": len(found),
             "candidates": len(candidates),
             "ties": int(is_tied(rewards, eligible.chosen, groups, best).sum()),
@@ -236,7 +236,7 @@ class Pair:
             candidates.rewards, eligible.chosen, eligible.rejected, groups,
             len(prompts), candidates.ties, self.config.margins,
         )  # fmt: skip
-        self._check_texts(outcomes, candidates.texts, best, worst)
+        self._check_texts(outcomes, candidates, best, worst)
         if self.config.source_below_target == "drop":
             source = _field(selection, "source_chosen", "reward")
             outcomes.fail("source_below_target", source[prompts] < at(candidates.rewards, best))
@@ -265,13 +265,13 @@ class Pair:
         return table.append_column("reference", given["reference"].take(places))
 
     def _check_texts(
-        self, outcomes: Outcomes, texts: pa.Array, best: np.ndarray, worst: np.ndarray
+        self, outcomes: Outcomes, candidates: Candidates, best: np.ndarray, worst: np.ndarray
     ) -> None:
         """Fail pairs of equal or too similar texts."""
         found = np.flatnonzero(outcomes.found)
-        chosen, rejected = texts.take(best[found]), texts.take(worst[found])
+        chosen, rejected = candidates.texts(best[found]), candidates.texts(worst[found])
         failing = np.zeros(len(best), bool)
-        failing[found] = pc.equal(chosen, rejected).to_numpy(zero_copy_only=False)
+        failing[found] = pc.equal(chosen, rejected).to_numpy()
         outcomes.fail("same_text", failing)
         limit = self.config.max_similarity
         if limit is not None:
@@ -288,7 +288,8 @@ class Pair:
         worst: np.ndarray,
     ) -> pa.Table:
         """The PREFERENCE records of the prompts `found`, with these chosen and rejected answers."""
-        kept, chosen = selection.take(found), candidates.answers(best)
+        kept, answers = selection.take(found), candidates.answers(np.append(best, worst))
+        chosen, rejected = answers[: len(best)], answers[len(best) :]
         is_wrpo = self.config.policy == "wrpo"
         source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
         scores = kept["candidates"].combine_chunks()
@@ -299,7 +300,7 @@ class Pair:
             "messages": kept["messages"],
             "source_chosen": source,
             "target_chosen": chosen,
-            "rejected": candidates.answers(worst),
+            "rejected": rejected,
             "source_margin": pc.subtract(source.field("reward"), rewards[best]),
             "target_margin": rewards[best] - rewards[worst],
             "candidates": _joined(scores, own) if is_wrpo else scores,
