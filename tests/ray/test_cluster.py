@@ -175,6 +175,13 @@ def test_a_lost_actor_is_replaced_and_its_rows_are_done(local_ray, tmp_path):
     assert (tmp_path / "died-3").exists()
 
 
+def test_a_lost_task_is_tried_again(local_ray, tmp_path):
+    rows = ({"row": i} for i in range(2 * cluster.MOST_TASKS))
+    done = cluster.map_tasks("test", rows, Dies(str(tmp_path)))
+    assert sorted(r["row"] for r in done) == list(range(2 * cluster.MOST_TASKS))
+    assert (tmp_path / "died-3").exists()
+
+
 class Refuses:
     """An actor that raises the project's own error."""
 
@@ -185,6 +192,8 @@ class Refuses:
 def test_the_projects_own_errors_come_through_ray(local_ray):
     with pytest.raises(UserError, match="^cause and remedy$"):
         list(cluster.map_rows(POOL, [{"row": 1}], Refuses, {}))
+    with pytest.raises(UserError, match="^cause and remedy$"):
+        list(cluster.map_tasks("test", iter([{"row": 1}] * 3), Refuses()))
 
 
 class Breaks:
@@ -197,6 +206,8 @@ class Breaks:
 def test_another_error_is_told_with_its_cause(local_ray):
     with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
         list(cluster.map_rows(POOL, [{"row": 1}], Breaks, {}))
+    with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
+        list(cluster.map_tasks("test", iter([{"row": 1}]), Breaks()))
 
 
 class Limit:
@@ -207,8 +218,8 @@ class Limit:
 
 
 def test_the_limit_of_the_cache_reaches_the_workers(local_ray):
-    rows = cluster.map_rows("look", [{"n": 0}], Limit, {}, Actors(), {"OMP_NUM_THREADS": "1"})
-    assert list(rows) == [{"n": 0, "limit": "20.0"}]
+    pool = cluster.Pool("look", Actors(), {"OMP_NUM_THREADS": "1"})
+    assert list(cluster.map_rows(pool, [{"n": 0}], Limit, {})) == [{"n": 0, "limit": "20.0"}]
 
 
 def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):

@@ -31,6 +31,8 @@ from wrpo_ray.errors import UserError, WrpoError
 
 OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
 """Environment of every process that works for a run: which output, and which driver."""
+MOST_TASKS = 1024
+"""Tasks under way at once: more than most clusters have CPUs."""
 
 
 def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
@@ -243,6 +245,46 @@ def map_rows(
         raise readable(error, pool.what) from error
 
 
+def map_tasks(
+    what: str, rows: Iterator[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Map rows by tasks of one CPU, where there is nothing to load; results come as they finish.
+
+    Workers that Ray has started already take them, on as many CPUs as the cluster has. Rows of a
+    lost node are tried again on others.
+
+    Raises:
+        WrpoError: as raised by the function, or one that names `what` and the cause.
+    """
+    import ray
+
+    task, shared = ray.remote(num_cpus=1)(_guarded), ray.put(function)
+    under_way: list[Any] = []
+    try:
+        for row in rows:
+            under_way.append(task.remote(what, shared, row))
+            if len(under_way) == MOST_TASKS:
+                yield _result(under_way)
+        while under_way:
+            yield _result(under_way)
+    except ray.exceptions.RayError as error:
+        raise readable(error, what) from error
+    finally:
+        for left in under_way:
+            ray.cancel(left)
+
+
+def _result(under_way: list[Any]) -> dict[str, Any]:
+    """The result of a task that has finished, which is taken from the list."""
+    import ray
+
+    (done,), under_way[:] = ray.wait(under_way)
+    result = ray.get(done)
+    if "error" in result:
+        raise _own_error(result)
+    return result
+
+
 @contextmanager
 def _placed(pool: Pool) -> Iterator[dict[str, Any]]:
     """Where actors with parts go: arguments of `_Apart`; none for actors without.
@@ -403,17 +445,26 @@ class _Guarded:
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """The worker's result, or what went wrong."""
-        try:
-            with self._making:
-                made = self._made
-            return made(row)
-        except Exception as error:  # whatever it is, the driver tells it
-            own = error if isinstance(error, WrpoError) else readable(error, self.what)
-            return {
-                "error": type(own).__name__,
-                "message": str(own),
-                "trace": traceback.format_exc(),
-            }
+        return _guarded(self.what, self._work, row)
+
+    def _work(self, row: dict[str, Any]) -> dict[str, Any]:
+        with self._making:
+            made = self._made
+        return made(row)
+
+
+def _guarded(
+    what: str, function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[str, Any]
+) -> dict[str, Any]:
+    try:
+        return function(row)
+    except Exception as error:  # whatever it is, the driver tells it
+        own = error if isinstance(error, WrpoError) else readable(error, what)
+        return {
+            "error": type(own).__name__,
+            "message": str(own),
+            "trace": traceback.format_exc(),
+        }
 
 
 class _Apart:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wrpo_ray.config import Actors, AnswersConfig, PairConfig
+from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import Pool, map_rows, thread_env
+from wrpo_ray.core.cluster import map_tasks
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets, read_bucket, write_shard
@@ -27,7 +25,6 @@ from wrpo_ray.pair.answers import Eligible, judge
 from wrpo_ray.pair.candidates import Candidates, Verdicts, read_candidates, read_verdicts
 from wrpo_ray.pair.select import FOUND, NONE, REASONS, Outcomes, at, best_of, is_tied, pair
 
-Row = dict[str, Any]
 WHOLE = Bucket(0, 1)
 """The bucket that all others lie in."""
 
@@ -338,18 +335,19 @@ Job = EvalNgrams | Contamination | Select | Pair
 
 
 def run(run: Run, jobs: Sequence[Job]) -> None:
-    """Do each job."""
+    """Do each job; the driver sees counts only."""
     for job in jobs:
-        started = time.time()
-        counts: Counter[str] = Counter()
-        rows = [{"index": b.index, "count": b.count} for b in job.buckets(run)]
-        actors = Actors(max=64)
-        pool = Pool(job.step.name, actors, thread_env(actors.num_cpus))
-        for result in map_rows(pool, rows, Filler, {"run": run, "job": job}):
-            counts.update(json.loads(result["counts"]))
-        totals = dict(sorted(counts.items()))
-        job.step.finish(run.root, totals, started)
-        log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in _told(totals).items()))
+        started, totals = time.time(), Counter[str]()
+        rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
+        for counts in map_tasks(job.step.name, rows, partial(_fill, run, job)):
+            totals.update(counts)
+        record = job.step.finish(run.root, dict(sorted(totals.items())), started)
+        told = ", ".join(f"{name} {count:,}" for name, count in _told(record["counts"]).items())
+        log(f"{job.step.name}  {told}")
+
+
+def _fill(run: Run, job: Job, row: dict[str, int]) -> dict[str, int]:
+    return job.fill(run, Bucket(**row))
 
 
 def _told(totals: dict[str, int]) -> dict[str, int]:
@@ -360,15 +358,3 @@ def _told(totals: dict[str, int]) -> dict[str, int]:
         if kind != "wins":
             told[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
     return told
-
-
-class Filler:
-    """The Ray Data actor; what is returned are counts only."""
-
-    def __init__(self, run: Run, job: Job):
-        self.run, self.job = run, job
-
-    def __call__(self, row: Row) -> Row:
-        """Fill one bucket."""
-        counts = self.job.fill(self.run, Bucket(row["index"], row["count"]))
-        return row | {"counts": json.dumps(counts)}
