@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wrpo_ray.config import Config, ModelConfig, Section, SplitConfig, load
+from wrpo_ray.config import Config, ModelConfig, PairConfig, Section, SplitConfig, load
 from wrpo_ray.errors import UserError
 
 JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
@@ -70,6 +70,26 @@ def test_zero_sources_and_missing_reward_are_told_together(tmp_path):
     (line,) = problems(tmp_path, {"output": "o", "prompts": {"path": "p"}})
     assert "zero sources" in line
     assert "reward: missing" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["pair.policy=fusechat3"], "set wrpo.alpha.end: 0"),
+        (["pair.policy=fusechat3", "pair.source_below_target=drop"], "belongs to policy: wrpo"),
+        (["pair.policy=fusechat3", "pair.min_margin=0.5"], "max_margin (0.1) must be at least"),
+        (["pair.min_margin=0.5", "pair.max_margin=0.4"], "max_margin (0.4) must be at least"),
+    ],
+)
+def test_pair_policies_that_do_not_fit(tmp_path, overrides, reason):
+    (line,) = problems(tmp_path, BASE, *overrides)
+    assert reason in line
+
+
+def test_fusechat3_has_its_own_margins():
+    assert PairConfig().margins == (0, float("inf"))
+    assert PairConfig(policy="fusechat3").margins == (0.01, 0.1)
+    assert PairConfig(policy="fusechat3", max_margin=2).margins == (0.01, 2)
 
 
 @pytest.mark.parametrize(
