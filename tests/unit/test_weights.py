@@ -27,7 +27,9 @@ from wrpo_ray.core.fingerprint import model_fingerprint
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.weights import engine_files
 from wrpo_ray.errors import UserError
-from wrpo_ray.pipeline import Chain, export, preflight
+from wrpo_ray.export.forms import Form
+from wrpo_ray.pipeline import Chain, preflight
+from wrpo_ray.results import export
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -359,7 +361,7 @@ def test_an_export_finds_the_steps_of_a_hub_model(hub, model, tmp_path):
         update={"target": ModelConfig(name="t", model="org/name")}
     )
     with pytest.raises(UserError, match="the preference rows are not there yet"):
-        export(settings, tmp_path / "rows.jsonl")
+        export(settings, str(tmp_path / "rows.jsonl"), Form())
 
 
 # --- an object store -----------------------------------------------------------------------------
