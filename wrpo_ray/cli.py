@@ -1,7 +1,8 @@
 """The command `wrpo`: parse, load the config, import the stage, run.
 
 Neither torch nor ray is imported before a config is valid, so `--help` is instant. Exit codes:
-0 done, 1 the run failed, 2 something the user can put right, 130 interrupted, 143 terminated.
+0 done, 1 the run failed, 2 something the user can put right, 3 the budget is spent, 130
+interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wrpo_ray import __version__
-from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.errors import BudgetError, UserError, WrpoError
 
 if TYPE_CHECKING:
     from wrpo_ray.config import Config
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     except WrpoError as error:
         if os.environ.get("WRPO_DEBUG"):
             traceback.print_exc()
-        return _fail(error, 2 if isinstance(error, UserError) else 1)
+        codes = {UserError: 2, BudgetError: 3}
+        return _fail(error, next((c for e, c in codes.items() if isinstance(error, e)), 1))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", 130)
 
@@ -74,15 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"wrpo {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     fuse = _config_command(commands, "fuse", "the whole chain of a config", _fuse)
-    fuse.add_argument(
-        "--until",
-        metavar="STEP",
-        choices=STAGE_HELP,
-        default="evaluate",
-        help=f"stop after this step: {', '.join(STAGE_HELP)}",
-    )
+    _until_argument(fuse, "stop after this step")
     for name, text in STAGE_HELP.items():
         _config_command(commands, name, f"the chain up to here: {text}", _fuse, until=name)
+    plan = commands.add_parser(
+        "plan", help="work, tokens, GPU-hours, money and time of a config; runs nothing"
+    )
+    _config_arguments(plan)
+    _until_argument(plan, "plan up to this step")
+    plan.add_argument("--gpus", type=_positive, metavar="N", help="of the cluster to plan for")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=_plan)
     export = commands.add_parser("export", help="preference rows as a data set with its card")
     _config_arguments(export)
     export.add_argument(
@@ -138,6 +142,22 @@ def _config_command(
     return command
 
 
+def _until_argument(command: argparse.ArgumentParser, text: str) -> None:
+    command.add_argument(
+        "--until",
+        metavar="STEP",
+        choices=STAGE_HELP,
+        default="evaluate",
+        help=f"{text}: {', '.join(STAGE_HELP)}",
+    )
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
 def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="a YAML file; see jobs/")
     command.add_argument(
@@ -165,6 +185,16 @@ def _fuse(arguments: argparse.Namespace) -> None:
     from wrpo_ray.report.text import summary_text
 
     print(summary_text(summary))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config
+    from wrpo_ray.plan.estimate import estimate
+    from wrpo_ray.plan.text import plan_text
+
+    settings = config.load(arguments.config, arguments.overrides)
+    plan = estimate(settings, arguments.until, arguments.gpus)
+    print(json.dumps(plan.record(), indent=1) if arguments.json else plan_text(plan))
 
 
 def _export(arguments: argparse.Namespace) -> None:

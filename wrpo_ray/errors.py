@@ -27,3 +27,7 @@ class TokenizeError(UserError):
 
 class SpelledTokenError(UserError):
     """A text spells a special token, and this tokenizer cannot keep it text."""
+
+
+class BudgetError(WrpoError, RuntimeError):
+    """The budget is spent; all that is finished is kept, and a higher budget goes on."""

@@ -35,6 +35,7 @@ from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Prompts, Samples, buckets
+from wrpo_ray.core.spending import Ledger
 from wrpo_ray.core.steps import Step, versions
 from wrpo_ray.core.storage import HUB, Folder, check_writable
 from wrpo_ray.errors import UserError
@@ -91,6 +92,8 @@ class Chain:
     until: str = STAGES[-1]
     retries: dict[str, int] | None = None
     """By key of a step without them; null reads those of the output."""
+    for_plan: bool = False
+    """Models and prompts that are not here yet pass for unknown ones."""
     stages: list[Stage] = field(default_factory=list)
     _fingerprints: dict[str, str] = field(default_factory=dict)
     _trained_models: dict[str, tuple[ModelConfig, Folder, str]] = field(default_factory=dict)
@@ -169,7 +172,8 @@ class Chain:
         self, name: str, given: Any, inputs: tuple[Step, ...] = (), **config: Any
     ) -> Step:
         try:
-            content = data_fingerprint(input_files(given.path, name))
+            is_unknown = self.for_plan and not Folder(given.path).exists()
+            content = given.path if is_unknown else data_fingerprint(input_files(given.path, name))
         except OSError as error:
             raise UserError(f"{name}: {given.path} cannot be read: {error}") from None
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
@@ -289,6 +293,8 @@ class Chain:
 
     def _fingerprint(self, folder: Folder, chat_template: str | None = None) -> str:
         """What identifies given weights; each folder is read once."""
+        if self.for_plan and not folder.exists("config.json"):
+            return digest(folder.uri, 16)
         if folder.uri not in self._fingerprints:
             self._fingerprints[folder.uri] = model_fingerprint(folder)
         weights = self._fingerprints[folder.uri]
@@ -607,7 +613,12 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {config.output}")
     else:
-        with Lease(root, run.session):
+        with (
+            Lease(root, run.session),
+            Ledger(root, config.prices, config.budget) as ledger,
+        ):
+            ledger.check()
+            run = replace(run, ledger=ledger)
             cluster.connect(config.cluster, root, run.session)
             try:
                 cluster.check_reachable(Folder(config.output))

@@ -204,6 +204,8 @@ def map_rows(
 ) -> Iterator[dict[str, Any]]:
     """Map rows across a pool of `worker` actors on Ray Data; results come as they finish.
 
+    Each result has `seconds`: how long the actor took since it started or had its last result.
+
     A lost actor or node is replaced and its rows are tried again, so a worker has to commit
     its own results and pass over what is committed. With a `feed` the rows are taken from it,
     as many as `rows` has, when they are there.
@@ -435,6 +437,7 @@ class _Guarded:
     def __init__(self, what: str, worker: type, arguments: dict[str, Any]):
         self.what, self.worker, self.arguments = what, worker, arguments
         self._making = threading.Lock()
+        self._clock, self._told = threading.Lock(), time.monotonic()
 
     @cached_property
     def _made(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -445,12 +448,18 @@ class _Guarded:
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """The worker's result, or what went wrong."""
-        return _guarded(self.what, self._work, row)
+        return _guarded(self.what, self._work, row) | {"seconds": self._seconds()}
 
     def _work(self, row: dict[str, Any]) -> dict[str, Any]:
         with self._making:
             made = self._made
         return made(row)
+
+    def _seconds(self) -> float:
+        """Seconds since the last result: the time that the actor held its place, each once."""
+        with self._clock:
+            before, self._told = self._told, time.monotonic()
+            return self._told - before
 
 
 def _guarded(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.core.progress import log
+from wrpo_ray.core.spending import Ledger, Spent
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
@@ -25,6 +26,32 @@ class Run:
     """Marks the processes of this driver, so that a later one can tell them from its own."""
     max_attempts: int = 3
     """How often a row is tried in all runs together before it stays failed."""
+    ledger: Ledger | None = None
+    """The driver's; workers have none."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+
+    def spend(
+        self,
+        step: Step,
+        pool: str,
+        seconds: float,
+        *,
+        gpus: float = 0,
+        rows: int = 0,
+        prompt_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> None:
+        """Count what an actor of `gpus` GPUs took and made; the driver calls it.
+
+        Raises:
+            BudgetError: the budget is spent.
+        """
+        if self.ledger:
+            spent = Spent(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
+            self.ledger.add(step, pool, spent)
+            self.ledger.check()
 
     def check_failures(self, step: Step, failed: int, done: int) -> None:
         """Raise FailureLimitError when more than `failure_limit` of the rows failed."""
@@ -61,7 +88,9 @@ class Tally:
         Raises:
             FailureLimitError: more rows failed than may in the whole job.
         """
-        self.counts.update({k: v for k, v in result.items() if k not in ("job", "bucket")})
+        self.counts.update(
+            {k: v for k, v in result.items() if k not in ("job", "bucket", "seconds")}
+        )
         self._buckets += 1
         failed, rows = self.counts["failed"], self.counts["rows"]
         expected = (failed + rows) * self.run.buckets // self._buckets

@@ -109,6 +109,12 @@ class Folder:
         found = [i.base_name for i in self.filesystem.get_file_info(selector) if i.is_file]
         return sorted(n for n in found if n.endswith(suffix) and not n.startswith(TEMPORARY))
 
+    def folders(self) -> list[str]:
+        """Names of the folders right in this one, sorted."""
+        selector = pafs.FileSelector(self.path, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
+
     def read(self, name: str) -> bytes:
         """The bytes of a file."""
         with self.filesystem.open_input_stream(self._at(name)) as stream:

@@ -105,6 +105,11 @@ def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
     for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
         progress.add(result["new"], result["failed"])
         tallies[result["job"]].add(result)
+        run.spend(
+            jobs[result["job"]].step, jobs[0].model.name, result["seconds"],
+            gpus=pool.needs["GPU"], rows=result["new"],
+            prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
+        )  # fmt: skip
         if feed:
             feed.add(jobs[result["job"]].step, result["bucket"])
 
@@ -130,13 +135,21 @@ class Generator:
         kept = job.step.failures(self.run.root)
         earlier = clear_failures(kept, bucket, self.run.max_attempts)
         held, failed, requests = self._missing(job, bucket, earlier)
-        done = tokens = 0
+        done = asked = said = 0
         for rows, failures in self._answers(job, requests):
             self._commit(bucket, job, rows, failures, earlier)
             done, failed = done + len(rows), failed + len(failures)
-            tokens += sum(r["output_tokens"] or 0 for r in rows)
-        counts = {"rows": held + done, "new": done, "failed": failed, "output_tokens": tokens}
-        return row | counts
+            asked += self._prompt_tokens(job, rows)
+            said += sum(r["output_tokens"] or 0 for r in rows)
+        counts = {"rows": held + done, "new": done, "failed": failed}
+        return row | counts | {"prompt_tokens": asked, "output_tokens": said}
+
+    def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
+        """Tokens that were read: an engine reads a prompt once for all its samples, a server
+        anew for each.
+        """
+        lengths = [(r["prompt_id"], r["prompt_tokens"] or 0) for r in rows]
+        return sum(n for _, n in (lengths if job.model.endpoint else dict(lengths).items()))
 
     def _answers(self, job: Generate, requests: list[Request]) -> Iterator[Answers]:
         """Answers as they finish, gathered until there are enough for a shard."""

@@ -102,6 +102,8 @@ def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
     for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
         progress.add(result["new"], result["failed"])
         tallies[result["job"]].add(result)
+        step, name = jobs[result["job"]].step, jobs[0].reward.name
+        run.spend(step, name, result["seconds"], gpus=pool.needs["GPU"], rows=result["new"])
 
 
 class Scorer:

@@ -84,6 +84,12 @@ def repair(folder: Folder, label: str) -> None:
     folder.delete(SNAPSHOT)
 
 
+def committed(checkpoints: Folder) -> bytes:
+    """Tells one state of a run's complete checkpoints from the next."""
+    folder = checkpoints / LAYOUT
+    return folder.read(SNAPSHOT) if folder.exists(SNAPSHOT) else b""
+
+
 def _is_whole(folder: Folder) -> bool:
     try:
         listed = json.loads(folder.read(SNAPSHOT))["checkpoint_results"]

@@ -116,6 +116,8 @@ def _prepare(run: Run, job: Prepare) -> None:
     for result in map_rows(pool, rows, Preparer, {"run": run, "job": job}):
         counts.update({k: v for k, v in result.items() if k != "bucket"})
         progress.add(result["rows"])
+        gpus = job.actors.num_gpus
+        run.spend(job.step, job.step.name, result["seconds"], gpus=gpus, rows=result["rows"])
     totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}
     run.check_failures(job.step, totals["failed"], totals["rows"])
     _check_some(job, totals)

@@ -16,6 +16,7 @@ from wrpo_ray.config import TrainConfig
 from wrpo_ray.core.cluster import check_room, is_own_ray, readable, thread_env
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.run import Run
+from wrpo_ray.core.spending import Spent
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import WrpoError
@@ -106,7 +107,7 @@ def _fit(task: Task, checkpoints: Folder) -> dict[str, Any]:
     checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)
     log(f"{label}: starting {task.config.workers} workers")
     trainer = _trainer(task, checkpoints)
-    result = _watch(task, trainer)
+    result = _watch(task, trainer, checkpoints)
     if isinstance(result, WrpoError):
         raise result
     return result
@@ -156,11 +157,13 @@ def _work(config: dict[str, Any]) -> Any:
     return loop.work(config["task"])
 
 
-def _watch(task: Task, trainer: Any) -> Any:
+def _watch(task: Task, trainer: Any, checkpoints: Folder) -> Any:
     """Fit in a thread, and tell progress meanwhile.
 
     In the main thread Ray Train would take over SIGINT for good; so Ctrl-C is the caller's.
     """
+    from wrpo_ray.train.checkpoint import committed
+
     outcome: dict[str, Any] = {}
 
     def fit() -> None:
@@ -171,14 +174,26 @@ def _watch(task: Task, trainer: Any) -> Any:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    shown = _progress(task, None)
+    shown, held = _progress(task, None), committed(checkpoints)
     while thread.is_alive():
+        started = time.monotonic()
         thread.join(EVERY)
+        _count(task, time.monotonic() - started)
         if thread.is_alive():
             shown = _progress(task, shown)
+            if held != (held := committed(checkpoints)) and task.run.ledger:
+                task.run.ledger.check()  # here nothing is lost
     if "error" in outcome:
         raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     return outcome["value"]
+
+
+def _count(task: Task, seconds: float) -> None:
+    """Workers may be fewer after a loss; they are counted as they were asked for."""
+    if task.run.ledger:
+        held = seconds * task.config.workers
+        spent = Spent(actor_seconds=held, gpu_seconds=held * task.config.num_gpus)
+        task.run.ledger.add(task.step, task.step.name, spent)
 
 
 def _progress(task: Task, shown: int | None) -> int:

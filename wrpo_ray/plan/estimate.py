@@ -1,0 +1,344 @@
+"""The works of a config: the chain's jobs with counts, lengths and rates.
+
+Read are: footers of Parquet files, newlines of JSONL files, manifests, the ledger, and the token
+counts in some shards of each store. Rows of a store are an upper bound of what is skipped: it
+can hold answers to prompts that are not asked for here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import mean, median
+from typing import Any
+
+import pyarrow.dataset as ds
+
+from wrpo_ray.config import Actors, Config, ModelConfig
+from wrpo_ray.core.shards import Prompts
+from wrpo_ray.core.spending import Entry, read_ledger, stored_rows, stored_tokens
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+from wrpo_ray.generate.stage import Generate
+from wrpo_ray.ingest.readers import input_files
+from wrpo_ray.pipeline import DPO, FUSED, SFT, STAGES, Chain, Stage, pinned
+from wrpo_ray.plan import rates
+from wrpo_ray.plan.work import Plan, Work, share
+from wrpo_ray.score.stage import Score
+from wrpo_ray.train.prepare import Prepare
+from wrpo_ray.train.stage import Train
+
+GIVEN, MEASURED, GUESS = "given", "measured", "guess"
+SHARDS = 32
+"""Shards of a store whose token counts are read."""
+METRICS = "metrics.jsonl"
+BLOCK = 16 * 2**20
+FUNCTION_RATE = 1000.0
+"""Answers/s of a reward function, a guess."""
+Origin = tuple[float, str]
+"""A number, and where it comes from."""
+
+
+def estimate(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Plan:
+    """The plan of a config on so many GPUs; None takes all actors that the config allows.
+
+    Nothing is started and nothing written.
+
+    Raises:
+        UserError: the prompts cannot be counted and are not given either.
+    """
+    with suppress(UserError):  # a plan can be made where the hub is not reached
+        config = pinned(config)
+    chain = Chain(config, until, for_plan=True)
+    works = list(_Estimator(config, chain.root, chain.build()).works())
+    return Plan(share(works, gpus) if gpus else works, config.prices, gpus)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Mean tokens of a prompt and of an answer."""
+
+    prompt: float
+    output: float
+    origin: str
+
+
+@dataclass
+class _Estimator:
+    config: Config
+    root: Folder
+    stages: list[Stage]
+
+    def works(self) -> Iterator[Work]:
+        """One for each step."""
+        for stage in self.stages:
+            for number, phase in enumerate(stage.phases):
+                started: set[str] = set()
+                for job in phase:
+                    work = self._work(job)
+                    # only models answer side by side; all requests to one share its engines
+                    name = f"{number}" if isinstance(job, Generate) else f"{number} {work.pool}"
+                    startup = 0.0 if work.pool in started else work.startup
+                    started.add(work.pool)
+                    yield replace(work, stage=stage.name, phase=name, startup=startup)
+
+    def _work(self, job: Any) -> Work:
+        kinds: dict[type, Callable[[Any], Work]] = {
+            Generate: self._generate,
+            Score: self._score,
+            Prepare: self._prepare,
+            Train: self._train,
+        }
+        return kinds.get(type(job), self._plain)(job)
+
+    # --- kinds of jobs
+
+    def _generate(self, job: Generate) -> Work:
+        name, samples, actors = job.model.name, job.sampling.samples, _of_engine(job.model)
+        prompts, lengths = self._count(job.prompts), self._lengths(job)
+        done = self._stored(job.step, prompts * samples)
+        left = prompts * samples - done
+        size, peak = self._size(name, job.folder), self._peak(actors)
+        guess = rates.decode_rate(size, actors.num_gpus, peak)
+        if job.model.endpoint:
+            guess = job.model.endpoint.concurrency * rates.STREAM
+        rate = self._rate(name, self._told(name, "output_tokens", "generate-"), guess)
+        tokens = round(left * lengths.output)
+        startup = self.config.plan.startup.get(name, rates.startup(size, actors.num_gpus))
+        return self._pool(
+            Work(
+                step=job.step.name,
+                pool=name,
+                prompts=prompts,
+                rows=prompts * samples,
+                done=done,
+                prompt_tokens=round(math.ceil(left / samples) * lengths.prompt),
+                output_tokens=tokens,
+                actor_seconds=tokens / rate[0],
+                startup=startup if left else 0.0,
+                lengths=lengths.origin,
+                rate=rate[1],
+            ),
+            actors,
+        )
+
+    def _score(self, job: Score) -> Work:
+        reward, answers = job.reward, self.jobs.get(job.answers.step.key)
+        lengths = self._lengths(answers)
+        prompts = self._count(job.answers.prompts)
+        rows = prompts * (job.answers.count or 1)
+        done = self._stored(job.step, rows)
+        guess, tokens = FUNCTION_RATE, lengths.prompt + lengths.output
+        folders = [folder for folder in job.folders if folder]
+        if folders:
+            size = sum(self._size(reward.name, folder) for folder in folders)
+            guess = rates.forward_rate(size, self._peak(reward.actors)) / tokens
+        rate = self._rate(reward.name, self._told(reward.name, "rows", "score-"), guess)
+        return self._pool(
+            Work(
+                step=job.step.name,
+                pool=reward.name,
+                prompts=prompts,
+                rows=rows,
+                done=done,
+                prompt_tokens=round((rows - done) * tokens) if folders else 0,
+                actor_seconds=(rows - done) / rate[0],
+                lengths=lengths.origin,
+                rate=rate[1],
+            ),
+            reward.actors,
+        )
+
+    def _prepare(self, job: Prepare) -> Work:
+        guess = rates.MOST
+        if job.stores_reference:
+            guess = rates.forward_rate(self._size(job.name, job.base), self._peak(job.actors))
+        rate = self._rate(job.step.name, None, guess)
+        work = self._tokens(job.step, self._rows(job.step), len(job.answers), rate)
+        return self._pool(work, job.actors)
+
+    def _train(self, job: Train) -> Work:
+        config = job.config
+        actors = Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=config.num_gpus)
+        guess = rates.training_rate(
+            self._size(job.step.name, job.base),
+            self._peak(actors),
+            checkpointing=config.gradient_checkpointing,
+        )
+        rate = self._rate(job.step.name, self._trained_rate, guess)
+        answers = len(self.jobs[job.rows.key].answers)
+        work = self._tokens(job.step, self._rows(job.rows), answers, rate, config.epochs)
+        return replace(self._pool(work, actors), units=config.workers)
+
+    def _tokens(self, step: Step, rows: int, answers: int, rate: Origin, epochs: int = 1) -> Work:
+        """Passes over rows of one prompt and some answers."""
+        done, lengths = rows if step.is_done(self.root) else 0, self._lengths()
+        tokens = round((rows - done) * epochs * (lengths.prompt + answers * lengths.output))
+        return Work(
+            step=step.name,
+            pool=step.name,
+            rows=rows,
+            done=done,
+            prompt_tokens=tokens,
+            actor_seconds=tokens / rate[0],
+            lengths=lengths.origin,
+            rate=rate[1],
+        )
+
+    def _plain(self, job: Any) -> Work:
+        """Ingesting, selecting, pairing, tables: not estimated, CPUs do it in passing."""
+        rows = self._rows(job.step)
+        done = rows if job.step.is_done(self.root) else 0
+        return Work(step=job.step.name, pool="", rows=rows, done=done)
+
+    def _pool(self, work: Work, actors: Actors) -> Work:
+        units = self.config.storage.buckets
+        return replace(work, gpus=actors.num_gpus, engines=min(actors.max, units), units=units)
+
+    # --- counts
+
+    @cached_property
+    def jobs(self) -> dict[str, Any]:
+        """All jobs, by their step's key."""
+        return {job.step.key: job for s in self.stages for phase in s.phases for job in phase}
+
+    def _count(self, prompts: Prompts) -> int:
+        shares = {"sft": self.config.split.sft, "preference": 1 - self.config.split.sft}
+        share = sum(shares.get(split, 1.0) for split in prompts.splits)
+        return round(self._rows(prompts.step) * share)
+
+    def _rows(self, step: Step) -> int:
+        """Rows of a step's result: of its manifest, or at most so many."""
+        job = self.jobs[step.key]
+        if isinstance(job, Prepare) and job.name == "sft":
+            return round(self._rows(job.rows) * self.config.split.sft)
+        if step.is_done(self.root):
+            return step.read_manifest(self.root)["counts"]["rows"]
+        if isinstance(job, Prepare):
+            return self._rows(job.rows)
+        return self._count(job.prompts) if hasattr(job, "prompts") else self._read(job)
+
+    def _read(self, job: Any) -> int:
+        """Rows of the input, which is counted once."""
+        given = job.input
+        if given.path not in self._inputs:
+            self._inputs[given.path] = self._count_input(given.path, job.step.name)
+        rows = self._inputs[given.path]
+        return min(rows, getattr(given, "limit", None) or rows)
+
+    @cached_property
+    def _inputs(self) -> dict[str, int]:
+        return {}
+
+    def _count_input(self, path: str, what: str) -> int:
+        if not Folder(path).exists():
+            if self.config.plan.prompts is None:
+                raise UserError(f"{what}: no such file: {path}; or give its rows as plan.prompts")
+            return self.config.plan.prompts
+        with ThreadPoolExecutor(16) as threads:
+            return sum(threads.map(count_rows, input_files(path, what)))
+
+    def _stored(self, step: Step, wanted: int) -> int:
+        """Rows that the store has, at most those wanted."""
+        if step.is_done(self.root):
+            return wanted
+        return min(wanted, stored_rows(self.root / step.folder))
+
+    # --- lengths and rates
+
+    def _lengths(self, job: Generate | None = None) -> _Lengths:
+        """Of the job's own answers so far; else of all; else what is given."""
+        own = self._measured.get(job.step.folder) if job else None
+        found = [own] if own else list(self._measured.values())
+        given, sampling = self.config.plan, job.sampling if job else self.config.sampling
+        if found:
+            prompt, output = (mean(getattr(m, n) for m in found) for n in ("prompt", "output"))
+            origin = MEASURED
+        else:
+            prompt, output = given.prompt_tokens, given.output_tokens
+            origin = GIVEN if "output_tokens" in given.model_fields_set else GUESS
+        return _Lengths(prompt, min(output, sampling.max_tokens), origin)
+
+    @cached_property
+    def _measured(self) -> dict[str, _Lengths]:
+        """By store, of some of its shards."""
+        found = {}
+        for job in self.jobs.values():
+            if isinstance(job, Generate):
+                sums = stored_tokens(self.root / job.step.folder, SHARDS)
+                if sums.rows:
+                    prompts = sums.rows / job.sampling.samples
+                    found[job.step.folder] = _Lengths(
+                        sums.prompt_tokens / prompts, sums.output_tokens / sums.rows, MEASURED
+                    )
+        return found
+
+    def _rate(self, pool: str, measured: float | None, guess: float) -> Origin:
+        """What an actor does in a second."""
+        given = [self.config.plan.rates.get(name) for name in self._names(pool)]
+        choices = [(n, GIVEN) for n in given if n] + ([(measured, MEASURED)] if measured else [])
+        return (*choices, (guess, GUESS))[0]
+
+    def _told(self, pool: str, unit: str, kind: str) -> float | None:
+        """`unit` an actor's second, by the ledger."""
+        for name in self._names(pool):
+            spent = [
+                e.spent for f, e in self._ledger.items() if e.pool == name and f.startswith(kind)
+            ]
+            held = sum(s.actor_seconds for s in spent)
+            if held and (made := sum(getattr(s, unit) for s in spent)):
+                return made / held
+        return None
+
+    @cached_property
+    def _ledger(self) -> dict[str, Entry]:
+        return read_ledger(self.root)
+
+    def _names(self, pool: str) -> tuple[str, ...]:
+        """A model that is trained here is like the target."""
+        target = self.config.target
+        return (pool, target.name) if target and pool in (SFT, DPO, FUSED) else (pool,)
+
+    @cached_property
+    def _trained_rate(self) -> float | None:
+        """Tokens/s a worker, as the metrics of a training run in the output tell it."""
+        for job in self.jobs.values():
+            folder = self.root / job.step.folder
+            if isinstance(job, Train) and folder.exists(METRICS):
+                told = [json.loads(line)["tokens_per_s"] for line in folder.read(METRICS).split()]
+                return median(told) / job.config.workers
+        return None
+
+    def _size(self, name: str, folder: Folder) -> float:
+        """Weights that a token meets; a model that is trained here has the target's."""
+        target = self.config.target
+        if target and folder.uri.startswith(f"{self.root.uri}/"):
+            name, folder = target.name, Folder(target.model).absolute()
+        return self.config.plan.parameters.get(name) or rates.parameters(folder, name)
+
+    def _peak(self, actors: Actors) -> float:
+        return rates.flops(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)
+
+
+def _of_engine(model: ModelConfig) -> Actors:
+    """The pool with the GPUs of all parts of an engine."""
+    gpus = model.actors.num_gpus * model.parts
+    return model.actors.model_copy(update={"num_gpus": gpus})
+
+
+def count_rows(uri: str) -> int:
+    """Rows of a Parquet file by its footer, lines of a JSONL file by its newlines."""
+    file = Folder(uri)
+    if str(file).endswith(".parquet"):
+        return ds.dataset(file.path, filesystem=file.filesystem, format="parquet").count_rows()
+    lines, last = 0, b"\n"
+    with file.filesystem.open_input_stream(file.path) as stream:
+        while block := stream.read(BLOCK):
+            lines, last = lines + block.count(b"\n"), block[-1:]
+    return lines + (last != b"\n")

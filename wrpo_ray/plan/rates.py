@@ -1,0 +1,79 @@
+"""How fast a model is when nothing was measured: guesses by its size, good to a factor of two.
+
+Anchors: generation at 15 % of peak (a 67B model made 8,700 tokens/s on 8 GPUs of 990 TFLOP/s in
+arXiv 2405.04434, section 3.2.3), forward passes and training at 35 %. On a CPU 50 GFLOP/s a core.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from wrpo_ray.core.storage import Folder
+
+DECODE, FORWARD = 0.15, 0.35
+"""Shares of peak."""
+CORE = 50e9
+"""FLOP/s of a CPU core."""
+MOST = 10_000.0
+"""Tokens/s of an engine on a CPU, however small its model."""
+STREAM = 40.0
+"""Tokens/s of one call of an endpoint."""
+UNKNOWN = 8e9
+"""Parameters of a model of which nothing is known."""
+START, START_PER_WEIGHT = 60.0, 3e-9
+"""Seconds of an engine's start: itself, and the reading of a weight (two bytes at 0.7 GB/s)."""
+
+
+def parameters(folder: Folder, name: str) -> float:
+    """Weights that a token meets: by config.json, by `72B` in a name, or `UNKNOWN`."""
+    if folder.exists("config.json"):
+        return weights(folder.read_json("config.json"))
+    for text in (folder.uri.rsplit("/", 1)[-1], name):
+        if found := re.search(r"(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", text):
+            return float(found[1]) * 1e9
+    return UNKNOWN
+
+
+def weights(config: dict[str, Any]) -> float:
+    """Weights that a token is multiplied with, by a Hugging Face config.
+
+    Gated MLPs, of several experts those that a token goes to, and the head.
+    """
+    config = config.get("text_config") or config
+    width, layers = config.get("hidden_size", 4096), config.get("num_hidden_layers", 32)
+    heads = config.get("num_attention_heads", 32)
+    head = config.get("head_dim") or width / heads
+    attention = 2 * width * head * (heads + (config.get("num_key_value_heads") or heads))
+    dense = config.get("intermediate_size", 4 * width)
+    inner = config.get("moe_intermediate_size", dense)
+    experts = config.get("num_experts_per_tok") or 1
+    shared = config.get("n_shared_experts") or 0
+    mlp = 3 * width * (dense if experts == 1 else inner * (experts + shared))
+    return layers * (attention + mlp) + width * config.get("vocab_size", 32000)
+
+
+def flops(gpus: float, cpus: float, gpu_tflops: float) -> float:
+    """Peak of an actor."""
+    return gpus * gpu_tflops * 1e12 if gpus else max(cpus, 1) * CORE
+
+
+def decode_rate(size: float, gpus: float, peak: float) -> float:
+    """Output tokens/s of a full engine: two operations a weight."""
+    rate = DECODE * peak / (2 * size)
+    return rate if gpus else min(rate, MOST)
+
+
+def forward_rate(size: float, peak: float) -> float:
+    """Tokens/s of a forward pass."""
+    return FORWARD * peak / (2 * size)
+
+
+def training_rate(size: float, peak: float, *, checkpointing: bool) -> float:
+    """Tokens/s of forward and backward passes; checkpointing repeats the forward."""
+    return FORWARD * peak / ((8 if checkpointing else 6) * size)
+
+
+def startup(size: float, gpus: float) -> float:
+    """Seconds until an engine answers."""
+    return START + START_PER_WEIGHT * size if gpus else 20.0

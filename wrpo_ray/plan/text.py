@@ -1,0 +1,88 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from wrpo_ray.plan.work import Plan, Work, phases, pools
+
+HEAD = (
+    "stage",
+    "pool",
+    "rows",
+    "there",
+    "prompt tok",
+    "answer tok",
+    "engines",
+    "GPU-h",
+    "money",
+    "time",
+    "lengths, rate",
+)
+WIDTHS = (9, 22, 11, 11, 11, 11, 8, 9, 10, 9)
+NOTE = """\
+there: rows that the output holds, at most what is skipped. time: on the clock, with engine starts.
+guess: by the model's size, good to a factor of two; give `plan.rates`, or let a part run first."""
+
+
+def plan_text(plan: Plan) -> str:
+    """What `wrpo plan` prints."""
+    lines = [_line(HEAD)]
+    for stage in plan.stages:
+        parts = phases([w for w in plan.works if w.stage == stage])
+        works = [w for part in parts for w in (pools(part) if part[0].pool else part)]
+        lines += [_line(_cells(plan, w)) for w in works]
+        if len(works) > 1:
+            lines.append(
+                _line((stage, "", "", "", "", "", "", "", "", duration(plan.seconds(stage))))
+            )
+    return "\n".join([*lines, "", *_totals(plan), "", NOTE])
+
+
+def _cells(plan: Plan, w: Work) -> tuple[str, ...]:
+    name = w.pool or w.step
+    counts = (w.stage, name, f"{w.rows:,}", f"{w.done:,}")
+    if not w.pool:
+        return counts
+    return (
+        *counts,
+        count(w.prompt_tokens),
+        count(w.output_tokens),
+        f"{w.engines}x{w.gpus:g}" if w.gpus else str(w.engines),
+        f"{w.gpu_seconds / 3600:,.1f}",
+        f"{w.money(plan.prices):,.2f}",
+        duration(w.seconds),
+        ", ".join((w.lengths, w.rate)),
+    )
+
+
+def _line(cells: tuple[str, ...]) -> str:
+    left = [f"{c:{w}}" for c, w in zip(cells[:2], WIDTHS[:2], strict=True)]
+    right = [f"{c:>{w}}" for c, w in zip(cells[2:10], WIDTHS[2:], strict=False)]
+    return " ".join([*left, *right, *(f" {c}" for c in cells[10:])]).rstrip()
+
+
+def _totals(plan: Plan) -> Iterator[str]:
+    totals = plan.totals()
+    where = f"on {plan.gpus:,} GPUs" if plan.gpus else "with room for all engines at once"
+    yield (
+        f"{count(totals['prompt_tokens'])} prompt tokens, {count(totals['output_tokens'])} answer "
+        f"tokens, {totals['gpu_hours']:,.1f} GPU-hours, {totals['money']:,.2f} of money; "
+        f"{duration(totals['seconds'])} {where}"
+    )
+
+
+def count(number: float) -> str:
+    """Such as 1.2M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.1f}{unit}"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """Such as 2 h 05 min, 12 min, or 31 s."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02}" if minutes >= 60 else f"{minutes} min"

@@ -1,0 +1,186 @@
+"""The sums of a plan, without files: what each pool has to do, what that costs, how long it takes.
+
+A pool's work is cut into equal buckets, which its engines take one after another. Pools of a
+phase share the GPUs. Not covered: network, storage, and answers that are longer than others
+(`simulate` has those).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from wrpo_ray.config import PricesConfig
+from wrpo_ray.core.spending import Spent
+
+SUMS = (
+    "rows", "done", "prompts", "prompt_tokens", "output_tokens", "actor_seconds", "units", "startup"
+)  # fmt: skip
+"""Fields of works that are added where a pool does several; only its first one starts engines."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step has to do; tokens and seconds are of what is left."""
+
+    step: str
+    pool: str
+    """Who does it: works of a stage, phase and pool share their engines. Empty for CPU work that
+    is not estimated."""
+    rows: int = 0
+    """Of the step's result when it is finished."""
+    done: int = 0
+    """Rows that are there already, at most."""
+    prompts: int = 0
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    actor_seconds: float = 0.0
+    gpus: float = 0
+    """GPUs of an engine."""
+    engines: int = 1
+    """Engines, or workers, at the same time."""
+    units: int = 1
+    """Equal parts that engines take one after another."""
+    startup: float = 0.0
+    """Seconds until an engine begins."""
+    lengths: str = ""
+    """Where lengths come from: given, measured or guess."""
+    rate: str = ""
+    """Where the rate comes from."""
+    stage: str = ""
+    phase: str = ""
+    """Works of a stage and phase run side by side."""
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Of all engines, with their starts."""
+        starts = self.startup * min(self.engines, self.units)
+        return (self.actor_seconds + starts) * self.gpus
+
+    @property
+    def seconds(self) -> float:
+        """On the clock, where all its engines are there from the beginning."""
+        rounds = math.ceil(self.units / self.engines)
+        return self.startup + rounds * self.actor_seconds / self.units
+
+    def money(self, prices: PricesConfig) -> float:
+        """GPU-hours and tokens at their prices."""
+        gpu_seconds = self.gpu_seconds
+        spent = Spent(0, self.prompt_tokens, self.output_tokens, 0, gpu_seconds)
+        return spent.money(self.pool, prices)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The works of a config on so many GPUs; None is room for all engines."""
+
+    works: Sequence[Work]
+    prices: PricesConfig
+    gpus: int | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """Names, in order."""
+        return list(dict.fromkeys(w.stage for w in self.works))
+
+    def seconds(self, stage: str | None = None) -> float:
+        """On the clock, of one stage or of all: phases follow each other."""
+        works = [w for w in self.works if stage in (None, w.stage)]
+        return sum(phase_seconds(part, self.gpus) for part in phases(works))
+
+    def totals(self) -> dict[str, float]:
+        """Sums over all works."""
+        names = ("prompt_tokens", "output_tokens")
+        return {
+            **{name: sum(getattr(w, name) for w in self.works) for name in names},
+            "gpu_hours": sum(w.gpu_seconds for w in self.works) / 3600,
+            "money": sum(w.money(self.prices) for w in self.works),
+            "seconds": self.seconds(),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """The plan as JSON."""
+        derived = [
+            {
+                "gpu_hours": w.gpu_seconds / 3600,
+                "money": w.money(self.prices),
+                "seconds": w.seconds,
+            }
+            for w in self.works
+        ]
+        return {
+            "gpus": self.gpus,
+            "works": [asdict(w) | d for w, d in zip(self.works, derived, strict=True)],
+            "stage_seconds": {name: self.seconds(name) for name in self.stages},
+            "totals": self.totals(),
+        }
+
+
+def phases(works: Sequence[Work]) -> list[list[Work]]:
+    """Those that run side by side, in order."""
+    parts: dict[tuple[str, str], list[Work]] = {}
+    for work in works:
+        parts.setdefault((work.stage, work.phase), []).append(work)
+    return list(parts.values())
+
+
+def pools(works: Sequence[Work]) -> list[Work]:
+    """One work for each pool of a phase: its engines do all its works."""
+    found: dict[str, Work] = {}
+    for work in works:
+        held = found.get(work.pool)
+        sums = {name: getattr(held, name) + getattr(work, name) for name in SUMS} if held else {}
+        found[work.pool] = replace(held or work, **sums)
+    return list(found.values())
+
+
+def phase_seconds(works: Sequence[Work], gpus: int | None) -> float:
+    """On the clock, for works side by side: the longest, or what all together take of the GPUs."""
+    by_pool = pools(works)
+    longest = max(w.seconds for w in by_pool)
+    area = sum(w.seconds * w.engines * w.gpus for w in by_pool)
+    return max(longest, area / gpus) if gpus else longest
+
+
+def share(works: Sequence[Work], gpus: int) -> list[Work]:
+    """The works with the engines that `gpus` GPUs have room for, by `balance` in each phase.
+
+    Workers of a training run are never more than the config's.
+    """
+    shared = []
+    for part in phases(works):
+        by_pool = pools(part)
+        names = [w.pool for w in by_pool]
+        engines = dict(zip(names, balance(by_pool, gpus), strict=True))
+        for w in part:
+            most = w.engines if w.pool == w.step else engines[w.pool]
+            shared.append(replace(w, engines=min(most, engines[w.pool])))
+    return shared
+
+
+def balance(works: Sequence[Work], gpus: int) -> list[int]:
+    """How many engines each work gets so that all end together: the least possible latest end.
+
+    Each next engine goes to the work that would end last. Where there is not even room for one
+    engine of each, they follow one another, and each gets as many as fit.
+    """
+    need = [w.gpus * bool(w.actor_seconds) for w in works]
+    engines = [1 if gpu else w.engines for gpu, w in zip(need, works, strict=True)]
+    free = gpus - sum(need)
+    if free < 0:
+        return [
+            max(1, min(w.units, int(gpus // w.gpus))) if gpu else w.engines
+            for gpu, w in zip(need, works, strict=True)
+        ]
+    queue = [(-w.actor_seconds, i) for i, w in enumerate(works) if need[i]]
+    heapq.heapify(queue)
+    while queue:
+        _, i = heapq.heappop(queue)
+        if need[i] <= free and engines[i] < works[i].units:
+            engines[i] += 1
+            free -= need[i]
+            heapq.heappush(queue, (-works[i].actor_seconds / engines[i], i))
+    return engines
