@@ -38,6 +38,8 @@ class Source:
     startup: float
     """Seconds until an engine takes its first bucket."""
     buckets: Sequence[Sequence[Chunk]]
+    least: int = 1
+    """Engines that are asked for before any pool asks for more."""
     slots: int = 256
     """Answers at once."""
     half: int = 64
@@ -266,17 +268,24 @@ class _Simulation:
         self._next(engine, now)
 
     def _next(self, engine: _Engine, now: float) -> None:
-        if engine.until <= now:
-            return  # its node is lost
+        if engine.until <= now or engine not in self.engines:
+            return  # its node is lost, or it is not needed any more
         engine.take(self.policy)
-        if not engine.hand:
-            self._end(engine, now)
-            self.free[engine.node] += engine.pool.source.gpus
+        if not engine.pool.queue:
+            for idle in self._not_needed(engine.pool, now):
+                self._end(idle, now)
+                self.free[idle.node] += idle.pool.source.gpus
             self._place(now)
+        if not engine.hand:
             return
         then = engine.finish_one(self.policy)
         if then is not None:
             self._at(then, partial(self._finish, engine))
+
+    def _not_needed(self, pool: _Pool, now: float) -> list[_Engine]:
+        """Engines without a bucket, or that still start, of a pool whose queue is empty."""
+        own = [e for e in self.engines if e.pool is pool and e.until > now]
+        return [e for e in own if not e.hand]
 
     def _end(self, engine: _Engine, now: float) -> None:
         source = engine.pool.source
@@ -308,11 +317,14 @@ class _Simulation:
             self._at(engine.now, partial(self._next, engine))
 
     def _wanting(self) -> Iterator[_Pool]:
-        """Each pool as often as it wants another engine, a round at a time."""
-        for number in range(max(p.source.engines for p in self.pools)):
-            for pool in self.pools:
-                if pool.engines == number < min(pool.source.engines, len(pool.queue)):
-                    yield pool
+        """Each pool as often as it wants another engine: `least` of all, then in turn."""
+        wishes = [
+            (number >= pool.source.least, number, order, pool)
+            for order, pool in enumerate(self.pools)
+            for number in range(pool.engines, min(pool.source.engines, len(pool.queue)))
+        ]
+        wishes.sort(key=lambda wish: wish[:3])
+        return (pool for *_, pool in wishes)
 
 
 def simulate(sources: Sequence[Source], cluster: Cluster, policy: Policy) -> Outcome:

@@ -138,11 +138,17 @@ def pools(works: Sequence[Work]) -> list[Work]:
 
 
 def phase_seconds(works: Sequence[Work], gpus: int | None) -> float:
-    """On the clock, for works side by side: the longest, or what all together take of the GPUs."""
+    """On the clock, for works side by side.
+
+    With `gpus` the GPUs of a pool that ends go to those that still have buckets, so all of them
+    are busy, but for the bucket that ends last.
+    """
     by_pool = pools(works)
-    longest = max(w.seconds for w in by_pool)
-    area = sum(w.seconds * w.engines * w.gpus for w in by_pool)
-    return max(longest, area / gpus) if gpus else longest
+    if not gpus or not any(w.gpus for w in by_pool):
+        return max(w.seconds for w in by_pool)
+    busy = sum(w.gpu_seconds for w in by_pool) / gpus
+    last = max((w.actor_seconds / w.units for w in by_pool if w.gpus), default=0.0)
+    return max(busy + last / 2, *(w.startup + w.actor_seconds / w.units for w in by_pool))
 
 
 def share(works: Sequence[Work], gpus: int) -> list[Work]:

@@ -1,0 +1,94 @@
+"""The simulator against Ray: engines that sleep, on clusters of logical nodes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wrpo_ray.config import Actors, ClusterConfig
+from wrpo_ray.core import cluster
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.plan import simulate
+
+START = 1.0
+"""Seconds that an engine takes to start, after its process."""
+
+
+class Sleeper:
+    """An engine that takes as long as its bucket says."""
+
+    def __init__(self) -> None:
+        time.sleep(START)
+        self.ready = time.time()
+
+    def __call__(self, row: dict) -> dict:
+        time.sleep(row["sleeps"])
+        return row | {"ready": self.ready}
+
+
+def seconds(count: int, total: float) -> list[float]:
+    """Heavy-tailed times of buckets."""
+    drawn = np.exp(np.random.default_rng(0).normal(0, 0.8, count))
+    return (drawn * total / drawn.sum()).tolist()
+
+
+def on_ray(nodes: int, times: list[float], folder: str) -> dict[str, float]:
+    """Seconds on a cluster of so many nodes of one CPU, and until its first engine was ready."""
+    from ray.cluster_utils import Cluster
+
+    there = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(nodes - 1):
+        there.add_node(num_cpus=1)
+    cluster.connect(ClusterConfig(address=there.address), Folder(folder), "test")
+    rows = [{"sleeps": t} for t in times]
+    began = time.time()
+    actors = Actors(min=1, max=nodes, num_cpus=1)
+    done = list(cluster.map_rows("sleep", rows, Sleeper, {}, actors))
+    wall = time.time() - began
+    cluster.disconnect()
+    there.shutdown()
+    assert len(done) == len(rows)
+    ready = {r["ready"] - began for r in done}
+    return {"wall": wall, "first": min(ready), "last": max(ready), "engines": len(ready)}
+
+
+def foretold(nodes: int, times: list[float], startup: float) -> float:
+    buckets = [[[t]] for t in times]
+    source = simulate.Source("sleep", 1, nodes, 1.0, startup, buckets, slots=1, half=0)
+    # Ray Data binds a second bucket to each actor
+    return simulate.simulate([source], simulate.Cluster(nodes, 1), simulate.Policy(1, 1)).wall
+
+
+@pytest.mark.parametrize(
+    ("nodes", "total"),
+    [
+        (2, 12.0),
+        pytest.param(1, 20.0, marks=pytest.mark.soak),
+        pytest.param(2, 40.0, marks=pytest.mark.soak),
+        pytest.param(4, 80.0, marks=pytest.mark.soak),
+    ],
+)
+def test_ray_takes_the_time_that_the_simulator_foretells(nodes, total, tmp_path):
+    times = seconds(12 * nodes, total)
+    code = (
+        "import json, sys, test_simulated_cluster as t;"
+        "print(json.dumps(t.on_ray(*json.loads(sys.argv[1]))))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps([nodes, times, str(tmp_path)])],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    seen = json.loads(result.stdout.splitlines()[-1])
+    predicted = foretold(nodes, times, seen["first"])
+    print(f"{nodes} nodes: Ray {seen['wall']:.1f} s, simulated {predicted:.1f} s", seen)
+    assert seen["engines"] == nodes
+    # engines of a busy machine start after one another, which delays all but the first
+    late = seen["last"] - seen["first"]
+    assert predicted * 0.95 < seen["wall"] < predicted * 1.15 + late + 1
