@@ -231,6 +231,22 @@ As generation was first (64 buckets, one in hand, chunks of 64 prompts):
 
 Ten times the prompts (1,024 buckets, chunks of 256): {tenfold:.2f}.
 
+## What follows
+
+- A chunk that waits for the longest answer of the one before leaves an engine half empty: lengths
+  are heavy-tailed, and 320 answers hardly fill 256 slots. Two buckets in hand, and chunks of 256
+  prompts or none that wait, keep the slots full.
+- Two in hand alone makes it worse on many nodes: with two more bound ahead, four of 64 buckets lie
+  with each engine, and most engines of a pool find none. `storage.buckets` should be about six
+  times the engines of the largest pool; `wrpo plan` says so. With far more, a bucket is too small
+  to fill an engine.
+- Engines in proportion to work (`wrpo plan --gpus N` prints them; `actors.min`) and free GPUs going
+  to pools that still have buckets (`actors.max` above that) make the sources end together.
+- What remains on 64 nodes is starts: the whole work is half an hour, and a 236B engine takes twelve
+  minutes to start. More data gives that back.
+- The plan knows nothing of slots, tails and fragments of nodes: it is right within about a tenth
+  where engines are kept full, and too hopeful by a third or more where they are not.
+
 ## Trouble, at 64 nodes
 
 {trouble}

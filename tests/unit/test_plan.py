@@ -231,6 +231,13 @@ def test_the_text_has_a_line_for_each_pool(tmp_path):
     )  # fmt: skip
 
 
+def test_few_buckets_for_many_engines_are_told(tmp_path):
+    text = plan_text(estimate(tree(tmp_path), gpus=200))
+    assert "storage.buckets: 64 are few for 64 engines of " in text
+    assert "; set 512 before" in text
+    assert "storage.buckets" not in plan_text(estimate(tree(tmp_path), gpus=10))
+
+
 def test_weights_by_config():
     """Llama-3 8B has 8.03G weights, of which the input embedding (0.53G) multiplies nothing."""
     llama = {

@@ -3,10 +3,13 @@
 import json
 import pickle
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from wrpo_ray import pipeline
+from wrpo_ray.cli import main
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.run import Run
@@ -77,6 +80,29 @@ def test_what_a_killed_call_did_not_tell_is_counted_in_the_stores(root):
         assert after.entries[STEP.folder].spent == Spent(6, 3 * 5, 60, 7, 7)
         assert after.entries[STEP.folder].pool == "a"
     assert not json.loads(root.read(FILE))["open"]
+
+
+def test_what_was_in_hand_when_a_budget_stopped_is_counted_too(root):
+    """One bucket was told and stopped the run; another's chunks were committed meanwhile."""
+    with ExitStack() as stack:
+        stack.enter_context(pytest.raises(BudgetError))
+        held = stack.enter_context(ledger(root, output_tokens=20))
+        write_answers(root)
+        run(root, held).spend(STEP, "a", 7.0, rows=2, output_tokens=20)
+    with ledger(root) as after:
+        assert after.total.output_tokens == 60
+
+
+def test_a_spent_budget_ends_the_command_with_3(root, tmp_path, monkeypatch, capsys):
+    def fuse(*_: object) -> None:
+        with ledger(root, output_tokens=1) as held:
+            run(root, held).spend(STEP, "a", 1.0, output_tokens=5)
+
+    monkeypatch.setattr(pipeline, "fuse", fuse)
+    config = {"output": "out", "prompts": {"path": "p"}, "sources": [{"name": "a", "model": "m"}]}
+    (tmp_path / "c.yaml").write_text(json.dumps(config | {"reward": {"model": "r"}}))
+    assert main(["fuse", str(tmp_path / "c.yaml")]) == 3
+    assert "budget.output_tokens: 5 of 1 is spent" in capsys.readouterr().err
 
 
 def test_an_output_from_before_there_was_a_ledger_is_counted(root):

@@ -1,7 +1,7 @@
 """What an output has cost so far, over all calls, and whether its budget allows more.
 
 The driver adds up tokens and actor-seconds by step's folder in `ledger.json`, at most a second
-behind. A call that was killed leaves it open; the next one then counts the answers that the
+behind. A call that was stopped leaves it open; the next one then counts the answers that the
 stores hold. Not counted: seconds of actors that were lost before they told them.
 """
 
@@ -72,7 +72,7 @@ def read_ledger(root: Folder) -> dict[str, Entry]:
 
 
 class Ledger:
-    """The ledger of a call; the lease has to be held. It is closed at the end of a `with` block."""
+    """The ledger of a call; the lease has to be held."""
 
     def __init__(self, root: Folder, prices: PricesConfig, budget: BudgetConfig):
         self.root, self.prices, self.budget = root, prices, budget
@@ -87,8 +87,9 @@ class Ledger:
         self._write(is_open=True)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._write(is_open=False)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error it stays open: actors have committed what they did not come to tell."""
+        self._write(is_open=kind is not None)
 
     @property
     def hours(self) -> float:

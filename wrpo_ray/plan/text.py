@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from wrpo_ray.plan.work import Plan, Work, phases, pools
@@ -36,7 +37,7 @@ def plan_text(plan: Plan) -> str:
             lines.append(
                 _line((stage, "", "", "", "", "", "", "", "", duration(plan.seconds(stage))))
             )
-    return "\n".join([*lines, "", *_totals(plan), "", NOTE])
+    return "\n".join([*lines, "", *_totals(plan), "", NOTE, *_advice(plan)])
 
 
 def _cells(plan: Plan, w: Work) -> tuple[str, ...]:
@@ -70,6 +71,17 @@ def _totals(plan: Plan) -> Iterator[str]:
         f"tokens, {totals['gpu_hours']:,.1f} GPU-hours, {totals['money']:,.2f} of money; "
         f"{duration(totals['seconds'])} {where}"
     )
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    """An engine has four buckets, two in hand and two bound to it (see SIMULATION.md)."""
+    works = [w for w in plan.works if w.output_tokens and w.units < 4 * w.engines]
+    if works:
+        most = max(works, key=lambda w: w.engines)
+        yield (
+            f"storage.buckets: {most.units} are few for {most.engines} engines of {most.pool}; "
+            f"set {2 ** math.ceil(math.log2(6 * most.engines))} before the first run"
+        )
 
 
 def count(number: float) -> str:
