@@ -145,9 +145,7 @@ class Generator:
         return row | counts | {"prompt_tokens": asked, "output_tokens": said}
 
     def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
-        """Tokens that were read: an engine reads a prompt once for all its samples, a server
-        anew for each.
-        """
+        """Tokens read: an engine reads a prompt once for all its samples, a server for each."""
         lengths = [(r["prompt_id"], r["prompt_tokens"] or 0) for r in rows]
         return sum(n for _, n in (lengths if job.model.endpoint else dict(lengths).items()))
 
