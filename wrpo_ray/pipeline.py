@@ -27,7 +27,7 @@ from wrpo_ray.config import (
     RewardConfig,
     ScoreConfig,
 )
-from wrpo_ray.core.chat import check_model_folder
+from wrpo_ray.core.chat import OWN, Template, check_model_folder
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
 from wrpo_ray.core.hub import HubModel, address
@@ -236,20 +236,20 @@ class Chain:
         self._trained_models[name] = settings, folder, job.step.key
 
     def _prepare_job(self, name: str, rows: Step, base: Folder, key: str, config: Any) -> Prepare:
-        return Prepare(name, rows, base, key, config, _absolute(self._target.chat_template))
+        return Prepare(name, rows, base, key, config, Template.of(self._target))
 
     def _train_job(self, name: str, rows: Prepare, config: Any) -> Train:
         identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
         step = Step(name, identity, (rows.step,))
         return Train(
             step, rows.step, rows.base, rows.fingerprint, config, self.config.seed,
-            rows.chat_template,
+            rows.template,
         )  # fmt: skip
 
     def _sft(self, selection: Select) -> None:
         """SFT of the target on y_ws."""
         base = Folder(self._target.model).absolute()
-        key = self._fingerprint(base, self._target.chat_template)
+        key = self._fingerprint(base, self._target)
         rows = self._prepare_job("sft", selection.step, base, key, self.config.sft)
         job = self._train_job("sft", rows, self.config.sft)
         self._add("sft", (rows,), (job,))
@@ -276,7 +276,7 @@ class Chain:
         if self._trained_models:
             key = self._trained_models[SFT][2]
         else:
-            key = self._fingerprint(base, self._target.chat_template)
+            key = self._fingerprint(base, self._target)
         plain = self.config.wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})
         configs = {FUSED: self.config.wrpo}
         is_dpo = not self.config.wrpo.alpha.end
@@ -291,16 +291,18 @@ class Chain:
         for name, job in jobs.items():
             self._add_trained(name, job)
 
-    def _fingerprint(self, folder: Folder, chat_template: str | None = None) -> str:
-        """What identifies given weights; each folder is read once."""
+    def _fingerprint(self, folder: Folder, model: ModelConfig | None = None) -> str:
+        """What identifies given weights, with the chat template; each folder is read once."""
         if self.for_plan and not folder.exists("config.json"):
             return digest(folder.uri, 16)
         if folder.uri not in self._fingerprints:
             self._fingerprints[folder.uri] = model_fingerprint(folder)
         weights = self._fingerprints[folder.uri]
-        return (
-            digest([weights, data_fingerprint([chat_template])], 16) if chat_template else weights
-        )
+        template = Template.of(model) if model else OWN
+        if template == OWN:
+            return weights
+        file = data_fingerprint([template.file]) if template.file else None
+        return digest([weights, file, template.values], 16)
 
     # --- answers and rewards
 
@@ -310,8 +312,8 @@ class Chain:
         if model.endpoint:
             identity = digest([model.endpoint.url, model.model], 16)  # its weights are not seen
         else:
-            identity = trained[2] if trained else self._fingerprint(folder, model.chat_template)
-        model = model.model_copy(update={"chat_template": _absolute(model.chat_template)})
+            identity = trained[2] if trained else self._fingerprint(folder, model)
+        model = model.model_copy(update={"chat_template": Template.of(model).file})
         if model.dtype == "auto" and not model.actors.num_gpus and not model.endpoint:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
         sampling = sampling or self.config.sampling.updated(model.sampling)

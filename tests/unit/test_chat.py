@@ -21,8 +21,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from wrpo_ray.config import ModelConfig
 from wrpo_ray.core.chat import (
     MARKS,
+    Template,
     answer_ids,
     check_sampled,
     conversation_ids,
@@ -664,3 +666,22 @@ def test_sampled_answers_that_do_not_end_as_they_say(tokens, closed):
     """As from an engine that does not know the template's end of turn, and goes on behind it."""
     with pytest.raises(UserError, match="list every end of turn as eos_token_id in generation_co"):
         check_sampled(*sampled(tokens), closed=closed)
+
+
+def test_variables_of_a_template_have_the_values_of_the_config(tmp_path):
+    """Every kind of value, in the tokenizer's own template and in a file's."""
+    tokenizer = make("qwen2")
+    plain = tokenizer.get_chat_template()
+    asks = "{{ '' if think is undefined else think ~ name ~ (level is none) }}"
+    tokenizer.chat_template = plain + asks
+    tokenizer.save_pretrained(tmp_path)
+    values = {"think": False, "name": 'it\'s "5"\n', "level": None}
+    model = ModelConfig(name="m", model=str(tmp_path), chat_template_args=values)
+    own, given = load_tokenizer(tmp_path), load_tokenizer(tmp_path, Template.of(model))
+    bare, filled = (t.apply_chat_template(HI, tokenize=False) for t in (own, given))
+    assert filled == bare + "False" + 'it\'s "5"\n' + "True"
+    file = tmp_path / "file.jinja"
+    file.write_text("\n" + plain)
+    model = model.model_copy(update={"chat_template": str(file)})
+    replaced = load_tokenizer(tmp_path, Template.of(model))
+    assert replaced.apply_chat_template(HI, tokenize=False) == "\n" + bare

@@ -24,6 +24,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from wrpo_ray.config import ModelConfig
 from wrpo_ray.core.records import Message
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import SpelledTokenError, TemplateError, TokenizeError, UserError
@@ -68,14 +69,41 @@ def check_model_folder(
         )
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None) -> Any:
-    """The folder's tokenizer, with its chat template replaced by a file's where one is given."""
+@dataclass(frozen=True)
+class Template:
+    """What replaces a tokenizer's own chat template, and values of its variables."""
+
+    file: str | None = None
+    """A Jinja file; null leaves the tokenizer's own."""
+    values: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Template:
+        """A model's, with an absolute path."""
+        file = None if model.chat_template is None else Folder(model.chat_template).path
+        return cls(file, tuple(sorted(model.chat_template_args.items())))
+
+    def apply(self, own: str) -> str:
+        """The template that is used in place of the tokenizer's own."""
+        text = own if self.file is None else Path(self.file).read_text(encoding="utf-8")
+        literals = ((n, "none" if v is None else json.dumps(v)) for n, v in self.values)
+        given = "".join(f"{{% set {name} = {literal} %}}" for name, literal in literals)
+        return f"{given}\n{text}" if given else text  # the newline goes with the block before it
+
+
+OWN = Template()
+"""A tokenizer's own."""
+
+
+def load_tokenizer(folder: Path, template: Template = OWN) -> Any:
+    """The folder's tokenizer, with its chat template as `template` says."""
     from transformers import AutoTokenizer
 
     # Mistral's own format has no Jinja template, and reads no special tokens in text
     tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
-    if chat_template is not None:
-        tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+    if template != OWN:
+        own = tokenizer.get_chat_template() if template.file is None else ""
+        tokenizer.chat_template = template.apply(own)
     return tokenizer
 
 

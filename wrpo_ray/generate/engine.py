@@ -17,7 +17,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.core.chat import end_ids, load_tokenizer, prompt_ids
+from wrpo_ray.core.chat import Template, end_ids, load_tokenizer, prompt_ids
 from wrpo_ray.core.records import Message, digest, failure
 from wrpo_ray.core.vllm import CPU_ENGINE
 
@@ -81,7 +81,7 @@ class VllmEngine:
 
     def __init__(self, model: ModelConfig, folder: Path, seed: int):
         self.name, self.seed = model.name, seed
-        self.tokenizer = load_tokenizer(folder, model.chat_template)
+        self.tokenizer = load_tokenizer(folder, Template.of(model))
         self.ends = sorted(end_ids(self.tokenizer, folder))
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
         self._asked: dict[str, _Asked] = {}

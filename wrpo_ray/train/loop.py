@@ -172,7 +172,7 @@ class Trainer:
     def save(self) -> None:
         """Write the trained model; all workers call it."""
         task, base = self.task, self.task.base.local(self.task.fingerprint)
-        tokenizer = load_tokenizer(base, task.chat_template)
+        tokenizer = load_tokenizer(base, task.template)
         is_writer = dist.get_rank() == 0
         model.save(
             self.policy.module, base, task.config, tokenizer, task.folder / MODEL, write=is_writer

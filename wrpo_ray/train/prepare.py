@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from wrpo_ray.config import Actors, TrainConfig, WrpoConfig
-from wrpo_ray.core.chat import end_ids, load_tokenizer
+from wrpo_ray.core.chat import OWN, Template, end_ids, load_tokenizer
 from wrpo_ray.core.cluster import Pool, map_rows, thread_env
 from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.records import PREFERENCE, SELECTION
@@ -54,8 +54,8 @@ class Prepare:
     fingerprint: str
     """What identifies the model, its tokenizer and its template."""
     config: TrainConfig
-    chat_template: str | None = None
-    """A Jinja file that replaces the base's own template."""
+    template: Template = OWN
+    """What replaces the base's own chat template."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -152,7 +152,7 @@ class Preparer:
     def tokenizing(self) -> Tokenizing:
         """How records become rows."""
         base = self.job.base.local(self.job.fingerprint)
-        tokenizer = load_tokenizer(base, self.job.chat_template)
+        tokenizer = load_tokenizer(base, self.job.template)
         return Tokenizing(tokenizer, end_ids(tokenizer, base), self.job.answers, self.job.config)
 
     @cached_property

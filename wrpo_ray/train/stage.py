@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
+from wrpo_ray.core.chat import OWN, Template
 from wrpo_ray.core.cluster import check_room, is_own_ray, readable, thread_env
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.run import Run
@@ -50,8 +51,8 @@ class Train:
     """A WrpoConfig makes it preference training, else it is SFT."""
     seed: int
     """Decides the order of the rows."""
-    chat_template: str | None = None
-    """A Jinja file that replaces the base's own template, and goes with the trained model."""
+    template: Template = OWN
+    """What replaces the base's own chat template, and goes with the trained model."""
 
 
 def run(run: Run, jobs: list[Train]) -> None:
@@ -78,9 +79,7 @@ def _train(run: Run, job: Train) -> None:
 
 def _task(run: Run, job: Train) -> Task:
     rows = run.root / job.rows.folder
-    return Task(
-        run, job.step, rows, job.base, job.fingerprint, job.config, job.seed, job.chat_template
-    )
+    return Task(run, job.step, rows, job.base, job.fingerprint, job.config, job.seed, job.template)
 
 
 def _check_room(job: Train) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wrpo_ray.config import TrainConfig, WrpoConfig
+from wrpo_ray.core.chat import OWN, Template
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
@@ -36,8 +37,8 @@ class Task:
     """What identifies the base: its copies on nodes are kept under it."""
     config: TrainConfig
     seed: int
-    chat_template: str | None = None
-    """A Jinja file that replaces the base's own template."""
+    template: Template = OWN
+    """What replaces the base's own chat template."""
 
     @property
     def folder(self) -> Folder:
