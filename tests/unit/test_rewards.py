@@ -344,3 +344,21 @@ def test_verifiers_and_mixtures_score_buckets_too(run):
     assert rewards(run, job) == [3, 4]
     kept = read_bucket(job.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
     assert [r["error"] for r in kept] == ["MissingReferenceError"]
+
+
+def test_a_bucket_tells_who_answers_best_once_all_sources_are_scored(run):
+    """Rewards 0, 1, 2 of one source against 2, 1, 0 of the other: the tie counts for both."""
+    first, other = answers(run, 3), Step("generate-b")
+    rows = [
+        {"prompt_id": records.digest(n), "source": "b", "sample": 0, "text": "x " * (2 - n)}
+        for n in range(3)
+    ]
+    write_shard(run.root / other.folder, BUCKET, records.RESPONSE, rows, "all")
+    jobs = [
+        Score(asked, RewardConfig(function=FUNCTION), (None,), ("function",))
+        for asked in (first, Samples(other, first.prompts, None))
+    ]
+    actor = Scorer(run, jobs)
+    told = [actor(ROW), actor(ROW | {"job": 1}), actor(ROW)]
+    assert [json.loads(t["wins"]) for t in told] == [[], [2, 2], []]
+    assert [t["reward"] for t in told] == [3.0, 3.0, 0.0]

@@ -5,10 +5,14 @@ An actor passes over the answers that are scored, and commits the others chunk b
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.core import records
@@ -97,13 +101,35 @@ def pool_of(reward: RewardConfig) -> Pool:
 def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
     pool = pool_of(jobs[0].reward)
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    progress = Progress(pool.what, len(rows))
+    shown = [_Shown(job, run.buckets) for job in jobs]
     tallies = [Tally(run, job.step) for job in jobs]
     for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
-        progress.add(result["new"], result["failed"])
+        _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
         step, name = jobs[result["job"]].step, jobs[0].reward.name
         run.spend(step, name, result["seconds"], gpus=pool.needs["GPU"], rows=result["new"])
+
+
+class _Shown(Progress):
+    """A source's progress, with its rewards so far."""
+
+    def __init__(self, job: Score, buckets: int):
+        super().__init__(f"score {job.answers.step.name.removeprefix('generate-')}", buckets)
+        self.reward, self.wins = 0.0, 0
+
+
+def _show(shown: list[_Shown], job: int, result: Row, wins: list[int]) -> None:
+    """Mean reward of a source, and how many prompts each source answers best, as told so far."""
+    for source, won in zip(shown, wins, strict=False):
+        source.wins += won
+    decided = sum(source.wins for source in shown)
+    this = shown[job]
+    this.reward += result.pop("reward")
+    if rows := this.rows + result["new"]:
+        this.about["mean reward"] = f"{this.reward / rows:.3g}"
+    if decided:
+        this.about["best"] = f"{this.wins / decided:.0%}"
+    this.add(result["new"], result["failed"])
 
 
 class Scorer:
@@ -128,12 +154,30 @@ class Scorer:
         earlier = clear_failures(kept, bucket, self.run.max_attempts)
         held, failed, missing = self._missing(job, bucket, earlier)
         prompts = self._prompts(job, bucket) if missing else {}
-        done = 0
+        done, reward = 0, 0.0
         for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
             good, failures = self._score(job, prompts, rows)
             self._commit(job, bucket, rows, good, failures, earlier)
             done, failed = done + len(good), failed + len(failures)
-        return row | {"rows": held + done, "new": done, "failed": failed}
+            reward += sum(r["reward"] for r in good)
+        counts = {"rows": held + done, "new": done, "failed": failed, "reward": reward}
+        return row | counts | {"wins": json.dumps(self._wins(bucket) if done else [])}
+
+    def _wins(self, bucket: Bucket) -> list[int]:
+        """How many of the bucket's prompts each job's source answers best, if all are scored."""
+        columns, best = ["prompt_id", "reward"], []
+        for job in self.jobs:
+            store = job.samples.folder(self.run.root)
+            table = read_bucket(store, bucket, records.SCORED, columns)
+            if not table.num_rows:
+                return []
+            best.append(table.group_by("prompt_id").aggregate([("reward", "max")]))
+        rewards = pa.concat_tables(best)
+        most = rewards.group_by("prompt_id").aggregate([("reward_max", "max")])
+        return [
+            pc.sum(pc.equal(joined["reward_max"], joined["reward_max_max"])).as_py() or 0
+            for joined in (table.join(most, "prompt_id") for table in best)
+        ]
 
     def _missing(self, job: Score, bucket: Bucket, earlier: Earlier) -> tuple[int, int, list[Row]]:
         """How many wanted answers are scored, how many given up, and the others."""
