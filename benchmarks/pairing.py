@@ -1,23 +1,25 @@
 """Selection and pairing of synthetic candidates, side by side: ours, DuckDB, Polars.
 
-Each reads the same Parquet shards and writes the same two tables, the selection (y_ws of every
-prompt) and the preference rows, on two threads, in a process of its own. Rewards are random, so
-that there are no ties; ours and DuckDB's rows are checked to be equal. RESULTS.md has what was
-found and what it does not show.
+`make bench` runs it; RESULTS.md has what it found and what it does not show. Each reads the same
+Parquet shards and writes the same two tables, the selection (y_ws of every prompt) and the
+preference rows, on two threads, in a process of its own. Rewards are random, so that there are
+no ties; all rows of all three are checked to be equal.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "POLARS_MAX_THREADS": "2", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -40,6 +42,7 @@ from wrpo_ray.pair.stage import Answers, Pair, Select
 from wrpo_ray.pair.stage import run as run_jobs
 
 SOURCES, OWN = ("gemma", "mistral", "qwen"), "target"
+SIZES = (1_000_000, 3_000_000, 10_000_000)
 SAMPLES = 10
 """Answers of a model to a prompt; there are three sources and the target."""
 PER_BUCKET = 160_000
@@ -139,8 +142,36 @@ def make_answers(ids: pa.Array, source: str, rng: np.random.Generator) -> pa.Tab
 # --- the three contenders ----------------------------------------------------------------------
 
 
-def ours(data: Data) -> float:
-    """The stage itself on a Ray of two CPUs, so two actors; without Ray's start."""
+class Taken:
+    """Seconds that a block takes: by the clock, and of CPU time in all processes."""
+
+    seconds: float
+    cpu: float
+
+    def __enter__(self) -> Taken:
+        self.seconds, self.cpu = -time.perf_counter(), -cpu_seconds()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds, self.cpu = self.seconds + time.perf_counter(), self.cpu + cpu_seconds()
+
+
+def cpu_seconds() -> float:
+    """Of this process and its Ray workers, up to now."""
+    return sum(sum(part.cpu_times()[:2]) for part in parts(psutil.Process()))
+
+
+def parts(process: psutil.Process) -> Iterator[psutil.Process]:
+    """A process and its Ray workers; Ray's own services are left out."""
+    yield process
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if "".join(child.cmdline()[:1]).startswith("ray::"):
+                yield child
+
+
+def ours(data: Data) -> Taken:
+    """The stage itself on a Ray of two CPUs, so two workers; without Ray's start."""
     from wrpo_ray.core import cluster
 
     root = Folder(str(data.folder))
@@ -150,21 +181,20 @@ def ours(data: Data) -> float:
     policies = AnswersConfig()
     select = Select(prompts, Answers(tuple(stores[name] for name in SOURCES), policies))
     pair = Pair(select, Answers((stores[OWN],), policies), PairConfig())
-    started = time.perf_counter()
-    run_jobs(Run(root, data.buckets), [select, pair])
-    taken = time.perf_counter() - started
+    with Taken() as taken:
+        run_jobs(Run(root, data.buckets), [select, pair])
     for name, job in (("selection", select), ("preference", pair)):
         (data.folder / job.step.folder).rename(data.folder / f"ours-{name}")
     cluster.disconnect()
     return taken
 
 
-ANSWER = "{%s}" % ", ".join(f"{f.name}: {f.name}" for f in records.ANSWER)
-CANDIDATES = "list({source: source, sample: sample, reward: reward} ORDER BY source, sample)"
+ANSWER = f"{{{', '.join(f'{f.name}: {f.name}' for f in records.ANSWER)}}}"
+CANDIDATES = "list_sort(list({source: source, sample: sample, reward: reward}))"
 WHOLE = "finish_reason <> 'length'"
 
 
-def duckdb(data: Data) -> float:
+def duckdb(data: Data) -> Taken:
     """Two queries; the answers of the best and worst are taken along in the aggregation."""
     import duckdb as engine
 
@@ -172,35 +202,35 @@ def duckdb(data: Data) -> float:
     db.execute(f"SET temp_directory = '{data.folder / 'spill'}'")
     sources = [data.shards(f"score-{name}") for name in SOURCES]
     selection, preference = (data.folder / f"duckdb-{name}.parquet" for name in TABLES)
-    started = time.perf_counter()
-    db.execute(f"""
-        COPY (
-          SELECT prompt_id, messages, split, source_chosen, candidates
-          FROM read_parquet('{data.shards("prompts")}') JOIN (
-            SELECT prompt_id, {CANDIDATES} AS candidates,
-              max_by({ANSWER}, reward) FILTER ({WHOLE}) AS source_chosen
-            FROM read_parquet({sources}) GROUP BY prompt_id
-          ) USING (prompt_id) WHERE source_chosen IS NOT NULL
-        ) TO '{selection}' (FORMAT parquet, COMPRESSION zstd)""")
-    db.execute(f"""
-        COPY (
-          SELECT prompt_id, messages, source_chosen, target_chosen, rejected,
-            source_chosen.reward - target_chosen.reward AS source_margin,
-            target_chosen.reward - rejected.reward AS target_margin,
-            list_concat(selection.candidates, own.candidates) AS candidates
-          FROM read_parquet('{selection}') AS selection JOIN (
-            SELECT prompt_id, {CANDIDATES} AS candidates,
-              max_by({ANSWER}, reward) FILTER ({WHOLE}) AS target_chosen,
-              min_by({ANSWER}, reward) AS rejected
-            FROM read_parquet('{data.shards(f"score-{OWN}")}') GROUP BY prompt_id
-          ) AS own USING (prompt_id)
-          WHERE split = 'preference' AND target_chosen.reward > rejected.reward
-            AND target_chosen.text <> rejected.text
-        ) TO '{preference}' (FORMAT parquet, COMPRESSION zstd)""")
-    return time.perf_counter() - started
+    with Taken() as taken:
+        db.execute(f"""
+            COPY (
+              SELECT prompt_id, messages, split, source_chosen, candidates
+              FROM read_parquet('{data.shards("prompts")}') JOIN (
+                SELECT prompt_id, {CANDIDATES} AS candidates,
+                  max_by({ANSWER}, reward) FILTER ({WHOLE}) AS source_chosen
+                FROM read_parquet({sources}) GROUP BY prompt_id
+              ) USING (prompt_id) WHERE source_chosen IS NOT NULL
+            ) TO '{selection}' (FORMAT parquet, COMPRESSION zstd)""")
+        db.execute(f"""
+            COPY (
+              SELECT prompt_id, messages, source_chosen, target_chosen, rejected,
+                source_chosen.reward - target_chosen.reward AS source_margin,
+                target_chosen.reward - rejected.reward AS target_margin,
+                list_concat(selection.candidates, own.candidates) AS candidates
+              FROM read_parquet('{selection}') AS selection JOIN (
+                SELECT prompt_id, {CANDIDATES} AS candidates,
+                  max_by({ANSWER}, reward) FILTER ({WHOLE}) AS target_chosen,
+                  min_by({ANSWER}, reward) AS rejected
+                FROM read_parquet('{data.shards(f"score-{OWN}")}') GROUP BY prompt_id
+              ) AS own USING (prompt_id)
+              WHERE split = 'preference' AND target_chosen.reward > rejected.reward
+                AND target_chosen.text <> rejected.text
+            ) TO '{preference}' (FORMAT parquet, COMPRESSION zstd)""")
+    return taken
 
 
-def polars(data: Data) -> float:
+def polars(data: Data) -> Taken:
     """The same, on the streaming engine."""
     import polars as pl
 
@@ -210,45 +240,44 @@ def polars(data: Data) -> float:
     candidates = score.sort_by("source", "sample").alias("candidates")
 
     def best(name: str) -> pl.Expr:
-        return answer.filter(whole).sort_by(pl.col("reward").filter(whole)).last().alias(name)
+        return answer.filter(whole).max_by(pl.col("reward").filter(whole)).alias(name)
 
-    def reward(name: str) -> pl.Expr:
-        return pl.col(name).struct.field("reward")
+    def field(column: str, name: str) -> pl.Expr:
+        return pl.col(column).struct.field(name)
 
+    reward = partial(field, name="reward")
     selection, preference = (data.folder / f"polars-{name}.parquet" for name in TABLES)
-    started = time.perf_counter()
-    groups = pl.scan_parquet([data.shards(f"score-{name}") for name in SOURCES]).group_by(
-        "prompt_id"
-    )
-    (
-        pl.scan_parquet(data.shards("prompts"))
-        .join(groups.agg(best("source_chosen"), candidates), on="prompt_id")
-        .select(*records.SELECTION.names)
-        .filter(reward("source_chosen").is_not_null())
-        .sink_parquet(selection, compression="zstd", engine="streaming")
-    )
-    worst = answer.sort_by("reward").first().alias("rejected")
-    own = pl.scan_parquet(data.shards(f"score-{OWN}")).group_by("prompt_id")
-    own = own.agg(best("target_chosen"), worst, candidates.alias("own"))
-    (
-        pl.scan_parquet(selection)
-        .join(own, on="prompt_id")
-        .filter(pl.col("split") == "preference", reward("target_chosen") > reward("rejected"))
-        .filter(
-            pl.col("target_chosen").struct.field("text") != pl.col("rejected").struct.field("text")
+    with Taken() as taken:
+        groups = pl.scan_parquet([data.shards(f"score-{name}") for name in SOURCES]).group_by(
+            "prompt_id"
         )
-        .with_columns(
-            source_margin=reward("source_chosen") - reward("target_chosen"),
-            target_margin=reward("target_chosen") - reward("rejected"),
-            candidates=pl.col("candidates").list.concat("own"),
+        (
+            pl.scan_parquet(data.shards("prompts"))
+            .join(groups.agg(best("source_chosen"), candidates), on="prompt_id")
+            .select(*records.SELECTION.names)
+            .filter(reward("source_chosen").is_not_null())
+            .sink_parquet(selection, compression="zstd", engine="streaming")
         )
-        .select(*records.PREFERENCE.names)
-        .sink_parquet(preference, compression="zstd", engine="streaming")
-    )
-    return time.perf_counter() - started
+        worst = answer.min_by("reward").alias("rejected")
+        own = pl.scan_parquet(data.shards(f"score-{OWN}")).group_by("prompt_id")
+        own = own.agg(best("target_chosen"), worst, candidates.alias("own"))
+        (
+            pl.scan_parquet(selection)
+            .join(own, on="prompt_id")
+            .filter(pl.col("split") == "preference", reward("target_chosen") > reward("rejected"))
+            .filter(field("target_chosen", "text") != field("rejected", "text"))
+            .with_columns(
+                source_margin=reward("source_chosen") - reward("target_chosen"),
+                target_margin=reward("target_chosen") - reward("rejected"),
+                candidates=pl.col("candidates").list.concat("own"),
+            )
+            .select(*records.PREFERENCE.names)
+            .sink_parquet(preference, compression="zstd", engine="streaming")
+        )
+    return taken
 
 
-CONTENDERS: dict[str, Callable[[Data], float]] = {"ours": ours, "duckdb": duckdb, "polars": polars}
+CONTENDERS: dict[str, Callable[[Data], Taken]] = {"ours": ours, "duckdb": duckdb, "polars": polars}
 
 
 # --- measuring ---------------------------------------------------------------------------------
@@ -259,89 +288,191 @@ class Measured:
     """What a contender took."""
 
     seconds: float
-    whole: int
-    """Peak resident bytes of all its processes, but for Ray's own services."""
-    worker: int
-    """Peak resident bytes of the largest of them."""
+    cpu: float
+    """Seconds of CPU time."""
+    whole: float
+    """Peak resident MB of all its processes, but for Ray's own services."""
+    largest: float
+    """Peak resident MB of the largest of them."""
 
 
 def measure(name: str, data: Data) -> Measured:
     """Run a contender in a process of its own, and watch its memory."""
+    for old in [*data.folder.glob(f"{name}-*"), *data.folder.glob("select-*")]:
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     command = [sys.executable, "-W", "ignore", __file__, "--contender", name]
     command += ["--rows", str(data.rows), "--folder", str(data.folder)]
+    whole = largest = 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        peaks = [0, 0]
         while process.poll() is None:
-            sizes = resident(psutil.Process(process.pid))
-            peaks = [max(peaks[0], sum(sizes)), max(peaks[1], max(sizes, default=0))]
+            sizes = resident(process.pid)
+            whole, largest = max(whole, sum(sizes)), max(largest, *sizes, 0)
             time.sleep(0.05)
         output = process.stdout.read() if process.stdout else ""
     if process.returncode:
         raise SystemExit(f"{name} failed")
-    measured = Measured(json.loads(output.splitlines()[-1]), *peaks)
-    print(f"{data.rows:>12,} {name:8} {measured.seconds:7.1f} s  whole {measured.whole / 1e6:,.0f} "
-          f"MB  largest {measured.worker / 1e6:,.0f} MB", flush=True)  # fmt: skip
+    measured = Measured(**json.loads(output.splitlines()[-1]), whole=whole, largest=largest)
+    figures = ", ".join(f"{name} {value:.1f}" for name, value in asdict(measured).items())
+    print(f"{data.rows:,} {name}: {figures}; load {os.getloadavg()[0]:.1f}", flush=True)
     return measured
 
 
-def resident(process: psutil.Process) -> list[int]:
-    """Resident bytes of a process and of its Ray workers."""
+def resident(pid: int) -> list[float]:
+    """Resident MB of a process and of its Ray workers."""
     sizes = []
-    for part in [process, *process.children(recursive=True)]:
-        try:
-            if part.pid == process.pid or part.cmdline()[:1][0].startswith("ray::"):
-                sizes.append(part.memory_info().rss)
-        except (psutil.Error, IndexError):
-            continue  # it has ended
+    with contextlib.suppress(psutil.Error):
+        for part in parts(psutil.Process(pid)):
+            with contextlib.suppress(psutil.Error):
+                sizes.append(part.memory_info().rss / 1e6)
     return sizes
 
 
 def check_equal(data: Data) -> None:
-    """Ours and DuckDB's tables hold the same."""
+    """All three wrote the same rows."""
     for name, schema in TABLES.items():
-        own, their = (
-            read(data.folder / f"{who}", schema)
-            for who in (f"ours-{name}", f"duckdb-{name}.parquet")
-        )
-        assert own.num_rows > 0.9 * data.prompts, own.num_rows
-        assert own.equals(their), f"{name}: ours and DuckDB's rows differ"
+        own = read(data.folder / f"ours-{name}", schema)
+        assert own.num_rows > 0.9 * data.prompts, f"{name}: only {own.num_rows} rows"
+        for peer in ("duckdb", "polars"):
+            their = read(data.folder / f"{peer}-{name}.parquet", schema)
+            assert own.equals(their), f"{name}: the rows of ours and {peer} differ"
 
 
 def read(path: Path, schema: pa.Schema) -> pa.Table:
     """A table, sorted by its prompts, with our own types."""
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     table = ds.dataset(files, format="parquet").to_table(columns=schema.names).cast(schema)
-    return table.sort_by("prompt_id").combine_chunks().replace_schema_metadata()
+    return table.sort_by("prompt_id").combine_chunks()
+
+
+def measure_all(rows: int, repeats: int, folder: Path | None) -> dict[str, Measured]:
+    """The quickest run of each contender, in turn, on data that is deleted at the end."""
+    runs: dict[str, list[Measured]] = {name: [] for name in CONTENDERS}
+    with tempfile.TemporaryDirectory(prefix="wrpo-bench-", dir=folder) as temporary:
+        data = Data(Path(temporary), rows)
+        data.make()
+        size = sum(file.stat().st_size for file in data.folder.rglob("*.parquet"))
+        print(f"{rows:,} candidates in {data.buckets} buckets, {size / 1e9:.2f} GB", flush=True)
+        for _ in range(repeats):
+            for name, done in runs.items():
+                done.append(measure(name, data))
+        check_equal(data)
+    return {name: min(done, key=lambda run: run.seconds) for name, done in runs.items()}
 
 
 # --- the report --------------------------------------------------------------------------------
 
 PREFIX = "pair."
-TEXT = """# Pairing: {rows:,} candidates, side by side
+TEXT = """# Pairing: y_ws, y_wt and y_l, side by side
+
+| DuckDB / ours, {largest:,} candidates | at least | measured | |
+| --- | --- | --- | --- |
+| time | 0.5x | {ratio:.2f}x | {met} |
+
+{table}
+
+{machine}. `make bench` measures it all again and writes this section and
+[results.json](results.json).
+
+- The query: the best answer of three sources, the best and the worst of the target's own, and
+  every score, {samples} answers a model and prompt; both tables, `select` and `pair`, are written
+  as Parquet (zstd). 3% of the answers were cut off, and may not be chosen. All rows of all three
+  are checked to be equal: rewards are random doubles, so nothing is tied.
+- **ours**: the two stages as the pipeline runs them, on a Ray of two CPUs that has started.
+  **DuckDB**, **Polars** (streaming engine): the same two tables by a query each, two threads,
+  written for speed: answers go through the aggregation as structs (joining them back by their
+  keys took DuckDB as long).
+- Texts have 6 to 40 words, about 130 bytes, with as many token ids; 10M candidates are 1.3 GB of
+  Parquet, in one shard a bucket and model, in the page cache.
+- Each is measured in a process of its own, in turn; here is the quicker of {repeats} runs. The load
+  of the machine was {load}. CPU time, which load disturbs less, is of all processes, without
+  Ray's own services; so is memory, resident MB at the peak, where pages that processes share are
+  counted for each.
+
+Memory: a worker of ours holds one bucket at a time, so its peak follows the candidates of a bucket,
+not their number. DuckDB and Polars hold the groups of all prompts, or spill.
+
+What it does not show: several nodes, object stores, stores of many small shards (an interrupted
+generation leaves one for each 64 prompts), ties (a hash in Python for each tied answer, about
+4 us), and `refusals`, `duplicates`, `max_similarity`, which are off by default.
 """
+
+
+@dataclass(frozen=True)
+class Report:
+    """All sizes."""
+
+    measured: dict[int, dict[str, Measured]]
+    repeats: int
+    loads: tuple[float, float]
+    """Of the last minute, before and after."""
+
+    def rows(self) -> list[results.Row]:
+        """Named figures of results.json."""
+        about = {
+            "machine": results.machine(),
+            "versions": results.versions("pyarrow", "ray", "duckdb", "polars", "wrpo-ray"),
+        }
+        rows = []
+        for count, by_name in self.measured.items():
+            own = by_name["ours"]
+            for peer in ("duckdb", "polars"):
+                their, name = by_name[peer], f"{PREFIX}{count / 1e6:g}m"
+                rows += [
+                    results.row(f"{name}.vs_{peer}", own.seconds, their.seconds, "s", about),
+                    results.row(f"{name}.cpu.vs_{peer}", own.cpu, their.cpu, "s of CPU", about),
+                    results.row(f"{name}.memory.vs_{peer}", own.whole, their.whole, "MB", about),
+                ]
+        return rows
+
+    def text(self) -> str:
+        """The section of RESULTS.md."""
+        largest = max(self.measured)
+        own, duck = (self.measured[largest][name] for name in ("ours", "duckdb"))
+        ratio = duck.seconds / own.seconds
+        return TEXT.format(
+            largest=largest,
+            ratio=ratio,
+            met="met" if ratio >= 0.5 else "missed",
+            table=self.table(),
+            machine=results.machine(),
+            samples=SAMPLES,
+            repeats=self.repeats,
+            load="{:.1f} before and {:.1f} after".format(*self.loads),
+        )
+
+    def table(self) -> str:
+        """A line for each size and contender, in Markdown."""
+        columns = ["candidates", "a bucket", "", "s", "DuckDB / this", "CPU s", "MB", "largest, MB"]
+        lines = [columns, ["---"] * len(columns)]
+        for count, by_name in self.measured.items():
+            for name, m in by_name.items():
+                size, bucket = (f"{count:,}", f"{count // Data(Path(), count).buckets:,}")
+                head = [size, bucket, name] if name == "ours" else ["", "", name]
+                ratio = by_name["duckdb"].seconds / m.seconds
+                figures = [f"{m.seconds:.1f}", f"{ratio:.2f}", f"{m.cpu:.1f}"]
+                lines.append([*head, *figures, f"{m.whole:,.0f}", f"{m.largest:,.0f}"])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
     """Measure all sizes and report; or be one contender."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=10_000_000, help="candidates")
-    parser.add_argument("--folder", type=Path, help="for the data, by default a temporary one")
+    parser.add_argument("--rows", type=int, help="candidates; only these, and no report is written")
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--folder", type=Path, help="where to make data, by default with others'")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        print(json.dumps(CONTENDERS[options.contender](Data(options.folder, options.rows))))
+        print(json.dumps(vars(CONTENDERS[options.contender](Data(options.folder, options.rows)))))
         return
-    with tempfile.TemporaryDirectory(prefix="wrpo-bench-", dir=options.folder) as folder:
-        data = Data(Path(folder), options.rows)
-        started = time.perf_counter()
-        data.make()
-        size = sum(f.stat().st_size for f in data.folder.rglob("*.parquet"))
-        print(
-            f"made {data.rows:,} candidates in {data.buckets} buckets, {size / 1e9:.2f} GB, {time.perf_counter() - started:.0f} s"
-        )
-        for name in CONTENDERS:
-            measure(name, data)
-        check_equal(data)
+    load = os.getloadavg()[0]
+    sizes: Sequence[int] = [options.rows] if options.rows else SIZES
+    measured = {n: measure_all(n, options.repeats, options.folder) for n in sizes}
+    report = Report(measured, options.repeats, (load, os.getloadavg()[0]))
+    print(f"\n{results.machine()}\n\n{report.table()}")
+    if not options.rows:
+        results.save(options.output, PREFIX, report.rows(), report.text())
 
 
 if __name__ == "__main__":
