@@ -124,9 +124,8 @@ class Answers:
         """The candidates of these prompts (sorted; with `reference`), and what each may be."""
         ids = prompts["prompt_id"].combine_chunks()
         candidates = read_candidates(self.samples, run.root, bucket, ids)
-        return candidates, judge(
-            candidates, self.policies, self._verdicts(run, bucket, prompts, candidates)
-        )
+        verdicts = self._verdicts(run, bucket, prompts, candidates)
+        return candidates, judge(candidates, self.policies, verdicts)
 
     def _verdicts(
         self, run: Run, bucket: Bucket, prompts: pa.Table, candidates: Candidates
@@ -298,7 +297,7 @@ class Pair:
             "source_chosen": source,
             "target_chosen": chosen,
             "rejected": rejected,
-            "source_margin": pc.subtract(source.field("reward"), rewards[best]),
+            "source_margin": source.field("reward").to_numpy() - rewards[best],
             "target_margin": rewards[best] - rewards[worst],
             "candidates": _joined(scores, own) if is_wrpo else scores,
         }
