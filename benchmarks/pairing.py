@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import results
 
 from wrpo_ray.config import AnswersConfig, ClusterConfig, PairConfig
 from wrpo_ray.core import records
