@@ -1,6 +1,7 @@
 """The whole chain on real engines, undisturbed and killed."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,25 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed
     for source in (*SOURCES, "target"):  # the held-out answers are greedy
         name = f"score-verifier-{source}"
         assert rows(output, name, *KEY, "text") == rows(undisturbed, name, *KEY, "text")
+
+
+def test_a_fourth_source_is_all_that_is_generated(demo, undisturbed, zoo, tmp_path):
+    """Of a finished run with three: their answers and scores stay, shard by shard."""
+    output = tmp_path / "four"
+    shutil.copytree(undisturbed, output)
+    before = shards(output, "generate-*/*.parquet") | shards(output, "score-*/*.parquet")
+    sources = [{"name": n, "model": str(zoo / "sources" / n)} for n in SOURCES]
+    sources.append({"name": "fourth", "model": str(zoo / "target")})
+    result = demo(output, sources=sources, evaluate=None)("fuse", "--until", "select")
+    assert result.returncode == 0, result.stderr
+    after = shards(output, "generate-*/*.parquet") | shards(output, "score-*/*.parquet")
+    assert before.items() <= after.items()
+    assert {name.split("/")[0].rpartition("-")[0] for name in after.keys() - before.keys()} == {
+        "generate-fourth",
+        "score-reward-fourth",
+    }
+    assert "generate fourth: starting engines" in result.stderr
+    assert not any(f"generate {name}: starting" in result.stderr for name in SOURCES)
+    folders = sorted(output.glob("select-*"), key=lambda f: f.stat().st_mtime)
+    counts = json.loads((folders[-1] / "manifest.json").read_text())["counts"]
+    assert counts["candidates"] == 360 * 5 * 4
