@@ -66,7 +66,7 @@ def foretold(nodes: int, times: list[float], startup: float) -> float:
 @pytest.mark.parametrize(
     ("nodes", "total"),
     [
-        (2, 12.0),
+        (2, 8.0),
         pytest.param(1, 20.0, marks=pytest.mark.soak),
         pytest.param(2, 40.0, marks=pytest.mark.soak),
         pytest.param(4, 80.0, marks=pytest.mark.soak),
