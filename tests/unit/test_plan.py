@@ -96,6 +96,7 @@ def test_on_given_gpus_all_sources_end_together(tmp_path):
     busy = (900 + 2 * 60 + 2 * (1800 + 4 * 120)) / 10
     assert plan.seconds("generate") == pytest.approx(busy + 1800 / 64 / 2)
     assert of(plan, "sft").engines == 2  # workers are the config's
+    assert plan.seconds("train") == 400 * 1000 / 8000 / 2 + 200  # nobody is beside it
     assert of(estimate(tree(tmp_path), gpus=1), "sft").engines == 1
 
 

@@ -74,8 +74,9 @@ def _totals(plan: Plan) -> Iterator[str]:
 
 
 def _advice(plan: Plan) -> Iterator[str]:
-    """An engine has four buckets, two in hand and two bound to it (see SIMULATION.md)."""
-    works = [w for w in plan.works if w.output_tokens and w.units < 4 * w.engines]
+    """A source's engine has four buckets, two in hand and two bound to it (SIMULATION.md)."""
+    sources = [w for w in plan.works if w.stage == "generate"]
+    works = [w for w in sources if w.output_tokens and w.units < 4 * w.engines]
     if works:
         most = max(works, key=lambda w: w.engines)
         yield (

@@ -144,11 +144,12 @@ def phase_seconds(works: Sequence[Work], gpus: int | None) -> float:
     are busy, but for the bucket that ends last.
     """
     by_pool = pools(works)
-    if not gpus or not any(w.gpus for w in by_pool):
+    if not gpus or len(by_pool) == 1 or not any(w.gpus for w in by_pool):
         return max(w.seconds for w in by_pool)
     busy = sum(w.gpu_seconds for w in by_pool) / gpus
-    last = max((w.actor_seconds / w.units for w in by_pool if w.gpus), default=0.0)
-    return max(busy + last / 2, *(w.startup + w.actor_seconds / w.units for w in by_pool))
+    buckets = [w.actor_seconds / w.units for w in by_pool]
+    alone = [w.startup + bucket for w, bucket in zip(by_pool, buckets, strict=True)]
+    return max(busy + max(buckets) / 2, *alone)
 
 
 def share(works: Sequence[Work], gpus: int) -> list[Work]:
