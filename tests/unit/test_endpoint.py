@@ -23,7 +23,14 @@ from openai_server import NO_COMPLETION, NO_JSON, Call, Server, in_seconds, serv
 from tiny_models import make_tokenizer
 
 from wrpo_ray import pipeline
-from wrpo_ray.config import EndpointConfig, ModelConfig, SamplingConfig, TrainConfig, load
+from wrpo_ray.config import (
+    AnswersConfig,
+    EndpointConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+    load,
+)
 from wrpo_ray.core import endpoint as core
 from wrpo_ray.core import records
 from wrpo_ray.core.chat import end_ids
@@ -35,7 +42,7 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.generate.endpoint import EndpointEngine
 from wrpo_ray.generate.engine import Request
-from wrpo_ray.pair.stage import Select
+from wrpo_ray.pair.stage import Answers, Select
 from wrpo_ray.train.rows import Tokenizing
 from wrpo_ray.train.task import SFT_ANSWERS
 
@@ -543,7 +550,8 @@ def test_an_endpoints_answer_is_selected_and_trained_on(start, tmp_path):
     scored = [row | {"text": "w3 w4", "reward": 1.0} for row in scored]
     write_shard(run.root / answers.folder, BUCKET, records.SCORED, scored, "all")
     which = Prompts(prompts, ("sft",))
-    select = Select(which, (Samples(answers, which, 1),))
+    policies = AnswersConfig(cut_off="keep")
+    select = Select(which, Answers((Samples(answers, which, 1),), policies))
     assert select.fill(run, BUCKET)["rows"] == 2
     selection = read_bucket(run.root / select.step.folder, BUCKET, records.SELECTION).to_pylist()
     tokenizer = make_tokenizer()

@@ -46,7 +46,7 @@ class FakeEngine:
 
     def row(self, prompt_id: str, sample: int) -> dict:
         key = {"prompt_id": prompt_id, "source": "m", "sample": sample}
-        return key | {"text": f"{prompt_id}/{sample}", "output_tokens": 1}
+        return key | {"text": f"{prompt_id}/{sample}", "output_tokens": 1, "prompt_tokens": 2}
 
 
 @pytest.fixture

@@ -232,6 +232,7 @@ def map_rows(
                     min_size=least,
                     max_size=most,
                     max_concurrent_calls_per_actor=pool.threads,
+                    max_tasks_in_flight_per_actor=max(2, pool.threads),  # more would be hoarded
                     enable_true_multi_threading=pool.threads > 1,
                 ),
                 num_cpus=0 if place else pool.actors.num_cpus,
