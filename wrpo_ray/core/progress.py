@@ -22,7 +22,7 @@ def log(text: str) -> None:
     if _TABLE.is_shown:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
-        print(line, file=sys.stderr, flush=True)
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once: threads log, too
 
 
 class Progress:
