@@ -44,16 +44,18 @@ ONE = Policy(in_hand=1, ahead=1)
 TWO = Policy(in_hand=2, ahead=2)
 FIRST = Setting("one bucket in hand", ONE, 64, 64)
 """As generation was first: each chunk waits for the longest answer of the one before."""
-BEST = Setting("two in hand, large chunks, more buckets", TWO, 256, 256)
+NOW = Policy(in_hand=2, ahead=0, barrier=False)
+"""As it is: an engine is given more as it finishes, and no bucket is bound to it ahead."""
+BEST = Setting("as it is, more buckets", NOW, 256, 64)
 SETTINGS = (
     FIRST,
     Setting("two buckets in hand", TWO, 64, 64),
     Setting("two in hand, more buckets", TWO, 256, 64),
-    Setting("two in hand, large chunks", TWO, 64, 256),
-    BEST,
-    Setting("two in hand, large chunks, 1,024 buckets", TWO, 1024, 256),
-    Setting("two in hand, none bound ahead", Policy(in_hand=2, ahead=0), 256, 256),
+    Setting("two in hand, large chunks, more buckets", TWO, 256, 256),
     Setting("two in hand, no chunk waits", Policy(2, 2, barrier=False), 256, 64),
+    Setting("as it is", NOW, 64, 64),
+    BEST,
+    Setting("as it is, 1,024 buckets", NOW, 1024, 64),
 )
 
 
@@ -229,15 +231,15 @@ As generation was first (64 buckets, one in hand, chunks of 64 prompts):
 
 {settings}
 
-Ten times the prompts (1,024 buckets, chunks of 256): {tenfold:.2f}.
+Ten times the prompts (1,024 buckets): {tenfold:.2f}.
 
 ## What follows
 
 - A chunk that waits for the longest answer of the one before leaves an engine half empty: lengths
-  are heavy-tailed, and 320 answers hardly fill 256 slots. Two buckets in hand, and chunks of 256
-  prompts or none that wait, keep the slots full.
+  are heavy-tailed, and 320 answers hardly fill 256 slots. So no chunk waits, and two buckets are in
+  hand, which keeps the slots full.
 - Two in hand alone makes it worse on many nodes: with two more bound ahead, four of 64 buckets lie
-  with each engine, and most engines of a pool find none. `storage.buckets` should be about six
+  with each engine, and most engines of a pool find none. So none is bound ahead. `storage.buckets` should be about six
   times the engines of the largest pool; `wrpo plan` says so. With far more, a bucket is too small
   to fill an engine.
 - Engines in proportion to work (`wrpo plan --gpus N` prints them; `actors.min`) and free GPUs going
