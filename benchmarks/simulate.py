@@ -239,7 +239,8 @@ Ten times the prompts (1,024 buckets): {tenfold:.2f}.
   are heavy-tailed, and 320 answers hardly fill 256 slots. So no chunk waits, and two buckets are in
   hand, which keeps the slots full.
 - Two in hand alone makes it worse on many nodes: with two more bound ahead, four of 64 buckets lie
-  with each engine, and most engines of a pool find none. So none is bound ahead. `storage.buckets` should be about six
+  with each engine, and most engines of a pool find none. So none is bound ahead. `storage.buckets`
+  should be about six
   times the engines of the largest pool; `wrpo plan` says so. With far more, a bucket is too small
   to fill an engine.
 - Engines in proportion to work (`wrpo plan --gpus N` prints them; `actors.min`) and free GPUs going
@@ -276,7 +277,7 @@ def main() -> None:
         "both": bench.run(BEST, most, slow=slow, lost={1: last.outcome.wall / 3}),
         "static": bench.run(BEST, most, static=True),
     }
-    more = Bench(bench.settings, 10 * options.share).run(Setting("tenfold", TWO, 1024, 256), most)
+    more = Bench(bench.settings, 10 * options.share).run(Setting("tenfold", NOW, 1024, 64), most)
     plot(curves, options.out.parent / "docs" / "img" / "simulate.svg")
     names = [f"{s.name} ({s.buckets} buckets, chunks of {s.chunk})" for s in SETTINGS]
     text = TEXT.format(
