@@ -240,10 +240,14 @@ def map_rows(
                 resources=None if place else pool.actors.resources or None,
                 runtime_env={"env_vars": pool.env},
             )
-            for result in results.iter_rows():
-                if "error" in result:
-                    raise _own_error(result)
-                yield result
+            # Read ahead, as `iter_rows` does, a result would wait for the next one.
+            for part in results.iter_batches(
+                batch_size=None, batch_format="pyarrow", prefetch_batches=0
+            ):
+                for result in part.to_pylist():
+                    if "error" in result:
+                        raise _own_error(result)
+                    yield result
     except ray.exceptions.RayError as error:
         raise readable(error, pool.what) from error
 
