@@ -1,9 +1,7 @@
 """What the built-in verifiers find right: tables worked by hand."""
 
-import os
 import time
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,15 +17,6 @@ from wrpo_ray.score.verifiers import (
     last_program,
     load_verifier,
 )
-
-
-@pytest.fixture
-def shared() -> Path:
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("WRPO_TEST_DATA", beside))
-    if not folder.is_dir():
-        pytest.skip("no real data beside the repository, nor named by WRPO_TEST_DATA")
-    return folder
 
 
 def item(text: str, reference: str | None) -> Item:
