@@ -2,10 +2,13 @@
 
 import json
 import math
+from dataclasses import astuple
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import minimize
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.evaluate.arena_hard import (
@@ -124,6 +127,31 @@ def test_style_control_takes_away_what_length_wins():
     assert plain["wordy"].win_rate - plain["terse"].win_rate > 30
     assert abs(controlled["wordy"].win_rate - controlled["terse"].win_rate) < 15
     assert controlled["wordy"].low < controlled["wordy"].win_rate < controlled["wordy"].high
+
+
+def test_style_control_is_a_penalized_likelihood():
+    """Its optimum, written down: each battle counts twice, and half the squared norm is added."""
+    board = {"wordy": styled(3), "terse": styled(1)}
+    rows = []
+    for model, questions in enumerate(board.values()):
+        for games in questions:
+            a, b = (np.array(astuple(s), float) for s in (games.baseline, games.model))
+            for verdict, is_a in ((games.first, True), (games.second, False)):
+                share = VERDICTS[verdict][1]
+                rows.append((model, share if is_a else 1 - share, (a - b) / (a + b + 1)))
+    model, share, style = (np.array(column) for column in zip(*rows, strict=True))
+    varies = style.std(axis=0) > 0
+    style = (style - style.mean(axis=0))[:, varies] / style.std(axis=0)[varies]
+
+    def loss(theta: np.ndarray) -> float:
+        logit = np.log(10) * (theta[0] - theta[1 + model]) + style @ theta[3:]
+        likelihood = share * np.logaddexp(0, -logit) + (1 - share) * np.logaddexp(0, logit)
+        return 2 * likelihood.sum() + theta @ theta / 2
+
+    theta = minimize(loss, np.zeros(3 + style.shape[1])).x
+    found = arena_hard(board, style_control=True)
+    for rating, name in zip(theta[1:3] - theta[0], board, strict=True):
+        assert found[name].win_rate == pytest.approx(100 / (1 + 10**-rating), abs=0.05)
 
 
 def test_style_control_of_equal_styles_regularizes_only():
