@@ -120,12 +120,39 @@ def _parser() -> argparse.ArgumentParser:
         "--yes", action="store_true", help="with --retry: also where models are trained again"
     )
     failures.set_defaults(run=_failures)
+    _serve_command(commands)
     zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
     zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
     zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
     zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
     zoo.set_defaults(run=_zoo)
     return parser
+
+
+def _serve_command(commands: Any) -> None:
+    text = "models behind an OpenAI-compatible endpoint, with keys and limits"
+    command = commands.add_parser("serve", help=text, description=text)
+    command.add_argument(
+        "models",
+        nargs="*",
+        metavar="[NAME=]MODEL",
+        help="a model folder or hub id, and what clients call it",
+    )
+    command.add_argument("--config", type=Path, help="a YAML file of config.ServeConfig")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=value",
+        dest="overrides",
+        help="override a value of the config; can be given again",
+    )
+    command.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
+    command.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
+    command.add_argument(
+        "--new-key", metavar="NAME", help="print a new API key and its line for the file of keys"
+    )
+    command.set_defaults(run=_serve)
 
 
 def _config_command(
@@ -238,6 +265,39 @@ def _retry(arguments: argparse.Namespace, settings: Config) -> None:
         )
     results.retry(settings, plan)
     print("run the same `wrpo fuse` as before")
+
+
+def _serve(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config
+    from wrpo_ray.serve.keys import ENVIRONMENT, new_key
+
+    if arguments.new_key:
+        print("key:  {}\nline: {}".format(*new_key(arguments.new_key)))
+        return
+    tree = config.read_serving(arguments.config) if arguments.config else {}
+    tree["models"] = tree.get("models", []) + [_served(model) for model in arguments.models]
+    settings = config.serving(tree, arguments.overrides)
+    told = ""
+    if settings.keys is None and ENVIRONMENT not in os.environ:
+        key, os.environ[ENVIRONMENT] = new_key("this-run")
+        told = f"\nkey:    {key} (of this run; `keys` or {ENVIRONMENT} names lasting ones)"
+    from wrpo_ray.serve.app import run
+
+    names = ", ".join(name for m in settings.models for name in (m.name, *m.adapters))
+    url = f"http://{arguments.host}:{arguments.port}"
+    ready = f"models: {names}\nAPI:    {url}/v1\npage:   {url}/{told}"
+    run(settings, arguments.host, arguments.port, lambda: print(ready, flush=True))
+
+
+def _served(model: str) -> dict[str, str]:
+    """`NAME=MODEL`, or a model that is called by the last part of its path."""
+    name, equals, place = model.partition("=")
+    if equals:
+        return {"name": name, "model": place}
+    return {
+        "name": Path(model).resolve().name if Path(model).is_dir() else Path(model).name,
+        "model": model,
+    }
 
 
 def _zoo(arguments: argparse.Namespace) -> None:

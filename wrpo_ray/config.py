@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -32,6 +32,7 @@ PLACEMENT: Any = {"placement": True}
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
@@ -772,6 +773,62 @@ class PlanConfig(Section):
     """Dense bf16 TFLOP/s of a GPU, for guessed rates; the default is an H100's."""
 
 
+class ServedModel(ModelConfig):
+    """A model behind `wrpo serve`: `actors` are its replicas, `name` what clients ask for."""
+
+    adapters: dict[Name, str] = {}
+    """LoRA adapters of this model, each a model of its own to clients: {name: folder}."""
+
+    @model_validator(mode="after")
+    def _is_here(self) -> ServedModel:
+        if self.endpoint is not None:
+            raise ValueError("endpoint: a served model is on vLLM; drop it")
+        return self
+
+
+class ServeConfig(Section):
+    """What `wrpo serve` and a RayService serve, and how much of it a client gets.
+
+    Limits hold over all replicas of the ingress together: each enforces its share.
+    """
+
+    models: tuple[ServedModel, ...] = Field(min_length=1)
+    """The models, side by side."""
+    keys: str | None = None
+    """A file of API keys, one a line: a name, the SHA-256 of the key in hex, and optionally the
+    day (ISO 8601, UTC) on which it expires. It is read again when it changes. Null takes such
+    lines from WRPO_SERVE_KEYS."""
+    ingress_replicas: int = Field(1, ge=1, le=64)
+    """Processes that check requests and pass answers on."""
+    requests_per_minute: int = Field(600, ge=1)
+    """Requests of one key in any 60 seconds."""
+    concurrent: int = Field(64, ge=1)
+    """Requests of one key in hand at once."""
+    ongoing: int = Field(64, ge=1)
+    """Requests that a replica of a model works on at once."""
+    queue: int = Field(128, ge=0)
+    """Requests for a model that wait for a replica; above it clients are told to try later."""
+    max_body: int = Field(1_000_000, ge=100)
+    """Bytes of a request."""
+    max_depth: int = Field(32, ge=4, le=200)
+    """Levels of a request's JSON."""
+    max_tokens: int = Field(4096, ge=1)
+    """Tokens of an answer at the most."""
+    max_answers: int = Field(8, ge=1)
+    """Answers of one request: prompts times `n`."""
+    read_timeout: float = Field(10.0, gt=0)
+    """Seconds in which a request's body has to arrive."""
+    timeout: float = Field(300.0, gt=0)
+    """Seconds for a whole answer, and for what is in hand when a replica is stopped."""
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> ServeConfig:
+        names = [name for m in self.models for name in (m.name, *m.adapters)]
+        for name in {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"models: the name {name!r} is given twice; write NAME=FOLDER")
+        return self
+
+
 class Config(Section):
     """A fusion run."""
 
@@ -875,14 +932,35 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: with one line for each problem.
     """
-    tree = _read_yaml(Path(path))
+    return _checked(Config, _read_yaml(Path(path)), overrides, f"{path}: ")
+
+
+def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
+    """Check the settings of `wrpo serve`, given as a tree, after applying overrides.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    return _checked(ServeConfig, tree, overrides, "serve: ")
+
+
+def read_serving(path: str | Path) -> dict[str, Any]:
+    """A YAML file's tree for `serving`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _read_yaml(Path(path))
+
+
+def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> S:
     for override in overrides:
         _override(tree, override)
     try:
-        return Config.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(e) for e in error.errors()]
-        raise UserError("\n".join(f"{path}: {line}" for line in lines)) from None
+        lines = [_explain(kind, e) for e in error.errors()]
+        raise UserError("\n".join(f"{where}{line}" for line in lines)) from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -915,10 +993,10 @@ def _override(tree: Any, override: str) -> None:
         raise UserError(f"--set {override}: the config has no such place") from None
 
 
-def _explain(error: Mapping[str, Any]) -> str:
+def _explain(kind: type[Section], error: Mapping[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key{_nearest(error['loc'])}"
+        return f"{where}: unknown key{_nearest(kind, error['loc'])}"
     if error["type"] == "missing":
         return f"{where}: missing; it is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -927,9 +1005,9 @@ def _explain(error: Mapping[str, Any]) -> str:
     return f"{where}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
 
 
-def _nearest(loc: tuple[str | int, ...]) -> str:
+def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:
     *parents, unknown = loc
-    section = _section_at(Config, parents)
+    section = _section_at(kind, parents)
     names = [f.alias or n for n, f in section.model_fields.items()] if section else []
     close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"

@@ -1,0 +1,553 @@
+"""The endpoint without Ray: who may ask, what is refused, and how answers end."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+
+from wrpo_ray import cli, config
+from wrpo_ray.errors import UserError
+from wrpo_ray.serve import api, body
+from wrpo_ray.serve.api import DONE, LostError, Refusal, create
+from wrpo_ray.serve.errors import ClientError, overloaded
+from wrpo_ray.serve.keys import LOOK_AGAIN, Keys, new_key, parse
+from wrpo_ray.serve.limits import Limits
+
+KEY, LINE = new_key("alice")
+OLD, OLD_LINE = new_key("bob")
+LINES = f"{LINE}  # hers\n\n{OLD_LINE} 2020-01-01\n"
+SECRET = "xyzzy-prompt"
+HI = [{"role": "user", "content": SECRET}]
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+def chunk(text: str) -> str:
+    return json.dumps({"choices": [{"delta": {"content": text}}]}, separators=(",", ":"))
+
+
+def usage(prompt: int, answer: int) -> str:
+    counts = {"prompt_tokens": prompt, "completion_tokens": answer}
+    return json.dumps({"choices": [], "usage": counts}, separators=(",", ":"))
+
+
+WHOLE = json.dumps(
+    {
+        "choices": [{"message": {"content": "yes"}}],
+        "usage": {"prompt_tokens": 3, "completion_tokens": 1},
+    },
+    separators=(",", ":"),
+)
+
+
+class Scripted:
+    """A model that answers each call with the next of its scripts, the last one for ever.
+
+    A script's items are replies, seconds to wait, or errors to raise.
+    """
+
+    def __init__(self, *scripts: list[Any]):
+        self.scripts, self.asked, self.open = list(scripts), [], 0
+
+    async def ask(self, call: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        self.asked.append(body)
+        script = self.scripts[0] if len(self.scripts) == 1 else self.scripts.pop(0)
+        self.open += 1
+        try:
+            for item in script:
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, float):
+                    await asyncio.sleep(item)
+                    continue
+                yield item
+        finally:
+            self.open -= 1
+
+    async def ready(self) -> bool:
+        return bool(self.scripts)
+
+
+class Noted:
+    """What was recorded."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[tuple[str, str]] = Counter()
+        self.counts: list[tuple[int, int]] = []
+
+    def finished(self, model: str, outcome: str, seconds: float) -> None:
+        self.outcomes[model, outcome] += 1
+
+    def first(self, model: str, seconds: float) -> None:
+        pass
+
+    def tokens(self, model: str, prompt: int, answer: int) -> None:
+        self.counts.append((prompt, answer))
+
+
+class Client:
+    """A client of an endpoint with the model `m`."""
+
+    def __init__(self, model: Scripted, **settings: Any):
+        tree = {"models": [{"name": "m", "model": "folder"}], **settings}
+        self.model, self.noted = model, Noted()
+        app = create(config.serving(tree), {"m": model}, Keys(LINES), self.noted)
+        self.http = TestClient(app, raise_server_exceptions=False)
+
+    def post(self, path: str = CHAT, key: str | None = KEY, **fields: Any) -> Any:
+        fields = {"model": "m"} | ({"messages": HI} if path == CHAT else {"prompt": "p"}) | fields
+        return self.http.post(path, json=fields, headers=self.headers(key))
+
+    def headers(self, key: str | None = KEY) -> dict[str, str]:
+        return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "PAUSE", 0.0)
+
+
+# --- keys ------------------------------------------------------------------------------------
+
+
+def test_a_key_is_known_by_its_hash_until_it_expires():
+    now = [0.0]
+    digest = hashlib.sha256(b"k").hexdigest()
+    keys = Keys(f"a {digest} 1970-01-02T00:00:00", now=lambda: now[0])
+    assert keys.owner("k") == "a"
+    assert keys.owner("K") is None
+    assert keys.owner("\ud800") is None
+    now[0] = 86400.0 - 0.001
+    assert keys.owner("k") == "a"
+    now[0] = 86400.0
+    assert keys.owner("k") is None
+
+
+@given(st.text(max_size=50))
+def test_no_other_text_is_the_key(text: str):
+    assert Keys(LINES).owner(text) is None
+
+
+def test_a_changed_file_takes_effect_and_a_broken_one_does_not(tmp_path: Path):
+    file, now = tmp_path / "keys", [0.0]
+    file.write_text(LINE)
+    keys = Keys(None, str(file), now=lambda: now[0])
+    (tmp_path / "new").write_text(OLD_LINE)
+    (tmp_path / "new").rename(file)
+    assert keys.owner(KEY) == "alice", "looked at again only after a while"
+    now[0] += LOOK_AGAIN
+    assert (keys.owner(KEY), keys.owner(OLD)) == (None, "bob")
+    (tmp_path / "new").write_text("nonsense")
+    (tmp_path / "new").rename(file)
+    now[0] += LOOK_AGAIN
+    assert keys.owner(OLD) == "bob"
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no keys"),
+        ("# only a comment", "no keys"),
+        (f"alice {KEY}", "line 1: write NAME SHA256"),
+        (f"{LINE} someday", "'someday' is no day"),
+        (f"{LINE}\n{LINE}", "'alice' is given twice"),
+    ],
+)
+def test_what_is_no_file_of_keys_is_told_without_a_key(text: str, problem: str):
+    with pytest.raises(UserError, match=problem) as told:
+        parse(text, "keys")
+    assert KEY not in str(told.value)
+
+
+def test_new_key_prints_a_line_that_accepts_it(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["serve", "--new-key", "carol"]) == 0
+    key, line = (text.split(maxsplit=1)[1] for text in capsys.readouterr().out.splitlines())
+    assert Keys(line).owner(key) == "carol"
+
+
+# --- limits ----------------------------------------------------------------------------------
+
+
+def test_no_window_of_a_minute_has_more_requests_than_allowed():
+    now = [0.0]
+    limits = Limits(3, 9, now=lambda: now[0])
+    for at in (0.0, 10.0, 59.0):
+        now[0] = at
+        with limits.admit("a"):
+            pass
+    with pytest.raises(ClientError) as told, limits.admit("a"):
+        pass
+    assert told.value.headers == {"Retry-After": "1"}
+    with limits.admit("b"):
+        pass
+    now[0] = 60.0
+    with limits.admit("a"):
+        pass
+    with pytest.raises(ClientError) as told, limits.admit("a"):
+        pass
+    assert told.value.headers == {"Retry-After": "10"}
+
+
+def test_places_are_given_back_however_a_request_ends():
+    limits = Limits(100, 2)
+    with limits.admit("a"), limits.admit("a"):
+        with pytest.raises(ClientError, match="at once"), limits.admit("a"):
+            pass
+        with limits.admit("b"):
+            pass
+    with pytest.raises(RuntimeError), limits.admit("a"):
+        raise RuntimeError
+    with limits.admit("a"), limits.admit("a"):
+        pass
+
+
+# --- answers ---------------------------------------------------------------------------------
+
+
+def test_a_whole_answer_is_the_models_own():
+    client = Client(Scripted([[WHOLE, DONE]]))
+    answer = client.post()
+    assert (answer.status_code, answer.text) == (200, WHOLE)
+    assert client.noted.outcomes == {("m", "200"): 1}
+    assert client.noted.counts == [(3, 1)]
+    assert client.model.open == 0
+
+
+@pytest.mark.parametrize("wants", [False, True])
+def test_a_stream_ends_with_done_and_has_the_usage_that_was_asked_for(wants: bool):
+    client = Client(Scripted([[chunk("a"), chunk("b")], [chunk("c")], [usage(2, 3), DONE]]))
+    options = {"stream_options": {"include_usage": True}} if wants else {}
+    answer = client.post(stream=True, **options)
+    texts = [chunk("a"), chunk("b"), chunk("c"), *[usage(2, 3)] * wants, DONE]
+    assert answer.text == "".join(f"data: {text}\n\n" for text in texts)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert client.model.asked[0]["stream_options"] == {"include_usage": True}
+    assert client.noted.counts == [(2, 3)]
+
+
+def test_only_known_fields_go_on_to_the_engine():
+    client = Client(Scripted([[WHOLE, DONE]]))
+    hostile = {"chat_template": "{{ x }}", "request_id": "1", "kv_transfer_params": {}, "user": "u"}
+    assert client.post(top_p=0.5, seed=None, **hostile).status_code == 200
+    assert client.model.asked == [{"model": "m", "messages": HI, "top_p": 0.5}]
+
+
+@pytest.mark.parametrize("lost", [[LostError()], [Refusal(503, "x")], []])
+@pytest.mark.parametrize("stream", [False, True])
+def test_before_the_first_byte_another_replica_is_asked(lost: list[Any], stream: bool):
+    whole = [[chunk("a"), DONE]] if stream else [[WHOLE, DONE]]
+    client = Client(Scripted(lost, lost, whole))
+    answer = client.post(stream=stream)
+    assert answer.status_code == 200
+    assert answer.text == (f"data: {chunk('a')}\n\ndata: [DONE]\n\n" if stream else WHOLE)
+    client = Client(Scripted(lost))
+    answer = client.post(stream=stream)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+    assert answer.json()["error"]["code"] == "unavailable"
+    assert len(client.model.asked) == api.TRIES
+
+
+@pytest.mark.parametrize("end", [[LostError()], [Refusal(503, "x")], []])
+def test_after_the_first_byte_a_lost_replica_is_an_error_event_without_done(end: list[Any]):
+    client = Client(Scripted([[chunk("a")], *end]))
+    answer = client.post(stream=True)
+    first, last, rest = answer.text.split("\n\n")
+    assert (answer.status_code, first, rest) == (200, f"data: {chunk('a')}", "")
+    event, data = last.split("\n")
+    assert event == "event: error"
+    error = json.loads(data.removeprefix("data: "))["error"]
+    assert (error["type"], error["code"]) == ("server_error", "broken_off")
+    assert client.noted.outcomes == {("m", "broken"): 1}
+
+
+def test_a_full_queue_is_429_and_is_not_asked_again():
+    client = Client(Scripted([overloaded()]))
+    answer = client.post()
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
+    assert len(client.model.asked) == 1
+
+
+def test_a_prompt_beyond_the_context_is_the_clients_fault():
+    client = Client(Scripted([Refusal(400, "too long", "messages")]))
+    answer = client.post(stream=True)
+    assert answer.status_code == 400
+    error = {"message": "too long", "type": "invalid_request_error", "code": None}
+    assert answer.json() == {"error": error | {"param": "messages"}}
+
+
+def test_time_is_limited_before_and_after_the_first_byte():
+    client = Client(Scripted([9.0, [WHOLE, DONE]]), timeout=0.1)
+    assert client.post().status_code == 504
+    client = Client(Scripted([[chunk("a")], 9.0, [DONE]]), timeout=0.1)
+    text = client.post(stream=True).text
+    assert "0.1 seconds" in text
+    assert "[DONE]" not in text
+    assert client.model.open == 0
+
+
+def test_a_key_has_so_many_requests_at_once_and_a_left_stream_gives_its_place_back():
+    model = Scripted([[chunk("a")], 0.5, [DONE]])
+    client = Client(model, concurrent=1)
+    with client.http as http:
+        answers: list[Any] = []
+        ask = threading.Thread(target=lambda: answers.append(client.post(stream=True)))
+        ask.start()
+        while not model.open:
+            time.sleep(0.01)
+        refused = client.post()
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
+        ask.join()
+        assert answers[0].text.endswith("data: [DONE]\n\n")
+        assert client.post(stream=True).status_code == 200
+        assert http
+
+
+async def _leave(app: Any, fields: dict[str, Any]) -> None:
+    """A client that goes away after the first bytes of a stream."""
+    sent = asyncio.Event()
+    data = json.dumps(fields).encode()
+    inbox = [{"type": "http.request", "body": data}]
+
+    async def receive() -> dict[str, Any]:
+        if inbox:
+            return inbox.pop()
+        await sent.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        if message["type"] == "http.response.body":
+            sent.set()
+
+    headers = [
+        (b"authorization", b"Bearer " + KEY.encode()),
+        (b"content-type", b"application/json"),
+    ]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode()}
+    scope |= {"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http"}
+    await app(scope, receive, send)
+
+
+def test_a_client_that_leaves_frees_the_model():
+    model = Scripted([[chunk("a")], 60.0, [DONE]])
+    client = Client(model, concurrent=1)
+    fields = {"model": "m", "messages": HI, "stream": True}
+    begun = time.monotonic()
+    for _ in range(3):
+        asyncio.run(_leave(client.http.app, fields))
+        assert model.open == 0
+    assert time.monotonic() - begun < 30
+    assert client.noted.outcomes == {("m", "left"): 3}
+
+
+def test_a_body_has_to_arrive_in_time():
+    async def slow() -> AsyncGenerator[bytes, None]:
+        yield b"{"
+        await asyncio.sleep(9)
+
+    tree = {"models": [{"name": "m", "model": "f"}], "read_timeout": 0.05}
+    headers = {"content-type": "application/json"}
+    with pytest.raises(ClientError) as told:
+        asyncio.run(body.read(slow(), headers, config.serving(tree)))
+    assert told.value.status == 408
+
+
+def test_health_and_ready_need_no_key_and_models_do():
+    client = Client(Scripted([[WHOLE, DONE]]))
+    assert client.http.get("/health").status_code == 200
+    assert client.http.get("/ready").status_code == 200
+    client.model.scripts.clear()
+    assert client.http.get("/ready").status_code == 503
+    assert client.http.get("/v1/models").status_code == 401
+    answer = client.http.get("/v1/models", headers=client.headers()).json()
+    assert [card["id"] for card in answer["data"]] == ["m"]
+    assert client.http.get("/v1/models/m", headers=client.headers()).json()["id"] == "m"
+    assert client.http.get("/v1/models/x", headers=client.headers()).status_code == 404
+
+
+def test_the_page_needs_nothing_from_elsewhere():
+    answer = Client(Scripted([])).http.get("/")
+    assert answer.status_code == 200
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    text = answer.text.replace("http://www.w3.org", "")
+    assert not any(word in text for word in ("http://", "https://", "//cdn", "localStorage"))
+
+
+# --- hostile requests ------------------------------------------------------------------------
+
+JSON = {"Content-Type": "application/json"}
+AUTH = {"Authorization": f"Bearer {KEY}"}
+GOOD_CHAT = {"model": "m", "messages": HI}
+GOOD = {"model": "m", "prompt": SECRET}
+WRONG_TYPES: list[Any] = ["1", True, [], {}, [1], {"a": 1}]
+
+
+def hostile() -> Iterator[tuple[str, str, str, dict[str, str], Any, int]]:
+    """Name, method, path, headers, body and status."""
+    good = json.dumps(GOOD_CHAT).encode()
+    for name, headers in {
+        "no key": {},
+        "empty": {"Authorization": ""},
+        "no scheme": {"Authorization": KEY},
+        "basic": {"Authorization": f"Basic {KEY}"},
+        "empty bearer": {"Authorization": "Bearer "},
+        "wrong": {"Authorization": "Bearer wrpo-wrong"},
+        "the hash": {"Authorization": f"Bearer {LINE.split()[1]}"},
+        "prefix": {"Authorization": f"Bearer {KEY[:-1]}"},
+        "longer": {"Authorization": f"Bearer {KEY}x"},
+        "case": {"Authorization": f"Bearer {KEY.swapcase()}"},
+        "expired": {"Authorization": f"Bearer {OLD}"},
+        "two keys": {"Authorization": f"Bearer {KEY} {KEY}"},
+        "huge": {"Authorization": "Bearer " + "k" * 100_000},
+        "bytes": {"Authorization": "Bearer \xff\xfe"},
+        "api-key": {"X-Api-Key": KEY},
+        "cookie": {"Cookie": f"key={KEY}"},
+    }.items():
+        for path in (CHAT, COMPLETIONS):
+            yield f"{name} {path}", "POST", path, JSON | headers, good, 401
+    yield "key in query", "POST", f"{CHAT}?key=x&api_key=y", JSON, good, 401
+    for path in (CHAT, COMPLETIONS):
+        for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
+            yield f"{method} {path}", method, path, AUTH, b"", 405
+    for path in ("/v1", "/v1/embeddings", "/..%2f..%2fetc/passwd", "/v1/chat", "/docs", "/%00"):
+        yield f"path {path}", "POST", path, AUTH | JSON, good, 404
+    yield "a model's path", "GET", "/v1/models/../../x", AUTH, b"", 404
+    for kind in ("", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data", "x"):
+        yield f"content type {kind}", "POST", CHAT, AUTH | {"Content-Type": kind}, good, 415
+    gzip = AUTH | JSON | {"Content-Encoding": "gzip"}
+    yield "gzip", "POST", CHAT, gzip, b"\x1f\x8b", 415
+    for name, data in {
+        "empty": b"",
+        "text": b"hello",
+        "cut off": good[:-1],
+        "trailing": good + b"}",
+        "array": b"[]",
+        "null": b"null",
+        "number": b"1",
+        "string": b'"x"',
+        "NaN": b'{"model":"m","prompt":"p","temperature":NaN}',
+        "Infinity": b'{"model":"m","prompt":"p","temperature":-Infinity}',
+        "1e999": b'{"model":"m","messages":[{"role":"user","content":"x"}],"temperature":1e999}',
+        "many digits": b'{"model":"m","max_tokens":' + b"9" * 5000 + b"}",
+        "bad UTF-8": b'{"model":"\xff"}',
+        "overlong UTF-8": b'{"model":"\xc0\xaf"}',
+        "UTF-16": good.decode().encode("utf-16"),
+        "surrogate": b'{"model":"m","messages":[{"role":"user","content":"\\ud800"}]}',
+        "raw newline": b'{"model":"a\nb"}',
+        "comment": b'{"model":"m"/*x*/}',
+        "single quotes": b"{'model':'m'}",
+        "deep array": b'{"model":' + b"[" * 100 + b"]" * 100 + b"}",
+        "very deep": b"[" * 200_000,
+        "deep object": b'{"a":' * 5000 + b"1" + b"}" * 5000,
+        "deep unknown": b'{"model":"m","prompt":"p","x":' + b"[" * 33 + b"]" * 33 + b"}",
+    }.items():
+        yield f"body {name}", "POST", CHAT, AUTH | JSON, data, 400
+    yield "huge", "POST", CHAT, AUTH | JSON, b'{"x":"' + b"a" * 1_000_000 + b'"}', 413
+    lying = AUTH | JSON | {"Content-Length": str(10**12)}
+    yield "huge length", "POST", CHAT, lying, b"{}", 413
+    for length in ("-1", "x", "1.5", "0x10"):
+        yield f"length {length}", "POST", CHAT, AUTH | JSON | {"Content-Length": length}, b"{}", 400
+    for name in ("x", "M", "m ", "", "../m", "m\x00", "é"):
+        yield f"model {name!r}", "POST", CHAT, AUTH | JSON, GOOD_CHAT | {"model": name}, 404
+    for value in [None, 1, *WRONG_TYPES[1:], "m" * 257]:
+        yield (
+            f"model {str(value)[:9]}",
+            "POST",
+            CHAT,
+            AUTH | JSON,
+            GOOD_CHAT | {"model": value},
+            400,
+        )
+    numbers = ("max_tokens", "n", "temperature", "top_p", "seed", "top_k", "presence_penalty")
+    for name in numbers:
+        for value in WRONG_TYPES:
+            yield f"{name} {value}", "POST", COMPLETIONS, AUTH | JSON, GOOD | {name: value}, 400
+    for name, values in {
+        "max_tokens": [-1, 0, 4097, 2**63, 1.5],
+        "n": [-1, 0, 9, 10**9],
+        "temperature": [-0.1, 2.1],
+        "top_p": [0, -1, 1.1],
+        "top_k": [-2],
+        "presence_penalty": [-2.1, 2.1],
+        "frequency_penalty": [-3, 3],
+        "repetition_penalty": [0, -1, 11],
+        "seed": [2**63, -(2**64), 0.5],
+        "stop": [1, [1], ["x"] * 17, ["x" * 1001], {}],
+        "stream": ["yes", 1, []],
+        "stream_options": [1, "x", {"include_usage": "yes"}],
+        "logit_bias": [[], {"1": "x"}, {str(i): 1 for i in range(1025)}],
+        "response_format": ["json", []],
+        "prompt": [None, 1, [], {}, [[]], [-1], [2**31], [1, "a"], [None], ["p"] * 9, [[1], "a"]],
+        "logprobs": [-1, 6, True],
+    }.items():
+        for value in values:
+            label = f"{name} {str(value)[:20]}"
+            yield label, "POST", COMPLETIONS, AUTH | JSON, GOOD | {name: value}, 400
+    for value in [
+        None, [], {}, "hi", 1, [1], ["hi"], [[]], [{}], [{"role": "user", "content": 1}],
+        [{"role": "root", "content": "x"}], [{"content": "x"}], [{"role": 1, "content": "x"}],
+        [{"role": "user", "content": [1]}], [{"role": "user", "content": [{"type": "text"}]}],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://h/"}}]}],
+        [{"role": "user", "content": [{"type": "text", "text": {"a": 1}}]}],
+        [{"role": "user", "content": {"type": "text", "text": "x"}}],
+    ]:  # fmt: skip
+        label = f"messages {str(value)[:40]}"
+        yield label, "POST", CHAT, AUTH | JSON, GOOD_CHAT | {"messages": value}, 400
+    for name, value in {"top_logprobs": 21, "max_completion_tokens": 4097, "tools": "x"}.items():
+        yield f"{name} {value}", "POST", CHAT, AUTH | JSON, GOOD_CHAT | {name: value}, 400
+    yield "no messages", "POST", CHAT, AUTH | JSON, {"model": "m"}, 400
+    yield "no model", "POST", CHAT, AUTH | JSON, {"messages": HI}, 400
+
+
+HOSTILE = list(hostile())
+
+
+def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
+    caplog: pytest.LogCaptureFixture,
+):
+    caplog.set_level(logging.DEBUG)
+    client = Client(Scripted([[WHOLE, DONE]]), requests_per_minute=10_000)
+    assert len(HOSTILE) >= 200
+    wrong = {}
+    for name, method, path, headers, data, status in HOSTILE:
+        raw = data if isinstance(data, bytes) else json.dumps(data).encode()
+        raw_headers = [(k.encode(), v.encode("latin-1")) for k, v in headers.items()]
+        answer = client.http.request(method, path, content=raw, headers=raw_headers)
+        error = answer.json()["error"] if method != "HEAD" else None
+        if answer.status_code != status or (error and set(error) < {"message", "type", "code"}):
+            wrong[name] = (answer.status_code, answer.text[:200])
+        assert "access-control-allow-origin" not in answer.headers
+    assert not wrong
+    assert client.model.asked == []
+    assert not any(secret in caplog.text for secret in (KEY, OLD, KEY[5:], SECRET))
+    assert client.post().status_code == 200, "and it still answers"
+    assert "alice asked m: 200, 3 + 1 tokens" in caplog.text
+
+
+# --- settings --------------------------------------------------------------------------------
+
+
+def test_settings_are_told_what_is_wrong_with_them():
+    with pytest.raises(UserError, match="serve: models: .*at least 1 item"):
+        config.serving({"models": []})
+    model = {"name": "m", "model": "f"}
+    with pytest.raises(UserError, match="the name 'm' is given twice"):
+        config.serving({"models": [model, model]})
+    with pytest.raises(UserError, match="the name 'm' is given twice"):
+        config.serving({"models": [{**model, "adapters": {"m": "g"}}]})
+    with pytest.raises(UserError, match="max_tokns: unknown key; did you mean 'max_tokens'"):
+        config.serving({"models": [model], "max_tokns": 1})
+    endpoint = {"url": "http://h/v1"}
+    with pytest.raises(UserError, match="endpoint"):
+        config.serving({"models": [{**model, "endpoint": endpoint}]})
+    changed = config.serving({"models": [model]}, ["models.0.actors.max=2", "timeout=5"])
+    assert (changed.models[0].actors.max, changed.timeout) == (2, 5.0)

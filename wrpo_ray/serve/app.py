@@ -1,0 +1,357 @@
+"""Models on Ray Serve LLM and the endpoint before them: `build` for RayService and `wrpo serve`.
+
+This module speaks Ray, its neighbours don't.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve import Application
+from ray.serve.config import HTTPOptions
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
+from ray.serve.metrics import Counter, Histogram
+
+from wrpo_ray import config
+from wrpo_ray.config import ServeConfig, ServedModel
+from wrpo_ray.core.chat import check_model_folder
+from wrpo_ray.core.cluster import thread_env
+from wrpo_ray.core.hub import address
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.vllm import CPU_ENGINE, CPU_ENV, ENV
+from wrpo_ray.errors import UserError
+from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
+from wrpo_ray.serve.errors import overloaded
+from wrpo_ray.serve.keys import ENVIRONMENT, Keys
+
+APP = "wrpo"
+"""The application's name on Ray Serve."""
+QUIET = {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
+"""Ray Serve LLM writes prompts into its logs otherwise."""
+INGRESS_CPUS = 0.25
+INGRESS_ONGOING = 4096
+"""Requests in an ingress; far above what keys and queues let in, so that those tell clients."""
+LOOK_AGAIN = 2.0
+"""Seconds for which a look at the replicas holds."""
+SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0]
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""LoRA ranks that vLLM makes room for."""
+LOG = logging.getLogger("ray.serve")
+
+
+# --- a model ---------------------------------------------------------------------------------
+
+
+class Model(LLMServer):
+    """A replica of a model: Ray's own, asked with plain dictionaries and answering in JSON texts.
+
+    So the ingress need not import vLLM, and records are read and written here, where there are
+    many processes for it.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, llm_config: LLMConfig, model: ServedModel, max_tokens: int
+    ):
+        def local(uri: str) -> str:
+            return str(Folder(uri).local())
+
+        own = await asyncio.to_thread(engine_settings, model, max_tokens, local)
+        await super().__init__(own)
+
+    async def answer(
+        self, call: Call, body: dict[str, Any]
+    ) -> AsyncGenerator[list[str] | Refusal, None]:
+        """Answer as `api.Backend.ask` does; whatever goes wrong is a `Refusal`."""
+        try:
+            async for reply in self._answer(call, body):
+                yield reply
+        except Exception as error:  # its text may quote the prompt, and Serve would log it
+            LOG.error("the engine failed: %s", type(error).__name__)
+            yield Refusal(503, "the engine failed")
+
+    async def _answer(
+        self, call: Call, body: dict[str, Any]
+    ) -> AsyncGenerator[list[str] | Refusal, None]:
+        from ray.serve.llm.openai_api_models import (
+            ChatCompletionRequest,
+            CompletionRequest,
+            ErrorResponse,
+        )
+
+        kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
+        try:
+            request = kind.model_validate(body)
+        except ValueError as error:
+            yield Refusal(400, _first_problem(error))
+            return
+        async for reply in await getattr(self, call)(request):
+            if isinstance(reply, list) and not isinstance(reply[0], ErrorResponse):
+                texts = [text.removeprefix("data: ").strip() for text in reply]
+                if any(text.startswith('{"error"') for text in texts):
+                    # vLLM goes on with [DONE] after it, as if the answer were whole.
+                    yield Refusal(503, "the engine failed")
+                    return
+                yield texts
+                continue
+            whole = reply[0] if isinstance(reply, list) else reply
+            is_refusal = isinstance(whole, ErrorResponse)
+            yield _refusal(whole.error) if is_refusal else [whole.model_dump_json(), DONE]
+            return
+
+
+def _first_problem(error: ValueError) -> str:
+    """What is wrong, without what was given."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    first = errors(include_input=False, include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where}: {first['msg']}" if where else first["msg"]
+
+
+def _refusal(error: Any) -> Refusal:
+    if 400 <= error.code < 500:
+        return Refusal(error.code, error.message, error.param)
+    return Refusal(503, "the engine failed")
+
+
+def engine_settings(
+    model: ServedModel, max_tokens: int, local: Callable[[str], str] = str, deployment: Any = None
+) -> LLMConfig:
+    """Ray's settings of a model; `local` gives the place of its files on a node."""
+    actors = model.actors
+    on_cpu = not actors.num_gpus
+    engine: dict[str, Any] = {
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "max_model_len": model.max_model_len,
+        "tensor_parallel_size": model.tensor_parallel,
+        "pipeline_parallel_size": model.pipeline_parallel,
+        "chat_template": model.chat_template,
+        "default_chat_template_kwargs": model.chat_template_args or None,
+        # An upper bound that holds where a client gives none.
+        "override_generation_config": {"max_new_tokens": max_tokens},
+        "enable_log_requests": False,
+        **(CPU_ENGINE if on_cpu else {}),
+        **_adapters(model, local),
+    }
+    chosen = {name: value for name, value in engine.items() if value is not None}
+    bundle = {"CPU": actors.num_cpus, "GPU": actors.num_gpus, **actors.resources}
+    env = ENV | QUIET | thread_env(actors.num_cpus) | (CPU_ENV if on_cpu else {})
+    return LLMConfig(
+        model_loading_config={"model_id": model.name, "model_source": local(model.model)},
+        engine_kwargs=chosen | model.engine,
+        placement_group_config={"bundle_per_worker": {k: n for k, n in bundle.items() if n}},
+        runtime_env={"env_vars": env},
+        deployment_config=deployment or {},
+    )
+
+
+def _adapters(model: ServedModel, local: Callable[[str], str]) -> dict[str, Any]:
+    if not model.adapters or local is str:
+        return {}
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    folders = {name: local(uri) for name, uri in model.adapters.items()}
+    ranks = [
+        json.loads((Path(f) / "adapter_config.json").read_text())["r"] for f in folders.values()
+    ]
+    return {
+        "enable_lora": True,
+        "max_loras": len(folders),
+        "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
+        "lora_modules": [LoRAModulePath(name=n, path=f) for n, f in folders.items()],
+    }
+
+
+# --- the ingress -----------------------------------------------------------------------------
+
+
+class Served:
+    """A model's replicas (`api.Backend`)."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._deployment = handle.deployment_name
+        self._ask = handle.options(stream=True, method_name="answer")
+        self._looked, self._is_ready = 0.0, False
+
+    async def ask(
+        self, call: Call, body: dict[str, Any]
+    ) -> AsyncGenerator[list[str] | Refusal, None]:
+        """Pass a request to a replica."""
+        replies = self._ask.remote(call, body)
+        try:
+            async for reply in replies:
+                yield reply
+        except BackPressureError:
+            raise overloaded() from None
+        except (RayError, RayServeException) as error:
+            LOG.warning("%s lost a replica: %s", self._deployment, type(error).__name__)
+            raise LostError from None
+        finally:
+            replies.cancel()  # nothing, where the answer is whole
+
+    async def ready(self) -> bool:
+        """Whether a replica runs, as of a moment ago."""
+        if time.monotonic() > self._looked + LOOK_AGAIN:
+            self._is_ready = await asyncio.to_thread(_runs, self._deployment)
+            self._looked = time.monotonic()
+        return self._is_ready
+
+
+def _runs(deployment: str) -> bool:
+    applications = serve.status().applications.values()
+    found = (a.deployments[deployment] for a in applications if deployment in a.deployments)
+    return any(d.replica_states.get("RUNNING", 0) > 0 for d in found)
+
+
+class Metrics:
+    """What Prometheus reads from Ray's nodes (`api.Recorder`); Serve adds its own."""
+
+    def __init__(self) -> None:
+        def counter(name: str, text: str, *tags: str) -> Counter:
+            return Counter(f"wrpo_serve_{name}", description=text, tag_keys=tags)
+
+        def histogram(name: str, text: str) -> Histogram:
+            return Histogram(
+                f"wrpo_serve_{name}", description=text, boundaries=SECONDS, tag_keys=("model",)
+            )
+
+        self._requests = counter("requests", "Requests by outcome.", "model", "outcome")
+        self._prompt = counter("prompt_tokens", "Tokens of prompts.", "model")
+        self._answer = counter("answer_tokens", "Tokens of answers.", "model")
+        self._latency = histogram("latency_seconds", "Seconds for whole answers.")
+        self._first = histogram("first_token_seconds", "Seconds to a stream's first tokens.")
+
+    def finished(self, model: str, outcome: str, seconds: float) -> None:
+        """Count a request."""
+        self._requests.inc(tags={"model": model, "outcome": outcome})
+        if outcome == "200":
+            self._latency.observe(seconds, tags={"model": model})
+
+    def first(self, model: str, seconds: float) -> None:
+        """Note the time to the first tokens."""
+        self._first.observe(max(seconds, 1e-6), tags={"model": model})
+
+    def tokens(self, model: str, prompt: int, answer: int) -> None:
+        """Count tokens."""
+        self._prompt.inc(prompt, tags={"model": model})
+        if answer:
+            self._answer.inc(answer, tags={"model": model})
+
+
+class Ingress:
+    """The endpoint's process; keys that come from the environment come as hashes."""
+
+    def __init__(self, settings: ServeConfig, keys: str | None, models: dict[str, Any]):
+        self._settings, self._keys, self._models = settings, keys, models
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        backends = {m.name: Served(self._models[m.name]) for m in self._settings.models}
+        names = {n: backends[m.name] for m in self._settings.models for n in (m.name, *m.adapters)}
+        return create(self._settings, names, Keys(self._keys, self._settings.keys), Metrics())
+
+
+# --- building and running --------------------------------------------------------------------
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of a tree of `config.ServeConfig`; models are checked before any starts.
+
+    Raises:
+        UserError: the tree, a model or the keys are wrong.
+    """
+    return application(config.serving(args))
+
+
+def application(settings: ServeConfig) -> Application:
+    """As `build`, of settings that are read."""
+    settings = _checked(settings)
+    keys = None if settings.keys else os.environ.get(ENVIRONMENT)
+    if settings.keys is None and keys is None:
+        raise UserError(
+            f"serve: no API keys; set `keys` to a file or {ENVIRONMENT} to its lines "
+            f"(`wrpo serve --new-key NAME` makes one)"
+        )
+    Keys(keys, settings.keys)  # told here, before models are loaded
+    drain = {"graceful_shutdown_timeout_s": settings.timeout + 5}
+    models = {model.name: _deployment(model, settings, drain) for model in settings.models}
+    ingress = serve.deployment(
+        serve.ingress()(Ingress),
+        name="Ingress",
+        num_replicas=settings.ingress_replicas,
+        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        max_ongoing_requests=INGRESS_ONGOING,
+        max_queued_requests=INGRESS_ONGOING,
+        backpressure_config={"status_code": 429, "retry_after_s": 2},
+        **drain,
+    )
+    return ingress.bind(settings, keys, models)
+
+
+def _checked(settings: ServeConfig) -> ServeConfig:
+    """The settings with hub ids at the commits they are at now."""
+    models = []
+    for model in settings.models:
+        pinned = address(model.model, model.revision)
+        check_model_folder(Folder(pinned), f"serve: {model.name}", model.chat_template, model.model)
+        models.append(model.model_copy(update={"model": pinned, "revision": None}))
+        for name, folder in model.adapters.items():
+            if not Folder(folder).exists("adapter_config.json"):
+                raise UserError(f"serve: {name}: {folder} has no adapter_config.json; give a LoRA")
+    return settings.model_copy(update={"models": tuple(models)})
+
+
+def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]) -> Application:
+    deployment = {
+        "ray_actor_options": {"num_cpus": 0},
+        "autoscaling_config": {
+            "min_replicas": model.actors.min,
+            "max_replicas": model.actors.max,
+            "target_ongoing_requests": max(1, settings.ongoing // 2),
+        },
+        "max_ongoing_requests": settings.ongoing,
+        "max_queued_requests": settings.queue,
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+        **drain,
+    }
+    return build_llm_deployment(
+        engine_settings(model, settings.max_tokens, deployment=deployment),
+        bind_kwargs={"model": model, "max_tokens": settings.max_tokens},
+        deployment_cls=Model,
+    )
+
+
+def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) -> None:
+    """Serve until a signal comes, then let what is in hand finish.
+
+    Takes the cluster at RAY_ADDRESS, or starts Ray on this machine.
+    """
+    os.environ |= QUIET | {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+    address = os.environ.get("RAY_ADDRESS", "local")
+    alone = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    try:
+        serve.start(http_options=HTTPOptions(host=host, port=port))
+        serve.run(application(settings), name=APP, route_prefix="/")
+        ready()
+        signal.pause()
+    finally:
+        serve.delete(APP)  # waits for what is in hand
+        serve.shutdown()
+        ray.shutdown()

@@ -1,0 +1,123 @@
+"""API keys: their hashes in a file or in the environment, and who a key belongs to.
+
+A key has 256 random bits, so one round of SHA-256 is enough: there is nothing to guess. The key
+itself is in no file, log or message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from wrpo_ray.errors import UserError
+
+ENVIRONMENT = "WRPO_SERVE_KEYS"
+LOOK_AGAIN = 5.0
+"""Seconds between looks at a file of keys, which makes revoking one take effect."""
+LOG = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Key:
+    """Whose key it is, and until when."""
+
+    name: str
+    digest: bytes
+    expires: float | None = None
+    """Seconds since the epoch; null never."""
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """A new key, and the line for the file of keys."""
+    key = f"wrpo-{secrets.token_urlsafe(32)}"
+    return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
+
+
+def parse(text: str, where: str) -> tuple[Key, ...]:
+    """The keys of a text: `NAME SHA256 [EXPIRES]` a line; `#` begins a comment.
+
+    Raises:
+        UserError: a line is something else, a name has two keys, or there is no key.
+    """
+    lines = [line.partition("#")[0].split() for line in text.splitlines()]
+    keys = [_key(words, f"{where}: line {i}") for i, words in enumerate(lines, 1) if words]
+    if not keys:
+        raise UserError(f"{where}: no keys; `wrpo serve --new-key NAME` makes one")
+    names = [key.name for key in keys]
+    for name in {n for n in names if names.count(n) > 1}:
+        raise UserError(f"{where}: the name {name!r} is given twice; each key has its own")
+    return tuple(keys)
+
+
+def _key(words: list[str], where: str) -> Key:
+    if len(words) not in (2, 3) or not re.fullmatch("[0-9a-fA-F]{64}", words[1]):
+        # The line is not shown: it may hold a key by mistake.
+        raise UserError(f"{where}: write NAME SHA256 [EXPIRES], the hash as 64 hex digits")
+    expires = None
+    if len(words) == 3:
+        try:
+            day = datetime.fromisoformat(words[2])
+        except ValueError:
+            raise UserError(f"{where}: {words[2]!r} is no day or time in ISO 8601") from None
+        expires = (day if day.tzinfo else day.replace(tzinfo=UTC)).timestamp()
+    return Key(words[0], bytes.fromhex(words[1]), expires)
+
+
+class Keys:
+    """The keys that are accepted, read again when their file changes."""
+
+    def __init__(
+        self, text: str | None, path: str | None = None, now: Callable[[], float] = time.time
+    ):
+        self._path, self._now = Path(path) if path else None, now
+        self._looked, self._changed = now(), self._change()
+        self._keys = parse(self._read() if text is None else text, path or ENVIRONMENT)
+
+    def _read(self) -> str:
+        assert self._path is not None
+        try:
+            return self._path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"keys: {self._path}: cannot be read: {error}") from None
+
+    def _change(self) -> tuple[int, int] | None:
+        """What tells one content of the file from another."""
+        try:
+            stat = self._path.stat() if self._path else None
+        except OSError:
+            return None
+        return (stat.st_mtime_ns, stat.st_ino) if stat else None
+
+    def _look(self) -> None:
+        if self._path is None or self._now() < self._looked + LOOK_AGAIN:
+            return
+        self._looked, changed = self._now(), self._change()
+        if changed is None or changed == self._changed:
+            return
+        try:
+            self._keys, self._changed = parse(self._read(), str(self._path)), changed
+        except UserError as error:
+            LOG.error("the old keys stay in use: %s", error)
+
+    def owner(self, given: str) -> str | None:
+        """The name that a key belongs to; null for none, or one that has expired.
+
+        Takes the same time whichever key it is compared with.
+        """
+        self._look()
+        digest = hashlib.sha256(given.encode("utf-8", "replace")).digest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(digest, key.digest):
+                found = key
+        if found is None or (found.expires is not None and self._now() >= found.expires):
+            return None
+        return found.name

@@ -1,0 +1,48 @@
+"""How much a key may ask: requests in any minute, and in hand at once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from wrpo_ray.serve.errors import ClientError
+
+WINDOW = 60.0
+"""Seconds."""
+
+
+class Limits:
+    """Counts the requests of each key; for one event loop."""
+
+    def __init__(self, per_minute: int, concurrent: int, now: Callable[[], float] = time.monotonic):
+        self.per_minute, self.concurrent, self._now = per_minute, concurrent, now
+        self._begun: defaultdict[str, deque[float]] = defaultdict(deque)
+        self._in_hand: Counter[str] = Counter()
+
+    @contextmanager
+    def admit(self, key: str) -> Iterator[None]:
+        """Hold a place for one request of a key.
+
+        Raises:
+            ClientError: 429, with the seconds after which a place is free. A refused request
+                does not count.
+        """
+        begun, now = self._begun[key], self._now()
+        while begun and begun[0] <= now - WINDOW:
+            begun.popleft()
+        if len(begun) >= self.per_minute:
+            wait = max(1, math.ceil(begun[0] + WINDOW - now))
+            message = f"more than {self.per_minute} requests in a minute"
+            raise ClientError(429, message, code="rate_limit_exceeded", retry_after=wait)
+        if self._in_hand[key] >= self.concurrent:
+            message = f"more than {self.concurrent} requests at once"
+            raise ClientError(429, message, code="concurrency_limit_exceeded", retry_after=1)
+        begun.append(now)
+        self._in_hand[key] += 1
+        try:
+            yield
+        finally:
+            self._in_hand[key] -= 1
