@@ -268,19 +268,22 @@ def _retry(arguments: argparse.Namespace, settings: Config) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> None:
-    from wrpo_ray import config
     from wrpo_ray.serve.keys import ENVIRONMENT, new_key
 
     if arguments.new_key:
         print("key:  {}\nline: {}".format(*new_key(arguments.new_key)))
         return
+    from wrpo_ray import config
+    from wrpo_ray.serve.check import checked
+
     tree = config.read_serving(arguments.config) if arguments.config else {}
-    tree["models"] = tree.get("models", []) + [_served(model) for model in arguments.models]
+    tree["models"] = [*(tree.get("models") or []), *map(_served, arguments.models)]
     settings = config.serving(tree, arguments.overrides)
     told = ""
     if settings.keys is None and ENVIRONMENT not in os.environ:
         key, os.environ[ENVIRONMENT] = new_key("this-run")
         told = f"\nkey:    {key} (of this run; `keys` or {ENVIRONMENT} names lasting ones)"
+    settings = checked(settings)
     from wrpo_ray.serve.app import run
 
     names = ", ".join(name for m in settings.models for name in (m.name, *m.adapters))
@@ -292,12 +295,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _served(model: str) -> dict[str, str]:
     """`NAME=MODEL`, or a model that is called by the last part of its path."""
     name, equals, place = model.partition("=")
-    if equals:
-        return {"name": name, "model": place}
-    return {
-        "name": Path(model).resolve().name if Path(model).is_dir() else Path(model).name,
-        "model": model,
-    }
+    return {"name": name if equals else Path(model).absolute().name, "model": place or model}
 
 
 def _zoo(arguments: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from wrpo_ray import cli, config
 from wrpo_ray.errors import UserError
 from wrpo_ray.serve import api, body
 from wrpo_ray.serve.api import DONE, LostError, Refusal, create
+from wrpo_ray.serve.check import checked
 from wrpo_ray.serve.errors import ClientError, overloaded
 from wrpo_ray.serve.keys import LOOK_AGAIN, Keys, new_key, parse
 from wrpo_ray.serve.limits import Limits
@@ -551,3 +552,28 @@ def test_settings_are_told_what_is_wrong_with_them():
         config.serving({"models": [{**model, "endpoint": endpoint}]})
     changed = config.serving({"models": [model]}, ["models.0.actors.max=2", "timeout=5"])
     assert (changed.models[0].actors.max, changed.timeout) == (2, 5.0)
+
+
+def test_what_cannot_be_served_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WRPO_SERVE_KEYS", LINES)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "chat_template.jinja").write_text("")
+    folder = str(tmp_path)
+    for words, problem in {
+        (): "models: tuple should have at least 1 item",
+        ("no/such/folder",): "no/such/folder",
+        ("a b=x",): "models.0.name",
+        (f"m={folder}", f"m={folder}"): "the name 'm' is given twice; write NAME=FOLDER",
+        (f"m={folder}", "--set", "keys=/no/such/file"): "keys: /no/such/file: cannot be read",
+        (f"m={folder}", "--set", f"models.0.adapters={{a: {folder}}}"): "no adapter_config.json",
+        (f"m={folder}", "--config", "no.yaml"): "no.yaml: no such config file",
+    }.items():
+        assert cli.main(["serve", *words]) == 2
+        told = capsys.readouterr().err
+        assert problem in told, told
+        assert told.startswith("wrpo: error: ")
+    monkeypatch.delenv("WRPO_SERVE_KEYS")
+    with pytest.raises(UserError, match="no API keys"):
+        checked(config.serving({"models": [{"name": "m", "model": folder}]}))

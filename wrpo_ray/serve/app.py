@@ -27,15 +27,13 @@ from ray.serve.metrics import Counter, Histogram
 
 from wrpo_ray import config
 from wrpo_ray.config import ServeConfig, ServedModel
-from wrpo_ray.core.chat import check_model_folder
 from wrpo_ray.core.cluster import thread_env
-from wrpo_ray.core.hub import address
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.vllm import CPU_ENGINE, CPU_ENV, ENV
-from wrpo_ray.errors import UserError
 from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
+from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
-from wrpo_ray.serve.keys import ENVIRONMENT, Keys
+from wrpo_ray.serve.keys import Keys
 
 APP = "wrpo"
 """The application's name on Ray Serve."""
@@ -65,10 +63,7 @@ class Model(LLMServer):
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, llm_config: LLMConfig, model: ServedModel, max_tokens: int
     ):
-        def local(uri: str) -> str:
-            return str(Folder(uri).local())
-
-        own = await asyncio.to_thread(engine_settings, model, max_tokens, local)
+        own = await asyncio.to_thread(_on_this_node, model, max_tokens)
         await super().__init__(own)
 
     async def answer(
@@ -85,11 +80,7 @@ class Model(LLMServer):
     async def _answer(
         self, call: Call, body: dict[str, Any]
     ) -> AsyncGenerator[list[str] | Refusal, None]:
-        from ray.serve.llm.openai_api_models import (
-            ChatCompletionRequest,
-            CompletionRequest,
-            ErrorResponse,
-        )
+        from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
         kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
         try:
@@ -98,18 +89,17 @@ class Model(LLMServer):
             yield Refusal(400, _first_problem(error))
             return
         async for reply in await getattr(self, call)(request):
-            if isinstance(reply, list) and not isinstance(reply[0], ErrorResponse):
-                texts = [text.removeprefix("data: ").strip() for text in reply]
-                if any(text.startswith('{"error"') for text in texts):
-                    # vLLM goes on with [DONE] after it, as if the answer were whole.
-                    yield Refusal(503, "the engine failed")
-                    return
-                yield texts
-                continue
-            whole = reply[0] if isinstance(reply, list) else reply
-            is_refusal = isinstance(whole, ErrorResponse)
-            yield _refusal(whole.error) if is_refusal else [whole.model_dump_json(), DONE]
-            return
+            items = reply if isinstance(reply, list) else [reply]
+            if not isinstance(items[0], str):  # a whole answer, or vLLM's record of an error
+                refused = getattr(items[0], "error", None)
+                yield _refusal(refused) if refused else [items[0].model_dump_json(), DONE]
+                return
+            texts = [text.removeprefix("data: ").strip() for text in items]
+            if any(text.startswith('{"error"') for text in texts):
+                # vLLM goes on with [DONE] after it, as if the answer were whole.
+                yield Refusal(503, "the engine failed")
+                return
+            yield texts
 
 
 def _first_problem(error: ValueError) -> str:
@@ -128,10 +118,22 @@ def _refusal(error: Any) -> Refusal:
     return Refusal(503, "the engine failed")
 
 
+def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
+    """The engine's settings, with the model's files where they lie here."""
+    folders = {name: Folder(uri).local() for name, uri in model.adapters.items()}
+    source = str(Folder(model.model).local())
+    return engine_settings(model, max_tokens, source, adapters=_adapters(folders))
+
+
 def engine_settings(
-    model: ServedModel, max_tokens: int, local: Callable[[str], str] = str, deployment: Any = None
+    model: ServedModel,
+    max_tokens: int,
+    source: str,
+    *,
+    adapters: dict[str, Any] | None = None,
+    deployment: dict[str, Any] | None = None,
 ) -> LLMConfig:
-    """Ray's settings of a model; `local` gives the place of its files on a node."""
+    """Ray's settings of a model whose files are at `source`."""
     actors = model.actors
     on_cpu = not actors.num_gpus
     engine: dict[str, Any] = {
@@ -146,13 +148,13 @@ def engine_settings(
         "override_generation_config": {"max_new_tokens": max_tokens},
         "enable_log_requests": False,
         **(CPU_ENGINE if on_cpu else {}),
-        **_adapters(model, local),
+        **(adapters or {}),
     }
     chosen = {name: value for name, value in engine.items() if value is not None}
     bundle = {"CPU": actors.num_cpus, "GPU": actors.num_gpus, **actors.resources}
     env = ENV | QUIET | thread_env(actors.num_cpus) | (CPU_ENV if on_cpu else {})
     return LLMConfig(
-        model_loading_config={"model_id": model.name, "model_source": local(model.model)},
+        model_loading_config={"model_id": model.name, "model_source": source},
         engine_kwargs=chosen | model.engine,
         placement_group_config={"bundle_per_worker": {k: n for k, n in bundle.items() if n}},
         runtime_env={"env_vars": env},
@@ -160,20 +162,18 @@ def engine_settings(
     )
 
 
-def _adapters(model: ServedModel, local: Callable[[str], str]) -> dict[str, Any]:
-    if not model.adapters or local is str:
+def _adapters(folders: dict[str, Path]) -> dict[str, Any]:
+    """Settings of LoRA adapters in vLLM, by the names that clients use."""
+    if not folders:
         return {}
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
-    folders = {name: local(uri) for name, uri in model.adapters.items()}
-    ranks = [
-        json.loads((Path(f) / "adapter_config.json").read_text())["r"] for f in folders.values()
-    ]
+    ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in folders.values()]
     return {
         "enable_lora": True,
         "max_loras": len(folders),
         "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
-        "lora_modules": [LoRAModulePath(name=n, path=f) for n, f in folders.items()],
+        "lora_modules": [LoRAModulePath(name=n, path=str(f)) for n, f in folders.items()],
     }
 
 
@@ -274,19 +274,11 @@ def build(args: dict[str, Any]) -> Application:
     Raises:
         UserError: the tree, a model or the keys are wrong.
     """
-    return application(config.serving(args))
+    return application(checked(config.serving(args)))
 
 
 def application(settings: ServeConfig) -> Application:
-    """As `build`, of settings that are read."""
-    settings = _checked(settings)
-    keys = None if settings.keys else os.environ.get(ENVIRONMENT)
-    if settings.keys is None and keys is None:
-        raise UserError(
-            f"serve: no API keys; set `keys` to a file or {ENVIRONMENT} to its lines "
-            f"(`wrpo serve --new-key NAME` makes one)"
-        )
-    Keys(keys, settings.keys)  # told here, before models are loaded
+    """The application of settings that are `check.checked`."""
     drain = {"graceful_shutdown_timeout_s": settings.timeout + 5}
     models = {model.name: _deployment(model, settings, drain) for model in settings.models}
     ingress = serve.deployment(
@@ -299,20 +291,7 @@ def application(settings: ServeConfig) -> Application:
         backpressure_config={"status_code": 429, "retry_after_s": 2},
         **drain,
     )
-    return ingress.bind(settings, keys, models)
-
-
-def _checked(settings: ServeConfig) -> ServeConfig:
-    """The settings with hub ids at the commits they are at now."""
-    models = []
-    for model in settings.models:
-        pinned = address(model.model, model.revision)
-        check_model_folder(Folder(pinned), f"serve: {model.name}", model.chat_template, model.model)
-        models.append(model.model_copy(update={"model": pinned, "revision": None}))
-        for name, folder in model.adapters.items():
-            if not Folder(folder).exists("adapter_config.json"):
-                raise UserError(f"serve: {name}: {folder} has no adapter_config.json; give a LoRA")
-    return settings.model_copy(update={"models": tuple(models)})
+    return ingress.bind(settings, lines(settings), models)
 
 
 def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]) -> Application:
@@ -330,21 +309,23 @@ def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]
         **drain,
     }
     return build_llm_deployment(
-        engine_settings(model, settings.max_tokens, deployment=deployment),
+        engine_settings(model, settings.max_tokens, model.model, deployment=deployment),
         bind_kwargs={"model": model, "max_tokens": settings.max_tokens},
         deployment_cls=Model,
     )
 
 
 def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) -> None:
-    """Serve until a signal comes, then let what is in hand finish.
+    """Serve checked settings until a signal comes, then let what is in hand finish.
 
     Takes the cluster at RAY_ADDRESS, or starts Ray on this machine.
     """
     os.environ |= QUIET | {"RAY_BACKEND_LOG_LEVEL": "fatal"}
     address = os.environ.get("RAY_ADDRESS", "local")
     alone = {"include_dashboard": False} if address == "local" else {}
+    terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
+    signal.signal(signal.SIGTERM, terminate)  # Ray's own handler aborts after three seconds
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))

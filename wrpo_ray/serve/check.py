@@ -1,0 +1,53 @@
+"""What can be told of a server's settings before anything starts."""
+
+from __future__ import annotations
+
+import os
+
+from wrpo_ray.config import ServeConfig, ServedModel
+from wrpo_ray.core.chat import check_model_folder
+from wrpo_ray.core.hub import address
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+from wrpo_ray.serve.keys import ENVIRONMENT, Keys
+
+
+def checked(settings: ServeConfig) -> ServeConfig:
+    """The settings, with absolute paths and hub ids at the commits that they are at now.
+
+    Raises:
+        UserError: a model, an adapter or the keys cannot be used.
+    """
+    if settings.keys is None and ENVIRONMENT not in os.environ:
+        raise UserError(
+            f"serve: no API keys; set `keys` to a file or {ENVIRONMENT} to its lines "
+            f"(`wrpo serve --new-key NAME` makes one)"
+        )
+    Keys(lines(settings), settings.keys)
+    models = tuple(_checked(model) for model in settings.models)
+    return settings.model_copy(update={"models": models, "keys": _absolute(settings.keys)})
+
+
+def _checked(model: ServedModel) -> ServedModel:
+    folder = Folder(address(model.model, model.revision))
+    check_model_folder(folder, f"serve: {model.name}", model.chat_template, model.model)
+    adapters = {name: Folder(place) for name, place in model.adapters.items()}
+    for name, adapter in adapters.items():
+        if not adapter.exists("adapter_config.json"):
+            raise UserError(f"serve: {name}: {adapter} has no adapter_config.json; give a LoRA")
+    found = {  # replicas have working directories of their own
+        "model": folder.absolute().uri,
+        "revision": None,
+        "chat_template": _absolute(model.chat_template),
+        "adapters": {name: adapter.absolute().uri for name, adapter in adapters.items()},
+    }
+    return model.model_copy(update=found)
+
+
+def _absolute(path: str | None) -> str | None:
+    return path and os.path.abspath(path)
+
+
+def lines(settings: ServeConfig) -> str | None:
+    """The lines of keys in the environment, where no file has them."""
+    return None if settings.keys else os.environ.get(ENVIRONMENT)
