@@ -286,6 +286,13 @@ def test_a_prompt_beyond_the_context_is_the_clients_fault():
     assert answer.json() == {"error": error | {"param": "messages"}}
 
 
+def test_what_an_engine_fails_at_is_not_tried_on_others():
+    client = Client(Scripted([Refusal(500, "failed")]))
+    answer = client.post()
+    assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
+    assert len(client.model.asked) == 1
+
+
 def test_time_is_limited_before_and_after_the_first_byte():
     client = Client(Scripted([9.0, [WHOLE, DONE]]), timeout=0.1)
     assert client.post().status_code == 504

@@ -50,7 +50,10 @@ PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class Refusal:
-    """A model's own no, such as to a prompt that is too long (400) or a dead engine (503)."""
+    """A model's own no, such as to a prompt that is too long (400).
+
+    503 tells that its engine is dead, so that another replica may answer; 500 is not tried again.
+    """
 
     status: int
     message: str
@@ -239,7 +242,7 @@ class Endpoint:
             if not isinstance(first, Refusal):
                 return first, replies
             await replies.aclose()
-            if first.status < 500:
+            if first.status != 503:
                 raise ClientError(first.status, first.message, param=first.param)
             await asyncio.sleep(PAUSE)
         raise unavailable()

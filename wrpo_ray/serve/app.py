@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from pydantic import ValidationError
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve import Application
@@ -47,6 +48,7 @@ LOOK_AGAIN = 2.0
 SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0]
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """LoRA ranks that vLLM makes room for."""
+FAILED = "the engine failed"
 LOG = logging.getLogger("ray.serve")
 
 
@@ -75,7 +77,8 @@ class Model(LLMServer):
                 yield reply
         except Exception as error:  # its text may quote the prompt, and Serve would log it
             LOG.error("the engine failed: %s", type(error).__name__)
-            yield Refusal(503, "the engine failed")
+            is_dead = type(error).__name__ == "EngineDeadError"
+            yield Refusal(503 if is_dead else 500, FAILED)
 
     async def _answer(
         self, call: Call, body: dict[str, Any]
@@ -85,7 +88,7 @@ class Model(LLMServer):
         kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
         try:
             request = kind.model_validate(body)
-        except ValueError as error:
+        except Exception as error:  # some of vLLM's checks fail on what they do not expect
             yield Refusal(400, _first_problem(error))
             return
         async for reply in await getattr(self, call)(request):
@@ -97,17 +100,16 @@ class Model(LLMServer):
             texts = [text.removeprefix("data: ").strip() for text in items]
             if any(text.startswith('{"error"') for text in texts):
                 # vLLM goes on with [DONE] after it, as if the answer were whole.
-                yield Refusal(503, "the engine failed")
+                yield Refusal(503, FAILED)
                 return
             yield texts
 
 
-def _first_problem(error: ValueError) -> str:
-    """What is wrong, without what was given."""
-    errors = getattr(error, "errors", None)
-    if errors is None:
-        return str(error)
-    first = errors(include_input=False, include_url=False)[0]
+def _first_problem(error: Exception) -> str:
+    """What is wrong with a request, without what was given."""
+    if not isinstance(error, ValidationError):
+        return str(error) if isinstance(error, ValueError) else "vLLM cannot read the request"
+    first = error.errors(include_input=False, include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where}: {first['msg']}" if where else first["msg"]
 
@@ -115,7 +117,7 @@ def _first_problem(error: ValueError) -> str:
 def _refusal(error: Any) -> Refusal:
     if 400 <= error.code < 500:
         return Refusal(error.code, error.message, error.param)
-    return Refusal(503, "the engine failed")
+    return Refusal(500, FAILED)
 
 
 def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
