@@ -274,7 +274,7 @@ def _serve(arguments: argparse.Namespace) -> None:
         print("key:  {}\nline: {}".format(*new_key(arguments.new_key)))
         return
     from wrpo_ray import config
-    from wrpo_ray.serve.check import checked
+    from wrpo_ray.serve.check import check_free, checked
 
     tree = config.read_serving(arguments.config) if arguments.config else {}
     tree["models"] = [*(tree.get("models") or []), *map(_served, arguments.models)]
@@ -284,6 +284,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         key, os.environ[ENVIRONMENT] = new_key("this-run")
         told = f"\nkey:    {key} (of this run; `keys` or {ENVIRONMENT} names lasting ones)"
     settings = checked(settings)
+    if "RAY_ADDRESS" not in os.environ:
+        check_free(arguments.host, arguments.port)
     from wrpo_ray.serve.app import run
 
     names = ", ".join(name for m in settings.models for name in (m.name, *m.adapters))

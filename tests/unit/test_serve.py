@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import socket
 import threading
 import time
 from collections import Counter
@@ -581,6 +582,10 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
         told = capsys.readouterr().err
         assert problem in told, told
         assert told.startswith("wrpo: error: ")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", folder, "--port", port]) == 2
+    assert "choose another --host or --port" in capsys.readouterr().err
     monkeypatch.delenv("WRPO_SERVE_KEYS")
     with pytest.raises(UserError, match="no API keys"):
         checked(config.serving({"models": [{"name": "m", "model": folder}]}))

@@ -31,6 +31,7 @@ from wrpo_ray.config import ServeConfig, ServedModel
 from wrpo_ray.core.cluster import thread_env
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.vllm import CPU_ENGINE, CPU_ENV, ENV
+from wrpo_ray.errors import WrpoError
 from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
 from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
@@ -320,7 +321,8 @@ def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]
 def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) -> None:
     """Serve checked settings until a signal comes, then let what is in hand finish.
 
-    Takes the cluster at RAY_ADDRESS, or starts Ray on this machine.
+    Takes the cluster at RAY_ADDRESS, or starts Ray on this machine. A Serve that runs there keeps
+    its other applications, and its own address.
     """
     os.environ |= QUIET | {"RAY_BACKEND_LOG_LEVEL": "fatal"}
     address = os.environ.get("RAY_ADDRESS", "local")
@@ -331,10 +333,25 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
-        serve.run(application(settings), name=APP, route_prefix="/")
+        _start(settings)
         ready()
         signal.pause()
     finally:
-        serve.delete(APP)  # waits for what is in hand
-        serve.shutdown()
+        _drain(settings.timeout + 15)
         ray.shutdown()
+
+
+def _start(settings: ServeConfig) -> None:
+    try:
+        serve.run(application(settings), name=APP, route_prefix="/")
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[-500:]
+        raise WrpoError(f"serve: the models did not start: {why}") from error
+
+
+def _drain(seconds: float) -> None:
+    """Take no more requests, and wait for what is in hand."""
+    serve.delete(APP, _blocking=False)  # that of Ray waits for a minute only
+    deadline = time.monotonic() + seconds
+    while APP in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.2)

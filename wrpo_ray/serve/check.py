@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 
 from wrpo_ray.config import ServeConfig, ServedModel
 from wrpo_ray.core.chat import check_model_folder
@@ -46,6 +47,18 @@ def _checked(model: ServedModel) -> ServedModel:
 
 def _absolute(path: str | None) -> str | None:
     return path and os.path.abspath(path)
+
+
+def check_free(host: str, port: int) -> None:
+    """Check that nothing listens at an address of this machine.
+
+    Raises:
+        UserError: something does, or the address is another machine's.
+    """
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"serve: {host}:{port}: {error}; choose another --host or --port") from None
 
 
 def lines(settings: ServeConfig) -> str | None:
