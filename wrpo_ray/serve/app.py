@@ -96,12 +96,16 @@ class Model(LLMServer):
             items = reply if isinstance(reply, list) else [reply]
             if not isinstance(items[0], str):  # a whole answer, or vLLM's record of an error
                 refused = getattr(items[0], "error", None)
-                yield _refusal(refused) if refused else [items[0].model_dump_json(), DONE]
+                yield (
+                    _refusal(**refused.model_dump())
+                    if refused
+                    else [items[0].model_dump_json(), DONE]
+                )
                 return
             texts = [text.removeprefix("data: ").strip() for text in items]
-            if any(text.startswith('{"error"') for text in texts):
+            if broken := [text for text in texts if text.startswith('{"error"')]:
                 # vLLM goes on with [DONE] after it, as if the answer were whole.
-                yield Refusal(503, FAILED)
+                yield _refusal(**json.loads(broken[0])["error"], otherwise=503)
                 return
             yield texts
 
@@ -115,10 +119,12 @@ def _first_problem(error: Exception) -> str:
     return f"{where}: {first['msg']}" if where else first["msg"]
 
 
-def _refusal(error: Any) -> Refusal:
-    if 400 <= error.code < 500:
-        return Refusal(error.code, error.message, error.param)
-    return Refusal(500, FAILED)
+def _refusal(
+    code: int, message: str, param: str | None = None, otherwise: int = 500, **_: Any
+) -> Refusal:
+    """What is made of vLLM's record of an error; those that are not the client's stay inside."""
+    is_clients = 400 <= code < 500
+    return Refusal(code, message, param) if is_clients else Refusal(otherwise, FAILED)
 
 
 def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:

@@ -1,0 +1,269 @@
+"""`wrpo serve` with a zoo model on Ray Serve and vLLM, as clients and killers meet it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import psutil
+import pytest
+import yaml
+from harness import ROOT
+
+SECRET = "xyzzyplugh"
+SETTINGS = {
+    "max_tokens": 240,
+    "read_timeout": 2,
+    "timeout": 120,
+    "requests_per_minute": 1_000_000,
+    "concurrent": 200,
+}
+LONG = {"max_tokens": 200, "temperature": 0, "extra_body": {"ignore_eos": True}}
+"""Answers that take long enough to be broken off."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `wrpo serve`."""
+
+    process: subprocess.Popen[str]
+    url: str
+    key: str
+    logs: Path
+
+    def client(self, **changes: Any) -> openai.OpenAI:
+        settings = {"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0}
+        return openai.OpenAI(**settings | {"timeout": 180} | changes)
+
+    def replicas(self) -> list[psutil.Process]:
+        """The processes of the model's replicas."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [p for p in children if any("Model:target" in word for word in p.cmdline())]
+
+
+def _adapter(model: Path, folder: Path) -> str:
+    """A LoRA adapter that changes a model's answers, with random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    shape = LoraConfig(
+        r=4, lora_alpha=256, target_modules=["q_proj", "v_proj"], init_lora_weights=False
+    )
+    get_peft_model(AutoModelForCausalLM.from_pretrained(model), shape).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def server(zoo: Path) -> Iterator[Server]:
+    # A short path, for Ray's sockets.
+    with tempfile.TemporaryDirectory(prefix="wrpo-", ignore_cleanup_errors=True) as folder:
+        adapter = _adapter(zoo / "target", Path(folder) / "adapter")
+        model = {"name": "target", "model": str(zoo / "target"), "adapters": {"tuned": adapter}}
+        file = Path(folder) / "serve.yaml"
+        file.write_text(yaml.safe_dump({"models": [model], **SETTINGS}))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        words = [sys.executable, "-m", "wrpo_ray", "serve", "--config", str(file)]
+        with subprocess.Popen(
+            [*words, "--port", str(port)],
+            cwd=ROOT,
+            env=os.environ | {"RAY_TMPDIR": folder},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            told = ""
+            while not (found := re.search(r"key: +(\S+)", told)):
+                line = process.stdout.readline()
+                assert line, f"it ended: {told}"
+                told += line
+            server = Server(process, f"http://127.0.0.1:{port}", found[1], Path(folder))
+            yield server
+            process.terminate()
+            process.wait(120)
+
+
+def messages(prompt: str) -> list[Any]:
+    return [{"role": "user", "content": prompt}]
+
+
+def test_the_openai_client_gets_answers_whole_and_streamed(server: Server):
+    client = server.client()
+    assert [model.id for model in client.models.list()] == ["target", "tuned"]
+    ask = {"model": "target", "messages": messages("Vowels in jaf:"), "temperature": 0}
+    whole = client.chat.completions.create(**ask)
+    assert whole.choices[0].finish_reason == "stop"
+    streamed = list(
+        client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
+    )
+    text = "".join(c.choices[0].delta.content or "" for c in streamed if c.choices)
+    assert text == whole.choices[0].message.content != ""
+    assert streamed[-1].usage == whole.usage
+    plain = list(client.chat.completions.create(**ask, stream=True))
+    assert all(c.usage is None for c in plain)
+    completion = client.completions.create(model="target", prompt=["ab", "cd"], n=2, max_tokens=3)
+    assert [c.index for c in completion.choices] == [0, 1, 2, 3]
+    # Nothing given: the settings' bound holds, below what the context would allow.
+    ask = {"model": "target", "messages": messages("a"), "extra_body": {"ignore_eos": True}}
+    free = client.chat.completions.create(**ask)
+    assert free.usage.completion_tokens == SETTINGS["max_tokens"]
+
+
+def test_an_adapter_is_a_model_of_its_own(server: Server):
+    create = server.client().chat.completions.create
+    ask = {"messages": messages("Vowels in jaf:"), "temperature": 0, "max_tokens": 20}
+    texts = [create(model=m, **ask).choices[0].message.content for m in ("target", "tuned")]
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_refusals_are_the_clients_kind_of_errors(server: Server, stream: bool):
+    create = server.client().chat.completions.create
+    ask = {"model": "target", "messages": messages(SECRET), "stream": stream}
+    with pytest.raises(openai.AuthenticationError):
+        server.client(api_key="wrpo-no").chat.completions.create(**ask)
+    with pytest.raises(openai.NotFoundError):
+        create(**ask | {"model": "other"})
+    for wrong in (
+        {"messages": messages(SECRET * 100)},
+        {"max_tokens": 100_000},
+        {"temperature": -1},
+        {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+        {"response_format": {"type": SECRET}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": SECRET}}},
+        {"tools": [{SECRET: SECRET}]},
+        {"tools": [], "tool_choice": SECRET},
+        {"logit_bias": {SECRET: 1}},
+        {"logit_bias": {"999999": 1}},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            create(**ask | wrong)
+
+
+def test_a_client_too_slow_with_its_body_is_told_so(server: Server):
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
+    with socket.create_connection((host, int(port)), timeout=30) as slow:
+        head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        slow.sendall(head.encode())
+        assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
+
+
+class Asker(threading.Thread):
+    """A client that asks again and again until `stop`, and judges each answer."""
+
+    def __init__(self, server: Server, number: int, right: dict[str, str], stop: threading.Event):
+        super().__init__()
+        self.server, self.number, self.right, self.stop = server, number, right, stop
+        self.outcomes: Counter[str] = Counter()
+
+    def run(self) -> None:
+        prompts = list(self.right)
+        with httpx.Client(timeout=180) as http:
+            while not self.stop.is_set():
+                prompt = prompts[(self.number + self.outcomes.total()) % len(prompts)]
+                try:
+                    self.outcomes[self._ask(http, prompt)] += 1
+                except Exception as error:
+                    self.outcomes[f"wrong: {error!r}"] += 1
+
+    def _ask(self, http: httpx.Client, prompt: str) -> str:
+        body = {"model": "target", "messages": messages(prompt), "stream": True} | LONG
+        body |= body.pop("extra_body")
+        headers = {"Authorization": f"Bearer {self.server.key}"}
+        url = f"{self.server.url}/v1/chat/completions"
+        with http.stream("POST", url, json=body, headers=headers) as answer:
+            if answer.status_code != 200:
+                assert answer.status_code in (429, 503), answer.status_code
+                assert set(json.loads(answer.read())["error"]) == {
+                    "message",
+                    "type",
+                    "param",
+                    "code",
+                }
+                return f"refused {answer.status_code}"
+            text, events = "", answer.read().decode().split("\n\n")
+        assert events.pop() == ""
+        if events[-1].startswith("event: error\n"):
+            assert json.loads(events.pop().partition("data: ")[2])["error"]["code"] == "broken_off"
+            assert "data: [DONE]" not in events
+            outcome = "broken"
+        else:
+            assert events.pop() == "data: [DONE]"
+            outcome = "whole"
+        for event in events:
+            text += json.loads(event.removeprefix("data: "))["choices"][0]["delta"].get(
+                "content", ""
+            )
+        right = self.right[prompt]
+        assert text == right if outcome == "whole" else right.startswith(text), (text, right)
+        return outcome
+
+
+@pytest.mark.parametrize(
+    ("clients", "seconds", "kills"),
+    [(6, 4, 1), pytest.param(64, 60, 2, marks=pytest.mark.soak)],
+)
+def test_a_killed_replica_breaks_answers_off_but_never_spoils_one(
+    server: Server, clients: int, seconds: float, kills: int
+):
+    create = server.client().chat.completions.create
+    right = {}
+    for prompt in ("Vowels in jaf:", "Say wetib 2 times over.", "First and last letter of omo?"):
+        answer = create(model="target", messages=messages(prompt), **LONG)
+        right[prompt] = answer.choices[0].message.content
+    stop = threading.Event()
+    askers = [Asker(server, i, right, stop) for i in range(clients)]
+    for asker in askers:
+        asker.start()
+    for _ in range(kills):
+        time.sleep(seconds / (kills + 1))
+        _kill_all(server.replicas())
+    time.sleep(seconds / (kills + 1))
+    stop.set()
+    for asker in askers:
+        asker.join()
+    outcomes = sum((asker.outcomes for asker in askers), Counter())
+    print(dict(outcomes))
+    assert not [name for name in outcomes if name.startswith("wrong")]
+    assert outcomes["whole"] >= clients
+    assert outcomes["broken"] >= 1
+
+
+def _kill_all(replicas: list[psutil.Process]) -> None:
+    assert replicas
+    for replica in replicas:
+        replica.send_signal(signal.SIGKILL)
+
+
+def test_when_stopped_it_finishes_what_is_in_hand_and_has_logged_no_secret(server: Server):
+    answer = server.client().chat.completions.create(
+        model="target", messages=messages(SECRET), stream=True, **LONG
+    )
+    chunks = iter(answer)
+    next(chunks)
+    server.process.terminate()
+    assert list(chunks)[-1].choices[0].finish_reason == "length"
+    assert server.process.wait(120) == 143
+    files = [f for f in server.logs.rglob("*") if f.is_file() and not f.is_symlink()]
+    texts = {f: f.read_bytes() for f in files}
+    assert any(b"this-run asked target: 200" in text for text in texts.values())
+    secrets = (SECRET.encode(), server.key.encode())
+    assert not [f for f, text in texts.items() if any(secret in text for secret in secrets)]
