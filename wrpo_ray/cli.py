@@ -121,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     failures.set_defaults(run=_failures)
     _serve_command(commands)
+    _cluster_commands(commands)
     zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
     zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
     zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
@@ -183,6 +184,20 @@ def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise ValueError
     return number
+
+
+def _cluster_commands(commands: Any) -> None:
+    text = "manifests of Kubernetes and of Ray's cluster launcher"
+    cluster = commands.add_parser("cluster", help=text, description=text)
+    actions = cluster.add_subparsers(metavar="ACTION", required=True)
+    text = "check manifests offline, and whether a config's steps fit their nodes"
+    check = actions.add_parser("check", help=text, description=text)
+    check.add_argument(
+        "manifests", metavar="MANIFEST", nargs="+", help="a YAML file, a folder, or - for stdin"
+    )
+    check.add_argument("--job", metavar="CONFIG", help="the config whose steps have to fit")
+    check.add_argument("--crds", metavar="FOLDER", help="KubeRay's CustomResourceDefinitions")
+    check.set_defaults(run=_check_cluster)
 
 
 def _config_arguments(command: argparse.ArgumentParser) -> None:
@@ -298,6 +313,21 @@ def _served(model: str) -> dict[str, str]:
     """`NAME=MODEL`, or a model that is called by the last part of its path."""
     name, equals, place = model.partition("=")
     return {"name": name if equals else Path(model).absolute().name, "model": place or model}
+
+
+def _check_cluster(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config
+    from wrpo_ray.cluster_check.check import check
+    from wrpo_ray.cluster_check.schema import Schemas
+
+    settings = config.load(arguments.job) if arguments.job else None
+    schemas = Schemas(arguments.crds) if arguments.crds else None
+    report = check(arguments.manifests, settings, schemas)
+    if report.problems:
+        raise UserError("\n".join(map(str, report.problems)))
+    for place in report.places:
+        print(place)
+    print(f"{len(report.manifests)} objects: no problem found")
 
 
 def _zoo(arguments: argparse.Namespace) -> None:

@@ -589,6 +589,8 @@ class TrainConfig(Section):
     """CPUs for a worker."""
     num_gpus: int = Field(0, ge=0, le=1, json_schema_extra=PLACEMENT)
     """1 trains on GPUs, one a worker; 0 on the CPU (gloo)."""
+    resources: dict[str, float] = Field({}, json_schema_extra=PLACEMENT)
+    """Custom resources for a worker, such as a node type's: {h100: 1}."""
     checkpoint_every: int = Field(100, ge=1, json_schema_extra=PLACEMENT)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=PLACEMENT)

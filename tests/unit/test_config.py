@@ -8,7 +8,9 @@ import yaml
 from wrpo_ray.config import Config, ModelConfig, PairConfig, Section, SplitConfig, load
 from wrpo_ray.errors import UserError
 
-JOBS = sorted((Path(__file__).parents[2] / "jobs").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+FUSION = ROOT / "cluster" / "overlays" / "job" / "fusion.yaml"
+JOBS = sorted({*(ROOT / "jobs").glob("*.yaml"), FUSION} - {ROOT / "jobs" / "runtime_env.yaml"})
 BASE = {
     "output": "out",
     "prompts": {"path": "p.jsonl"},

@@ -139,6 +139,21 @@ def test_which_models_a_task_needs(folder, config, has_reference, has_second_mod
 # --- metrics ----------------------------------------------------------------------------------
 
 
+def test_custom_resources_reach_the_workers_and_the_reference(folder):
+    from wrpo_ray.train.prepare import Prepare
+    from wrpo_ray.train.stage import _trainer
+
+    config = WrpoConfig(workers=3, num_cpus=2, num_gpus=1, resources={"train": 1})
+    scaling = _trainer(task(folder, config), folder).scaling_config
+    assert scaling.resources_per_worker == {"CPU": 2, "GPU": 1, "train": 1}
+    reference = Prepare("wrpo", Step("pair"), folder, "base", config).actors
+    assert (reference.max, reference.num_gpus, reference.resources) == (3, 1, {"train": 1})
+    rows_alone = Prepare(
+        "sft", Step("select"), folder, "base", TrainConfig(num_gpus=1, resources={"train": 1})
+    ).actors
+    assert (rows_alone.num_gpus, rows_alone.resources) == (0, {})
+
+
 def test_metrics_are_appended(folder):
     file = MetricsFile(folder, 0)
     for step in range(3):

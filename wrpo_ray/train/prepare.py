@@ -76,8 +76,11 @@ class Prepare:
         config = self.config
         if isinstance(config, WrpoConfig) and config.reference.actors:
             return config.reference.actors
-        gpus = config.num_gpus if self.stores_reference else 0
-        return Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=gpus)
+        plain = Actors(max=config.workers, num_cpus=config.num_cpus)
+        if not self.stores_reference:
+            return plain
+        as_trained = {"num_gpus": config.num_gpus, "resources": config.resources}
+        return plain.model_copy(update=as_trained)
 
     @cached_property
     def step(self) -> Step:

@@ -85,7 +85,7 @@ def _task(run: Run, job: Train) -> Task:
 def _check_room(job: Train) -> None:
     config = job.config
     workers = config.min_workers or config.workers
-    needs = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)}
+    needs = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)} | config.resources
     check_room(job.step.name, workers, "workers", needs)
 
 
@@ -121,6 +121,7 @@ def _trainer(task: Task, checkpoints: Folder) -> Any:
     config = task.config
     is_elastic = config.min_workers not in (None, config.workers)
     resources = {"CPU": config.num_cpus} | ({"GPU": 1} if config.num_gpus else {})
+    resources |= config.resources
     return TorchTrainer(
         _work,
         train_loop_config={"task": task},

@@ -1,0 +1,101 @@
+"""What the steps of a config, a RayJob's driver and a RayService's replicas ask of the cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from wrpo_ray.cluster_check.objects import Job
+from wrpo_ray.config import Config, ModelConfig, TrainConfig, WrpoConfig
+from wrpo_ray.core.cluster import Pool
+
+Needs = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Request:
+    """Bundles of resources, each for one node, that have to be there at the same time."""
+
+    what: str
+    """Who asks, as a user knows it."""
+    bundles: tuple[Needs, ...]
+    """Those of one actor, engine or training run."""
+    count: int = 1
+    """How many of it."""
+    parts: int = 1
+    """Workers of one engine, which belong on nodes that lie together."""
+
+
+def of_config(config: Config) -> Iterator[Request]:
+    """One request for each step: its least number of actors, or all workers of a training run."""
+    yield Request("steps without a model", ({"CPU": 1.0},))
+    for model in _unique([*config.sources, config.target]):
+        yield of_model(f"generate {model.name}", model)
+    if config.reward:
+        yield _of_pool(Pool(f"score with {config.reward.name}", config.reward.actors))
+    if config.target:
+        for name, training in (("sft", config.sft), ("wrpo", config.wrpo)):
+            yield from _of_training(name, training)
+
+
+def _unique(models: list[ModelConfig | None]) -> Iterator[ModelConfig]:
+    yield from {m.name: m for m in models if m}.values()
+
+
+def of_model(what: str, model: ModelConfig) -> Request:
+    """The engines that are kept for certain; one with parts asks for a place for each of them."""
+    if model.parts == 1:
+        return _of_pool(Pool(what, model.actors))
+    part = _given({"GPU": model.actors.num_gpus} | model.actors.resources)
+    engine = ({"CPU": model.actors.num_cpus}, *[part] * model.parts)
+    return Request(what, engine, model.actors.min, model.parts)
+
+
+def _of_pool(pool: Pool) -> Request:
+    return Request(pool.what, (_given(pool.needs),), pool.actors.min)
+
+
+def _of_training(name: str, config: TrainConfig) -> Iterator[Request]:
+    worker = _given({"CPU": config.num_cpus, "GPU": config.num_gpus} | config.resources)
+    yield Request(name, (worker,) * (config.min_workers or config.workers))
+    if isinstance(config, WrpoConfig) and config.reference.actors:
+        yield _of_pool(Pool(f"{name}'s reference", config.reference.actors))
+
+
+def _given(needs: Needs) -> Needs:
+    return {name: float(n) for name, n in needs.items() if n}
+
+
+def of_driver(job: Job) -> Iterator[Request]:
+    """The process that runs the entrypoint; without resources of its own it is on the head."""
+    needs = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus}
+    if job.entrypoint_resources:
+        needs |= json.loads(job.entrypoint_resources)
+    if any(needs.values()):
+        yield Request("entrypoint", (_given(needs),))
+
+
+def of_serving(serve: dict[str, Any]) -> Iterator[Request]:
+    """The least replicas of a Serve config: its deployments, and the models in an app's `args`."""
+    for app in serve.get("applications", []):
+        for deployment in app.get("deployments", []):
+            yield _of_deployment(f"serve {deployment.get('name')}", deployment)
+        for model in app.get("args", {}).get("models", []):
+            known = {name: model[name] for name in PLACES if name in model}
+            settings = ModelConfig.model_validate({"name": "served", "model": "served"} | known)
+            yield of_model(f"serve {model.get('name')}", settings)
+
+
+PLACES = ("actors", "tensor_parallel", "pipeline_parallel")
+"""Fields of a served model that say where it runs, as in a config."""
+
+
+def _of_deployment(what: str, deployment: dict[str, Any]) -> Request:
+    options = deployment.get("ray_actor_options") or {}
+    needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+    bundles = deployment.get("placement_group_bundles") or [needs | options.get("resources", {})]
+    scaling = deployment.get("autoscaling_config") or {}
+    count = scaling.get("min_replicas", deployment.get("num_replicas"))
+    return Request(what, tuple(map(_given, bundles)), count if isinstance(count, int) else 1)
