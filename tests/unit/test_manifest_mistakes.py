@@ -303,9 +303,16 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
     "served model that fits no group": (
         "RayService",
         put("spec.serveConfigV2",
-            "applications: [{import_path: 'a:b', args: {models: [{name: fused, "
-            "actors: {num_gpus: 1, resources: {h200: 1}}}]}}]"),
+            "applications: [{import_path: 'wrpo_ray.serve.app:build', args: {models: [{"
+            "name: fused, model: m, actors: {num_gpus: 1, resources: {h200: 1}}}]}}]"),
         "", "no-room",
+    ),
+    "served model with a wrong field": (
+        "RayService",
+        put("spec.serveConfigV2",
+            "applications: [{import_path: 'wrpo_ray.serve.app:build', "
+            "args: {models: [{name: fused, model: m, actors: {gpus: 1}}]}}]"),
+        "spec.serveConfigV2.applications[0].args", "serve-config",
     ),
     "deployment that fits no group": (
         "RayService",

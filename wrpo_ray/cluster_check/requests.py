@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.cluster_check.objects import Job
-from wrpo_ray.config import Config, ModelConfig, TrainConfig, WrpoConfig
+from wrpo_ray.cluster_check.serving import own_applications
+from wrpo_ray.config import Config, ModelConfig, TrainConfig, WrpoConfig, serving
 from wrpo_ray.core.cluster import Pool
+from wrpo_ray.errors import UserError
 
 Needs = dict[str, float]
 
@@ -78,18 +81,14 @@ def of_driver(job: Job) -> Iterator[Request]:
 
 
 def of_serving(serve: dict[str, Any]) -> Iterator[Request]:
-    """The least replicas of a Serve config: its deployments, and the models in an app's `args`."""
+    """The least replicas of a Serve config: its deployments, and the models of `wrpo serve`."""
     for app in serve.get("applications", []):
         for deployment in app.get("deployments", []):
             yield _of_deployment(f"serve {deployment.get('name')}", deployment)
-        for model in app.get("args", {}).get("models", []):
-            known = {name: model[name] for name in PLACES if name in model}
-            settings = ModelConfig.model_validate({"name": "served", "model": "served"} | known)
-            yield of_model(f"serve {model.get('name')}", settings)
-
-
-PLACES = ("actors", "tensor_parallel", "pipeline_parallel")
-"""Fields of a served model that say where it runs, as in a config."""
+    for _, arguments in own_applications(serve):
+        with suppress(UserError):  # told by `serving.read`
+            for model in serving(arguments).models:
+                yield of_model(f"serve {model.name}", model)
 
 
 def _of_deployment(what: str, deployment: dict[str, Any]) -> Request:

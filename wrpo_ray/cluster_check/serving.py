@@ -10,8 +10,11 @@ from pydantic import BaseModel, ValidationError
 
 from wrpo_ray.cluster_check.manifests import Problem
 from wrpo_ray.cluster_check.objects import RayObject, path_text
+from wrpo_ray.config import serving
+from wrpo_ray.errors import UserError
 
 FIELD = "spec.serveConfigV2"
+OWN = "wrpo_ray.serve.app:build"
 
 
 def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
@@ -30,8 +33,25 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
     except (yaml.YAMLError, ValueError) as error:
         return None, [found.problem(FIELD, "serve-config", " ".join(str(error).split()))]
-    unknown = [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in _unknown(given)]
-    return given, unknown
+    told = [*_unknown(given), *_own_arguments(given)]
+    return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in told]
+
+
+def own_applications(given: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and arguments of the applications that are this project's."""
+    for number, app in enumerate(given.get("applications", [])):
+        if app.get("import_path") == OWN:
+            yield number, app.get("args") or {}
+
+
+def _own_arguments(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is wrong with the arguments of `wrpo serve`'s application."""
+    for number, arguments in own_applications(given):
+        try:
+            serving(arguments)
+        except UserError as error:
+            for line in str(error).splitlines():
+                yield f"applications[{number}].args", line
 
 
 def _unknown(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
