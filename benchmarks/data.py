@@ -50,7 +50,7 @@ def main() -> None:
     """Measure both parts, or one, and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS)
-    parser.add_argument("-n", type=int, help="prompts; for a check, so no report is written")
+    parser.add_argument("-n", type=int, help="prompts; for a check: no report is written")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
     for name, (part, work, prompts) in PARTS.items():

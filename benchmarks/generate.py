@@ -20,8 +20,9 @@ from wrpo_ray.config import Config
 from wrpo_ray.core.cluster import thread_env
 from wrpo_ray.core.records import RESPONSE, prompt_id
 from wrpo_ray.core.shards import buckets
+from wrpo_ray.core.vllm import CPU_ENGINE, CPU_ENV, ENV
 from wrpo_ray.generate import stage
-from wrpo_ray.generate.engine import CPU_ENGINE, CPU_ENV, ENV, Request, seed_base
+from wrpo_ray.generate.engine import Request, seed_base
 
 SOURCE, SEED = "llama", 0
 DTYPE = "float32"
@@ -130,7 +131,7 @@ def ours(folder: Path, work: Work) -> Made:
     stage.Generator = type("Generator", (Clocked,), {"work": work})
     config = work.config(folder)
     pipeline.fuse(config, until="generate")
-    chain = pipeline.Chain(config, "generate")
+    chain = pipeline.Chain(pipeline.preflight(config), "generate")
     answers = chain.build()[-1].phases[0][0].samples
     rows = [
         row
@@ -238,11 +239,11 @@ TEXT = """# Generation: five answers to a prompt, side by side
   of a Llama of {weights:.0f}M random weights over bytes, fp32. Three of its 260 tokens end an
   answer, so that lengths are spread (geometric, at most {longest} tokens). Sampling is the paper's;
   `max_num_seqs` is {slots}.
-- **ours**: `wrpo generate` with one engine. Prompts lie in {buckets} buckets, of which an engine has
-  two in hand, and answers are committed as Parquet. **vllm.LLM.chat**: one call with n = 5 for all
+- **ours**: `wrpo generate` with one engine. Prompts lie in {buckets} buckets; an engine has two in
+  hand, and answers are committed as Parquet. **vllm.LLM.chat**: one call with n = 5 for all
   prompts. **ray.data.llm**: `build_processor` with its defaults; it keeps one answer of a request,
   so each prompt is {samples} times in its data set.
-- All three have the environment and the arguments of our engine (`wrpo_ray/generate/engine.py`) and
+- All three have the environment and the arguments of our engine (`wrpo_ray/core/vllm.py`) and
   the same seeds. Answers are compared token by token, and at least 99% have to be the same.
 - Time goes from the first request to a warm engine to the last answer: committed, returned, or read
   from the data set. Ours and vLLM answer 8 other prompts before. ray.data.llm's time begins when

@@ -18,7 +18,7 @@ from wrpo_ray.core.cluster import thread_env
 from wrpo_ray.core.records import RESPONSE, SCORED, prompt_id
 from wrpo_ray.core.shards import buckets, write_shard
 from wrpo_ray.score import stage
-from wrpo_ray.score.rewards import Item
+from wrpo_ray.score.base import Item
 
 SOURCE = "llama"
 CLOCK = "clock.json"
@@ -102,7 +102,7 @@ def ours(folder: Path, work: Work) -> Made:
     stage.Scorer = type("Scorer", (Clocked,), {"work": work})
     config = work.config(folder)
     pipeline.fuse(config, until="prompts")
-    chain = pipeline.Chain(config, "score")
+    chain = pipeline.Chain(pipeline.preflight(config), "score")
     *_, generate, score = chain.build()
     put_answers(generate.phases[0][0], chain.root, work)
     pipeline.fuse(config, until="score")
