@@ -98,16 +98,20 @@ def nodes() -> list[str]:
 
 
 def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Results of a call on each node; one that was lost just now, and is still listed, has none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
 
     task = ray.remote(num_cpus=0, max_retries=3)(function)
-    return ray.get(
-        [
-            task.options(scheduling_strategy=Affinity(node, soft=False)).remote(*args)
-            for node in nodes()
-        ]
-    )
+    asked = [
+        task.options(scheduling_strategy=Affinity(node, soft=False)).remote(*args)
+        for node in nodes()
+    ]
+    results = []
+    for answer in asked:
+        with suppress(ray.exceptions.TaskUnschedulableError):
+            results.append(ray.get(answer))
+    return results
 
 
 def check_reachable(root: Folder) -> None:
