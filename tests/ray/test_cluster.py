@@ -155,7 +155,7 @@ def test_orphans_of_this_output_are_ended_and_others_are_not(local_ray, tmp_path
 
 def test_a_node_that_was_lost_just_now_is_passed_over(local_ray, monkeypatch, tmp_path):
     """A listed node whose tasks Ray cannot place any more."""
-    listed = [*cluster.nodes(), "f" * 56]
+    listed = [*cluster.nodes(), "ab" * 28]
     monkeypatch.setattr(cluster, "nodes", lambda: listed)
     assert cluster._on_every_node(cluster._sees, Folder(str(tmp_path)), "") == [True]
 
