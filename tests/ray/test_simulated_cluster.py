@@ -46,8 +46,8 @@ def on_ray(nodes: int, times: list[float], folder: str) -> dict[str, float]:
     cluster.connect(ClusterConfig(address=there.address), Folder(folder), "test")
     rows = [{"sleeps": t} for t in times]
     began = time.time()
-    actors = Actors(min=1, max=nodes, num_cpus=1)
-    done = list(cluster.map_rows("sleep", rows, Sleeper, {}, actors))
+    pool = cluster.Pool("sleep", Actors(min=1, max=nodes, num_cpus=1))
+    done = list(cluster.map_rows(pool, rows, Sleeper, {}))
     wall = time.time() - began
     cluster.disconnect()
     there.shutdown()
@@ -89,6 +89,8 @@ def test_ray_takes_the_time_that_the_simulator_foretells(nodes, total, tmp_path)
     predicted = foretold(nodes, times, seen["first"])
     print(f"{nodes} nodes: Ray {seen['wall']:.1f} s, simulated {predicted:.1f} s", seen)
     assert seen["engines"] == nodes
-    # engines of a busy machine start after one another, which delays all but the first
-    late = seen["last"] - seen["first"]
-    assert predicted * 0.95 < seen["wall"] < predicted * 1.15 + late + 1
+    assert seen["wall"] > predicted * 0.95
+    if total > 10:  # the long form, on a machine of its own
+        # engines of a busy machine start after one another, which delays all but the first
+        late = seen["last"] - seen["first"]
+        assert seen["wall"] < predicted * 1.15 + late + 1
