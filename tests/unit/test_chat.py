@@ -627,7 +627,7 @@ def test_a_saved_tokenizer_gives_the_same_ids(name, tmp_path):
 def test_another_template_from_a_file(tmp_path):
     make("qwen2").save_pretrained(tmp_path)
     (tmp_path / "mine.jinja").write_text(CHATML)
-    loaded = load_tokenizer(tmp_path, str(tmp_path / "mine.jinja"))
+    loaded = load_tokenizer(tmp_path, Template(str(tmp_path / "mine.jinja")))
     assert "system" not in shown(loaded, prompt_ids(loaded, HI))
 
 
