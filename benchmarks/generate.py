@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import Part
-from workload import SAMPLES, Clock, Made, Message, Shape, texts, user, write_prompts
+from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
 from wrpo_ray.core.cluster import thread_env
@@ -95,11 +95,6 @@ class Work:
         """The model and the prompts."""
         self.shape.write(folder / "model")
         write_prompts(folder / "prompts.jsonl", self.asked)
-
-
-def key(messages: list[Message], sample: int) -> str:
-    """An answer's."""
-    return f"{prompt_id(messages)}/{sample}"
 
 
 class Clocked(stage.Generator):

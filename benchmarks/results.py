@@ -25,10 +25,7 @@ def save(folder: Path, prefix: str, rows: Sequence[Row], section: str) -> None:
 
     A section begins with its heading, `# ...`, and goes to the next one; others stay.
     """
-    path = folder / "results.json"
-    kept = json.loads(path.read_text()) if path.exists() else []
-    kept = [known for known in kept if not known["name"].startswith(prefix)]
-    path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
+    save_rows(folder, prefix, rows)
     path = folder / "RESULTS.md"
     sections = re.split(r"^(?=# )", path.read_text() if path.exists() else "", flags=re.MULTILINE)
     headings = [text.partition("\n")[0] for text in sections]
@@ -36,6 +33,14 @@ def save(folder: Path, prefix: str, rows: Sequence[Row], section: str) -> None:
     place = headings.index(heading) if heading in headings else len(sections)
     sections[place : place + 1] = [section]
     path.write_text("\n\n".join(text.strip() for text in sections if text.strip()) + "\n")
+
+
+def save_rows(folder: Path, prefix: str, rows: Sequence[Row]) -> None:
+    """Replace the rows whose names start with `prefix`; others stay."""
+    path = folder / "results.json"
+    kept = json.loads(path.read_text()) if path.exists() else []
+    kept = [known for known in kept if not known["name"].startswith(prefix)]
+    path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
 
 
 def machine() -> str:

@@ -8,7 +8,6 @@ answers are log-normal, cut at `max_tokens`. Nothing here needs a GPU, Ray or to
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from results import save_rows
 
 from wrpo_ray import config
 from wrpo_ray.plan.estimate import estimate
@@ -289,7 +289,7 @@ def main() -> None:
         tenfold=more.outcome.efficiency,
     )  # fmt: skip
     (options.out / "SIMULATION.md").write_text(text)
-    write_rows(options.out / "results.json", list(rows(last, first[-1], trouble["static"])))
+    save_rows(options.out, PREFIX, list(rows(last, first[-1], trouble["static"])))
     print(text)
 
 
@@ -302,13 +302,6 @@ def rows(best: Result, first: Result, static: Result) -> Iterator[dict[str, Any]
         yield row(f"efficiency.{nodes}{name}", ours.efficiency, peer.efficiency, ratio, what, nodes)
     planned = best.planned / ours.wall
     yield row(f"wall.{nodes}.vs_plan", ours.wall, best.planned, planned, "s", nodes)
-
-
-def write_rows(path: Path, new: list[dict[str, Any]]) -> None:
-    """Other benchmarks' rows stay."""
-    held = json.loads(path.read_text()) if path.exists() else []
-    kept = [r for r in held if not r["name"].startswith(PREFIX)]
-    path.write_text(json.dumps(kept + new, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from typing import Any
 
 import psutil
 
+from wrpo_ray.core.records import prompt_id
+
 Message = dict[str, str]
 
 SAMPLES = 5
@@ -88,6 +90,11 @@ def texts(count: int, mean: int, seed: str) -> list[str]:
 def user(text: str) -> list[Message]:
     """The conversation that a prompt is."""
     return [{"role": "user", "content": text}]
+
+
+def key(messages: list[Message], sample: int) -> str:
+    """An answer's."""
+    return f"{prompt_id(messages)}/{sample}"
 
 
 def write_prompts(file: Path, prompts: list[list[Message]]) -> None:
