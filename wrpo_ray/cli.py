@@ -79,6 +79,20 @@ def _parser() -> argparse.ArgumentParser:
     _until_argument(fuse, "stop after this step")
     for name, text in STAGE_HELP.items():
         _config_command(commands, name, f"the chain up to here: {text}", _fuse, until=name)
+    _plan_command(commands)
+    _export_command(commands)
+    _failures_command(commands)
+    _serve_command(commands)
+    _cluster_commands(commands)
+    zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
+    zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
+    zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
+    zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
+    zoo.set_defaults(run=_zoo)
+    return parser
+
+
+def _plan_command(commands: Any) -> None:
     plan = commands.add_parser(
         "plan", help="work, tokens, GPU-hours, money and time of a config; runs nothing"
     )
@@ -87,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=_positive, metavar="N", help="of the cluster to plan for")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=_plan)
+
+
+def _export_command(commands: Any) -> None:
     export = commands.add_parser("export", help="preference rows as a data set with its card")
     _config_arguments(export)
     export.add_argument(
@@ -109,6 +126,9 @@ def _parser() -> argparse.ArgumentParser:
         help="for trl: y_wt and y_l (default), y_ws and y_l, or a row of each",
     )
     export.set_defaults(run=_export)
+
+
+def _failures_command(commands: Any) -> None:
     failures = commands.add_parser("failures", help="failed rows, and new attempts for them")
     _config_arguments(failures)
     failures.add_argument("--step", metavar="STEP", help="only of this stage or step")
@@ -120,14 +140,6 @@ def _parser() -> argparse.ArgumentParser:
         "--yes", action="store_true", help="with --retry: also where models are trained again"
     )
     failures.set_defaults(run=_failures)
-    _serve_command(commands)
-    _cluster_commands(commands)
-    zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
-    zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
-    zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
-    zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
-    zoo.set_defaults(run=_zoo)
-    return parser
 
 
 def _serve_command(commands: Any) -> None:

@@ -638,11 +638,12 @@ def _run_stages(run: Run, stages: list[Stage]) -> None:
     phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
     while phases:
         number, phase = phases.pop(0)
-        jobs, following = _missing(run, phase), []
-        if jobs and phases and _can_follow(jobs, _missing(run, phases[0][1])):
-            last, phase = phases.pop(0)
-            following = _missing(run, phase)
-            number = max(number, last)
+        jobs = _missing(run, phase)
+        following = _missing(run, phases[0][1]) if jobs and phases else []
+        if following and _can_follow(jobs, following):
+            number, _ = phases.pop(0)
+        else:
+            following = []
         label = f"[{number + 1}/{len(stages)}] {stages[number].name}"
         started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
         if not names:
@@ -669,7 +670,7 @@ def _tell_resumed(run: Run, jobs: list[Any]) -> None:
 
 def _can_follow(jobs: list[Any], following: list[Any]) -> bool:
     """Whether answers can be scored while others are generated: there has to be room for both."""
-    if not isinstance(jobs[0], Generate) or not following or not isinstance(following[0], Score):
+    if not isinstance(jobs[0], Generate) or not isinstance(following[0], Score):
         return False
     pools = [generate.pool_of(job.model) for job in jobs]
     return all(fit_together([pool, score.pool_of(following[0].reward)]) for pool in pools)

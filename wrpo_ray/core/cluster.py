@@ -222,9 +222,10 @@ def map_rows(
 
     least, most = (min(n, len(rows)) for n in (pool.actors.min, pool.actors.max))
     check_room(pool.what, least, "actors", pool.needs)
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     if feed:
-        dataset = feed.replace(dataset, len(rows))
+        dataset = feed.dataset(len(rows))
+    else:
+        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     made = {"what": pool.what, "worker": worker, "arguments": arguments}
     try:
         with _placed(pool) as place:
@@ -356,12 +357,12 @@ class Feed:
         if step.key in self._jobs:
             self._board.add.remote({"job": self._jobs[step.key], "bucket": bucket})
 
-    def replace(self, dataset: Any, count: int) -> Any:
-        """A dataset of `count` rows of the feed in place of those given."""
+    def dataset(self, count: int) -> Any:
+        """A dataset of `count` rows of the feed, each as soon as it is there."""
         import ray
 
-        dataset = ray.data.from_items(list(range(count)), override_num_blocks=count)
-        return dataset.map(_next, fn_kwargs={"board": self._board}, num_cpus=0, concurrency=2)
+        numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
+        return numbers.map(_next, fn_kwargs={"board": self._board}, num_cpus=0, concurrency=2)
 
 
 class _Board:
