@@ -128,7 +128,7 @@ def greedy(demo: Any, output: Path, prompts: dict[str, Any]) -> Wrpo:
             for name in SOURCES
         ],
         sampling={"samples": 1, "temperature": 0, "max_tokens": 16},
-        reward={"model": str(ROOT / ".cache/zoo/reward"), "max_length": 2048},
+        reward={"model": str(ROOT / ".cache/zoo/reward"), "overflow": "cut_prompt"},
         storage={"buckets": 16, "chunk": 4},
         evaluate=None,
     )
