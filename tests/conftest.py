@@ -32,6 +32,13 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts Ray or engines runs one after the other, unit tests beside it, by the file."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder == "unit" else "Ray"))
+
+
 @pytest.fixture(scope="session")
 def zoo() -> Path:
     """The demo's tiny models, trained once and kept in .cache (some minutes the first time)."""
