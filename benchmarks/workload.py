@@ -9,6 +9,7 @@ import string
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -150,11 +151,12 @@ def alone(contender: Callable[..., Made], *args: Any) -> Measured:
     """Run it in a process of its own, and watch what that and its descendants use."""
     import numpy as np
 
-    started, used = time.monotonic(), []
+    started, used, seen = time.monotonic(), [], {}
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         future = process.submit(_quiet_end, contender, *args)
         while not wait([future], timeout=0.5).done:
-            used.append((time.monotonic(), _cpu_seconds()))
+            seen |= _cpu_seconds()
+            used.append((time.monotonic(), sum(seen.values())))
         made = future.result()
     whole = time.monotonic() - started
     cpu = np.interp([made.started, made.ended], *zip(*used, strict=True))
@@ -167,12 +169,10 @@ def _quiet_end(contender: Callable[..., Made], *args: Any) -> Made:
     return made
 
 
-def _cpu_seconds() -> float:
-    """Of all descendants of this process, with those that they waited for."""
-    used = 0.0
+def _cpu_seconds() -> dict[psutil.Process, float]:
+    """Of each descendant of this process; one that has ended is known by what was seen before."""
+    used = {}
     for process in psutil.Process().children(recursive=True):
-        try:
-            used += sum(process.cpu_times()[:4])
-        except psutil.NoSuchProcess:
-            continue
+        with suppress(psutil.NoSuchProcess):
+            used[process] = sum(process.cpu_times()[:2])
     return used

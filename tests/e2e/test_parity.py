@@ -61,12 +61,14 @@ def transformers_answers(folder, prompts: list[str]) -> list[list[int]]:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
-    from wrpo_ray.core.vllm import CPU_ENV, ENV
+    from wrpo_ray.core.vllm import engine_env
 
     lines = (zoo / "eval.jsonl").read_text().splitlines()[:20]
     prompts = [json.loads(line)["prompt"] for line in lines]
     out = tmp_path / "ids.json"
     command = [sys.executable, "-c", SCRIPT, str(zoo / model), json.dumps(prompts), str(out)]
-    result = subprocess.run(command, env=os.environ | ENV | CPU_ENV, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=os.environ | engine_env(on_gpu=False), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(out.read_text()) == transformers_answers(zoo / model, prompts)

@@ -28,7 +28,7 @@ def test_vllm_gives_the_rewards_of_transformers(tmp_path):
     from transformers import LlamaForSequenceClassification
 
     from wrpo_ray.config import RewardConfig
-    from wrpo_ray.core.vllm import CPU_ENV, ENV
+    from wrpo_ray.core.vllm import engine_env
     from wrpo_ray.score.base import Item
     from wrpo_ray.score.rewards import load_reward
 
@@ -42,7 +42,9 @@ def test_vllm_gives_the_rewards_of_transformers(tmp_path):
     texts = [" ".join(f"w{(7 * n + i) % 40}" for i in range(n)) for n in (1, 3, 9, 30, 2, 90)]
     out = tmp_path / "scores.json"
     command = [sys.executable, "-c", SCRIPT, str(tmp_path), json.dumps(texts), str(out)]
-    result = subprocess.run(command, env=os.environ | ENV | CPU_ENV, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=os.environ | engine_env(on_gpu=False), capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     scores = json.loads(out.read_text())
     plain = load_reward(RewardConfig(model="m", max_length=100), [tmp_path]).score(

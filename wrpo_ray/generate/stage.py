@@ -34,7 +34,7 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.core.vllm import CPU_ENV, ENV
+from wrpo_ray.core.vllm import engine_env
 from wrpo_ray.generate.endpoint import EndpointEngine
 from wrpo_ray.generate.engine import Answers, Engine, Request, VllmEngine
 
@@ -92,7 +92,8 @@ def pool_of(model: ModelConfig) -> Pool:
     """The model's engines as a pool of actors."""
     if model.endpoint:
         return Pool(f"generate {model.name}", model.actors, threads=IN_HAND_ENDPOINT)
-    env = ENV | thread_env(model.actors.num_cpus) | ({} if model.actors.num_gpus else CPU_ENV)
+    on_gpu = bool(model.actors.num_gpus)
+    env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
     return Pool(f"generate {model.name}", model.actors, env, threads=IN_HAND, parts=model.parts)
 
 

@@ -33,7 +33,7 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.core.vllm import CPU_ENV, ENV
+from wrpo_ray.core.vllm import engine_env
 from wrpo_ray.score.base import Item, Reward
 from wrpo_ray.score.rewards import load_reward
 
@@ -94,7 +94,7 @@ def pool_of(reward: RewardConfig) -> Pool:
     """The reward as a pool of actors."""
     env = thread_env(reward.actors.num_cpus)
     if any(part.engine == "vllm" for part in reward.parts):
-        env |= ENV | ({} if reward.actors.num_gpus else CPU_ENV)
+        env |= engine_env(on_gpu=bool(reward.actors.num_gpus))
     return Pool(f"score with {reward.name}", reward.actors, env)
 
 

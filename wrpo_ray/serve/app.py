@@ -30,7 +30,7 @@ from wrpo_ray import config
 from wrpo_ray.config import ServeConfig, ServedModel
 from wrpo_ray.core.cluster import thread_env
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.core.vllm import CPU_ENGINE, CPU_ENV, ENV
+from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
 from wrpo_ray.serve.check import checked, lines
@@ -161,7 +161,7 @@ def engine_settings(
     }
     chosen = {name: value for name, value in engine.items() if value is not None}
     bundle = {"CPU": actors.num_cpus, "GPU": actors.num_gpus, **actors.resources}
-    env = ENV | QUIET | thread_env(actors.num_cpus) | (CPU_ENV if on_cpu else {})
+    env = engine_env(on_gpu=not on_cpu) | QUIET | thread_env(actors.num_cpus)
     return LLMConfig(
         model_loading_config={"model_id": model.name, "model_source": source},
         engine_kwargs=chosen | model.engine,
