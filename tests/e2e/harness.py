@@ -86,9 +86,9 @@ def shards(output: Path, pattern: str) -> dict[str, int]:
 
 def rows(output: Path, step: str, *columns: str) -> list[tuple]:
     """The rows of all of a step's shards, as sorted tuples of some columns."""
-    files = sorted(output.glob(f"{step}-????????????/*.parquet"))
+    files = sorted(shards(output, f"{step}-????????????/*.parquet"))
     assert files, f"no shards of {step} in {output}"
-    table = pa.concat_tables(pq.read_table(f, columns=list(columns)) for f in files)
+    table = pa.concat_tables(pq.read_table(output / f, columns=list(columns)) for f in files)
     return sorted(tuple(str(v) for v in row.values()) for row in table.to_pylist())
 
 

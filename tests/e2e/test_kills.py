@@ -144,9 +144,9 @@ def check(trial: Trial, undisturbed: Path, count: int) -> None:
             assert len({row[:3] for row in found}) == len(found) == count
     chosen = rows(trial.output, "select", "prompt_id", "source_chosen")
     assert [r[0] for r in chosen] == [r[0] for r in rows(undisturbed, "select", "prompt_id")]
-    later = sorted(trial.logs.iterdir())[1:]
-    assert all("shards are there" in log.read_text() for log in later)
+    later = [log.read_text() for log in sorted(trial.logs.iterdir())[1:]]
     assert len(later) == trial.killed["driver"]
+    assert all("shards are there" in log for log in later if "generate-" in log)  # else too short
     wait_until(lambda: not processes_of(trial.output))
 
 
