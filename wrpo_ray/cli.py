@@ -51,10 +51,17 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(error, next((c for e, c in codes.items() if isinstance(error, e)), 1))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", 130)
+    except Terminated:
+        return _fail("terminated; run the same command again to go on", 143)
+
+
+class Terminated(SystemExit):
+    """SIGTERM, which `ray job stop`, Kubernetes and batch systems send."""
 
 
 def _terminate(*_: object) -> None:
-    raise SystemExit(143)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows puts things in order
+    raise Terminated(143)
 
 
 def _fail(reason: object, code: int) -> int:
@@ -79,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _until_argument(fuse, "stop after this step")
     for name, text in STAGE_HELP.items():
         _config_command(commands, name, f"the chain up to here: {text}", _fuse, until=name)
+    _submit_command(commands)
     _plan_command(commands)
     _export_command(commands)
     _failures_command(commands)
@@ -90,6 +98,29 @@ def _parser() -> argparse.ArgumentParser:
     zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
     zoo.set_defaults(run=_zoo)
     return parser
+
+
+def _submit_command(commands: Any) -> None:
+    text = "the whole chain of a config as a job of a Ray cluster"
+    submit = commands.add_parser("submit", help=text, description=text)
+    _config_arguments(submit)
+    _until_argument(submit, "stop after this step")
+    submit.add_argument(
+        "--address",
+        metavar="URL",
+        help="of the head's dashboard, such as http://HEAD:8265 (else RAY_API_SERVER_ADDRESS, "
+        "RAY_ADDRESS or the config's cluster.address)",
+    )
+    submit.add_argument(
+        "--detach", action="store_true", help="do not follow the job, which goes on by itself"
+    )
+    submit.add_argument(
+        "--on-interrupt",
+        choices=("ask", "stop", "leave"),
+        default="ask",
+        help="what Ctrl-C does to the job (default: ask, on a terminal; else leave)",
+    )
+    submit.set_defaults(run=_submit)
 
 
 def _plan_command(commands: Any) -> None:
@@ -239,6 +270,32 @@ def _fuse(arguments: argparse.Namespace) -> None:
     from wrpo_ray.report.text import summary_text
 
     print(summary_text(summary))
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    from wrpo_ray import config, submit
+
+    settings = config.load(arguments.config, arguments.overrides)
+    rest = [f"--set={override}" for override in arguments.overrides]
+    rest.append(f"--until={arguments.until}")
+    job = submit.Job(submit.submission(arguments.config, rest, settings, arguments.address))
+    told = f"`ray job logs --follow {job.id}` shows it, `ray job stop {job.id}` ends it"
+    print(f"job {job.id} is submitted; {told}", file=sys.stderr)
+    if arguments.detach:
+        return 0
+    try:
+        return job.follow()
+    except KeyboardInterrupt:
+        if not _wants_stop(arguments.on_interrupt):
+            return _fail(f"interrupted; the job goes on: {told}", 130)
+        job.stop()
+        return _fail("the job is stopped; submit it again to go on", 130)
+
+
+def _wants_stop(on_interrupt: str) -> bool:
+    if on_interrupt == "ask" and sys.stdin.isatty():
+        return input("\nStop the job, too? [y/N] ").strip().lower() in ("y", "yes")
+    return on_interrupt == "stop"
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -120,3 +120,10 @@ def failures(output: Path) -> list[dict[str, Any]]:
     files = output.glob("*/failures/*/*.parquet")
     rows = [row for f in files for row in pq.read_table(f).to_pylist()]
     return sorted(rows, key=lambda row: row["where"] or "")
+
+
+def submit_command(api: str, output: Path, sets: dict[str, Any], *rest: str) -> list[str]:
+    """`wrpo submit jobs/demo.yaml` with what differs from the demo."""
+    overrides = [f"--set={name}={value}" for name, value in (sets | {"output": output}).items()]
+    command = [sys.executable, "-m", "wrpo_ray", "submit", "jobs/demo.yaml"]
+    return [*command, f"--address={api}", *overrides, *rest]

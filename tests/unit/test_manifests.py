@@ -194,7 +194,8 @@ def test_the_launcher_file_with_a_misspelt_key_is_refused(tmp_path: Path):
 def test_the_runtime_env_is_one_that_ray_accepts():
     given = yaml.safe_load((ROOT / "jobs" / "runtime_env.yaml").read_text())
     assert set(given) <= set(RuntimeEnv.known_fields)
-    assert RuntimeEnv(**given)["env_vars"] == {"PYTHONUNBUFFERED": "1"}
+    variables = {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": "30"}
+    assert RuntimeEnv(**given)["env_vars"] == variables
 
 
 def test_the_working_dir_of_a_job_is_small_and_has_the_code(tmp_path: Path):

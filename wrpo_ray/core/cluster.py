@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -49,16 +50,27 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        _check_answers(address)
+        check_answers(address)
         try:
-            ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
+            with _keeping_sigterm():
+                ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
         except ConnectionError as error:
             raise UserError(f"cluster.address: {address}: {error}") from None
     else:
         os.environ |= marks
-        ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
+        with _keeping_sigterm():
+            ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+@contextmanager
+def _keeping_sigterm() -> Iterator[None]:
+    """Ray puts handlers of its own for SIGTERM that end the process with another exit code."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
 
 
 def mark(root: Folder) -> str:
@@ -66,7 +78,7 @@ def mark(root: Folder) -> str:
     return digest(root.absolute().uri.rstrip("/"))
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """Ray waits for minutes, and ends the process, where nothing listens.
 
     Raises:
@@ -404,13 +416,27 @@ def side_by_side(calls: list[Callable[[], None]]) -> None:
 
 
 def fit_together(pools: list[Pool]) -> bool:
-    """Whether the cluster as it is has room for one actor of each pool at once."""
+    """Whether the cluster as it is has room for one actor of each pool at once.
+
+    What others hold for good, such as the driver of a submitted job its CPU, is no room: actors
+    that wait for each other's results could wait forever.
+    """
     import ray
 
-    have, need = ray.cluster_resources(), Counter[str]()
+    need = Counter[str]()
     for pool in pools:
         need.update(pool.needs)
-    return all(n <= have.get(name, 0) for name, n in need.items())
+
+    def fits(have: dict[str, float]) -> bool:
+        return all(n <= have.get(name, 0) for name, n in need.items())
+
+    # what earlier actors and tasks held is free a moment after they ended
+    deadline = time.monotonic() + 5
+    while fits(ray.cluster_resources()) and time.monotonic() < deadline:
+        if fits(ray.available_resources()):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def check_room(what: str, count: int, kind: str, needs: dict[str, float]) -> None:

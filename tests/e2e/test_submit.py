@@ -1,0 +1,107 @@
+"""Jobs of a running cluster, through the command and through Ray's own: run, stopped, run again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import ROOT, processes_of, shards, submit_command, wait_until
+from ray.job_submission import JobSubmissionClient
+from ray_head import RayHead
+
+ONE_SOURCE = "[{name: llama-bytes, model: .cache/zoo/sources/llama-bytes}]"
+SMALL = {
+    "prompts.limit": 360,
+    "sources": ONE_SOURCE,
+    "evaluate": "null",
+    "sft.epochs": 2,
+    "sft.batch_size": 16,
+    "wrpo.batch_size": 16,
+    "wrpo.checkpoint_every": 5,
+}
+"""The demo with one source, fewer prompts and no evaluation."""
+
+
+@pytest.fixture(scope="module")
+def head(zoo: Path) -> Iterator[RayHead]:
+    with RayHead(2) as head:
+        yield head
+
+
+def submitted(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
+
+
+def working_for(output: Path) -> list[str]:
+    """Its driver, actors and workers; Ray Data's own detached actors stay with the cluster."""
+    found = []
+    for pid in processes_of(output):
+        with suppress(psutil.Error):
+            found.append(" ".join(psutil.Process(pid).cmdline()))
+    return [name for name in found if "Map(" in name or "Train" in name or "wrpo fuse" in name]
+
+
+def test_a_stopped_job_is_submitted_again_and_goes_on(head, tmp_path):
+    output = tmp_path / "run"
+    command = submit_command(head.api, output, SMALL, "--until=train")
+    first = subprocess.Popen(
+        [*command, "--on-interrupt=stop"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: shards(output, "generate-*/*.parquet") or first.poll() is not None, 120)
+    other = submitted(command)
+    assert other.returncode == 2
+    assert f"output: {output} is worked on by the job wrpo-" in other.stderr
+    first.send_signal(signal.SIGINT)
+    _, error = first.communicate(timeout=60)
+    assert first.returncode == 130, error
+    assert "the job is stopped; submit it again to go on" in error
+    client = JobSubmissionClient(head.api)
+    (job,) = client.list_jobs()
+    assert job.status == "STOPPED"
+    told = client.get_job_logs(job.submission_id)
+    assert "terminated; run the same command again to go on" in told  # the driver had the time
+    assert not (output / "lease.json").exists()
+    wait_until(lambda: not working_for(output), 30)
+
+    finished = shards(output, "**/*.parquet")
+    again = submitted(command)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr
+    assert finished.items() <= shards(output, "**/*.parquet").items()  # none was made again
+    assert "shards are there; what they hold is passed over" in again.stdout
+    assert (next(output.glob("wrpo-*")) / "model" / "config.json").exists()
+    wait_until(lambda: not working_for(output), 30)
+
+
+def test_a_job_passes_its_exit_code_on(head, tmp_path):
+    command = submit_command(head.api, tmp_path, SMALL | {"prompts.path": "none.jsonl"})
+    failed = submitted(command)
+    assert failed.returncode == 2
+    assert "wrpo: error: prompts: no such file: none.jsonl" in failed.stdout
+    assert "Traceback" not in failed.stdout + failed.stderr
+
+
+def test_ray_job_submit(head, tmp_path):
+    """The command of the guide; .gitignore leaves the demo's models out otherwise."""
+    ray = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit"]
+    sets = [f"--set={name}={value}" for name, value in SMALL.items()]
+    wrpo = ["wrpo", "fuse", "jobs/demo.yaml", *sets, f"--set=output={tmp_path}", "--until=prompts"]
+    result = submitted(
+        [*ray, "--working-dir=.", "--runtime-env=jobs/runtime_env.yaml", "--", *wrpo],
+        RAY_API_SERVER_ADDRESS=head.api,
+        RAY_RUNTIME_ENV_IGNORE_GITIGNORE="1",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert list(tmp_path.glob("prompts-*/manifest.json"))
