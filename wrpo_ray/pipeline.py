@@ -445,7 +445,8 @@ def _scorer_fingerprint(part: ScoreConfig) -> str:
 
         return digest([part.judge.model, template_text(part.judge)], 16)
     path = _required(part.function, "reward.function")
-    source = importlib.import_module(path.partition(":")[0]).__file__
+    module = importlib.import_module(path.partition(":")[0])
+    source = getattr(module, "__file__", None)  # a module built into Python has none
     return digest([path, data_fingerprint([source] if source else [])], 16)
 
 

@@ -220,7 +220,8 @@ def map_rows(
 ) -> Iterator[dict[str, Any]]:
     """Map rows across a pool of `worker` actors on Ray Data; results come as they finish.
 
-    Each result has `seconds`: how long the actor took since it started or had its last result.
+    Each result has `seconds`: how long the actor took since it started or had its last result;
+    and `idle`: for how many of them it had no row.
 
     A lost actor or node is replaced and its rows are tried again, so a worker has to commit
     its own results and pass over what is committed. With a `feed` the rows are taken from it,
@@ -243,7 +244,7 @@ def map_rows(
         with _placed(pool) as place:
             kind = _Apart if place else _Guarded
             results = dataset.map(
-                type(worker.__name__, (kind,), {}),  # under the name that dashboards show
+                type(pool.what, (kind,), {}),  # under the name that dashboards show
                 fn_constructor_kwargs=made | place,
                 compute=ActorPoolStrategy(
                     min_size=least,
@@ -257,6 +258,7 @@ def map_rows(
                 resources=None if place else pool.actors.resources or None,
                 runtime_env={"env_vars": pool.env},
             )
+            results.set_name(pool.what)
             # Read ahead, as `iter_rows` does, a result would wait for the next one.
             for part in results.iter_batches(
                 batch_size=None, batch_format="pyarrow", prefetch_batches=0
@@ -282,7 +284,8 @@ def map_tasks(
     """
     import ray
 
-    task, shared = ray.remote(num_cpus=1)(_guarded), ray.put(function)
+    task = ray.remote(num_cpus=1)(_guarded).options(name=what)
+    shared = ray.put(function)
     under_way: list[Any] = []
     try:
         for row in rows:
@@ -473,7 +476,7 @@ class _Guarded:
     def __init__(self, what: str, worker: type, arguments: dict[str, Any]):
         self.what, self.worker, self.arguments = what, worker, arguments
         self._making = threading.Lock()
-        self._clock, self._told = threading.Lock(), time.monotonic()
+        self._clock = _Clock()
 
     @cached_property
     def _made(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -484,18 +487,37 @@ class _Guarded:
 
     def work(self, row: dict[str, Any]) -> dict[str, Any]:
         """The worker's result, or what went wrong."""
-        return _guarded(self.what, self._work, row) | {"seconds": self._seconds()}
+        self._clock.begin()
+        return _guarded(self.what, self._work, row) | self._clock.end()
 
     def _work(self, row: dict[str, Any]) -> dict[str, Any]:
         with self._making:
             made = self._made
         return made(row)
 
-    def _seconds(self) -> float:
-        """Seconds since the last result: the time that the actor held its place, each once."""
-        with self._clock:
-            before, self._told = self._told, time.monotonic()
-            return self._told - before
+
+class _Clock:
+    """How long an actor held its place and how long it waited; threads call at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._in_hand, self._idle = threading.Lock(), 0, 0.0
+        self._told = self._ended = time.monotonic()
+
+    def begin(self) -> None:
+        """A row is taken in hand."""
+        with self._lock:
+            if not self._in_hand:
+                self._idle += time.monotonic() - self._ended
+            self._in_hand += 1
+
+    def end(self) -> dict[str, float]:
+        """A row is done: `seconds` since the last one was, each told once, `idle` among them."""
+        with self._lock:
+            self._in_hand -= 1
+            self._ended = time.monotonic()
+            told = {"seconds": self._ended - self._told, "idle": self._idle}
+            self._told, self._idle = self._ended, 0.0
+            return told
 
 
 def _guarded(
@@ -536,7 +558,7 @@ class _Apart:
         while not place.wait(60):
             log(f"{what}: waiting for {len(bundles) - 1} workers' places")
         self.worker = (
-            ray.remote(_Guarded)
+            ray.remote(type(what, (_Guarded,), {}))
             .options(
                 num_cpus=bundles[0]["CPU"],
                 max_concurrency=threads,

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from wrpo_ray.core import metrics
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.spending import Ledger, Spent
 from wrpo_ray.core.steps import Step
@@ -38,16 +39,24 @@ class Run:
         pool: str,
         seconds: float,
         *,
+        idle: float = 0,
         gpus: float = 0,
         rows: int = 0,
+        failed: int = 0,
         prompt_tokens: int = 0,
         output_tokens: int = 0,
     ) -> None:
         """Count what an actor of `gpus` GPUs took and made; the driver calls it.
 
+        Of the seconds it was `idle` for some. Goes to the ledger and to Prometheus.
+
         Raises:
             BudgetError: the budget is spent.
         """
+        metrics.count(
+            step, rows=rows, failures=failed, tokens=output_tokens, prompt_tokens=prompt_tokens,
+            actor_seconds=seconds, idle_seconds=idle, gpu_seconds=seconds * gpus,
+        )  # fmt: skip
         if self.ledger:
             spent = Spent(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
             self.ledger.add(step, pool, spent)
@@ -89,7 +98,7 @@ class Tally:
             FailureLimitError: more rows failed than may in the whole job.
         """
         self.counts.update(
-            {k: v for k, v in result.items() if k not in ("job", "bucket", "seconds")}
+            {k: v for k, v in result.items() if k not in ("job", "bucket", "seconds", "idle")}
         )
         self._buckets += 1
         failed, rows = self.counts["failed"], self.counts["rows"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from wrpo_ray.core.records import FAILURE, PROMPT, digest
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 
-GIVEN_UP = "given up"
+EARLIER = "earlier"
 SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
 _NAME = re.compile(r"(\d{5})-of-(\d{5})-(\w+)\.parquet")
 KEY = ("prompt_id", "source", "sample")
@@ -123,21 +124,38 @@ def write_failures(
         write_shard(folder, bucket, FAILURE, counted, key)
 
 
-def clear_failures(folder: Folder, bucket: Bucket, max_attempts: int | None = None) -> Earlier:
-    """Forget a bucket's failed rows before they are tried again, but for their attempts.
+@contextmanager
+def trying_again(
+    folder: Folder, bucket: Bucket, max_attempts: int | None = None
+) -> Iterator[Earlier]:
+    """A bucket's failed rows of earlier runs, while those in the block are tried again.
 
-    Those with `max_attempts` or more are kept.
+    At its end they are forgotten, but for those with `max_attempts` or more. Until then, and
+    after a crash in the block, they lie in a shard of their own: no attempt is lost, and what is
+    written in the block is beside them.
     """
+    rows = _take_together(folder, bucket)
+    kept = [r for r in rows.values() if max_attempts and r["attempts"] >= max_attempts]
+    attempts = {key: row["attempts"] for key, row in rows.items()}
+    yield Earlier(attempts, frozenset((row["prompt_id"], row["sample"]) for row in kept))
+    if kept and len(kept) < len(rows):
+        write_failures(folder, bucket, kept, EARLIER)
+    elif rows and not kept:
+        folder.delete(bucket.shard(EARLIER))
+
+
+def _take_together(folder: Folder, bucket: Bucket) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Put a bucket's failed rows into one shard, each as it is with the most attempts."""
     shard = f"{bucket.index:05d}-of-{bucket.count:05d}-"
     names = [name for name in folder.files(suffix=".parquet") if name.startswith(shard)]
-    rows = {_failed_key(row): row for n in names for row in folder.read_table(n).to_pylist()}
-    kept = [r for r in rows.values() if max_attempts and r["attempts"] >= max_attempts]
-    write_failures(folder, bucket, kept, GIVEN_UP)
+    found = [row for name in names for row in folder.read_table(name).to_pylist()]
+    rows = {_failed_key(row): row for row in sorted(found, key=lambda row: row["attempts"])}
+    if names != [bucket.shard(EARLIER)]:
+        write_failures(folder, bucket, list(rows.values()), EARLIER)
     for name in names:
-        if not kept or name != bucket.shard(GIVEN_UP):
+        if name != bucket.shard(EARLIER):
             folder.delete(name)
-    attempts = {key: row["attempts"] for key, row in rows.items()}
-    return Earlier(attempts, frozenset((row["prompt_id"], row["sample"]) for row in kept))
+    return rows
 
 
 def _failed_key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -32,6 +32,13 @@ class Step:
     """What names the folder, where that is less than config and inputs."""
     retry: int = 0
     """How often its failed rows were given new attempts after it was done."""
+    source: str = ""
+    """The model whose answers it makes or scores, where it is one; the name ends with it."""
+
+    @property
+    def stage(self) -> str:
+        """The name without the source."""
+        return self.name.removesuffix(f"-{self.source}")
 
     @cached_property
     def key(self) -> str:

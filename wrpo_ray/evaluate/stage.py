@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wrpo_ray.config import Actors
-from wrpo_ray.core import records
+from wrpo_ray.core import metrics, records
 from wrpo_ray.core.cluster import Pool, map_rows
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets
@@ -74,7 +74,9 @@ def run(run: Run, jobs: list[Evaluate]) -> None:
             EXAMPLE,
             min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
         )
-        job.step.finish(run.root, {"rows": sums[_measures(job)[0], _first(job), ALL].n}, started)
+        rows_compared = sums[_measures(job)[0], _first(job), ALL].n
+        metrics.count(job.step, rows=rows_compared)
+        job.step.finish(run.root, {"rows": rows_compared}, started)
 
 
 def _first(job: Evaluate) -> str:

@@ -26,9 +26,9 @@ from wrpo_ray.core.shards import (
     Prompts,
     Samples,
     buckets,
-    clear_failures,
     read_bucket,
     sample_keys,
+    trying_again,
     write_failures,
     write_shard,
 )
@@ -68,7 +68,9 @@ class Generate:
             "seed": self.seed,
         }
         wanted = {"samples": count, "splits": list(self.prompts.splits)}
-        return Step(f"generate-{self.model.name}", wanted, (self.prompts.step,), store, self.retry)
+        name = self.model.name
+        inputs = (self.prompts.step,)
+        return Step(f"generate-{name}", wanted, inputs, store, self.retry, source=name)
 
     @property
     def samples(self) -> Samples:
@@ -108,7 +110,8 @@ def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
         tallies[result["job"]].add(result)
         run.spend(
             jobs[result["job"]].step, jobs[0].model.name, result["seconds"],
-            gpus=pool.needs["GPU"], rows=result["new"],
+            idle=result["idle"], gpus=pool.needs["GPU"],
+            rows=result["new"], failed=result["failed"],
             prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
         )  # fmt: skip
         if feed:
@@ -134,14 +137,14 @@ class Generator:
         """Fill one bucket of one job; what is returned are counts only. Threads call at once."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
-        earlier = clear_failures(kept, bucket, self.run.max_attempts)
-        held, failed, requests = self._missing(job, bucket, earlier)
         done = asked = said = 0
-        for rows, failures in self._answers(job, requests):
-            self._commit(bucket, job, rows, failures, earlier)
-            done, failed = done + len(rows), failed + len(failures)
-            asked += self._prompt_tokens(job, rows)
-            said += sum(r["output_tokens"] or 0 for r in rows)
+        with trying_again(kept, bucket, self.run.max_attempts) as earlier:
+            held, failed, requests = self._missing(job, bucket, earlier)
+            for rows, failures in self._answers(job, requests):
+                self._commit(bucket, job, rows, failures, earlier)
+                done, failed = done + len(rows), failed + len(failures)
+                asked += self._prompt_tokens(job, rows)
+                said += sum(r["output_tokens"] or 0 for r in rows)
         counts = {"rows": held + done, "new": done, "failed": failed}
         return row | counts | {"prompt_tokens": asked, "output_tokens": said}
 

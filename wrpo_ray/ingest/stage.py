@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from wrpo_ray.config import ImportConfig, PromptsConfig
-from wrpo_ray.core import records
+from wrpo_ray.core import metrics, records
 from wrpo_ray.core.cluster import readable
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.published import RowError, from_published
@@ -160,10 +160,12 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
         .map_groups(_writer(run, job), batch_format="pyarrow")
     )
     try:
+        dataset.set_name(what)
         done = dataset.sum(list(COUNTS))
     except ray.exceptions.RayError as error:
         raise readable(error, what) from error
     totals = {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
+    metrics.count(job.step, rows=totals["rows"], failures=totals["failed"])
     failures = job.step.failures(run.root)
     run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
     if not totals["rows"]:
@@ -184,6 +186,7 @@ def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Ite
         for place, row in islice(rows, limit):
             yield from _placed(job, place, row, buckets)
 
+    read.__name__ = f"read {job.step.name}"  # as dashboards show it
     return read
 
 
@@ -227,4 +230,5 @@ def _writer(run: Run, job: Ingest) -> Callable[[pa.Table], pa.Table]:
         }
         return pa.table({name: [count] for name, count in counts.items()})
 
+    write.__name__ = f"write {job.step.name}"
     return write

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wrpo_ray.config import AnswersConfig, PairConfig
-from wrpo_ray.core import records
+from wrpo_ray.core import metrics, records
 from wrpo_ray.core.cluster import map_tasks
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.run import Run
@@ -340,6 +340,7 @@ def run(run: Run, jobs: Sequence[Job]) -> None:
         rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
         for counts in map_tasks(job.step.name, rows, partial(_fill, run, job)):
             totals.update(counts)
+            metrics.count(job.step, rows=counts["rows"])
         record = job.step.finish(run.root, dict(sorted(totals.items())), started)
         told = ", ".join(f"{name} {count:,}" for name, count in _told(record["counts"]).items())
         log(f"{job.step.name}  {told}")

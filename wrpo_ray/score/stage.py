@@ -25,9 +25,9 @@ from wrpo_ray.core.shards import (
     Samples,
     buckets,
     chunks,
-    clear_failures,
     read_bucket,
     sample_keys,
+    trying_again,
     write_failures,
     write_shard,
 )
@@ -38,6 +38,9 @@ from wrpo_ray.score.base import Item, Reward
 from wrpo_ray.score.rewards import load_reward
 
 Row = dict[str, Any]
+SAMPLED = 32
+"""Buckets, evenly, whose scores of all sources are read for the share of wins that is shown: a
+bucket's call reads two columns of each source, so in all of them it would grow with the run."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Score:
         }
         if not self.reward.model:  # it may look at the prompts' references
             store["prompts"] = self.answers.prompts.step.key
-        return Step(f"score-{self.reward.name}-{name}", {}, (source,), store, self.retry)
+        label = f"score-{self.reward.name}-{name}"
+        return Step(label, {}, (source,), store, self.retry, source=name)
 
     @property
     def samples(self) -> Samples:
@@ -106,15 +110,18 @@ def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
     for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
-        step, name = jobs[result["job"]].step, jobs[0].reward.name
-        run.spend(step, name, result["seconds"], gpus=pool.needs["GPU"], rows=result["new"])
+        run.spend(
+            jobs[result["job"]].step, jobs[0].reward.name, result["seconds"],
+            idle=result["idle"], gpus=pool.needs["GPU"],
+            rows=result["new"], failed=result["failed"],
+        )  # fmt: skip
 
 
 class _Shown(Progress):
     """A source's progress, with its rewards so far."""
 
     def __init__(self, job: Score, buckets: int):
-        super().__init__(f"score {job.answers.step.name.removeprefix('generate-')}", buckets)
+        super().__init__(f"score {job.step.source}", buckets)
         self.reward, self.wins = 0.0, 0
 
 
@@ -151,17 +158,20 @@ class Scorer:
         """Fill one bucket of one job; what is returned are counts only."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
-        earlier = clear_failures(kept, bucket, self.run.max_attempts)
-        held, failed, missing = self._missing(job, bucket, earlier)
-        prompts = self._prompts(job, bucket) if missing else {}
         done, reward = 0, 0.0
-        for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
-            good, failures = self._score(job, prompts, rows)
-            self._commit(job, bucket, rows, good, failures, earlier)
-            done, failed = done + len(good), failed + len(failures)
-            reward += sum(r["reward"] for r in good)
+        with trying_again(kept, bucket, self.run.max_attempts) as earlier:
+            held, failed, missing = self._missing(job, bucket, earlier)
+            prompts = self._prompts(job, bucket) if missing else {}
+            for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
+                good, failures = self._score(job, prompts, rows)
+                self._commit(job, bucket, rows, good, failures, earlier)
+                done, failed = done + len(good), failed + len(failures)
+                reward += sum(r["reward"] for r in good)
         counts = {"rows": held + done, "new": done, "failed": failed, "reward": reward}
-        return row | counts | {"wins": json.dumps(self._wins(bucket) if done else [])}
+        is_sampled = bucket.index % max(1, bucket.count // SAMPLED) == 0
+        return (
+            row | counts | {"wins": json.dumps(self._wins(bucket) if done and is_sampled else [])}
+        )
 
     def _wins(self, bucket: Bucket) -> list[int]:
         """How many of the bucket's prompts each job's source answers best, if all are scored."""

@@ -164,6 +164,7 @@ class Trainer:
             "grad_norm": _number(self.policy.get_global_grad_norm()),
             **({} if alpha is None else {"alpha": alpha}),
             **{name: total / len(batch) for name, total in totals.items()},
+            "tokens": round(tokens),
             "tokens_per_s": round(tokens / seconds, 1),
             "padding": round(1 - tokens / size, 4),
             "peak_memory_gb": peak_memory(self.device),

@@ -25,8 +25,8 @@ from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import (
     Bucket,
     buckets,
-    clear_failures,
     read_bucket,
+    trying_again,
     write_failures,
 )
 from wrpo_ray.core.steps import Step
@@ -119,8 +119,10 @@ def _prepare(run: Run, job: Prepare) -> None:
     for result in map_rows(pool, rows, Preparer, {"run": run, "job": job}):
         counts.update({k: v for k, v in result.items() if k != "bucket"})
         progress.add(result["rows"])
-        gpus = job.actors.num_gpus
-        run.spend(job.step, job.step.name, result["seconds"], gpus=gpus, rows=result["rows"])
+        run.spend(
+            job.step, job.step.name, result["seconds"], idle=result["idle"],
+            gpus=job.actors.num_gpus, rows=result["rows"], failed=result["failed"],
+        )  # fmt: skip
     totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}
     run.check_failures(job.step, totals["failed"], totals["rows"])
     _check_some(job, totals)
@@ -185,7 +187,8 @@ class Preparer:
         """Rows that are too long lie apart from faults, which count against `failure_limit`."""
         failures = self.job.step.failures(self.run.root)
         for folder, part in ((failures, rows.faults), (failures / DROPPED, rows.too_long)):
-            write_failures(folder, bucket, part, "rows", clear_failures(folder, bucket))
+            with trying_again(folder, bucket) as earlier:
+                write_failures(folder, bucket, part, "rows", earlier)
 
     def _with_reference(self, rows: list[Row]) -> list[Row]:
         return self.reference(rows) if rows and self.job.stores_reference else rows

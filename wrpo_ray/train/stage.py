@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
+from wrpo_ray.core import metrics
 from wrpo_ray.core.chat import OWN, Template
 from wrpo_ray.core.cluster import check_room, is_own_ray, readable, thread_env
 from wrpo_ray.core.progress import log
@@ -179,10 +180,9 @@ def _watch(task: Task, trainer: Any, checkpoints: Folder) -> Any:
         started = time.monotonic()
         thread.join(EVERY)
         _count(task, time.monotonic() - started)
-        if thread.is_alive():
-            shown = _progress(task, shown)
-            if held != (held := committed(checkpoints)) and task.run.ledger:
-                task.run.ledger.check()  # here nothing is lost
+        shown = _progress(task, shown)
+        if thread.is_alive() and held != (held := committed(checkpoints)) and task.run.ledger:
+            task.run.ledger.check()  # here nothing is lost
     if "error" in outcome:
         raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     return outcome["value"]
@@ -190,14 +190,16 @@ def _watch(task: Task, trainer: Any, checkpoints: Folder) -> Any:
 
 def _count(task: Task, seconds: float) -> None:
     """Workers may be fewer after a loss; they are counted as they were asked for."""
+    held = seconds * task.config.workers
+    gpu_seconds = held * task.config.num_gpus
+    metrics.count(task.step, actor_seconds=held, gpu_seconds=gpu_seconds)
     if task.run.ledger:
-        held = seconds * task.config.workers
-        spent = Spent(actor_seconds=held, gpu_seconds=held * task.config.num_gpus)
+        spent = Spent(actor_seconds=held, gpu_seconds=gpu_seconds)
         task.run.ledger.add(task.step, task.step.name, spent)
 
 
 def _progress(task: Task, shown: int | None) -> int:
-    """Log the last step in the metrics unless it is `shown`; returns it, or -1.
+    """Tell the last step in the metrics, and Prometheus, unless it is `shown`; returns it, or -1.
 
     With None it says nothing: what is there is of an earlier, interrupted run.
     """
@@ -207,6 +209,7 @@ def _progress(task: Task, shown: int | None) -> int:
     last = records[-1] if records else {"step": -1}
     if shown is None or last["step"] in (shown, -1):
         return last["step"]
+    _export(task, last, [record for record in records if record["step"] > shown])
     accuracy = last.get("rewards/accuracies")
     log(
         f"{task.step.name}  step {last['step'] + 1}/{last['steps']}  loss {last['loss']:.4f}"
@@ -214,6 +217,22 @@ def _progress(task: Task, shown: int | None) -> int:
         + f"  {last['tokens_per_s']:,.0f} tokens/s"
     )
     return last["step"]
+
+
+def _export(task: Task, last: dict[str, Any], new: list[dict[str, Any]]) -> None:
+    rows, tokens = (sum(record[name] for record in new) for name in ("rows", "tokens"))
+    metrics.count(task.step, rows=rows, tokens=tokens)
+    metrics.show(
+        task.step,
+        train_step=last["step"] + 1,
+        train_steps=last["steps"],
+        train_loss=last["loss"],
+        train_accuracy=last.get("rewards/accuracies"),
+        train_alpha=last.get("alpha"),
+        train_learning_rate=last["lr"],
+        train_grad_norm=last["grad_norm"],
+        train_tokens_per_second=last["tokens_per_s"],
+    )
 
 
 def _tell(task: Task, counts: dict[str, Any]) -> None:
