@@ -16,12 +16,15 @@ from wrpo_ray.core.cluster import mark
 from wrpo_ray.core.fingerprint import data_fingerprint
 from wrpo_ray.core.lease import Lease
 from wrpo_ray.core.published import messages_of
+from wrpo_ray.core.records import FAILURE, failure
 from wrpo_ray.core.shards import (
     Bucket,
     Prompts,
     Samples,
     buckets,
     read_bucket,
+    trying_again,
+    write_failures,
     write_shard,
 )
 from wrpo_ray.core.steps import Step
@@ -254,3 +257,28 @@ def test_any_change_of_data_is_a_new_input(tmp_path):
             file.write(byte)
         seen.add(data_fingerprint([str(path)]))
     assert len(seen) == 2
+
+
+def test_a_crash_while_failed_rows_are_tried_again_forgets_no_attempt(tmp_path):
+    """Attempts 1, a crash, 2, 3: then the row is given up, and the other is forgotten."""
+    folder, bucket = Folder(str(tmp_path)), Bucket(0, 1)
+    rows = {
+        key: failure("score", ValueError("x"), prompt_id=key, source="a", sample=0)
+        for key in ("lasting", "passing")
+    }
+    write_failures(folder, bucket, list(rows.values()), "first")
+    with pytest.raises(KeyboardInterrupt), trying_again(folder, bucket, 3):
+        raise KeyboardInterrupt
+    for attempts in (2, 3):
+        with trying_again(folder, bucket, 3) as earlier:
+            assert earlier.attempts["lasting", "a", 0] == attempts - 1
+            assert not earlier.given_up
+            write_failures(folder, bucket, [rows["lasting"]], "again", earlier)
+        (kept,) = read_bucket(folder, bucket, FAILURE).to_pylist()
+        assert (kept["prompt_id"], kept["attempts"]) == ("lasting", attempts)
+    for _ in range(2):
+        with trying_again(folder, bucket, 3) as earlier:
+            assert earlier.given_up == {("lasting", 0)}
+    with trying_again(folder, bucket) as earlier:
+        assert earlier.attempts == {("lasting", "a", 0): 3}
+    assert folder.files(suffix=".parquet") == []

@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrpo_ray.config import Config, PricesConfig
+from wrpo_ray.config import Config, PricesConfig, RewardConfig
 from wrpo_ray.core import records
 from wrpo_ray.core.shards import Bucket, buckets, write_shard
 from wrpo_ray.core.spending import FILE
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.generate.stage import Generate
-from wrpo_ray.pipeline import Chain
+from wrpo_ray.pipeline import Chain, _scorer_fingerprint
 from wrpo_ray.plan import rates
 from wrpo_ray.plan.estimate import count_rows, estimate
 from wrpo_ray.plan.text import count, duration, plan_text
@@ -260,3 +260,9 @@ def test_works_of_a_pool_share_engines():
     ]
     assert Plan(works, PricesConfig()).seconds() == 10 + 160
     assert [w.engines for w in share(works, 4)] == [4, 4]
+
+
+@pytest.mark.parametrize("module", ["builtins", "math"])
+def test_a_reward_in_a_module_without_a_file_has_a_fingerprint(module: str):
+    part = RewardConfig(function=f"{module}:pow")
+    assert len(_scorer_fingerprint(part)) == 16

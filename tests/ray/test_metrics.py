@@ -1,0 +1,73 @@
+"""What Prometheus finds at a Ray node after a step, and the names that Ray's dashboard shows."""
+
+import os
+import re
+import time
+import urllib.request
+
+import pytest
+
+from wrpo_ray.config import Actors, RewardConfig
+from wrpo_ray.core import records
+from wrpo_ray.core.run import Run
+from wrpo_ray.core.shards import Bucket, Prompts, Samples, write_shard
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.score import stage
+from wrpo_ray.score.stage import Score
+
+INTERVAL = "RAY_metrics_report_interval_ms"
+
+
+def last_digit(messages, response: str, reference: str) -> float:
+    if response == "answer 0":
+        raise ConnectionError("away")
+    return float(response[-1])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_reports():
+    os.environ[INTERVAL] = "500"
+    yield
+    del os.environ[INTERVAL]
+
+
+def scraped() -> dict[tuple[str, str, str], float]:
+    """{(metric, stage, source): value} of the node's own series."""
+    import ray
+
+    (node,) = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    text = urllib.request.urlopen(url, timeout=10).read().decode()
+    found = {}
+    for name, labels, value in re.findall(r"^ray_wrpo_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+        label = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        found[name, label["stage"], label["source"]] = float(value)
+    return found
+
+
+def test_a_step_is_found_by_prometheus_and_by_name(local_ray, tmp_path):
+    root, prompts, source = Folder(str(tmp_path)), Step("prompts"), Step("generate-a-b")
+    keys = [records.digest(n) for n in range(6)]
+    for bucket in (Bucket(0, 2), Bucket(1, 2)):
+        mine = [n for n, key in enumerate(keys) if key in bucket]
+        asked = [{"prompt_id": keys[n], "messages": [], "split": "sft"} for n in mine]
+        said = [
+            {"prompt_id": keys[n], "source": "a-b", "sample": 0, "text": f"answer {n}"}
+            for n in mine
+        ]
+        write_shard(root / prompts.folder, bucket, records.PROMPT, asked, "all")
+        write_shard(root / source.folder, bucket, records.RESPONSE, said, "all")
+    reward = RewardConfig(function=f"{__name__}:last_digit", actors=Actors(num_cpus=1))
+    samples = Samples(source, Prompts(prompts, ("sft",)), None)
+    job = Score(samples, reward, (None,), ("function",))
+    stage.run(Run(root, 2, failure_limit=0.5), [job])
+
+    label, deadline = ("score-reward", "a-b"), time.monotonic() + 30
+    while (found := scraped()).get(("rows_total", *label)) != 5:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.5)
+    assert found["failures_total", *label] == 1
+    held, idle = (found[f"{name}_seconds_total", *label] for name in ("actor", "idle"))
+    assert 0 < idle <= held
+    assert not [name for name in found if name[0] == "gpu_seconds_total"]  # none was taken
