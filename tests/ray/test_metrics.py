@@ -71,3 +71,7 @@ def test_a_step_is_found_by_prometheus_and_by_name(local_ray, tmp_path):
     held, idle = (found[f"{name}_seconds_total", *label] for name in ("actor", "idle"))
     assert 0 < idle <= held
     assert not [name for name in found if name[0] == "gpu_seconds_total"]  # none was taken
+
+    from ray._private.state import actors
+
+    assert "MapWorker(Map(score with reward))" in {a["ActorClassName"] for a in actors().values()}
