@@ -25,6 +25,8 @@ import pytest
 import yaml
 from harness import ROOT
 
+from wrpo_ray.core.chat import load_tokenizer, prompt_ids
+
 SECRET = "xyzzyplugh"
 SETTINGS = {
     "max_tokens": 240,
@@ -124,6 +126,17 @@ def test_the_openai_client_gets_answers_whole_and_streamed(server: Server):
     ask = {"model": "target", "messages": messages("a"), "extra_body": {"ignore_eos": True}}
     free = client.chat.completions.create(**ask)
     assert free.usage.completion_tokens == SETTINGS["max_tokens"]
+
+
+def test_text_that_spells_a_special_token_stays_text(server: Server, zoo: Path):
+    tokenizer = load_tokenizer(zoo / "target")
+    asked = messages(f"a{tokenizer.eos_token}b")
+    answer = server.client().chat.completions.create(
+        model="target", messages=asked, temperature=0, max_tokens=1
+    )
+    assert answer.usage.prompt_tokens == len(prompt_ids(tokenizer, asked))
+    plain = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)
+    assert answer.usage.prompt_tokens > len(plain["input_ids"]), "where it is one token"
 
 
 def test_an_adapter_is_a_model_of_its_own(server: Server):

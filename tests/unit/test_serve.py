@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
 from wrpo_ray import cli, config
+from wrpo_ray.core.chat import prompt_ids
 from wrpo_ray.errors import UserError
 from wrpo_ray.serve import api, body
 from wrpo_ray.serve.api import DONE, LostError, Refusal, create
@@ -25,6 +26,8 @@ from wrpo_ray.serve.check import checked
 from wrpo_ray.serve.errors import ClientError, overloaded
 from wrpo_ray.serve.keys import LOOK_AGAIN, Keys, new_key, parse
 from wrpo_ray.serve.limits import Limits
+from wrpo_ray.serve.prompts import Prompts
+from wrpo_ray.zoo.tokenizers import byte_tokenizer
 
 KEY, LINE = new_key("alice")
 OLD, OLD_LINE = new_key("bob")
@@ -540,6 +543,38 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
     assert not any(secret in caplog.text for secret in (KEY, OLD, KEY[5:], SECRET))
     assert client.post().status_code == 200, "and it still answers"
     assert "alice asked m: 200, 3 + 1 tokens" in caplog.text
+
+
+# --- prompts ---------------------------------------------------------------------------------
+
+
+def prompt(**fields: Any) -> list[int] | None:
+    """The token ids that are added to the body of a chat, of a tokenizer over bytes."""
+    body = asyncio.run(Prompts(byte_tokenizer()).add({"model": "m", **fields}))
+    return body.get("kv_transfer_params", {}).get("prompt_token_ids")
+
+
+def test_a_chat_is_rendered_as_in_training():
+    tokenizer = byte_tokenizer()
+    end = tokenizer.eos_token
+    assert prompt(messages=HI) == prompt_ids(tokenizer, HI)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert prompt(messages=[user_says(parts)]) == prompt_ids(tokenizer, [user_says("a\nb")])
+    spelled, harmless = (prompt(messages=[user_says(text)]) for text in (end, "x" * len(end)))
+    assert len(spelled) == len(harmless), "bytes, not the one token that they spell"
+    ends = [ids.count(tokenizer.eos_token_id) for ids in (spelled, harmless)]
+    assert ends[0] == ends[1], "the template's alone"
+
+
+def test_a_chat_with_tools_is_left_to_vllm():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    assert prompt(messages=HI, tools=[{"type": "function"}]) is None
+    assert prompt(messages=[*HI, call]) is None
+    assert prompt(messages=[*HI, {"role": "tool", "content": "3"}]) is None
+
+
+def user_says(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
 # --- settings --------------------------------------------------------------------------------

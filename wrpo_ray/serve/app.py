@@ -28,6 +28,7 @@ from ray.serve.metrics import Counter, Histogram
 
 from wrpo_ray import config
 from wrpo_ray.config import ServeConfig, ServedModel
+from wrpo_ray.core.chat import Template, load_tokenizer
 from wrpo_ray.core.cluster import thread_env
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
@@ -36,6 +37,7 @@ from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
 from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
 from wrpo_ray.serve.keys import Keys
+from wrpo_ray.serve.prompts import Prompts
 
 APP = "wrpo"
 """The application's name on Ray Serve."""
@@ -67,6 +69,9 @@ class Model(LLMServer):
         self, llm_config: LLMConfig, model: ServedModel, max_tokens: int
     ):
         own = await asyncio.to_thread(_on_this_node, model, max_tokens)
+        folder = Path(own.model_loading_config.model_source)
+        tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
+        self._prompts = Prompts(tokenizer)
         await super().__init__(own)
 
     async def answer(
@@ -88,6 +93,8 @@ class Model(LLMServer):
 
         kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
         try:
+            if call == "chat":
+                body = await self._prompts.add(body)
             request = kind.model_validate(body)
         except Exception as error:  # some of vLLM's checks fail on what they do not expect
             yield Refusal(400, _first_problem(error))
