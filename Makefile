@@ -1,6 +1,6 @@
 # make demo: the whole system on tiny models.  make test: lint and all tests.
-# make bench: training, generation, scoring and pairing against other code, a simulated cluster,
-# into benchmarks/.
+# make bench: training, generation, scoring, pairing and serving against other code, a simulated
+# cluster, into benchmarks/.
 # They install what they need into .venv; a second call installs nothing.
 PYTHON ?= python3.11
 BIN := .venv/bin
@@ -33,6 +33,7 @@ bench: .venv/.dev
 	@$(BIN)/python -W ignore benchmarks/train.py
 	@$(BIN)/python -W ignore benchmarks/data.py
 	@$(BIN)/python -W ignore benchmarks/pairing.py
+	@$(BIN)/python -W ignore benchmarks/serve.py
 	@$(BIN)/python benchmarks/simulate.py
 
 clean:

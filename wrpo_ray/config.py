@@ -796,6 +796,9 @@ class ServeConfig(Section):
 
     models: tuple[ServedModel, ...] = Field(min_length=1)
     """The models, side by side."""
+    reward: RewardConfig | None = None
+    """What scores an answer at POST /v1/score, as in a run but without a reference; the playground
+    shows it. Null scores nothing."""
     keys: str | None = None
     """A file of API keys, one a line: a name, the SHA-256 of the key in hex, and optionally the
     day (ISO 8601, UTC) on which it expires. It is read again when it changes. Null takes such

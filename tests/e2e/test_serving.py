@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,8 +25,12 @@ import psutil
 import pytest
 import yaml
 from harness import ROOT
+from playwright.sync_api import sync_playwright
 
+from wrpo_ray.config import RewardConfig
 from wrpo_ray.core.chat import load_tokenizer, prompt_ids
+from wrpo_ray.score.base import Item
+from wrpo_ray.score.classifiers import load_classifier
 
 SECRET = "xyzzyplugh"
 SETTINGS = {
@@ -79,7 +84,8 @@ def server(zoo: Path) -> Iterator[Server]:
         adapter = _adapter(zoo / "target", Path(folder) / "adapter")
         model = {"name": "target", "model": str(zoo / "target"), "adapters": {"tuned": adapter}}
         file = Path(folder) / "serve.yaml"
-        file.write_text(yaml.safe_dump({"models": [model], **SETTINGS}))
+        reward = {"model": str(zoo / "reward"), "max_length": 128}
+        file.write_text(yaml.safe_dump({"models": [model], "reward": reward, **SETTINGS}))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         words = [sys.executable, "-m", "wrpo_ray", "serve", "--config", str(file)]
@@ -144,6 +150,51 @@ def test_an_adapter_is_a_model_of_its_own(server: Server):
     ask = {"messages": messages("Vowels in jaf:"), "temperature": 0, "max_tokens": 20}
     texts = [create(model=m, **ask).choices[0].message.content for m in ("target", "tuned")]
     assert texts[0] != texts[1]
+
+
+def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):
+    ask = messages("Vowels in jaf:")
+    answers = ["a", "no vowel at all"]
+    got = [_score(server, [*ask, {"role": "assistant", "content": text}]) for text in answers]
+    reward = load_classifier(
+        RewardConfig(model=str(zoo / "reward"), max_length=128), zoo / "reward"
+    )
+    alone = reward.score([Item(ask, text, None) for text in answers])
+    assert [answer.json()["reward"] for answer in got] == pytest.approx(alone, abs=1e-4)
+    refused = _score(server, [*ask, {"role": "assistant", "content": "a" * 1000}])
+    assert refused.status_code == 400
+
+
+def _score(server: Server, chat: list[Any]) -> httpx.Response:
+    headers = {"Authorization": f"Bearer {server.key}"}
+    return httpx.post(
+        f"{server.url}/v1/score", json={"messages": chat}, headers=headers, timeout=60
+    )
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Server):
+    """With WRPO_SCREENSHOT set to a file, it makes the picture of the docs."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        page = browser.new_page(viewport={"width": 1000, "height": 560})
+        page.goto(server.url)
+        page.fill("#key", server.key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#ask:visible")
+        page.fill("#tokens", "20")
+        page.fill("#temperature", "0")
+        page.fill("#prompt", "Vowels in jaf:")
+        page.keyboard.press("Control+Enter")
+        page.get_by_text("2 of 2 answers are whole").wait_for()
+        for said in page.locator("article").all_inner_texts():
+            assert re.search(r"tokens/s.*reward -?\d+\.\d{3}", said), said
+        if file := os.environ.get("WRPO_SCREENSHOT"):
+            page.evaluate("document.activeElement.blur()")
+            page.screenshot(path=file)
+        browser.close()
 
 
 @pytest.mark.parametrize("stream", [False, True])

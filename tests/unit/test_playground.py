@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_serve import DONE, KEY, LINES, Noted, Scripted, chunk, usage
+from test_serve import DONE, KEY, LINES, Noted, Rewarded, Scripted, chunk, usage
 
 from wrpo_ray import config
 from wrpo_ray.serve.api import LostError, create
@@ -28,8 +28,11 @@ def url() -> Iterator[str]:
     models = dict(
         zip(NAMES, map(Scripted, [slow, slow, [[chunk("x")], LostError()], slow]), strict=True)
     )
-    tree = {"models": [{"name": name, "model": "folder"} for name in NAMES]}
-    app = create(config.serving(tree), models, Keys(LINES), Noted())
+    tree = {
+        "models": [{"name": name, "model": "folder"} for name in NAMES],
+        "reward": {"name": "helpful", "model": "folder"},
+    }
+    app = create(config.serving(tree), models, Keys(LINES), Noted(), Rewarded(-1.25))
     with socket.create_server(("127.0.0.1", 0)) as listening:
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
@@ -80,6 +83,7 @@ def test_by_keyboard_three_models_answer_side_by_side(page: Any, url: str):
         assert articles.nth(i).locator(".text").inner_text() == "a<b>& and b"
         assert "5 + 7 tokens in" in articles.nth(i).inner_text()
         assert "tokens/s" in articles.nth(i).inner_text()
+        assert "helpful -1.250" in articles.nth(i).inner_text()
     assert "broke off" in articles.nth(2).inner_text()
     assert page.told == []
     assert all(asked.startswith(url) for asked in page.asked)

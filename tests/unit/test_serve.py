@@ -83,6 +83,19 @@ class Scripted:
         return bool(self.scripts)
 
 
+class Rewarded:
+    """A reward that is always the same."""
+
+    def __init__(self, outcome: float | Refusal | Exception):
+        self.outcome, self.asked = outcome, []
+
+    async def score(self, messages: list[Any], text: str) -> float | Refusal:
+        self.asked.append((messages, text))
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
 class Noted:
     """What was recorded."""
 
@@ -103,10 +116,10 @@ class Noted:
 class Client:
     """A client of an endpoint with the model `m`."""
 
-    def __init__(self, model: Scripted, **settings: Any):
+    def __init__(self, model: Scripted, scorer: Rewarded | None = None, **settings: Any):
         tree = {"models": [{"name": "m", "model": "folder"}], **settings}
         self.model, self.noted = model, Noted()
-        app = create(config.serving(tree), {"m": model}, Keys(LINES), self.noted)
+        app = create(config.serving(tree), {"m": model}, Keys(LINES), self.noted, scorer)
         self.http = TestClient(app, raise_server_exceptions=False)
 
     def post(self, path: str = CHAT, key: str | None = KEY, **fields: Any) -> Any:
@@ -545,6 +558,54 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
     assert "alice asked m: 200, 3 + 1 tokens" in caplog.text
 
 
+# --- the reward ------------------------------------------------------------------------------
+
+
+SAID = {"role": "assistant", "content": "yes"}
+REWARD = {"name": "helpful", "model": "folder"}
+
+
+def scored(
+    outcome: float | Refusal | Exception | None, key: str | None = KEY, **body: Any
+) -> tuple[int, dict[str, Any]]:
+    scorer = None if outcome is None else Rewarded(outcome)
+    client = Client(Scripted([[WHOLE, DONE]]), scorer, reward=scorer and REWARD)
+    body = {"messages": [*HI, SAID]} | body
+    answer = client.http.post("/v1/score", json=body, headers=client.headers(key))
+    return answer.status_code, answer.json()
+
+
+def test_an_answer_is_scored():
+    scorer = Rewarded(0.5)
+    client = Client(Scripted([[WHOLE, DONE]]), scorer, reward=REWARD)
+    ask = {"json": {"messages": [*HI, SAID]}, "headers": client.headers()}
+    assert client.http.post("/v1/score", **ask).json() == {"model": "helpful", "reward": 0.5}
+    assert scorer.asked == [(HI, "yes")]
+    assert client.noted.outcomes == {("helpful", "200"): 1}
+    assert client.http.get("/v1/models", headers=client.headers()).json()["reward"] == "helpful"
+
+
+@pytest.mark.parametrize(
+    ("outcome", "changes", "status"),
+    [
+        (0.5, {"key": None}, 401),
+        (0.5, {"key": OLD}, 401),
+        (0.5, {"messages": [SAID]}, 400),
+        (0.5, {"messages": [SAID, *HI]}, 400),
+        (0.5, {"messages": [*HI, {"role": "assistant"}]}, 400),
+        (None, {}, 404),
+        (Refusal(400, "too long"), {}, 400),
+        (Refusal(500, "failed"), {}, 500),
+        (overloaded(), {}, 429),
+        (LostError(), {}, 503),
+    ],
+)
+def test_what_is_not_scored_is_told(outcome: Any, changes: dict[str, Any], status: int):
+    got, body = scored(outcome, **changes)
+    assert got == status
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+
+
 # --- prompts ---------------------------------------------------------------------------------
 
 
@@ -611,6 +672,9 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
         (f"m={folder}", f"m={folder}"): "the name 'm' is given twice; write NAME=FOLDER",
         (f"m={folder}", "--set", "keys=/no/such/file"): "keys: /no/such/file: cannot be read",
         (f"m={folder}", "--set", f"models.0.adapters={{a: {folder}}}"): "no adapter_config.json",
+        (f"m={folder}", "--set", "reward={verifier: exact}"): "a verifier needs a reference",
+        (f"m={folder}", "--set", "reward={function: 'no.such:f'}"): "no.such:f: cannot be imported",
+        (f"m={folder}", "--set", "reward={model: no/such}"): "no/such",
         (f"m={folder}", "--config", "no.yaml"): "no.yaml: no such config file",
     }.items():
         assert cli.main(["serve", *words]) == 2

@@ -12,8 +12,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -25,10 +25,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.types import Receive, Scope, Send
 
 from wrpo_ray.config import ServeConfig
+from wrpo_ray.core.records import Message
 from wrpo_ray.serve import body as bodies
 from wrpo_ray.serve.errors import ClientError, too_slow, unavailable
 from wrpo_ray.serve.keys import Keys
 from wrpo_ray.serve.limits import Limits
+from wrpo_ray.serve.prompts import plain
 
 Call = Literal["chat", "completions"]
 DONE = "[DONE]"
@@ -78,6 +80,19 @@ class Backend(Protocol):
 
     async def ready(self) -> bool:
         """Whether a replica runs."""
+        ...
+
+
+class Scorer(Protocol):
+    """A reward."""
+
+    async def score(self, messages: list[Message], text: str) -> float | Refusal:
+        """The reward of an answer.
+
+        Raises:
+            LostError: the replica died.
+            ClientError: it takes no more requests.
+        """
         ...
 
 
@@ -155,8 +170,10 @@ class Endpoint:
         backends: Mapping[str, Backend],
         keys: Keys,
         record: Recorder,
+        scorer: Scorer | None = None,
     ):
         self.settings, self.backends, self.keys, self.record = settings, backends, keys, record
+        self.scorer = scorer
         share = settings.ingress_replicas
         self.limits = Limits(
             -(-settings.requests_per_minute // share), -(-settings.concurrent // share)
@@ -179,9 +196,41 @@ class Endpoint:
         self, request: Request, kind: type[bodies.Chat | bodies.Completion], call: Call
     ) -> Response:
         """Answer a request, whole or as a stream."""
+        with self._telling() as told:
+            return await self._answer(request, kind, call, told)
+
+    async def score(self, request: Request) -> dict[str, object]:
+        """The reward of an answer."""
+        with self._telling() as told:
+            told.key = self.owner(request)
+            with self.limits.admit(told.key):
+                body = await bodies.read(request.stream(), request.headers, self.settings)
+                messages, text = bodies.to_score(body)
+                if self.scorer is None or self.settings.reward is None:
+                    raise ClientError(404, "no reward is served here", code="no_reward")
+                told.model = self.settings.reward.name
+                reward = await self._score(self.scorer, [plain(m) for m in messages], text)
+            told.finish("200")
+            return {"model": told.model, "reward": reward}
+
+    async def _score(self, scorer: Scorer, messages: list[Message], text: str) -> float:
+        try:
+            async with asyncio.timeout(self.settings.timeout):
+                reward = await scorer.score(messages, text)
+        except TimeoutError:
+            raise too_slow(self.settings.timeout) from None
+        except LostError:
+            raise unavailable() from None
+        if isinstance(reward, Refusal):
+            raise ClientError(reward.status, reward.message)
+        return reward
+
+    @contextmanager
+    def _telling(self) -> Iterator[_Told]:
+        """What becomes known of a request; told at once where it has no answer."""
         told = _Told(self.record)
         try:
-            return await self._answer(request, kind, call, told)
+            yield told
         except ClientError as error:
             told.finish(str(error.status))
             raise
@@ -287,10 +336,14 @@ class Endpoint:
 
 
 def create(
-    settings: ServeConfig, backends: Mapping[str, Backend], keys: Keys, record: Recorder
+    settings: ServeConfig,
+    backends: Mapping[str, Backend],
+    keys: Keys,
+    record: Recorder,
+    scorer: Scorer | None = None,
 ) -> FastAPI:
     """The application; `backends` by the names that clients use."""
-    endpoint = Endpoint(settings, backends, keys, record)
+    endpoint = Endpoint(settings, backends, keys, record, scorer)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     begun = int(time.time())
     page = PAGE.read_text(encoding="utf-8")
@@ -303,13 +356,18 @@ def create(
     async def completions(request: Request) -> Response:
         return await endpoint.answer(request, bodies.Completion, "completions")
 
+    @app.post("/v1/score")
+    async def score(request: Request) -> dict[str, object]:
+        return await endpoint.score(request)
+
     def card(name: str) -> dict[str, object]:
         return {"id": name, "object": "model", "created": begun, "owned_by": "wrpo"}
 
     @app.get("/v1/models")
     async def models(request: Request) -> dict[str, object]:
         endpoint.owner(request)
-        return {"object": "list", "data": [card(name) for name in backends]}
+        reward = settings.reward and settings.reward.name  # for the playground
+        return {"object": "list", "data": [card(name) for name in backends], "reward": reward}
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, object]:

@@ -27,12 +27,15 @@ from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.metrics import Counter, Histogram
 
 from wrpo_ray import config
-from wrpo_ray.config import ServeConfig, ServedModel
+from wrpo_ray.config import RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.core.chat import Template, load_tokenizer
 from wrpo_ray.core.cluster import thread_env
+from wrpo_ray.core.records import Message
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
-from wrpo_ray.errors import WrpoError
+from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.score.base import Item, MissingReferenceError, TooLongError
+from wrpo_ray.score.rewards import load_reward
 from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
 from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
@@ -51,6 +54,8 @@ LOOK_AGAIN = 2.0
 SECONDS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0]
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """LoRA ranks that vLLM makes room for."""
+ANSWERS = 32
+"""Answers that a replica of the reward takes at once, at the most."""
 FAILED = "the engine failed"
 LOG = logging.getLogger("ray.serve")
 
@@ -193,6 +198,48 @@ def _adapters(folders: dict[str, Path]) -> dict[str, Any]:
     }
 
 
+# --- the reward ------------------------------------------------------------------------------
+
+
+class Reward:
+    """A replica of the reward, which takes several answers at once."""
+
+    def __init__(self, reward: RewardConfig):
+        folders = [Folder(part.model).local() if part.model else None for part in reward.parts]
+        self._reward = load_reward(reward, folders)
+
+    @serve.batch(max_batch_size=ANSWERS, batch_wait_timeout_s=0.01)
+    async def score(self, items: list[Item]) -> list[float | Refusal]:
+        """A reward for each answer; one that cannot be scored is a `Refusal`."""
+        outcomes = await asyncio.to_thread(self._reward.score, items)
+        return [_refused(o) if isinstance(o, Exception) else o for o in outcomes]
+
+
+def _refused(error: Exception) -> Refusal:
+    """What a client is told; the text of an error that is not ours may hold anything."""
+    if isinstance(error, TooLongError | MissingReferenceError | UserError):
+        return Refusal(400, str(error))
+    LOG.error("an answer could not be scored: %s", type(error).__name__)
+    return Refusal(500, "the answer could not be scored")
+
+
+class Scored:
+    """The reward's replicas (`api.Scorer`)."""
+
+    def __init__(self, handle: DeploymentHandle):
+        self._handle = handle
+
+    async def score(self, messages: list[Message], text: str) -> float | Refusal:
+        """Pass an answer to a replica."""
+        try:
+            return await self._handle.score.remote(Item(messages, text, None))
+        except BackPressureError:
+            raise overloaded() from None
+        except (RayError, RayServeException) as error:
+            LOG.warning("the reward lost a replica: %s", type(error).__name__)
+            raise LostError from None
+
+
 # --- the ingress -----------------------------------------------------------------------------
 
 
@@ -272,13 +319,21 @@ class Metrics:
 class Ingress:
     """The endpoint's process; keys that come from the environment come as hashes."""
 
-    def __init__(self, settings: ServeConfig, keys: str | None, models: dict[str, Any]):
+    def __init__(
+        self,
+        settings: ServeConfig,
+        keys: str | None,
+        models: dict[str, Any],
+        reward: DeploymentHandle | None,
+    ):
         self._settings, self._keys, self._models = settings, keys, models
+        self._scorer = reward and Scored(reward)
 
     async def __serve_build_asgi_app__(self) -> Any:
         backends = {m.name: Served(self._models[m.name]) for m in self._settings.models}
         names = {n: backends[m.name] for m in self._settings.models for n in (m.name, *m.adapters)}
-        return create(self._settings, names, Keys(self._keys, self._settings.keys), Metrics())
+        keys = Keys(self._keys, self._settings.keys)
+        return create(self._settings, names, keys, Metrics(), self._scorer)
 
 
 # --- building and running --------------------------------------------------------------------
@@ -307,7 +362,28 @@ def application(settings: ServeConfig) -> Application:
         backpressure_config={"status_code": 429, "retry_after_s": 2},
         **drain,
     )
-    return ingress.bind(settings, lines(settings), models)
+    reward = settings.reward and _reward(settings.reward, settings, drain)
+    return ingress.bind(settings, lines(settings), models, reward)
+
+
+def _reward(reward: RewardConfig, settings: ServeConfig, drain: dict[str, Any]) -> Application:
+    actors = reward.actors
+    env = engine_env(on_gpu=actors.num_gpus > 0) | thread_env(actors.num_cpus)
+    deployment = serve.deployment(
+        Reward,
+        name="Reward",
+        ray_actor_options={
+            "num_cpus": actors.num_cpus,
+            "num_gpus": actors.num_gpus,
+            "resources": actors.resources,
+            "runtime_env": {"env_vars": env},
+        },
+        autoscaling_config={"min_replicas": actors.min, "max_replicas": actors.max},
+        max_ongoing_requests=settings.ongoing,
+        max_queued_requests=settings.queue,
+        **drain,
+    )
+    return deployment.bind(reward)
 
 
 def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]) -> Application:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.serve.errors import ClientError
 
+M = TypeVar("M", bound=BaseModel)
 Stops = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
 
 
@@ -80,6 +81,14 @@ class Chat(_Ask):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[dict[str, Any]] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+
+
+class Score(BaseModel):
+    """POST /v1/score: a conversation, and last the answer that is scored."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    messages: list[Message] = Field(min_length=2)
 
 
 class Completion(_Ask):
@@ -180,18 +189,35 @@ def _deeper(body: Any, levels: int) -> bool:
     return any(isinstance(node, dict | list) for node in level)
 
 
+def _valid(kind: type[M], body: dict[str, Any]) -> M:
+    try:
+        return kind.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ClientError(400, f"{where}: {first['msg']}", param=where) from None
+
+
+def to_score(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The messages and the answer to be scored in a body.
+
+    Raises:
+        ClientError: 400, and which field it is.
+    """
+    *messages, answer = _valid(Score, body).messages
+    if answer.role != "assistant" or not isinstance(answer.content, str):
+        message = "messages: the last one is the answer to be scored: of `assistant`, with a text"
+        raise ClientError(400, message, param="messages")
+    return [message.model_dump() for message in messages], answer.content
+
+
 def check(kind: type[Chat | Completion], body: dict[str, Any], settings: ServeConfig) -> _Ask:
     """The request in a body, without the fields that are not taken.
 
     Raises:
         ClientError: 400, and which field it is.
     """
-    try:
-        ask = kind.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ClientError(400, f"{where}: {first['msg']}", param=where) from None
+    ask = _valid(kind, body)
     for name in ("max_tokens", "max_completion_tokens"):
         if (getattr(ask, name, None) or 0) > settings.max_tokens:
             raise ClientError(400, f"{name}: at most {settings.max_tokens} here", param=name)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import socket
 
-from wrpo_ray.config import ServeConfig, ServedModel
+from wrpo_ray.config import RewardConfig, ScoreConfig, ServeConfig, ServedModel
 from wrpo_ray.core.chat import check_model_folder
 from wrpo_ray.core.hub import address
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
+from wrpo_ray.score.rewards import load_function
 from wrpo_ray.serve.keys import ENVIRONMENT, Keys
 
 
@@ -26,7 +27,30 @@ def checked(settings: ServeConfig) -> ServeConfig:
         )
     Keys(lines(settings), settings.keys)
     models = tuple(_checked(model) for model in settings.models)
-    return settings.model_copy(update={"models": models, "keys": _absolute(settings.keys)})
+    found = {"models": models, "keys": _absolute(settings.keys)}
+    return settings.model_copy(update=found | {"reward": _reward(settings.reward)})
+
+
+def _reward(reward: RewardConfig | None) -> RewardConfig | None:
+    """The reward, with its weights where any replica finds them."""
+    if reward is None:
+        return None
+    parts = [_part(part) for part in reward.parts]
+    found = {"mixture": tuple(parts)} if reward.mixture else {"model": parts[0].model}
+    return reward.model_copy(update={**found, "revision": None})
+
+
+def _part(part: ScoreConfig) -> ScoreConfig:
+    if part.function:
+        load_function(part.function)
+    if part.verifier:
+        raise UserError("serve: reward: a verifier needs a reference, which no client has")
+    if part.model is None:
+        return part
+    folder = Folder(address(part.model, part.revision))
+    if not folder.exists("config.json"):
+        raise UserError(f"serve: reward: {part.model}: no config.json; give a model folder or id")
+    return part.model_copy(update={"model": folder.absolute().uri, "revision": None})
 
 
 def _checked(model: ServedModel) -> ServedModel:

@@ -30,8 +30,8 @@ class Prompts:
         messages = body["messages"]
         if body.get("tools") or any(_has_tools(message) for message in messages):
             return body
-        loop, plain = asyncio.get_running_loop(), [_plain(message) for message in messages]
-        ids = await loop.run_in_executor(self._thread, prompt_ids, self._tokenizer, plain)
+        loop, texts = asyncio.get_running_loop(), [plain(message) for message in messages]
+        ids = await loop.run_in_executor(self._thread, prompt_ids, self._tokenizer, texts)
         return body | {"kv_transfer_params": {"prompt_token_ids": ids}}
 
 
@@ -39,7 +39,7 @@ def _has_tools(message: dict[str, Any]) -> bool:
     return message["role"] == "tool" or bool(message.get("tool_calls"))
 
 
-def _plain(message: dict[str, Any]) -> Message:
+def plain(message: dict[str, Any]) -> Message:
     """A message with one text; parts are put together as vLLM does it."""
     content = message.get("content") or ""
     if isinstance(content, list):
