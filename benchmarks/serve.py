@@ -50,15 +50,22 @@ class Work:
     """Of each phase."""
     clients: int = 32
     """At once; also what the engine works on, `max_num_seqs`."""
+    ongoing: int = 64
+    """Requests that a replica of ours works on, by default."""
     queue: int = 16
-    """Requests that may wait in the overload."""
-    crowd: int = 144
+    """Requests that may wait for it."""
+    crowd: int = 240
     """Clients of the overload: three times what is in hand or waits."""
     prompt_mean: int = 96
     """Bytes of a prompt, which are tokens."""
     answer: int = 64
     """Tokens of each answer."""
     shape: Shape = field(default_factory=Shape)
+
+    @property
+    def places(self) -> int:
+        """Requests that are in hand or wait at capacity."""
+        return self.ongoing + self.queue
 
     def bodies(self, phase: str) -> list[dict[str, Any]]:
         """The requests of a phase."""
@@ -74,7 +81,7 @@ class Work:
         engine = {"max_num_seqs": self.clients}
         model = {"name": MODEL, "model": str(folder), "dtype": "float32", "engine": engine}
         limits = {"requests_per_minute": 10**6, "concurrent": 10**4}
-        return {"models": [model], "ongoing": self.clients, "queue": self.queue, **limits}
+        return {"models": [model], "ongoing": self.ongoing, "queue": self.queue, **limits}
 
     def arguments(self) -> list[str]:
         """Those of the bare server, as ours gives them to its engine."""
@@ -313,7 +320,7 @@ class Report:
             met="met" if ratio >= LEAST else "missed",
             table=self._table(),
             overload=self._overload(),
-            places=self.work.clients + self.work.queue,
+            places=self.work.places,
             same=self.same(),
             weights=self.weights / 1e6,
             machine=results.machine(),
@@ -336,7 +343,7 @@ class Report:
         lines = [head, ["---"] * len(head)]
         work = self.work
         for clients, phase in (
-            (work.clients + work.queue, self.capacity),
+            (work.places, self.capacity),
             (work.crowd, self.overload),
         ):
             figures = [clients, len(phase.answers), phase.refused]
@@ -374,8 +381,9 @@ TEXT = """# Serving: against the bare server, and in overload
   the server's, of all its processes. The load of the minute before was {load:.1f}.
 - Versions: {versions}.
 
-In overload, {clients} requests are in hand and {queue} wait; any other is told 429 and when to come
-again, which these clients do. Latency is of the requests that were taken, from the try that was:
+At capacity {places} clients ask: {ongoing} requests are in hand and {queue} wait. In overload {crowd}
+do, streamed and whole; what finds no place is told 429 and when to come again, which these clients
+do. Latency is of the requests that were taken, from the try that was:
 
 {overload}
 
@@ -397,7 +405,7 @@ def measure(work: Work) -> Report:
                 phases[title] = {p: ask(server, work.bodies(p), work.clients) for p in PHASES}
                 if title == "ours":
                     bodies = work.bodies("whole") + work.bodies("streamed")
-                    capacity = ask(server, bodies, work.clients + work.queue)
+                    capacity = ask(server, bodies, work.places)
                     overload = ask(server, bodies, work.crowd)
     report = Report(work, size, load, phases, capacity, overload)
     assert report.same() >= 0.95, f"only {report.same():.1%} of the answers are the same"

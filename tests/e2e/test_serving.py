@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -39,6 +40,8 @@ SETTINGS = {
     "timeout": 120,
     "requests_per_minute": 1_000_000,
     "concurrent": 200,
+    "ongoing": 24,
+    "queue": 8,
 }
 LONG = {"max_tokens": 200, "temperature": 0, "extra_body": {"ignore_eos": True}}
 """Answers that take long enough to be broken off."""
@@ -230,6 +233,29 @@ def test_a_client_too_slow_with_its_body_is_told_so(server: Server):
         assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
 
 
+def test_above_the_queue_requests_are_shed_and_those_taken_have_their_answers(server: Server):
+    async def ask(client: openai.AsyncOpenAI) -> str:
+        try:
+            answer = await client.chat.completions.create(
+                model="target", messages=messages("Vowels in jaf:"), **LONG
+            )
+        except openai.RateLimitError as error:
+            assert error.code == "overloaded"
+            assert int(error.response.headers["Retry-After"]) >= 1
+            return "shed"
+        assert answer.usage.completion_tokens == LONG["max_tokens"]
+        return "whole"
+
+    async def crowd() -> list[str]:
+        url = f"{server.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key=server.key, max_retries=0) as client:
+            return await asyncio.gather(*(ask(client) for _ in range(80)))
+
+    outcomes = Counter(asyncio.run(crowd()))
+    assert outcomes["whole"] >= SETTINGS["ongoing"]
+    assert outcomes["shed"] >= 80 - 2 * (SETTINGS["ongoing"] + SETTINGS["queue"])
+
+
 class Asker(threading.Thread):
     """A client that asks again and again until `stop`, and judges each answer."""
 
@@ -262,6 +288,7 @@ class Asker(threading.Thread):
                     "param",
                     "code",
                 }
+                time.sleep(0.2)
                 return f"refused {answer.status_code}"
             text, events = "", answer.read().decode().split("\n\n")
         assert events.pop() == ""

@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -39,6 +39,8 @@ TRIES = 3
 """Replicas that are asked, one after another, while none has begun to answer."""
 PAUSE = 0.5
 """Seconds before another try; Serve takes a lost replica out of its list meanwhile."""
+PUT_AWAY = 1.0
+"""Seconds that a replica has for this at the most."""
 LOG = logging.getLogger("ray.serve")
 PAGE = Path(__file__).with_name("playground.html")
 PAGE_HEADERS = {
@@ -259,7 +261,7 @@ class Endpoint:
             deadline = asyncio.get_running_loop().time() + self.settings.timeout
             first, replies = await self._begin(backend, call, bodies.to_engine(ask), deadline)
             if not ask.stream:
-                await replies.aclose()
+                await _end(replies)
                 told.usage(first[0])
                 told.finish("200")
                 return Response(first[0], media_type="application/json")
@@ -309,7 +311,8 @@ class Endpoint:
         outcome = "left"
         try:
             while True:
-                is_done = texts[-1:] == [DONE]
+                if is_done := texts[-1:] == [DONE]:
+                    await _end(replies)
                 whole = [t for t in texts if not told.usage(t) or wants_usage]
                 if whole:
                     yield "".join(f"data: {text}\n\n" for text in whole)
@@ -333,6 +336,15 @@ class Endpoint:
         if isinstance(error, ClientError) and error.status < 500:
             return error
         return ClientError(503, "the answer broke off: its replica was lost", code="broken_off")
+
+
+async def _end(replies: AsyncGenerator[list[str] | Refusal, None]) -> None:
+    """Let a replica put a whole answer away, so that the client's next request finds its place."""
+    with suppress(LostError, TimeoutError):
+        async with asyncio.timeout(PUT_AWAY):
+            async for _ in replies:
+                pass
+    await replies.aclose()
 
 
 def create(

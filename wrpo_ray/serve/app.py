@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +265,10 @@ class Served:
         except (RayError, RayServeException) as error:
             LOG.warning("%s lost a replica: %s", self._deployment, type(error).__name__)
             raise LostError from None
-        finally:
-            replies.cancel()  # nothing, where the answer is whole
+        except BaseException:  # the client left; of a call that failed, cancel raises the error
+            with suppress(RayError, RayServeException):
+                replies.cancel()
+            raise
 
     async def ready(self) -> bool:
         """Whether a replica runs, as of a moment ago."""
