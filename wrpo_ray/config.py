@@ -169,6 +169,8 @@ class SamplingConfig(Section):
     """Divides the logits of tokens that are there already; 1 does nothing."""
     max_tokens: int = Field(2048, ge=1)
     """Longest answer in tokens."""
+    logprobs: int = Field(0, ge=0, le=20)
+    """So many of the likeliest first tokens are kept with their log-probs, as judges need them."""
 
     @model_validator(mode="after")
     def _greedy_once(self) -> SamplingConfig:

@@ -514,6 +514,7 @@ def test_rows_have_their_origin_and_the_call_has_the_sampling(start):
         "output_tokens": 5,
         "seed": one["seed"],
         "engine": f"openai {server.url[7:-3]}/served-1 fp_1",
+        "logprobs": None,
     }
     assert one["seed"] + 1 == max(rows, key=key_of)["seed"] < 2**31
     sent = min((call.body for call in server.calls), key=lambda b: b["seed"])

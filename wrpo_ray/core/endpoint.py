@@ -76,6 +76,8 @@ class Completion:
     model: str
     """What the server says has answered, with its fingerprint if it gives one."""
     attempts: int = 1
+    logprobs: list[dict[str, Any]] | None = None
+    """[{token, logprob}] of the likeliest first tokens, where the call asks for them."""
 
 
 class EndpointError(RuntimeError):
@@ -332,6 +334,7 @@ class Endpoint:
             _count(usage.get("prompt_tokens")),
             _count(usage.get("completion_tokens")),
             self._clean(" ".join(name for name in names if isinstance(name, str)), 200),
+            logprobs=_first_token(choice.get("logprobs")),
         )
 
     # --- what is told
@@ -467,6 +470,14 @@ def _estimate(sent: Body) -> int:
 def _count(value: Any) -> int | None:
     """A number of tokens, or null where it is none."""
     return value if type(value) is int and 0 <= value < INT32 else None
+
+
+def _first_token(logprobs: Any) -> list[dict[str, Any]] | None:
+    """The likeliest first tokens; any of several errors, where the shape is another."""
+    if not logprobs or not logprobs.get("content"):
+        return None
+    told = logprobs["content"][0]["top_logprobs"]
+    return [{"token": str(p["token"]), "logprob": float(p["logprob"])} for p in told]
 
 
 def _message(raw: bytes) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-FORMAT = 1
+FORMAT = 2
 """Version of all schemas; part of every step's key."""
 
 Message = dict[str, str]
@@ -25,6 +25,7 @@ def _list(of: pa.DataType) -> pa.DataType:
 
 MESSAGES = _list(pa.struct([("role", pa.string()), ("content", pa.string())]))
 TOKENS = _list(pa.int32())
+LOGPROBS = _list(pa.struct([("token", pa.string()), ("logprob", pa.float64())]))
 
 
 def _schema(name: str, fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
@@ -56,6 +57,7 @@ RESPONSE = _schema(
         ("seed", pa.int64()),
         ("model", pa.string()),  # fingerprint of the weights and tokenizer
         ("engine", pa.string()),
+        ("logprobs", LOGPROBS),  # of the likeliest first tokens; null where they were not asked for
     ],
 )
 
@@ -105,6 +107,36 @@ PREFERENCE = _schema(
         ("source_margin", pa.float64()),  # reward of y_ws - reward of y_wt
         ("target_margin", pa.float64()),  # reward of y_wt - reward of y_l
         ("candidates", CANDIDATES),  # the score of every answer, sources' and target's
+    ],
+)
+
+ITEM = _schema(
+    "item",
+    [
+        *zip(PROMPT.names, PROMPT.types, strict=True),
+        ("index", pa.int32()),  # of the question in the benchmark, from 0
+        ("turns", _list(pa.string())),  # what the user says; `messages` has the first
+        ("references", _list(pa.string())),  # a right answer to each turn; empty where none is
+        ("baseline", pa.string()),  # the answer that a model's is compared with; may be null
+    ],
+)
+"""A question of a benchmark."""
+
+JUDGMENT = _schema(
+    "judgment",
+    [
+        ("prompt_id", pa.string()),
+        ("model", pa.string()),
+        ("against", pa.string()),  # the other model, where two of the run are compared
+        ("judge", pa.string()),
+        ("position", pa.int32()),  # of games, or of turns, from 1
+        ("label", pa.string()),  # the verdict as the judge says it; null if a number is all
+        ("value", pa.float64()),  # the verdict as the benchmark counts it; null if it failed
+        ("index", pa.int32()),
+        ("group", pa.string()),
+        ("length", pa.int32()),  # characters of the model's answer
+        ("other_length", pa.int32()),  # of the baseline's, or of the other model's
+        ("tokens", pa.int32()),  # that all models took that have a part in the answer
     ],
 )
 

@@ -193,6 +193,16 @@ class Prompts:
     step: Step
     splits: tuple[str, ...]
 
+    @property
+    def asks(self) -> str:
+        """What is asked, where that is more than prompt ids say; part of the answers' store."""
+        return ""
+
+    @property
+    def inputs(self) -> tuple[Step, ...]:
+        """The steps that they are read from."""
+        return (self.step,)
+
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """The bucket's prompts (records PROMPT); `columns` has to name `split`."""
         table = read_bucket(root / self.step.folder, bucket, PROMPT, columns)

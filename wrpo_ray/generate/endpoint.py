@@ -47,7 +47,9 @@ class EndpointEngine:
                 yield gathered.pop(r)
 
     def _body(self, request: Request, sample: int, sampling: SamplingConfig) -> Body:
-        settings = sampling.model_dump(exclude={"samples"})
+        settings = sampling.model_dump(exclude={"samples", "logprobs"})
+        if sampling.logprobs:
+            settings |= {"logprobs": True, "top_logprobs": sampling.logprobs}
         settings = {n: value for n, value in settings.items() if NEUTRAL.get(n) != value}
         return {"messages": request.messages, "seed": self._seed(request, sample)} | settings
 
@@ -66,6 +68,7 @@ class EndpointEngine:
             "output_tokens": answer.output_tokens,
             "seed": self._seed(request, sample),
             "engine": f"openai {self.endpoint.host}/{answer.model}",
+            "logprobs": answer.logprobs,
         }
 
     def _failure(self, request: Request, sample: int, error: EndpointError) -> Row:

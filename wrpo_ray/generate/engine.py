@@ -180,6 +180,7 @@ class VllmEngine:
             top_k=sampling.top_k,
             min_p=sampling.min_p,
             repetition_penalty=sampling.repetition_penalty,
+            logprobs=sampling.logprobs or None,
             max_tokens=sampling.max_tokens,
             seed=seed_base(self.seed, self.name, request.prompt_id) + request.first,
             stop_token_ids=self.ends,
@@ -201,6 +202,14 @@ class VllmEngine:
                 "output_tokens": len(answer.token_ids),
                 "seed": base + sample,
                 "engine": self.version,
+                "logprobs": _first_token(answer.logprobs),
             }
             for sample, answer in zip(request.samples, output.outputs, strict=True)
         ]
+
+
+def _first_token(logprobs: Any) -> list[Row] | None:
+    """What vLLM says of the likeliest first tokens, as LOGPROBS has it."""
+    if not logprobs:
+        return None
+    return [{"token": p.decoded_token, "logprob": p.logprob} for p in logprobs[0].values()]

@@ -66,10 +66,9 @@ class Generate:
             "model": self.model.identity() | {"model": self.fingerprint},
             "sampling": sampling,
             "seed": self.seed,
-        }
+        } | ({"asks": self.prompts.asks} if self.prompts.asks else {})
         wanted = {"samples": count, "splits": list(self.prompts.splits)}
-        name = self.model.name
-        inputs = (self.prompts.step,)
+        name, inputs = self.model.name, self.prompts.inputs
         return Step(f"generate-{name}", wanted, inputs, store, self.retry, source=name)
 
     @property
