@@ -1,8 +1,8 @@
 """The command `wrpo`: parse, load the config, import the stage, run.
 
 Neither torch nor ray is imported before a config is valid, so `--help` is instant. Exit codes:
-0 done, 1 the run failed, 2 something the user can put right, 3 the budget is spent, 130
-interrupted, 143 terminated.
+0 done, 1 the run failed, 2 something the user can put right, 3 the budget is spent, 4 a model does
+worse than --fail-below allows, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wrpo_ray import __version__
-from wrpo_ray.errors import BudgetError, UserError, WrpoError
+from wrpo_ray.errors import BudgetError, RegressionError, UserError, WrpoError
 
 if TYPE_CHECKING:
     from wrpo_ray.config import Config
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     except WrpoError as error:
         if os.environ.get("WRPO_DEBUG"):
             traceback.print_exc()
-        codes = {UserError: 2, BudgetError: 3}
+        codes = {UserError: 2, BudgetError: 3, RegressionError: 4}
         return _fail(error, next((c for e, c in codes.items() if isinstance(error, e)), 1))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", 130)
@@ -85,8 +85,12 @@ def _parser() -> argparse.ArgumentParser:
     fuse = _config_command(commands, "fuse", "the whole chain of a config", _fuse)
     _until_argument(fuse, "stop after this step")
     for name, text in STAGE_HELP.items():
-        _config_command(commands, name, f"the chain up to here: {text}", _fuse, until=name)
+        text = f"the chain up to here: {text}"
+        command = _config_command(commands, name, text, _fuse, until=name)
+        if name == "evaluate":
+            _gate_argument(command)
     _submit_command(commands)
+    _fetch_command(commands)
     _plan_command(commands)
     _export_command(commands)
     _failures_command(commands)
@@ -121,6 +125,30 @@ def _submit_command(commands: Any) -> None:
         help="what Ctrl-C does to the job (default: ask, on a terminal; else leave)",
     )
     submit.set_defaults(run=_submit)
+
+
+def _gate_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fail-below",
+        type=float,
+        metavar="X",
+        help="exit with 4 if a pair of evaluate.pairwise has a win rate below X (0 to 1)",
+    )
+
+
+def _fetch_command(commands: Any) -> None:
+    text = "get the files of a public benchmark for `evaluate.benchmarks`, with checksums"
+    fetch = commands.add_parser("fetch", help=text, description=text)
+    fetch.add_argument("name", choices=("alpaca_eval", "arena_hard", "mt_bench"), metavar="NAME")
+    fetch.add_argument("folder", metavar="FOLDER", type=Path, help="where the files go")
+    fetch.add_argument(
+        "--sha256",
+        metavar="FILE=HEX",
+        action="append",
+        default=[],
+        help="the checksum that a file must have; can be given again",
+    )
+    fetch.set_defaults(run=_fetch)
 
 
 def _plan_command(commands: Any) -> None:
@@ -270,6 +298,16 @@ def _fuse(arguments: argparse.Namespace) -> None:
     from wrpo_ray.report.text import summary_text
 
     print(summary_text(summary))
+    if getattr(arguments, "fail_below", None) is not None:
+        pipeline.check_pairs(summary, arguments.fail_below)
+
+
+def _fetch(arguments: argparse.Namespace) -> None:
+    from wrpo_ray.evaluate.fetch import fetch
+
+    pinned = dict(text.partition("=")[::2] for text in arguments.sha256)
+    for file, digest in fetch(arguments.name, arguments.folder, pinned).items():
+        print(f"{digest}  {arguments.folder / file}")
 
 
 def _submit(arguments: argparse.Namespace) -> int:

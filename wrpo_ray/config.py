@@ -680,11 +680,90 @@ class WrpoConfig(TrainConfig):
         return self
 
 
-class EvaluateConfig(Section):
-    """Held-out evaluation of every model of the run."""
+class AlpacaEvalConfig(Section):
+    """AlpacaEval 2: win rate and length-controlled win rate against GPT-4 Turbo's answers."""
 
-    prompts: PromptsConfig
+    path: str
+    """The folder that `wrpo fetch alpaca_eval` fills."""
+    sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
+    """How models answer; the benchmark leaves it to each."""
+
+
+class ArenaHardConfig(Section):
+    """Arena-Hard v0.1: win rate against GPT-4-0314's answers, in two games a question."""
+
+    path: str
+    """The folder that `wrpo fetch arena_hard` fills."""
+    sampling: SamplingConfig = SamplingConfig(
+        samples=1, temperature=0.0, top_p=1.0, max_tokens=4096
+    )
+    """How models answer; greedily in the benchmark's own runs."""
+
+
+class MTBenchConfig(Section):
+    """MT-Bench: ratings from 1 to 10 of two turns; the temperature goes by the category."""
+
+    path: str
+    """The folder that `wrpo fetch mt_bench` fills."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest answer in tokens."""
+
+
+class BenchmarksConfig(Section):
+    """Public benchmarks, each judged by `evaluate.judge`."""
+
+    alpaca_eval: AlpacaEvalConfig | None = None
+    """AlpacaEval 2."""
+    arena_hard: ArenaHardConfig | None = None
+    """Arena-Hard v0.1."""
+    mt_bench: MTBenchConfig | None = None
+    """MT-Bench."""
+
+
+class PairwiseConfig(Section):
+    """Pairs of models on the held-out prompts: win, tie and loss."""
+
+    pairs: tuple[tuple[Name, Name], ...] = ()
+    """(model, against which); none is the fused model against the target."""
+    by: Literal["judge", "reward"] = "judge"
+    """`judge`: two games with the answers' positions swapped, a contradiction is a tie.
+    `reward`: the higher reward wins."""
+    margin: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """For `by: reward`: rewards that differ by no more are a tie."""
+    template: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """A Jinja file with the question to the judge, of `messages`, `first` and `second`, that asks
+    for [[A]], [[B]] or [[C]] (a tie). Its content is what counts; null takes our own."""
+    max_tokens: int = Field(1024, ge=1)
+    """Longest judgment in tokens."""
+
+
+class BaselinesConfig(Section):
+    """Collective models that need no training, compared like the others (not on MT-Bench)."""
+
+    best_of_sources: bool = False
+    """Of the sources' answers the one with the highest reward (LLM-Blender, arXiv 2306.02561)."""
+    mixture: Name | None = None
+    """A model that is given the sources' answers to a prompt and writes its own from them
+    (mixture of agents, arXiv 2406.04692); the name of one of the compared models."""
+
+
+class EvaluateConfig(Section):
+    """Held-out evaluation of every model of the run, and of others."""
+
+    prompts: PromptsConfig | None = None
     """Held-out prompts; those that are also training prompts are left out and counted."""
+    models: tuple[ModelConfig, ...] = ()
+    """Further models to compare, such as a checkpoint or another run's fused model."""
+    judge: ModelConfig | None = None
+    """The model that judges, behind an endpoint or on vLLM."""
+    judged: tuple[Name, ...] = ()
+    """Which models benchmarks look at; none is all, the baselines too."""
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
+    """Public benchmarks."""
+    pairwise: PairwiseConfig | None = None
+    """Pairs of models on `prompts`."""
+    baselines: BaselinesConfig = BaselinesConfig()
+    """Collective models."""
     sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
     """How answers are drawn; greedy by default."""
     verifier: str | None = Field(None, pattern=r"^(exact|number|code|[\w.]+:\w+)$")
@@ -891,7 +970,8 @@ class Config(Section):
         return self
 
     def _problems(self) -> Iterator[str]:
-        if (self.prompts is None) == (self.existing is None):
+        asked, has_input = self.evaluate, self.prompts or self.existing
+        if (self.prompts and self.existing) or (not has_input and not (asked and asked.models)):
             yield "give exactly one of `prompts` and `import`"
         if self.prompts and not self.sources:
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
@@ -900,10 +980,11 @@ class Config(Section):
         yield from self._without_reference()
         if self.target and self.target.endpoint:
             yield "target: it is trained, so it needs weights: give a model folder, no endpoint"
-        if self.evaluate and not self.target:
+        if asked and has_input and not self.target:
             yield "evaluate: needs a `target`"
-        if self.evaluate and not (self.reward or self.evaluate.verifier):
-            yield "evaluate: needs a `reward` or a `verifier`"
+        if asked and not (self.reward or asked.verifier or asked.judge):
+            yield "evaluate: needs a `reward`, a `verifier` or a `judge`"
+        yield from self._without_judge()
         if self.pair.policy == "fusechat3" and self.wrpo.alpha.end:
             yield (
                 "pair.policy: fusechat3 trains by DPO, its rows have one chosen answer; set "
@@ -912,11 +993,33 @@ class Config(Section):
         if self.pair.verifier and self.existing:
             yield "pair.verifier: works on generated answers, not on those of `import`"
         names = [m.name for m in self.sources] + ([self.target.name] if self.target else [])
-        reserved = {"target-sft", "target-dpo", "fused"} & set(names)
+        names += [m.name for m in asked.models] if asked else []
+        taken = {"target-sft", "target-dpo", "fused", "best-of-sources", "mixture"}
+        reserved = taken & set(names)
         if reserved:
             yield f"sources: the name {sorted(reserved)[0]!r} is taken by the run's own models"
         for name in {n for n in names if names.count(n) > 1}:
             yield f"sources: the name {name!r} is given twice"
+
+    def _without_judge(self) -> Iterator[str]:
+        """What an evaluation lacks for what it is asked for."""
+        asked = self.evaluate
+        if asked is None:
+            return
+        pairs, baselines = asked.pairwise, asked.baselines
+        has_benchmark = any(
+            getattr(asked.benchmarks, name) for name in BenchmarksConfig.model_fields
+        )
+        if not asked.prompts and not has_benchmark:
+            yield "evaluate: give `prompts` or one of `benchmarks`"
+        if not asked.judge and (has_benchmark or (pairs and pairs.by == "judge")):
+            yield "evaluate.judge: missing; benchmarks and `pairwise.by: judge` need it"
+        if pairs and not asked.prompts:
+            yield "evaluate.pairwise: needs `evaluate.prompts`"
+        if not self.reward and (baselines.best_of_sources or (pairs and pairs.by == "reward")):
+            yield "evaluate: best_of_sources and `pairwise.by: reward` need a `reward`"
+        if not self.sources and (baselines.best_of_sources or baselines.mixture):
+            yield "evaluate.baselines: need `sources`"
 
     def _without_reference(self) -> Iterator[str]:
         """Verifiers that have nothing to compare with."""
@@ -926,7 +1029,8 @@ class Config(Section):
             yield f"reward: it {lack.format('prompts')}"
         asked = self.evaluate
         checks = bool(asked and asked.verifier in get_args(VerifierName))
-        if asked and (verifies or checks) and not asked.prompts.columns.reference:
+        held_out = asked.prompts if asked else None
+        if held_out and (verifies or checks) and not held_out.columns.reference:
             yield f"evaluate: it {lack.format('evaluate.prompts')}"
 
 

@@ -29,5 +29,9 @@ class SpelledTokenError(UserError):
     """A text spells a special token, and this tokenizer cannot keep it text."""
 
 
+class RegressionError(WrpoError, RuntimeError):
+    """A model does worse than `wrpo evaluate --fail-below` allows."""
+
+
 class BudgetError(WrpoError, RuntimeError):
     """The budget is spent; all that is finished is kept, and a higher budget goes on."""

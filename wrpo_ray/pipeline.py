@@ -8,6 +8,7 @@ frozen spec with a `step`; jobs whose step is done are not run again.
 from __future__ import annotations
 
 import importlib
+import math
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -38,8 +39,12 @@ from wrpo_ray.core.shards import Prompts, Samples, buckets
 from wrpo_ray.core.spending import Ledger
 from wrpo_ray.core.steps import Step, versions
 from wrpo_ray.core.storage import HUB, Folder, check_writable
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import RegressionError, UserError
+from wrpo_ray.evaluate.comparison import FILE as COMPARISON
+from wrpo_ray.evaluate.pairwise import shortfall
 from wrpo_ray.evaluate.stage import EXAMPLE, TABLE, Entrant, Evaluate
+from wrpo_ray.evaluate.statistics import Estimate
+from wrpo_ray.evaluation import Evaluation
 from wrpo_ray.generate import stage as generate
 from wrpo_ray.generate.stage import Generate
 from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
@@ -52,6 +57,7 @@ from wrpo_ray.ingest.stage import (
 )
 from wrpo_ray.pair.answers import check_patterns
 from wrpo_ray.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
+from wrpo_ray.report import comparison
 from wrpo_ray.score import stage as score
 from wrpo_ray.score.classifiers import check_reward_model
 from wrpo_ray.score.rewards import load_function
@@ -108,7 +114,9 @@ class Chain:
         if self.retries is None:
             self.retries = self.root.read_json(RETRIES) if self.root.exists(RETRIES) else {}
         existing = self.config.existing
-        if existing and existing.format == "preferences":
+        if not existing and not self.config.prompts:
+            pass  # models that are there already are compared
+        elif existing and existing.format == "preferences":
             rows = self._published_preferences()
             if self._wants("train"):
                 self._train(rows, Folder(self._target.model).absolute())
@@ -183,7 +191,7 @@ class Chain:
         prompts, left_out = self._prompts, self._contamination()
         answers = [self._generate(source, prompts) for source in self.config.sources]
         # Held-out answers come from the same engines, so that none is started twice.
-        held_out = [self._held_out(m) for m in self._given_models] if self._evaluating else []
+        held_out = [job for m in self._given_models for job in self._held_out(m)]
         by_model = sorted([*answers, *held_out], key=lambda job: job.model.name)
         self._add("generate", tuple(by_model))
         return self._select(self._scored("score", *answers), left_out)
@@ -199,7 +207,8 @@ class Chain:
         It does not depend on the last stage that is asked for, as keys of steps must not.
         """
         config = self.config.pair.contamination
-        if self.config.evaluate is None or config.action == "off":
+        asked = self.config.evaluate
+        if asked is None or asked.prompts is None or config.action == "off":
             return None
         ngrams = EvalNgrams(self._eval_prompts, config.ngram)
         job = Contamination(self._prompts, ngrams)
@@ -259,8 +268,7 @@ class Chain:
         """What target-SFT answers to the preference prompts."""
         model = self._trained_models[SFT][0]
         own = self._generate(model, self._preference_prompts)
-        held_out = [self._held_out(model)] if self._evaluating else []
-        return self._scored("sample", own, before=((own, *held_out),))
+        return self._scored("sample", own, before=((own, *self._held_out(model)),))
 
     def _source_answers(self, selection: Select) -> Answers:
         """What the sources answer to the preference prompts."""
@@ -360,26 +368,56 @@ class Chain:
 
     @property
     def _given_models(self) -> list[ModelConfig]:
-        return [*self.config.sources, self._target]
+        own = [self.config.target] if self.config.target else []
+        others = self.config.evaluate.models if self.config.evaluate else ()
+        return [*self.config.sources, *own, *others]
 
     @cached_property
     def _eval_prompts(self) -> Prompts:
-        given, splits = self._evaluation.prompts, {"eval": 1.0}
-        is_published = self.config.existing and self.config.existing.format == "preferences"
-        trained_on = None if is_published else self._prompts
+        given, splits = _required(self._evaluation.prompts, "evaluate.prompts"), {"eval": 1.0}
+        existing = self.config.existing
+        is_published = existing and existing.format == "preferences"
+        has_prompts = (self.config.prompts or existing) and not is_published
+        trained_on = self._prompts if has_prompts else None
         inputs = (trained_on.step,) if trained_on else ()
         step = self._input_step("eval-prompts", given, inputs, seed=self.config.seed)
         job = IngestPrompts(step, given, splits, self.config.seed, without=trained_on)
         self._add("prompts", (job,))
         return Prompts(step, tuple(splits))
 
-    def _held_out(self, model: ModelConfig) -> Generate:
-        return self._generate(model, self._eval_prompts, self._evaluation.sampling)
+    def _held_out(self, model: ModelConfig) -> list[Generate]:
+        """What a model answers for the evaluation that needs no other answer."""
+        if not self._evaluating:
+            return []
+        asked = self._evaluation
+        own = [self._generate(model, self._eval_prompts, asked.sampling)] if asked.prompts else []
+        return own + self._judged([model]).first_answers(model)
+
+    def _judged(self, models: Sequence[ModelConfig]) -> Evaluation:
+        """What is judged; its answers to the benchmarks' prompts come from the same jobs."""
+        evaluate = self._evaluation
+        pairwise = evaluate.pairwise
+        if pairwise and not pairwise.pairs:
+            pairwise = pairwise.model_copy(update={"pairs": ((FUSED, self._target.name),)})
+            evaluate = evaluate.model_copy(update={"pairwise": pairwise})
+        sources = tuple(m.name for m in self.config.sources)
+        own = self._eval_prompts if evaluate.prompts else None
+        found = Evaluation(evaluate, models, sources, own, self._generate, self._score)
+        self._add("prompts", tuple(found.benchmarks.values()))
+        return found
 
     def _evaluate(self) -> None:
-        evaluate, trained = self._evaluation, [m for m, _, _ in self._trained_models.values()]
+        trained = [m for m, _, _ in self._trained_models.values()]
         models = [*self._given_models, *trained]
-        answers = {m.name: self._held_out(m) for m in models}
+        if self._evaluation.prompts and (self.config.reward or self._evaluation.verifier):
+            self._compare_rewards(models)
+        judged = self._judged(models)
+        judged.check_names()
+        self._add("evaluate", *judged.phases())
+
+    def _compare_rewards(self, models: list[ModelConfig]) -> None:
+        evaluate = self._evaluation
+        answers = {m.name: self._generate(m, self._eval_prompts, evaluate.sampling) for m in models}
         rewards = (
             {n: self._score(a.samples) for n, a in answers.items()} if self.config.reward else {}
         )
@@ -404,7 +442,10 @@ class Chain:
 
     def _contrasts(self) -> Iterator[tuple[str, str]]:
         """Paired differences worth knowing: the fused model's first."""
-        target, own = self._target.name, self._trained_models
+        own = self._trained_models
+        if FUSED not in own:
+            return
+        target = self._target.name
         yield FUSED, target
         yield from ((FUSED, name) for name in (SFT, DPO) if name in own)
         if SFT in own:
@@ -505,6 +546,12 @@ def _with_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     }
     if config.target:
         models["target"] = change("target", config.target)
+    if asked := config.evaluate:
+        own: dict[str, Any] = {
+            "models": tuple(_changed(change, f"evaluate.models.{m.name}", m) for m in asked.models)
+        }
+        own |= {"judge": _changed(change, "evaluate.judge", asked.judge)} if asked.judge else {}
+        models["evaluate"] = asked.model_copy(update=own)
     if config.reward and config.reward.mixture:
         parts = [
             change(f"reward.mixture.{i}", part) if part.model else part
@@ -514,6 +561,10 @@ def _with_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     elif config.reward and config.reward.model:
         models["reward"] = change("reward", config.reward)
     return config.model_copy(update=models)
+
+
+def _changed(change: Callable[[str, Any], Any], what: str, model: ModelConfig) -> ModelConfig:
+    return model if model.endpoint else change(what, model)
 
 
 def _pinned(what: str, model: Any) -> Any:
@@ -551,6 +602,11 @@ def _checks(config: Config) -> Iterator[Any]:
     for model in config.sources:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
+    asked = config.evaluate
+    others = [*asked.models, *([asked.judge] if asked.judge else [])] if asked else []
+    for model in others:
+        if model.endpoint:
+            yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
     scorers = list(config.reward.parts) if config.reward else []
     verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
     for part in [*scorers, *(_verifier(name) for name in verifiers if name)]:
@@ -559,8 +615,8 @@ def _checks(config: Config) -> Iterator[Any]:
     for what, given in (("prompts", config.prompts), ("import", config.existing)):
         if given:
             yield lambda what=what, g=given: _check_input(what, g)
-    if config.evaluate:
-        yield lambda: _check_input("evaluate.prompts", config.evaluate.prompts)
+    if asked and (held_out := asked.prompts):
+        yield lambda: _check_input("evaluate.prompts", held_out)
     yield lambda: check_writable(Folder(config.output))
 
 
@@ -630,6 +686,7 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
             finally:
                 cluster.disconnect()
     summary = summarise(chain, stages)
+    _write_comparison(summary)
     if not root.exists(SUMMARY) or root.read_json(SUMMARY) != summary:
         root.write_json(SUMMARY, summary)
     return summary
@@ -713,9 +770,46 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
             if step.name == "evaluate" and step.is_done(root):
                 summary["evaluation"] = (root / step.folder).read_json(TABLE)
                 summary["example"] = (root / step.folder).read_json(EXAMPLE)
+            if step.name == "comparison" and step.is_done(root):
+                summary["comparison"] = (root / step.folder).read_json(COMPARISON)
+                summary["comparison_folder"] = str(root / step.folder)
             if step.name == "wrpo" and step.is_done(root):
                 summary["fused_model"] = str(root / step.folder / "model")
     return summary
+
+
+def _write_comparison(summary: dict[str, Any]) -> None:
+    """The table of the judged models for those who read, beside the step's own."""
+    if "comparison" not in summary:
+        return
+    folder, table = Folder(summary["comparison_folder"]), summary["comparison"]
+    for name, text in (
+        ("comparison.md", comparison.markdown(table)),
+        ("comparison.html", comparison.html(table)),
+    ):
+        if not folder.exists(name) or folder.read(name) != text.encode():
+            folder.write(name, text.encode())
+
+
+def check_pairs(summary: dict[str, Any], floor: float) -> None:
+    """Check that no pair of a run's comparison has a win rate below `floor`.
+
+    Raises:
+        UserError: there is no pair.
+        RegressionError: one has, or its rate is not known.
+    """
+    pairs = summary.get("comparison", {}).get("pairs", [])
+    if not pairs:
+        raise UserError("--fail-below: the config compares no pairs; set evaluate.pairwise")
+    below = []
+    for pair in pairs:
+        rate: dict[str, Any] = {
+            name: math.nan if value is None else value for name, value in pair["win_rate"].items()
+        }
+        name = f"win rate of {pair['a']} against {pair['b']}"
+        below += [told] if (told := shortfall(name, Estimate(**rate), floor)) else []
+    if below:
+        raise RegressionError("\n".join(below))
 
 
 def _models(config: Config) -> dict[str, str]:

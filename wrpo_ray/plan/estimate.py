@@ -222,6 +222,8 @@ class _Estimator:
             return step.read_manifest(self.root)["counts"]["rows"]
         if isinstance(job, Prepare):
             return self._rows(job.rows)
+        if hasattr(job, "count"):
+            return job.count
         return self._count(job.prompts) if hasattr(job, "prompts") else self._read(job)
 
     def _read(self, job: Any) -> int:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from wrpo_ray.report.comparison import comparison_text
+
 Row = dict[str, Any]
 EXAMPLE = 120
 """Characters of an example that are shown."""
@@ -16,6 +18,9 @@ def summary_text(summary: Row) -> str:
     parts = ["\n".join(_stages(summary)), "\n".join(_wins(summary))]
     if "evaluation" in summary:
         parts += ["\n".join(lines) for lines in _tables(summary["evaluation"])]
+    if "comparison" in summary:
+        parts.append(comparison_text(summary["comparison"]))
+        parts.append(f"Comparison:  {_short(summary['comparison_folder'])}/comparison.html, .md")
     if summary.get("example"):
         parts.append("\n".join(_example(summary["example"])))
     if "fused_model" in summary:

@@ -1,0 +1,11 @@
+"""A reward that workers import: how well a text does, by the first of some words in it."""
+
+GRADES = {"good": 3, "even": 2, "bad": 1}
+
+
+def grade(text: str) -> int:
+    return next((g for word, g in GRADES.items() if word in text), 0)
+
+
+def reward(messages, response: str, reference: str | None) -> float:
+    return float(grade(response))
