@@ -240,9 +240,8 @@ def test_above_the_queue_requests_are_shed_and_those_taken_have_their_answers(se
                 model="target", messages=messages("Vowels in jaf:"), **LONG
             )
         except openai.RateLimitError as error:
-            assert error.code == "overloaded"
-            assert int(error.response.headers["Retry-After"]) >= 1
-            return "shed"
+            told = error.code == "overloaded" and int(error.response.headers["Retry-After"]) >= 1
+            return "shed" if told else f"badly shed: {error}"
         assert answer.usage.completion_tokens == LONG["max_tokens"]
         return "whole"
 
@@ -252,6 +251,7 @@ def test_above_the_queue_requests_are_shed_and_those_taken_have_their_answers(se
             return await asyncio.gather(*(ask(client) for _ in range(80)))
 
     outcomes = Counter(asyncio.run(crowd()))
+    assert outcomes.keys() == {"whole", "shed"}
     assert outcomes["whole"] >= SETTINGS["ongoing"]
     assert outcomes["shed"] >= 80 - 2 * (SETTINGS["ongoing"] + SETTINGS["queue"])
 

@@ -22,7 +22,7 @@ from wrpo_ray.core.shards import (
     Bucket,
     Samples,
     buckets,
-    clear_failures,
+    trying_again,
     write_failures,
     write_shard,
 )
@@ -125,7 +125,6 @@ class Reader:
         """The verdicts of one bucket of one job; what is returned are counts only."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         root, kept = self.run.root, job.step.failures(self.run.root)
-        clear_failures(kept, bucket)
         asked = items(job.prompts, job.judging.schema, root, bucket)
         found = [answers.read(root, bucket) for answers in job.answers]
         judged: list[Row] = []
@@ -144,9 +143,10 @@ class Reader:
                     told = failure("judge", error, **key)
                     failed.append(told | (said.get(item["prompt_id"], {}).get("failure") or {}))
                 judged.append(record)
-        if judged:
-            write_shard(root / job.step.folder, bucket, JUDGMENT, judged, "all")
-        write_failures(kept, bucket, failed, "all")
+        with trying_again(kept, bucket):
+            if judged:
+                write_shard(root / job.step.folder, bucket, JUDGMENT, judged, "all")
+            write_failures(kept, bucket, failed, "all")
         return row | {"rows": len(judged) - len(failed), "failed": len(failed)}
 
     def _said(self, game: Game, bucket: Bucket) -> dict[str, Row]:
