@@ -382,8 +382,8 @@ TEXT = """# Serving: against the bare server, and in overload
 - Versions: {versions}.
 
 At capacity {places} clients ask: {ongoing} requests are in hand and {queue} wait. In overload
-{crowd} do, streamed and whole; what finds no place is told 429 and when to come again, which these clients
-do. Latency is of the requests that were taken, from the try that was:
+{crowd} do, streamed and whole; what finds no place is told 429 and when to come again, which these
+clients do. Latency is of the requests that were taken, from the try that was:
 
 {overload}
 
