@@ -180,6 +180,7 @@ def test_a_changed_file_takes_effect_and_a_broken_one_does_not(tmp_path: Path):
         (f"{LINE} someday", "'someday' is no day"),
         (f"{LINE}\n{LINE}", "'alice' is given twice"),
     ],
+    ids=["empty", "comment", "key", "day", "twice"],
 )
 def test_what_is_no_file_of_keys_is_told_without_a_key(text: str, problem: str):
     with pytest.raises(UserError, match=problem) as told:
