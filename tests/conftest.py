@@ -32,6 +32,7 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What starts Ray or engines runs one after the other, unit tests beside it, by the file."""
     for item in items:
