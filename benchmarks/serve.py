@@ -381,9 +381,9 @@ TEXT = """# Serving: against the bare server, and in overload
   the server's, of all its processes. The load of the minute before was {load:.1f}.
 - Versions: {versions}.
 
-At capacity {places} clients ask: {ongoing} requests are in hand and {queue} wait. In overload
-{crowd} do, streamed and whole; what finds no place is told 429 and when to come again, which these
-clients do. Latency is of the requests that were taken, from the try that was:
+At capacity {places} clients ask: {ongoing} requests are in hand, {queue} wait. In overload {crowd}
+do, streamed and whole; what finds no place is told 429 and when to come again, which these clients
+do. Latency is of the requests that were taken, from the try that was:
 
 {overload}
 

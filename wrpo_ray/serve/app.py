@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -418,7 +419,9 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
     """
     os.environ |= QUIET | {"RAY_BACKEND_LOG_LEVEL": "fatal"}
     address = os.environ.get("RAY_ADDRESS", "local")
-    alone = {"include_dashboard": False} if address == "local" else {}
+    # Here all that is served shares the cores; Ray would let what does not fit wait for ever.
+    cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
+    alone = {"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}
     terminate = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
     signal.signal(signal.SIGTERM, terminate)  # Ray's own handler aborts after three seconds
@@ -431,6 +434,17 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
     finally:
         _drain(settings.timeout + 15)
         ray.shutdown()
+
+
+def _cpus(settings: ServeConfig) -> float:
+    """CPUs that Ray counts for all that is there from the start."""
+    models = sum(m.actors.min * m.parts * m.actors.num_cpus for m in settings.models)
+    reward = settings.reward.actors if settings.reward else None
+    return (
+        models
+        + settings.ingress_replicas * INGRESS_CPUS
+        + (reward.min * reward.num_cpus if reward else 0)
+    )
 
 
 def _start(settings: ServeConfig) -> None:
