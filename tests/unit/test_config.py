@@ -5,12 +5,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from wrpo_ray.config import Config, ModelConfig, PairConfig, Section, SplitConfig, load
+from wrpo_ray.config import (
+    Config,
+    ModelConfig,
+    PairConfig,
+    Section,
+    ServeConfig,
+    SplitConfig,
+    load,
+)
 from wrpo_ray.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FUSION = ROOT / "cluster" / "overlays" / "job" / "fusion.yaml"
-JOBS = sorted({*(ROOT / "jobs").glob("*.yaml"), FUSION} - {ROOT / "jobs" / "runtime_env.yaml"})
+OTHERS = {ROOT / "jobs" / "runtime_env.yaml", ROOT / "jobs" / "serve.yaml"}
+JOBS = sorted({*(ROOT / "jobs").glob("*.yaml"), FUSION} - OTHERS)
 BASE = {
     "output": "out",
     "prompts": {"path": "p.jsonl"},
@@ -42,6 +51,10 @@ def sections() -> list[type[Section]]:
 @pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
 def test_every_shipped_config_loads(path):
     load(path)
+
+
+def test_the_shipped_config_of_serving_loads():
+    ServeConfig.model_validate(yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text()))
 
 
 @pytest.mark.parametrize("section", sections(), ids=lambda s: s.__name__)

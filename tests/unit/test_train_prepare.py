@@ -201,7 +201,7 @@ def test_another_try_forgets_the_failures_of_the_first(tmp_path, base):
 def without_ray(monkeypatch) -> None:
     def map_rows(_: Any, rows: Any, worker: Any, arguments: dict[str, Any]) -> Any:
         work = worker(**arguments)
-        return (work(row) | {"seconds": 0.0} for row in rows)
+        return (work(row) | {"seconds": 0.0, "idle": 0.0} for row in rows)
 
     monkeypatch.setattr(prepare, "map_rows", map_rows)
 

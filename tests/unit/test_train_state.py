@@ -207,7 +207,14 @@ def spawn(work: Any, workers: int, *args: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (workers, port, *args), nprocs=workers)
+    torch.multiprocessing.spawn(ending, (work, workers, port, *args), nprocs=workers)
+
+
+def ending(rank: int, work: Any, *args: Any) -> None:
+    """Workers that have done their work end together: gloo aborts a process it is still used in."""
+    work(rank, *args)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
