@@ -159,9 +159,8 @@ def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):
     ask = messages("Vowels in jaf:")
     answers = ["a", "no vowel at all"]
     got = [_score(server, [*ask, {"role": "assistant", "content": text}]) for text in answers]
-    reward = load_classifier(
-        RewardConfig(model=str(zoo / "reward"), max_length=128), zoo / "reward"
-    )
+    settings = RewardConfig(model=str(zoo / "reward"), max_length=128)
+    reward = load_classifier(settings, zoo / "reward", on_gpu=False)
     alone = reward.score([Item(ask, text, None) for text in answers])
     assert [answer.json()["reward"] for answer in got] == pytest.approx(alone, abs=1e-4)
     refused = _score(server, [*ask, {"role": "assistant", "content": "a" * 1000}])
