@@ -195,7 +195,7 @@ def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Serve
             assert re.search(r"tokens/s.*reward -?\d+\.\d{3}", said), said
         if file := os.environ.get("WRPO_SCREENSHOT"):
             page.evaluate("document.activeElement.blur()")
-            page.screenshot(path=file)
+            page.screenshot(path=file, full_page=True)
         browser.close()
 
 
