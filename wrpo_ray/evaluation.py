@@ -136,7 +136,7 @@ class Evaluation:
 
     def phases(self) -> list[tuple[Any, ...]]:
         """Everything after the reading of the questions."""
-        own = self._own_answers() if self.own and self._needs_own else {}
+        own = self._answers(self.own, self.config.sampling) if self.own and self._pairs else {}
         for name in self._folders:
             judging = read_judging(name, self._folders[name])
             if name == MT_BENCH:
@@ -158,14 +158,6 @@ class Evaluation:
             reference = self._folders.get("alpaca_eval")
             phases.append([Compare(tuple(self.verdicts), tuple(pairs), judge, reference)])
         return phases
-
-    @property
-    def _needs_own(self) -> bool:
-        return self.config.pairwise is not None
-
-    def _own_answers(self) -> dict[str, Answers]:
-        assert self.own is not None
-        return self._answers(self.own, self.config.sampling)
 
     def _answers(self, prompts: Prompts, sampling: SamplingConfig) -> dict[str, Answers]:
         """One answer to each prompt by every model, and by the collective ones."""

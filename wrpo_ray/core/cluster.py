@@ -52,20 +52,20 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     if address and address != "local":
         check_answers(address)
         try:
-            with _keeping_sigterm():
+            with keeping_sigterm():
                 ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
         except ConnectionError as error:
             raise UserError(f"cluster.address: {address}: {error}") from None
     else:
         os.environ |= marks
-        with _keeping_sigterm():
+        with keeping_sigterm():
             ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
     ray.data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 @contextmanager
-def _keeping_sigterm() -> Iterator[None]:
+def keeping_sigterm() -> Iterator[None]:
     """Ray puts handlers of its own for SIGTERM that end the process with another exit code."""
     ours = signal.getsignal(signal.SIGTERM)
     yield

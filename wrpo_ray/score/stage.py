@@ -169,9 +169,8 @@ class Scorer:
                 reward += sum(r["reward"] for r in good)
         counts = {"rows": held + done, "new": done, "failed": failed, "reward": reward}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED) == 0
-        return (
-            row | counts | {"wins": json.dumps(self._wins(bucket) if done and is_sampled else [])}
-        )
+        wins = self._wins(bucket) if done and is_sampled else []
+        return row | counts | {"wins": json.dumps(wins)}
 
     def _wins(self, bucket: Bucket) -> list[int]:
         """How many of the bucket's prompts each job's source answers best, if all are scored."""

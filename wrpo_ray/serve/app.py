@@ -31,7 +31,7 @@ from ray.serve.metrics import Counter, Histogram
 from wrpo_ray import config
 from wrpo_ray.config import RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.core.chat import Template, load_tokenizer
-from wrpo_ray.core.cluster import thread_env
+from wrpo_ray.core.cluster import keeping_sigterm, thread_env
 from wrpo_ray.core.records import Message
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
@@ -422,9 +422,8 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
     # Here all that is served shares the cores; Ray would let what does not fit wait for ever.
     cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
     alone = {"include_dashboard": False, "num_cpus": cpus} if address == "local" else {}
-    terminate = signal.getsignal(signal.SIGTERM)
-    ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
-    signal.signal(signal.SIGTERM, terminate)  # Ray's own handler aborts after three seconds
+    with keeping_sigterm():  # Ray's own handler aborts after three seconds
+        ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
         serve.start(http_options=HTTPOptions(host=host, port=port))
