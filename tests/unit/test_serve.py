@@ -34,7 +34,7 @@ OLD, OLD_LINE = new_key("bob")
 LINES = f"{LINE}  # hers\n\n{OLD_LINE} 2020-01-01\n"
 SECRET = "xyzzy-prompt"
 HI = [{"role": "user", "content": SECRET}]
-CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+CHAT, COMPLETIONS, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/score"
 
 
 def chunk(text: str) -> str:
@@ -413,6 +413,7 @@ def test_the_page_needs_nothing_from_elsewhere():
 JSON = {"Content-Type": "application/json"}
 AUTH = {"Authorization": f"Bearer {KEY}"}
 GOOD_CHAT = {"model": "m", "messages": HI}
+SAID = {"role": "assistant", "content": "yes"}
 GOOD = {"model": "m", "prompt": SECRET}
 WRONG_TYPES: list[Any] = ["1", True, [], {}, [1], {"a": 1}]
 
@@ -438,10 +439,10 @@ def hostile() -> Iterator[tuple[str, str, str, dict[str, str], Any, int]]:
         "api-key": {"X-Api-Key": KEY},
         "cookie": {"Cookie": f"key={KEY}"},
     }.items():
-        for path in (CHAT, COMPLETIONS):
+        for path in (CHAT, COMPLETIONS, SCORE):
             yield f"{name} {path}", "POST", path, JSON | headers, good, 401
     yield "key in query", "POST", f"{CHAT}?key=x&api_key=y", JSON, good, 401
-    for path in (CHAT, COMPLETIONS):
+    for path in (CHAT, COMPLETIONS, SCORE):
         for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS", "HEAD"):
             yield f"{method} {path}", method, path, AUTH, b"", 405
     for path in ("/v1", "/v1/embeddings", "/..%2f..%2fetc/passwd", "/v1/chat", "/docs", "/%00"):
@@ -476,7 +477,8 @@ def hostile() -> Iterator[tuple[str, str, str, dict[str, str], Any, int]]:
         "deep object": b'{"a":' * 5000 + b"1" + b"}" * 5000,
         "deep unknown": b'{"model":"m","prompt":"p","x":' + b"[" * 33 + b"]" * 33 + b"}",
     }.items():
-        yield f"body {name}", "POST", CHAT, AUTH | JSON, data, 400
+        for path in (CHAT, SCORE):
+            yield f"body {name} {path}", "POST", path, AUTH | JSON, data, 400
     yield "huge", "POST", CHAT, AUTH | JSON, b'{"x":"' + b"a" * 1_000_000 + b'"}', 413
     lying = AUTH | JSON | {"Content-Length": str(10**12)}
     yield "huge length", "POST", CHAT, lying, b"{}", 413
@@ -532,6 +534,12 @@ def hostile() -> Iterator[tuple[str, str, str, dict[str, str], Any, int]]:
         yield f"{name} {value}", "POST", CHAT, AUTH | JSON, GOOD_CHAT | {name: value}, 400
     yield "no messages", "POST", CHAT, AUTH | JSON, {"model": "m"}, 400
     yield "no model", "POST", CHAT, AUTH | JSON, {"messages": HI}, 400
+    for said in [
+        [], {}, [SAID], HI, [*HI, SAID, *HI], [*HI, SAID | {"content": 1}], [*HI, {}], "hi",
+        [*HI, {"role": "assistant", "content": None}], [*HI, SAID | {"role": "root"}],
+    ]:  # fmt: skip
+        label = f"score {str(said)[:40]}"
+        yield label, "POST", SCORE, AUTH | JSON, {"messages": said}, 400
 
 
 HOSTILE = list(hostile())
@@ -541,7 +549,8 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
     caplog: pytest.LogCaptureFixture,
 ):
     caplog.set_level(logging.DEBUG)
-    client = Client(Scripted([[WHOLE, DONE]]), requests_per_minute=10_000)
+    scorer, limit = Rewarded(0.5), {"requests_per_minute": 10_000}
+    client = Client(Scripted([[WHOLE, DONE]]), scorer, reward=REWARD, **limit)
     assert len(HOSTILE) >= 200
     wrong = {}
     for name, method, path, headers, data, status in HOSTILE:
@@ -553,7 +562,7 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
             wrong[name] = (answer.status_code, answer.text[:200])
         assert "access-control-allow-origin" not in answer.headers
     assert not wrong
-    assert client.model.asked == []
+    assert client.model.asked == scorer.asked == []
     assert not any(secret in caplog.text for secret in (KEY, OLD, KEY[5:], SECRET))
     assert client.post().status_code == 200, "and it still answers"
     assert "alice asked m: 200, 3 + 1 tokens" in caplog.text
@@ -562,7 +571,6 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
 # --- the reward ------------------------------------------------------------------------------
 
 
-SAID = {"role": "assistant", "content": "yes"}
 REWARD = {"name": "helpful", "model": "folder"}
 
 
