@@ -15,7 +15,7 @@ demo: .venv/.cpu
 	@$(BIN)/wrpo fuse jobs/demo.yaml --set output=$(OUT)
 
 test: lint
-	@$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadgroup --no-loadscope-reorder --durations=15
+	@$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder --durations=40
 
 lint: .venv/.dev
 	@$(BIN)/ruff check .

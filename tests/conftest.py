@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
@@ -32,21 +33,16 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts Ray or engines runs one after the other, unit tests beside it, by the file."""
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(item.path.stem if folder == "unit" else "Ray"))
-
-
 @pytest.fixture(scope="session")
 def zoo() -> Path:
     """The demo's tiny models, trained once and kept in .cache (some minutes the first time)."""
     from wrpo_ray.zoo.build import build_zoo
 
     folder = ROOT / ".cache" / "zoo"
-    build_zoo(folder)
+    folder.parent.mkdir(exist_ok=True)
+    with (folder.parent / "zoo.lock").open("w") as lock:  # tests run in two processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        build_zoo(folder)
     return folder
 
 
