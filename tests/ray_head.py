@@ -129,6 +129,14 @@ class RayHead:
         self.process.wait(30)
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def add_node(self, num_cpus: int) -> None:
+        """Another node, which stays for as long as the head does, with a folder of its own."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
+        command += [f"--address={self.address}", f"--num-cpus={num_cpus}"]
+        command += [f"--temp-dir={self.folder / 'node'}", "--object-store-memory=500000000"]
+        with (self.folder / "node.log").open("w") as log:
+            subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
+
     def kill_node(self, node: str) -> None:
         """An autoscaled node dies with all that runs on it."""
         for process in marked(NODE, node):

@@ -5,7 +5,6 @@ With WRPO_PLOTS=FOLDER the nodes over time are drawn into it (docs/img/autoscali
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import threading
@@ -14,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, shards, submit_command, wait_until
-from ray.job_submission import JobSubmissionClient
+from harness import ROOT, shards, wait_until
 from ray_head import RayHead
 
 NODES = {
@@ -85,48 +83,44 @@ def draw(changes: dict[float, dict[str, int]], to: Path) -> None:
     figure.savefig(to)
 
 
-def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(zoo, tmp_path):
-    """From no node to those of generation, to none of them and those of training, to none.
-
-    The head has no CPUs, so that the job's driver has to be on a worker.
-    """
+def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
+    """From no node to those of generation, to none of them and those of training, to none."""
     output, log = tmp_path / "run", tmp_path / "log"
     of = {"resources": {"generate": 1}}
-    source = {"name": "llama-bytes", "model": str(zoo / "sources" / "llama-bytes")}
-    changes = {
-        "prompts.path": str(zoo / "prompts.jsonl"),
-        "prompts.limit": 1200,
-        "sources": [source | {"actors": of | {"max": 2}}],
-        "target.model": str(zoo / "target"),
-        "reward": {"model": str(zoo / "reward"), "max_length": 128, "actors": of},
-        "storage": {"buckets": 64, "chunk": 8},
-        "sft.resources": {"train": 1},
-        "sft.checkpoint_every": 10,
-        "evaluate": None,
-    }
-    sets = {name: json.dumps(value) for name, value in changes.items()}
+    source = {"name": "llama-bytes", "model": str(ROOT / ".cache/zoo/sources/llama-bytes")}
+    config = demo(
+        output,
+        prompts={"path": str(ROOT / ".cache/zoo/prompts.jsonl"), "limit": 1200},
+        sources=[source | {"actors": of | {"max": 2}}],
+        reward={"model": str(ROOT / ".cache/zoo/reward"), "actors": of},
+        storage={"buckets": 64, "chunk": 8},
+        evaluate=None,
+    )
     with RayHead(0, NODES, idle_seconds=3) as head, Watch(head) as watch, log.open("w") as file:
-        command = submit_command(head.api, output, sets, "--until=sft")
-        job = subprocess.Popen(command, cwd=ROOT, stderr=file, stdout=file)
+        driver = subprocess.Popen(
+            config.arguments("fuse", "--until", "sft", "--set", "sft.resources={train: 1}"),
+            cwd=ROOT,
+            env=os.environ | {"RAY_ADDRESS": head.address},
+            stderr=file,
+            stdout=file,
+        )
 
         def lose(kind: str, is_time: Callable[[], object]) -> None:
             """One of the nodes dies as soon as it is time."""
-            wait_until(lambda: is_time() or job.poll() is not None, 240)
-            assert job.poll() is None, log.read_text()
+            wait_until(lambda: is_time() or driver.poll() is not None, 240)
+            assert driver.poll() is None, log.read_text()
             head.kill_node(watch.ids[kind][0])
 
         try:
             lose("generate", lambda: len(shards(output, "generate-*/*.parquet")) > 3)
-            (driver,) = JobSubmissionClient(head.api).list_jobs()
-            assert driver.driver_node_id in watch.ids["cpu"]
             lose("train", lambda: list(output.glob("sft-*/metrics.jsonl")))
-            assert job.wait(300) == 0, log.read_text()
+            assert driver.wait(300) == 0, log.read_text()
         finally:
-            job.kill()
+            driver.kill()
         wait_until(lambda: not any(watch.ids.values()), 60)
-    counts = watch.changes()
-    print(counts)
+    changes = watch.changes()
+    print(changes)
     if folder := os.environ.get("WRPO_PLOTS"):
-        draw(counts, Path(folder) / "autoscaling.svg")
+        draw(changes, Path(folder) / "autoscaling.svg")
     assert max(c["generate"] for c in watch.counts.values()) >= 1
     assert any(c["train"] == 2 and not c["generate"] for c in watch.counts.values())

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from harness import ROOT, processes_of, shards, submit_command, wait_until
 from ray.job_submission import JobSubmissionClient
+from ray.util.state import list_nodes
 from ray_head import RayHead
 
 ONE_SOURCE = "[{name: llama-bytes, model: .cache/zoo/sources/llama-bytes}]"
@@ -104,4 +105,15 @@ def test_ray_job_submit(head, tmp_path):
         RAY_RUNTIME_ENV_IGNORE_GITIGNORE="1",
     )
     assert result.returncode == 0, result.stdout + result.stderr
+    assert list(tmp_path.glob("prompts-*/manifest.json"))
+
+
+def test_a_driver_goes_to_a_worker_if_the_head_has_no_cpus(zoo, tmp_path):
+    with RayHead(0) as head:
+        head.add_node(2)
+        result = submitted(submit_command(head.api, tmp_path, SMALL, "--until=prompts"))
+        assert result.returncode == 0, result.stdout + result.stderr
+        (job,) = JobSubmissionClient(head.api).list_jobs()
+        (worker,) = (n for n in list_nodes(head.api) if not n.is_head_node)
+        assert job.driver_node_id == worker.node_id
     assert list(tmp_path.glob("prompts-*/manifest.json"))
