@@ -29,7 +29,7 @@ from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.metrics import Counter, Histogram
 
 from wrpo_ray import config
-from wrpo_ray.config import RewardConfig, ServeConfig, ServedModel
+from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.core.chat import Template, load_tokenizer
 from wrpo_ray.core.cluster import keeping_sigterm, thread_env
 from wrpo_ray.core.records import Message
@@ -79,7 +79,8 @@ class Model(LLMServer):
         folder = Path(own.model_loading_config.model_source)
         tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
         self._prompts = Prompts(tokenizer)
-        await super().__init__(own)
+        is_one = model.parts == 1 and not model.actors.num_gpus
+        await super().__init__(own, engine_cls=_engine_of_one() if is_one else None)
 
     async def answer(
         self, call: Call, body: dict[str, Any]
@@ -122,6 +123,21 @@ class Model(LLMServer):
                 yield _refusal(**json.loads(broken[0])["error"], otherwise=503)
                 return
             yield texts
+
+
+def _engine_of_one() -> Any:
+    """vLLM's engine for one CPU, as `vllm serve` starts it.
+
+    Ray Serve LLM gives the model a process of its own, and the two spin while they wait.
+    """
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine  # it imports vLLM
+
+    class EngineOfOne(VLLMEngine):
+        def _start_async_llm_engine(self, args: Any, config: Any, *rest: Any) -> Any:
+            config.parallel_config.distributed_executor_backend = "uni"
+            return super()._start_async_llm_engine(args, config, *rest)
+
+    return EngineOfOne
 
 
 def _first_problem(error: Exception) -> str:
@@ -382,26 +398,31 @@ def _reward(reward: RewardConfig, settings: ServeConfig, drain: dict[str, Any]) 
             "resources": actors.resources,
             "runtime_env": {"env_vars": env},
         },
-        autoscaling_config={"min_replicas": actors.min, "max_replicas": actors.max},
         max_ongoing_requests=settings.ongoing,
         max_queued_requests=settings.queue,
+        **_replicas(actors, settings),
         **drain,
     )
     return deployment.bind(reward)
 
 
+def _replicas(actors: Actors, settings: ServeConfig) -> dict[str, Any]:
+    """How many there are; of a number that cannot change Serve has nothing to reckon."""
+    if actors.min == actors.max:
+        return {"num_replicas": actors.min}
+    scaling = {"min_replicas": actors.min, "max_replicas": actors.max}
+    scaling["target_ongoing_requests"] = max(1, settings.ongoing // 2)
+    return {"autoscaling_config": scaling}
+
+
 def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]) -> Application:
     deployment = {
         "ray_actor_options": {"num_cpus": 0},
-        "autoscaling_config": {
-            "min_replicas": model.actors.min,
-            "max_replicas": model.actors.max,
-            "target_ongoing_requests": max(1, settings.ongoing // 2),
-        },
         "max_ongoing_requests": settings.ongoing,
         "max_queued_requests": settings.queue,
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
+        **_replicas(model.actors, settings),
         **drain,
     }
     return build_llm_deployment(
