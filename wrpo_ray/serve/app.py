@@ -438,7 +438,7 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
     Takes the cluster at RAY_ADDRESS, or starts Ray on this machine. A Serve that runs there keeps
     its other applications, and its own address.
     """
-    os.environ |= QUIET | {"RAY_BACKEND_LOG_LEVEL": "fatal"}
+    os.environ |= QUIET | {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_niceness": "0"}
     address = os.environ.get("RAY_ADDRESS", "local")
     # Here all that is served shares the cores; Ray would let what does not fit wait for ever.
     cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
