@@ -1,13 +1,14 @@
 # make demo: the whole system on tiny models.  make test: lint and all tests.
 # make bench: training, generation, scoring, pairing and serving against other code, a simulated
 # cluster, into benchmarks/.
+# make docs: the documentation as a site in build/site, with every link checked.
 # They install what they need into .venv; a second call installs nothing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 OUT ?= out/demo
 
-.PHONY: demo test lint format soak bench clean
+.PHONY: demo test lint format docs soak bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.cpu
@@ -25,6 +26,10 @@ lint: .venv/.dev
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+docs: .venv/.dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 soak: .venv/.dev
 	@$(BIN)/python -m pytest -m soak

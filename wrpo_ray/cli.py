@@ -94,6 +94,16 @@ def _parser() -> argparse.ArgumentParser:
     _plan_command(commands)
     _export_command(commands)
     _failures_command(commands)
+    text = "every field of a config: type, bounds, default, and what it says"
+    reference = commands.add_parser("config", help=text, description=text)
+    reference.add_argument(
+        "field",
+        metavar="FIELD",
+        nargs="?",
+        default="",
+        help="a section or field, such as wrpo.alpha or serve.queue",
+    )
+    reference.set_defaults(run=_reference)
     _serve_command(commands)
     _cluster_commands(commands)
     zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
@@ -371,6 +381,12 @@ def _failures(arguments: argparse.Namespace) -> None:
     from wrpo_ray.report.text import failures_text
 
     print(failures_text(groups))
+
+
+def _reference(arguments: argparse.Namespace) -> None:
+    from wrpo_ray.config_reference import config_text
+
+    print(config_text(arguments.field))
 
 
 def _retry(arguments: argparse.Namespace, settings: Config) -> None:

@@ -1,0 +1,198 @@
+"""What `mkdocs build` adds to docs/: pages from elsewhere in the repository, and reference.
+
+Files keep the links that work in the repository. A page's link to a file outside docs/ leads to a
+copy of it in the site; one to a folder is shown as text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+from wrpo_ray.cli import _parser
+from wrpo_ray.config import Config, ServeConfig
+from wrpo_ray.config_reference import config_markdown
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "benchmarks/RESULTS.md": "benchmarks/results.md",
+    "benchmarks/SIMULATION.md": "benchmarks/simulation.md",
+}
+"""Pages that lie outside docs/, by their paths in the repository."""
+COMING = ("docs/guides/report.md", "docs/study.md", "docs/img/report.png")
+"""Files that may not be there yet: links to them are shown as text until they are."""
+LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^()\s]+)\)")
+MARKER = re.compile(r"<!-- generated: (\w+) -->")
+
+
+# --- events of MkDocs --------------------------------------------------------------------------
+
+
+def on_config(config: Any) -> Any:
+    """Leave out of the navigation what is not there yet."""
+    absent = {path.removeprefix("docs/") for path in COMING if not (ROOT / path).exists()}
+    config.nav = [_without(entry, absent) for entry in config.nav]
+    return config
+
+
+def _without(entry: Any, absent: set[str]) -> Any:
+    if isinstance(entry, dict):
+        return {k: _without(v, absent) if isinstance(v, list) else v for k, v in entry.items()}
+    if isinstance(entry, list):
+        return [_without(e, absent) for e in entry if not absent & set(_paths(e))]
+    return entry
+
+
+def _paths(entry: Any) -> list[str]:
+    return [v for v in entry.values() if isinstance(v, str)] if isinstance(entry, dict) else [entry]
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages that lie elsewhere, and every file that a page links to."""
+    for source, target in PAGES.items():
+        files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
+    for page in pages():
+        for _, path in links(page):
+            name = site_path(path)
+            if name.startswith("files/") and (ROOT / path).is_file() and name not in files.src_uris:
+                files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put in what is generated, and turn the repository's links into the site's."""
+    source = {target: path for path, target in PAGES.items()}.get(page.file.src_uri)
+    source = source or f"docs/{page.file.src_uri}"
+    return MARKER.sub(lambda found: GENERATED[found[1]](), site_links(markdown, source))
+
+
+# --- links -------------------------------------------------------------------------------------
+
+
+def pages() -> list[str]:
+    """Paths of all pages in the repository."""
+    return [*PAGES, *sorted(str(p.relative_to(ROOT)) for p in (ROOT / "docs").rglob("*.md"))]
+
+
+def links(page: str) -> Iterator[tuple[str, str]]:
+    """(what is written, path in the repository) of each of a page's links to files."""
+    for found in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
+        if path := repository_path(found[3], page):
+            yield found[3], path
+
+
+def repository_path(link: str, page: str) -> str | None:
+    """Where a link leads, without its anchor; none for an address or an anchor of the page."""
+    path = link.partition("#")[0]
+    if not path or re.match(r"[a-z]+:", link):
+        return None
+    return posixpath.normpath(posixpath.join(posixpath.dirname(page), path))
+
+
+def site_path(path: str) -> str:
+    """Where the site has a file of the repository."""
+    if path in PAGES:
+        return PAGES[path]
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
+
+
+def site_links(markdown: str, page: str) -> str:
+    """The page's text with the site's links."""
+    here = posixpath.dirname(site_path(page)) or "."
+
+    def change(found: re.Match[str]) -> str:
+        image, text, link = found.groups()
+        path = repository_path(link, page)
+        if path is None:
+            return found[0]
+        if (ROOT / path).is_dir() or (path in COMING and not (ROOT / path).exists()):
+            return "" if image else text
+        _, mark, anchor = link.partition("#")
+        return f"{image}[{text}]({posixpath.relpath(site_path(path), here)}{mark}{anchor})"
+
+    return LINK.sub(change, markdown)
+
+
+# --- generated parts -----------------------------------------------------------------------------
+
+
+def commands() -> str:
+    """Every command with its options, from the parser."""
+    return "\n\n".join(_command("wrpo", _parser()))
+
+
+def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if name != "wrpo":
+        yield f"## {name}"
+        yield f"{(parser.description or _help(name, parser)).capitalize()}."
+        usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
+        yield f"```text\n{usage}\n```"
+        yield "\n".join(_options(parser))
+    for action in below:
+        texts = {choice.dest: choice.help for choice in action._choices_actions}
+        for word, command in action.choices.items():
+            command.description = command.description or texts[word]
+            yield from _command(f"{name} {word}", command)
+
+
+def _help(name: str, parser: argparse.ArgumentParser) -> str:
+    return parser.description or name
+
+
+def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    actions = [
+        a
+        for a in parser._actions
+        if not isinstance(a, (argparse._HelpAction, argparse._SubParsersAction))
+    ]
+    if actions:
+        yield "| | |\n| --- | --- |"
+    for action in actions:
+        value = action.metavar or "|".join(map(str, action.choices or ()))
+        value = str(value) if value and action.nargs != 0 else ""
+        option = next((o for o in action.option_strings if o.startswith("--")), "")
+        yield f"| `{' '.join(filter(None, (option, value)))}` | {action.help or ''} |".replace(
+            "|`", "`"
+        )
+
+
+def tree() -> str:
+    """The package's files, each with the first line of its docstring."""
+    lines = []
+    for file in sorted((ROOT / "wrpo_ray").rglob("*.py"), key=_order):
+        path = file.relative_to(ROOT)
+        depth = len(path.parts) - 1
+        text = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
+        if file.name == "__init__.py":
+            name = f"{path.parent.name}/"
+            depth -= 1
+        else:
+            name = file.name
+        lines.append(f"{'  ' * depth + name:24} {text}")
+    return "```text\n" + "\n".join(lines) + "\n```"
+
+
+def _order(file: Path) -> tuple[bool, list[str]]:
+    path = file.relative_to(ROOT / "wrpo_ray")
+    folders, name = path.parts[:-1], path.name
+    return bool(folders), [*folders, "" if name == "__init__.py" else name]
+
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "config": lambda: config_markdown(Config),
+    "serve": lambda: config_markdown(ServeConfig, "serve."),
+    "commands": commands,
+    "tree": tree,
+}
+"""What a marker `<!-- generated: NAME -->` in a page is followed by."""
