@@ -63,24 +63,30 @@ def sections(root: type[Section]) -> dict[str, SectionLines]:
     """Every section below a root by its class's name, parents first."""
     schema = root.model_json_schema()
     found: dict[str, SectionLines] = {}
-    _collect(schema, root.__name__, "", schema.get("$defs", {}), found)
+    _collect(schema, root.__name__, "", schema.get("$defs", {}), found, True)
     return found
 
 
 def _collect(
-    schema: Schema, name: str, path: str, defs: Schema, found: dict[str, SectionLines]
+    schema: Schema,
+    name: str,
+    path: str,
+    defs: Schema,
+    found: dict[str, SectionLines],
+    decides: bool,
 ) -> None:
+    """Fields of a section that decides nothing decide nothing either."""
     if name in found:
         return
-    fields = tuple(_fields(schema, defs))
+    fields = tuple(_fields(schema, defs, decides))
     found[name] = SectionLines(path, name, _flat(schema.get("description", "")), fields)
     for field in fields:
         if field.section:
             below = f"{path}.{field.key}".lstrip(".")
-            _collect(defs[field.section], field.section, below, defs, found)
+            _collect(defs[field.section], field.section, below, defs, found, field.decides)
 
 
-def _fields(schema: Schema, defs: Schema) -> Iterator[FieldLine]:
+def _fields(schema: Schema, defs: Schema, decides: bool) -> Iterator[FieldLine]:
     required = schema.get("required", ())
     for key, field in schema["properties"].items():
         section = _section(field)
@@ -90,7 +96,7 @@ def _fields(schema: Schema, defs: Schema) -> Iterator[FieldLine]:
             ", ".join(_bounds(field)),
             "required" if key in required else _default(field, defs.get(section or "", {})),
             _flat(field.get("description", "")),
-            not PLACEMENT.items() <= field.items(),
+            decides and not PLACEMENT.items() <= field.items(),
             section,
         )
 
@@ -110,9 +116,16 @@ def _kind(field: Schema) -> str:
         parts = [_kind(part) for part in field.get("prefixItems") or [field.get("items", {})]]
         return f"list of {', '.join(parts)}"
     if field.get("type") == "object":
-        values_of = field.get("additionalProperties")
-        return f"name: {_kind(values_of)}" if isinstance(values_of, dict) else "mapping"
+        values_of = _values_of(field)
+        return f"name: {_kind(values_of)}" if values_of else "mapping"
     return KINDS.get(field.get("type", ""), "any value")
+
+
+def _values_of(field: Schema) -> Schema | None:
+    """The schema of a mapping's values; none where they may be anything."""
+    by_name = next(iter(field.get("patternProperties", {}).values()), None)
+    values = by_name or field.get("additionalProperties")
+    return values if isinstance(values, dict) else None
 
 
 def _bounds(field: Schema) -> Iterator[str]:
@@ -123,7 +136,7 @@ def _bounds(field: Schema) -> Iterator[str]:
     if "pattern" in field:
         yield f"like `{field['pattern']}`"
     inner = [*field.get("anyOf", ()), *field.get("prefixItems", ())]
-    inner += [field[k] for k in ("items", "additionalProperties") if isinstance(field.get(k), dict)]
+    inner += [part for part in (field.get("items"), _values_of(field)) if part]
     yield from dict.fromkeys(bound for part in inner for bound in _bounds(part))
 
 
@@ -131,8 +144,8 @@ def _section(field: Schema) -> str | None:
     """The section's name in a field's schema, however deep."""
     if "$ref" in field:
         return str(field["$ref"]).rpartition("/")[2]
-    parts = [*field.get("anyOf", ()), field.get("items"), field.get("additionalProperties")]
-    return next((s for part in parts if isinstance(part, dict) if (s := _section(part))), None)
+    parts = [*field.get("anyOf", ()), field.get("items"), _values_of(field)]
+    return next((s for part in parts if part if (s := _section(part))), None)
 
 
 def _default(field: Schema, section: Schema) -> str:
