@@ -18,7 +18,7 @@ from mkdocs.structure.files import File, Files
 
 from wrpo_ray.cli import _parser
 from wrpo_ray.config import Config, ServeConfig
-from wrpo_ray.config_reference import config_markdown
+from wrpo_ray.config_reference import config_markdown, escaped
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -131,40 +131,30 @@ def commands() -> str:
     return "\n\n".join(_command("wrpo", _parser()))
 
 
-def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
-    below = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    if name != "wrpo":
+def _command(name: str, parser: argparse.ArgumentParser, text: str = "") -> Iterator[str]:
+    if text:
         yield f"## {name}"
-        yield f"{(parser.description or _help(name, parser)).capitalize()}."
-        usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
-        yield f"```text\n{usage}\n```"
-        yield "\n".join(_options(parser))
-    for action in below:
-        texts = {choice.dest: choice.help for choice in action._choices_actions}
-        for word, command in action.choices.items():
-            command.description = command.description or texts[word]
-            yield from _command(f"{name} {word}", command)
+        yield f"{text[0].upper()}{escaped(text[1:])}."
+        usage = parser.format_usage().removeprefix("usage: ").replace("[-h] ", "")
+        yield f"```text\n{' '.join(usage.split())}\n```"
+        yield "\n".join(_arguments(parser))
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            texts = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            for word, command in action.choices.items():
+                yield from _command(f"{name} {word}", command, texts[word])
 
 
-def _help(name: str, parser: argparse.ArgumentParser) -> str:
-    return parser.description or name
-
-
-def _options(parser: argparse.ArgumentParser) -> Iterator[str]:
-    actions = [
-        a
-        for a in parser._actions
-        if not isinstance(a, (argparse._HelpAction, argparse._SubParsersAction))
-    ]
+def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
+    left_out = (argparse._HelpAction, argparse._SubParsersAction)
+    actions = [a for a in parser._actions if not isinstance(a, left_out)]
     if actions:
-        yield "| | |\n| --- | --- |"
+        yield "| argument | what it says |\n| --- | --- |"
     for action in actions:
-        value = action.metavar or "|".join(map(str, action.choices or ()))
-        value = str(value) if value and action.nargs != 0 else ""
-        option = next((o for o in action.option_strings if o.startswith("--")), "")
-        yield f"| `{' '.join(filter(None, (option, value)))}` | {action.help or ''} |".replace(
-            "|`", "`"
-        )
+        option = action.option_strings[-1:]
+        choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else None
+        value = [str(action.metavar or choices or action.dest.upper())] * (action.nargs != 0)
+        yield f"| `{' '.join([*option, *value])}` | {escaped(action.help or '')} |"
 
 
 def tree() -> str:

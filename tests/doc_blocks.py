@@ -161,7 +161,7 @@ def subcommand(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Ar
     """The parser of the command that the words begin with."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            if not words:
+            if not words or words[0].startswith("-"):
                 return parser
             assert words[0] in action.choices, f"wrpo has no command {words[0]}"
             return subcommand(action.choices[words[0]], words[1:])

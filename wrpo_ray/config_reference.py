@@ -7,6 +7,7 @@ import json
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from wrpo_ray.config import PLACEMENT, Config, Section, ServeConfig
@@ -29,6 +30,9 @@ BOUNDS = {
     "exclusiveMaximum": "below",
     "minItems": "at least",
 }
+
+LONG = 100
+"""Characters above which a list is not shown as a default."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class SectionLines:
     fields: tuple[FieldLine, ...]
 
 
+@cache
 def sections(root: type[Section]) -> dict[str, SectionLines]:
     """Every section below a root by its class's name, parents first."""
     schema = root.model_json_schema()
@@ -159,6 +164,8 @@ def _default(field: Schema, section: Schema) -> str:
 
 
 def _yaml(value: Any) -> str:
+    if isinstance(value, list) and len(str(value)) > LONG:
+        return f"{len(value)} of them, see wrpo_ray/config.py"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
@@ -226,7 +233,7 @@ def config_markdown(root: type[Section], prefix: str = "") -> str:
     for section in known.values():
         path = f"{prefix}{section.path}"
         heading = f"## {path}" if section.path else "## At the top"
-        parts += [heading, _markdown(section.text), "\n".join(_table(section, known, prefix))]
+        parts += [heading, escaped(section.text), "\n".join(_table(section, known, prefix))]
     return "\n\n".join(parts)
 
 
@@ -234,14 +241,14 @@ def _table(section: SectionLines, known: dict[str, SectionLines], prefix: str) -
     yield "| field | type | default | what it says |"
     yield "| --- | --- | --- | --- |"
     for field in section.fields:
-        kind = _markdown(field.kind)
+        kind = escaped(field.kind)
         if field.section:
             there = f"{prefix}{known[field.section].path}"
             kind = kind.replace(f"section {field.section}", f"[{there}](#{anchor(there)})")
-        bounds = _markdown(f", {field.bounds}" if field.bounds else "")
-        default = field.default if field.default == "required" else f"`{_cell(field.default)}`"
+        bounds = escaped(f", {field.bounds}" if field.bounds else "")
+        default = field.default if field.default == "required" else f"`{field.default}`"
         star = "" if field.decides else " \\*"
-        yield f"| `{field.key}`{star} | {kind}{bounds} | {default} | {_markdown(field.text)} |"
+        yield f"| `{field.key}`{star} | {kind}{bounds} | {default} | {escaped(field.text)} |"
 
 
 def anchor(path: str) -> str:
@@ -249,13 +256,9 @@ def anchor(path: str) -> str:
     return path.replace(".", "").lower()
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _markdown(text: str) -> str:
-    """Text outside code spans as Markdown that shows it as it is."""
-    parts = _cell(text).split("`")
-    special = {char: f"\\{char}" for char in "*_[<"}
+def escaped(text: str) -> str:
+    """Text as Markdown for a table's cell that shows it as it is; code spans stay code."""
+    parts = text.split("`")
+    special = {char: f"\\{char}" for char in "*_[<|"}
     parts[::2] = [part.translate(str.maketrans(special)) for part in parts[::2]]
     return "`".join(parts)
