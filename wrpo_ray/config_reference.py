@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -259,6 +260,5 @@ def anchor(path: str) -> str:
 def escaped(text: str) -> str:
     """Text as Markdown for a table's cell that shows it as it is; code spans stay code."""
     parts = text.split("`")
-    special = {char: f"\\{char}" for char in "*_[<|"}
-    parts[::2] = [part.translate(str.maketrans(special)) for part in parts[::2]]
+    parts[::2] = [re.sub(r"([*_\[<|])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)
