@@ -157,32 +157,33 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield f"| `{' '.join([*option, *value])}` | {escaped(action.help or '')} |"
 
 
-def tree() -> str:
-    """The package's files, each with the first line of its docstring."""
-    lines = []
-    for file in sorted((ROOT / "wrpo_ray").rglob("*.py"), key=_order):
-        path = file.relative_to(ROOT)
-        depth = len(path.parts) - 1
-        text = (ast.get_docstring(ast.parse(file.read_text())) or "").splitlines()[0]
-        if file.name == "__init__.py":
-            name = f"{path.parent.name}/"
-            depth -= 1
-        else:
-            name = file.name
-        lines.append(f"{'  ' * depth + name:24} {text}")
+def tree(root: str) -> str:
+    """The files of a folder, each with the first line of its docstring."""
+    lines, folder = [], ROOT
+    for file in sorted((ROOT / root).rglob("*.py"), key=_order):
+        text = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
+        depth = len(file.relative_to(ROOT).parts) - 1
+        is_first, folder = file.parent != folder, file.parent
+        if is_first:
+            about = text if file.name == "__init__.py" else ""
+            lines.append(f"{'  ' * (depth - 1) + folder.name + '/':32} {about}".rstrip())
+        if file.name != "__init__.py":
+            lines.append(f"{'  ' * depth + file.name:32} {text}")
     return "```text\n" + "\n".join(lines) + "\n```"
 
 
-def _order(file: Path) -> tuple[bool, list[str]]:
-    path = file.relative_to(ROOT / "wrpo_ray")
-    folders, name = path.parts[:-1], path.name
-    return bool(folders), [*folders, "" if name == "__init__.py" else name]
+def _order(file: Path) -> list[tuple[bool, str]]:
+    """Of a folder first itself, then its files, then its folders."""
+    *folders, name = file.parts
+    return [*((True, folder) for folder in folders), (False, name.replace("__init__", ""))]
 
 
 GENERATED: dict[str, Callable[[], str]] = {
     "config": lambda: config_markdown(Config),
     "serve": lambda: config_markdown(ServeConfig, "serve."),
     "commands": commands,
-    "tree": tree,
+    "package": lambda: tree("wrpo_ray"),
+    "tests": lambda: tree("tests"),
+    "benchmarks": lambda: tree("benchmarks"),
 }
 """What a marker `<!-- generated: NAME -->` in a page is followed by."""

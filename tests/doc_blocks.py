@@ -84,6 +84,13 @@ class Block:
         found = re.search(r"[Ss]ave this as `([\w./-]+)`", self.lead)
         return found[1] if found else None
 
+    @property
+    def is_run(self) -> bool:
+        """Whether all its commands are run where they stand."""
+        if self.language != "sh" or self.needs or self.tested:
+            return False
+        return all(is_run(" ".join(words)) for words in self.commands())
+
     def commands(self) -> Iterator[list[str]]:
         """Words of each simple command, without the variables that are set for it."""
         for line in self.text.replace("\\\n", " ").splitlines():

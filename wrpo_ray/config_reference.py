@@ -32,6 +32,7 @@ BOUNDS = {
     "minItems": "at least",
 }
 
+STAR = "* says where and how fast a step runs, or names what is known by its content"
 LONG = 100
 """Characters above which a list is not shown as a default."""
 
@@ -49,7 +50,7 @@ class FieldLine:
     """As YAML takes it; `required` without."""
     text: str
     decides: bool
-    """Whether it decides results, and not only where and how fast they are made."""
+    """Whether its value is part of a step's identity, and not only where and how fast it runs."""
     section: str | None
     """The section that it holds, alone, in a list or optionally."""
 
@@ -196,7 +197,7 @@ def config_text(path: str, width: int = 100) -> str:
     lines = [*textwrap.wrap(title, width), ""]
     for one in here.fields:
         lines += _field_text(one.key, one, f"{path}.{one.key}".lstrip("."), width)
-    return "\n".join([*lines, "", "* says where and how fast a step runs, never what comes out"])
+    return "\n".join([*lines, "", STAR])
 
 
 def _named(section: SectionLines, key: str) -> FieldLine:

@@ -99,11 +99,10 @@ def test_the_site_has_every_field_command_and_file(site: Path):
         assert name in text["reference/commands"]
         options = _options(parser) - {"--help"}
         assert all(option in text["reference/commands"] for option in options)
-    assert "docs/hooks.py" not in text["architecture"]
-    for file in (ROOT / "wrpo_ray").rglob("*.py"):
-        assert (file.parent.name if file.name == "__init__.py" else file.name) in text[
-            "architecture"
-        ]
+    for folder in ("wrpo_ray", "tests", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            name = file.parent.name if file.name == "__init__.py" else file.name
+            assert name in text["architecture"]
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -263,6 +262,7 @@ def place(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 @pytest.mark.parametrize("page", [page for page in PAGES if list(blocks(page))])
 def test_every_block_is_run_or_tested_or_says_what_it_needs(page: str, place: Path, capfd: Any):
+    told = None
     for block in blocks(page):
         assert block.language in LANGUAGES, f"{block.place}: name one of {sorted(LANGUAGES)}"
         assert block.needs in {None, *NEEDS}, block.place
@@ -271,7 +271,11 @@ def test_every_block_is_run_or_tested_or_says_what_it_needs(page: str, place: Pa
         if block.saved_as:
             Path(block.saved_as).write_text(block.text)
         try:
+            _ = capfd.readouterr()
             CHECKS[block.language](block)
+            if block.language == "text" and told is not None:
+                _check_output(block, told)
+            told = capfd.readouterr().out if block.is_run else None
         except (UserError, SystemExit, yaml.YAMLError) as error:
             pytest.fail(f"{block.place}: {error} {capfd.readouterr().err}")
 
@@ -324,6 +328,13 @@ def _is_whole(tree: dict[str, Any]) -> bool:
 def _merged(tree: dict[str, Any]) -> dict[str, Any]:
     without = ("prompts", "sources") if "import" in tree else ()
     return {key: value for key, value in BASE.items() if key not in without} | tree
+
+
+def _check_output(block: Block, told: str) -> None:
+    """What is shown below commands that were run is in what they print, but for `...`."""
+    for line in filter(str.strip, block.text.splitlines()):
+        pattern = ".*".join(map(re.escape, line.split("...")))
+        assert re.search(pattern, told), f"{block.place}: {line!r} is not in {told}"
 
 
 def _check_text(block: Block) -> None:
