@@ -286,6 +286,7 @@ def _check_commands(block: Block) -> None:
         inner = words[words.index("--") + 1 :] if "--" in words else words
         if inner[0] == "wrpo" and "--version" not in words:
             cli._parser().parse_args(inner[1:])
+        _check_names(words, block.place)
         if block.needs or block.tested:
             continue
         if is_run(command):
@@ -294,6 +295,16 @@ def _check_commands(block: Block) -> None:
         node = test_of(command)
         assert node, f"{block.place}: `{command}` is neither run nor tested, nor says what it needs"
         assert exists(node), f"{block.place}: {node}"
+
+
+def _check_names(words: list[str], where: str) -> None:
+    """Targets of make, and files of the repository, are there."""
+    if words[0] == "make":
+        targets = [word for word in words[1:] if "=" not in word]
+        assert all(f"\n{t}:" in (ROOT / "Makefile").read_text() for t in targets), where
+    for word in words:
+        if word.startswith(("jobs/", "cluster/", "benchmarks/", "tests/", "requirements")):
+            assert (ROOT / word).exists(), f"{where}: {word}"
 
 
 def _run(words: list[str], where: str) -> None:
