@@ -304,7 +304,9 @@ def _fuse(arguments: argparse.Namespace) -> None:
         for stage, step, done in pipeline.plan(settings, arguments.until):
             print(f"{stage:9} {'done' if done else 'to do':6} {step.folder}")
         return
-    summary = pipeline.fuse(settings, arguments.until)
+    from wrpo_ray.plan.estimate import expected
+
+    summary = pipeline.fuse(settings, arguments.until, expected)
     from wrpo_ray.report.text import summary_text
 
     print(summary_text(summary))

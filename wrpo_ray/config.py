@@ -956,6 +956,8 @@ class Config(Section):
     """When to stop."""
     plan: PlanConfig = Field(PlanConfig(), json_schema_extra=PLACEMENT)
     """What `wrpo plan` reckons with."""
+    report: bool = Field(True, json_schema_extra=PLACEMENT)
+    """Write `report.html` into the output as steps finish; `wrpo report` makes it at any time."""
     failure_limit: float = Field(0.01, ge=0, le=1, json_schema_extra=PLACEMENT)
     """Greatest share of failed rows in a step before the run stops."""
     max_attempts: int = Field(3, ge=1, json_schema_extra=PLACEMENT)

@@ -58,6 +58,9 @@ from wrpo_ray.ingest.stage import (
 from wrpo_ray.pair.answers import check_patterns
 from wrpo_ray.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
 from wrpo_ray.report import comparison
+from wrpo_ray.report.outline import FILE as OUTLINE
+from wrpo_ray.report.outline import Outline
+from wrpo_ray.reporting import Reporter, best_effort, keep_plan, outline
 from wrpo_ray.score import stage as score
 from wrpo_ray.score.classifiers import check_reward_model
 from wrpo_ray.score.rewards import load_function
@@ -68,6 +71,8 @@ from wrpo_ray.train.stage import Train
 
 STAGES = ("prompts", "generate", "score", "select", "sft", "sample", "pair", "train", "evaluate")
 T = TypeVar("T")
+Planner = Callable[[Config, Folder, list["Stage"]], dict[str, dict[str, Any]]]
+"""Gives what each step is expected to take, by its key."""
 SUMMARY = "summary.json"
 RETRIES = "retries.json"
 """{key of a step: how often its failed rows were given new attempts}"""
@@ -648,10 +653,13 @@ def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:
 # --- running ---------------------------------------------------------------------------------
 
 
-def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
+def fuse(
+    config: Config, until: str = STAGES[-1], planner: Planner | None = None
+) -> dict[str, Any]:
     """Run the chain up to and with the stage `until`, and return the summary.
 
-    Finished steps are skipped; if all are, not even Ray is started.
+    Finished steps are skipped; if all are, not even Ray is started. What `planner` expects of the
+    steps is kept for the report.
 
     Raises:
         WrpoError: see `errors`.
@@ -669,30 +677,73 @@ def fuse(config: Config, until: str = STAGES[-1]) -> dict[str, Any]:
         uuid.uuid4().hex,
         config.max_attempts,
     )
+    told = outline_of(chain)
+    reporter = Reporter(partial(_report, root, told) if config.report else _nothing)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {config.output}")
     else:
         with (
             Lease(root, run.session),
             Ledger(root, config.prices, config.budget) as ledger,
+            _reporting(reporter),
         ):
             ledger.check()
             run = replace(run, ledger=ledger)
+            _begin(chain, told, planner)
             cluster.connect(config.cluster, root, run.session)
             try:
                 cluster.check_reachable(Folder(config.output))
                 cluster.end_orphans(root, run.session)
-                _run_stages(run, stages)
+                _run_stages(run, stages, reporter.tell)
             finally:
                 cluster.disconnect()
     summary = summarise(chain, stages)
     _write_comparison(summary)
     if not root.exists(SUMMARY) or root.read_json(SUMMARY) != summary:
         root.write_json(SUMMARY, summary)
+    if not root.exists(OUTLINE):
+        _begin(chain, told, None)
+    reporter.finish()
     return summary
 
 
-def _run_stages(run: Run, stages: list[Stage]) -> None:
+def outline_of(chain: Chain) -> Outline:
+    """What a built chain is to do, for those who have only its output."""
+    jobs = [(s.name, job) for s in chain.stages for phase in s.phases for job in phase]
+    return outline(chain.config, chain.until, jobs, _models(chain.config))
+
+
+def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
+    """Leave the outline and the plan in the output."""
+    with best_effort("outline"):
+        told.write(chain.root)
+    if planner:
+        with best_effort("plan"):
+            keep_plan(chain.root, planner(chain.config, chain.root, chain.stages))
+
+
+@contextmanager
+def _reporting(reporter: Reporter) -> Iterator[None]:
+    """Reports while the block runs, and once more where it fails: a report tells of failures."""
+    try:
+        with reporter:
+            yield
+    except Exception:
+        reporter.finish()
+        raise
+
+
+def _report(root: Folder, told: Outline, is_running: bool) -> None:
+    from wrpo_ray.report.page import write  # it imports a library of plots
+
+    write(root, told, is_running=is_running)
+
+
+def _nothing(is_running: bool) -> None:
+    """No report is wanted."""
+
+
+def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
     while phases:
         number, phase = phases.pop(0)
@@ -714,6 +765,7 @@ def _run_stages(run: Run, stages: list[Stage]) -> None:
         else:
             _runner(jobs[0])(run, jobs)
         log(f"{label}: finished in {time.time() - started:.0f} s")
+        tell()
 
 
 def _missing(run: Run, jobs: Sequence[Any]) -> list[Any]:

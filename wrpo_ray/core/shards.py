@@ -162,11 +162,14 @@ def _failed_key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["prompt_id"], row["source"], row["sample"]
 
 
-def failed_by_error(folder: Folder) -> list[dict[str, Any]]:
-    """{error, rows, attempts (most), where, prompt_id, message (of one)} by type of error."""
+def failed_by_error(folder: Folder, most: int | None = None) -> list[dict[str, Any]]:
+    """{error, rows, attempts (most), where, prompt_id, message (of one)} by type of error.
+
+    Of `most` shards at the most, where that is given.
+    """
     groups: dict[str, dict[str, Any]] = {}
     shown = ["where", "prompt_id", "message"]
-    for name in folder.files(suffix=".parquet"):
+    for name in folder.files(suffix=".parquet")[:most]:
         table = folder.read_table(name, ["error", "attempts", *shown])
         firsts = [(column, "first", SKIP_NO_NULL) for column in shown]
         counts = [("attempts", "max"), ([], "count_all"), *firsts]

@@ -38,6 +38,8 @@ GIVEN, MEASURED, GUESS = "given", "measured", "guess"
 SHARDS = 32
 """Shards of a store whose token counts are read."""
 METRICS = "metrics.jsonl"
+KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
+"""Of each work, for the report."""
 BLOCK = 16 * 2**20
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
@@ -58,6 +60,18 @@ def estimate(config: Config, until: str = STAGES[-1], gpus: int | None = None) -
     chain = Chain(config, until, for_plan=True)
     works = list(_Estimator(config, chain.root, chain.build()).works())
     return Plan(share(works, gpus) if gpus else works, config.prices, gpus)
+
+
+def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dict[str, Any]]:
+    """What each step of a built chain is to take, by its key; of finished ones nothing."""
+    works = list(_Estimator(config, root, stages).works())
+    record = Plan(works, config.prices).record()
+    steps = [job.step for s in stages for phase in s.phases for job in phase]
+    return {
+        step.key: {name: work[name] for name in KEPT}
+        for step, work in zip(steps, record["works"], strict=True)
+        if not step.is_done(root)
+    }
 
 
 @dataclass(frozen=True)

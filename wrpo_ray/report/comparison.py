@@ -19,14 +19,14 @@ Table = list[list[str]]
 def comparison_text(comparison: Row) -> str:
     """Both tables, aligned, for a terminal."""
     return "\n\n".join(
-        f"{title}\n{_aligned(table)}" for title, table in _tables(comparison, with_paper=False)
+        f"{title}\n{_aligned(table)}" for title, table in tables(comparison, with_paper=False)
     )
 
 
 def markdown(comparison: Row) -> str:
     """All tables as Markdown."""
     parts = []
-    for title, table in _tables(comparison):
+    for title, table in tables(comparison):
         rows = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in table]
         rule = "| --- |" + " ---: |" * (len(table[0]) - 1)
         parts.append("\n".join([f"## {title}", "", rows[0], rule, *rows[1:]]))
@@ -36,7 +36,7 @@ def markdown(comparison: Row) -> str:
 def html(comparison: Row) -> str:
     """All tables as one page, without scripts or anything from elsewhere."""
     parts = []
-    for title, table in _tables(comparison):
+    for title, table in tables(comparison):
         head, *body = ["".join(_cells(row, tag)) for row, tag in _tagged(table)]
         rows = "".join(f"<tr>{row}</tr>\n" for row in body)
         parts.append(
@@ -83,7 +83,8 @@ def _aligned(table: Table) -> str:
 # --- tables ----------------------------------------------------------------------------------
 
 
-def _tables(comparison: Row, *, with_paper: bool = True) -> list[tuple[str, Table]]:
+def tables(comparison: Row, *, with_paper: bool = True) -> list[tuple[str, Table]]:
+    """Title and table of benchmarks, pairs and the paper's own figures, as far as there are any."""
     found: list[tuple[str, Table]] = []
     judge = f", judged by {comparison['judge']}" if comparison["judge"] else ""
     if comparison["benchmarks"]:

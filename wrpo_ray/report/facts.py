@@ -1,0 +1,228 @@
+"""All that a report tells of a run, as JSON, gathered from its output alone.
+
+Read are manifests, the ledger, metrics and tables, and a bounded part of the rows (`sample`).
+What is read of the rows of a finished step is kept in the output's folder `report`, so each bucket
+is read once, however often a report is made.
+"""
+
+from __future__ import annotations
+
+import calendar
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from wrpo_ray.config import PricesConfig
+from wrpo_ray.core.records import digest
+from wrpo_ray.core.shards import failed_by_error
+from wrpo_ray.core.spending import Entry, Spent, read_ledger
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.report import sample
+from wrpo_ray.report.outline import PLAN, Outline, StepOutline
+from wrpo_ray.report.sample import Distributions
+
+FORMAT = 1
+"""Version of what is kept of the rows."""
+KEPT = "report"
+"""Folder within the output."""
+METRICS = "metrics.jsonl"
+POINTS = 400
+"""Points of a curve."""
+SHARDS = 256
+"""Shards of failed rows that are read of a step."""
+Row = dict[str, Any]
+
+
+def gather(root: Folder, outline: Outline, *, is_running: bool = False) -> Row:
+    """The facts of a run; the same output gives the same facts."""
+    done = {step.key: step.read_manifest(root) for step in outline.steps if step.is_done(root)}
+    facts: Row = {
+        "output": str(root),
+        "until": outline.until,
+        "is_running": is_running,
+        "config": outline.config,
+        "models": outline.models,
+        "sources": outline.sources,
+        "target": outline.target,
+        "steps": list(_steps(root, outline, done)),
+        "counts": {s.name: done[s.key]["counts"] for s in outline.steps if s.key in done},
+        "versions": {k: v for record in done.values() for k, v in record["versions"].items()},
+        "distributions": _distributions(root, outline, done),
+        "training": {s.name: t for s in outline.steps if (t := _training(root, s))},
+        "failures": list(_failures(root, outline, done)),
+        "rows": _rows(root, outline, done),
+    }
+    return facts | _evaluation(root, outline, done)
+
+
+# --- steps -----------------------------------------------------------------------------------
+
+
+def _steps(root: Folder, outline: Outline, done: dict[str, Row]) -> Iterator[Row]:
+    ledger, plan = read_ledger(root), _plan(root)
+    prices = PricesConfig.model_validate(outline.config.get("prices") or {})
+    told: set[str] = set()
+    for step in outline.steps:
+        record = done.get(step.key)
+        entry = ledger.get(step.folder) if step.folder not in told else None
+        told.add(step.folder)  # steps that share a store share its entry
+        yield {
+            "stage": step.stage,
+            "step": step.name,
+            "key": step.key,
+            "folder": step.folder,
+            "kind": step.kind,
+            "source": step.source,
+            "state": "done" if record else "to do",
+            "spent": _spent(entry, prices) if entry else None,
+            "plan": plan.get(step.key),
+        } | (_finished(record) if record else {})
+
+
+def _finished(record: Row) -> Row:
+    ended = calendar.timegm(time.strptime(record["finished"], "%Y-%m-%dT%H:%M:%SZ"))
+    counts = record["counts"]
+    return {
+        "rows": counts.get("rows", 0),
+        "failed": counts.get("failed", 0),
+        "seconds": record["seconds"],
+        "started": round(ended - record["seconds"], 2),
+        "ended": ended,
+    }
+
+
+def _spent(entry: Entry, prices: PricesConfig) -> Row:
+    spent: Spent = entry.spent
+    return {
+        "prompt_tokens": spent.prompt_tokens,
+        "output_tokens": spent.output_tokens,
+        "actor_hours": spent.actor_seconds / 3600,
+        "gpu_hours": spent.gpu_seconds / 3600,
+        "money": spent.money(entry.pool, prices),
+    }
+
+
+def _plan(root: Folder) -> Row:
+    return root.read_json(PLAN) if root.exists(PLAN) else {}
+
+
+# --- rows ------------------------------------------------------------------------------------
+
+
+def _kept(root: Folder, name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives, from the output if it was made before."""
+    folder, file = root / KEPT, f"{name}-{FORMAT}.json"
+    if folder.exists(file):
+        return folder.read_json(file)
+    value = make()
+    folder.write(file, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+    return value
+
+
+def _distributions(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
+    """{`answers`: of scored answers by model, `pairs`: of y_ws, y_wt and y_l}"""
+    answers, pairs = Distributions(), Distributions()
+    for step in outline.steps:
+        if step.key not in done:
+            continue
+        name = f"distributions-{step.name}-{step.key}"
+        if _scores_candidates(outline, step):
+            stores = step.stores
+            record = _kept(root, name, lambda s=stores: _answers(root, s, outline.buckets))
+            answers += Distributions.read(record)
+        elif step.stage == "pair" and done[step.key]["counts"].get("rows"):
+            folder = root / step.folder
+            record = _kept(root, name, lambda f=folder: _preferences(f, outline.buckets))
+            pairs += Distributions.read(record)
+    return {"answers": answers.record(), "pairs": pairs.record()}
+
+
+def _scores_candidates(outline: Outline, step: StepOutline) -> bool:
+    """Whether its answers are among those that y_ws, y_wt and y_l are chosen from."""
+    if step.stage not in ("score", "sample") or not step.stores:
+        return False
+    reward = (outline.config.get("reward") or {}).get("name", "")
+    return step.kind != "score" or step.name.startswith(f"score-{reward}-")
+
+
+def _answers(root: Folder, stores: tuple[str, ...], buckets: int) -> Row:
+    found = [sample.answers(root / store, buckets) for store in stores]
+    return sum(found, Distributions()).record()
+
+
+def _preferences(folder: Folder, buckets: int) -> Row:
+    return sample.preferences(folder, buckets).record()
+
+
+def _rows(root: Folder, outline: Outline, done: dict[str, Row]) -> list[Row]:
+    """Rows to browse, of what is there: preference rows, or y_ws with its candidates."""
+    there = {s.stage: s for s in outline.steps if s.key in done and s.kind in ("select", "pair")}
+    pairs, selection = there.get("pair"), there.get("select")
+    if pairs is None:  # imported
+        pairs = next((s for s in outline.steps if s.stage == "pair" and s.key in done), None)
+    if pairs and not done[pairs.key]["counts"].get("rows"):
+        pairs = None
+    steps = [step for step in (pairs, selection) if step]
+    if not steps:
+        return []
+    folders = [step.folder if step else "" for step in (pairs, selection)]
+    stores = list(dict.fromkeys(store for step in steps for store in step.stores))
+    name = f"rows-{digest([step.key for step in steps], 12)}"
+    return _kept(root, name, lambda: sample.rows(root, *folders, stores, outline.buckets))
+
+
+def _failures(root: Folder, outline: Outline, done: dict[str, Row]) -> Iterator[Row]:
+    for step in outline.steps:
+        folder = step.failures(root)
+
+        def groups(folder: Folder = folder) -> list[Row]:
+            told = failed_by_error(folder, SHARDS)
+            dropped = failed_by_error(folder / "dropped", SHARDS)
+            return [g | {"dropped": False} for g in told] + [g | {"dropped": True} for g in dropped]
+
+        if step.key in done:
+            found = _kept(root, f"failures-{step.name}-{step.key}", groups)
+        else:
+            found = groups()
+        yield from ({"stage": step.stage, "step": step.name} | group for group in found)
+
+
+# --- training and evaluation -----------------------------------------------------------------
+
+
+def _training(root: Folder, step: StepOutline) -> Row | None:
+    """{step of the optimizer and each metric: [...]}, at most `POINTS` of each, as means."""
+    folder = root / step.folder
+    if step.kind != "train" or not folder.exists(METRICS):
+        return None
+    records = [r for line in folder.read(METRICS).splitlines() if (r := _parsed(line))]
+    if not records:
+        return None
+    width = -(-len(records) // POINTS)
+    parts = [records[i : i + width] for i in range(0, len(records), width)]
+    names = dict.fromkeys(name for record in records for name in record)
+    curves = {name: [_mean(part, name) for part in parts] for name in names}
+    return {"steps": records[-1]["steps"], "seen": len(records), "curves": curves}
+
+
+def _parsed(line: bytes) -> Row | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None  # a line that is being written
+
+
+def _mean(records: list[Row], name: str) -> float | None:
+    values = [record[name] for record in records if record.get(name) is not None]
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def _evaluation(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
+    found: Row = {}
+    for step in outline.steps:
+        if step.key in done and step.name == "evaluate":
+            found["evaluation"] = (root / step.folder).read_json("table.json")
+        if step.key in done and step.name == "comparison":
+            found["comparison"] = (root / step.folder).read_json("comparison.json")
+    return found

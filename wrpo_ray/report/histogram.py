@@ -1,0 +1,124 @@
+"""Histograms whose parts are counted apart and merged: the merged one is that of the whole.
+
+Bin i of a histogram with exponent k holds the values in [i * 2^k, (i + 1) * 2^k). The exponent is
+the least at which the values span at most `MOST` bins, so nothing has to be known about them
+before, and merging only ever joins two neighbouring bins into one, which is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+MOST = 512
+"""Bins that the values of a histogram span at the most."""
+LEAST_EXPONENT = -24
+"""Of the finest bins, which are 6e-8 wide."""
+SHOWN = 40
+"""Bins of a plot at the most."""
+
+
+@dataclass
+class Histogram:
+    """Counts by bin, with what means and spreads need."""
+
+    exponent: int = LEAST_EXPONENT
+    counts: Counter[int] = field(default_factory=Counter)
+    total: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Histogram:
+        """Of the finite values among these."""
+        values = np.asarray(values, float)
+        values = values[np.isfinite(values)]
+        if not len(values):
+            return cls()
+        low, high = float(values.min()), float(values.max())
+        exponent = _exponent(low, high)
+        bins, counts = np.unique(np.floor(np.ldexp(values, -exponent)), return_counts=True)
+        counted = Counter(dict(zip(bins.astype(int).tolist(), counts.tolist(), strict=True)))
+        return cls(exponent, counted, float(values.sum()), low, high)
+
+    def __add__(self, other: Histogram) -> Histogram:
+        if not self.counts or not other.counts:
+            return self if self.counts else other
+        low, high = min(self.low, other.low), max(self.high, other.high)
+        exponent = _exponent(low, high)
+        counts = self.coarser(exponent) + other.coarser(exponent)
+        return Histogram(exponent, counts, self.total + other.total, low, high)
+
+    @property
+    def n(self) -> int:
+        """How many values."""
+        return sum(self.counts.values())
+
+    @property
+    def mean(self) -> float:
+        """NaN of nothing."""
+        return self.total / self.n if self.n else math.nan
+
+    def quantile(self, share: float) -> float:
+        """The middle of the bin that holds this share's value; NaN of nothing."""
+        left = share * self.n
+        for index in sorted(self.counts):
+            left -= self.counts[index]
+            if left <= 0:
+                return min(max(math.ldexp(index + 0.5, self.exponent), self.low), self.high)
+        return math.nan
+
+    def coarser(self, exponent: int) -> Counter[int]:
+        """The counts in bins of a greater exponent."""
+        counts: Counter[int] = Counter()
+        for index, count in self.counts.items():
+            counts[index >> (exponent - self.exponent)] += count
+        return counts
+
+    # --- as JSON
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        ends = [self.low, self.high] if self.counts else None
+        counts = [list(pair) for pair in sorted(self.counts.items())]
+        return {"exponent": self.exponent, "counts": counts, "total": self.total, "ends": ends}
+
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Histogram:
+        """From its record."""
+        ends = record["ends"] or (math.inf, -math.inf)
+        return cls(record["exponent"], Counter(dict(record["counts"])), record["total"], *ends)
+
+
+def shown(
+    histograms: list[Histogram], least: int = LEAST_EXPONENT
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Edges (E,) of at most about `SHOWN` bins for all of them, and each one's counts (E - 1,).
+
+    With `least` 0 no bin is narrower than 1, as suits whole numbers.
+    """
+    found = [h for h in histograms if h.counts]
+    if not found:
+        return np.zeros(0), []
+    low, high = min(h.low for h in found), max(h.high for h in found)
+    exponent = max(least, _exponent(low, high, SHOWN), *(h.exponent for h in found))
+    coarse = [h.coarser(exponent) for h in histograms]
+    first = min(min(c) for c in coarse if c)
+    last = max(max(c) for c in coarse if c)
+    edges = np.ldexp(np.arange(first, last + 2, dtype=float), exponent)
+    return edges, [np.array([c[i] for i in range(first, last + 1)]) for c in coarse]
+
+
+def _exponent(low: float, high: float, most: int = MOST) -> int:
+    """The least exponent at which values from `low` to `high` span at most `most` bins."""
+    exponent = LEAST_EXPONENT
+    if high > low:
+        exponent = max(exponent, math.frexp((high - low) / most)[1] - 1)
+    exponent = max(exponent, math.frexp(max(abs(low), abs(high)))[1] - 52)
+    while math.floor(math.ldexp(high, -exponent)) - math.floor(math.ldexp(low, -exponent)) >= most:
+        exponent += 1
+    return exponent
