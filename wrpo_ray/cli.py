@@ -93,6 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     _fetch_command(commands)
     _plan_command(commands)
     _export_command(commands)
+    _report_command(commands)
+    _status_command(commands)
     _failures_command(commands)
     text = "every field of a config: type, bounds, default, and what it says"
     reference = commands.add_parser("config", help=text, description=text)
@@ -173,7 +175,9 @@ def _plan_command(commands: Any) -> None:
 
 
 def _export_command(commands: Any) -> None:
-    export = commands.add_parser("export", help="preference rows as a data set with its card")
+    export = commands.add_parser(
+        "export", help="preference rows as a data set, or the fused model, with its card"
+    )
     _config_arguments(export)
     export.add_argument(
         "--to",
@@ -183,10 +187,10 @@ def _export_command(commands: Any) -> None:
     )
     export.add_argument(
         "--format",
-        choices=("published", "trl", "records"),
+        choices=("published", "trl", "records", "model"),
         default="published",
         help="published: chosen [y_ws, y_wt], rejected [y_l] (default); trl: TRL's preference "
-        "rows; records: with every reward and source",
+        "rows; records: with every reward and source; model: the fused model with its card",
     )
     export.add_argument(
         "--pairs",
@@ -195,6 +199,32 @@ def _export_command(commands: Any) -> None:
         help="for trl: y_wt and y_l (default), y_ws and y_l, or a row of each",
     )
     export.set_defaults(run=_export)
+
+
+def _report_command(commands: Any) -> None:
+    text = "report.html of a run, or how runs differ"
+    report = commands.add_parser("report", help=text, description=text)
+    report.add_argument(
+        "places", metavar="OUTPUT_OR_CONFIG", nargs="+", help="the output of a run, or its config"
+    )
+    _set_argument(report)
+    report.add_argument(
+        "--compare", action="store_true", help="tell how two or more runs differ, the first first"
+    )
+    report.add_argument("--to", metavar="FILE", help="the page's file (default: in the output)")
+    report.set_defaults(run=_report)
+
+
+def _status_command(commands: Any) -> None:
+    text = "where a run is, from any machine that sees its output"
+    status = commands.add_parser("status", help=text, description=text)
+    status.add_argument("place", metavar="OUTPUT", help="the output of a run, or its config")
+    _set_argument(status)
+    status.add_argument("--watch", action="store_true", help="go on until the run ends")
+    status.add_argument(
+        "--every", type=float, default=5.0, metavar="S", help="seconds between looks (5)"
+    )
+    status.set_defaults(run=_status)
 
 
 def _failures_command(commands: Any) -> None:
@@ -221,14 +251,7 @@ def _serve_command(commands: Any) -> None:
         help="a model folder or hub id, and what clients call it",
     )
     command.add_argument("--config", type=Path, help="a YAML file of config.ServeConfig")
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="a.b=value",
-        dest="overrides",
-        help="override a value of the config; can be given again",
-    )
+    _set_argument(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
     command.add_argument(
@@ -283,6 +306,10 @@ def _cluster_commands(commands: Any) -> None:
 
 def _config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="a YAML file; see jobs/")
+    _set_argument(command)
+
+
+def _set_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         metavar="a.b=value",
@@ -365,8 +392,32 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.pairs != "target" and arguments.format != "trl":
         raise UserError("export: --pairs belongs to --format trl; the other forms have all answers")
     settings = config.load(arguments.config, arguments.overrides)
+    if arguments.format == "model":
+        size = results.export_model(settings, arguments.to)
+        print(f"the fused model ({size / 1e6:,.1f} MB of weights) in {arguments.to}")
+        return
     rows = results.export(settings, arguments.to, Form(arguments.format, arguments.pairs))
     print(f"{rows:,} preference rows in {arguments.to}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import reports
+
+    places, overrides = arguments.places, arguments.overrides
+    if arguments.compare:
+        print(reports.compare(places, overrides, arguments.to))
+        return
+    if arguments.to and len(places) > 1:
+        raise UserError("report: --to takes the page of one run; or add --compare")
+    for place in places:
+        print(reports.report(place, overrides, arguments.to))
+
+
+def _status(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import reports
+
+    every = arguments.every if arguments.watch else None
+    reports.show_status(arguments.place, arguments.overrides, every)
 
 
 def _failures(arguments: argparse.Namespace) -> None:

@@ -653,9 +653,7 @@ def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:
 # --- running ---------------------------------------------------------------------------------
 
 
-def fuse(
-    config: Config, until: str = STAGES[-1], planner: Planner | None = None
-) -> dict[str, Any]:
+def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None) -> dict[str, Any]:
     """Run the chain up to and with the stage `until`, and return the summary.
 
     Finished steps are skipped; if all are, not even Ray is started. What `planner` expects of the

@@ -14,8 +14,10 @@ from wrpo_ray.core.shards import failed_by_error
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import HUB, Folder, check_writable
 from wrpo_ray.errors import UserError
+from wrpo_ray.export import model as model_export
 from wrpo_ray.export.card import Facts, Model, card, license_of
 from wrpo_ray.export.forms import Form
+from wrpo_ray.export.model import Made
 from wrpo_ray.export.write import is_file, write_file, write_folder
 from wrpo_ray.generate.stage import Generate
 from wrpo_ray.pipeline import RETRIES, STAGES, Chain, pinned
@@ -134,6 +136,39 @@ def export(config: Config, to: str, form: Form) -> int:
     text = card(form, statistics, _facts(config, chain.root, jobs))
     place.write(CARD, text.encode())
     return statistics.rows * form.rows_each
+
+
+def export_model(config: Config, to: str) -> int:
+    """Write the fused model as a folder ready to upload; returns the bytes of its weights.
+
+    Raises:
+        UserError: it is not trained yet, or `to` cannot be written to.
+    """
+    config = pinned(config)
+    chain, place = Chain(config), Folder(to).absolute()
+    jobs = _jobs(chain)
+    trained = {job.step.name: job for _, job in jobs if isinstance(job, Train)}
+    if "wrpo" not in trained or not trained["wrpo"].step.is_done(chain.root):
+        raise UserError("export: the fused model is not there yet; run `wrpo train` first")
+    model_export.check_place(place)
+    check_writable(place, "--to")
+    facts = _facts(config, chain.root, jobs)
+    folder = chain.root / trained["wrpo"].step.folder / "model"
+    made = _made(config, chain, jobs, facts, place)
+    return model_export.write(folder, place, model_export.card(made, facts))
+
+
+def _made(config: Config, chain: Chain, jobs: list[Job], facts: Facts, to: Folder) -> Made:
+    done = [j.step for _, j in jobs if j.step.name == "evaluate" and j.step.is_done(chain.root)]
+    target = config.target.model if config.target else ""
+    settings = {"sft": config.sft.identity(), "wrpo": config.wrpo.identity()}
+    return Made(
+        name=_last(str(to)),
+        base=next(m for m in facts.models if m.role == "target"),
+        hub_id=target.removeprefix(HUB).partition("@")[0] if target.startswith(HUB) else None,
+        training={name: _without_paths(section) for name, section in settings.items()},
+        evaluation=(chain.root / done[0].folder).read_json("table.json") if done else None,
+    )
 
 
 def _facts(config: Config, root: Folder, jobs: list[Job]) -> Facts:

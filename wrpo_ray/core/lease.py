@@ -43,7 +43,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         held = self._read()
-        if held and not _is_dead(held) and self._is_beating(held):
+        if held and not is_dead(held) and self._is_beating(held):
             raise LeaseError(
                 f"output: {self.folder} is in use by a run on {held['host']} (process "
                 f"{held['pid']}); wait for it, stop it, or set another `output`"
@@ -114,7 +114,8 @@ class Lease:
             return None
 
 
-def _is_dead(held: dict[str, Any]) -> bool:
+def is_dead(held: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this host and is no more."""
     if held["host"] != socket.gethostname():
         return False
     try:

@@ -97,13 +97,13 @@ def card(form: Form, statistics: Statistics, facts: Facts) -> str:
     sections = {
         "Rows": _rows(form, statistics),
         "Models": _models(facts),
-        "How they were made": _settings(facts),
-        "Counts": _counts(facts),
+        "How they were made": fenced_settings(facts.settings),
+        "Counts": counted(facts),
         "y_ws by source": _wins(statistics),
         "Rewards": _rewards(statistics),
         "Lengths": _lengths(statistics),
         "Failed rows": _failures(facts),
-        "Versions": _table(("package", "version"), facts.versions.items()),
+        "Versions": table(("package", "version"), facts.versions.items()),
     }
     parts = [_front_matter(form, statistics, facts), _introduction(form, statistics)]
     for title, lines in sections.items():
@@ -168,14 +168,19 @@ def _rows(form: Form, statistics: Statistics) -> Iterator[str]:
         which = {"target": "y_wt, the target's own best", "source": "y_ws, the best of all sources"}
         told = which.get(form.pairs, "y_ws in one row, y_wt in the next")
         columns["chosen"] = f"the preferred answer: {told}"
-    yield from _table(("column", "what it holds"), columns.items())
+    yield from table(("column", "what it holds"), columns.items())
     if form.rows_each > 1:
         yield f"\nEach of {statistics.rows:,} prompts has {form.rows_each} rows."
 
 
-def _models(facts: Facts) -> Iterator[str]:
+def models_table(facts: Facts) -> Iterator[str]:
+    """The models that had a part, with their licences."""
     told = ((m.role, m.name, m.model, m.weights, m.license or "unknown") for m in facts.models)
-    yield from _table(("role", "name", "model", "weights", "licence"), told)
+    yield from table(("role", "name", "model", "weights", "licence"), told)
+
+
+def _models(facts: Facts) -> Iterator[str]:
+    yield from models_table(facts)
     answered = {m.license or "unknown" for m in facts.models if m.role != "reward"}
     if len(answered) > 1:
         yield "\nThe answers come from models under different licences; each row is under its"
@@ -183,13 +188,15 @@ def _models(facts: Facts) -> Iterator[str]:
         yield "their own."
 
 
-def _settings(facts: Facts) -> Iterator[str]:
+def fenced_settings(settings: dict[str, Any]) -> Iterator[str]:
+    """Settings as YAML."""
     yield "```yaml"
-    yield yaml.safe_dump(facts.settings, sort_keys=False, allow_unicode=True).rstrip()
+    yield yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
     yield "```"
 
 
-def _counts(facts: Facts) -> Iterator[str]:
+def counted(facts: Facts) -> Iterator[str]:
+    """Rows of each step."""
     told = []
     for step in facts.steps:
         counts = step["counts"]
@@ -200,7 +207,7 @@ def _counts(facts: Facts) -> Iterator[str]:
         ]
         numbers = f"{counts.get('rows', 0):,}", f"{counts.get('failed', 0):,}"
         told.append((step["step"], *numbers, ", ".join(dropped)))
-    yield from _table(("step", "rows", "failed", "dropped"), told)
+    yield from table(("step", "rows", "failed", "dropped"), told)
 
 
 def _wins(statistics: Statistics) -> Iterator[str]:
@@ -228,13 +235,14 @@ def _failures(facts: Facts) -> Iterator[str]:
         (f["step"], f["error"], f"{f['rows']:,}", _escaped(f["message"])[:100])
         for f in facts.failures
     ]
-    yield from _table(("step", "error", "rows", "such as"), told) if told else ["None."]
+    yield from table(("step", "error", "rows", "such as"), told) if told else ["None."]
 
 
 # --- tables and bars ---------------------------------------------------------------------------
 
 
-def _table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
+def table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
+    """A Markdown table."""
     yield "| " + " | ".join(head) + " |"
     yield "| " + " | ".join("---" for _ in head) + " |"
     for row in rows:

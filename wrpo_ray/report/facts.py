@@ -11,6 +11,7 @@ import calendar
 import json
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from wrpo_ray.config import PricesConfig
@@ -121,20 +122,16 @@ def _kept(root: Folder, name: str, make: Callable[[], Any]) -> Any:
 
 
 def _distributions(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
-    """{`answers`: of scored answers by model, `pairs`: of y_ws, y_wt and y_l}"""
+    """{`answers`: of scored answers by model, `pairs`: of y_ws, y_wt and y_l}."""
     answers, pairs = Distributions(), Distributions()
-    for step in outline.steps:
-        if step.key not in done:
-            continue
+    for step in (step for step in outline.steps if step.key in done):
         name = f"distributions-{step.name}-{step.key}"
         if _scores_candidates(outline, step):
-            stores = step.stores
-            record = _kept(root, name, lambda s=stores: _answers(root, s, outline.buckets))
-            answers += Distributions.read(record)
+            make = partial(_answers, root, step.stores, outline.buckets)
+            answers += Distributions.read(_kept(root, name, make))
         elif step.stage == "pair" and done[step.key]["counts"].get("rows"):
-            folder = root / step.folder
-            record = _kept(root, name, lambda f=folder: _preferences(f, outline.buckets))
-            pairs += Distributions.read(record)
+            make = partial(_preferences, root / step.folder, outline.buckets)
+            pairs += Distributions.read(_kept(root, name, make))
     return {"answers": answers.record(), "pairs": pairs.record()}
 
 
@@ -166,10 +163,11 @@ def _rows(root: Folder, outline: Outline, done: dict[str, Row]) -> list[Row]:
     steps = [step for step in (pairs, selection) if step]
     if not steps:
         return []
-    folders = [step.folder if step else "" for step in (pairs, selection)]
+    of_pairs, of_selection = (step.folder if step else "" for step in (pairs, selection))
     stores = list(dict.fromkeys(store for step in steps for store in step.stores))
     name = f"rows-{digest([step.key for step in steps], 12)}"
-    return _kept(root, name, lambda: sample.rows(root, *folders, stores, outline.buckets))
+    make = partial(sample.rows, root, of_pairs, of_selection, stores, outline.buckets)
+    return _kept(root, name, make)
 
 
 def _failures(root: Folder, outline: Outline, done: dict[str, Row]) -> Iterator[Row]:

@@ -13,6 +13,8 @@ from wrpo_ray.report.sample import Distributions
 Row = dict[str, Any]
 MOST_SERIES = 24
 """Models in one plot."""
+HALF = 4.6
+"""Inches of a plot that has another beside it."""
 CURVES = {
     "loss": ("Loss", {"loss": ("training", "fused"), "holdout/loss": ("held out", "muted")}),
     "rewards": (
@@ -230,7 +232,8 @@ def _evaluation_plots(facts: Row, colors: Palette) -> Iterator[Plot]:
 
 def _scaled(estimate: Row, scale: int) -> tuple[float, ...]:
     return tuple(
-        float("nan") if estimate[n] is None else scale * estimate[n] for n in ("mean", "low", "high")
+        float("nan") if estimate[n] is None else scale * estimate[n]
+        for n in ("mean", "low", "high")
     )
 
 
@@ -240,5 +243,5 @@ def _intervals(name: str, title: str, label: str, rows: list[Any]) -> Iterator[P
         return
     told = "; ".join(f"{n} {m:.1f} [{low:.1f}, {high:.1f}]" for n, _, m, low, high in rows)
     table = [[n, f"{m:.2f}", f"{low:.2f}", f"{high:.2f}"] for n, _, m, low, high in rows]
-    figure = plots.intervals(rows, label)
+    figure = plots.intervals(rows, label, HALF)
     yield _plot(name, title, f"{told}.", figure, [["model", "mean", "low", "high"], *table])

@@ -1,7 +1,7 @@
 """`report.html`: one file, with nothing from elsewhere, of less than `MOST` bytes.
 
-Whatever models wrote is untrusted: Jinja escapes it, and rows are JSON in which no `<` stands, which
-the page's script shows as text only.
+Whatever models wrote is untrusted: Jinja escapes it, and rows are JSON in which no `<` stands,
+which the page's script shows as text only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Row = dict[str, Any]
 
 
 def write(root: Folder, outline: Outline, *, is_running: bool = False) -> bool:
-    """Write the report into the output, unless it tells the same already; returns whether it did."""
+    """Write the report into the output, unless it tells the same already; whether it did."""
     facts = gather(root, outline, is_running=is_running)
     state = {"facts": digest(facts), "page": digest(_source())}
     kept = root / KEPT
@@ -52,7 +52,7 @@ def render(facts: Row) -> str:
     names = dict.fromkeys(str(c[0]) for row in rows for c in row["candidates"])
     while True:
         data = {"rows": rows, "colors": {name: colors[name] for name in names}}
-        page = _template().render(
+        page = template("report.html").render(
             view(facts), plots=figures(facts), config=_yaml(facts["config"]), rows=len(rows),
             data=embedded(data),
         )  # fmt: skip
@@ -109,7 +109,8 @@ def _source() -> str:
 
 
 @cache
-def _template() -> Any:
+def template(name: str) -> Any:
+    """One of the package's pages."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -117,4 +118,4 @@ def _template() -> Any:
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["number"] = lambda value: f"{value:,}"
-    return environment.get_template("report.html")
+    return environment.get_template(name)

@@ -72,7 +72,7 @@ class Palette:
 
 def bars(names: Sequence[str], values: Sequence[float], colors: Sequence[str], told: Any) -> Figure:
     """Horizontal bars, each with `told(value)` at its end."""
-    figure, axes = _figure(WIDTH, 0.34 * len(names) + 0.15)
+    figure, axes = _figure(0.34 * len(names) + 0.15, names, below=0.05)
     places = range(len(names))
     axes.barh(places, values, height=0.62, color=[_hex(c) for c in colors])
     axes.set_yticks(places, names, parse_math=False)
@@ -93,7 +93,7 @@ def ridges(
 ) -> Figure:
     """One row of bars a series over the same bins, as shares of the series; a line at its mean."""
     edges, counts = shown([h for _, _, h in series], least)
-    figure, axes = _figure(WIDTH, 0.52 * len(series) + 0.5)
+    figure, axes = _figure(0.52 * len(series) + 0.5, [name for name, _, _ in series])
     for row, ((_, color, histogram), own) in enumerate(zip(series, counts, strict=True)):
         if own.sum():
             heights = 0.82 * own / own.max()
@@ -115,9 +115,11 @@ def _ends(edges: np.ndarray) -> tuple[float, float]:
     return (float(edges[0]), float(edges[-1])) if len(edges) else (0.0, 1.0)
 
 
-def intervals(rows: Sequence[tuple[str, str, float, float, float]], label: str) -> Figure:
-    """A dot with its interval a row: (name, colour, mean, low, high); with a line at 0 if inside."""
-    figure, axes = _figure(WIDTH, 0.32 * len(rows) + 0.5)
+def intervals(
+    rows: Sequence[tuple[str, str, float, float, float]], label: str, width: float = WIDTH
+) -> Figure:
+    """A dot with its interval a row: (name, colour, mean, low, high); a line at 0 if inside."""
+    figure, axes = _figure(0.32 * len(rows) + 0.5, [row[0] for row in rows], width)
     for place, (_, color, mean, low, high) in enumerate(rows):
         axes.plot([low, high], [place, place], color=_hex(color), linewidth=2.2)
         axes.plot([mean], [place], "o", color=_hex(color), markersize=6)
@@ -147,9 +149,10 @@ STYLES = ("-", (0, (5, 1.6)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 def curves(steps: Sequence[float], panels: Sequence[Panel], columns: int = 3) -> Figure:
     """Small panels over the same steps: each curve faint, and its running mean over it."""
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(WIDTH, 1.95 * rows), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.05)
+    height = 1.95 * rows
+    figure = Figure(figsize=(WIDTH, height))
     grid = figure.subplots(rows, columns, squeeze=False)
+    figure.subplots_adjust(0.05, 0.25 / height, 0.995, 1 - 0.25 / height, 0.22, 0.42)
     for axes, panel in zip(grid.ravel(), panels, strict=False):
         _dress(axes)
         axes.yaxis.grid(True, color=_hex("grid"), linewidth=0.8)
@@ -231,9 +234,18 @@ def _hex(color: str) -> str:
     return f"#0a00{COLORS.index(color):02x}"
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(
+    height: float, names: Sequence[str], width: float = WIDTH, below: float = 0.42
+) -> tuple[Figure, Any]:
+    """A figure with room for names at its left and `below` inches under it.
+
+    matplotlib's own layout would draw everything twice.
+    """
+    figure = Figure(figsize=(width, height))
     axes = figure.subplots()
+    longest = max([len(name) for name in names], default=0)
+    left = min(0.078 * longest + 0.15, 0.4 * width)
+    figure.subplots_adjust(left / width, below / height, 1 - 0.05 / width, 1 - 0.04 / height)
     _dress(axes)
     axes.tick_params(axis="y", length=0, labelsize=9.5, labelcolor=_hex("ink"))
     return figure, axes

@@ -1,0 +1,259 @@
+"""Where a run is, from its output alone: one screen, from any machine that sees the folder.
+
+Read are the outline, manifests, the ledger, the lease, the last lines of metrics, and listings of
+unfinished steps' folders; no rows. Rows of answers and scores are those of finished buckets.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+
+from wrpo_ray.config import BudgetConfig, PricesConfig
+from wrpo_ray.core import lease
+from wrpo_ray.core.spending import FILE as LEDGER
+from wrpo_ray.core.spending import Entry, Spent, read_ledger
+from wrpo_ray.core.storage import TEMPORARY, Folder
+from wrpo_ray.report.outline import PLAN, Outline, StepOutline
+
+Row = dict[str, Any]
+RECENT = 300.0
+"""Seconds over which a rate is taken."""
+LAST = 20
+"""Optimizer steps over which a rate is taken."""
+METRICS = "metrics.jsonl"
+DONE, ACTIVE, BEGUN, WAITING = "done", "running", "begun", "waiting"
+
+
+@dataclass(frozen=True)
+class StepStatus:
+    """A step: how many of its rows, buckets or optimizer steps there are."""
+
+    stage: str
+    name: str
+    state: str
+    done: int = 0
+    total: int | None = None
+    unit: str = "rows"
+    rate: float | None = None
+    """Units a second."""
+    failed: int = 0
+    seconds: float | None = None
+    """That it took."""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until it is done, at this rate."""
+        if not self.rate or self.total is None or self.state != ACTIVE:
+            return None
+        return max(0, self.total - self.done) / self.rate
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run."""
+
+    output: str
+    holder: str
+    """Who holds the lease, in words."""
+    is_running: bool
+    steps: tuple[StepStatus, ...]
+    spent: Row
+    """{what: (so much, bound or None)}"""
+
+
+def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
+    """The status of a run; `now` is Unix seconds."""
+    now = time.time() if now is None else now
+    holder, is_running = _holder(root, now)
+    look = _Look(root, outline, is_running, now)
+    return Status(
+        str(root), holder, is_running, tuple(map(look.step, outline.steps)), _spent(root, outline)
+    )
+
+
+def _holder(root: Folder, now: float) -> tuple[str, bool]:
+    """Who holds the lease, and whether its heart beats."""
+    try:
+        held = root.read_json(lease.FILE)
+    except (OSError, json.JSONDecodeError):
+        return "nobody: no run is under way", False
+    who = f"{held['host']}, process {held['pid']}"
+    if lease.is_dead(held):
+        return f"nobody: the run on {who} was killed", False
+    beaten = root.filesystem.get_file_info(f"{root.path}/{lease.FILE}").mtime_ns
+    age = max(0.0, now - beaten / 1e9) if beaten else 0.0
+    if age > lease.EXPIRES:
+        return f"{who}, without a heartbeat for {age:,.0f} s: it was lost, or clocks differ", False
+    return f"{who}, heartbeat {age:.0f} s ago", True
+
+
+def _spent(root: Folder, outline: Outline) -> Row:
+    prices = PricesConfig.model_validate(outline.config.get("prices") or {})
+    budget = BudgetConfig.model_validate(outline.config.get("budget") or {})
+    entries = read_ledger(root).values()
+    total = sum((e.spent for e in entries), Spent())
+    seconds = root.read_json(LEDGER)["seconds"] if root.exists(LEDGER) else 0.0
+    return {
+        "output tokens": (total.output_tokens, budget.output_tokens),
+        "GPU-hours": (total.gpu_seconds / 3600, None),
+        "money": (sum(e.spent.money(e.pool, prices) for e in entries), budget.money),
+        "hours": (seconds / 3600, budget.hours),
+    }
+
+
+class _Look:
+    """What listings tell of steps."""
+
+    def __init__(self, root: Folder, outline: Outline, is_running: bool, now: float):
+        self.root, self.outline, self.is_running, self.now = root, outline, is_running, now
+        self.ledger: dict[str, Entry] = read_ledger(root)
+        self.plan: Row = root.read_json(PLAN) if root.exists(PLAN) else {}
+        self.rows: dict[str, int] = {}
+
+    def step(self, step: StepOutline) -> StepStatus:
+        """One step."""
+        if step.is_done(self.root):
+            record = step.read_manifest(self.root)
+            counts = record["counts"]
+            rows = self.rows[step.key] = counts.get("rows", 0)
+            return StepStatus(
+                step.stage, step.name, DONE, rows, rows, failed=counts.get("failed", 0),
+                seconds=record["seconds"],
+            )  # fmt: skip
+        told = self._training(step) if step.kind == "train" else self._buckets(step)
+        if told is None:
+            return StepStatus(step.stage, step.name, WAITING, total=self._total(step))
+        done, total, unit, rate, changed = told
+        is_active = self.is_running and (changed is None or self.now - changed < RECENT)
+        return StepStatus(
+            step.stage, step.name, ACTIVE if is_active else BEGUN, done, total, unit, rate,
+            failed=_rows(step.failures(self.root)),
+        )  # fmt: skip
+
+    def _total(self, step: StepOutline) -> int | None:
+        """Rows it is to make, where the number of prompts is known."""
+        if step.kind in ("generate", "score") and step.prompts in self.rows and step.samples:
+            sft = (self.outline.config.get("split") or {}).get("sft", 0.0)
+            shares = {"sft": sft, "preference": 1 - sft}
+            share = sum(shares.get(split, 1.0) for split in step.splits)
+            return round(self.rows[step.prompts] * share) * step.samples
+        return (self.plan.get(step.key) or {}).get("rows")
+
+    def _training(self, step: StepOutline) -> Any:
+        folder = self.root / step.folder
+        if not folder.exists(METRICS):
+            return None
+        records = [r for line in folder.read(METRICS).splitlines()[-LAST:] if (r := _parsed(line))]
+        if not records:
+            return None
+        seconds = [r["tokens"] / r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
+        rate = len(seconds) / sum(seconds) if sum(seconds) else None
+        info = folder.filesystem.get_file_info(f"{folder.path}/{METRICS}")
+        changed = info.mtime_ns / 1e9 if info.mtime_ns else None
+        return records[-1]["step"] + 1, records[-1]["steps"], "steps", rate, changed
+
+    def _buckets(self, step: StepOutline) -> Any:
+        files = list(_files(self.root / step.folder))
+        if not files:
+            return None
+        times = sorted(time for _, time in files if time)
+        changed = times[-1] if times else None
+        entry = self.ledger.get(step.folder)
+        if step.kind in ("generate", "score") and entry:
+            total = self._total(step)
+            done = entry.spent.rows if total is None else min(entry.spent.rows, total)
+            return done, total, "rows", _rate(times, done), changed
+        filled = len({name.partition("-")[0] for name, _ in files})
+        return filled, self.outline.buckets, "buckets", _rate(times, filled), changed
+
+
+def _files(folder: Folder) -> Iterator[tuple[str, float | None]]:
+    """Name and time of change of the finished shards right in a folder."""
+    found = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
+    for info in found:
+        if info.is_file and "-of-" in info.base_name and not info.base_name.startswith(TEMPORARY):
+            yield info.base_name, info.mtime_ns / 1e9 if info.mtime_ns else None
+
+
+def _rate(times: list[float], done: int) -> float | None:
+    """Units a second, as shards that appeared lately tell; None of fewer than two."""
+    recent = [time for time in times if time > times[-1] - RECENT] if times else []
+    if len(recent) < 2 or recent[-1] == recent[0]:
+        return None
+    return done * (len(recent) - 1) / len(times) / (recent[-1] - recent[0])
+
+
+def _rows(folder: Folder) -> int:
+    """By the footers of a few small files."""
+    paths = [f"{folder.path}/{name}" for name in folder.files(suffix=".parquet")]
+    if not paths:
+        return 0
+    return ds.dataset(paths, format="parquet", filesystem=folder.filesystem).count_rows()
+
+
+def _parsed(line: bytes) -> Row | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+# --- the screen ------------------------------------------------------------------------------
+
+
+def screen(found: Status) -> Any:
+    """The status as something that rich prints."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("stage", "step", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("done", "rate", "left", "failed"):
+        table.add_column(name, justify="right", no_wrap=True)
+    styles = {DONE: "green", ACTIVE: "bold", BEGUN: "yellow", WAITING: "dim"}
+    before = ""
+    for step in found.steps:
+        stage, before = (step.stage if step.stage != before else ""), step.stage
+        cells = (stage, step.name, step.state, *_cells(step))
+        table.add_row(*map(Text, cells), style=styles[step.state])
+    done = sum(step.state == DONE for step in found.steps)
+    head = Text(f"{found.output}\nlease: {found.holder}\n{done} of {len(found.steps)} steps done\n")
+    return Group(head, table, Text(f"\nspent: {_spent_told(found.spent)}"))
+
+
+def _cells(step: StepStatus) -> tuple[str, str, str, str]:
+    of = f"{step.done:,} / {step.total:,}" if step.total is not None else f"{step.done:,}"
+    if step.state == DONE:
+        done = f"{step.done:,} rows"
+        return done, "", f"took {_clock(step.seconds or 0)}", f"{step.failed:,}" * bool(step.failed)
+    if step.state == WAITING:
+        return f"{step.total:,} rows" if step.total else "", "", "", ""
+    rate = f"{step.rate:,.3g} {step.unit}/s" if step.rate and step.state == ACTIVE else ""
+    left = "" if step.left is None else f"{_clock(step.left)} left"
+    return f"{of} {step.unit}", rate, left, f"{step.failed:,}" * bool(step.failed)
+
+
+def _spent_told(spent: Row) -> str:
+    told = []
+    for name, (value, bound) in spent.items():
+        shown = f"{value:,.0f}" if name == "output tokens" else f"{value:,.2f}"
+        if value or bound:
+            told.append(
+                f"{shown} {name}" + (f" of {bound:,} ({value / bound:.0%})" if bound else "")
+            )
+    return ", ".join(told) or "nothing yet"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,102 @@
+"""Reports and the status of runs, by their outputs or their configs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from wrpo_ray import config as configs
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline import STAGES, Chain, outline_of, pinned
+from wrpo_ray.report import comparing
+from wrpo_ray.report import outline as outlines
+from wrpo_ray.report.facts import gather
+from wrpo_ray.report.outline import Outline
+from wrpo_ray.report.status import screen, status
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def find(place: str, overrides: Sequence[str] = ()) -> tuple[Folder, Outline]:
+    """The output of a run, and its outline: of an output as it was left, of a config as it is now.
+
+    Raises:
+        UserError: no run is there.
+    """
+    if not place.endswith(SUFFIXES):
+        if overrides:
+            raise UserError("--set: changes a config; an output is as it was run")
+        root = Folder(place).absolute()
+        return root, outlines.read(root)
+    settings = pinned(configs.load(place, overrides))
+    without_target = "pair" if settings.existing else "select"
+    chain = Chain(settings, STAGES[-1] if settings.target else without_target)
+    chain.build()
+    return chain.root, outline_of(chain)
+
+
+def report(place: str, overrides: Sequence[str] = (), to: str | None = None) -> str:
+    """Make the report of a run anew; returns where it lies.
+
+    Raises:
+        UserError: no run is there, or the page cannot be written.
+    """
+    from wrpo_ray.report import page  # it imports a library of plots
+
+    root, outline = find(place, overrides)
+    try:
+        if to is None:
+            page.write(root, outline)
+            return str(root / page.FILE)
+        text = page.render(gather(root, outline))
+        _write(to, text)
+    except OSError as error:
+        raise UserError(f"report: {' '.join(str(error).split())}") from None
+    return to
+
+
+def compare(places: Sequence[str], overrides: Sequence[str] = (), to: str | None = None) -> str:
+    """How runs differ, as text; also as a page in the file `to`.
+
+    Raises:
+        UserError: there are fewer than two, or no run is there.
+    """
+    if len(places) < 2:
+        raise UserError("report --compare: give two outputs or more")
+    found = [gather(*find(place, overrides)) for place in places]
+    differences = comparing.compare(found)
+    if to is not None:
+        _write(to, comparing.html(differences))
+    return comparing.text(differences)
+
+
+def _write(to: str, text: str) -> None:
+    folder, _, name = Folder(to).absolute().path.rpartition("/")
+    place = Folder(folder) if not Folder(to).is_remote else Folder(to.rpartition("/")[0])
+    place.write(name, text.encode())
+
+
+def show_status(place: str, overrides: Sequence[str] = (), every: float | None = None) -> None:
+    """Print where a run is; with `every`, again and again until it ends, in place on a terminal.
+
+    Raises:
+        UserError: no run is there.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+    found = status(*find(place, overrides))
+    if every is None or not console.is_terminal:
+        console.print(screen(found), soft_wrap=not console.is_terminal)
+        while every is not None and found.is_running:
+            time.sleep(every)
+            found = status(*find(place, overrides))
+            console.print(screen(found), soft_wrap=True)
+        return
+    with Live(screen(found), console=console, auto_refresh=False, screen=False) as live:
+        while found.is_running:
+            time.sleep(every)
+            found = status(*find(place, overrides))
+            live.update(screen(found), refresh=True)
