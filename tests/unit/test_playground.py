@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from test_report_browser import findings
 from test_serve import DONE, KEY, LINES, Noted, Rewarded, Scripted, chunk, usage
 
 from wrpo_ray import config
@@ -114,6 +115,18 @@ def test_text_is_readable_in_light_and_dark(page: Any, scheme: str):
         "getComputedStyle(document.documentElement).getPropertyValue('--back').trim()])"
     )
     assert all(contrast(*pair) >= 4.5 for pair in colors), colors  # WCAG AA
+
+
+def test_axe_finds_nothing(page: Any):
+    page.fill("#key", KEY)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#ask:visible")
+    page.fill("#prompt", "What?")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("2 of 3 answers are whole").wait_for()
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        assert findings(page) == []
 
 
 def contrast(first: str, second: str) -> float:
