@@ -196,13 +196,24 @@ def test_rows_are_as_many_as_fit_and_long_texts_are_cut(made):
 
 def test_each_model_has_one_colour():
     colors = Palette(("a", "b"), "t", ("z",))
-    assert [colors[n] for n in ("a", "b", "z", "t", "fused")] == ["s0", "s1", "s2", "target", "fused"]
+    assert [colors[n] for n in ("a", "b", "z", "t", "fused")] == [
+        "s0",
+        "s1",
+        "s2",
+        "target",
+        "fused",
+    ]
 
 
 def test_numbers_are_short():
     told = {0: "0", 12345: "12,345", 1.25: "1.25", -0.5: "−0.5", 0.0031234: "0.00312"}
     assert {v: number(v) for v in told} == told
-    assert [number(v) for v in (4.5e-7, 1234.5, None, float("nan"))] == ["4.5e−07", "1,234", "–", "–"]
+    assert [number(v) for v in (4.5e-7, 1234.5, None, float("nan"))] == [
+        "4.5e−07",
+        "1,234",
+        "–",
+        "–",
+    ]
 
 
 # --- outlines, runs compared, the reporter ---------------------------------------------------
