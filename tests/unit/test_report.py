@@ -1,4 +1,4 @@
-"""Reports: histograms in parts, facts and pages of a made output, what models write is only text."""
+"""Reports: histograms in parts, facts and pages of a made output; what models write is text."""
 
 import json
 import re
@@ -145,7 +145,8 @@ def test_the_page_has_all_sections_and_loads_nothing(made):
     plots = [a for t, a in found.tags if t == "svg"]
     assert len(plots) >= 10
     assert all(a["role"] == "img" and a["aria-labelledby"] for a in plots)
-    assert "var(--fused)" in text and "#0a00" not in text
+    assert "var(--fused)" in text
+    assert "#0a00" not in text
     data = json.loads(found.scripts[0])
     assert len(data["rows"]) == sample.ROWS
     assert set(data["colors"]) == {"llama", "qwen", "gemma", "target-sft"}
@@ -174,14 +175,18 @@ def test_what_models_wrote_is_only_text(tmp_path):
     assert not [a for _, a in found.tags if any(name.startswith("on") for name in a)]
     rows = json.loads(found.scripts[0])["rows"]
     said = {row["y_ws"]["text"] for row in rows}
-    assert said <= set(HOSTILE) and len(said) > 1
-    assert "<" not in found.scripts[0] and "\u2028" not in found.scripts[0]
+    assert said <= set(HOSTILE)
+    assert len(said) > 1
+    assert "<" not in found.scripts[0]
+    assert "\u2028" not in found.scripts[0]
     assert "49" not in [row["messages"][0]["content"] for row in rows]
 
 
 def test_a_title_of_a_plot_is_escaped():
     drawn = svg(bars(["<a>&$x$"], [1.0], ["s0"], str), "p", "<b>", "</desc><script>")
-    assert "<a>" not in drawn and "<b>" not in drawn and "<script>" not in drawn
+    assert "<a>" not in drawn
+    assert "<b>" not in drawn
+    assert "<script>" not in drawn
     assert "&lt;a&gt;&amp;$x$" in drawn
 
 
@@ -259,7 +264,8 @@ def test_a_report_that_fails_is_told_and_stops_nothing(capsys):
         while not made:
             pass
     reporter.finish()
-    assert made[0] and made[-1] is False
+    assert made[0]
+    assert made[-1] is False
     assert "report: not written: ValueError: no room on the disk" in capsys.readouterr().err
 
 

@@ -75,8 +75,11 @@ def test_rows_rate_and_time_left(tmp_path):
     told = StringIO()
     Console(file=told, width=140).print(screen(found))
     text = told.getvalue()
-    assert "550 / 1,000 rows" in text and "5 rows/s" in text and "1:30 left" in text
-    assert "9,000 output tokens of 36,000 (25%)" in text and "2.50 money" in text
+    assert "550 / 1,000 rows" in text
+    assert "5 rows/s" in text
+    assert "1:30 left" in text
+    assert "9,000 output tokens of 36,000 (25%)" in text
+    assert "2.50 money" in text
     assert "1 of 3 steps done" in text
 
 
