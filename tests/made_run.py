@@ -53,13 +53,16 @@ class MadeRun:
         each = -(-self.rows // self.buckets)
         prompts, stores = self._step("prompts", "prompts", "ingestprompts"), []
         made = [self._table(Bucket(i, self.buckets), each) for i in range(self.buckets)]
-        for name in (*self.sources, "target-sft"):
-            kept = {"source": name, "prompts": prompts.key, "samples": self.samples}
-            stage = "sample" if name == "target-sft" else "generate"
-            self._step(stage, f"generate-{name}", "generate", **kept)
-            stage = "sample" if name == "target-sft" else "score"
-            step = self._step(stage, f"score-reward-{name}", "score", **kept)
+        kept = {"prompts": prompts.key, "samples": self.samples}
+        for name in self.sources:
+            self._step("generate", f"generate-{name}", "generate", source=name, **kept)
+        for name in self.sources:
+            step = self._step("score", f"score-reward-{name}", "score", source=name, **kept)
             stores.append(step.folder)
+        name = "target-sft"
+        self._step("sample", f"generate-{name}", "generate", source=name, **kept)
+        step = self._step("sample", f"score-reward-{name}", "score", source=name, **kept)
+        stores.append(step.folder)
         for index, table in enumerate(made):
             self._shards(Bucket(index, self.buckets), table, stores, each)
         wins = {f"wins.{n}": self.rows // (i + 1) for i, n in enumerate(self.sources)}

@@ -13,7 +13,7 @@ from wrpo_ray.report import comparing
 from wrpo_ray.report import outline as outlines
 from wrpo_ray.report.facts import gather
 from wrpo_ray.report.outline import Outline
-from wrpo_ray.report.status import screen, status
+from wrpo_ray.report.status import is_running, screen, status
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -47,7 +47,7 @@ def report(place: str, overrides: Sequence[str] = (), to: str | None = None) -> 
     root, outline = find(place, overrides)
     try:
         if to is None:
-            page.write(root, outline)
+            page.write(root, outline, is_running=is_running(root))
             return str(root / page.FILE)
         text = page.render(gather(root, outline))
         _write(to, text)

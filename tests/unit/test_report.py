@@ -21,6 +21,7 @@ from wrpo_ray.report.facts import gather
 from wrpo_ray.report.histogram import MOST, Histogram, shown
 from wrpo_ray.report.outline import public, read
 from wrpo_ray.report.plots import Palette, bars, number, svg
+from wrpo_ray.report.view import _places, busy
 from wrpo_ray.reporting import Reporter
 
 HOSTILE = (
@@ -219,6 +220,14 @@ def test_numbers_are_short():
         "–",
         "–",
     ]
+
+
+def test_time_at_work_counts_side_by_side_once():
+    assert busy([(0, 10), (2, 5), (8, 12), (20, 21)]) == 13
+    assert busy([]) == 0
+    # bars: the ten idle seconds are cut out of a span of 13
+    lefts = [left for left, _ in _places([(0, 10), (2, 5), (8, 12), (20, 21)])]
+    assert lefts == [0, pytest.approx(15.38), pytest.approx(61.54), pytest.approx(92.31)]
 
 
 # --- outlines, runs compared, the reporter ---------------------------------------------------

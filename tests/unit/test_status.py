@@ -73,10 +73,10 @@ def test_rows_rate_and_time_left(tmp_path):
     assert score.state == "waiting"
     assert found.holder == "elsewhere, process 7, heartbeat 4 s ago"
     told = StringIO()
-    Console(file=told, width=140).print(screen(found))
+    Console(file=told, width=80).print(screen(found))
     text = told.getvalue()
-    assert "550 / 1,000 rows" in text
-    assert "5 rows/s" in text
+    assert "550/1,000" in text
+    assert "5/s" in text
     assert "1:30 left" in text
     assert "9,000 output tokens of 36,000 (25%)" in text
     assert "2.50 money" in text
@@ -140,5 +140,6 @@ def test_the_command_tells_of_an_ended_run(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "14 of 14 steps done" in told
     assert "nobody: no run is under way" in told
+    assert "3 steps" in told  # a stage whose steps are all done is one line
     assert cli.main(["status", str(tmp_path / "none")]) == 2
     assert "no run is there" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Any
 from wrpo_ray.report.figures import ends
 from wrpo_ray.report.histogram import Histogram
 from wrpo_ray.report.plots import Table, number
-from wrpo_ray.report.view import duration
+from wrpo_ray.report.view import busy, duration
 
 Row = dict[str, Any]
 ABSENT = "–"
@@ -113,7 +113,8 @@ def _results(facts: Row) -> Iterator[tuple[str, Any]]:
             yield f"{measure}: {name}", _estimate(estimate, scale)
     for pair in facts.get("comparison", {}).get("pairs", []):
         yield f"win rate of {pair['a']} over {pair['b']}", _estimate(pair["win_rate"], 100)
-    yield "step time", duration(sum(step.get("seconds", 0) for step in facts["steps"]))
+    spans = [(step["started"], step["ended"]) for step in facts["steps"] if "ended" in step]
+    yield "time at work", duration(busy(spans))
     spent = [step["spent"] for step in facts["steps"] if step["spent"]]
     yield "answer tokens", f"{sum(s['output_tokens'] for s in spent):,}"
     if any(s["gpu_hours"] for s in spent):

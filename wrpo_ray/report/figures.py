@@ -13,7 +13,7 @@ from wrpo_ray.report.sample import Distributions
 Row = dict[str, Any]
 MOST_SERIES = 24
 """Models in one plot."""
-HALF = 4.6
+HALF = 4.9
 """Inches of a plot that has another beside it."""
 CURVES = {
     "loss": ("Loss", {"loss": ("training", "fused"), "holdout/loss": ("held out", "muted")}),
@@ -101,7 +101,7 @@ def _wins_plot(facts: Row, colors: Palette) -> Iterator[Plot]:
     told = f"Of {total:,} prompts {best} has the best answer to {shares[best]:.1%}."
     figure = plots.bars(
         list(shown), list(shown.values()), [colors[name] for name in shown],
-        lambda share: f"{share:.1%}   {round(share * total):,}",
+        lambda share: f"{share:.1%} · {round(share * total):,}",
     )  # fmt: skip
     rows = [[name, f"{won:,}", f"{shares[name]:.1%}"] for name, won in wins.items()]
     yield _plot("wins", "y_ws by source", told, figure, [["source", "prompts", "share"], *rows])
@@ -130,7 +130,7 @@ def _distribution_plots(facts: Row, colors: Palette) -> Iterator[Plot]:
     yield from _ridges(
         "margins-data", "Reward margins of the preference rows", "difference of rewards",
         {n: m for n, m in pairs.series.items() if "margin" in m}, "margin",
-        {"y_ws - y_wt": "y_ws", "y_wt - y_l": "y_wt"},
+        {"y_ws − y_wt": "y_ws", "y_wt − y_l": "y_wt"},
     )  # fmt: skip
 
 

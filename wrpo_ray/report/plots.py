@@ -26,7 +26,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-WIDTH = 9.6
+WIDTH = 10.4
 """Inches of a plot over the whole page, of 72 points each."""
 COLORS = (
     "ink", "muted", "grid", "paper", "y_ws", "y_wt", "y_l", "target", "sft", "dpo", "fused",
@@ -107,6 +107,7 @@ def ridges(
     axes.set_yticks(places, [name for name, _, _ in series], parse_math=False)
     axes.set_ylim(-len(series) + 0.92, 1)
     axes.set_xlim(*_ends(edges))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=least >= 0))
     axes.set_xlabel(label, fontsize=9, color=_hex("muted"))
     return figure
 
@@ -164,11 +165,19 @@ def curves(steps: Sequence[float], panels: Sequence[Panel], columns: int = 3) ->
                 fontsize=8, frameon=False, labelcolor=_hex("ink"), handlelength=2.2, borderpad=0.1,
                 labelspacing=0.25,
             )  # fmt: skip
+        _widen(axes)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     for axes in grid.ravel()[len(panels) :]:
         axes.remove()
     return figure
+
+
+def _widen(axes: Any) -> None:
+    """Room around curves that hardly change, whose ticks would all read the same."""
+    low, high = axes.dataLim.intervaly
+    if high - low <= 1e-3 * abs(high):
+        axes.set_ylim(0, 1.6 * high or 1)
 
 
 def _curve(
@@ -273,7 +282,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}".replace("-", "−")
     if abs(value) < 1e-4:
-        return f"{value:.1e}".replace("-", "−")
+        return f"{value:.1e}".replace(".0e", "e").replace("-", "−")
     places = max(0, digits - 1 - int(np.floor(np.log10(abs(value)))))
     text = f"{value:.{places}f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text).replace("-", "−")

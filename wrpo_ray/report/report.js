@@ -6,6 +6,7 @@
   const PAGE = 60, WORDS = 1200, ROLES = ["y_ws", "y_wt", "y_l"];
   const $ = (id) => document.getElementById(id);
   const number = (value) => value === null || value === undefined ? "–"
+    : value && Math.abs(value) < 1e-4 ? value.toExponential(1).replaceAll("-", "−")
     : Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 }).replace("-", "−");
   const make = (tag, attributes, ...children) => {
     const made = document.createElement(tag);

@@ -170,8 +170,8 @@ def _preferences_of(folder: Folder, most: int, name: str) -> Distributions:
             lengths = pc.list_value_length(tokens)
             texts = pc.utf8_length(answer.field("text"))
             found.add(name_, "length", lengths if found.unit == "tokens" else texts)
-        found.add("y_ws - y_wt", "margin", batch["source_margin"])
-        found.add("y_wt - y_l", "margin", batch["target_margin"])
+        found.add("y_ws − y_wt", "margin", batch["source_margin"])
+        found.add("y_wt − y_l", "margin", batch["target_margin"])
     return found
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -76,6 +77,11 @@ def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
     return Status(
         str(root), holder, is_running, tuple(map(look.step, outline.steps)), _spent(root, outline)
     )
+
+
+def is_running(root: Folder) -> bool:
+    """Whether a run holds the output."""
+    return _holder(root, time.time())[1]
 
 
 def _holder(root: Folder, now: float) -> tuple[str, bool]:
@@ -209,19 +215,19 @@ def _parsed(line: bytes) -> Row | None:
 
 
 def screen(found: Status) -> Any:
-    """The status as something that rich prints."""
+    """The status as something that rich prints: a line a step, or a stage that is all alike."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("stage", "step", "state"):
         table.add_column(name, no_wrap=True)
-    for name in ("done", "rate", "left", "failed"):
+    for name in ("rows", "rate", "time", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
     styles = {DONE: "green", ACTIVE: "bold", BEGUN: "yellow", WAITING: "dim"}
     before = ""
-    for step in found.steps:
+    for step in _lines(found.steps):
         stage, before = (step.stage if step.stage != before else ""), step.stage
         cells = (stage, step.name, step.state, *_cells(step))
         table.add_row(*map(Text, cells), style=styles[step.state])
@@ -230,16 +236,34 @@ def screen(found: Status) -> Any:
     return Group(head, table, Text(f"\nspent: {_spent_told(found.spent)}"))
 
 
+def _lines(steps: Sequence[StepStatus]) -> Iterator[StepStatus]:
+    """Steps, but one for several of a stage that are all done or all waiting."""
+    for stage, group in groupby(steps, key=lambda step: step.stage):
+        parts = list(group)
+        state = parts[0].state
+        if len(parts) < 3 or state in (ACTIVE, BEGUN) or any(s.state != state for s in parts):
+            yield from parts
+            continue
+        known = [step.total for step in parts if step.total is not None]
+        yield StepStatus(
+            stage, f"{len(parts)} steps", state, sum(s.done for s in parts),
+            sum(known) if len(known) == len(parts) else None,
+            failed=sum(s.failed for s in parts), seconds=sum(s.seconds or 0 for s in parts),
+        )  # fmt: skip
+
+
 def _cells(step: StepStatus) -> tuple[str, str, str, str]:
-    of = f"{step.done:,} / {step.total:,}" if step.total is not None else f"{step.done:,}"
+    """Rows, rate, time and failures."""
+    unit, failed = "" if step.unit == "rows" else f" {step.unit}", f"{step.failed:,}"
+    failed = failed if step.failed else ""
+    total = "" if step.total is None else f"{step.total:,}"
     if step.state == DONE:
-        done = f"{step.done:,} rows"
-        return done, "", f"took {_clock(step.seconds or 0)}", f"{step.failed:,}" * bool(step.failed)
+        return f"{step.done:,}", "", _clock(step.seconds or 0), failed
     if step.state == WAITING:
-        return f"{step.total:,} rows" if step.total else "", "", "", ""
-    rate = f"{step.rate:,.3g} {step.unit}/s" if step.rate and step.state == ACTIVE else ""
-    left = "" if step.left is None else f"{_clock(step.left)} left"
-    return f"{of} {step.unit}", rate, left, f"{step.failed:,}" * bool(step.failed)
+        return total, "", "", ""
+    done = f"{step.done:,}/{total}{unit}" if total else f"{step.done:,}{unit}"
+    rate = f"{step.rate:,.3g}/s" if step.rate and step.state == ACTIVE else ""
+    return done, rate, "" if step.left is None else f"{_clock(step.left)} left", failed
 
 
 def _spent_told(spent: Row) -> str:

@@ -11,6 +11,8 @@ from wrpo_ray.report.figures import ends, palette
 from wrpo_ray.report.plots import Table, number
 
 Row = dict[str, Any]
+TRAINED = {"sft": "target-sft", "dpo": "target-dpo", "wrpo": "fused"}
+"""Models by the step that trains them."""
 MARGINS = {
     "rewards/margins": "weighted margin over y_l",
     "rewards/margins_source": "r(y_ws) − r(y_l)",
@@ -60,7 +62,7 @@ def _tiles(facts: Row) -> Iterator[tuple[str, str, str]]:
     counts = facts["counts"]
     if select := counts.get("select"):
         ties = f"{select.get('ties', 0):,} with a tie"
-        yield "prompts with a best answer", f"{select['rows']:,}", ties
+        yield "prompts with a y_ws", f"{select['rows']:,}", ties
     if pair := counts.get("pair"):
         yield "preference rows", f"{pair['rows']:,}", f"of {pair.get('prompts', 0):,} prompts"
     accuracy = facts.get("evaluation", {}).get("accuracy") or {}
@@ -74,11 +76,11 @@ def _tiles(facts: Row) -> Iterator[tuple[str, str, str]]:
         for name, gain in list(measured["contrasts"].items())[:1]:
             shown = f"{_scaled(gain['mean'], scale, '+')}{unit and ' points'}"
             yield name.replace(" - ", " − "), shown, f"paired, {_interval(gain, scale, '+')}"
-    seconds = sum(step.get("seconds", 0) for step in facts["steps"])
+    seconds = busy([(s["started"], s["ended"]) for s in facts["steps"] if "ended" in s])
     tokens = sum((step["spent"] or {}).get("output_tokens", 0) for step in facts["steps"])
     failed = sum(step.get("failed", 0) for step in facts["steps"])
     note = f"{tokens:,} answer tokens" if tokens else f"{failed:,} failed rows"
-    yield "step time", duration(seconds), note
+    yield "time at work", duration(seconds), note
 
 
 def _interval(estimate: Row, scale: int, sign: str = "") -> str:
@@ -104,12 +106,21 @@ def _chain(facts: Row) -> list[Row]:
         step
         | {
             "bar": bars.get(step["key"]),
-            "color": colors[step["source"] or {"wrpo": "fused"}.get(step["step"], step["step"])],
+            "color": colors[step["source"] or TRAINED.get(step["step"], step["step"])],
             "time": duration(step["seconds"]) if "seconds" in step else "",
             "first": i == 0 or facts["steps"][i - 1]["stage"] != step["stage"],
         }
         for i, step in enumerate(facts["steps"])
     ]
+
+
+def busy(spans: list[tuple[float, float]]) -> float:
+    """Seconds in which at least one of them was under way."""
+    total, end = 0.0, -math.inf
+    for low, high in sorted(spans):
+        total += max(0.0, high - max(low, end))
+        end = max(end, high)
+    return total
 
 
 def _places(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -134,26 +145,26 @@ def _places(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
     ]
 
 
-def _spending(facts: Row) -> Table:
-    """Tokens, time and money by step beside what was planned; empty columns are left out."""
-    head = [
-        "step", "rows", "planned", "answer tokens", "planned", "time", "planned", "GPU-hours",
-        "planned", "money", "planned",
-    ]  # fmt: skip
+def _spending(facts: Row) -> Row:
+    """{`columns`: names, `rows`: [(step, [(so much, as planned)])]}, without empty columns."""
+    told = {
+        "rows": ("rows", "{:,.0f}".format),
+        "answer tokens": ("output_tokens", "{:,.0f}".format),
+        "time": ("seconds", duration),
+        "GPU-hours": ("gpu_hours", "{:,.2f}".format),
+        "money": ("money", "{:,.2f}".format),
+    }
     rows = []
     for step in facts["steps"]:
-        spent, plan = step["spent"] or {}, step["plan"] or {}
-        pairs = [
-            (step.get("rows"), plan.get("rows"), "{:,.0f}".format),
-            (spent.get("output_tokens"), plan.get("output_tokens"), "{:,.0f}".format),
-            (step.get("seconds"), plan.get("seconds"), duration),
-            (spent.get("gpu_hours"), plan.get("gpu_hours"), "{:,.2f}".format),
-            (spent.get("money"), plan.get("money"), "{:,.2f}".format),
+        spent, plan = step | (step["spent"] or {}), step["plan"] or {}
+        cells = [
+            tuple(say(found[name]) if found.get(name) else "" for found in (spent, plan))
+            for name, say in told.values()
         ]
-        cells = [told(value) if value else "" for *both, told in pairs for value in both]
-        rows.append([step["step"], *cells])
-    kept = [i for i in range(len(head)) if i == 0 or any(row[i] for row in rows)]
-    return [[row[i] for i in kept] for row in [head, *rows]]
+        rows.append((step["step"], cells))
+    kept = [i for i in range(len(told)) if any(any(cells[i]) for _, cells in rows)]
+    columns = [list(told)[i] for i in kept]
+    return {"columns": columns, "rows": [(n, [cells[i] for i in kept]) for n, cells in rows]}
 
 
 def _margins(curves: Row) -> Table:
