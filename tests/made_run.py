@@ -47,6 +47,7 @@ class MadeRun:
         self.root = Folder(str(self.folder))
         self.random = np.random.default_rng(self.seed)
         self.steps: list[StepOutline] = []
+        self.turn = 0
 
     def write(self) -> Outline:
         """All of it; returns the outline."""
@@ -101,7 +102,8 @@ class MadeRun:
 
     def _text(self, count: int) -> list[str]:
         if self.texts:
-            return [self.texts[i % len(self.texts)] for i in range(count)]
+            self.turn += 1
+            return [self.texts[(i + self.turn) % len(self.texts)] for i in range(count)]
         picks = self.random.integers(0, len(WORDS), (min(count, 512), 12))
         texts = [" ".join(WORDS[i] for i in row) for row in picks]
         return [texts[i % len(texts)] for i in range(count)]

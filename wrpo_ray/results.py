@@ -191,8 +191,8 @@ def _models(config: Config, jobs: list[Job]) -> Iterator[Model]:
     """The sources, the target and the reward model, as far as the config has them."""
     weights = {job.model.name: job.fingerprint for _, job in jobs if isinstance(job, Generate)}
     for _, job in jobs:
-        if isinstance(job, Prepare) and config.target:
-            weights[config.target.name] = job.fingerprint
+        if isinstance(job, Prepare) and config.target:  # the first: WRPO starts from target-SFT
+            weights.setdefault(config.target.name, job.fingerprint)
         if isinstance(job, Score) and config.reward:
             weights[config.reward.name] = job.fingerprint
     answering = [("source", m) for m in config.sources]

@@ -30,7 +30,7 @@ TERMS = (
     (r"gemma", "counts models trained on its answers as derivatives under the same terms"),
     (r"qwen|tongyi", "asks models made with its answers to say so"),
     (r"cc-by-nc|non-?commercial|research", "does not allow commercial use"),
-    (r"other|unknown", "has to be read: its name says nothing"),
+    (r"other|unknown", "says nothing: find the terms"),
 )
 """What the licences of known families are known for; the first that fits."""
 Row = dict[str, Any]
@@ -170,7 +170,7 @@ def licence_notes(facts: Facts) -> Iterator[str]:
         told = next((what for form, what in TERMS if re.search(form, licence, re.IGNORECASE)), "")
         if told:
             who = ", ".join(m.name for m in models if (m.license or "unknown") == licence)
-            yield f"\n> `{licence}` ({who}) {told}; read it before you publish."
+            yield f"\n> Licence `{licence}` ({who}) {told}. Read it before you publish."
 
 
 def _introduction(made: Made, facts: Facts) -> str:

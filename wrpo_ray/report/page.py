@@ -101,11 +101,12 @@ def _yaml(config: Row) -> str:
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
+@cache
 def _source() -> str:
-    return "".join(
-        resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
-        for name in ("report.html", "report.css", "report.js")
-    )
+    """All that makes a page of facts: another version writes it again."""
+    files = sorted(resources.files(__package__).iterdir(), key=lambda file: file.name)
+    kinds = (".py", ".html", ".css", ".js")
+    return "".join(f.read_text(encoding="utf-8") for f in files if f.name.endswith(kinds))
 
 
 @cache
