@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from wrpo_ray.core import records
-from wrpo_ray.core.shards import Bucket, write_failures
+from wrpo_ray.core.shards import Bucket, buckets, write_failures
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.report.outline import Outline, StepOutline
 
@@ -53,7 +53,6 @@ class MadeRun:
         """All of it; returns the outline."""
         each = -(-self.rows // self.buckets)
         prompts, stores = self._step("prompts", "prompts", "ingestprompts"), []
-        made = [self._table(Bucket(i, self.buckets), each) for i in range(self.buckets)]
         kept = {"prompts": prompts.key, "samples": self.samples}
         for name in self.sources:
             self._step("generate", f"generate-{name}", "generate", source=name, **kept)
@@ -64,8 +63,8 @@ class MadeRun:
         self._step("sample", f"generate-{name}", "generate", source=name, **kept)
         step = self._step("sample", f"score-reward-{name}", "score", source=name, **kept)
         stores.append(step.folder)
-        for index, table in enumerate(made):
-            self._shards(Bucket(index, self.buckets), table, stores, each)
+        for bucket in buckets(self.buckets):
+            self._shards(bucket, self._table(bucket, each), stores, each)
         wins = {f"wins.{n}": self.rows // (i + 1) for i, n in enumerate(self.sources)}
         counts = {"rows": sum(wins.values()), "ties": 7, "answers.empty.qwen": 3}
         self._step("select", "select", "select", stores=stores[:-1], counts=wins | counts)
@@ -121,14 +120,17 @@ class MadeRun:
             (np.full(each, "target-sft"), own.argmax(1), own.max(1)),
             (np.full(each, "target-sft"), own.argmin(1), own.min(1)),
         ]
-        candidates = [
-            [
-                {"source": name, "sample": j, "reward": row[i][j]}
-                for i, name in enumerate(names)
-                for j in range(self.samples)
-            ]
-            for row in rewards.tolist()
-        ]
+        count = len(names) * self.samples
+        scores = {
+            "source": np.tile(np.repeat(names, self.samples), each),
+            "sample": np.tile(np.arange(self.samples, dtype=np.int32), each * len(names)),
+            "reward": rewards.ravel(),
+        }
+        offsets = pa.array(np.arange(0, each * count + 1, count, dtype=np.int32))
+        structs = pa.StructArray.from_arrays(
+            [pa.array(v) for v in scores.values()], fields=list(records.CANDIDATES.value_type)
+        )
+        candidates = pa.ListArray.from_arrays(offsets, structs, type=records.CANDIDATES)
         columns = {
             "prompt_id": pa.array(ids),
             "messages": pa.array(
@@ -142,7 +144,7 @@ class MadeRun:
             },
             "source_margin": pa.array(top - own.max(1)),
             "target_margin": pa.array(own.max(1) - own.min(1)),
-            "candidates": pa.array(candidates, records.CANDIDATES),
+            "candidates": candidates,
         }
         return pa.table(columns, schema=records.PREFERENCE)
 
@@ -150,7 +152,7 @@ class MadeRun:
         texts = self._text(len(sources))
         parts = {
             "text": pa.array(texts),
-            "token_ids": pa.array([[1] * len(t.split()) for t in texts], records.TOKENS),
+            "token_ids": _tokens([len(t.split()) for t in texts]),
             "finish_reason": pa.array(["stop"] * len(texts)),
             "source": pa.array(sources, pa.string()),
             "sample": pa.array(samples, pa.int32()),
@@ -257,6 +259,13 @@ class MadeRun:
             "reward": {"name": "reward"}, "prices": {"gpu_hour": 2.0},
             "split": {"sft": 0.0}, "wrpo": {"beta": 0.01 * (self.seed + 1)},
         }  # fmt: skip
+
+
+def _tokens(lengths: list[int]) -> pa.ListArray:
+    """Lists of so many ones."""
+    offsets = np.append(0, np.cumsum(lengths)).astype(np.int32)
+    ones = pa.array(np.ones(offsets[-1], np.int32))
+    return pa.ListArray.from_arrays(pa.array(offsets), ones, type=records.TOKENS)
 
 
 def _estimate(mean: float) -> dict[str, float]:

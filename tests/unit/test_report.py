@@ -57,6 +57,14 @@ def test_a_histogram_counts_by_hand():
     assert counts.tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 1]
 
 
+def test_values_far_from_all_others_do_not_squeeze_a_plot():
+    values = np.append(np.arange(1000.0), [1e5])
+    edges, [counts] = shown([Histogram.of(values)], least=0)
+    assert edges[-1] < 2000
+    assert counts.sum() == 1001
+    assert counts[-1] >= 1
+
+
 # --- what is read of the rows ----------------------------------------------------------------
 
 
@@ -198,6 +206,21 @@ def test_rows_are_as_many_as_fit_and_long_texts_are_cut(made):
     assert 0 < len(kept) < len(rows)
     assert "996,000 more characters" in kept[0]["y_ws"]["text"]
     assert len(page.embedded(kept).encode()) < 510_000
+
+
+@pytest.mark.soak
+def test_a_million_rows_make_a_page_below_five_megabytes(tmp_path):
+    run = MadeRun(tmp_path, rows=1_000_000, buckets=64)
+    outline = run.write()
+    assert page.write(run.root, outline)
+    assert (tmp_path / page.FILE).stat().st_size < page.MOST
+    facts = gather(run.root, outline)
+    assert facts["counts"]["pair"]["rows"] == 1_000_000
+    assert len(facts["rows"]) == sample.ROWS
+    read_rows = facts["distributions"]["pairs"]["rows"]
+    assert sample.PAIRS <= read_rows < 2 * sample.PAIRS
+    answers = facts["distributions"]["answers"]["rows"]
+    assert answers < 2 * 4 * sample.ANSWERS
 
 
 def test_each_model_has_one_colour():

@@ -20,6 +20,8 @@ LEAST_EXPONENT = -24
 """Of the finest bins, which are 6e-8 wide."""
 SHOWN = 40
 """Bins of a plot at the most."""
+TAIL = 0.002
+"""Share of values at either end of a plot that may be gathered in its outermost bins."""
 
 
 @dataclass
@@ -99,18 +101,30 @@ def shown(
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Edges (E,) of at most about `SHOWN` bins for all of them, and each one's counts (E - 1,).
 
-    With `least` 0 no bin is narrower than 1, as suits whole numbers.
+    With `least` 0 no bin is narrower than 1, as suits whole numbers. Where a few values lie far
+    from all others, the outermost bins hold them.
     """
     found = [h for h in histograms if h.counts]
     if not found:
         return np.zeros(0), []
-    low, high = min(h.low for h in found), max(h.high for h in found)
+    low, high = _middle(found)
     exponent = max(least, _exponent(low, high, SHOWN), *(h.exponent for h in found))
-    coarse = [h.coarser(exponent) for h in histograms]
-    first = min(min(c) for c in coarse if c)
-    last = max(max(c) for c in coarse if c)
+    first, last = (math.floor(math.ldexp(end, -exponent)) for end in (low, high))
     edges = np.ldexp(np.arange(first, last + 2, dtype=float), exponent)
-    return edges, [np.array([c[i] for i in range(first, last + 1)]) for c in coarse]
+    counted = []
+    for histogram in histograms:
+        counts = np.zeros(last + 1 - first, int)
+        for index, count in histogram.coarser(exponent).items() if histogram.counts else ():
+            counts[min(max(index, first), last) - first] += count
+        counted.append(counts)
+    return edges, counted
+
+
+def _middle(histograms: list[Histogram]) -> tuple[float, float]:
+    """Where values lie but for a share of `TAIL` at either end, if that is much less than all."""
+    low, high = min(h.low for h in histograms), max(h.high for h in histograms)
+    inner = min(h.quantile(TAIL) for h in histograms), max(h.quantile(1 - TAIL) for h in histograms)
+    return inner if high - low > 1.6 * (inner[1] - inner[0]) > 0 else (low, high)
 
 
 def _exponent(low: float, high: float, most: int = MOST) -> int:

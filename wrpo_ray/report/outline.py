@@ -74,8 +74,9 @@ class Outline:
 
     @property
     def target(self) -> str:
-        """Name of the target, empty where there is none."""
-        return (self.config.get("target") or {}).get("name", "")
+        """Name of the target, or of the model whose answers are imported as its; else empty."""
+        own, imported = (self.config.get(name) or {} for name in ("target", "import"))
+        return own.get("name") or imported.get("target") or ""
 
     def write(self, root: Folder) -> None:
         """Write `chain.json`, unless it says the same."""

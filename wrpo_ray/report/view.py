@@ -51,8 +51,9 @@ def _state(facts: Row) -> tuple[str, str]:
 
 
 def _summary(facts: Row) -> str:
-    sources = facts["sources"] or list(facts["distributions"]["answers"]["series"])
-    target = facts["target"] or (facts["config"].get("import") or {}).get("target") or ""
+    target = facts["target"]
+    answering = facts["distributions"]["answers"]["series"]
+    sources = facts["sources"] or [name for name in answering if name != target]
     told = ", ".join(sources[:6]) + (f" and {len(sources) - 6} more" if len(sources) > 6 else "")
     return f"{told} → {target}" if told and target else told or target
 
