@@ -65,6 +65,7 @@ def demo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., W
             (ROOT / "jobs" / "demo.yaml").read_text().replace(".cache/zoo", str(zoo))
         )
         tree["output"] = str(output)
+        tree["report"] = False  # it takes seconds; test_fuse and test_import have it
         tree["prompts"]["limit"] = 360
         tree["evaluate"]["prompts"]["limit"] = 200
         for training in (tree["sft"], tree["wrpo"]):  # as many steps on fewer prompts

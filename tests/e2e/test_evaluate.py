@@ -63,7 +63,7 @@ def wrpo(zoo: Path, tmp_path: Path) -> Wrpo:
         "failure_limit": 0.2,
     }
     path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump({"report": False} | tree))
     return Wrpo(path)
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from harness import processes_of, rows, shards, wait_until
 
+from wrpo_ray.cli import main
+
 KEY = ("prompt_id", "source", "sample")
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
 
@@ -14,8 +16,9 @@ SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
 @pytest.fixture(scope="module")
 def undisturbed(demo, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("undisturbed")
-    result = demo(output)("fuse")
+    result = demo(output, report=True)("fuse")
     assert result.returncode == 0, result.stderr
+    assert "not written" not in result.stderr
     assert "Verifier accuracy on held-out prompts" in result.stdout
     assert "Fused model:" in result.stdout
     return output
@@ -60,9 +63,21 @@ def test_training_starts_at_ln_2_and_alpha_ends_at_its_end(undisturbed):
     assert steps[-1]["alpha"] == 0.5
 
 
+def test_the_output_alone_tells_of_the_run(demo, undisturbed, capsys):
+    """The report, `wrpo status`, and the exported model need neither Ray nor the config's file."""
+    page = (undisturbed / "report.html").read_text()
+    for name in ("wins", "rewards-pairs", "training-wrpo", "evaluation-accuracy"):
+        assert f'id="{name}-title"' in page
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert all(c[3] is not None for row in data["rows"] for c in row["candidates"])
+    assert main(["status", str(undisturbed)]) == 0
+    steps = json.loads((undisturbed / "chain.json").read_text())["steps"]
+    assert f"{len(steps)} of {len(steps)} steps done" in capsys.readouterr().out
+
+
 def test_a_second_call_does_nothing(demo, undisturbed):
     before = shards(undisturbed, "**/*")
-    result = demo(undisturbed)("fuse")
+    result = demo(undisturbed, report=True)("fuse")
     assert result.returncode == 0
     assert "all steps are done" in result.stderr
     assert "Verifier accuracy" in result.stdout

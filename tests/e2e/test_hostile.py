@@ -27,7 +27,7 @@ def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_toke
         "storage": {"buckets": 4},
         "failure_limit": 1.0,
     }
-    config.write_text(yaml.safe_dump(tree))
+    config.write_text(yaml.safe_dump({"report": False} | tree))
     result = Wrpo(config)("generate")
     assert result.returncode == 0, result.stderr
 

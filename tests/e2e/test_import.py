@@ -22,7 +22,9 @@ def table(output: Path, step: str) -> list[dict]:
 def config(tmp_path: Path, **tree: object) -> Wrpo:
     path = tmp_path / "import.yaml"
     path.write_text(
-        yaml.safe_dump({"output": str(tmp_path / "out"), "storage": {"buckets": 4}} | tree)
+        yaml.safe_dump(
+            {"output": str(tmp_path / "out"), "storage": {"buckets": 4}, "report": False} | tree
+        )
     )
     return Wrpo(path)
 
@@ -56,6 +58,9 @@ def test_real_responses(tmp_path):
     assert counts["pair"]["rows"] == 0
     assert counts["pair"]["dropped.too_few"] == counts["pair"]["prompts"]
     assert {k[5:]: v for k, v in counts["select"].items() if k.startswith("wins.")} == wins
+    report = (output / "report.html").read_text()
+    assert all(f">{name}</text>" in report for name in wins)  # each source has its bar
+    assert "done up to pair" in report
 
 
 ANSWERS = [("A", 0, 0.9), ("B", 0, 0.2), ("T", 0, 0.5), ("T", 1, 0.1)]

@@ -75,7 +75,7 @@ def test_an_endpoint_is_asked_once_for_each_answer_and_its_key_is_nowhere(tmp_pa
 
         def run(samples: int) -> subprocess.CompletedProcess[str]:
             tree["sampling"]["samples"] = samples
-            config.write_text(yaml.safe_dump(tree))
+            config.write_text(yaml.safe_dump({"report": False} | tree))
             server.calls.clear()
             result = generate(config, ray_folder)
             assert result.returncode == 0, result.stderr

@@ -82,7 +82,7 @@ def config(tmp_path: Path, url: str, **evaluate: Any) -> Path:
         tree["sources"] = [model("even"), model("worse")]
         tree["reward"] = {"function": "grades:reward"}
     path = tmp_path / "c.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump({"report": False} | tree))
     return path
 
 
