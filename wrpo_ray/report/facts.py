@@ -11,6 +11,7 @@ import calendar
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -117,7 +118,8 @@ def _kept(root: Folder, name: str, make: Callable[[], Any]) -> Any:
     if folder.exists(file):
         return folder.read_json(file)
     value = make()
-    folder.write(file, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
+    with suppress(OSError):  # of another's output a report can be made, too
+        folder.write(file, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
     return value
 
 
