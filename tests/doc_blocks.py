@@ -34,7 +34,7 @@ RUN = (
     r"tail ",
 )
 """Commands that `test_docs.py` runs where they stand."""
-E2E, RAY = "tests/e2e/test_{}.py::test_{}", "tests/ray/test_{}.py::test_{}"
+UNIT, RAY, E2E = (f"tests/{kind}/test_{{}}.py::test_{{}}" for kind in ("unit", "ray", "e2e"))
 FUSE = E2E.format("fuse", "summary_tells_every_step_and_compares_every_model")
 TESTED = {
     r"make demo": FUSE,  # its second line; the first is tested by test_zoo.py
@@ -47,6 +47,9 @@ TESTED = {
     r"wrpo export \S+ --to \S+( --format (trl|records))?( --pairs both)?": E2E.format(
         "object_store", "export_into_an_object_store"
     ),
+    r"wrpo report (--compare )?\S+( \S+)*": UNIT.format("report", "the_command_makes_pages"),
+    r"wrpo status \S+ --watch": UNIT.format("status", "the_command_tells_of_an_ended_run"),
+    r"wrpo export \S+ --to \S+ --format model": UNIT.format("export_model", "the_card"),
     r"wrpo serve (--config \S+|\S+=\S+)( \S+=\S+)*": E2E.format(
         "serving", "the_openai_client_gets_answers_whole_and_streamed"
     ),

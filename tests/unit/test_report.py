@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_run import MadeRun
 
-from wrpo_ray import reports
+from wrpo_ray import cli, reports
 from wrpo_ray.core.shards import Bucket
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
@@ -266,6 +266,15 @@ def test_no_run_is_told_with_the_remedy(tmp_path):
         reports.report(str(tmp_path))
     with pytest.raises(UserError, match="give two outputs or more"):
         reports.compare([str(tmp_path)])
+
+
+def test_the_command_makes_pages(made, tmp_path, capsys):
+    page_, other = tmp_path / "report.html", tmp_path / "compare.html"
+    assert cli.main(["report", str(made.folder), "--to", str(page_)]) == 0
+    assert str(page_) in capsys.readouterr().out
+    runs = [str(made.folder)] * 2
+    assert cli.main(["report", "--compare", *runs, "--to", str(other)]) == 0
+    assert all(p.read_text().startswith("<!doctype html>") for p in (page_, other))
 
 
 def test_runs_compared(made, tmp_path):

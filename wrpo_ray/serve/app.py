@@ -126,7 +126,7 @@ class Model(LLMServer):
 
 
 def _engine_of_one() -> Any:
-    """vLLM's engine for one CPU, as `vllm serve` starts it.
+    """The engine for one CPU, as `vllm serve` starts it.
 
     Ray Serve LLM gives the model a process of its own, and the two spin while they wait.
     """
