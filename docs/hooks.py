@@ -29,32 +29,11 @@ PAGES = {
     "benchmarks/SIMULATION.md": "benchmarks/simulation.md",
 }
 """Pages that lie outside docs/, by their paths in the repository."""
-COMING = ("docs/guides/report.md", "docs/study.md", "docs/img/report.png")
-"""Files that may not be there yet: links to them are shown as text until they are."""
 LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^()\s]+)\)")
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
 
 # --- events of MkDocs --------------------------------------------------------------------------
-
-
-def on_config(config: Any) -> Any:
-    """Leave out of the navigation what is not there yet."""
-    absent = {path.removeprefix("docs/") for path in COMING if not (ROOT / path).exists()}
-    config.nav = [_without(entry, absent) for entry in config.nav]
-    return config
-
-
-def _without(entry: Any, absent: set[str]) -> Any:
-    if isinstance(entry, dict):
-        return {k: _without(v, absent) if isinstance(v, list) else v for k, v in entry.items()}
-    if isinstance(entry, list):
-        return [_without(e, absent) for e in entry if not absent & set(_paths(e))]
-    return entry
-
-
-def _paths(entry: Any) -> list[str]:
-    return [v for v in entry.values() if isinstance(v, str)] if isinstance(entry, dict) else [entry]
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -115,7 +94,7 @@ def site_links(markdown: str, page: str) -> str:
         path = repository_path(link, page)
         if path is None:
             return found[0]
-        if (ROOT / path).is_dir() or (path in COMING and not (ROOT / path).exists()):
+        if (ROOT / path).is_dir():
             return "" if image else text
         _, mark, anchor = link.partition("#")
         return f"{image}[{text}]({posixpath.relpath(site_path(path), here)}{mark}{anchor})"
