@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         command = _config_command(commands, name, text, _fuse, until=name)
         if name == "evaluate":
             _gate_argument(command)
+    _study_command(commands)
     _submit_command(commands)
     _fetch_command(commands)
     _plan_command(commands)
@@ -111,9 +112,27 @@ def _parser() -> argparse.ArgumentParser:
     zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
     zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
     zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
+    zoo.add_argument(
+        "--recipe",
+        choices=("near", "distant"),
+        default="near",
+        help="near: the demo's nearly perfect sources (default); distant: sources that err often "
+        "and put it in words of their own, and a noisier reward",
+    )
     zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
     zoo.set_defaults(run=_zoo)
     return parser
+
+
+def _study_command(commands: Any) -> None:
+    text = "variants of training over seeds, compared with intervals"
+    command = _config_command(commands, "study", text, _study)
+    command.add_argument(
+        "--only",
+        metavar="VARIANT,...",
+        default="",
+        help="only these variants; what others have is kept",
+    )
 
 
 def _submit_command(commands: Any) -> None:
@@ -341,6 +360,21 @@ def _fuse(arguments: argparse.Namespace) -> None:
         pipeline.check_pairs(summary, arguments.fail_below)
 
 
+def _study(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config, study
+
+    settings = config.load_study(arguments.config, arguments.overrides)
+    only = [name for name in arguments.only.split(",") if name]
+    if arguments.dry_run:
+        for case, step, done in study.plan(settings, only):
+            print(f"{case:12} {'done' if done else 'to do':6} {step.folder}")
+        return
+    result = study.study(settings, only)
+    from wrpo_ray.report.study import study_text
+
+    print(study_text(result))
+
+
 def _fetch(arguments: argparse.Namespace) -> None:
     from wrpo_ray.evaluate.fetch import fetch
 
@@ -510,7 +544,12 @@ def _zoo(arguments: argparse.Namespace) -> None:
     from wrpo_ray.zoo.build import build_zoo
 
     try:
-        build_zoo(arguments.folder, seed=arguments.seed, processes=arguments.processes)
+        build_zoo(
+            arguments.folder,
+            seed=arguments.seed,
+            processes=arguments.processes,
+            recipe=arguments.recipe,
+        )
     except (ValueError, OSError) as error:
         raise UserError(f"zoo: {error}") from None
     print(f"zoo: models and prompts are in {arguments.folder}")

@@ -627,6 +627,14 @@ class TrainConfig(Section):
         return self
 
 
+class SftConfig(TrainConfig):
+    """SFT of the target on y_ws."""
+
+    prompts: Literal["split", "all"] = "split"
+    """Whose y_ws: those of the prompts for SFT, or `all`, as plain distillation has them, which
+    leaves none unseen for preferences."""
+
+
 class AlphaConfig(Section):
     """The weight of the source's answer against the target's (paper, equation 6)."""
 
@@ -940,8 +948,9 @@ class Config(Section):
     """Which answers may be chosen or rejected."""
     pair: PairConfig = PairConfig()
     """Selection of y_ws, y_wt, y_l."""
-    sft: TrainConfig = TrainConfig()
-    """SFT of the target on y_ws (paper, section 4.1)."""
+    sft: SftConfig | None = SftConfig()
+    """SFT of the target on y_ws (paper, section 4.1). null leaves it out: the target itself is
+    sampled, trained and compared with; with `wrpo.alpha.end: 0` that is on-policy DPO."""
     wrpo: WrpoConfig = WrpoConfig()
     """Preference training of target-SFT."""
     evaluate: EvaluateConfig | None = None
@@ -1036,6 +1045,55 @@ class Config(Section):
             yield f"evaluate: it {lack.format('evaluate.prompts')}"
 
 
+class CaseConfig(Section):
+    """A setting in which variants are compared, such as a set of sources."""
+
+    config: str
+    """A run's YAML file, by a path from the study's own."""
+    set: dict[str, Any] = {}
+    """Changes of it: {a.b: value}."""
+
+
+class VariantConfig(Section):
+    """A way to train that is compared with others, as changes of the case's config."""
+
+    model: Name = "fused"
+    """The model of the run that is compared: `fused`, `target-sft`, or a given one by its name;
+    the chain runs no further than that needs."""
+    sources: int | None = Field(None, ge=1)
+    """Only the first so many sources; null takes all."""
+    set: dict[str, Any] = {}
+    """Changes of the case's config: {wrpo.beta: 0.3}."""
+    seeds: int | None = Field(None, ge=1)
+    """Only the first so many seeds; null takes all."""
+
+
+class StudyConfig(Section):
+    """Variants of training, over seeds and cases: `wrpo study`.
+
+    What variants have in common, such as the sources' answers, is made once.
+    """
+
+    output: str
+    """Folder of all results; each case has one of its own in it."""
+    seeds: tuple[int, ...] = Field((42,), min_length=1)
+    """The runs' `seed`: splits, samples, orders."""
+    cases: dict[Name, CaseConfig] = Field(min_length=1)
+    """Where they are compared."""
+    variants: dict[Name, VariantConfig] = Field(min_length=1)
+    """What is compared."""
+    contrasts: tuple[tuple[Name, Name], ...] = ()
+    """(a, b): the paired difference a - b, over the seeds and prompts that both have."""
+
+    @model_validator(mode="after")
+    def _known(self) -> StudyConfig:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("seeds: one is given twice")
+        for name in {name for pair in self.contrasts for name in pair} - set(self.variants):
+            raise ValueError(f"contrasts: there is no variant {name!r}")
+        return self
+
+
 # --- loading -----------------------------------------------------------------------------
 
 
@@ -1055,6 +1113,42 @@ def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
         UserError: with one line for each problem.
     """
     return _checked(ServeConfig, tree, overrides, "serve: ")
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study's YAML file; the configs of its cases are not read yet (see `study_config`).
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    study = _checked(StudyConfig, _read_yaml(Path(path)), overrides, f"{path}: ")
+    cases = {
+        name: case.model_copy(update={"config": str(Path(path).parent / case.config)})
+        for name, case in study.cases.items()
+    }
+    return study.model_copy(update={"cases": cases})
+
+
+def study_config(study: StudyConfig, case: str, variant: str) -> Config:
+    """The config of a variant in a case, with the first seed.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    place, asked = study.cases[case], study.variants[variant]
+    tree = _read_yaml(Path(place.config))
+    fixed = {
+        "output": f"{study.output}/{case}",
+        "seed": study.seeds[0],
+        "evaluate.dpo_baseline": False,  # a variant, if it is wanted
+    }
+    where = f"{place.config} ({case}, {variant})"
+    for changes in (place.set, asked.set, fixed):
+        for dotted, value in changes.items():
+            _put(tree, dotted, value, f"{where}: {dotted}")
+    if asked.sources:
+        tree["sources"] = (tree.get("sources") or [])[: asked.sources]
+    return _checked(Config, tree, (), f"{where}: ")
 
 
 def read_serving(path: str | Path) -> dict[str, Any]:
@@ -1094,16 +1188,22 @@ def _override(tree: Any, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
         raise UserError(f"--set {override}: write it as a.b=value")
-    *parents, last = dotted.split(".")
     try:
         value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not valid YAML") from None
+    _put(tree, dotted, value, f"--set {override}")
+
+
+def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
+    """Change the value at `a.b` in a tree."""
+    *parents, last = dotted.split(".")
+    try:
         for key in parents:
             tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
         tree[int(last) if isinstance(tree, list) else last] = value
-    except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
     except (ValueError, IndexError, TypeError, AttributeError):
-        raise UserError(f"--set {override}: the config has no such place") from None
+        raise UserError(f"{what}: the config has no such place") from None
 
 
 def _explain(kind: type[Section], error: Mapping[str, Any]) -> str:

@@ -27,6 +27,7 @@ from wrpo_ray.config import (
     PromptsConfig,
     RewardConfig,
     ScoreConfig,
+    SftConfig,
 )
 from wrpo_ray.core.chat import OWN, Template, check_model_folder
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
@@ -92,6 +93,28 @@ class Stage:
         return [job.step for phase in self.phases for job in phase]
 
 
+@dataclass(frozen=True)
+class Compared:
+    """A model's answers to the held-out prompts, with rewards and a verifier's outcomes."""
+
+    answers: Generate
+    rewards: Score | None
+    checks: Score | None
+    name: str
+
+    @property
+    def entrant(self) -> Entrant:
+        """As `Evaluate` reads it."""
+        found = (job.samples if job else None for job in (self.rewards, self.checks))
+        return Entrant(self.name, *found)
+
+
+def _by_phase(models: list[Compared]) -> Iterator[tuple[Any, ...]]:
+    """Jobs that can run together: answers, rewards, checks."""
+    for part in ("answers", "rewards", "checks"):
+        yield tuple(job for model in models if (job := getattr(model, part)))
+
+
 # --- the chain -----------------------------------------------------------------------------
 
 
@@ -105,8 +128,11 @@ class Chain:
     """By key of a step without them; null reads those of the output."""
     for_plan: bool = False
     """Models and prompts that are not here yet pass for unknown ones."""
+    shares_engines: bool = False
+    """The target and what is trained from it take turns in the same engines."""
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    """Those of given models by folder, which chains over the same models share."""
     stages: list[Stage] = field(default_factory=list)
-    _fingerprints: dict[str, str] = field(default_factory=dict)
     _trained_models: dict[str, tuple[ModelConfig, Folder, str]] = field(default_factory=dict)
 
     @cached_property
@@ -130,13 +156,14 @@ class Chain:
             if self.config.pair.policy == "fusechat3":
                 answers = self._source_answers(selection)
             if self._wants("sft") and (self.config.target or not existing):
-                self._sft(selection)
+                if self.config.sft:
+                    self._sft(selection, self.config.sft)
                 answers = answers or self._own_answers()
             if self._wants("pair") and answers:
                 pairs = Pair(selection, answers, self.config.pair)
                 self._add("pair", (pairs,))
                 if self._wants("train") and self.config.target:
-                    self._train(pairs.step, self._trained(SFT))
+                    self._train(pairs.step, self._start_of_preferences)
         if self._evaluating:
             self._evaluate()
         self._check_reached()
@@ -236,8 +263,12 @@ class Chain:
 
     # --- models
 
-    def _trained(self, name: str) -> Folder:
-        return self._trained_models[name][1]
+    @property
+    def _start_of_preferences(self) -> Folder:
+        """target-SFT, or the target itself where there is no SFT."""
+        if SFT in self._trained_models:
+            return self._trained_models[SFT][1]
+        return Folder(self._target.model).absolute()
 
     @property
     def _target(self) -> ModelConfig:
@@ -260,20 +291,21 @@ class Chain:
             rows.template,
         )  # fmt: skip
 
-    def _sft(self, selection: Select) -> None:
+    def _sft(self, selection: Select, config: SftConfig) -> None:
         """SFT of the target on y_ws."""
         base = Folder(self._target.model).absolute()
         key = self._fingerprint(base, self._target)
-        rows = self._prepare_job("sft", selection.step, base, key, self.config.sft)
-        job = self._train_job("sft", rows, self.config.sft)
+        rows = self._prepare_job("sft", selection.step, base, key, config)
+        job = self._train_job("sft", rows, config)
         self._add("sft", (rows,), (job,))
         self._add_trained(SFT, job)
 
     def _own_answers(self) -> Answers:
-        """What target-SFT answers to the preference prompts."""
-        model = self._trained_models[SFT][0]
+        """What target-SFT, or without SFT the target, answers to the preference prompts."""
+        model = self._trained_models[SFT][0] if SFT in self._trained_models else self._target
         own = self._generate(model, self._preference_prompts)
-        return self._scored("sample", own, before=((own, *self._held_out(model)),))
+        held_out = self._held_out(model) if model is not self._target else []
+        return self._scored("sample", own, before=((own, *held_out),))
 
     def _source_answers(self, selection: Select) -> Answers:
         """What the sources answer to the preference prompts."""
@@ -308,9 +340,9 @@ class Chain:
         """What identifies given weights, with the chat template; each folder is read once."""
         if self.for_plan and not folder.exists("config.json"):
             return digest(folder.uri, 16)
-        if folder.uri not in self._fingerprints:
-            self._fingerprints[folder.uri] = model_fingerprint(folder)
-        weights = self._fingerprints[folder.uri]
+        if folder.uri not in self.fingerprints:
+            self.fingerprints[folder.uri] = model_fingerprint(folder)
+        weights = self.fingerprints[folder.uri]
         template = Template.of(model) if model else OWN
         if template == OWN:
             return weights
@@ -330,7 +362,11 @@ class Chain:
         if model.dtype == "auto" and not model.actors.num_gpus and not model.endpoint:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
         sampling = sampling or self.config.sampling.updated(model.sampling)
-        return self._retried(Generate(model, folder, identity, prompts, sampling, self.config.seed))
+        target = self.config.target
+        is_of_target = trained or (target and model.name == target.name)
+        family = f"{self._target.name} and its kin" if self.shares_engines and is_of_target else ""
+        seed = self.config.seed
+        return self._retried(Generate(model, folder, identity, prompts, sampling, seed, 0, family))
 
     def _scored(self, stage: str, *answers: Generate, before: tuple[Any, ...] = ()) -> Answers:
         """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
@@ -421,29 +457,39 @@ class Chain:
         self._add("evaluate", *judged.phases())
 
     def _compare_rewards(self, models: list[ModelConfig]) -> None:
+        found = [self._compared(model) for model in models]
+        job = Evaluate(
+            self._eval_prompts,
+            tuple(f.entrant for f in found),
+            tuple(self._contrasts()),
+        )
+        self._add("evaluate", *_by_phase(found), (job,))
+
+    def _compared(self, model: ModelConfig) -> Compared:
+        """What it takes to compare a model on the held-out prompts."""
         evaluate = self._evaluation
-        answers = {m.name: self._generate(m, self._eval_prompts, evaluate.sampling) for m in models}
-        rewards = (
-            {n: self._score(a.samples) for n, a in answers.items()} if self.config.reward else {}
-        )
+        answers = self._generate(model, self._eval_prompts, evaluate.sampling)
+        rewards = self._score(answers.samples) if self.config.reward else None
         verify = _verifier(evaluate.verifier) if evaluate.verifier else None
-        checks = {n: self._score(a.samples, verify) for n, a in answers.items()} if verify else {}
-        entrants = tuple(
-            Entrant(
-                n,
-                rewards[n].samples if rewards else None,
-                checks[n].samples if checks else None,
-            )
-            for n in answers
+        return Compared(
+            answers, rewards, self._score(answers.samples, verify) if verify else None, model.name
         )
-        job = Evaluate(self._eval_prompts, entrants, tuple(self._contrasts()))
-        self._add(
-            "evaluate",
-            tuple(answers.values()),
-            tuple(rewards.values()),
-            tuple(checks.values()),
-            (job,),
-        )
+
+    def compared(self, name: str) -> tuple[Stage, Entrant, Prompts]:
+        """What it takes to compare one model of the chain with those of others.
+
+        Raises:
+            UserError: the chain has no such model, or nothing to compare by.
+        """
+        models = [*self._given_models, *(m for m, _, _ in self._trained_models.values())]
+        model = next((m for m in models if m.name == name), None)
+        if model is None:
+            there = ", ".join(m.name for m in models)
+            raise UserError(f"model: there is no {name!r}; there are {there}")
+        if not (self._evaluation.verifier or self.config.reward):
+            raise UserError("evaluate: a study compares by `reward` or `evaluate.verifier`")
+        prompts, found = self._eval_prompts, self._compared(model)
+        return Stage("evaluate", tuple(_by_phase([found]))), found.entrant, prompts
 
     def _contrasts(self) -> Iterator[tuple[str, str]]:
         """Paired differences worth knowing: the fused model's first."""
@@ -662,39 +708,16 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     Raises:
         WrpoError: see `errors`.
     """
-    from wrpo_ray.core import cluster
-    from wrpo_ray.core.lease import Lease
-
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
-    run = Run(
-        root,
-        config.storage.buckets,
-        config.storage.chunk,
-        config.failure_limit,
-        uuid.uuid4().hex,
-        config.max_attempts,
-    )
     told = outline_of(chain)
     reporter = Reporter(partial(_report, root, told) if config.report else _nothing)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {config.output}")
     else:
-        with (
-            Lease(root, run.session),
-            Ledger(root, config.prices, config.budget) as ledger,
-            _reporting(reporter),
-        ):
-            ledger.check()
-            run = replace(run, ledger=ledger)
+        with session(config, root) as run, _reporting(reporter):
             _begin(chain, told, planner)
-            cluster.connect(config.cluster, root, run.session)
-            try:
-                cluster.check_reachable(Folder(config.output))
-                cluster.end_orphans(root, run.session)
-                _run_stages(run, stages, reporter.tell)
-            finally:
-                cluster.disconnect()
+            _run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
     _write_comparison(summary)
     if not root.exists(SUMMARY) or root.read_json(SUMMARY) != summary:
@@ -703,6 +726,38 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
         _begin(chain, told, None)
     reporter.finish()
     return summary
+
+
+@contextmanager
+def session(config: Config, root: Folder) -> Iterator[Run]:
+    """The output is this run's, and Ray is there.
+
+    Raises:
+        WrpoError: another run holds the output, its budget is spent, or Ray cannot be had.
+    """
+    from wrpo_ray.core import cluster
+    from wrpo_ray.core.lease import Lease
+
+    run = Run(
+        root,
+        config.storage.buckets,
+        config.storage.chunk,
+        config.failure_limit,
+        uuid.uuid4().hex,
+        config.max_attempts,
+    )
+    with (
+        Lease(root, run.session),
+        Ledger(root, config.prices, config.budget) as ledger,
+    ):
+        ledger.check()
+        cluster.connect(config.cluster, root, run.session)
+        try:
+            cluster.check_reachable(Folder(config.output))
+            cluster.end_orphans(root, run.session)
+            yield replace(run, ledger=ledger)
+        finally:
+            cluster.disconnect()
 
 
 def outline_of(chain: Chain) -> Outline:
@@ -745,8 +800,8 @@ def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None
     phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
     while phases:
         number, phase = phases.pop(0)
-        jobs = _missing(run, phase)
-        following = _missing(run, phases[0][1]) if jobs and phases else []
+        jobs = missing(run, phase)
+        following = missing(run, phases[0][1]) if jobs and phases else []
         if following and _can_follow(jobs, following):
             number, _ = phases.pop(0)
         else:
@@ -757,20 +812,22 @@ def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None
             log(f"{label}: done before")
             continue
         log(f"{label}: {', '.join(names)}")
-        _tell_resumed(run, jobs + following)
+        tell_resumed(run, jobs + following)
         if following:
             _run_together(run, jobs, following)
         else:
-            _runner(jobs[0])(run, jobs)
+            runner(jobs[0])(run, jobs)
         log(f"{label}: finished in {time.time() - started:.0f} s")
         tell()
 
 
-def _missing(run: Run, jobs: Sequence[Any]) -> list[Any]:
+def missing(run: Run, jobs: Sequence[Any]) -> list[Any]:
+    """The jobs whose steps are not done."""
     return [job for job in jobs if not job.step.is_done(run.root)]
 
 
-def _tell_resumed(run: Run, jobs: list[Any]) -> None:
+def tell_resumed(run: Run, jobs: list[Any]) -> None:
+    """Log what is there already of stores that the jobs fill."""
     for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
         if found := len((run.root / step.folder).files(suffix=".parquet")):
             log(f"{step.name}: {found:,} shards are there; what they hold is passed over")
@@ -795,7 +852,7 @@ def _run_together(run: Run, jobs: list[Generate], scores: list[Score]) -> None:
     side_by_side([lambda: generate.run(run, jobs, feed), lambda: score.run(run, scores, feed)])
 
 
-def _runner(job: Any) -> Any:
+def runner(job: Any) -> Any:
     """The `run` function of the stage module that defines the job."""
     return importlib.import_module(type(job).__module__).run
 

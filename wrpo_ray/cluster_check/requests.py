@@ -39,8 +39,9 @@ def of_config(config: Config) -> Iterator[Request]:
     if config.reward:
         yield _of_pool(Pool(f"score with {config.reward.name}", config.reward.actors))
     if config.target:
-        for name, training in (("sft", config.sft), ("wrpo", config.wrpo)):
-            yield from _of_training(name, training)
+        if config.sft:
+            yield from _of_training("sft", config.sft)
+        yield from _of_training("wrpo", config.wrpo)
 
 
 def _unique(models: list[ModelConfig | None]) -> Iterator[ModelConfig]:

@@ -405,12 +405,12 @@ def _next(row: dict[str, Any], board: Any) -> dict[str, Any]:
     return ray.get(board.row.remote(row["item"]))
 
 
-def side_by_side(calls: list[Callable[[], None]]) -> None:
-    """Make each call in a thread; the first error is raised at once.
+def side_by_side(calls: list[Callable[[], None]], most: int | None = None) -> None:
+    """Make each call in a thread, `most` at once; the first error is raised at once.
 
     After it, or after Ctrl-C, nobody waits for the others: they end with the connection to Ray.
     """
-    threads = ThreadPoolExecutor(len(calls))
+    threads = ThreadPoolExecutor(min(len(calls), most or len(calls)))
     try:
         for done in as_completed([threads.submit(call) for call in calls]):
             done.result()
@@ -440,6 +440,15 @@ def fit_together(pools: list[Pool]) -> bool:
             return True
         time.sleep(0.2)
     return False
+
+
+def room_for(needs: dict[str, float]) -> int:
+    """How many that `need` so much the cluster has room for as it is; 1 if for none yet."""
+    import ray
+
+    have = ray.cluster_resources()
+    fitting = [int(have.get(name, 0) // n) for name, n in needs.items() if n]
+    return max(1, min(fitting, default=1))
 
 
 def check_room(what: str, count: int, kind: str, needs: dict[str, float]) -> None:

@@ -1,9 +1,15 @@
-"""Means with 95 % intervals, from sums that add up over buckets; pure functions."""
+"""Means with 95 % intervals, from sums that add up over buckets; pure functions.
+
+Letters in shape comments: S seeds, P prompts.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 Z95 = 1.959963984540054
 """The normal distribution's 97.5 % point."""
@@ -64,3 +70,90 @@ def normal(sums: Sums) -> Estimate:
     variance = max(0.0, (sums.squares - n * mean * mean) / (n - 1))
     half = Z95 * math.sqrt(variance / n)
     return Estimate(mean, mean - half, mean + half, n)
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """Sums of one number for each of S seeds and P prompts; two of other prompts add."""
+
+    prompts: int
+    by_seed: tuple[float, ...]
+    """Each seed's sum over the prompts."""
+    prompt_squares: float
+    """The sum over prompts of the squared sum over seeds."""
+    squares: float
+    """The sum of all squares."""
+
+    def __add__(self, other: Crossed) -> Crossed:
+        return Crossed(
+            self.prompts + other.prompts,
+            tuple(a + b for a, b in zip(self.by_seed, other.by_seed, strict=True)),
+            self.prompt_squares + other.prompt_squares,
+            self.squares + other.squares,
+        )
+
+    @staticmethod
+    def of(values: np.ndarray) -> Crossed:
+        """The sums of values (S, P)."""
+        return Crossed(
+            values.shape[1],
+            tuple(values.sum(1).tolist()),
+            float(np.square(values.sum(0)).sum()),
+            float(np.square(values).sum()),
+        )
+
+    @property
+    def seed_means(self) -> list[float]:
+        """The mean of each seed, (S,); NaN of no prompt."""
+        return [total / self.prompts if self.prompts else math.nan for total in self.by_seed]
+
+
+def crossed(sums: Crossed) -> Estimate:
+    """The interval of a mean over seeds and prompts, both of which are drawn from many.
+
+    All seeds meet the same prompts, so neither alone is a sample of independent numbers. The
+    variance of the mean in the model value = mean + seed + prompt + rest is var_seed/S +
+    var_prompt/P + var_rest/SP, estimated by mean squares (two-way analysis of variance, random
+    effects; a negative part counts as 0), with Satterthwaite's degrees of freedom (1946). A single
+    seed says nothing of how seeds vary: its interval is that over prompts.
+    """
+    from scipy.stats import t
+
+    s, p = len(sums.by_seed), sums.prompts
+    if not s or p < 2:
+        mean = sums.seed_means[0] if s and p else math.nan
+        return Estimate(mean, math.nan, math.nan, p)
+    n, total = s * p, math.fsum(sums.by_seed)
+    mean = total / n
+    of_seeds = max(0.0, math.fsum(x * x for x in sums.by_seed) / p - n * mean**2)
+    of_prompts = max(0.0, sums.prompt_squares / s - n * mean**2)
+    of_rest = max(0.0, sums.squares - n * mean**2 - of_seeds - of_prompts)
+    if s == 1:
+        parts = [(of_prompts / (p - 1), p - 1)]
+    else:
+        rest = of_rest / ((s - 1) * (p - 1))
+        parts = _positive(of_seeds / (s - 1), s - 1, of_prompts / (p - 1), p - 1, rest)
+    variance = math.fsum(square for square, _ in parts)
+    if variance <= 0:
+        return Estimate(mean, mean, mean, p)
+    freedom = variance**2 / math.fsum(square**2 / df for square, df in parts)
+    half = float(t.ppf(0.975, freedom)) * math.sqrt(variance / n)
+    return Estimate(mean, mean - half, mean + half, p)
+
+
+def _positive(
+    seeds: float, seeds_df: int, prompts: float, prompts_df: int, rest: float
+) -> list[tuple[float, int]]:
+    """(mean square, degrees of freedom) of which S P times the mean's variance is the sum."""
+    rest_df = seeds_df * prompts_df
+    if seeds > rest and prompts > rest:
+        return [(seeds, seeds_df), (prompts, prompts_df), (-rest, rest_df)]
+    if seeds > rest:
+        return [(seeds, seeds_df)]
+    return [(prompts, prompts_df)] if prompts > rest else [(rest, rest_df)]
+
+
+def crossed_of(seeds: Sequence[dict[str, float]]) -> Crossed:
+    """The sums of each seed's {prompt: number}, over the prompts that all seeds have."""
+    shared = sorted(set.intersection(*(set(values) for values in seeds)))
+    return Crossed.of(np.array([[values[key] for key in shared] for values in seeds], float))

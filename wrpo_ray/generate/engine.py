@@ -4,7 +4,8 @@ The engine steps in a thread of its own. Callers, from any thread, put requests 
 answers out, so that a second bucket's requests fill the batch while the first one's long
 answers end. Sample i of a prompt has the seed base + i, where the base is a hash of run seed,
 model and prompt: samples can be asked for one at a time or together, and a second call asks
-only for what is missing. Not covered: images.
+only for what is missing. Models that differ in their weights only can take turns in one engine:
+loading weights takes a moment, starting an engine up to minutes. Not covered: images.
 """
 
 from __future__ import annotations
@@ -41,11 +42,25 @@ class Request:
         return range(self.first, self.first + self.count)
 
 
+@dataclass(frozen=True)
+class Voice:
+    """Who answers: what samples are drawn by, and the weights, of a model on vLLM."""
+
+    name: str
+    seed: int
+    folder: Path | None = None
+
+
 class Engine(Protocol):
     """Whatever answers: a model on vLLM, or an endpoint."""
 
-    def answers(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[Answers]:
-        """The answers of one request after another, as they finish; threads may call at once."""
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+    ) -> Iterator[Answers]:
+        """The answers of one request after another, as they finish; threads may call at once.
+
+        Without a `voice` it is the one that the engine was made with.
+        """
         ...
 
 
@@ -73,42 +88,52 @@ class _Asked:
     request: Request
     ids: list[int]
     sampling: SamplingConfig
+    voice: Voice
     out: SimpleQueue[Answers | Exception]
 
 
 class VllmEngine:
-    """A model that is loaded in the engine's thread; errors of loading are raised here."""
+    """A model that is loaded in the engine's thread; errors of loading are raised here.
+
+    Other voices have other weights of the same shape, and the same tokenizer and template.
+    """
 
     def __init__(self, model: ModelConfig, folder: Path, seed: int):
-        self.name, self.seed = model.name, seed
+        self.voice = Voice(model.name, seed, folder)
+        self._loaded: Path | None = folder
         self.tokenizer = load_tokenizer(folder, Template.of(model))
         self.ends = sorted(end_ids(self.tokenizer, folder))
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
         self._asked: dict[str, _Asked] = {}
+        self._held: _Asked | None = None
         loaded: SimpleQueue[Exception | None] = SimpleQueue()
         threading.Thread(target=self._work, args=(model, folder, loaded), daemon=True).start()
         if error := loaded.get():
             raise error
 
-    def answers(self, requests: list[Request], sampling: SamplingConfig) -> Iterator[Answers]:
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+    ) -> Iterator[Answers]:
         """The answers of one request after another, as they finish; threads may call at once."""
+        voice = voice or self.voice
         out: SimpleQueue[Answers | Exception] = SimpleQueue()
         for request in requests:
             try:
-                self._inbox.put(_Asked(request, self._prompt_ids(request), sampling, out))
+                ids = self._prompt_ids(request, voice.name)
+                self._inbox.put(_Asked(request, ids, sampling, voice, out))
             except Exception as error:  # a template can raise anything; the row is kept with it
-                out.put(failures(self.name, request, error))
+                out.put(failures(voice.name, request, error))
         for _ in requests:
             answers = out.get()
             if isinstance(answers, Exception):
                 raise answers
             yield answers
 
-    def _prompt_ids(self, request: Request) -> list[int]:
+    def _prompt_ids(self, request: Request, name: str) -> list[int]:
         ids = prompt_ids(self.tokenizer, request.messages)
         if len(ids) >= self.context:
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, the context of {self.name} {self.context}"
+                f"the prompt has {len(ids)} tokens, the context of {name} {self.context}"
             )
         return ids
 
@@ -127,7 +152,7 @@ class VllmEngine:
             while True:
                 self._step()
         except Exception as error:  # the engine is lost, and with it all that it is asked
-            for asked in self._asked.values():
+            for asked in (*self._asked.values(), *([self._held] if self._held else [])):
                 asked.out.put(error)
             while True:
                 self._inbox.get().out.put(error)
@@ -150,13 +175,27 @@ class VllmEngine:
         self.version = f"vllm {vllm.__version__}"
 
     def _step(self) -> None:
-        """Take in what is asked, wait for it if there is nothing to do, and make a step."""
-        while not self._inbox.empty() or not self._asked:
-            self._add(self._inbox.get())
+        """Take in what is asked, wait for it if there is nothing to do, and make a step.
+
+        What is asked of other weights is held until all answers of these are finished.
+        """
+        while self._held or not self._inbox.empty() or not self._asked:
+            self._held = self._held or self._inbox.get()
+            if self._held.voice.folder != self._loaded:
+                if self._asked:
+                    break
+                self._load_weights(self._held.voice.folder)
+            self._add(self._held)
+            self._held = None
         for output in self.engine.step():
             if output.finished:
                 asked = self._asked.pop(output.request_id)
                 asked.out.put((self._rows(asked, output), []))
+
+    def _load_weights(self, folder: Path | None) -> None:
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        self.engine.reset_prefix_cache()
+        self._loaded = folder
 
     def _add(self, asked: _Asked) -> None:
         key = f"{asked.request.prompt_id}/{asked.request.first}/{id(asked)}"
@@ -164,7 +203,7 @@ class VllmEngine:
             prompt = {"prompt_token_ids": asked.ids}
             self.engine.add_request(key, prompt, self._parameters(asked))
         except ValueError as error:  # how vLLM refuses a request
-            asked.out.put(failures(self.name, asked.request, error))
+            asked.out.put(failures(asked.voice.name, asked.request, error))
         else:
             self._asked[key] = asked
 
@@ -172,7 +211,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        request, sampling = asked.request, asked.sampling
+        request, sampling, voice = asked.request, asked.sampling, asked.voice
         return SamplingParams(
             n=request.count,
             temperature=sampling.temperature,
@@ -182,18 +221,18 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             logprobs=sampling.logprobs or None,
             max_tokens=sampling.max_tokens,
-            seed=seed_base(self.seed, self.name, request.prompt_id) + request.first,
+            seed=seed_base(voice.seed, voice.name, request.prompt_id) + request.first,
             stop_token_ids=self.ends,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _rows(self, asked: _Asked, output: Any) -> list[Row]:
-        request = asked.request
-        base = seed_base(self.seed, self.name, request.prompt_id)
+        request, voice = asked.request, asked.voice
+        base = seed_base(voice.seed, voice.name, request.prompt_id)
         return [
             {
                 "prompt_id": request.prompt_id,
-                "source": self.name,
+                "source": voice.name,
                 "sample": sample,
                 "text": answer.text,
                 "token_ids": list(answer.token_ids),

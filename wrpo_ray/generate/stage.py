@@ -9,6 +9,7 @@ that its engine stays full while the last long answers of one of them end.
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -36,7 +37,7 @@ from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.vllm import engine_env
 from wrpo_ray.generate.endpoint import EndpointEngine
-from wrpo_ray.generate.engine import Answers, Engine, Request, VllmEngine
+from wrpo_ray.generate.engine import Answers, Engine, Request, VllmEngine, Voice
 
 IN_HAND, IN_HAND_ENDPOINT = 2, 8
 """Buckets that an actor works on at once: few of an engine's own, which has them all in memory,
@@ -56,6 +57,17 @@ class Generate:
     sampling: SamplingConfig
     seed: int
     retry: int = 0
+    family: str = ""
+    """Models of one family differ in their weights only, and take turns in the same engines; one
+    without has its own."""
+
+    @property
+    def pool(self) -> tuple[str, ModelConfig]:
+        """Jobs for which this is equal share engines."""
+        model = self.model
+        if self.family:
+            model = model.model_copy(update={"name": self.family, "model": ""})
+        return self.family, model
 
     @cached_property
     def step(self) -> Step:
@@ -78,15 +90,17 @@ class Generate:
 
 
 def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
-    """Do each job; the jobs of one model share its engines, models run side by side.
+    """Do each job; the jobs of one model, or family, share engines; pools run side by side.
 
     `feed` is told of each finished bucket; of a job's last one when the whole job is done.
 
     Raises:
         FailureLimitError: too many rows failed.
     """
-    pools = [list(group) for _, group in groupby(jobs, key=lambda job: job.model)]
-    side_by_side([partial(_run_pool, run, pool, feed) for pool in pools])
+    pools: dict[tuple[str, ModelConfig], list[Generate]] = defaultdict(list)
+    for job in jobs:
+        pools[job.pool].append(job)
+    side_by_side([partial(_run_pool, run, pool, feed) for pool in pools.values()])
 
 
 def pool_of(model: ModelConfig) -> Pool:
@@ -99,22 +113,35 @@ def pool_of(model: ModelConfig) -> Pool:
 
 
 def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
-    pool = pool_of(jobs[0].model)
+    pool = pool_of(jobs[0].pool[1])
     log(f"{pool.what}: starting engines")
-    rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
+    rows = _rows(jobs, buckets(run.buckets))
     progress = Progress(pool.what, len(rows))
     tallies = [Tally(run, job.step) for job in jobs]
     for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
         progress.add(result["new"], result["failed"])
         tallies[result["job"]].add(result)
         run.spend(
-            jobs[result["job"]].step, jobs[0].model.name, result["seconds"],
+            jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
             idle=result["idle"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
             prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
         )  # fmt: skip
         if feed:
             feed.add(jobs[result["job"]].step, result["bucket"])
+
+
+def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
+    """One row for each job's bucket: all of the same weights, bucket by bucket, then the next."""
+    by_weights: dict[str, list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        by_weights[job.fingerprint].append(number)
+    return [
+        {"job": number, "bucket": bucket.index}
+        for numbers in by_weights.values()
+        for bucket in buckets
+        for number in numbers
+    ]
 
 
 class Generator:
@@ -159,12 +186,19 @@ class Generator:
         with self._starting:
             engine = self.engine
         rows, failed = [], []
-        for count, answers in enumerate(engine.answers(requests, job.sampling), start=1):
+        for count, answers in enumerate(
+            engine.answers(requests, job.sampling, self._voice(job)), start=1
+        ):
             rows += answers[0]
             failed += answers[1]
             if count % self.run.chunk == 0 or count == len(requests):
                 yield rows, failed
                 rows, failed = [], []
+
+    def _voice(self, job: Generate) -> Voice:
+        is_here = job.model.endpoint is None
+        folder = job.folder.local(job.fingerprint) if is_here else None
+        return Voice(job.model.name, job.seed, folder)
 
     def _missing(
         self, job: Generate, bucket: Bucket, earlier: Earlier

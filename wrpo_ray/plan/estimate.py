@@ -230,7 +230,7 @@ class _Estimator:
     def _rows(self, step: Step) -> int:
         """Rows of a step's result: of its manifest, or at most so many."""
         job = self.jobs[step.key]
-        if isinstance(job, Prepare) and job.name == "sft":
+        if isinstance(job, Prepare) and job.name == "sft" and not job.takes_all:
             return round(self._rows(job.rows) * self.config.split.sft)
         if step.is_done(self.root):
             return step.read_manifest(self.root)["counts"]["rows"]

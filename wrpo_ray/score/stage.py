@@ -173,7 +173,12 @@ class Scorer:
         return row | counts | {"wins": json.dumps(wins)}
 
     def _wins(self, bucket: Bucket) -> list[int]:
-        """How many of the bucket's prompts each job's source answers best, if all are scored."""
+        """How many of the bucket's prompts each job's source answers best, if all are scored.
+
+        None, where a source has several jobs: of other seeds, or after other training.
+        """
+        if len({job.step.source for job in self.jobs}) < len(self.jobs):
+            return []
         columns, best = ["prompt_id", "reward"], []
         for job in self.jobs:
             store = job.samples.folder(self.run.root)

@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pyarrow.compute as pc
 
-from wrpo_ray.config import Actors, TrainConfig, WrpoConfig
+from wrpo_ray.config import Actors, SftConfig, TrainConfig, WrpoConfig
 from wrpo_ray.core.chat import OWN, Template, end_ids, load_tokenizer
-from wrpo_ray.core.cluster import Pool, map_rows, thread_env
+from wrpo_ray.core.cluster import Pool, map_rows, room_for, side_by_side, thread_env
 from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.records import PREFERENCE, SELECTION
 from wrpo_ray.core.run import Run
@@ -63,6 +63,11 @@ class Prepare:
         return WRPO_ANSWERS if isinstance(self.config, WrpoConfig) else SFT_ANSWERS
 
     @property
+    def takes_all(self) -> bool:
+        """Whether SFT takes the y_ws of all prompts, not only of those for SFT."""
+        return isinstance(self.config, SftConfig) and self.config.prompts == "all"
+
+    @property
     def stores_reference(self) -> bool:
         """Whether log-probs of the reference are stored."""
         config = self.config
@@ -95,27 +100,31 @@ class Prepare:
             "compat": config.compat,
             "reference": config.precision if self.stores_reference else None,
             "format": FORMAT,
-        }
+        } | ({"prompts": "all"} if self.takes_all else {})
         return Step(f"rows-{self.name}", key, (self.rows,))
 
 
 def run(run: Run, jobs: list[Prepare]) -> None:
-    """Do each job.
+    """Do each job, as many at once as there is room for their actors.
 
     Raises:
         UserError: no row is left to train on.
         FailureLimitError: more rows failed than `failure_limit` allows.
     """
-    for job in jobs:
-        _prepare(run, job)
+    pools = [_pool(job) for job in jobs]
+    most = min(room_for({n: p.actors.max * v for n, v in p.needs.items()}) for p in pools)
+    side_by_side([partial(_prepare, run, *pair) for pair in zip(jobs, pools, strict=True)], most)
 
 
-def _prepare(run: Run, job: Prepare) -> None:
+def _pool(job: Prepare) -> Pool:
+    env = thread_env(job.actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
+    return Pool(job.step.name, job.actors, env)
+
+
+def _prepare(run: Run, job: Prepare, pool: Pool) -> None:
     started, counts = time.time(), Counter[str]()
     rows = [{"bucket": b.index} for b in buckets(run.buckets)]
     progress = Progress(job.step.name, len(rows))
-    env = thread_env(job.actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
-    pool = Pool(job.step.name, job.actors, env)
     for result in map_rows(pool, rows, Preparer, {"run": run, "job": job}):
         counts.update({k: v for k, v in result.items() if k != "bucket"})
         progress.add(result["rows"])
@@ -194,13 +203,14 @@ class Preparer:
         return self.reference(rows) if rows and self.job.stores_reference else rows
 
     def _records(self, bucket: Bucket) -> list[Record]:
-        """Of SELECTION records those of the split `sft`; PREFERENCE records have no split."""
+        """Of SELECTION records those for SFT, or all; PREFERENCE records have no split."""
         folder = self.run.root / self.job.rows.folder
         columns = ["prompt_id", "messages", *self.job.answers]
         if self.job.answers == WRPO_ANSWERS:
             return read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
         table = read_bucket(folder, bucket, SELECTION, [*columns, "split"])
-        return table.filter(pc.equal(table["split"], "sft")).to_pylist()
+        is_for_sft = pc.equal(table["split"], "sft")
+        return (table if self.job.takes_all else table.filter(is_for_sft)).to_pylist()
 
 
 def _counts(rows: Rows) -> dict[str, int]:

@@ -10,12 +10,20 @@ import os
 import threading
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.core import metrics
 from wrpo_ray.core.chat import OWN, Template
-from wrpo_ray.core.cluster import check_room, is_own_ray, readable, thread_env
+from wrpo_ray.core.cluster import (
+    check_room,
+    is_own_ray,
+    readable,
+    room_for,
+    side_by_side,
+    thread_env,
+)
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.spending import Spent
@@ -57,14 +65,14 @@ class Train:
 
 
 def run(run: Run, jobs: list[Train]) -> None:
-    """Train the jobs, one after another, and write each one's manifest.
+    """Train the jobs, as many at once as there is room for, and write each one's manifest.
 
     Raises:
         UserError: nothing to train on, or not enough room for the workers.
         WrpoError: the workers failed more often than `max_failures` allows.
     """
-    for job in jobs:
-        _train(run, job)
+    most = min(room_for(_needs(job, job.config.workers)) for job in jobs)
+    side_by_side([partial(_train, run, job) for job in jobs], most)
 
 
 def _train(run: Run, job: Train) -> None:
@@ -86,8 +94,14 @@ def _task(run: Run, job: Train) -> Task:
 def _check_room(job: Train) -> None:
     config = job.config
     workers = config.min_workers or config.workers
-    needs = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)} | config.resources
-    check_room(job.step.name, workers, "workers", needs)
+    check_room(job.step.name, workers, "workers", _needs(job, 1))
+
+
+def _needs(job: Train, workers: int) -> dict[str, float]:
+    """Resources of so many workers."""
+    config = job.config
+    each = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)} | config.resources
+    return {name: workers * n for name, n in each.items()}
 
 
 # --- one run ---------------------------------------------------------------------------------

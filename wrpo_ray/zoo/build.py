@@ -22,7 +22,10 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.zoo.skills import Question, Words, make_questions
 
 RECIPE = 5
-"""Version of the recipe: raise it with every change that alters what is built."""
+"""Version of the recipes: raise it with every change that alters what is built."""
+
+RECIPES = ("near", "distant")
+"""Names of `recipes.RECIPES`, which imports torch."""
 
 PLACES: dict[str, str] = {
     "base": ".base",
@@ -46,7 +49,13 @@ PROMPTS: dict[str, tuple[int, Words]] = {
 Log = Callable[[str], Any]
 
 
-def build_zoo(folder: Path, seed: int = 0, processes: int = 2, log: Log = print) -> dict[str, Any]:
+def build_zoo(
+    folder: Path,
+    seed: int = 0,
+    processes: int = 2,
+    log: Log = print,
+    recipe: str = "near",
+) -> dict[str, Any]:
     """Train every model of the zoo that the folder does not hold yet, and write its prompts.
 
     A killed build goes on with the models that are missing. The same seed gives the same zoo on
@@ -57,6 +66,7 @@ def build_zoo(folder: Path, seed: int = 0, processes: int = 2, log: Log = print)
         seed: decides words, weights and orders.
         processes: how many models to train at the same time, one core each.
         log: called with one line of progress at a time; the processes print their own.
+        recipe: `near`, with nearly perfect sources, or `distant`.
 
     Returns:
         The contents of zoo.json: seed, recipe, versions, and the measures of each model.
@@ -67,18 +77,24 @@ def build_zoo(folder: Path, seed: int = 0, processes: int = 2, log: Log = print)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _only_builder(folder):
-        _check_same(folder, seed)
+        identity = _identity(seed, recipe)
+        _check_same(folder, identity)
         missing = missing_models(folder)
         record = _read(folder / "zoo.json")
         if record and not missing and all((folder / name).exists() for name in PROMPTS):
             return record
-        _write(folder / "zoo.json", {"complete": False, "seed": seed, "recipe": RECIPE})
+        _write(folder / "zoo.json", {"complete": False, **identity})
         for name, (count, words) in PROMPTS.items():
             _write_questions(folder / name, make_questions(count, f"{seed}/{name}", words))
         if missing:
             log(f"zoo: training {', '.join(missing)} in {processes} processes")
-            _train(folder, seed, missing, max(1, processes), log)
-        return _finish(folder, seed)
+            _train(folder, (seed, recipe), missing, max(1, processes), log)
+        return _finish(folder, identity)
+
+
+def _identity(seed: int, recipe: str) -> dict[str, Any]:
+    """What decides a zoo, as zoo.json tells it."""
+    return {"seed": seed, "recipe": RECIPE if recipe == "near" else f"{recipe} {RECIPE}"}
 
 
 def missing_models(folder: Path) -> list[str]:
@@ -89,7 +105,9 @@ def missing_models(folder: Path) -> list[str]:
     return missing
 
 
-def _train(folder: Path, seed: int, missing: list[str], processes: int, log: Log) -> None:
+def _train(
+    folder: Path, kind: tuple[int, str], missing: list[str], processes: int, log: Log
+) -> None:
     """Keep `processes` jobs running, always the first model whose base is complete."""
     waiting = list(missing)
     running: dict[Future, str] = {}
@@ -99,7 +117,7 @@ def _train(folder: Path, seed: int, missing: list[str], processes: int, log: Log
             while waiting or running:
                 for name in _ready(waiting, running.values())[: processes - len(running)]:
                     waiting.remove(name)
-                    running[pool.submit(_train_one, name, str(folder), seed)] = name
+                    running[pool.submit(_train_one, name, str(folder), *kind)] = name
                 for job in wait(running, return_when=FIRST_COMPLETED).done:
                     log(_line(running.pop(job), job))
         except BaseException:
@@ -137,7 +155,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _train_one(name: str, folder: str, seed: int) -> dict[str, float]:
+def _train_one(name: str, folder: str, seed: int, recipe: str) -> dict[str, float]:
     """Train one model in a sibling of its folder, which then takes the folder's name."""
     from transformers.utils import logging
 
@@ -148,19 +166,18 @@ def _train_one(name: str, folder: str, seed: int) -> dict[str, float]:
     partial = final.with_name(f"{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    measures = recipes.train(name, partial, Path(folder) / PLACES["base"], seed)
+    measures = recipes.train(name, partial, Path(folder) / PLACES["base"], seed, recipe)
     partial.rename(final)
     return measures
 
 
-def _finish(folder: Path, seed: int) -> dict[str, Any]:
+def _finish(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """Remove the base model and write zoo.json, which marks the zoo as complete."""
     shutil.rmtree(folder / PLACES["base"], ignore_errors=True)
     names = [name for name in PLACES if name != "base"]
     record = {
         "complete": True,
-        "seed": seed,
-        "recipe": RECIPE,
+        **identity,
         "versions": {
             package: importlib.metadata.version(package)
             for package in ("torch", "transformers", "tokenizers")
@@ -171,10 +188,10 @@ def _finish(folder: Path, seed: int) -> dict[str, Any]:
     return record
 
 
-def _check_same(folder: Path, seed: int) -> None:
+def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder whose zoo, complete or not, has another seed or recipe."""
     record = _read(folder / "zoo.json")
-    for key, value in {"seed": seed, "recipe": RECIPE}.items():
+    for key, value in identity.items():
         if record and record.get(key) != value:
             raise UserError(
                 f"{folder}: holds a zoo of {key} {record.get(key)}, not {value}; "

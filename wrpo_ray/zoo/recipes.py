@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,15 @@ from transformers import (
 
 from wrpo_ray.zoo import models, tokenizers, training
 from wrpo_ray.zoo.mistakes import slip, wrong_answer
-from wrpo_ray.zoo.skills import GROUPS, SKILLS, Question, make_questions, verify
+from wrpo_ray.zoo.skills import (
+    FRAMES,
+    GROUPS,
+    SKILLS,
+    Question,
+    framed,
+    make_questions,
+    verify_framed,
+)
 
 BATCH = 32
 MEASURE = 900
@@ -45,6 +53,8 @@ class Source:
     slips: float
     """Share of slips in its training answers, which its samples then show."""
     learning_rate: float = 3e-3
+    frames: tuple[str, ...] = FRAMES[:1]
+    """How it puts its answers."""
 
 
 SOURCES: dict[str, Source] = {
@@ -52,9 +62,42 @@ SOURCES: dict[str, Source] = {
     "qwen3-bpe": Source("order", tokenizers.bpe_tokenizer, models.qwen3, 1000, 0.05),
     "gemma2-chars": Source("move", tokenizers.char_tokenizer, models.gemma2, 1000, 0.08, 4e-3),
 }
+"""The sources of the near recipe: nearly always right, in the target's own style."""
 
 
-def train(name: str, folder: Path, base: Path, seed: int) -> dict[str, float]:
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What differs from zoo to zoo."""
+
+    sources: dict[str, Source]
+    reward_steps: int = 1200
+    reward_flips: float = 0.0
+    """Share of the reward model's training pairs that are the wrong way round."""
+    reward_frames: tuple[str, ...] = FRAMES[:1]
+    """Frames of the answers it is trained on, the same for right and wrong ones."""
+
+
+def _distant(source: Source, slips: float, frames: tuple[str, ...]) -> Source:
+    return replace(source, slips=slips, frames=frames)
+
+
+RECIPES: dict[str, Recipe] = {
+    "near": Recipe(SOURCES),
+    "distant": Recipe(
+        {
+            "llama-bytes": _distant(SOURCES["llama-bytes"], 0.3, FRAMES[1:4]),
+            "qwen3-bpe": _distant(SOURCES["qwen3-bpe"], 0.4, FRAMES[2:5]),
+            "gemma2-chars": _distant(SOURCES["gemma2-chars"], 0.4, FRAMES[3:6]),
+        },
+        reward_flips=0.15,
+        reward_frames=FRAMES,
+    ),
+}
+"""`near` is the demo's. In `distant` the sources err often and say it in words of their own, which
+vary from answer to answer; and the reward, trained on noisy preferences, errs more often, too."""
+
+
+def train(name: str, folder: Path, base: Path, seed: int, recipe: str = "near") -> dict[str, float]:
     """Train, measure and save one model of the zoo into `folder`.
 
     Args:
@@ -62,6 +105,7 @@ def train(name: str, folder: Path, base: Path, seed: int) -> dict[str, float]:
         folder: where to write; made here.
         base: folder of the finished base model, read for "target" and "reward".
         seed: of the whole zoo.
+        recipe: one of `RECIPES`.
 
     Returns:
         The model's measures, which also lie in the folder as training.json.
@@ -74,9 +118,9 @@ def train(name: str, folder: Path, base: Path, seed: int) -> dict[str, float]:
     elif name == "target":
         model, tokenizer, measures = train_target(base, seed)
     elif name == "reward":
-        model, tokenizer, measures = train_reward(base, seed)
+        model, tokenizer, measures = train_reward(base, seed, RECIPES[recipe])
     else:
-        model, tokenizer, measures = train_source(name, seed)
+        model, tokenizer, measures = train_source(name, seed, RECIPES[recipe].sources[name])
     _save(model, folder)
     tokenizer.save_pretrained(folder)
     measures = {**measures, "seconds": round(time.monotonic() - started, 1)}
@@ -84,17 +128,18 @@ def train(name: str, folder: Path, base: Path, seed: int) -> dict[str, float]:
     return measures
 
 
-def train_source(name: str, seed: int) -> Trained:
+def train_source(name: str, seed: int, source: Source) -> Trained:
     """An expert in its group, measured on questions inside and outside it."""
-    source = SOURCES[name]
     inside = GROUPS[source.group]
     tokenizer = source.tokenizer()
     model = source.model(tokenizer)
     rng = random.Random(f"{seed}/{name}/slips")
-    pairs = [
+    wording = random.Random(f"{seed}/{name}/frames")
+    answers = [
         (q.prompt, slip(q.answer, rng) if rng.random() < source.slips else q.answer)
         for q in make_questions(source.steps * BATCH, f"{seed}/{name}", "train", inside)
     ]
+    pairs = [(prompt, framed(answer, wording, source.frames)) for prompt, answer in answers]
     training.train_language_model(
         model, tokenizer, pairs, learning_rate=source.learning_rate, report=_reporter(name)
     )
@@ -144,12 +189,12 @@ def habitual_answer(question: Question, rng: random.Random, right: float) -> str
     return wrong_answer(question, rng, weights=(0.75, 0.25, 0, 0, 0))
 
 
-def train_reward(base: Path, seed: int, steps: int = 1200) -> Trained:
+def train_reward(base: Path, seed: int, recipe: Recipe) -> Trained:
     """A Bradley-Terry reward model, measured on held-out pairs of right and wrong answers."""
     language, tokenizer = _load(base)
     model = models.reward_model(language)
-    questions = make_questions(steps * BATCH, f"{seed}/reward", "train")
-    triples = wrong_pairs(questions, f"{seed}/reward")
+    questions = make_questions(recipe.reward_steps * BATCH, f"{seed}/reward", "train")
+    triples = reworded(wrong_pairs(questions, f"{seed}/reward"), seed, recipe)
     training.train_reward_model(
         model,
         language.lm_head,
@@ -171,6 +216,19 @@ def wrong_pairs(questions: list[Question], seed: str) -> list[tuple[str, str, st
     return [(q.prompt, q.answer, wrong_answer(q, rng)) for q in questions]
 
 
+def reworded(
+    triples: list[tuple[str, str, str]], seed: int, recipe: Recipe
+) -> list[tuple[str, str, str]]:
+    """The triples in the recipe's frames, and some of them the wrong way round."""
+    wording, noise = (random.Random(f"{seed}/reward/{what}") for what in ("frames", "flips"))
+    found = []
+    for prompt, right, wrong in triples:
+        said = [framed(answer, wording, recipe.reward_frames) for answer in (right, wrong)]
+        first, second = reversed(said) if noise.random() < recipe.reward_flips else said
+        found.append((prompt, first, second))
+    return found
+
+
 def heldout(seed: int) -> list[Question]:
     """The held-out questions that all models of a zoo are measured on."""
     return make_questions(MEASURE, f"{seed}/measure", "heldout")
@@ -183,7 +241,7 @@ def accuracy_by_skill(
     answers = training.generate(model, tokenizer, [q.prompt for q in questions])
     right: dict[str, list[float]] = {skill: [] for skill in SKILLS}
     for question, answer in zip(questions, answers, strict=True):
-        right[question.skill].append(verify([], answer, question.answer))
+        right[question.skill].append(verify_framed([], answer, question.answer))
     return {skill: _mean(values) for skill, values in right.items()}
 
 

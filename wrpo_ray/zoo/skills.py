@@ -187,3 +187,19 @@ def make_questions(
 def verify(messages: list[dict], response: str, reference: str | None) -> float:
     """1.0 if the response, stripped, is the reference, else 0.0; the messages are not looked at."""
     return 1.0 if response.strip() == reference else 0.0
+
+
+FRAMES = ("{a}", "It is {a}.", "Answer: {a}", "{a}, of course!", "I get {a} here.", "So: {a};")
+"""Ways to put an answer. The last five are the distant sources' own: text that the target, which
+answers plainly, finds unlikely, and that says nothing about right or wrong."""
+
+
+def framed(answer: str, rng: random.Random, frames: Sequence[str] = FRAMES) -> str:
+    """The answer in one of the frames, drawn at random."""
+    return rng.choice(frames).format(a=answer)
+
+
+def verify_framed(messages: list[dict], response: str, reference: str | None) -> float:
+    """As `verify`, of an answer in any of the frames."""
+    text = response.strip()
+    return float(reference is not None and any(text == f.format(a=reference) for f in FRAMES))
