@@ -12,7 +12,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -1227,11 +1227,14 @@ def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:
 
 
 def _section_at(section: type[Section] | None, loc: list[str | int]) -> type[Section] | None:
+    is_name = False  # of one of the user's own, in a mapping of sections
     for part in loc:
-        if isinstance(part, int) or section is None:
+        if isinstance(part, int) or section is None or is_name:
+            is_name = False
             continue
         fields = {f.alias or n: f for n, f in section.model_fields.items()}
-        section = _section_in(fields[part].annotation) if part in fields else None
+        annotation = fields[part].annotation if part in fields else None
+        section, is_name = _section_in(annotation), get_origin(annotation) is dict
     return section
 
 

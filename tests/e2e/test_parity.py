@@ -1,7 +1,11 @@
-"""Greedy answers of vLLM equal those of transformers, for each generative model of the zoo."""
+"""Greedy answers of vLLM equal those of transformers, for each generative model of the zoo.
+
+The target's are those of an engine that was started with other weights and has both in turn.
+"""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,28 +16,31 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.generate.engine import Request, VllmEngine
+from wrpo_ray.generate.engine import Request, VllmEngine, Voice
 
-folder, prompts = Path(sys.argv[1]), json.loads(sys.argv[2])
-engine = VllmEngine(ModelConfig(name="m", model=str(folder), dtype="float32"), folder, seed=0)
+folder, prompts, start = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[4])
+engine = VllmEngine(ModelConfig(name="m", model=str(start), dtype="float32"), start, seed=0)
+voices = [Voice("m", 0, folder), Voice("m", 0, start)]
 asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
 requests = [Request(f"{i:032x}", messages, 0, 1) for i, messages in enumerate(asked)]
 sampling = SamplingConfig(samples=1, temperature=0, top_p=1, max_tokens=20)
 
-def answers(part):  # two buckets in hand, as in an actor
-    return list(engine.answers(part, sampling))
+def answers(part, voice):  # two buckets in hand, as in an actor
+    return list(engine.answers(part, sampling, voice))
 
-with ThreadPoolExecutor(2) as threads:
-    done = [a for part in threads.map(answers, (requests[::2], requests[1::2])) for a in part]
-assert not any(failed for _, failed in done)
-rows = sorted((row for rows, _ in done for row in rows), key=lambda row: row["prompt_id"])
+parts = [(half, voice) for voice in dict.fromkeys(voices) for half in (requests[::2], requests[1::2])]
+with ThreadPoolExecutor(4) as threads:  # of both weights at once
+    done = list(threads.map(answers, *zip(*parts)))
+assert not any(failed for part in done for _, failed in part)
+rows = [row for part in done[:2] for rows, _ in part for row in rows]  # of the first voice
+rows.sort(key=lambda row: row["prompt_id"])
 Path(sys.argv[3]).write_text(json.dumps([r["token_ids"] for r in rows]))
 
 # a sample does not depend on how many others are asked for with it
 sampling = SamplingConfig(samples=4, max_tokens=20)
 def drawn(first, count):
     asked = [Request(r.prompt_id, r.messages, first, count) for r in requests[:5]]
-    rows = [row for rows, _ in engine.answers(asked, sampling) for row in rows]
+    rows = [row for rows, _ in engine.answers(asked, sampling, voices[0]) for row in rows]
     return {(r["prompt_id"], r["sample"]): (r["seed"], r["token_ids"]) for r in rows}
 together, apart = drawn(0, 4), drawn(0, 1) | drawn(1, 3)
 assert together == apart and len(together) == 20
@@ -59,6 +66,20 @@ def transformers_answers(folder, prompts: list[str]) -> list[list[int]]:
     return answers
 
 
+def upside_down(folder, other):
+    """A model of the same shape whose layers have changed places, so that it says other things."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, other)
+    swapped = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    weights = {
+        next((name.replace(a, b) for a, b in swapped.items() if a in name), name): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    return other
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
     from wrpo_ray.core.vllm import engine_env
@@ -66,7 +87,9 @@ def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
     lines = (zoo / "eval.jsonl").read_text().splitlines()[:20]
     prompts = [json.loads(line)["prompt"] for line in lines]
     out = tmp_path / "ids.json"
-    command = [sys.executable, "-c", SCRIPT, str(zoo / model), json.dumps(prompts), str(out)]
+    start = upside_down(zoo / model, tmp_path / "other") if model == "target" else zoo / model
+    arguments = [str(zoo / model), json.dumps(prompts), str(out), str(start)]
+    command = [sys.executable, "-c", SCRIPT, *arguments]
     result = subprocess.run(
         command, env=os.environ | engine_env(on_gpu=False), capture_output=True, text=True
     )

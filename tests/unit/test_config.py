@@ -18,7 +18,11 @@ from wrpo_ray.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FUSION = ROOT / "cluster" / "overlays" / "job" / "fusion.yaml"
-OTHERS = {ROOT / "jobs" / "runtime_env.yaml", ROOT / "jobs" / "serve.yaml"}
+OTHERS = {
+    ROOT / "jobs" / "runtime_env.yaml",
+    ROOT / "jobs" / "serve.yaml",
+    ROOT / "jobs" / "study.yaml",
+}
 JOBS = sorted({*(ROOT / "jobs").glob("*.yaml"), FUSION} - OTHERS)
 BASE = {
     "output": "out",

@@ -62,12 +62,11 @@ class Generate:
     without has its own."""
 
     @property
-    def pool(self) -> tuple[str, ModelConfig]:
-        """Jobs for which this is equal share engines."""
-        model = self.model
-        if self.family:
-            model = model.model_copy(update={"name": self.family, "model": ""})
-        return self.family, model
+    def engines(self) -> ModelConfig:
+        """The pool of engines; jobs for which this is equal share one."""
+        if not self.family:
+            return self.model
+        return self.model.model_copy(update={"name": self.family, "model": ""})
 
     @cached_property
     def step(self) -> Step:
@@ -97,9 +96,9 @@ def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
     Raises:
         FailureLimitError: too many rows failed.
     """
-    pools: dict[tuple[str, ModelConfig], list[Generate]] = defaultdict(list)
+    pools: dict[str, list[Generate]] = defaultdict(list)
     for job in jobs:
-        pools[job.pool].append(job)
+        pools[job.engines.model_dump_json()].append(job)
     side_by_side([partial(_run_pool, run, pool, feed) for pool in pools.values()])
 
 
@@ -113,7 +112,7 @@ def pool_of(model: ModelConfig) -> Pool:
 
 
 def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
-    pool = pool_of(jobs[0].pool[1])
+    pool = pool_of(jobs[0].engines)
     log(f"{pool.what}: starting engines")
     rows = _rows(jobs, buckets(run.buckets))
     progress = Progress(pool.what, len(rows))
