@@ -28,7 +28,8 @@ sampling = SamplingConfig(samples=1, temperature=0, top_p=1, max_tokens=20)
 def answers(part, voice):  # two buckets in hand, as in an actor
     return list(engine.answers(part, sampling, voice))
 
-parts = [(half, voice) for voice in dict.fromkeys(voices) for half in (requests[::2], requests[1::2])]
+halves = requests[::2], requests[1::2]
+parts = [(half, voice) for voice in dict.fromkeys(voices) for half in halves]
 with ThreadPoolExecutor(4) as threads:  # of both weights at once
     done = list(threads.map(answers, *zip(*parts)))
 assert not any(failed for part in done for _, failed in part)

@@ -169,15 +169,17 @@ def test_only_some_variants_in_the_studys_order():
 
 @dataclass(frozen=True)
 class Job:
+    """What a path is made of."""
+
     step: Step
 
 
 class Cook(Job):
-    pass
+    """One kind of it."""
 
 
 class Serve(Job):
-    pass
+    """Another."""
 
 
 def job(kind, name):
