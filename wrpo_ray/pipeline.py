@@ -129,7 +129,7 @@ class Chain:
     for_plan: bool = False
     """Models and prompts that are not here yet pass for unknown ones."""
     shares_engines: bool = False
-    """The target and what is trained from it take turns in the same engines."""
+    """The target and what is trained from it take turns in the same engines and workers."""
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Those of given models by folder, which chains over the same models share."""
     stages: list[Stage] = field(default_factory=list)
@@ -288,7 +288,7 @@ class Chain:
         step = Step(name, identity, (rows.step,))
         return Train(
             step, rows.step, rows.base, rows.fingerprint, config, self.config.seed,
-            rows.template,
+            rows.template, self.shares_engines,
         )  # fmt: skip
 
     def _sft(self, selection: Select, config: SftConfig) -> None:

@@ -355,3 +355,22 @@ if __name__ == "__main__":
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         train(Folder(sys.argv[1]), sys.argv[2], LONG)
         ray.shutdown()
+
+
+def test_a_series_of_models_is_that_of_each_alone(root):
+    """One start of the workers for three models, of which one lacks a reference."""
+    simpo = WRPO.model_copy(update={"objective": "simpo"})
+    configs = {"alone-a": WRPO, "a": WRPO, "b": simpo, "c": WRPO.model_copy(update={"beta": 0.1})}
+    alone = train(root, "alone-a", configs.pop("alone-a"))
+    jobs = []
+    for name, config in configs.items():
+        rows = prepared(root, config)
+        step = step_of(name, rows, config)
+        jobs.append(Train(step, rows.step, root / "base", "base", config, SEED, in_series=True))
+    run(Run(root, 4), jobs)
+    together = weights(root, jobs[0].step)
+    for name, tensor in weights(root, alone).items():
+        assert torch.equal(tensor, together[name]), name
+    assert losses(root, jobs[0].step) == losses(root, alone)
+    assert len({tuple(losses(root, job.step)) for job in jobs}) == 3
+    assert not (root / jobs[0].step.folder).exists("trained.json")

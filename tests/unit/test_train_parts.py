@@ -351,16 +351,16 @@ def test_own_errors_are_returned_and_others_rise(folder, monkeypatch):
     """What is raised makes Ray Train start over."""
 
     def fail(error: Exception) -> None:
-        def raise_it(_: Task) -> None:
+        def raise_it(_: Task, **__: bool) -> None:
             raise error
 
         monkeypatch.setattr(loop, "_train", raise_it)
 
     fail(UserError("no rows"))
-    assert str(loop.work(task(folder, FP32))) == "no rows"
+    assert str(loop.work([task(folder, FP32)])) == "no rows"
     fail(RuntimeError("a node is gone"))
     with pytest.raises(RuntimeError, match="gone"):
-        loop.work(task(folder, FP32))
+        loop.work([task(folder, FP32)])
 
 
 # --- the model --------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from typing import Any
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.train.state import load_state, save_state
+from wrpo_ray.train.state import load_state, read_extra, save_state
 
 LAYOUT = "sharded"
 """Folder of a run's checkpoints; a format that this code cannot load needs another name."""
@@ -27,8 +27,10 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of complete checkpoints (ray.train.v2, 2.60)."""
 
 
-def save(engine: Any, next_step: int, metrics: dict[str, Any]) -> None:
+def save(engine: Any, key: str, next_step: int, metrics: dict[str, Any]) -> None:
     """Write a checkpoint and have Ray Train upload it meanwhile; all workers call it.
+
+    `key` is that of the step, as a series of models has one place for checkpoints.
 
     It first waits until the one before is complete, so that no more than one is on the disk.
     Ray Train deletes it there once it is uploaded, and uploads the last before a run ends.
@@ -39,7 +41,7 @@ def save(engine: Any, next_step: int, metrics: dict[str, Any]) -> None:
     folder = _local_folder()
     if folder.exists():  # of a worker that was killed
         shutil.rmtree(folder)
-    save_state(engine, folder, {"next_step": next_step})
+    save_state(engine, folder, {"next_step": next_step, "step": key})
     train.report(
         metrics,
         checkpoint=train.Checkpoint.from_directory(str(folder)),
@@ -57,8 +59,10 @@ def _local_folder() -> Path:
     return Path(tempfile.gettempdir()) / f"wrpo-checkpoint-{name}"
 
 
-def restore(engine: Any) -> int:
+def restore(engine: Any, key: str) -> int:
     """Load the newest complete checkpoint; returns the step to go on with, 0 without one.
+
+    One of another model of the same series is none.
 
     Raises:
         WrpoError: the checkpoint is damaged.
@@ -69,6 +73,8 @@ def restore(engine: Any) -> int:
     if checkpoint is None:
         return 0
     with checkpoint.as_directory() as folder:
+        if read_extra(Path(folder)).get("step", key) != key:
+            return 0
         return load_state(engine, Path(folder))["next_step"]
 
 

@@ -7,6 +7,7 @@ micro-batch and ZeRO stage. Not covered: the driver's side (`stage`).
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Sequence
@@ -27,40 +28,50 @@ from wrpo_ray.train.metrics import MetricsFile, Sums, peak_memory, trackers
 from wrpo_ray.train.order import Order
 from wrpo_ray.train.packing import Batch
 from wrpo_ray.train.rows import PreparedRows, Row
-from wrpo_ray.train.task import MODEL, Task
+from wrpo_ray.train.task import MODEL, TRAINED, Task
 
 Counts = dict[str, Any]
 Losses = tuple[Tensor, dict[str, Tensor]]
 """The loss of each row (B,), and metrics, each (B,)."""
 
 
-def work(task: Task) -> Counts | WrpoError:
-    """Train on this worker.
+def work(tasks: Sequence[Task]) -> list[Counts] | WrpoError:
+    """Train one model after another on this worker.
 
     The project's own errors rise on all workers alike, and another try would meet them again.
     So they are returned: what is raised makes Ray Train start over.
     """
     try:
-        return _train(task)
+        return [_train(task, is_one_of_several=len(tasks) > 1) for task in tasks]
     except WrpoError as error:
         return error
 
 
-def _train(task: Task) -> Counts:
+def _train(task: Task, *, is_one_of_several: bool) -> Counts:
+    if task.folder.exists(TRAINED):  # before workers were lost
+        return task.folder.read_json(TRAINED)
+    started = time.time()
     torch.set_num_threads(max(1, int(task.config.num_cpus)))
     deepspeed.prepare(task.config)
     trainer = Trainer.create(task)
-    first_step = checkpoint.restore(trainer.policy)
+    first_step = checkpoint.restore(trainer.policy, task.step.key)
     final_loss = trainer.run(first_step)
     trainer.save()
-    return {
+    counts = {
         "rows": len(trainer.train_rows),
         "held_out": len(trainer.held_rows),
         "steps": trainer.order.steps,
         "final_loss": final_loss,
         "resumed_at": first_step,
         "workers": dist.get_world_size(),
+        "seconds": time.time() - started,
     }
+    if is_one_of_several:
+        dist.barrier()  # the model is there
+        if dist.get_rank() == 0:
+            task.folder.write_json(TRAINED, counts)
+        trainer.close()
+    return counts
 
 
 @dataclass
@@ -126,7 +137,8 @@ class Trainer:
             if (step + 1) % self.task.config.checkpoint_every == 0 and step + 1 < self.order.steps:
                 if file:
                     file.flush()
-                checkpoint.save(self.policy, step + 1, {"step": step, "loss": record["loss"]})
+                metrics = {"step": step, "loss": record["loss"]}
+                checkpoint.save(self.policy, self.task.step.key, step + 1, metrics)
         if file is None:
             return None
         file.flush()
@@ -178,6 +190,17 @@ class Trainer:
         model.save(
             self.policy.module, base, task.config, tokenizer, task.folder / MODEL, write=is_writer
         )
+
+    def close(self) -> None:
+        """Free what the engines hold, for the next model."""
+        for engine in (self.policy, self.reference):
+            if hasattr(engine, "destroy"):
+                engine.destroy()
+        self.policy = self.reference = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
     # --- inside
 

@@ -30,7 +30,7 @@ from wrpo_ray.core.spending import Spent
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.train.task import CHECKPOINTS, Task
+from wrpo_ray.train.task import CHECKPOINTS, TRAINED, Task
 
 EVERY = 5.0
 """Seconds between lines of progress."""
@@ -62,6 +62,9 @@ class Train:
     """Decides the order of the rows."""
     template: Template = OWN
     """What replaces the base's own chat template, and goes with the trained model."""
+    in_series: bool = False
+    """Whether its workers may train other models before and after: their start takes longer than
+    a short training."""
 
 
 def run(run: Run, jobs: list[Train]) -> None:
@@ -72,18 +75,38 @@ def run(run: Run, jobs: list[Train]) -> None:
         WrpoError: the workers failed more often than `max_failures` allows.
     """
     most = min(room_for(_needs(job, job.config.workers)) for job in jobs)
-    side_by_side([partial(_train, run, job) for job in jobs], most)
+    series = [part for alike in _by_workers(jobs) for part in _dealt(alike, most)]
+    side_by_side([partial(_train, run, part) for part in series], most)
 
 
-def _train(run: Run, job: Train) -> None:
+def _by_workers(jobs: list[Train]) -> list[list[Train]]:
+    """Jobs that can be trained by the same workers."""
+    found: dict[Any, list[Train]] = {}
+    for job in jobs:
+        config = job.config
+        needs = (config.workers, config.min_workers, tuple(sorted(_needs(job, 1).items())))
+        how = (config.zero_stage, config.offload, config.precision)
+        found.setdefault((needs, how) if job.in_series else job.step.key, []).append(job)
+    return list(found.values())
+
+
+def _dealt(jobs: list[Train], most: int) -> list[list[Train]]:
+    """The jobs in at most so many series."""
+    return [part for first in range(most) if (part := jobs[first::most])]
+
+
+def _train(run: Run, jobs: list[Train]) -> None:
+    """Train a series, whose checkpoints lie with its first model."""
     started = time.time()
-    _check_room(job)
-    task = _task(run, job)
-    checkpoints = task.folder / CHECKPOINTS
-    counts = _fit(task, checkpoints)
-    _tell(task, counts)
-    job.step.finish(run.root, counts, started)
-    task.folder.delete(CHECKPOINTS)
+    _check_room(jobs[0])
+    tasks = [_task(run, job) for job in jobs]
+    checkpoints = tasks[0].folder / CHECKPOINTS
+    for job, task, counts in zip(jobs, tasks, _fit(tasks, checkpoints), strict=True):
+        _tell(task, counts)
+        own = counts.pop("seconds")
+        job.step.finish(run.root, counts, started if len(jobs) == 1 else time.time() - own)
+        task.folder.delete(TRAINED)
+    tasks[0].folder.delete(CHECKPOINTS)
 
 
 def _task(run: Run, job: Train) -> Task:
@@ -107,39 +130,41 @@ def _needs(job: Train, workers: int) -> dict[str, float]:
 # --- one run ---------------------------------------------------------------------------------
 
 
-def _fit(task: Task, checkpoints: Folder) -> dict[str, Any]:
-    """Run the workers to the end; returns the counts of the first."""
+def _fit(tasks: list[Task], checkpoints: Folder) -> list[dict[str, Any]]:
+    """Run the workers to the end; returns what the first counted of each model."""
     from wrpo_ray.train import checkpoint
     from wrpo_ray.train.metrics import check_trackers
 
-    check_trackers(task)
+    for task in tasks:
+        check_trackers(task)
     for name, value in DRIVER_ENV.items():
         os.environ.setdefault(name, value)
     if is_own_ray():  # its node is never preempted: one process less
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    label = task.step.name
+    label = tasks[0].step.name
     checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)
-    log(f"{label}: starting {task.config.workers} workers")
-    trainer = _trainer(task, checkpoints)
-    result = _watch(task, trainer, checkpoints)
+    models = f" for {len(tasks)} models" if len(tasks) > 1 else ""
+    log(f"{label}: starting {tasks[0].config.workers} workers{models}")
+    trainer = _trainer(tasks, checkpoints)
+    result = _watch(tasks, trainer, checkpoints)
     if isinstance(result, WrpoError):
         raise result
     return result
 
 
-def _trainer(task: Task, checkpoints: Folder) -> Any:
+def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from wrpo_ray.train.checkpoint import LAYOUT
 
-    config = task.config
+    config = tasks[0].config
     is_elastic = config.min_workers not in (None, config.workers)
     resources = {"CPU": config.num_cpus} | ({"GPU": 1} if config.num_gpus else {})
     resources |= config.resources
     return TorchTrainer(
         _work,
-        train_loop_config={"task": task},
+        train_loop_config={"tasks": tasks},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.num_gpus else "gloo"),
         scaling_config=train.ScalingConfig(
             num_workers=(config.min_workers, config.workers) if is_elastic else config.workers,
@@ -169,10 +194,10 @@ def _work(config: dict[str, Any]) -> Any:
     """Runs on each worker."""
     from wrpo_ray.train import loop
 
-    return loop.work(config["task"])
+    return loop.work(config["tasks"])
 
 
-def _watch(task: Task, trainer: Any, checkpoints: Folder) -> Any:
+def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
     """Fit in a thread, and tell progress meanwhile.
 
     In the main thread Ray Train would take over SIGINT for good; so Ctrl-C is the caller's.
@@ -189,17 +214,27 @@ def _watch(task: Task, trainer: Any, checkpoints: Folder) -> Any:
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
+    waiting = list(tasks)
+    task, ledger = waiting.pop(0), tasks[0].run.ledger
     shown, held = _progress(task, None), committed(checkpoints)
     while thread.is_alive():
         started = time.monotonic()
         thread.join(EVERY)
         _count(task, time.monotonic() - started)
         shown = _progress(task, shown)
-        if thread.is_alive() and held != (held := committed(checkpoints)) and task.run.ledger:
-            task.run.ledger.check()  # here nothing is lost
+        while waiting and _has_ended(task):
+            task = waiting.pop(0)
+            shown = _progress(task, -1)
+        if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
+            ledger.check()  # here nothing is lost
     if "error" in outcome:
         raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     return outcome["value"]
+
+
+def _has_ended(task: Task) -> bool:
+    """Whether a series' model is trained, so that its workers are at the next."""
+    return task.folder.exists(TRAINED)
 
 
 def _count(task: Task, seconds: float) -> None:

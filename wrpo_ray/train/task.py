@@ -14,6 +14,8 @@ MODEL = "model"
 """Subfolder of a training step with the trained model."""
 CHECKPOINTS = "checkpoints"
 """Subfolder with what an unfinished run resumes from."""
+TRAINED = "trained.json"
+"""Counts of a model that is trained while others of its series are not yet."""
 METRICS = "metrics.jsonl"
 """One JSON record an optimizer step."""
 
