@@ -706,6 +706,8 @@ class ArenaHardConfig(Section):
         samples=1, temperature=0.0, top_p=1.0, max_tokens=4096
     )
     """How models answer; greedily in the benchmark's own runs."""
+    style_control: bool = False
+    """Also the win rate without what length and markdown win, in a column of its own."""
 
 
 class MTBenchConfig(Section):

@@ -156,7 +156,10 @@ class Evaluation:
         if self.verdicts or pairs:
             judge = self.config.judge.name if self.config.judge else None
             reference = self._folders.get("alpaca_eval")
-            phases.append([Compare(tuple(self.verdicts), tuple(pairs), judge, reference)])
+            arena = self.config.benchmarks.arena_hard
+            by_style = arena is not None and arena.style_control
+            found = tuple(self.verdicts), tuple(pairs)
+            phases.append([Compare(*found, judge, reference, by_style)])
         return phases
 
     def _answers(self, prompts: Prompts, sampling: SamplingConfig) -> dict[str, Answers]:

@@ -151,6 +151,11 @@ class Folder:
                 table, path, filesystem=self.filesystem, compression="zstd", use_dictionary=repeated
             )
 
+    @property
+    def size(self) -> int:
+        """Bytes, where the path is that of a file."""
+        return self.filesystem.get_file_info(self.path).size or 0
+
     def delete(self, name: str) -> None:
         """Delete a file or a folder with all in it; nothing happens where there is none."""
         info = self.filesystem.get_file_info(self._at(name))

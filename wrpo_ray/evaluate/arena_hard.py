@@ -33,6 +33,9 @@ LISTS = (re.compile(r"^\s*\d+\.\s", re.MULTILINE), re.compile(r"^\s*[-*+]\s", re
 BOLDS = (re.compile(r"\*\*[^*\n]+\*\*"), re.compile(r"__[^_\n]+__"))
 
 
+WORDS = re.compile(r"\w+|[^\w\s]")
+
+
 @dataclass(frozen=True)
 class Style:
     """What style control looks at in an answer."""
@@ -94,6 +97,15 @@ def style_of(answer: str, tokens: int) -> Style:
         sum(len(pattern.findall(answer)) for pattern in LISTS),
         sum(len(pattern.findall(answer)) for pattern in BOLDS),
     )
+
+
+def length_of(answer: str) -> int:
+    """An answer's words and signs, for style control.
+
+    The official code counts tokens of gpt-4o, whose vocabulary is not here. What is used is the
+    difference of both answers relative to their sum, for which the unit hardly matters.
+    """
+    return len(WORDS.findall(answer))
 
 
 def arena_hard(

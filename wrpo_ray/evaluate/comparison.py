@@ -23,10 +23,11 @@ from wrpo_ray.core.shards import Prompts, Samples, buckets, read_bucket
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.evaluate.alpaca_eval import alpaca_eval, read_reference
-from wrpo_ray.evaluate.arena_hard import Games, arena_hard
+from wrpo_ray.evaluate.arena_hard import Games, Style, arena_hard, length_of, style_of
 from wrpo_ray.evaluate.benchmarks import GAMED
 from wrpo_ray.evaluate.mt_bench import Rating, mt_bench
 from wrpo_ray.evaluate.pairwise import Comparison, pairwise, share_of_games, share_of_rewards
+from wrpo_ray.evaluate.questions import items
 from wrpo_ray.evaluate.verdicts import Verdicts, once
 
 Row = dict[str, Any]
@@ -54,6 +55,8 @@ class Compare:
     judge: str | None
     reference: Folder | None
     """AlpacaEval's folder, which has the file for controlling length."""
+    style_control: bool = False
+    """Whether Arena-Hard's figures are also given with style control."""
 
     @cached_property
     def step(self) -> Step:
@@ -61,7 +64,8 @@ class Compare:
         inputs = [v.step for v in self.verdicts]
         inputs += [s.step for p in self.reward_pairs for side in p.rewards for s in side]
         pairs = [[p.a, p.b, p.margin] for p in self.reward_pairs]
-        return Step("comparison", {"reward_pairs": pairs}, once(inputs))
+        config = {"reward_pairs": pairs} | ({"style_control": True} if self.style_control else {})
+        return Step("comparison", config, once(inputs))
 
     @property
     def count(self) -> int:
@@ -106,6 +110,9 @@ def _figures(task: Row) -> Row:
     rows = {v.model: _read(run, v) for v in all_verdicts}
     kinds = {"alpaca_eval": _alpaca_eval, "arena_hard": _arena_hard, "mt_bench": _mt_bench}
     figures = kinds[name](rows, task["job"])
+    if name == "arena_hard" and task["job"].style_control:
+        controlled = _style_controlled(run, all_verdicts, rows)
+        figures = {m: f | {"style_controlled": controlled[m]} for m, f in figures.items()}
     models = {model: figures[model] | _spent(rows[model]) for model in rows}
     return place | {"name": name, "models": models}
 
@@ -151,6 +158,35 @@ def _arena_hard(models: dict[str, list[Row]], job: Compare) -> dict[str, Row]:
         for model, rows in models.items()
     }
     return {model: asdict(figures) for model, figures in arena_hard(board).items()}
+
+
+def _style_controlled(
+    run: Run, all_verdicts: list[Verdicts], models: dict[str, list[Row]]
+) -> dict[str, Row]:
+    """Each model's win rate and interval, with what style does taken out."""
+    board = {}
+    for verdicts in all_verdicts:
+        styles = _styles(run, verdicts)
+        games = _by_prompt(models[verdicts.model], "label")
+        board[verdicts.model] = [
+            Games(labels.get(1), labels.get(2), *styles.get(key, (None, None)))
+            for key, labels in games.items()
+        ]
+    figures = arena_hard(board, style_control=True)
+    return {m: {n: asdict(f)[n] for n in ("win_rate", "low", "high")} for m, f in figures.items()}
+
+
+def _styles(run: Run, verdicts: Verdicts) -> dict[str, tuple[Style, Style]]:
+    """Of the baseline's and the model's answer, by prompt; of those that the model answered."""
+    found = {}
+    for bucket in buckets(run.buckets):
+        answers = verdicts.answers[0].read(run.root, bucket)
+        for item in items(verdicts.prompts, verdicts.judging.schema, run.root, bucket):
+            if answer := answers.get(item["prompt_id"]):
+                texts = item["baseline"] or "", answer.text
+                first, second = (style_of(text, length_of(text)) for text in texts)
+                found[item["prompt_id"]] = first, second
+    return found
 
 
 def _mt_bench(models: dict[str, list[Row]], job: Compare) -> dict[str, Row]:

@@ -1,13 +1,15 @@
 """Reads the user's files on Ray Data into bucketed records.
 
 Each file is read in one task, its rows are shuffled to their buckets by Ray Data, and each
-bucket is written as one shard; nothing passes through the driver.
+bucket is written as one shard; nothing passes through the driver. Files that are small together
+are read, dealt and written by one task: starting a shuffle would take longer.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -17,12 +19,13 @@ import pyarrow as pa
 
 from wrpo_ray.config import ImportConfig, PromptsConfig
 from wrpo_ray.core import metrics, records
-from wrpo_ray.core.cluster import readable
+from wrpo_ray.core.cluster import map_tasks, readable
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.published import RowError, from_published
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, write_failures, write_shard
 from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.ingest.readers import (
     check_columns,
@@ -36,6 +39,8 @@ Row = dict[str, Any]
 SOURCES, TARGET = "sources", "target"
 """Parts of the folder of imported answers."""
 COUNTS = ("read", "rows", "failed", "target_rows")
+SMALL = 32_000_000
+"""Bytes of all files up to which one task holds their rows."""
 
 
 @dataclass(frozen=True)
@@ -145,26 +150,15 @@ def run(run: Run, jobs: list[Ingest]) -> None:
 
 
 def _ingest(run: Run, job: Ingest) -> dict[str, int]:
-    import ray
-
     what = job.step.name
     files = input_files(job.input.path, what)
     check_columns(files[0], job.columns, what)
     limit = getattr(job.input, "limit", None)
-    tasks = [{"files": files}] if limit else [{"files": [uri]} for uri in files]
-    read = _reader(job, run.buckets, limit)
-    dataset = (
-        ray.data.from_items(tasks, override_num_blocks=len(tasks))
-        .flat_map(read, num_cpus=0.5)
-        .groupby("bucket", num_partitions=min(run.buckets, 200))
-        .map_groups(_writer(run, job), batch_format="pyarrow")
-    )
-    try:
-        dataset.set_name(what)
-        done = dataset.sum(list(COUNTS))
-    except ray.exceptions.RayError as error:
-        raise readable(error, what) from error
-    totals = {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
+    if sum(Folder(uri).size for uri in files) <= SMALL:
+        task = {"run": run, "job": job, "files": files, "limit": limit}
+        totals = next(map_tasks(what, iter([task]), _ingest_here))
+    else:
+        totals = _shuffled(run, job, files, limit)
     metrics.count(job.step, rows=totals["rows"], failures=totals["failed"])
     failures = job.step.failures(run.root)
     run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
@@ -178,6 +172,39 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
         )
     dropped = totals["read"] - totals["rows"] - totals["failed"]
     return totals | {"dropped": dropped}
+
+
+def _ingest_here(task: Row) -> dict[str, int]:
+    """Read all files, deal their rows to buckets and write these, within one task."""
+    run, job = task["run"], task["job"]
+    read, write = _reader(job, run.buckets, task["limit"]), _writer(run, job)
+    dealt: dict[int, list[Row]] = defaultdict(list)
+    for row in read({"files": task["files"]}):
+        dealt[row["bucket"]].append(row)
+    totals = Counter[str](dict.fromkeys(COUNTS, 0))
+    for rows in dealt.values():
+        totals.update(write(pa.Table.from_pylist(rows)).to_pylist()[0])
+    return dict(totals)
+
+
+def _shuffled(run: Run, job: Ingest, files: list[str], limit: int | None) -> dict[str, int]:
+    """Read each file in a task, shuffle the rows and write each bucket in another."""
+    import ray
+
+    tasks = [{"files": files}] if limit else [{"files": [uri]} for uri in files]
+    read = _reader(job, run.buckets, limit)
+    dataset = (
+        ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        .flat_map(read, num_cpus=0.5)
+        .groupby("bucket", num_partitions=min(run.buckets, 200))
+        .map_groups(_writer(run, job), batch_format="pyarrow")
+    )
+    try:
+        dataset.set_name(job.step.name)
+        done = dataset.sum(list(COUNTS))
+    except ray.exceptions.RayError as error:
+        raise readable(error, job.step.name) from error
+    return {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
 
 
 def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:

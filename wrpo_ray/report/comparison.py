@@ -124,6 +124,13 @@ def _arena(figures: Row) -> str:
     return f"{rate} [{low}, {high}]{_judged(figures)}"
 
 
+def _arena_style(figures: Row) -> str:
+    if "style_controlled" not in figures:
+        return "-"
+    rate, low, high = (_number(figures["style_controlled"][n]) for n in ("win_rate", "low", "high"))
+    return f"{rate} [{low}, {high}]"
+
+
 def _mt(figures: Row) -> str:
     overall = figures["overall"]
     return f"{_number(overall['mean'], 2)}{_judged(overall)}"
@@ -137,6 +144,7 @@ _COLUMNS: dict[str, tuple[str, str, Callable[[Row], str]]] = {
     "alpaca_eval.lc": ("AlpacaEval 2 LC %", "alpaca_eval", _lc),
     "alpaca_eval.wr": ("AlpacaEval 2 WR %", "alpaca_eval", _wr),
     "arena_hard": ("Arena-Hard v0.1 WR %", "arena_hard", _arena),
+    "arena_hard.style": ("Arena-Hard, style-controlled %", "arena_hard", _arena_style),
     "mt_bench": ("MT-Bench", "mt_bench", _mt),
     "mt_bench.turns": ("MT-Bench by turn", "mt_bench", _turns),
 }
@@ -144,7 +152,11 @@ _COLUMNS: dict[str, tuple[str, str, Callable[[Row], str]]] = {
 
 
 def _benchmarks(benchmarks: dict[str, dict[str, Row]]) -> Table:
-    columns = [c for c in _COLUMNS.values() if c[1] in benchmarks]
+    columns = [
+        column
+        for key, column in _COLUMNS.items()
+        if column[1] in benchmarks and (key != "arena_hard.style" or _has_style(benchmarks))
+    ]
     models = list(dict.fromkeys(m for figures in benchmarks.values() for m in figures))
     table = [["model", *(title for title, _, _ in columns), "tokens an answer"]]
     for model in models:
@@ -154,6 +166,10 @@ def _benchmarks(benchmarks: dict[str, dict[str, Row]]) -> Table:
         ]
         table.append([model, *cells, _tokens(model, benchmarks)])
     return table
+
+
+def _has_style(benchmarks: dict[str, dict[str, Row]]) -> bool:
+    return any("style_controlled" in figures for figures in benchmarks["arena_hard"].values())
 
 
 def _tokens(model: str, benchmarks: dict[str, dict[str, Row]]) -> str:
