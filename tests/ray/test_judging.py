@@ -105,6 +105,7 @@ def test_known_preferences_come_out_of_all_benchmarks_and_nothing_is_asked_twice
         name: {"path": str(getattr(benchmark_files, name)(tmp_path / name))}
         for name in ("alpaca_eval", "arena_hard", "mt_bench")
     }
+    benchmarks["arena_hard"]["style_control"] = True
     pairs = {"pairs": [["good", "bad"], ["bad", "good"], ["good", "good"]]}
     with serving(World()) as server:
         path = config(
@@ -126,6 +127,9 @@ def test_known_preferences_come_out_of_all_benchmarks_and_nothing_is_asked_twice
     assert arena["good"]["win_rate"] > 99
     assert arena["bad"]["win_rate"] < 1
     assert arena["good"]["judged"] == 24
+    # All answers are two words without markdown, so that style explains nothing of the wins.
+    assert arena["good"]["style_controlled"]["win_rate"] > 90
+    assert arena["bad"]["style_controlled"]["win_rate"] < 10
     mt = found["benchmarks"]["mt_bench"]
     assert mt["good"]["overall"] == {"mean": 9.0, "judged": 16, "failed": 0}
     assert mt["bad"]["turns"]["2"]["mean"] == 3.0
@@ -135,6 +139,7 @@ def test_known_preferences_come_out_of_all_benchmarks_and_nothing_is_asked_twice
     assert not failed(tmp_path / "out")
 
     assert "AlpacaEval 2 LC %" in told
+    assert "Arena-Hard, style-controlled %" in told
     for name in ("comparison.md", "comparison.html"):
         (file,) = tmp_path.glob(f"out/comparison-*/{name}")
         assert "55.9" in file.read_text()  # the paper's

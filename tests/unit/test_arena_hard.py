@@ -18,6 +18,7 @@ from wrpo_ray.evaluate.arena_hard import (
     Style,
     arena_hard,
     is_unfinished,
+    length_of,
     parse_verdict,
     style_of,
 )
@@ -43,6 +44,10 @@ boards = st.lists(st.tuples(verdicts, verdicts), min_size=4, max_size=12)
 def test_verdicts(judgment, verdict, unfinished):
     assert parse_verdict(judgment) == verdict
     assert is_unfinished(judgment) == unfinished
+
+
+def test_length_counts_words_and_signs():
+    assert length_of("It's **two** words.\n") == 3 + 5 + 2  # It ' s | ** two ** | words .
 
 
 def test_styles_by_hand():
