@@ -144,7 +144,7 @@ def test_custom_resources_reach_the_workers_and_the_reference(folder):
     from wrpo_ray.train.stage import _trainer
 
     config = WrpoConfig(workers=3, num_cpus=2, num_gpus=1, resources={"train": 1})
-    scaling = _trainer(task(folder, config), folder).scaling_config
+    scaling = _trainer([task(folder, config)], folder).scaling_config
     assert scaling.resources_per_worker == {"CPU": 2, "GPU": 1, "train": 1}
     reference = Prepare("wrpo", Step("pair"), folder, "base", config).actors
     assert (reference.max, reference.num_gpus, reference.resources) == (3, 1, {"train": 1})

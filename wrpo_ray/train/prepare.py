@@ -11,14 +11,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import pyarrow.compute as pc
 
 from wrpo_ray.config import Actors, SftConfig, TrainConfig, WrpoConfig
 from wrpo_ray.core.chat import OWN, Template, end_ids, load_tokenizer
-from wrpo_ray.core.cluster import Pool, map_rows, room_for, side_by_side, thread_env
+from wrpo_ray.core.cluster import Pool, map_rows, thread_env
 from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.records import PREFERENCE, SELECTION
 from wrpo_ray.core.run import Run
@@ -105,33 +105,43 @@ class Prepare:
 
 
 def run(run: Run, jobs: list[Prepare]) -> None:
-    """Do each job, as many at once as there is room for their actors.
+    """Do each job; those with equal actors share a pool, one after another.
 
     Raises:
         UserError: no row is left to train on.
         FailureLimitError: more rows failed than `failure_limit` allows.
     """
-    pools = [_pool(job) for job in jobs]
-    most = min(room_for({n: p.actors.max * v for n, v in p.needs.items()}) for p in pools)
-    side_by_side([partial(_prepare, run, *pair) for pair in zip(jobs, pools, strict=True)], most)
+    pools: dict[str, list[Prepare]] = {}
+    for job in jobs:
+        pools.setdefault(job.actors.model_dump_json(), []).append(job)
+    for pool in pools.values():
+        _prepare(run, pool)
 
 
-def _pool(job: Prepare) -> Pool:
-    env = thread_env(job.actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
-    return Pool(job.step.name, job.actors, env)
-
-
-def _prepare(run: Run, job: Prepare, pool: Pool) -> None:
-    started, counts = time.time(), Counter[str]()
-    rows = [{"bucket": b.index} for b in buckets(run.buckets)]
-    progress = Progress(job.step.name, len(rows))
-    for result in map_rows(pool, rows, Preparer, {"run": run, "job": job}):
-        counts.update({k: v for k, v in result.items() if k != "bucket"})
+def _prepare(run: Run, jobs: list[Prepare]) -> None:
+    actors, indices = jobs[0].actors, [bucket.index for bucket in buckets(run.buckets)]
+    rows = [{"job": number, "bucket": index} for number in range(len(jobs)) for index in indices]
+    started = [time.time()] * len(jobs)
+    counts = [Counter[str]() for _ in jobs]
+    left = Counter({number: len(indices) for number in range(len(jobs))})
+    progress = Progress(jobs[0].step.name, len(rows))
+    env = thread_env(actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
+    pool = Pool(jobs[0].step.name, actors, env)
+    for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
+        number, job = result["job"], jobs[result["job"]]
+        counts[number].update({k: v for k, v in result.items() if k not in ("job", "bucket")})
         progress.add(result["rows"])
         run.spend(
             job.step, job.step.name, result["seconds"], idle=result["idle"],
-            gpus=job.actors.num_gpus, rows=result["rows"], failed=result["failed"],
+            gpus=actors.num_gpus, rows=result["rows"], failed=result["failed"],
         )  # fmt: skip
+        left[number] -= 1
+        if not left[number]:
+            _finish(run, job, counts[number], started[number])
+            started[number + 1 :] = [time.time()] * (len(jobs) - number - 1)
+
+
+def _finish(run: Run, job: Prepare, counts: Counter[str], started: float) -> None:
     totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}
     run.check_failures(job.step, totals["failed"], totals["rows"])
     _check_some(job, totals)
@@ -157,10 +167,11 @@ def _check_some(job: Prepare, counts: dict[str, int]) -> None:
 
 
 class Preparer:
-    """The Ray Data actor; what is returned are counts only."""
+    """The Ray Data actor, with the model of one job at a time; what it returns are counts only."""
 
-    def __init__(self, run: Run, job: Prepare):
-        self.run, self.job = run, job
+    def __init__(self, run: Run, jobs: list[Prepare]):
+        self.run, self.jobs = run, jobs
+        self.job = jobs[0]
 
     @cached_property
     def tokenizing(self) -> Tokenizing:
@@ -178,8 +189,16 @@ class Preparer:
             self.job.base.local(self.job.fingerprint), self.job.config, self.job.actors.num_gpus > 0
         )
 
+    def _turn_to(self, job: Prepare) -> None:
+        """Let go of what belongs to the job before."""
+        if job is not self.job:
+            self.job = job
+            for name in ("tokenizing", "reference"):
+                self.__dict__.pop(name, None)
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fill one bucket, unless it is there without a fault."""
+        """Fill one bucket of one job, unless it is there without a fault."""
+        self._turn_to(self.jobs[row["job"]])
         bucket = Bucket(row["bucket"], self.run.buckets)
         folder = self.run.root / self.job.step.folder
         name = f"{bucket.index:05d}-of-{bucket.count:05d}{SUFFIX}"
