@@ -20,7 +20,38 @@ from matplotlib import pyplot as plt
 
 DOCS = Path(__file__).parents[1] / "docs"
 Row = dict[str, Any]
+CLAIMS = {
+    "SFT on y_ws > target": "sft - target",
+    "DPO on own answers > target": "dpo - target",
+    "SFT-DPO > SFT": "sft-dpo - sft",
+    "SFT-DPO > DPO": "sft-dpo - dpo",
+    "SFT-WRPO > SFT-DPO": "wrpo - sft-dpo",
+    "SFT-WRPO > DPO": "wrpo - dpo",
+    "alpha: dynamic > static at the same end": "wrpo - wrpo-static",
+    "alpha: dynamic > static of the same mean": "wrpo - wrpo-static-mean",
+    "sources: 2 > 1": "wrpo-2-sources - wrpo-1-source",
+    "sources: 3 > 2": "wrpo - wrpo-2-sources",
+}
+"""The paper's orderings, and the contrast that tells of each."""
 COLORS = {"near": "#1b6ca8", "distant": "#c8553d"}
+
+
+def verdicts_table(result: Row) -> list[str]:
+    """Which of the paper's orderings hold, by whether the interval leaves out 0."""
+    cases = result["cases"]
+    lines = [f"| ordering in the paper | {' | '.join(cases)} |", "| --- |" + " --- |" * len(cases)]
+    for claim, contrast in CLAIMS.items():
+        rows = (case["accuracy"]["contrasts"].get(contrast) for case in cases.values())
+        lines.append(f"| {' | '.join([claim, *map(verdict, rows)])} |")
+    return lines
+
+
+def verdict(row: Row | None) -> str:
+    """What a difference says about an ordering."""
+    if row is None:
+        return "not run"
+    said = "holds" if row["low"] > 0 else "**reversed**" if row["high"] < 0 else "not resolved"
+    return f"{said}: {interval(row, 100, 1, '+')}"
 
 
 def variants_table(result: Row) -> list[str]:
@@ -125,6 +156,7 @@ def main(arguments: list[str]) -> None:
         result = json.loads(Path(arguments[0]).read_text())
         kept.write_text(json.dumps(rounded(result), indent=1) + "\n")
     result, text = json.loads(kept.read_text()), page.read_text()
+    text = insert(text, "verdicts", verdicts_table(result))
     text = insert(text, "variants", variants_table(result))
     page.write_text(insert(text, "contrasts", contrasts_table(result)))
     mpl.rcParams |= {"svg.hashsalt": "study", "font.size": 9}

@@ -70,6 +70,9 @@ class Recipe:
     """What differs from zoo to zoo."""
 
     sources: dict[str, Source]
+    base_framed: float = 0.0
+    """Share of the base model's training answers that are in a frame: what the target, whose own
+    answers are plain, knows of the sources' wording."""
     reward_steps: int = 1200
     reward_flips: float = 0.0
     """Share of the reward model's training pairs that are the wrong way round."""
@@ -89,12 +92,14 @@ RECIPES: dict[str, Recipe] = {
             "qwen3-bpe": _distant(SOURCES["qwen3-bpe"], 0.4, FRAMES[2:5]),
             "gemma2-chars": _distant(SOURCES["gemma2-chars"], 0.4, FRAMES[3:6]),
         },
-        reward_flips=0.15,
+        base_framed=0.2,
+        reward_flips=0.1,
         reward_frames=FRAMES,
     ),
 }
 """`near` is the demo's. In `distant` the sources err often and say it in words of their own, which
-vary from answer to answer; and the reward, trained on noisy preferences, errs more often, too."""
+vary from answer to answer and which the target rarely uses; and the reward, trained on noisy
+preferences, errs more often, too."""
 
 
 def train(name: str, folder: Path, base: Path, seed: int, recipe: str = "near") -> dict[str, float]:
@@ -114,7 +119,7 @@ def train(name: str, folder: Path, base: Path, seed: int, recipe: str = "near") 
     torch.manual_seed(random.Random(f"{seed}/{name}").getrandbits(32))
     started = time.monotonic()
     if name == "base":
-        model, tokenizer, measures = train_base(seed)
+        model, tokenizer, measures = train_base(seed, RECIPES[recipe])
     elif name == "target":
         model, tokenizer, measures = train_target(base, seed)
     elif name == "reward":
@@ -155,12 +160,16 @@ def train_source(name: str, seed: int, source: Source) -> Trained:
     )
 
 
-def train_base(seed: int, steps: int = 1200) -> Trained:
+def train_base(seed: int, recipe: Recipe, steps: int = 1200) -> Trained:
     """Right on every skill: what the target and the reward model start from."""
     tokenizer = tokenizers.word_tokenizer()
     model = models.llama(tokenizer)
     questions = make_questions(steps * BATCH, f"{seed}/base", "train")
-    pairs = [(q.prompt, q.answer) for q in questions]
+    wording = random.Random(f"{seed}/base/frames")
+    pairs = [
+        (q.prompt, framed(q.answer, wording) if wording.random() < recipe.base_framed else q.answer)
+        for q in questions
+    ]
     training.train_language_model(
         model, tokenizer, pairs, learning_rate=3e-3, report=_reporter("base")
     )
