@@ -9,14 +9,17 @@ import pytest
 from wrpo_ray.zoo import build
 from wrpo_ray.zoo.mistakes import slip, wrong_answer
 from wrpo_ray.zoo.skills import (
+    FRAMES,
     GROUPS,
     PHRASE_WORDS,
     SKILLS,
     VOWELS,
     ask,
+    framed,
     is_heldout,
     make_questions,
     verify,
+    verify_framed,
 )
 
 TOKENIZERS = ("byte_tokenizer", "bpe_tokenizer", "char_tokenizer", "word_tokenizer")
@@ -251,3 +254,37 @@ def test_a_killed_build_trains_only_what_is_missing(tmp_path):
     assert build.missing_models(tmp_path) == ["base", "qwen3-bpe", "llama-bytes", "target"]
     (tmp_path / "target").mkdir()
     assert build.missing_models(tmp_path) == ["qwen3-bpe", "llama-bytes"]
+
+
+# --- the distant zoo ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_an_answer_is_right_in_each_frame_and_wrong_in_none_of_its_own(frame):
+    said = f" {frame.format(a='otam')}\n"
+    assert verify_framed([], said, "otam") == 1.0
+    assert verify_framed([], said, "mato") == 0.0
+    assert verify_framed([], f"Well, {said}", "otam") == 0.0
+
+
+def test_nothing_is_right_without_a_reference():
+    assert verify_framed([], "It is None.", None) == 0.0
+
+
+def test_frames_are_drawn_from_those_given():
+    rng = random.Random(0)
+    assert {framed("x", rng) for _ in range(200)} == {f.format(a="x") for f in FRAMES}
+    assert {framed("x", rng, FRAMES[:1]) for _ in range(20)} == {"x"}
+
+
+def test_a_zoo_of_another_recipe_is_refused(tmp_path):
+    record = {"complete": True, "seed": 0, "recipe": build.RECIPE}
+    (tmp_path / "zoo.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=f"recipe {build.RECIPE}, not distant {build.RECIPE}"):
+        build.build_zoo(tmp_path, recipe="distant")
+
+
+def test_the_recipes_names_are_known_without_torch():
+    from wrpo_ray.zoo import recipes
+
+    assert tuple(recipes.RECIPES) == build.RECIPES
