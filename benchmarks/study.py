@@ -23,6 +23,7 @@ Row = dict[str, Any]
 CLAIMS = {
     "SFT on y_ws > target": "sft - target",
     "DPO on own answers > target": "dpo - target",
+    "DPO > SFT": "dpo - sft",
     "SFT-DPO > SFT": "sft-dpo - sft",
     "SFT-DPO > DPO": "sft-dpo - dpo",
     "SFT-WRPO > SFT-DPO": "wrpo - sft-dpo",
@@ -122,8 +123,9 @@ def plot(result: Row, kind: str, title: str, path: Path) -> None:
     """Means with intervals, and a dot for each seed; one panel a case."""
     cases = result["cases"]
     names = list(dict.fromkeys(n for c in cases.values() for n in c["accuracy"][kind]))
-    figure, axes = plt.subplots(
-        1, len(cases), figsize=(10, 0.8 + 0.32 * len(names)), sharey=True, layout="constrained"
+    size = 10, 0.8 + 0.32 * len(names)
+    figure, (axes,) = plt.subplots(
+        1, len(cases), figsize=size, sharey=True, squeeze=False, layout="constrained"
     )
     for axis, (case, measures) in zip(axes, cases.items(), strict=True):
         for place, row in rows_of(measures["accuracy"][kind], names):
