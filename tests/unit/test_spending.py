@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -40,6 +41,23 @@ def test_money_is_tokens_and_gpu_hours_at_the_pools_prices():
     spent = Spent(prompt_tokens=2_000_000, output_tokens=500_000, gpu_seconds=1800)
     assert spent.money("a", PRICES) == 1.0
     assert spent.money("b", PRICES) == 2 * 1 + 0.5 * 10 + 0.5 * 4
+
+
+def test_totals_are_read_while_pools_add(root):
+    """Without the lock the loop meets a dictionary that grows: seen in a study's training."""
+    with ledger(root) as held:
+        steps = [Step(f"generate-{i}", {}) for i in range(3000)]
+
+        def add() -> None:
+            for step in steps:
+                held.add(step, "a", Spent(output_tokens=1))
+
+        adding = threading.Thread(target=add)
+        adding.start()
+        while adding.is_alive():
+            held.check()
+        adding.join()
+        assert held.total.output_tokens == len(steps)
 
 
 def test_a_budget_stops_and_a_higher_one_goes_on(root):

@@ -99,12 +99,12 @@ class Ledger:
     @property
     def total(self) -> Spent:
         """Over all steps."""
-        return sum((e.spent for e in self.entries.values()), Spent())
+        return sum((e.spent for e in self._now()), Spent())
 
     @property
     def money(self) -> float:
         """Over all steps, by the prices of today."""
-        return sum(e.spent.money(e.pool, self.prices) for e in self.entries.values())
+        return sum(e.spent.money(e.pool, self.prices) for e in self._now())
 
     def add(self, step: Step, pool: str, spent: Spent) -> None:
         """Add to what a step has cost."""
@@ -134,6 +134,11 @@ class Ledger:
                 )
 
     # --- inside
+
+    def _now(self) -> list[Entry]:
+        """The entries; pools that run side by side add to them meanwhile."""
+        with self._lock:
+            return list(self.entries.values())
 
     def _write(self, *, is_open: bool) -> None:
         self._written = time.monotonic()
