@@ -40,7 +40,11 @@ TESTED = {
     r"make demo": FUSE,  # its second line; the first is tested by test_zoo.py
     r"make (test|lint|docs|soak|format)": "Makefile",
     r"\. \.venv/bin/activate": "Makefile",
-    r"wrpo zoo \S+": "tests/unit/test_zoo.py",
+    r"wrpo zoo \S+( --recipe distant)?": "tests/unit/test_zoo.py",
+    r"wrpo study \S+": E2E.format("study", "variants_share_what_they_have_in_common"),
+    r"python benchmarks/study\.py \S+": UNIT.format(
+        "study", "the_shipped_study_names_configs_that_are_whole"
+    ),
     r"wrpo fuse \S+\.yaml( --set wrpo\.[\w.]+=\S+)*": FUSE,
     r"wrpo fuse \S+ (--set \S+ )*--until \w+": E2E.format("import", "real_responses"),
     r"wrpo failures \S+ --retry": RAY.format("failures", "failed_scores_are_told_and_tried_again"),

@@ -167,7 +167,7 @@ def test_bounds_defaults_and_placement_are_told():
     assert (lines["samples"].kind, lines["samples"].default) == ("whole number", "5")
     evaluate = {line.key: line for line in sections(Config)["EvaluateConfig"].fields}
     assert evaluate["sampling"].default == "{samples: 1, temperature: 0.0, top_p: 1.0}"
-    train = {line.key: line for line in sections(Config)["TrainConfig"].fields}
+    train = {line.key: line for line in sections(Config)["SftConfig"].fields}
     assert (train["workers"].decides, train["epochs"].decides) == (False, True)
 
 
