@@ -19,7 +19,7 @@ from wrpo_ray.core.shards import (
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError
-from wrpo_ray.generate.engine import Request, failures
+from wrpo_ray.generate.engine import Request, Voice, failures
 from wrpo_ray.generate.stage import Generate, Generator, _runs
 
 BUCKET = Bucket(0, 1)
@@ -33,7 +33,8 @@ class FakeEngine:
         self.asked: list[Request] = []
         self.calls, self.dies_at, self.refuses = 0, dies_at, refuses
 
-    def answers(self, requests: list[Request], sampling: SamplingConfig):
+    def answers(self, requests: list[Request], sampling: SamplingConfig, voice: Voice):
+        assert voice == Voice("m", 0, Path("m").absolute())
         for request in requests:
             self.calls += 1
             if self.calls == self.dies_at:
@@ -70,7 +71,9 @@ def prompts(run: Run, count: int) -> Prompts:
 
 def job(asked: Prompts, samples: int = 3) -> Generate:
     sampling = SamplingConfig(samples=samples)
-    return Generate(ModelConfig(name="m", model="m"), Folder("m"), "weights", asked, sampling, 0)
+    return Generate(
+        ModelConfig(name="m", model="m"), Folder("m").absolute(), "weights", asked, sampling, 0
+    )
 
 
 def generator(run: Run, job: Generate, engine: FakeEngine) -> Generator:
