@@ -634,6 +634,10 @@ class SftConfig(TrainConfig):
     """Whose y_ws: those of the prompts for SFT, or `all`, as plain distillation has them, which
     leaves none unseen for preferences."""
 
+    def identity(self) -> dict[str, Any]:
+        """Without `prompts`, which the step of the rows has."""
+        return {name: value for name, value in super().identity().items() if name != "prompts"}
+
 
 class AlphaConfig(Section):
     """The weight of the source's answer against the target's (paper, equation 6)."""

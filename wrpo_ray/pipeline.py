@@ -362,11 +362,17 @@ class Chain:
         if model.dtype == "auto" and not model.actors.num_gpus and not model.endpoint:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
         sampling = sampling or self.config.sampling.updated(model.sampling)
-        target = self.config.target
-        is_of_target = trained or (target and model.name == target.name)
-        family = f"{self._target.name} and its kin" if self.shares_engines and is_of_target else ""
+        family = self._family(model) if self.shares_engines else ""
         seed = self.config.seed
         return self._retried(Generate(model, folder, identity, prompts, sampling, seed, 0, family))
+
+    def _family(self, model: ModelConfig) -> str:
+        """Of the target and what is trained from it, which differ in their weights only."""
+        target = self.config.target
+        if not target or model.name not in (target.name, *self._trained_models):
+            return ""
+        key = self._fingerprint(Folder(target.model).absolute(), target)
+        return f"{target.name} {key[:6]} and its kin"
 
     def _scored(self, stage: str, *answers: Generate, before: tuple[Any, ...] = ()) -> Answers:
         """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
@@ -715,7 +721,7 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {config.output}")
     else:
-        with session(config, root) as run, _reporting(reporter):
+        with _reporting(reporter), session(config, root) as run, reporter:
             _begin(chain, told, planner)
             _run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
@@ -777,12 +783,12 @@ def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
 
 @contextmanager
 def _reporting(reporter: Reporter) -> Iterator[None]:
-    """Reports while the block runs, and once more where it fails: a report tells of failures."""
+    """A report once more where the block fails: it tells of failures."""
     try:
-        with reporter:
-            yield
+        yield
     except Exception:
-        reporter.finish()
+        if reporter.has_begun:
+            reporter.finish()
         raise
 
 

@@ -106,12 +106,21 @@ class Reporter:
         self._ended.set()
         self._changed.set()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has got as far as its first step."""
+        return self._thread.ident is not None
+
     def finish(self) -> None:
-        """The last report, which the caller waits for."""
-        if self._thread.is_alive():
-            self._thread.join(PATIENCE)
-        if not self._thread.is_alive():
-            self._write(False)
+        """The last report, which the caller waits for, though not for ever."""
+        last = threading.Thread(target=self._last, name="report", daemon=True)
+        last.start()
+        last.join(PATIENCE)
+
+    def _last(self) -> None:
+        if self.has_begun:
+            self._thread.join()
+        self._write(False)
 
     def _work(self) -> None:
         pause = self._every

@@ -161,8 +161,8 @@ def export_model(config: Config, to: str) -> int:
 def _made(config: Config, chain: Chain, jobs: list[Job], facts: Facts, to: Folder) -> Made:
     done = [j.step for _, j in jobs if j.step.name == "evaluate" and j.step.is_done(chain.root)]
     target = config.target.model if config.target else ""
-    sections = {"sft": config.sft, "wrpo": config.wrpo}
-    settings = {name: section.identity() for name, section in sections.items() if section}
+    trained = {job.step.name: job.config for _, job in jobs if isinstance(job, Train)}
+    settings = {name: trained[name].identity() for name in ("sft", "wrpo") if name in trained}
     return Made(
         name=_last(str(to)),
         base=next(m for m in facts.models if m.role == "target"),

@@ -39,6 +39,8 @@ UNTIL = {FUSED: "train", SFT: "sft"}
 def study(settings: StudyConfig, only: Sequence[str] = ()) -> dict[str, Any]:
     """Run all cases, or only some of the variants, and return their tables.
 
+    Those of all variants are kept in `study.json`.
+
     Raises:
         WrpoError: see `errors`.
     """
@@ -46,7 +48,8 @@ def study(settings: StudyConfig, only: Sequence[str] = ()) -> dict[str, Any]:
     result: dict[str, Any] = {"seeds": list(settings.seeds), "cases": {}}
     for name, case in cases.items():
         result["cases"][name] = case.run()
-    Folder(settings.output).absolute().write_json(RESULT, result)
+    if not only:
+        Folder(settings.output).absolute().write_json(RESULT, result)
     return result
 
 

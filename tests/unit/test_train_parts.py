@@ -237,9 +237,10 @@ def read_events(path: Path) -> dict[tuple[str, int], float]:
 
 def test_tensorboard(folder):
     run = task(folder, TrainConfig(trackers=("tensorboard",)))
-    (tell,) = trackers(run)
+    (tracker,) = trackers(run)
     for record in RECORDS:
-        tell(record)
+        tracker.tell(record)
+    tracker.close()
     (path,) = (Path(run.folder.path) / "tensorboard").iterdir()
     assert read_events(path) == {
         ("loss", 4): 0.5,
@@ -273,22 +274,29 @@ def test_other_trackers_are_told_numbers_and_steps(folder, monkeypatch, name):
     """Stand-ins with the functions of wandb and mlflow that are called."""
     told: list[tuple[dict[str, float], int]] = []
     started: list[dict[str, Any]] = []
+    ended: list[str] = []
 
     def log(values: dict[str, float], step: int) -> None:
         told.append((values, step))
 
     def init(**arguments: Any) -> Any:
         started.append(arguments)
-        return types.SimpleNamespace(log=log)
+        return types.SimpleNamespace(log=log, finish=lambda: ended.append(name))
 
     module = types.SimpleNamespace(
-        init=init, start_run=init, log_params=lambda params: None, log_metrics=log
+        init=init,
+        start_run=init,
+        log_params=lambda params: None,
+        log_metrics=log,
+        end_run=lambda: ended.append(name),
     )
     monkeypatch.setitem(sys.modules, name, module)
     run = task(folder, TrainConfig(trackers=(name,)))
-    (tell,) = trackers(run)
+    (tracker,) = trackers(run)
     for record in RECORDS:
-        tell(record)
+        tracker.tell(record)
+    tracker.close()
+    assert ended == [name]
     assert told == [
         ({"loss": 0.5, "rewards/margins": 1.5}, 4),
         ({"loss": 0.25, "grad_norm": 2.0, "rewards/margins": -1.0}, 5),

@@ -175,8 +175,9 @@ def licence_notes(facts: Facts) -> Iterator[str]:
 
 def _introduction(made: Made, facts: Facts) -> str:
     sources = ", ".join(m.name for m in facts.models if m.role == "source") or "several models"
+    tuned = f" after supervised fine-tuning on the best answers of {sources}, and"
     return (
-        f"{made.base.name} after supervised fine-tuning on the best answers of {sources}, and "
+        f"{made.base.name}{tuned if 'sft' in made.training else ' after'} "
         "Weighted-Reward Preference\nOptimization "
         "([arXiv 2412.03187](https://arxiv.org/abs/2412.03187)) on preference rows of their "
         "answers and its own, made with wrpo_ray."
@@ -205,8 +206,9 @@ def _use(made: Made) -> Iterator[str]:
 
 def _method(made: Made) -> Iterator[str]:
     yield "The loss of a row is −log σ(α·r(x, y_ws) + (1−α)·r(x, y_wt) − r(x, y_l)) with"
-    yield "r(x, y) = β·log(π(y|x) / π_SFT(y|x)): y_ws is the best answer of all sources, y_wt the"
-    yield f"best and y_l the worst of {made.base.name} after its fine-tuning, by the reward."
+    start, tuned = ("SFT", " after its fine-tuning") if "sft" in made.training else ("ref", "")
+    yield f"r(x, y) = β·log(π(y|x) / π_{start}(y|x)): y_ws is the best answer of all sources, y_wt"
+    yield f"the best and y_l the worst of {made.base.name}{tuned}, by the reward."
     yield ""
 
 

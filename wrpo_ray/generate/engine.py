@@ -194,7 +194,8 @@ class VllmEngine:
 
     def _load_weights(self, folder: Path | None) -> None:
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
-        self.engine.reset_prefix_cache()
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("the engine keeps what it computed with other weights")
         self._loaded = folder
 
     def _add(self, asked: _Asked) -> None:

@@ -252,7 +252,9 @@ def _texts(
             if not len(inside):
                 continue
             columns = ["prompt_id", "source", "sample", "text", "finish_reason"]
-            for row in folder.read_table(name, columns).take(inside).to_pylist():
-                key = row["prompt_id"], row["source"], row["sample"]
-                found[key] = [row["text"], row["finish_reason"]]
+            for batch in _batches(folder, name, columns, int(inside[-1]) + 1):
+                own = batch.filter(pc.is_in(batch["prompt_id"], wanted))
+                for row in own.to_pylist():
+                    key = row["prompt_id"], row["source"], row["sample"]
+                    found[key] = [row["text"], row["finish_reason"]]
     return found

@@ -19,7 +19,7 @@ from typing import Any
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.train.state import load_state, read_extra, save_state
+from wrpo_ray.train.state import INDEX, load_state, save_state
 
 LAYOUT = "sharded"
 """Folder of a run's checkpoints; a format that this code cannot load needs another name."""
@@ -72,9 +72,10 @@ def restore(engine: Any, key: str) -> int:
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
         return 0
-    with checkpoint.as_directory() as folder:
-        if read_extra(Path(folder)).get("step", key) != key:
+    with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{INDEX}") as index:
+        if json.loads(index.read())["extra"].get("step", key) != key:
             return 0
+    with checkpoint.as_directory() as folder:
         return load_state(engine, Path(folder))["next_step"]
 
 

@@ -11,6 +11,7 @@ import gc
 import math
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from wrpo_ray.core.chat import load_tokenizer
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.train import checkpoint, deepspeed, model, packing, schedule
 from wrpo_ray.train.loss import Answers, preference_loss, row_metrics
-from wrpo_ray.train.metrics import MetricsFile, Sums, peak_memory, trackers
+from wrpo_ray.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.train.order import Order
 from wrpo_ray.train.packing import Batch
 from wrpo_ray.train.rows import PreparedRows, Row
@@ -127,22 +128,28 @@ class Trainer:
         """
         is_first = dist.get_rank() == 0
         file = MetricsFile(self.task.folder, first_step) if is_first else None
-        tell = trackers(self.task) if is_first else []
+        with ExitStack() as ended:
+            tell = trackers(self.task) if is_first else []
+            for tracker in tell:
+                ended.callback(tracker.close)
+            self._steps(first_step, file, tell)
+        if file is None:
+            return None
+        file.flush()
+        return file.records[-1]["loss"] if file.records else None
+
+    def _steps(self, first_step: int, file: MetricsFile | None, tell: list[Tracker]) -> None:
         for step in range(first_step, self.order.steps):
             record = self.step(step) | self._held_out(step)
             if file:
                 file.append(record)
             for tracker in tell:
-                tracker(record)
+                tracker.tell(record)
             if (step + 1) % self.task.config.checkpoint_every == 0 and step + 1 < self.order.steps:
                 if file:
                     file.flush()
                 metrics = {"step": step, "loss": record["loss"]}
                 checkpoint.save(self.policy, self.task.step.key, step + 1, metrics)
-        if file is None:
-            return None
-        file.flush()
-        return file.records[-1]["loss"] if file.records else None
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics, which are the same on all workers."""

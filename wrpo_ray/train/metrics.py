@@ -7,6 +7,7 @@ import json
 import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,17 @@ def peak_memory(device: torch.device) -> float:
 
 # --- where else metrics go -----------------------------------------------------------------------
 
-Tracker = Callable[[Record], None]
+
+@dataclass(frozen=True)
+class Tracker:
+    """Where else a run's metrics go."""
+
+    tell: Callable[[Record], None]
+    """Called with each step's record."""
+    close: Callable[[], Any]
+    """Ends the run there: the same process may train another model."""
+
+
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
@@ -118,7 +129,7 @@ def check_trackers(task: Task) -> None:
 
 
 def trackers(task: Task) -> list[Tracker]:
-    """A function for each tracker of the config, called with each step's record."""
+    """Those of the config."""
     makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     return [makers[name](task) for name in task.config.trackers]
 
@@ -139,7 +150,7 @@ def _tensorboard(task: Task) -> Tracker:
         writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         writer.flush()
 
-    return tell
+    return Tracker(tell, writer.close)
 
 
 def _wandb(task: Task) -> Tracker:
@@ -149,7 +160,7 @@ def _wandb(task: Task) -> Tracker:
         project="wrpo-ray", name=task.step.folder, id=task.step.key, resume="allow",
         config=task.config.model_dump(mode="json"),
     )  # fmt: skip
-    return lambda record: run.log(_numbers(record), step=record["step"])
+    return Tracker(lambda r: run.log(_numbers(r), step=r["step"]), run.finish)
 
 
 def _mlflow(task: Task) -> Tracker:
@@ -157,7 +168,10 @@ def _mlflow(task: Task) -> Tracker:
 
     mlflow.start_run(run_name=task.step.folder)
     mlflow.log_params(task.config.identity())
-    return lambda record: mlflow.log_metrics(_numbers(record), step=record["step"])
+    return Tracker(
+        lambda r: mlflow.log_metrics(_numbers(r), step=r["step"]),
+        mlflow.end_run,
+    )
 
 
 def _numbers(record: Record) -> dict[str, float]:

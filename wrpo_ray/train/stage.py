@@ -101,12 +101,26 @@ def _train(run: Run, jobs: list[Train]) -> None:
     _check_room(jobs[0])
     tasks = [_task(run, job) for job in jobs]
     checkpoints = tasks[0].folder / CHECKPOINTS
-    for job, task, counts in zip(jobs, tasks, _fit(tasks, checkpoints), strict=True):
-        _tell(task, counts)
-        own = counts.pop("seconds")
-        job.step.finish(run.root, counts, started if len(jobs) == 1 else time.time() - own)
-        task.folder.delete(TRAINED)
+    try:
+        fitted = _fit(tasks, checkpoints)
+    except WrpoError:
+        for job, task in zip(jobs, tasks, strict=True):  # what was trained before the fault
+            if task.folder.exists(TRAINED):
+                _finish(run, job, task, task.folder.read_json(TRAINED))
+        raise
+    for job, task, counts in zip(jobs, tasks, fitted, strict=True):
+        _finish(run, job, task, counts, started if len(jobs) == 1 else None)
     tasks[0].folder.delete(CHECKPOINTS)
+
+
+def _finish(
+    run: Run, job: Train, task: Task, counts: dict[str, Any], started: float | None = None
+) -> None:
+    """Write the manifest of a trained model, which began at `started`, or took its own time."""
+    _tell(task, counts)
+    own = counts.pop("seconds")
+    job.step.finish(run.root, counts, started or time.time() - own)
+    task.folder.delete(TRAINED)
 
 
 def _task(run: Run, job: Train) -> Task:

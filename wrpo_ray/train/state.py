@@ -50,11 +50,6 @@ def save_state(engine: Any, folder: Path, extra: dict[str, Any]) -> None:
         (folder / INDEX).write_text(json.dumps({"adam_steps": _steps(engine), "extra": extra}))
 
 
-def read_extra(folder: Path) -> dict[str, Any]:
-    """What was given with a state."""
-    return json.loads((folder / INDEX).read_text())["extra"]
-
-
 def load_state(engine: Any, folder: Path) -> dict[str, Any]:
     """Restore a new engine from the files of all workers; all call it. Returns `extra`.
 
