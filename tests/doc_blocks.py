@@ -41,7 +41,7 @@ TESTED = {
     r"make (test|lint|docs|soak|format)": "Makefile",
     r"\. \.venv/bin/activate": "Makefile",
     r"wrpo zoo \S+( --recipe distant)?": "tests/unit/test_zoo.py",
-    r"wrpo study \S+": E2E.format("study", "variants_share_what_they_have_in_common"),
+    r"wrpo study \S+": E2E.format("studies", "variants_share_what_they_have_in_common"),
     r"python benchmarks/study\.py \S+": UNIT.format(
         "study", "the_shipped_study_names_configs_that_are_whole"
     ),
