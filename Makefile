@@ -16,7 +16,7 @@ demo: .venv/.cpu
 	@$(BIN)/wrpo fuse jobs/demo.yaml --set output=$(OUT)
 
 test: lint
-	@$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder --durations=40
+	@$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder --durations=25
 
 lint: .venv/.dev
 	@$(BIN)/ruff check .

@@ -91,7 +91,10 @@ def has_checkpoint(output: Path) -> bool:
 
 
 def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed, tmp_path):
-    """SIGKILL of the driver in mid-generation and in mid-training of WRPO."""
+    """SIGKILL of the driver in mid-generation and in mid-training of WRPO.
+
+    The last run ends with that training: the evaluation after it is the other run's matter.
+    """
     output = tmp_path / "killed"
     wrpo = demo(output)
 
@@ -104,7 +107,7 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed
     assert generated.items() <= shards(output, "generate-*/*.parquet").items()
     finished = shards(output, "**/*.parquet")
 
-    result = wrpo("fuse")
+    result = wrpo("fuse", "--until", "train")
     assert result.returncode == 0, result.stderr
     assert "wrpo: resumed at step" in result.stderr
     assert finished.items() <= shards(output, "**/*.parquet").items()
@@ -117,9 +120,6 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed
             assert len(killed) == len(set(killed))
     for step in ("select", "pair"):
         assert rows(output, step, "prompt_id") == rows(undisturbed, step, "prompt_id")
-    for source in (*SOURCES, "target"):  # the held-out answers are greedy
-        name = f"score-verifier-{source}"
-        assert rows(output, name, *KEY, "text") == rows(undisturbed, name, *KEY, "text")
 
 
 def test_a_fourth_source_is_all_that_is_generated(demo, undisturbed, zoo, tmp_path):
