@@ -90,11 +90,26 @@ def has_checkpoint(output: Path) -> bool:
     return any('"checkpoint_dir_name"' in file.read_text() for file in lists)
 
 
-def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed, tmp_path):
-    """SIGKILL of the driver in mid-generation and in mid-training of WRPO.
+def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path):
+    """SIGKILL of the driver in mid-training of WRPO; test_kills.py has those before it."""
+    output = tmp_path / "killed"
+    shutil.copytree(undisturbed, output)
+    for folder in (*output.glob("wrpo-*"), *output.glob("dpo-*")):
+        shutil.rmtree(folder)
+    before = shards(output, "**/*.parquet")
+    wrpo = demo(output)
+    log = wrpo.killed_when(lambda: has_checkpoint(output), "fuse", "--until", "train")
+    assert "pair: done before" in log
+    result = wrpo("fuse", "--until", "train")
+    assert result.returncode == 0, result.stderr
+    assert "wrpo: resumed at step" in result.stderr
+    assert shards(output, "**/*.parquet") == before
+    wait_until(lambda: not processes_of(output))
 
-    The last run ends with that training: the evaluation after it is the other run's matter.
-    """
+
+@pytest.mark.soak
+def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed, tmp_path):
+    """SIGKILL of the driver in mid-generation and in mid-training of WRPO."""
     output = tmp_path / "killed"
     wrpo = demo(output)
 
@@ -107,7 +122,7 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed
     assert generated.items() <= shards(output, "generate-*/*.parquet").items()
     finished = shards(output, "**/*.parquet")
 
-    result = wrpo("fuse", "--until", "train")
+    result = wrpo("fuse")
     assert result.returncode == 0, result.stderr
     assert "wrpo: resumed at step" in result.stderr
     assert finished.items() <= shards(output, "**/*.parquet").items()
