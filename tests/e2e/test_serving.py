@@ -170,7 +170,7 @@ def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):
 def _score(server: Server, chat: list[Any]) -> httpx.Response:
     headers = {"Authorization": f"Bearer {server.key}"}
     return httpx.post(
-        f"{server.url}/v1/score", json={"messages": chat}, headers=headers, timeout=60
+        f"{server.url}/v1/score", json={"messages": chat}, headers=headers, timeout=180
     )
 
 
@@ -182,6 +182,7 @@ def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Serve
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
         page = browser.new_page(viewport={"width": 1000, "height": 560})
+        page.set_default_timeout(120_000)  # tests beside it take the cores
         page.goto(server.url)
         page.fill("#key", server.key)
         page.keyboard.press("Enter")
