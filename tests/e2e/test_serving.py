@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,12 @@ def test_text_that_spells_a_special_token_stays_text(server: Server, zoo: Path):
 def test_an_adapter_is_a_model_of_its_own(server: Server):
     create = server.client().chat.completions.create
     ask = {"messages": messages("Vowels in jaf:"), "temperature": 0, "max_tokens": 20}
-    texts = [create(model=m, **ask).choices[0].message.content for m in ("target", "tuned")]
+    models = ("target", "tuned")
+    texts = [create(model=m, **ask).choices[0].message.content for m in models]
     assert texts[0] != texts[1]
+    with ThreadPoolExecutor(8) as threads:  # in one batch
+        together = threads.map(lambda m: create(model=m, **ask).choices[0].message, models * 4)
+    assert [message.content for message in together] == texts * 4
 
 
 def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):

@@ -161,7 +161,7 @@ def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
     """The engine's settings, with the model's files where they lie here."""
     folders = {name: Folder(uri).local() for name, uri in model.adapters.items()}
     source = str(Folder(model.model).local())
-    return engine_settings(model, max_tokens, source, adapters=_adapters(folders))
+    return engine_settings(model, max_tokens, source, adapters=_adapters(folders, model))
 
 
 def engine_settings(
@@ -201,8 +201,12 @@ def engine_settings(
     )
 
 
-def _adapters(folders: dict[str, Path]) -> dict[str, Any]:
-    """Settings of LoRA adapters in vLLM, by the names that clients use."""
+def _adapters(folders: dict[str, Path], model: ServedModel) -> dict[str, Any]:
+    """Settings of LoRA adapters in vLLM, by the names that clients use.
+
+    On the CPU vLLM (0.29) takes a request without an adapter for one of the last place of all,
+    where it is in a batch with others; so that place stays empty there.
+    """
     if not folders:
         return {}
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
@@ -210,7 +214,7 @@ def _adapters(folders: dict[str, Path]) -> dict[str, Any]:
     ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in folders.values()]
     return {
         "enable_lora": True,
-        "max_loras": len(folders),
+        "max_loras": len(folders) + (not model.actors.num_gpus),
         "max_lora_rank": next(rank for rank in RANKS if rank >= max(ranks)),
         "lora_modules": [LoRAModulePath(name=n, path=str(f)) for n, f in folders.items()],
     }
