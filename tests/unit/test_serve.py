@@ -37,6 +37,14 @@ HI = [{"role": "user", "content": SECRET}]
 CHAT, COMPLETIONS, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/score"
 
 
+@pytest.fixture(autouse=True)
+def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Ray Serve, which other tests import, keeps its logger to itself."""
+    monkeypatch.setattr(api.LOG, "disabled", False)
+    monkeypatch.setattr(api.LOG, "propagate", True)
+    caplog.set_level(logging.DEBUG, api.LOG.name)
+
+
 def chunk(text: str) -> str:
     return json.dumps({"choices": [{"delta": {"content": text}}]}, separators=(",", ":"))
 
