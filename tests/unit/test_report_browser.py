@@ -19,14 +19,6 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not instal
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
 def made(tmp_path_factory) -> MadeRun:
     """A run with hostile texts in prompts, answers, failures and a source's name."""
     sources = ("llama", "qwen", HOSTILE[0])
