@@ -1,7 +1,7 @@
 """`wrpo serve` and `vllm serve` under the same clients, and what overload does to those it takes.
 
-`make bench` runs it; RESULTS.md has what it found and what it does not show. The servers run one
-after the other, with the same model, environment and arguments of the engine.
+`make bench` runs it; RESULTS.md has what it found and what it does not show. The servers take
+turns, with the same model, environment and arguments of the engine.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from wrpo_ray.serve.keys import ENVIRONMENT, new_key
 PREFIX = "serve."
 MODEL = "llama"
 PHASES = ("streamed", "whole")
+ROUNDS = 3
+"""Turns of each server, so that a machine whose speed changes favours neither."""
 LEAST = 0.9
 """What our throughput has to be, as a part of the bare server's."""
 KEY, LINE = new_key("bench")
@@ -190,6 +192,13 @@ class Phase:
     cpu: float = 0.0
     """CPU seconds of the server."""
 
+    def add(self, other: Phase) -> None:
+        """Take what they got in another round."""
+        self.answers += other.answers
+        self.refused += other.refused
+        self.seconds += other.seconds
+        self.cpu += other.cpu
+
     @property
     def tokens(self) -> int:
         """Of all answers."""
@@ -321,6 +330,7 @@ class Report:
             table=self._table(),
             overload=self._overload(),
             places=self.work.places,
+            rounds=ROUNDS,
             same=self.same(),
             weights=self.weights / 1e6,
             machine=results.machine(),
@@ -375,8 +385,8 @@ TEXT = """# Serving: against the bare server, and in overload
 - **`wrpo serve`**: ingress, keys, limits, Ray Serve, a replica of Ray Serve LLM. **`vllm serve`**:
   the bare server. Both have the environment and the arguments of our engine
   (`wrpo_ray/core/vllm.py`), `max_num_seqs` {clients}, and the same clients in a process beside
-  them. They run one after the other, each warmed up before. {same:.1%} of their answers are the
-  same.
+  them. They take turns, {rounds} each, with as many requests in each, warmed up before.
+  {same:.1%} of their answers are the same.
 - The engine, the server's other processes and the clients share the machine's cores. CPU time is
   the server's, of all its processes. The load of the minute before was {load:.1f}.
 - Versions: {versions}.
@@ -392,21 +402,26 @@ What it does not show: GPUs, several replicas, long prompts, a network between c
 
 
 def measure(work: Work) -> Report:
-    """Both servers, then the overload of ours."""
-    load, phases = os.getloadavg()[0], {}
+    """Both servers in turn, then the overload of ours."""
+    load = os.getloadavg()[0]
+    starts = {"vllm": vllm_serve, "ours": ours}
+    phases: dict[str, dict[str, Phase]] = {t: {p: Phase() for p in PHASES} for t in starts}
     with tempfile.TemporaryDirectory(prefix="wrpo-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         work.shape.write(folder / "model")
         size = weights(folder / "model")
-        for title, start in {"vllm": vllm_serve, "ours": ours}.items():
-            with start(folder, work) as server:
-                for phase in PHASES:  # the warm-up
-                    ask(server, work.bodies(phase)[: work.clients], work.clients)
-                phases[title] = {p: ask(server, work.bodies(p), work.clients) for p in PHASES}
-                if title == "ours":
-                    bodies = work.bodies("whole") + work.bodies("streamed")
-                    capacity = ask(server, bodies, work.places)
-                    overload = ask(server, bodies, work.crowd)
+        for number in range(ROUNDS):
+            for title, start in starts.items():
+                with start(folder, work) as server:
+                    for phase in PHASES:  # the warm-up
+                        ask(server, work.bodies(phase)[: work.clients], work.clients)
+                    for phase, sum_of_rounds in phases[title].items():
+                        bodies = work.bodies(phase)[number::ROUNDS]
+                        sum_of_rounds.add(ask(server, bodies, work.clients))
+                    if title == "ours" and number == ROUNDS - 1:
+                        bodies = work.bodies("whole") + work.bodies("streamed")
+                        capacity = ask(server, bodies, work.places)
+                        overload = ask(server, bodies, work.crowd)
     report = Report(work, size, load, phases, capacity, overload)
     assert report.same() >= 0.95, f"only {report.same():.1%} of the answers are the same"
     assert overload.refused, "nothing was refused"
@@ -419,7 +434,7 @@ def main() -> None:
     parser.add_argument("-n", type=int, help="requests; for a check: no report is written")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    report = measure(Work(options.n or 192))
+    report = measure(Work(options.n or 288))
     print(report.text())
     if not options.n:
         results.save(options.output, PREFIX, report.rows(), report.text())

@@ -61,10 +61,13 @@ class Server:
         settings = {"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0}
         return openai.OpenAI(**settings | {"timeout": 180} | changes)
 
+    def children(self) -> list[psutil.Process]:
+        """All its processes but the first."""
+        return psutil.Process(self.process.pid).children(recursive=True)
+
     def replicas(self) -> list[psutil.Process]:
         """The processes of the model's replicas."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return [p for p in children if any("Model:target" in word for word in p.cmdline())]
+        return [p for p in self.children() if any("Model:target" in w for w in p.cmdline())]
 
 
 def _adapter(model: Path, folder: Path) -> str:
@@ -359,9 +362,12 @@ def test_when_stopped_it_finishes_what_is_in_hand_and_has_logged_no_secret(serve
     )
     chunks = iter(answer)
     next(chunks)
+    children = server.children()
+    assert any(child.name() == "haproxy" for child in children)
     server.process.terminate()
     assert list(chunks)[-1].choices[0].finish_reason == "length"
     assert server.process.wait(120) == 143
+    assert not psutil.wait_procs(children, timeout=30)[1]
     files = [f for f in server.logs.rglob("*") if f.is_file() and not f.is_symlink()]
     texts = {f: f.read_bytes() for f in files}
     assert any(b"this-run asked target: 200" in text for text in texts.values())

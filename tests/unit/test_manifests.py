@@ -156,6 +156,16 @@ def test_ray_is_closed_to_other_pods_and_asks_for_its_token():
         assert typed_body(body).cluster.auth_options.mode == "token"
 
 
+def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
+    from wrpo_ray.serve.app import PROXY
+
+    services = [body for body in all_objects() if body["kind"] == "RayService"]
+    nodes = [pod["containers"][0] for pod in pods(services)]
+    assert len(nodes) >= 4
+    for node in nodes:
+        assert PROXY.items() <= {e["name"]: e.get("value") for e in node["env"]}.items()
+
+
 def test_no_secret_is_in_the_repository():
     for body in yaml.safe_load_all((CLUSTER / "secrets.example.yaml").read_text()):
         for value in body["stringData"].values():
