@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,3 +90,15 @@ def local_ray() -> Iterator[None]:
         cluster.connect(ClusterConfig(num_cpus=4, cache_gb=20), Folder(folder), "tests")
         yield
         cluster.disconnect()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    """Chromium; tests that use it are skipped where it is not installed."""
+    program = shutil.which("chromium") or pytest.skip("chromium is not installed")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from harness import processes_of, rows, shards, wait_until
+from in_browser import look
 
 from wrpo_ray.cli import main
 
@@ -73,6 +74,10 @@ def test_the_output_alone_tells_of_the_run(demo, undisturbed, capsys):
     assert main(["status", str(undisturbed)]) == 0
     steps = json.loads((undisturbed / "chain.json").read_text())["steps"]
     assert f"{len(steps)} of {len(steps)} steps done" in capsys.readouterr().out
+
+
+def test_its_report_in_a_browser(undisturbed, browser):
+    look(browser, undisturbed / "report.html", "report")
 
 
 def test_a_second_call_does_nothing(demo, undisturbed):

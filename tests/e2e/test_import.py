@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from harness import ROOT, Wrpo
+from in_browser import look
 
 REAL = ROOT.parent / "shared" / "data" / "gsm8k_real_responses.parquet"
 TARGET = "Meta-Llama-3-8B-Instruct"
@@ -29,22 +30,29 @@ def config(tmp_path: Path, **tree: object) -> Wrpo:
     return Wrpo(path)
 
 
-@pytest.mark.skipif(not REAL.exists(), reason="the real GSM8K responses are not beside the project")
-def test_real_responses(tmp_path):
-    """Each y_ws has its prompt's highest reward; ties are spread; no pair is made up."""
-    output = tmp_path / "out"
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory) -> Path:
+    """The output of jobs/import-real.yaml over the real responses."""
+    if not REAL.exists():
+        pytest.skip("the real GSM8K responses are not beside the project")
+    output = tmp_path_factory.mktemp("imported")
     wrpo = Wrpo(ROOT / "jobs" / "import-real.yaml")
     result = wrpo(
         "fuse", "--set", f"import.path={REAL}", "--set", f"output={output}", "--until", "pair"
     )
     assert result.returncode == 0, result.stderr
+    return output
+
+
+def test_real_responses(imported):
+    """Each y_ws has its prompt's highest reward; ties are spread; no pair is made up."""
     best, target = collections.defaultdict(float), {}
     for row in pq.read_table(REAL, columns=["prompt", "model", "reward"]).to_pylist():
         if row["model"] == TARGET:
             target[row["prompt"]] = row["reward"]
         else:
             best[row["prompt"]] = max(best[row["prompt"]], row["reward"])
-    chosen = {r["messages"][0]["content"]: r["source_chosen"] for r in table(output, "select")}
+    chosen = {r["messages"][0]["content"]: r["source_chosen"] for r in table(imported, "select")}
     assert len(chosen) == 1319
     assert all(answer["reward"] == best[prompt] for prompt, answer in chosen.items())
     hard = [p for p in chosen if best[p] == 1 and target[p] == 0]
@@ -53,14 +61,18 @@ def test_real_responses(tmp_path):
     wins = collections.Counter(answer["source"] for answer in chosen.values())
     assert TARGET not in wins
     assert max(wins.values()) <= 0.25 * 1319
-    summary = json.loads((output / "summary.json").read_text())
+    summary = json.loads((imported / "summary.json").read_text())
     counts = {step["step"]: step["counts"] for step in summary["steps"]}
     assert counts["pair"]["rows"] == 0
     assert counts["pair"]["dropped.too_few"] == counts["pair"]["prompts"]
     assert {k[5:]: v for k, v in counts["select"].items() if k.startswith("wins.")} == wins
-    report = (output / "report.html").read_text()
+    report = (imported / "report.html").read_text()
     assert all(f">{name}</text>" in report for name in wins)  # each source has its bar
     assert "done up to pair" in report
+
+
+def test_the_report_of_real_responses_in_a_browser(imported, browser):
+    look(browser, imported / "report.html", "report-import")
 
 
 ANSWERS = [("A", 0, 0.9), ("B", 0, 0.2), ("T", 0, 0.5), ("T", 1, 0.1)]

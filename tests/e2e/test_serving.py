@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,7 +26,7 @@ import psutil
 import pytest
 import yaml
 from harness import ROOT
-from playwright.sync_api import sync_playwright
+from in_browser import picture
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.core.chat import load_tokenizer, prompt_ids
@@ -182,30 +181,21 @@ def _score(server: Server, chat: list[Any]) -> httpx.Response:
     )
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Server):
-    """With WRPO_SCREENSHOT set to a file, it makes the picture of the docs."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        page = browser.new_page(viewport={"width": 1000, "height": 560})
-        page.set_default_timeout(120_000)  # tests beside it take the cores
-        page.goto(server.url)
-        page.fill("#key", server.key)
-        page.keyboard.press("Enter")
-        page.wait_for_selector("#ask:visible")
-        page.fill("#tokens", "20")
-        page.fill("#temperature", "0")
-        page.fill("#prompt", "Vowels in jaf:")
-        page.keyboard.press("Control+Enter")
-        page.get_by_text("2 of 2 answers are whole").wait_for()
-        for said in page.locator("article").all_inner_texts():
-            assert re.search(r"tokens/s.*reward -?\d+\.\d{3}", said), said
-        if file := os.environ.get("WRPO_SCREENSHOT"):
-            page.evaluate("document.activeElement.blur()")
-            page.screenshot(path=file, full_page=True)
-        browser.close()
+def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Server, browser: Any):
+    page = browser.new_page(viewport={"width": 1000, "height": 560})
+    page.set_default_timeout(120_000)  # tests beside it take the cores
+    page.goto(server.url)
+    page.fill("#key", server.key)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#ask:visible")
+    page.fill("#tokens", "20")
+    page.fill("#temperature", "0")
+    page.fill("#prompt", "Vowels in jaf:")
+    page.keyboard.press("Control+Enter")
+    page.get_by_text("2 of 2 answers are whole").wait_for()
+    for said in page.locator("article").all_inner_texts():
+        assert re.search(r"tokens/s.*reward -?\d+\.\d{3}", said), said
+    picture(page, "playground")
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,6 +1,5 @@
 """The playground in a real browser: keyboard alone, answers side by side, light and dark."""
 
-import shutil
 import socket
 import threading
 from collections.abc import Iterator
@@ -14,10 +13,6 @@ from test_serve import DONE, KEY, LINES, Noted, Rewarded, Scripted, chunk, usage
 from wrpo_ray import config
 from wrpo_ray.serve.api import LostError, create
 from wrpo_ray.serve.keys import Keys
-
-CHROMIUM = shutil.which("chromium")
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 NAMES = ("one", "two", "three", "four")
 

@@ -1,6 +1,5 @@
 """The report in a real browser: the rows by keyboard, no word in the console, axe finds nothing."""
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +11,7 @@ from wrpo_ray.report import comparing, page
 from wrpo_ray.report.facts import gather
 from wrpo_ray.report.outline import read
 
-CHROMIUM = shutil.which("chromium")
-sync_api = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
 @pytest.fixture(scope="module")
