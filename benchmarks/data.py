@@ -29,6 +29,10 @@ PARTS: dict[str, tuple[Part, Any, int]] = {
     "score": (score.PART, score.Work, 20),
 }
 """What is measured, on which work, of how many prompts."""
+GPU_PARTS: dict[str, tuple[Part, Any, int]] = {
+    "generate": (generate.GPU_PART, generate.gpu_work, 1024),
+}
+"""The same on a GPU."""
 
 
 def measure(part: Part, work: Any) -> Measurements:
@@ -50,10 +54,12 @@ def main() -> None:
     """Measure both parts, or one, and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("-n", type=int, help="prompts; for a check: no report is written")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)
     options = parser.parse_args()
-    for name, (part, work, prompts) in PARTS.items():
+    parts = PARTS if options.device == "cpu" else GPU_PARTS
+    for name, (part, work, prompts) in parts.items():
         if options.only in (None, name):
             measurements = measure(part, work(options.n or prompts))
             print(f"\n{measurements.text()}\n", flush=True)

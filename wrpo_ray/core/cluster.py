@@ -28,6 +28,7 @@ from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import TEMPORARY, Folder
+from wrpo_ray.core.vllm import with_root_cause
 from wrpo_ray.errors import UserError, WrpoError
 
 OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
@@ -535,7 +536,7 @@ def _guarded(
     try:
         return function(row)
     except Exception as error:  # whatever it is, the driver tells it
-        own = error if isinstance(error, WrpoError) else readable(error, what)
+        own = error if isinstance(error, WrpoError) else readable(with_root_cause(error), what)
         return {
             "error": type(own).__name__,
             "message": str(own),
