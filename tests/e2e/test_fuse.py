@@ -2,10 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from harness import processes_of, rows, shards, wait_until
+from harness import ROOT, processes_of, rows, shards, wait_until
 from in_browser import look
 
 from wrpo_ray.cli import main
@@ -96,7 +98,10 @@ def has_checkpoint(output: Path) -> bool:
 
 
 def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path):
-    """SIGKILL of the driver in mid-training of WRPO; test_kills.py has those before it."""
+    """SIGKILL of the driver in mid-training of WRPO; test_kills.py has those before it.
+
+    `wrpo status --watch` looks on from the moment that training goes on to the end.
+    """
     output = tmp_path / "killed"
     shutil.copytree(undisturbed, output)
     for folder in (*output.glob("wrpo-*"), *output.glob("dpo-*")):
@@ -105,9 +110,21 @@ def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path
     wrpo = demo(output)
     log = wrpo.killed_when(lambda: has_checkpoint(output), "fuse", "--until", "train")
     assert "pair: done before" in log
-    result = wrpo("fuse", "--until", "train")
-    assert result.returncode == 0, result.stderr
-    assert "wrpo: resumed at step" in result.stderr
+    with subprocess.Popen(
+        wrpo.arguments("fuse", "--until", "train"), cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as run:
+        told = ""
+        while "wrpo: resumed at step" not in told:
+            line = run.stderr.readline()
+            assert line, told
+            told += line
+        watch = [sys.executable, "-m", "wrpo_ray", "status", str(output), "--watch", "--every", "1"]
+        watched = subprocess.run(watch, capture_output=True, text=True, timeout=600)
+        told += run.stderr.read()
+    assert run.returncode == 0, told
+    assert watched.returncode == 0, watched.stderr
+    assert f"process {run.pid}, heartbeat" in watched.stdout
+    assert watched.stdout.rpartition("lease: ")[2].startswith("nobody")
     assert shards(output, "**/*.parquet") == before
     wait_until(lambda: not processes_of(output))
 

@@ -3,6 +3,7 @@
 import pyarrow as pa
 from harness import ROOT
 
+from wrpo_ray.cli import main
 from wrpo_ray.core import records
 from wrpo_ray.core.shards import Bucket, read_bucket
 from wrpo_ray.core.storage import Folder
@@ -64,8 +65,11 @@ def test_same_rows_as_on_disk_after_a_kill(demo, bucket, tmp_path):
     assert ours.equals(tables(disk, "select", records.SELECTION).select(columns))
 
 
-def test_training_from_and_to_an_object_store(demo, bucket):
-    """SFT reads its shards from the store, puts its model there, and vLLM loads it from there."""
+def test_training_from_and_to_an_object_store(demo, bucket, tmp_path, capsys):
+    """SFT reads its shards from the store, puts its model there, and vLLM loads it from there.
+
+    Status and report of the run need no more than its address.
+    """
     result = demo(bucket, **SMALL)("fuse", "--until", "sample")
     assert result.returncode == 0, result.stderr
     store = Folder(bucket)
@@ -76,6 +80,10 @@ def test_training_from_and_to_an_object_store(demo, bucket):
     ]
     assert "model.safetensors" in (store / sft / "model").files()
     assert tables(store, "score-reward-target-sft", records.SCORED).num_rows > 0
+    assert main(["status", bucket]) == 0
+    assert "nobody: no run is under way" in capsys.readouterr().out
+    assert main(["report", bucket, "--to", str(tmp_path / "report.html")]) == 0
+    assert 'id="training-sft-title"' in (tmp_path / "report.html").read_text()
 
 
 def test_export_into_an_object_store(bucket):
