@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from wrpo_ray.report import page
 
+GAP, HIGH = 32, 1000
+"""Pixels around a part of a picture, and its height."""
 
-def look(browser: Any, file: Path, name: str) -> None:
+
+def look(browser: Any, file: Path, name: str, *sections: str) -> None:
     """A report is small, loads nothing, says nothing in the console, and its filter filters."""
     assert file.stat().st_size < page.MOST
-    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    tab = browser.new_page(viewport={"width": 1000, "height": HIGH})
     told, asked = [], []
     tab.on("console", lambda message: told.append(message.text))
     tab.on("pageerror", lambda error: told.append(str(error)))
@@ -28,12 +34,28 @@ def look(browser: Any, file: Path, name: str) -> None:
         assert tab.locator("#found").inner_text().startswith(f"{found:,} of {len(rows):,} ")
     assert told == []
     assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-    picture(tab, name)
+    picture(tab, name, *sections)
     tab.close()
 
 
-def picture(tab: Any, name: str) -> None:
-    """Of the whole page, where WRPO_PICTURES asks for it."""
-    if folder := os.environ.get("WRPO_PICTURES"):
-        tab.evaluate("document.activeElement.blur()")
-        tab.screenshot(path=Path(folder, f"{name}.png"), full_page=True)
+def picture(tab: Any, name: str, *sections: str) -> None:
+    """Of the whole page, or of its parts that begin with these elements, side by side."""
+    folder = os.environ.get("WRPO_PICTURES")
+    if not folder:
+        return
+    tab.evaluate("document.activeElement.blur()")
+    file = Path(folder, f"{name}.png")
+    if not sections:
+        tab.screenshot(path=file, full_page=True)
+        return
+    page = Image.open(BytesIO(tab.screenshot(full_page=True)))
+    place = "(e) => e.getBoundingClientRect().top + scrollY"
+    tops = [tab.locator(section).first.evaluate(place) for section in sections]
+    column = tab.locator("main").bounding_box()
+    left, right = column["x"] - GAP / 2, column["x"] + column["width"] + GAP / 2
+    parts = [page.crop((left, top - GAP, right, top - GAP + HIGH)) for top in tops]
+    wide = parts[0].width + GAP // 4
+    whole = Image.new("RGB", (len(parts) * wide - GAP // 4, HIGH), "#d8d8d8")
+    for number, part in enumerate(parts):
+        whole.paste(part, (number * wide, 0))
+    whole.quantize(128).save(file, optimize=True)

@@ -79,7 +79,14 @@ def test_the_output_alone_tells_of_the_run(demo, undisturbed, capsys):
 
 
 def test_its_report_in_a_browser(undisturbed, browser):
-    look(browser, undisturbed / "report.html", "report")
+    look(
+        browser,
+        undisturbed / "report.html",
+        "report",
+        "main",
+        "figure:has(#training-wrpo-title)",
+        "#rows",
+    )
 
 
 def test_a_second_call_does_nothing(demo, undisturbed):

@@ -35,7 +35,7 @@ def imported(tmp_path_factory) -> Path:
     """The output of jobs/import-real.yaml over the real responses."""
     if not REAL.exists():
         pytest.skip("the real GSM8K responses are not beside the project")
-    output = tmp_path_factory.mktemp("imported")
+    output = tmp_path_factory.mktemp("imported") / "gsm8k-answers"
     wrpo = Wrpo(ROOT / "jobs" / "import-real.yaml")
     result = wrpo(
         "fuse", "--set", f"import.path={REAL}", "--set", f"output={output}", "--until", "pair"
@@ -72,7 +72,7 @@ def test_real_responses(imported):
 
 
 def test_the_report_of_real_responses_in_a_browser(imported, browser):
-    look(browser, imported / "report.html", "report-import")
+    look(browser, imported / "report.html", "report-import", "main", "#rewards", "#rows")
 
 
 ANSWERS = [("A", 0, 0.9), ("B", 0, 0.2), ("T", 0, 0.5), ("T", 1, 0.1)]

@@ -211,10 +211,10 @@ def test_rows_are_as_many_as_fit_and_long_texts_are_cut(made):
 
 @pytest.mark.soak
 def test_a_million_rows_make_a_page_below_five_megabytes(tmp_path, browser):
-    run = MadeRun(tmp_path, rows=1_000_000, buckets=64)
+    run = MadeRun(tmp_path / "a-million-rows", rows=1_000_000, buckets=64)
     outline = run.write()
     assert page.write(run.root, outline)
-    look(browser, tmp_path / page.FILE, "report-million")
+    look(browser, run.folder / page.FILE, "report-million", "main", "#rewards", "#rows")
     facts = gather(run.root, outline)
     assert facts["counts"]["pair"]["rows"] == 1_000_000
     assert len(facts["rows"]) == sample.ROWS
