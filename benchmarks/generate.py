@@ -291,6 +291,8 @@ GPU_TEXT = """# On a GPU: five answers to a prompt
 {targets}
 
 {table}
+
+{machine}. Versions: {versions}.
 """
 
 GPU_PART = replace(

@@ -342,10 +342,10 @@ in bf16. Contenders and figures are those of
   from the varlen kernel, published's from `sdpa`, both in bf16.
 - Versions: {versions}.
 
-What it does not show: r that is in no row; FlashAttention in the peers; a full GPU. On an H100 ours
-took as long at r 1.6 as at r 0.4, with a third more tokens: with micro-batches of two short rows a
-step seems to wait for the launching of kernels, and ratios fall short of the work's. Our training
-fills micro-batches to `micro_batch_tokens`, 8,192 by default; here they hold two rows for likeness.
+What it does not show: r that is in no row; FlashAttention in the peers; a full GPU. Where ours
+takes as long at a larger r, with more tokens, a step waits for the launching of kernels, and ratios
+fall short of the work's: micro-batches hold two short rows here for likeness, while our training
+fills them to `micro_batch_tokens`, 8,192 by default.
 """
 
 

@@ -429,6 +429,8 @@ GPU_TEXT = """# On a GPU: serving against the bare server, and in overload
 {table}
 
 {overload}
+
+{machine}. Versions: {versions}.
 """
 
 

@@ -160,10 +160,16 @@ def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
     from wrpo_ray.serve.app import PROXY
 
     services = [body for body in all_objects() if body["kind"] == "RayService"]
-    nodes = [pod["containers"][0] for pod in pods(services)]
-    assert len(nodes) >= 4
-    for node in nodes:
-        assert PROXY.items() <= {e["name"]: e.get("value") for e in node["env"]}.items()
+    for service in services:
+        (app,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
+        nodes = [pod["containers"][0] for pod in pods(service)]
+        assert len(nodes) == 2
+        for node in nodes:
+            env = {variable["name"]: variable.get("value") for variable in node["env"]}
+            assert PROXY.items() <= env.items()
+            for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S"):
+                longest = config.serving(app["args"]).timeout
+                assert float(env[f"RAY_SERVE_HAPROXY_{name}"]) > longest
 
 
 def test_no_secret_is_in_the_repository():

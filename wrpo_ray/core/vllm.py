@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 CPU_ENV = {
@@ -51,9 +52,10 @@ def with_root_cause(error: Exception) -> Exception:
 
 
 def _end(file: Path) -> str:
-    """What was written last; nothing of a terminal or a pipe."""
-    if not file.is_file():
-        return ""
-    with file.resolve().open("rb") as written:
-        written.seek(max(0, written.seek(0, os.SEEK_END) - 2**16))
-        return written.read().decode(errors="replace")
+    """What was written last; nothing of a terminal, a pipe, or what cannot be read."""
+    with suppress(OSError):
+        if file.is_file():
+            with file.open("rb") as written:
+                written.seek(max(0, written.seek(0, os.SEEK_END) - 2**16))
+                return written.read().decode(errors="replace")
+    return ""

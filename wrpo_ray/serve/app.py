@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import random
 import signal
 import socket
 import sys
@@ -20,7 +21,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import grpc
 import ray
 from pydantic import ValidationError
 from ray import serve
@@ -53,9 +53,9 @@ APP = "wrpo"
 QUIET = {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
 """Ray Serve LLM writes prompts into its logs otherwise."""
 PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
-"""HAProxy in the place of Ray Serve's own proxy, at a tenth of its CPU time (ADR 13)."""
-LOST = (RayError, RayServeException, grpc.RpcError)
-"""What a call of a replica raises when that is lost."""
+"""HAProxy in the place of Ray Serve's own proxy (ADR 13)."""
+PROXIED = ("127.0.0.1", "localhost", "0.0.0.0")
+"""Hosts at which HAProxy finds the ingress, which it looks for at 127.0.0.1."""
 INGRESS_CPUS = 0.25
 INGRESS_ONGOING = 4096
 """Requests in an ingress; far above what keys and queues let in, so that those tell clients."""
@@ -265,7 +265,7 @@ class Scored:
             return await self._handle.score.remote(Item(messages, text, None))
         except BackPressureError:
             raise overloaded() from None
-        except LOST as error:
+        except (RayError, RayServeException) as error:
             LOG.warning("the reward lost a replica: %s", type(error).__name__)
             raise LostError from None
 
@@ -278,7 +278,7 @@ class Served:
 
     def __init__(self, handle: DeploymentHandle):
         self._deployment = handle.deployment_name
-        # By gRPC, which for small texts takes half the CPU time of Ray's objects (ADR 13).
+        # By gRPC, which for small texts is cheaper than Ray's objects (ADR 13).
         self._ask = handle.options(stream=True, method_name="answer", _by_reference=False)
         self._looked, self._is_ready = 0.0, False
 
@@ -292,11 +292,11 @@ class Served:
                 yield reply
         except BackPressureError:
             raise overloaded() from None
-        except LOST as error:
+        except Exception as error:  # of Ray, Serve or gRPC; a replica gives its own as a Refusal
             LOG.warning("%s lost a replica: %s", self._deployment, type(error).__name__)
             raise LostError from None
         except BaseException:  # the client left; of a call that failed, cancel raises the error
-            with suppress(*LOST):
+            with suppress(Exception):
                 replies.cancel()
             raise
 
@@ -459,7 +459,7 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
             # All that is served shares the cores; Ray would let what does not fit wait for ever.
             cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
             alone = {"include_dashboard": False, "num_cpus": cpus}
-            until_the_end.enter_context(_on_this_machine(settings.timeout))
+            until_the_end.enter_context(_on_this_machine(host, settings.timeout))
         with keeping_sigterm():  # Ray's own handler aborts after three seconds
             ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -471,37 +471,55 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
         signal.pause()
 
 
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as held:
-        free = [held.enter_context(socket.create_server(("", 0))) for _ in range(count)]
-        return [place.getsockname()[1] for place in free]
-
-
 @contextmanager
-def _on_this_machine(timeout: float) -> Iterator[None]:
-    """The environment of a Serve that starts here; one that is given stays, on a cluster all does.
+def _on_this_machine(host: str, timeout: float) -> Iterator[None]:
+    """The environment of a Serve that starts here; what is given already stays.
 
-    Its processes have the priority of others, and HAProxy's files a folder of their own.
+    Its processes have the priority of others, and HAProxy has files and ports of its own.
     """
     env = {"RAY_worker_niceness": "0"}
-    # Short, for HAProxy's sockets.
-    with tempfile.TemporaryDirectory(prefix="wrpo-serve-", dir="/tmp") as folder:
-        if sys.platform == "linux":  # where Ray brings HAProxy
-            files = {"CONFIG_FILE_LOC": "haproxy.cfg", "SOCKET_PATH": "admin.sock"}
-            files |= {"SERVER_STATE_BASE": "", "SERVER_STATE_FILE": "server-state"}
-            files |= {"METRICS_SOCKET_PATH": "metrics.sock"}
-            env |= {f"RAY_SERVE_HAPROXY_{k}": str(Path(folder, v)) for k, v in files.items()}
-            metrics, stats = _free_ports(2)
-            env |= PROXY | {
-                "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
-                "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
-                # What is being answered goes on for so long after a change of ingresses.
-                "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(math.ceil(timeout) + 15),
-                # The one HAProxy is told at once that an ingress ends.
-                "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
-            }
+    with tempfile.TemporaryDirectory(
+        prefix="wrpo-serve-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:  # a short path, for HAProxy's sockets
+        if sys.platform == "linux" and host in PROXIED:  # where Ray brings HAProxy
+            env |= PROXY | _haproxy(Path(folder), math.ceil(timeout) + 15)
         os.environ |= env | {name: os.environ[name] for name in env if name in os.environ}
         yield
+
+
+def _haproxy(folder: Path, longest: int) -> dict[str, str]:
+    """Settings of the one HAProxy here; nothing that it waits for takes `longest` seconds."""
+    metrics, stats, fallback = _free_ports(3)
+    own = {
+        "CONFIG_FILE_LOC": folder / "haproxy.cfg",
+        "SOCKET_PATH": folder / "admin.sock",
+        "SERVER_STATE_BASE": folder,
+        "SERVER_STATE_FILE": folder / "server-state",
+        "METRICS_SOCKET_PATH": folder / "metrics.sock",
+        "LOG_TARGET": folder / "nobody-listens.sock",  # else the syslog of the machine
+        "METRICS_PORT": metrics,
+        "STATS_PORT": stats,
+        "TIMEOUT_SERVER_S": longest,
+        "HARD_STOP_AFTER_S": longest,  # of an old one, after a change of ingresses
+    }
+    return {f"RAY_SERVE_HAPROXY_{name}": str(value) for name, value in own.items()} | {
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        # It is told at once that an ingress ends.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    }
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports below those that the system gives to connections, so that they are free later too."""
+    with ExitStack() as held:
+        free: list[int] = []
+        for port in random.sample(range(20_000, 30_000), 1000):
+            with suppress(OSError):
+                held.enter_context(socket.create_server(("", port)))
+                free.append(port)
+            if len(free) == count:
+                break
+        return free
 
 
 def _cpus(settings: ServeConfig) -> float:
@@ -518,7 +536,7 @@ def _cpus(settings: ServeConfig) -> float:
 def _start(settings: ServeConfig) -> None:
     try:
         serve.run(application(settings), name=APP, route_prefix="/")
-    except RuntimeError as error:
+    except (RuntimeError, TimeoutError) as error:
         why = " ".join(str(error).split())[-500:]
         raise WrpoError(f"serve: the models did not start: {why}") from error
 
