@@ -69,7 +69,8 @@ def demo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., W
         tree["prompts"]["limit"] = 360
         tree["evaluate"]["prompts"]["limit"] = 200
         for training in (tree["sft"], tree["wrpo"]):  # as many steps on fewer prompts
-            training |= {"batch_size": 8, "checkpoint_every": 10}
+            # tests/ray/test_train.py and test_autoscaling.py have several workers
+            training |= {"batch_size": 8, "checkpoint_every": 10, "workers": 1}
         tree["sft"]["epochs"] = 3
         tree["wrpo"]["epochs"] = 2
         path = tmp_path_factory.mktemp("config") / "demo.yaml"

@@ -98,7 +98,15 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
     )
     with RayHead(0, NODES, idle_seconds=3) as head, Watch(head) as watch, log.open("w") as file:
         driver = subprocess.Popen(
-            config.arguments("fuse", "--until", "sft", "--set", "sft.resources={train: 1}"),
+            config.arguments(
+                "fuse",
+                "--until",
+                "sft",
+                "--set",
+                "sft.resources={train: 1}",
+                "--set",
+                "sft.workers=2",
+            ),
             cwd=ROOT,
             env=os.environ | {"RAY_ADDRESS": head.address},
             stderr=file,
