@@ -66,7 +66,7 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(head, tmp_path):
     assert other.returncode == 2
     assert f"output: {output} is worked on by the job wrpo-" in other.stderr
     first.send_signal(signal.SIGINT)
-    _, error = first.communicate(timeout=60)
+    _, error = first.communicate(timeout=240)  # others take the cores
     assert first.returncode == 130, error
     assert "the job is stopped; submit it again to go on" in error
     client = JobSubmissionClient(head.api)
