@@ -1,6 +1,7 @@
 """The whole chain on real engines, undisturbed and killed."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -107,7 +108,7 @@ def has_checkpoint(output: Path) -> bool:
 def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path):
     """SIGKILL of the driver in mid-training of WRPO; test_kills.py has those before it.
 
-    `wrpo status --watch` looks on from the moment that training goes on to the end.
+    `wrpo status --watch` looks on while training goes on, to the end.
     """
     output = tmp_path / "killed"
     shutil.copytree(undisturbed, output)
@@ -121,7 +122,7 @@ def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path
         wrpo.arguments("fuse", "--until", "train"), cwd=ROOT, stderr=subprocess.PIPE, text=True
     ) as run:
         told = ""
-        while "wrpo: resumed at step" not in told:
+        while not re.search(r"train: (dpo, )?wrpo\n", told):
             line = run.stderr.readline()
             assert line, told
             told += line
@@ -129,6 +130,7 @@ def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path
         watched = subprocess.run(watch, capture_output=True, text=True, timeout=600)
         told += run.stderr.read()
     assert run.returncode == 0, told
+    assert "wrpo: resumed at step" in told
     assert watched.returncode == 0, watched.stderr
     assert f"process {run.pid}, heartbeat" in watched.stdout
     assert watched.stdout.rpartition("lease: ")[2].startswith("nobody")
