@@ -60,13 +60,15 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(head, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # which a shell takes away from what it runs in the background
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     wait_until(lambda: shards(output, "generate-*/*.parquet") or first.poll() is not None, 120)
     other = submitted(command)
     assert other.returncode == 2
     assert f"output: {output} is worked on by the job wrpo-" in other.stderr
     first.send_signal(signal.SIGINT)
-    _, error = first.communicate(timeout=240)  # others take the cores
+    _, error = first.communicate(timeout=120)  # others take the cores
     assert first.returncode == 130, error
     assert "the job is stopped; submit it again to go on" in error
     client = JobSubmissionClient(head.api)
