@@ -48,12 +48,12 @@ def picture(tab: Any, name: str, *sections: str) -> None:
     if not sections:
         tab.screenshot(path=file, full_page=True)
         return
-    page = Image.open(BytesIO(tab.screenshot(full_page=True)))
+    shot = Image.open(BytesIO(tab.screenshot(full_page=True)))
     place = "(e) => e.getBoundingClientRect().top + scrollY"
     tops = [tab.locator(section).first.evaluate(place) for section in sections]
     column = tab.locator("main").bounding_box()
     left, right = column["x"] - GAP / 2, column["x"] + column["width"] + GAP / 2
-    parts = [page.crop((left, top - GAP, right, top - GAP + HIGH)) for top in tops]
+    parts = [shot.crop((left, top - GAP, right, top - GAP + HIGH)) for top in tops]
     wide = parts[0].width + GAP // 4
     whole = Image.new("RGB", (len(parts) * wide - GAP // 4, HIGH), "#d8d8d8")
     for number, part in enumerate(parts):

@@ -252,11 +252,17 @@ def test_above_the_queue_requests_are_shed_and_those_taken_have_their_answers(se
 class Asker(threading.Thread):
     """A client that asks again and again until `stop`, and judges each answer."""
 
-    refusals = (429, 503)
-
-    def __init__(self, server: Server, number: int, right: dict[str, str], stop: threading.Event):
+    def __init__(
+        self,
+        server: Server,
+        number: int,
+        right: dict[str, str],
+        stop: threading.Event,
+        refusals: tuple[int, ...],
+    ):
         super().__init__()
         self.server, self.number, self.right, self.stop = server, number, right, stop
+        self.refusals = refusals
         self.outcomes: Counter[str] = Counter()
         self.is_reading = False
         """An answer has begun and has not ended."""
@@ -323,9 +329,9 @@ def test_a_killed_replica_breaks_answers_off_but_never_spoils_one(
         answer = create(model="target", messages=messages(prompt), **LONG)
         right[prompt] = answer.choices[0].message.content
     stop = threading.Event()
-    askers = [Asker(server, i, right, stop) for i in range(clients)]
-    if kills > 1:  # the second can come before a replica is there again, for all of `timeout`
-        Asker.refusals += (504,)
+    # With a second kill there may be no replica for all of `timeout`.
+    refusals = (429, 503) if kills == 1 else (429, 503, 504)
+    askers = [Asker(server, i, right, stop, refusals) for i in range(clients)]
     for asker in askers:
         asker.start()
     for _ in range(kills):

@@ -160,6 +160,7 @@ def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
     from wrpo_ray.serve.app import PROXY
 
     services = [body for body in all_objects() if body["kind"] == "RayService"]
+    assert len(services) >= 2
     for service in services:
         (app,) = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"]
         nodes = [pod["containers"][0] for pod in pods(service)]
