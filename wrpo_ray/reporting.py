@@ -54,7 +54,7 @@ def _step(stage: str, job: Any) -> StepOutline:
         key=step.key,
         folder=step.folder,
         manifest=step.manifest,
-        kind=type(job).__name__.lower(),
+        kind=job.kind,
         source=step.source,
         stores=tuple(dict.fromkeys(_stores(job))),
         **asked,

@@ -172,6 +172,8 @@ _JUDGINGS = {
 class ReadBenchmark:
     """A benchmark's questions into ITEM shards."""
 
+    kind = "readbenchmark"
+
     name: str
     folder: Folder
     items: tuple[str, ...]

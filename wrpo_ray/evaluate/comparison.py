@@ -50,6 +50,8 @@ class RewardPair:
 class Compare:
     """The table of a run."""
 
+    kind = "compare"
+
     verdicts: tuple[Verdicts, ...]
     reward_pairs: tuple[RewardPair, ...]
     judge: str | None

@@ -41,6 +41,9 @@ class Derived(Prompts):
 
     answers: tuple[Answers, ...]
 
+    kind = "Derived"
+    """Its name in `asks`, and so in the keys of steps: it never changes, whatever the class is
+    called."""
     schema = PROMPT
 
     @property
@@ -51,7 +54,7 @@ class Derived(Prompts):
     @property
     def asks(self) -> str:
         """A hash of what decides the conversations."""
-        return digest([type(self).__name__, [a.identity for a in self.answers], self._how()], 16)
+        return digest([self.kind, [a.identity for a in self.answers], self._how()], 16)
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """The bucket's prompts with their new conversations."""
@@ -95,6 +98,7 @@ def texts_of(item: Row, found: Found) -> list[str] | None:
 class SecondTurn(Derived):
     """What a benchmark's user says after the model's first answer."""
 
+    kind = "SecondTurn"
     schema = ITEM
 
     def _messages(self, item: Row, found: Found) -> list[Message] | None:
@@ -108,6 +112,8 @@ class SecondTurn(Derived):
 @dataclass(frozen=True)
 class Mixture(Derived):
     """The prompts with all sources' answers before them, for the model that mixes them."""
+
+    kind = "Mixture"
 
     def _how(self) -> Any:
         return MIXTURE
@@ -126,6 +132,8 @@ class Mixture(Derived):
 @dataclass(frozen=True)
 class Questions(Derived):
     """What a judge is asked in one game, or about one turn."""
+
+    kind = "Questions"
 
     judging: Judging
     position: int
@@ -146,6 +154,8 @@ class Questions(Derived):
 @dataclass(frozen=True)
 class Continued(Questions):
     """The same, after a judgment without a verdict."""
+
+    kind = "Continued"
 
     judgments: Samples
 

@@ -35,6 +35,8 @@ class Entrant:
 class Evaluate:
     """Compare models on held-out prompts."""
 
+    kind = "evaluate"
+
     prompts: Prompts
     entrants: tuple[Entrant, ...]
     contrasts: tuple[tuple[str, str], ...]

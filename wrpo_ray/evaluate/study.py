@@ -39,6 +39,8 @@ class Competitor:
 class StudyTable:
     """Compare variants on the same held-out prompts."""
 
+    kind = "studytable"
+
     competitors: tuple[Competitor, ...]
     contrasts: tuple[tuple[str, str], ...]
     """Pairs (a, b) of variants: the paired difference a - b, over the seeds that both have."""

@@ -66,6 +66,8 @@ class Game:
 class Verdicts:
     """The verdicts on one model, or one pair."""
 
+    kind = "verdicts"
+
     judging: Judging
     model: str
     against: str | None

@@ -48,6 +48,8 @@ more of an endpoint, whose limit of calls in flight is to be reached with small 
 class Generate:
     """Answers of one model to some prompts."""
 
+    kind = "generate"
+
     model: ModelConfig
     folder: Folder
     """The model's weights."""

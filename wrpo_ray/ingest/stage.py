@@ -47,6 +47,8 @@ SMALL = 32_000_000
 class IngestPrompts:
     """Prompts into PROMPT shards: each prompt once, with its split."""
 
+    kind = "ingestprompts"
+
     step: Step
     input: PromptsConfig | ImportConfig
     splits: dict[str, float]
@@ -79,6 +81,8 @@ class IngestPrompts:
 class IngestResponses:
     """Existing scored answers into SCORED shards, the target's apart from the sources'."""
 
+    kind = "ingestresponses"
+
     step: Step
     input: ImportConfig
 
@@ -109,6 +113,8 @@ class IngestResponses:
 @dataclass(frozen=True)
 class IngestPreferences:
     """Published preference rows into PREFERENCE shards."""
+
+    kind = "ingestpreferences"
 
     step: Step
     input: ImportConfig

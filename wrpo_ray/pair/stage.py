@@ -36,6 +36,8 @@ WHOLE = Bucket(0, 1)
 class EvalNgrams:
     """The distinct n-grams of the evaluation prompts, in one shard: there are few such prompts."""
 
+    kind = "evalngrams"
+
     prompts: Prompts
     ngram: int
 
@@ -60,6 +62,8 @@ class EvalNgrams:
 @dataclass(frozen=True)
 class Contamination:
     """How much of each training prompt evaluation prompts have, too."""
+
+    kind = "contamination"
 
     prompts: Prompts
     ngrams: EvalNgrams
@@ -140,6 +144,8 @@ class Answers:
 class Select:
     """y_ws of every prompt: the source-selection table, and the rows of SFT."""
 
+    kind = "select"
+
     prompts: Prompts
     sources: Answers
     contamination: Contamination | None = None
@@ -197,6 +203,8 @@ class Select:
 @dataclass(frozen=True)
 class Pair:
     """(x, y_ws, y_wt, y_l) of the preference prompts."""
+
+    kind = "pair"
 
     select: Select
     answers: Answers

@@ -47,6 +47,8 @@ bucket's call reads two columns of each source, so in all of them it would grow 
 class Score:
     """The rewards of some answers."""
 
+    kind = "score"
+
     answers: Samples
     reward: RewardConfig
     folders: tuple[Folder | None, ...]

@@ -45,6 +45,8 @@ DROPPED = "dropped"
 class Prepare:
     """The rows of one training run, or of several that differ in their optimization only."""
 
+    kind = "prepare"
+
     name: str
     """`sft` or `wrpo`."""
     rows: Step

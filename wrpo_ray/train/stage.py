@@ -48,6 +48,8 @@ DRIVER_ENV = {
 class Train:
     """One model to train."""
 
+    kind = "train"
+
     step: Step
     """Its result is the folder `model` in the step's folder."""
     rows: Step
