@@ -9,10 +9,12 @@ stay out of its identity (`Section.identity`).
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from urllib.parse import urlsplit
 
 import yaml
@@ -21,24 +23,38 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from wrpo_ray.addresses import Address, problem, public, shown
 from wrpo_ray.errors import UserError
+from wrpo_ray.reading import KeyTwiceError, PlainNumber, read_yaml, yaml_problem
 
 PLACEMENT: Any = {"placement": True}
 """`json_schema_extra` of fields that do not change results."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
 ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """A part of the tree: frozen, and closed to unknown keys."""
+    """A part of the tree: frozen, and closed to unknown keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    Its numbers are finite and given as numbers, and its addresses hold no credentials.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        return _as_written(value, cls.model_fields[info.field_name or ""].annotation)
 
     def identity(self) -> dict[str, Any]:
         """The JSON-ready fields that decide a result: all but those marked `PLACEMENT`."""
@@ -51,6 +67,79 @@ def _identity(value: Any, dumped: Any) -> Any:
     if isinstance(value, tuple):
         return [_identity(*pair) for pair in zip(value, dumped, strict=True)]
     return value.identity() if isinstance(value, Section) else dumped
+
+
+class _NoNumber:
+    """What is given for a number and is none; no type takes it."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __repr__(self) -> str:
+        is_quoted = isinstance(self.value, str) and bool(_NUMBER.fullmatch(self.value))
+        remedy = ", a text; write it without quotes, as 1.0e-3" if is_quoted else ""
+        return f"{public(self.value)!r}{remedy}"
+
+
+_NUMBER = re.compile(r"[-+]?[\d_.]+([eE][-+]?\d+)?")
+
+
+def _as_written(value: Any, annotation: Any) -> Any:
+    """A value of YAML for a field of this type, at any depth.
+
+    pydantic by itself reads true as 1.0 and "1" as 1.
+
+    Raises:
+        ValueError: an address holds credentials, or a number among other values is not finite.
+    """
+    kinds = _kinds(annotation)
+    if isinstance(value, dict):
+        of = _arguments(kinds, dict) or ((Any, Any) if Any in kinds else None)
+        return (
+            {_as_written(k, of[0]): _as_written(v, of[1]) for k, v in value.items()}
+            if of
+            else value
+        )
+    if isinstance(value, list | tuple):
+        inner = _arguments(kinds, tuple) or ((Any, ...) if Any in kinds else None)
+        return [_as_written(v, t) for v, t in _each(value, inner)] if inner else value
+    if Any in kinds or str in kinds:
+        return _text_or_number(value, kinds)
+    if not kinds & {int, float}:
+        return value
+    if isinstance(value, PlainNumber):
+        return float(value)
+    return _NoNumber(value) if isinstance(value, bool | str) else value
+
+
+def _text_or_number(value: Any, kinds: set[Any]) -> Any:
+    if isinstance(value, float) and not math.isfinite(value) and kinds != {str}:
+        raise ValueError(f"holds {value}, and a number has to be finite")
+    if isinstance(value, PlainNumber):
+        return str(value) if str in kinds else float(value)
+    if isinstance(value, str) and kinds <= {str, type(None)} and (reason := problem(value)):
+        raise ValueError(reason)
+    return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that a type allows: of a union all of them, of literals those of their values."""
+    origin, inside = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kinds(inside[0])
+    if origin in (Union, UnionType):
+        return {kind for part in inside for kind in _kinds(part)}
+    return {type(value) for value in inside} if origin is Literal else {annotation}
+
+
+def _arguments(kinds: set[Any], origin: type) -> tuple[Any, ...] | None:
+    return next((get_args(kind) for kind in kinds if get_origin(kind) is origin), None)
+
+
+def _each(values: Sequence[Any], types: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
+    """Each value with the type that it should have."""
+    is_open = types[-1] is ... or len(types) != len(values)
+    return zip(values, (types[0] for _ in values) if is_open else types, strict=True)
 
 
 class Columns(Section):
@@ -73,7 +162,8 @@ class PromptsConfig(Section):
     """The prompts to fuse on."""
 
     path: str
-    """A JSONL or Parquet file, or a folder of them, local or in an object store."""
+    """A JSONL or Parquet file, or a folder of them, local or in an object store; the name as it
+    is, with nothing escaped."""
     columns: Columns = Columns()
     """Column names in the file."""
     limit: int | None = Field(None, ge=1)
@@ -933,7 +1023,8 @@ class Config(Section):
     """A fusion run."""
 
     output: str
-    """Folder of all results, local or in an object store (s3://, gs://)."""
+    """Folder of all results, local or in an object store (s3://, gs://). What opens the store is in
+    the environment or the machine's role, never in an address."""
     seed: int = Field(42, ge=0, lt=2**31)
     """Decides splits, samples, orders."""
     prompts: PromptsConfig | None = None
@@ -1109,7 +1200,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: with one line for each problem.
     """
-    return _checked(Config, _read_yaml(Path(path)), overrides, f"{path}: ")
+    return _checked(Config, _read_yaml(path), overrides, f"{path}: ")
 
 
 def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
@@ -1127,7 +1218,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         UserError: with one line for each problem.
     """
-    study = _checked(StudyConfig, _read_yaml(Path(path)), overrides, f"{path}: ")
+    study = _checked(StudyConfig, _read_yaml(path), overrides, f"{path}: ")
     cases = {
         name: case.model_copy(update={"config": str(Path(path).parent / case.config)})
         for name, case in study.cases.items()
@@ -1142,7 +1233,7 @@ def study_config(study: StudyConfig, case: str, variant: str) -> Config:
         UserError: with one line for each problem.
     """
     place, asked = study.cases[case], study.variants[variant]
-    tree = _read_yaml(Path(place.config))
+    tree = _read_yaml(place.config)
     fixed = {
         "output": f"{study.output}/{case}",
         "seed": study.seeds[0],
@@ -1163,7 +1254,7 @@ def read_serving(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read.
     """
-    return _read_yaml(Path(path))
+    return _read_yaml(path)
 
 
 def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> S:
@@ -1172,19 +1263,23 @@ def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> 
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(kind, e) for e in error.errors()]
-        raise UserError("\n".join(f"{where}{line}" for line in lines)) from None
+        lines = [explain(kind, e) for e in error.errors()]
+        raise UserError("\n".join(f"{where}{shown(line)}" for line in lines)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    if Address.of(str(path)):
+        raise UserError(f"{shown(str(path))}: a config is a file on this machine; copy it here")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; see jobs/ for examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except KeyTwiceError as error:
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys (got {type(tree).__name__})")
     return tree
@@ -1193,12 +1288,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(tree: Any, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"--set {override}: write it as a.b=value")
+        raise UserError(f"--set {shown(override)}: write it as a.b=value")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
+    except KeyTwiceError as error:
+        raise UserError(f"--set {dotted}: {error}") from None
     except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    _put(tree, dotted, value, f"--set {override}")
+        raise UserError(f"--set {dotted}: the value is not valid YAML") from None
+    _put(tree, dotted, value, f"--set {dotted}")
 
 
 def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
@@ -1212,8 +1309,9 @@ def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
         raise UserError(f"{what}: the config has no such place") from None
 
 
-def _explain(kind: type[Section], error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
+    """A problem of a section in one line, as `path: problem (got value)`."""
+    where = ".".join(str(public(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(kind, error['loc'])}"
     if error["type"] == "missing":
@@ -1221,7 +1319,7 @@ def _explain(kind: type[Section], error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+    return f"{where}: {message[0].lower()}{message[1:]} (got {public(error['input'])!r})"
 
 
 def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:

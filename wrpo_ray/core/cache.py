@@ -205,7 +205,7 @@ def node_cache() -> NodeCache:
     limit = os.environ.get(LIMIT)
     try:
         return NodeCache(folder, int(float(limit) * 10**9) if limit else None)
-    except ValueError:
+    except (ValueError, OverflowError):  # infinity is no number of bytes
         raise UserError(f"{LIMIT}={limit}: not a number of GB") from None
 
 

@@ -1,0 +1,145 @@
+"""Addresses as users write them: their parts, whether they hold a secret, and a form to show.
+
+An address is a local path, or `scheme://authority/name`, with options of the store behind its
+last `?` where that reads `option=value&...`. A name is taken as it is written, nothing in it is
+escaped: `s3://bucket/100% sure?.jsonl` is the object `100% sure?.jsonl`. Only strings are looked
+at here; `core.storage` opens them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+OPTIONS = (
+    "allow_bucket_creation",
+    "allow_bucket_deletion",
+    "blob_storage_authority",
+    "blob_storage_scheme",
+    "dfs_storage_authority",
+    "dfs_storage_scheme",
+    "enable_tls",
+    "endpoint_override",
+    "force_virtual_addressing",
+    "region",
+    "retry_limit_seconds",
+    "scheme",
+)
+"""What an address may say of its store; none of it opens anything."""
+MARK = "?&"
+"""Begins the options, of which there may be none, behind a name that reads as if it had some."""
+HIDDEN = "..."
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
+_LIST = r"\w+=[^&]*(&\w+=[^&]*)*"
+_GIVEN = re.compile(rf"&({_LIST})?|{_LIST}")
+_LIKE_OPTION = re.compile(r"\?(?:.*&)?(\w+)=", re.DOTALL)
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+-]*://[^\s'\"<>]*")
+_WITH_USER = {"abfs", "abfss", "hdfs", "viewfs"}
+"""Schemes whose authority has a container or a user before its `@`."""
+_BUCKETS = {"s3", "gs", "gcs"}
+_SERVICES = {"http", "https", "ray"}
+
+
+@dataclass(frozen=True)
+class Address:
+    """The parts of `scheme://authority/name?options`."""
+
+    scheme: str
+    authority: str
+    name: str
+    """With the slash after the authority."""
+    options: str
+
+    @classmethod
+    def of(cls, text: str) -> Address | None:
+        """Its parts; None for a local path."""
+        found = re.match(_SCHEME, text)
+        if not found or found[1].lower() == "file":
+            return None
+        base, mark, options = text[found.end() :].rpartition("?")
+        if not mark or not _GIVEN.fullmatch(options):
+            base, options = text[found.end() :], ""
+        authority, slash, name = base.partition("/")
+        return cls(found[1].lower(), authority, slash + name, options)
+
+    def __str__(self) -> str:
+        """What may be shown: neither options nor credentials."""
+        authority, name = self.authority.rpartition("@")[2], self.name
+        if self._is_split_secret or self._like_option:
+            return f"{self.scheme}://{HIDDEN}"
+        if self.scheme in _WITH_USER and not self._has_credentials:
+            authority = self.authority
+        if self.scheme in _SERVICES:
+            name = re.split("[?#]", name)[0]
+        return f"{self.scheme}://{authority}{name}"
+
+    @property
+    def whole(self) -> str:
+        """The address again."""
+        base, given = f"{self.scheme}://{self.authority}{self.name}", self.options.lstrip("&")
+        if _LIKE_OPTION.search(self.name) or self.name.endswith(MARK):
+            return f"{base}{MARK}{given}"
+        return f"{base}?{given}" if given else base
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not taken, without what it holds."""
+        values = [part.partition("=") for part in self.options.split("&")]
+        strange = [name for name, is_set, _ in values if is_set and name not in OPTIONS]
+        if self._has_credentials or any("@" in value for _, _, value in values):
+            return (
+                "the address holds credentials, which would be seen in logs, reports and job "
+                "lists; take them out, and set them in the environment of every node (such as "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machines a role"
+            )
+        if strange := strange or self._like_option:
+            return (
+                f"the address has an option {strange[0]!r}, and a store's are "
+                f"{', '.join(OPTIONS)}; credentials are for the environment of every node (such "
+                f"as AWS_ACCESS_KEY_ID), and a name with such a part ends with {MARK}"
+            )
+        return None
+
+    @property
+    def _like_option(self) -> list[str]:
+        """What reads like an option and is none, where the address does not say that it is none."""
+        is_marked = self.options.startswith("&")
+        return [] if is_marked else _LIKE_OPTION.findall(self.name)
+
+    @property
+    def _has_credentials(self) -> bool:
+        user, at, _ = self.authority.rpartition("@")
+        if self._is_split_secret or ":" in user:
+            return True
+        is_public = self.scheme in _WITH_USER or user == "anonymous"
+        return bool(at) and not is_public
+
+    @property
+    def _is_split_secret(self) -> bool:
+        """Whether it looks as if a slash within a secret ended the authority before its `@`."""
+        _, colon, port = self.authority.rpartition("@")[2].partition(":")
+        is_port = port.isdigit() or "@" not in self.name
+        return bool(colon) and (self.scheme in _BUCKETS or not is_port)
+
+
+def problem(text: str) -> str | None:
+    """Why a text is not taken as an address, without what it holds; None where it may be one."""
+    found = Address.of(text)
+    return found.problem if found else None
+
+
+def shown(text: str) -> str:
+    """A text, such as an error of a library, whose addresses hold neither options nor secrets."""
+    return _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
+
+
+def public(value: Any) -> Any:
+    """JSON, such as a config's, without what opens an address: options and credentials."""
+    if isinstance(value, dict):
+        return {public(name): public(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    return str(address) if (address := Address.of(value)) else shown(value)
