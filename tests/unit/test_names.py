@@ -1,8 +1,10 @@
 """Names of files: each character comes back as it is, on disk and in an object store."""
 
+import glob
 import os
 import string
 from collections.abc import Iterator
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -92,6 +94,19 @@ def _local_folder(tmp_path, name):
     local.mkdir()
     (local / f"{name}.jsonl").write_text("{}\n")
     return local
+
+
+def test_an_engine_finds_the_weights_of_a_folder_and_no_others(tmp_path):
+    """As vLLM searches (DefaultModelLoader), in folders whose names are patterns of others."""
+    names = ["run1", "run?", "run*", "run[1]", "run{1}", "run 1", "run#1", "run%31", "rün", "a:b"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+    for name in names:
+        place = Folder(str(tmp_path / name)).local()
+        assert place == Folder(str(tmp_path / name)).local()  # made once
+        files = glob.glob(os.path.join(place, "*.safetensors"))
+        assert [Path(file).read_text() for file in files] == [name]
 
 
 def test_a_local_path_has_neither_options_nor_credentials(tmp_path, monkeypatch):

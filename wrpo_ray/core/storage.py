@@ -23,7 +23,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from wrpo_ray.addresses import Address, problem, shown
-from wrpo_ray.core.cache import node_cache
+from wrpo_ray.core.cache import node_cache, plain_path
 from wrpo_ray.core.weights import engine_files
 from wrpo_ray.errors import UserError
 
@@ -214,6 +214,8 @@ class Folder:
     def local(self, version: str = "") -> Path:
         """A local path with the folder's files: itself, or a copy in the node's cache.
 
+        It has no character that an engine would take for a pattern or an address (`plain_path`).
+
         The copy is made once a node and version, under a lock, and held by this process until it
         ends (`cache`). Folders of finished steps never change; for others `version` has to tell
         their contents apart. Of a model on the hub it holds what an engine needs.
@@ -222,7 +224,7 @@ class Folder:
             UserError: no room, or the hub does not give it.
         """
         if not self.is_remote:
-            return Path(self.path)
+            return plain_path(Path(self.path))
         if self.uri.startswith(HUB):
             from wrpo_ray.core.hub import HubModel  # its client takes a moment to import
 
