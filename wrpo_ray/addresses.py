@@ -85,6 +85,8 @@ class Address:
     @property
     def problem(self) -> str | None:
         """Why it is not taken, without what it holds."""
+        if self.scheme in _SERVICES:
+            return self._problem_of_service
         values = [part.partition("=") for part in self.options.split("&")]
         strange = [name for name, is_set, _ in values if is_set and name not in OPTIONS]
         if self._has_credentials or any("@" in value for _, _, value in values):
@@ -100,6 +102,16 @@ class Address:
                 f"as AWS_ACCESS_KEY_ID), and a name with such a part ends with {MARK}"
             )
         return None
+
+    @property
+    def _problem_of_service(self) -> str | None:
+        is_more = "@" in self.authority or self.options or re.search("[?#]", self.name)
+        if not is_more and not self._is_split_secret:
+            return None
+        return (
+            "the address holds more than host and path; a key belongs to `key_env`, a cluster's "
+            "token to RAY_AUTH_TOKEN"
+        )
 
     @property
     def _like_option(self) -> list[str]:

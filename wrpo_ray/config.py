@@ -95,14 +95,14 @@ def _as_written(value: Any, annotation: Any) -> Any:
     kinds = _kinds(annotation)
     if isinstance(value, dict):
         of = _arguments(kinds, dict) or ((Any, Any) if Any in kinds else None)
-        return (
-            {_as_written(k, of[0]): _as_written(v, of[1]) for k, v in value.items()}
-            if of
-            else value
-        )
+        if of is None:
+            return value
+        return {_as_written(k, of[0]): _as_written(v, of[1]) for k, v in value.items()}
     if isinstance(value, list | tuple):
         inner = _arguments(kinds, tuple) or ((Any, ...) if Any in kinds else None)
-        return [_as_written(v, t) for v, t in _each(value, inner)] if inner else value
+        if inner is None or inner[0] is str:  # lists of texts are patterns and names
+            return value
+        return [_as_written(v, t) for v, t in _each(value, inner)]
     if Any in kinds or str in kinds:
         return _text_or_number(value, kinds)
     if not kinds & {int, float}:
@@ -318,11 +318,12 @@ class EndpointConfig(Section):
     @field_validator("url")
     @classmethod
     def _is_base(cls, url: str) -> str:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise ValueError("no address of a server; write it as https://host/v1") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("write it as https://host/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("holds more than host and path; a key belongs to `key_env`")
         if parts.path.rstrip("/").endswith("/chat/completions"):
             raise ValueError("leave /chat/completions out; it is added")
         return url.rstrip("/")

@@ -125,7 +125,7 @@ ELSEWHERE = {
     "submit": "test_submit.py",
     "serve": "test_serving.py",
     "study": "test_studies.py",
-    "fetch": "../unit/test_docs.py",
+    "fetch": "../unit/test_protocols.py",
     "cluster": "../unit/test_manifests.py",
     "zoo": "../conftest.py",
 }

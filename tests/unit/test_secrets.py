@@ -45,7 +45,7 @@ SECRETS = [
     f"ray://user:{CANARY}@host:10001",
     f"S3://KEY:{CANARY}@bucket/run",
 ]
-TEXTS = [f for f in fields() if f.kinds <= {str, type(None)}]
+TEXTS = [f for f in fields() if f.kinds <= {str, type(None)} and "tuple" not in str(f.annotation)]
 TREES: dict[str, Any] = {
     "fuse": {
         "output": "out",
@@ -214,6 +214,13 @@ def test_no_part_of_the_system_shows_a_secret(secret, tmp_path, capfd):
             check_answers(secret.replace("host", "127.0.0.1").partition("/v1")[0] + ":1")
         assert CANARY not in str(caught.value)
     assert CANARY not in "".join(capfd.readouterr())
+
+
+def test_a_pattern_is_no_address():
+    """Nor is a text in which an address is only a part."""
+    for text in (r"https://\S+?id=1", "see https://h/x?y=z", "a@b", "u:p@h", "C:\\x?a=b"):
+        assert config.AnswersConfig(refusal_patterns=[text]).refusal_patterns == (text,)
+    assert config.ModelConfig(name="a", model="u:p@h", chat_template="see s3://u:p@b").chat_template
 
 
 def test_what_holds_no_secret_stays_as_it_is():
