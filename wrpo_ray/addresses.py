@@ -8,25 +8,19 @@ at here; `core.storage` opens them.
 
 from __future__ import annotations
 
+import difflib
 import re
 from dataclasses import dataclass
 from typing import Any
 
 OPTIONS = (
-    "allow_bucket_creation",
-    "allow_bucket_deletion",
-    "blob_storage_authority",
-    "blob_storage_scheme",
-    "dfs_storage_authority",
-    "dfs_storage_scheme",
-    "enable_tls",
-    "endpoint_override",
-    "force_virtual_addressing",
-    "region",
-    "retry_limit_seconds",
-    "scheme",
+    *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
+    *("allow_delayed_open", "smart_defaults", "tls_ca_file_path", "tls_ca_dir_path"),
+    *("tls_verify_certificates", "retry_limit_seconds", "project_id", "enable_tls", "tenant_id"),
+    *("client_id", "credential_kind", "background_writes", "blob_storage_authority"),
+    *("dfs_storage_authority", "replication", "buffer_size", "default_block_size", "kerb_ticket"),
 )
-"""What an address may say of its store; none of it opens anything."""
+"""What an address may say of a store to pyarrow; none of it opens anything."""
 MARK = "?&"
 """Begins the options, of which there may be none, behind a name that reads as if it had some."""
 HIDDEN = "..."
@@ -66,12 +60,14 @@ class Address:
     def __str__(self) -> str:
         """What may be shown: neither options nor credentials."""
         authority, name = self.authority.rpartition("@")[2], self.name
-        if self._is_split_secret or self._like_option:
+        if self._is_split_secret:
             return f"{self.scheme}://{HIDDEN}"
+        if self._like_option:
+            name = name.partition("?")[0] + HIDDEN
         if self.scheme in _WITH_USER and not self._has_credentials:
             authority = self.authority
         if self.scheme in _SERVICES:
-            name = re.split("[?#]", name)[0]
+            name = name.partition("?")[0]
         return f"{self.scheme}://{authority}{name}"
 
     @property
@@ -97,9 +93,10 @@ class Address:
             )
         if strange := strange or self._like_option:
             return (
-                f"the address has an option {strange[0]!r}, and a store's are "
-                f"{', '.join(OPTIONS)}; credentials are for the environment of every node (such "
-                f"as AWS_ACCESS_KEY_ID), and a name with such a part ends with {MARK}"
+                f"the address has the option {_option(strange[0])}, and a store's are "
+                f"{', '.join(OPTIONS[:3])} and others of pyarrow; credentials are for the "
+                f"environment of every node (such as AWS_ACCESS_KEY_ID), and a name with such a "
+                f"part ends with {MARK}"
             )
         return None
 
@@ -133,6 +130,13 @@ class Address:
         _, colon, port = self.authority.rpartition("@")[2].partition(":")
         is_port = port.isdigit() or "@" not in self.name
         return bool(colon) and (self.scheme in _BUCKETS or not is_port)
+
+
+def _option(name: str) -> str:
+    """An option in words; one that looks like no name may be a secret."""
+    close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{name!r}{hint}" if re.fullmatch("[a-z_]{1,32}", name) else HIDDEN
 
 
 def problem(text: str) -> str | None:

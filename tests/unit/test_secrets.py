@@ -35,6 +35,7 @@ SECRETS = [
     f"s3://bucket/run?region=r&session_token={CANARY}",
     f"s3://bucket/run?secret_key=a/{CANARY}&region=r",
     f"s3://bucket/run?secret_key={CANARY}?region=r",
+    f"s3://bucket/run?{CANARY}=&region=r",
     f"s3://bucket/run?endpoint_override=http://u:{CANARY}@host:1",
     f"gs://{CANARY}@bucket/run",
     f"abfs://container:{CANARY}@account.dfs.core.windows.net/run",
