@@ -29,8 +29,8 @@ _LIST = r"\w+=[^&]*(&\w+=[^&]*)*"
 _GIVEN = re.compile(rf"&({_LIST})?|{_LIST}")
 _LIKE_OPTION = re.compile(r"\?(?:.*&)?(\w+)=", re.DOTALL)
 _IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+-]*://[^\s'\"<>]*")
-_WITH_USER = {"abfs", "abfss", "hdfs", "viewfs"}
-"""Schemes whose authority has a container or a user before its `@`."""
+_WITH_USER = {"abfs", "abfss", "hdfs", "viewfs", "hf"}
+"""Schemes whose authority has a container, a user or a name before its `@`."""
 _BUCKETS = {"s3", "gs", "gcs"}
 _SERVICES = {"http", "https", "ray"}
 

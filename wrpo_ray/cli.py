@@ -39,6 +39,11 @@ STAGE_HELP = {
 }
 
 
+STORE = (
+    "check the path or address, the network, and the rights or the credentials in the environment"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
@@ -47,15 +52,26 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         return parsed.run(parsed) or 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a disk or a store
+        _trace()
+        reason = " ".join(str(error).split())
+        is_run = parsed.run in (_fuse, _study)  # a run may be on its way, and goes on from there
+        return _fail(f"{type(error).__name__}: {reason}; {STORE}", 1 if is_run else 2)
     except WrpoError as error:
-        if os.environ.get("WRPO_DEBUG"):
-            print(shown(traceback.format_exc()), file=sys.stderr, end="")
+        _trace()
         codes = {UserError: 2, BudgetError: 3, RegressionError: 4}
         return _fail(error, next((c for e, c in codes.items() if isinstance(error, e)), 1))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", 130)
     except Terminated:
         return _fail("terminated; run the same command again to go on", 143)
+
+
+def _trace() -> None:
+    if os.environ.get("WRPO_DEBUG"):
+        print(shown(traceback.format_exc()), file=sys.stderr, end="")
 
 
 class Terminated(SystemExit):

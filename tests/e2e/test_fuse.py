@@ -110,7 +110,7 @@ FINISHED = {
         "--until train": "measured",
         "--set wrpo.epochs=9": "measured",
     },
-    "failures": {"": "", "--json": "["},
+    "failures": {"": "rows", "--json": "["},
     "status": {"": "steps done", "--watch": "nobody"},
     "report": {"": "report.html", "--compare": "Results", "--to page.html": "page.html"},
     "export": {
@@ -162,7 +162,7 @@ def test_a_command_of_the_readme_on_a_finished_output(
 ):
     """None runs anything again, and none ends in a trace or leaves something unwritten."""
     config = demo(finished, report=True).config
-    before = shards(finished, "*/*")
+    before = shards(finished, "*-*/*")
     place = {"config": [], "status": [finished], "report": [finished]}.get(command, [config])
     if arguments == "--compare":
         place *= 2
@@ -172,7 +172,7 @@ def test_a_command_of_the_readme_on_a_finished_output(
     assert FINISHED[command][arguments] in out
     assert "not written" not in err
     assert "Traceback" not in err
-    assert shards(finished, "*/*") == before
+    assert shards(finished, "*-*/*") == before
 
 
 def has_checkpoint(output: Path) -> bool:
