@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wrpo_ray import __version__
+from wrpo_ray.addresses import Address, shown
 from wrpo_ray.errors import BudgetError, RegressionError, UserError, WrpoError
 
 if TYPE_CHECKING:
@@ -36,6 +39,11 @@ STAGE_HELP = {
 }
 
 
+STORE = (
+    "check the path or address, the network, and the rights or the credentials in the environment"
+)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     parsed = _parser().parse_args(arguments)
@@ -44,15 +52,26 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         return parsed.run(parsed) or 0
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a disk or a store
+        _trace()
+        reason = " ".join(str(error).split())
+        is_run = parsed.run in (_fuse, _study)  # a run may be on its way, and goes on from there
+        return _fail(f"{type(error).__name__}: {reason}; {STORE}", 1 if is_run else 2)
     except WrpoError as error:
-        if os.environ.get("WRPO_DEBUG"):
-            traceback.print_exc()
+        _trace()
         codes = {UserError: 2, BudgetError: 3, RegressionError: 4}
         return _fail(error, next((c for e, c in codes.items() if isinstance(error, e)), 1))
     except KeyboardInterrupt:
         return _fail("interrupted; run the same command again to go on", 130)
     except Terminated:
         return _fail("terminated; run the same command again to go on", 143)
+
+
+def _trace() -> None:
+    if os.environ.get("WRPO_DEBUG"):
+        print(shown(traceback.format_exc()), file=sys.stderr, end="")
 
 
 class Terminated(SystemExit):
@@ -65,7 +84,7 @@ def _terminate(*_: object) -> None:
 
 
 def _fail(reason: object, code: int) -> int:
-    for line in str(reason).splitlines():
+    for line in shown(str(reason)).splitlines():
         print(f"wrpo: error: {line}", file=sys.stderr)
     return code
 
@@ -110,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     _serve_command(commands)
     _cluster_commands(commands)
     zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
-    zoo.add_argument("folder", metavar="FOLDER", type=Path, help="where the models go")
+    zoo.add_argument("folder", metavar="FOLDER", type=_local, help="where the models go")
     zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
     zoo.add_argument(
         "--recipe",
@@ -161,7 +180,7 @@ def _submit_command(commands: Any) -> None:
 def _gate_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fail-below",
-        type=float,
+        type=_finite,
         metavar="X",
         help="exit with 4 if a pair of evaluate.pairwise has a win rate below X (0 to 1)",
     )
@@ -171,7 +190,7 @@ def _fetch_command(commands: Any) -> None:
     text = "get the files of a public benchmark for `evaluate.benchmarks`, with checksums"
     fetch = commands.add_parser("fetch", help=text, description=text)
     fetch.add_argument("name", choices=("alpaca_eval", "arena_hard", "mt_bench"), metavar="NAME")
-    fetch.add_argument("folder", metavar="FOLDER", type=Path, help="where the files go")
+    fetch.add_argument("folder", metavar="FOLDER", type=_local, help="where the files go")
     fetch.add_argument(
         "--sha256",
         metavar="FILE=HEX",
@@ -241,7 +260,7 @@ def _status_command(commands: Any) -> None:
     _set_argument(status)
     status.add_argument("--watch", action="store_true", help="go on until the run ends")
     status.add_argument(
-        "--every", type=float, default=5.0, metavar="S", help="seconds between looks (5)"
+        "--every", type=_interval, default=5.0, metavar="S", help="seconds between looks (5)"
     )
     status.set_defaults(run=_status)
 
@@ -269,7 +288,7 @@ def _serve_command(commands: Any) -> None:
         metavar="[NAME=]MODEL",
         help="a model folder or hub id, and what clients call it",
     )
-    command.add_argument("--config", type=Path, help="a YAML file of config.ServeConfig")
+    command.add_argument("--config", help="a YAML file of config.ServeConfig")
     _set_argument(command)
     command.add_argument("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     command.add_argument("--port", type=int, default=8000, help="port to listen at (8000)")
@@ -305,6 +324,24 @@ def _until_argument(command: argparse.ArgumentParser, text: str) -> None:
 
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
+        raise ValueError
+    return number
+
+
+def _local(text: str) -> Path:
+    if Address.of(text):
+        raise argparse.ArgumentTypeError("give a folder on this machine")
+    return Path(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError
+    return number
+
+
+def _interval(text: str) -> float:
+    if (number := _finite(text)) <= 0:
         raise ValueError
     return number
 
@@ -421,6 +458,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 def _export(arguments: argparse.Namespace) -> None:
     from wrpo_ray import config, results
+    from wrpo_ray.core.storage import Folder
     from wrpo_ray.export.forms import Form
 
     if arguments.pairs != "target" and arguments.format != "trl":
@@ -428,10 +466,10 @@ def _export(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.format == "model":
         size = results.export_model(settings, arguments.to)
-        print(f"the fused model ({size / 1e6:,.1f} MB of weights) in {arguments.to}")
+        print(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
         return
     rows = results.export(settings, arguments.to, Form(arguments.format, arguments.pairs))
-    print(f"{rows:,} preference rows in {arguments.to}")
+    print(f"{rows:,} preference rows in {Folder(arguments.to)}")
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -521,8 +559,13 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _served(model: str) -> dict[str, str]:
     """`NAME=MODEL`, or a model that is called by the last part of its path."""
+    from wrpo_ray.config import NAME
+    from wrpo_ray.core.storage import Folder
+
     name, equals, place = model.partition("=")
-    return {"name": name if equals else Path(model).absolute().name, "model": place or model}
+    if equals and re.fullmatch(NAME, name):
+        return {"name": name, "model": place}
+    return {"name": Path(str(Folder(model))).absolute().name, "model": model}
 
 
 def _check_cluster(arguments: argparse.Namespace) -> None:

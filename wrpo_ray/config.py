@@ -21,24 +21,39 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
+from wrpo_ray.addresses import Address, public, shown
 from wrpo_ray.errors import UserError
+from wrpo_ray.reading import KeyTwiceError, read_yaml, yaml_problem
+from wrpo_ray.values import as_written
 
 PLACEMENT: Any = {"placement": True}
 """`json_schema_extra` of fields that do not change results."""
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
 ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
 S = TypeVar("S", bound="Section")
 
 
 class Section(BaseModel):
-    """A part of the tree: frozen, and closed to unknown keys."""
+    """A part of the tree: frozen, and closed to unknown keys.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    Its numbers are finite and given as numbers, and its addresses hold no credentials.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        return as_written(value, cls.model_fields[info.field_name or ""].annotation)
 
     def identity(self) -> dict[str, Any]:
         """The JSON-ready fields that decide a result: all but those marked `PLACEMENT`."""
@@ -73,7 +88,8 @@ class PromptsConfig(Section):
     """The prompts to fuse on."""
 
     path: str
-    """A JSONL or Parquet file, or a folder of them, local or in an object store."""
+    """A JSONL or Parquet file, or a folder of them, local or in an object store; the name as it
+    is, with nothing escaped."""
     columns: Columns = Columns()
     """Column names in the file."""
     limit: int | None = Field(None, ge=1)
@@ -228,11 +244,12 @@ class EndpointConfig(Section):
     @field_validator("url")
     @classmethod
     def _is_base(cls, url: str) -> str:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError:
+            raise ValueError("no address of a server; write it as https://host/v1") from None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("write it as https://host/v1")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError("holds more than host and path; a key belongs to `key_env`")
         if parts.path.rstrip("/").endswith("/chat/completions"):
             raise ValueError("leave /chat/completions out; it is added")
         return url.rstrip("/")
@@ -933,7 +950,8 @@ class Config(Section):
     """A fusion run."""
 
     output: str
-    """Folder of all results, local or in an object store (s3://, gs://)."""
+    """Folder of all results, local or in an object store (s3://, gs://). What opens the store is in
+    the environment or the machine's role, never in an address."""
     seed: int = Field(42, ge=0, lt=2**31)
     """Decides splits, samples, orders."""
     prompts: PromptsConfig | None = None
@@ -1109,7 +1127,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         UserError: with one line for each problem.
     """
-    return _checked(Config, _read_yaml(Path(path)), overrides, f"{path}: ")
+    return _checked(Config, _read_yaml(path), overrides, f"{path}: ")
 
 
 def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
@@ -1127,7 +1145,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
     Raises:
         UserError: with one line for each problem.
     """
-    study = _checked(StudyConfig, _read_yaml(Path(path)), overrides, f"{path}: ")
+    study = _checked(StudyConfig, _read_yaml(path), overrides, f"{path}: ")
     cases = {
         name: case.model_copy(update={"config": str(Path(path).parent / case.config)})
         for name, case in study.cases.items()
@@ -1142,7 +1160,7 @@ def study_config(study: StudyConfig, case: str, variant: str) -> Config:
         UserError: with one line for each problem.
     """
     place, asked = study.cases[case], study.variants[variant]
-    tree = _read_yaml(Path(place.config))
+    tree = _read_yaml(place.config)
     fixed = {
         "output": f"{study.output}/{case}",
         "seed": study.seeds[0],
@@ -1163,28 +1181,39 @@ def read_serving(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read.
     """
-    return _read_yaml(Path(path))
+    return _read_yaml(path)
 
 
 def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> S:
     for override in overrides:
         _override(tree, override)
     try:
+        return _validated(kind, tree, where)
+    except RecursionError:
+        raise UserError(f"{where}a value holds itself, or is nested too deeply") from None
+
+
+def _validated(kind: type[S], tree: Any, where: str) -> S:
+    try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(kind, e) for e in error.errors()]
-        raise UserError("\n".join(f"{where}{line}" for line in lines)) from None
+        lines = [explain(kind, e) for e in error.errors()]
+        raise UserError("\n".join(f"{where}{shown(line)}" for line in lines)) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    if Address.of(str(path)):
+        raise UserError(f"{shown(str(path))}: a config is a file on this machine; copy it here")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such config file; see jobs/ for examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    except KeyTwiceError as error:
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys (got {type(tree).__name__})")
     return tree
@@ -1193,12 +1222,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _override(tree: Any, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"--set {override}: write it as a.b=value")
+        raise UserError(f"--set {shown(override)}: write it as a.b=value")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
+    except KeyTwiceError as error:
+        raise UserError(f"--set {dotted}: {error}") from None
     except yaml.YAMLError:
-        raise UserError(f"--set {override}: the value is not valid YAML") from None
-    _put(tree, dotted, value, f"--set {override}")
+        raise UserError(f"--set {dotted}: the value is not valid YAML") from None
+    _put(tree, dotted, value, f"--set {dotted}")
 
 
 def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
@@ -1212,8 +1243,9 @@ def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
         raise UserError(f"{what}: the config has no such place") from None
 
 
-def _explain(kind: type[Section], error: Mapping[str, Any]) -> str:
-    where = ".".join(str(part) for part in error["loc"])
+def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
+    """A problem of a section in one line, as `path: problem (got value)`."""
+    where = ".".join(str(public(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(kind, error['loc'])}"
     if error["type"] == "missing":
@@ -1221,7 +1253,7 @@ def _explain(kind: type[Section], error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+    return f"{where}: {message[0].lower()}{message[1:]} (got {public(error['input'])!r})"
 
 
 def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+from wrpo_ray.addresses import shown
 from wrpo_ray.config import (
     AlphaConfig,
     Config,
@@ -215,7 +216,7 @@ class Chain:
             is_unknown = self.for_plan and not Folder(given.path).exists()
             content = given.path if is_unknown else data_fingerprint(input_files(given.path, name))
         except OSError as error:
-            raise UserError(f"{name}: {given.path} cannot be read: {error}") from None
+            raise UserError(f"{name}: {Folder(given.path)} cannot be read: {error}") from None
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
         return Step(name, read | config, inputs)
 
@@ -573,7 +574,7 @@ def preflight(config: Config) -> Config:
         except UserError as error:
             problems.append(str(error))
         except (OSError, ValueError) as error:  # a store that does not answer, a broken JSON file
-            problems.append(f"cannot be read: {' '.join(str(error).split())}")
+            problems.append(f"cannot be read: {' '.join(shown(str(error)).split())}")
         return None
 
     config = _with_models(config, lambda what, model: told(_checked, what, model) or model)
@@ -719,13 +720,13 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     told = outline_of(chain)
     reporter = Reporter(partial(_report, root, told) if config.report else _nothing)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
-        log(f"all steps are done in {config.output}")
+        log(f"all steps are done in {root}")
     else:
         with _reporting(reporter), session(config, root) as run, reporter:
             _begin(chain, told, planner)
             _run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
-    _write_comparison(summary)
+    _write_comparison(root, summary)
     if not root.exists(SUMMARY) or root.read_json(SUMMARY) != summary:
         root.write_json(SUMMARY, summary)
     if not root.exists(OUTLINE):
@@ -891,11 +892,12 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
     return summary
 
 
-def _write_comparison(summary: dict[str, Any]) -> None:
+def _write_comparison(root: Folder, summary: dict[str, Any]) -> None:
     """The table of the judged models for those who read, beside the step's own."""
     if "comparison" not in summary:
         return
-    folder, table = Folder(summary["comparison_folder"]), summary["comparison"]
+    name, table = summary["comparison_folder"].rpartition("/")[2], summary["comparison"]
+    folder = root / name  # what the summary shows has no options of the store
     for name, text in (
         ("comparison.md", comparison.markdown(table)),
         ("comparison.html", comparison.html(table)),

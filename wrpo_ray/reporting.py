@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+from wrpo_ray.addresses import public
 from wrpo_ray.config import Config
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.shards import Samples
@@ -20,7 +21,7 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.generate.stage import Generate
 from wrpo_ray.ingest.stage import SOURCES, TARGET, IngestResponses
 from wrpo_ray.pair.stage import Pair, Select
-from wrpo_ray.report.outline import PLAN, Outline, StepOutline, public
+from wrpo_ray.report.outline import PLAN, Outline, StepOutline
 from wrpo_ray.score.stage import Score
 
 EVERY = 20.0

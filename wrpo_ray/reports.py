@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 
 from wrpo_ray import config as configs
+from wrpo_ray.addresses import shown
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import STAGES, Chain, outline_of, pinned
@@ -53,8 +54,8 @@ def report(place: str, overrides: Sequence[str] = (), to: str | None = None) -> 
         text = page.render(gather(root, outline))
         _write(to, text)
     except OSError as error:
-        raise UserError(f"report: {' '.join(str(error).split())}") from None
-    return to
+        raise UserError(f"report: {' '.join(shown(str(error)).split())}") from None
+    return str(Folder(to))
 
 
 def compare(places: Sequence[str], overrides: Sequence[str] = (), to: str | None = None) -> str:
@@ -73,9 +74,7 @@ def compare(places: Sequence[str], overrides: Sequence[str] = (), to: str | None
 
 
 def _write(to: str, text: str) -> None:
-    folder, _, name = Folder(to).absolute().path.rpartition("/")
-    place = Folder(folder) if not Folder(to).is_remote else Folder(to.rpartition("/")[0])
-    place.write(name, text.encode())
+    Folder(to).write("", text.encode())
 
 
 def show_status(place: str, overrides: Sequence[str] = (), every: float | None = None) -> None:

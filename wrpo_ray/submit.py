@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from yaml import YAMLError
 
 from wrpo_ray import __version__
+from wrpo_ray.addresses import shown
 from wrpo_ray.config import Config
 from wrpo_ray.core.cluster import check_answers, mark
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.reading import read_document, yaml_problem
 
 RUNTIME_ENV = "jobs/runtime_env.yaml"
 IGNORED = ".rayignore"
@@ -58,7 +60,7 @@ class Submission:
     def metadata(self) -> dict[str, str]:
         """What the dashboard shows of the job, and later submissions know it by."""
         names = {"project": "wrpo_ray", "version": __version__}
-        return names | {"config": self.path, "output": Folder(self.output).uri}
+        return names | {"config": self.path, "output": str(Folder(self.output))}
 
 
 def submission(
@@ -75,8 +77,8 @@ def submission(
         raise UserError(f"{path}: not below {here}, which goes to the cluster; submit from there")
     if Folder(config.output).is_relative:
         raise UserError(
-            f"output: {config.output} is relative, and a job's working directory does not last; "
-            f"give a folder that every node mounts, or an object store (s3://...)"
+            f"output: {Folder(config.output)} is relative, and a job's working directory does not "
+            f"last; give a folder that every node mounts, or an object store (s3://...)"
         )
     known = [address, os.environ.get(API), os.environ.get("RAY_ADDRESS"), config.cluster.address]
     found = next(filter(None, known), None)
@@ -91,9 +93,18 @@ def submission(
 
 
 def _runtime_env() -> dict[str, Any]:
-    """That of the working directory, if it has one."""
+    """That of the working directory, if it has one.
+
+    Raises:
+        UserError: its file is no YAML mapping.
+    """
     file = Path(RUNTIME_ENV)
-    given = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    try:
+        given = read_document(file.read_text(encoding="utf-8")) if file.exists() else None
+    except (YAMLError, ValueError) as error:
+        raise UserError(f"{file}: not valid YAML: {yaml_problem(error)}") from None
+    if not isinstance(given, dict | None):
+        raise UserError(f"{file}: a runtime environment is a mapping of keys")
     return (given or {}) | {"working_dir": "."}
 
 
@@ -140,9 +151,9 @@ class Job:
     def _check_ended(self, job: Any) -> None:
         if not job.status.is_terminal():
             raise UserError(
-                f"output: {self.given.output} is worked on by the job {job.submission_id}; see it "
-                f"with `ray job logs --follow {job.submission_id}`, end it with `ray job stop "
-                f"{job.submission_id}`, or set another `output`"
+                f"output: {Folder(self.given.output)} is worked on by the job {job.submission_id}; "
+                f"see it with `ray job logs --follow {job.submission_id}`, end it with "
+                f"`ray job stop {job.submission_id}`, or set another `output`"
             )
 
     def _driver_cpus(self) -> int:
@@ -226,8 +237,8 @@ def _client(address: str) -> Any:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Jobs API at {address}: {_first_line(error)}") from None
+        raise UserError(f"no Jobs API at {shown(address)}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1][:500]
+    return shown(str(error).strip().splitlines()[-1][:500])

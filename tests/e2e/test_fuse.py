@@ -12,6 +12,7 @@ from harness import ROOT, processes_of, rows, shards, wait_until
 from in_browser import look
 
 from wrpo_ray.cli import main
+from wrpo_ray.pipeline import STAGES
 
 KEY = ("prompt_id", "source", "sample")
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
@@ -97,6 +98,81 @@ def test_a_second_call_does_nothing(demo, undisturbed):
     assert "all steps are done" in result.stderr
     assert "Verifier accuracy" in result.stdout
     assert shards(undisturbed, "**/*") == before
+
+
+FINISHED = {
+    "fuse": {"": "Fused model:", "--dry-run": " done ", "--until pair": "preference rows"},
+    **{stage: {"": "Summary:"} for stage in STAGES},
+    "plan": {
+        "": "measured",
+        "--gpus 8": "on 8 GPUs",
+        "--json": '"rate": "measured"',
+        "--until train": "measured",
+        "--set wrpo.epochs=9": "measured",
+    },
+    "failures": {"": "rows", "--json": "["},
+    "status": {"": "steps done", "--watch": "nobody"},
+    "report": {"": "report.html", "--compare": "Results", "--to page.html": "page.html"},
+    "export": {
+        **{f"--to {form} --format {form}": "rows in" for form in ("published", "trl", "records")},
+        "--to rows.jsonl": "rows in",
+        "--to model --format model": "the fused model",
+    },
+    "config": {"": "output", "wrpo.alpha": "end"},
+}
+"""What each command of README's table shows on a finished output, with which arguments."""
+ELSEWHERE = {
+    "submit": "test_submit.py",
+    "serve": "test_serving.py",
+    "study": "test_studies.py",
+    "fetch": "../unit/test_protocols.py",
+    "cluster": "../unit/test_manifests.py",
+    "zoo": "../conftest.py",
+}
+"""Commands that do not look at the output of a run, and what runs them."""
+
+
+@pytest.fixture(scope="module")
+def finished(undisturbed, tmp_path_factory) -> Path:
+    """A copy, as commands that stop early write a summary of their own."""
+    return Path(shutil.copytree(undisturbed, tmp_path_factory.mktemp("finished") / "output"))
+
+
+def commands_of_readme() -> set[str]:
+    """The first words of the commands in its table and blocks."""
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| `wrpo ([^`]+)`", text, flags=re.M)
+    names = [n for row in rows for n in re.split(r" (?=[A-Z\[])", row)[0].split(" / ")]
+    blocks = re.findall(r"^wrpo (\w+)", text, flags=re.M)
+    return {name.split()[0] for name in [*names, *blocks]}
+
+
+def test_each_command_of_the_readme_is_run_on_an_output_or_elsewhere():
+    assert commands_of_readme() == set(FINISHED) | set(ELSEWHERE)
+    for name, file in ELSEWHERE.items():
+        text = (ROOT / "tests" / "e2e" / file).resolve().read_text()
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"), [(name, given) for name, cases in FINISHED.items() for given in cases]
+)
+def test_a_command_of_the_readme_on_a_finished_output(
+    demo, finished, tmp_path, monkeypatch, capfd, command, arguments
+):
+    """None runs anything again, and none ends in a trace or leaves something unwritten."""
+    config = demo(finished, report=(command, arguments) == ("fuse", "")).config
+    before = shards(finished, "*-*/*")
+    place = {"config": [], "status": [finished], "report": [finished]}.get(command, [config])
+    if arguments == "--compare":
+        place *= 2
+    monkeypatch.chdir(tmp_path)
+    assert main([command, *map(str, place), *arguments.split()]) == 0
+    out, err = capfd.readouterr()
+    assert FINISHED[command][arguments] in out
+    assert "not written" not in err
+    assert "Traceback" not in err
+    assert shards(finished, "*-*/*") == before
 
 
 def has_checkpoint(output: Path) -> bool:

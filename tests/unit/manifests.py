@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from wrpo_ray.cluster_check.manifests import LOADER
 from wrpo_ray.cluster_check.schema import Schemas
+from wrpo_ray.reading import QUICK
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -68,7 +68,7 @@ def crds() -> Schemas:
 
 @cache
 def _read(path: str) -> Body:
-    return yaml.load((CLUSTER / path).read_text(), LOADER)
+    return yaml.load((CLUSTER / path).read_text(), QUICK)
 
 
 def ray_objects() -> dict[str, Body]:

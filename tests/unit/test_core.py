@@ -1,5 +1,6 @@
 """Steps, buckets, storage, the lease: what resuming rests on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -128,6 +129,19 @@ def test_folder_addresses():
         _ = Folder("nonsense://x").path
 
 
+def test_records_of_json_lines_whatever_is_in_them(tmp_path):
+    """Only a newline ends a line; one that is cut off, or holds no object, is passed over."""
+    texts = ["a b", "\u2028", "\x85", "\x0b\x0c\x1c", "\r", "\r\n", "\n", " ", "{}", "ä🙂"]
+    rows = [{"text": text, text: 1} for text in texts]
+    for ascii_only in (True, False):
+        lines = [json.dumps(row, ensure_ascii=ascii_only) for row in rows]
+        folder = Folder(str(tmp_path))
+        folder.write("x.jsonl", "\n".join([*lines, "", "3", '{"cut": "o']).encode())
+        assert folder.read_records("x.jsonl") == rows
+    folder.write("empty.jsonl", b"")
+    assert folder.read_records("empty.jsonl") == []
+
+
 def test_unwritable_output_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is not writable"):
@@ -227,12 +241,6 @@ def test_a_lease_survives_a_moment_without_its_store(tmp_path, monkeypatch):
         time.sleep(0.8)
         assert len(failed) == 2
         assert not lease.lost
-
-
-def test_an_address_is_shown_without_its_secrets():
-    folder = Folder("s3://KEY:SECRET@bucket/run?endpoint_override=x") / "a"
-    assert str(folder) == "s3://bucket/run/a"
-    assert folder.uri.startswith("s3://KEY:SECRET@bucket/run/a?")
 
 
 def test_an_output_is_known_by_one_mark_however_it_is_written(tmp_path, monkeypatch):

@@ -20,10 +20,11 @@ from ray.runtime_env import RuntimeEnv
 
 from wrpo_ray import __version__, config
 from wrpo_ray.cluster_check.check import Report, check
-from wrpo_ray.cluster_check.manifests import LOADER, Manifest
+from wrpo_ray.cluster_check.manifests import Manifest
 from wrpo_ray.cluster_check.objects import RayObject, typed
 from wrpo_ray.cluster_check.schema import Schemas
 from wrpo_ray.core.metrics import exported
+from wrpo_ray.reading import QUICK
 
 JOBS = {"overlays/demo": ROOT / "jobs" / "demo.yaml"}
 """The config that an overlay runs, where it is another than the job's."""
@@ -108,7 +109,7 @@ def pods(body: Any) -> list[dict[str, Any]]:
 
 @cache
 def all_objects() -> list[dict[str, Any]]:
-    return [body for o in OVERLAYS for body in yaml.load_all(rendered(o), LOADER)]
+    return [body for o in OVERLAYS for body in yaml.load_all(rendered(o), QUICK)]
 
 
 def test_every_pod_runs_without_root_and_without_more_privileges():

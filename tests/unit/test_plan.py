@@ -182,6 +182,32 @@ def test_a_finished_step_has_nothing_left(tmp_path):
     assert (a.done, a.output_tokens, a.gpu_seconds, a.seconds) == (3000, 0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "rate"),
+    [
+        ("", None),  # begun just now
+        ('{"step": 0, "tok', None),  # a line that is being written
+        ('{"step": 0, "tokens_per_s": null}\n', None),
+        ('{"step": 0, "tokens_per_s": 800.0}\n', 400.0),
+        ('{"step": 0, "tokens_per_s": 800.0}\n{"step": 1, "tokens_per_s": 600.0}\n{"st', 350.0),
+    ],
+)
+@pytest.mark.parametrize("step", ["sft", "wrpo"])
+def test_training_that_has_begun_tells_its_rate(tmp_path, step, text, rate):
+    """Tokens a second of one of two workers, as `metrics.jsonl` says at any moment."""
+    config = tree(tmp_path)
+    unknown = config.plan.model_copy(update={"rates": {}})
+    config = config.model_copy(update={"plan": unknown})
+    jobs = [j for s in Chain(config, for_plan=True).build() for p in s.phases for j in p]
+    job = next(j for j in jobs if j.step.name == step)
+    (Folder(config.output) / job.step.folder).write("metrics.jsonl", text.encode())
+    work = of(estimate(config), step)
+    assert work.rate == ("measured" if rate else "guess")
+    if rate:
+        tokens = work.prompt_tokens + work.output_tokens
+        assert work.actor_seconds == pytest.approx(tokens / rate, rel=0.01)
+
+
 def test_prompts_are_counted_in_files(tmp_path):
     jsonl, parquet = tmp_path / "a.jsonl", tmp_path / "b.parquet"
     jsonl.write_bytes(b'{"prompt": "x"}\n' * 3 + b'{"prompt": "no newline"}')

@@ -20,7 +20,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.report import comparing, page, sample
 from wrpo_ray.report.facts import gather
 from wrpo_ray.report.histogram import MOST, Histogram, shown
-from wrpo_ray.report.outline import public, read
+from wrpo_ray.report.outline import read
 from wrpo_ray.report.plots import Palette, bars, number, svg
 from wrpo_ray.report.view import _places, busy
 from wrpo_ray.reporting import Reporter
@@ -255,11 +255,6 @@ def test_time_at_work_counts_side_by_side_once():
 
 
 # --- outlines, runs compared, the reporter ---------------------------------------------------
-
-
-def test_an_outline_has_no_credentials():
-    given = {"output": "s3://key:secret@bucket/run?secret_key=x", "n": [{"url": "https://h/v1"}]}
-    assert public(given) == {"output": "s3://bucket/run", "n": [{"url": "https://h/v1"}]}
 
 
 def test_no_run_is_told_with_the_remedy(tmp_path):

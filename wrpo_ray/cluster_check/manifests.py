@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
+from wrpo_ray.addresses import Address, shown
 from wrpo_ray.errors import UserError
+from wrpo_ray.reading import KeyTwiceError, read_documents, yaml_problem
 
 Body = dict[str, Any]
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
 LAUNCHER = "launcher"
 """The kind given to a file of Ray's cluster launcher, which has none."""
 
@@ -83,9 +83,9 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
     for path in paths:
         for file, text in _texts(path):
             try:
-                documents = [d for d in yaml.load_all(text, LOADER) if d is not None]
-            except yaml.YAMLError as error:
-                problems.append(Problem(file, "", "yaml", " ".join(str(error).split())))
+                documents = [d for d in read_documents(text) if d is not None]
+            except (yaml.YAMLError, KeyTwiceError) as error:
+                problems.append(Problem(file, "", "yaml", yaml_problem(error)))
                 continue
             for document in documents:
                 if isinstance(document, dict):
@@ -106,6 +106,8 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     if path == "-":
         yield "stdin", sys.stdin.read()
         return
+    if Address.of(path):
+        raise UserError(f"{shown(path)}: manifests are files on this machine; copy them here")
     place = Path(path)
     if (place / "kustomization.yaml").exists():
         yield path, _kustomize(place)

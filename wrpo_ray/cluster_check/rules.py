@@ -14,6 +14,7 @@ import yaml
 
 from wrpo_ray.cluster_check.manifests import LAUNCHER, Manifest, Problem
 from wrpo_ray.cluster_check.objects import RayObject
+from wrpo_ray.reading import KeyTwiceError, read_document, yaml_problem
 
 LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
 """KubeRay appends to names, which may then have 63 characters."""
@@ -294,9 +295,9 @@ def _runtime_env(found: RayObject) -> Found:
         return
     field = "spec.runtimeEnvYAML"
     try:
-        given = yaml.safe_load(found.job.runtime_env)
-    except yaml.YAMLError as error:
-        text = f"is not valid YAML: {' '.join(str(error).split())}"
+        given = read_document(found.job.runtime_env)
+    except (yaml.YAMLError, KeyTwiceError) as error:
+        text = f"is not valid YAML: {yaml_problem(error)}"
         yield found.problem(field, "runtime-env", text)
         return
     yield from _runtime_env_keys(found, field, given)

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from wrpo_ray.cluster_check.manifests import LOADER, Manifest, Problem
+from wrpo_ray.cluster_check.manifests import Manifest, Problem
 from wrpo_ray.cluster_check.objects import path_text
 from wrpo_ray.errors import UserError
+from wrpo_ray.reading import read_documents
 
 Schema = dict[str, Any]
 
@@ -26,7 +25,7 @@ class Schemas:
 
     def __init__(self, folder: str):
         texts = [file.read_text() for file in sorted(Path(folder).glob("*.yaml"))]
-        crds = [d for text in texts for d in yaml.load_all(text, LOADER) if _is_crd(d)]
+        crds = [d for text in texts for d in read_documents(text) if _is_crd(d)]
         if not crds:
             raise UserError(f"--crds {folder}: no CustomResourceDefinition is in this folder")
         self._schemas = {

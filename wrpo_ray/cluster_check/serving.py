@@ -12,6 +12,7 @@ from wrpo_ray.cluster_check.manifests import Problem
 from wrpo_ray.cluster_check.objects import RayObject, path_text
 from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
+from wrpo_ray.reading import read_document, yaml_problem
 
 FIELD = "spec.serveConfigV2"
 OWN = "wrpo_ray.serve.app:build"
@@ -24,7 +25,7 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
     if not found.service:
         return None, []
     try:
-        given = yaml.safe_load(found.service.serve_config_v2)
+        given = read_document(found.service.serve_config_v2)
         if not isinstance(given, dict):
             raise ValueError("is missing or no mapping; it lists `applications`")
         ServeDeploySchema.model_validate(given)
@@ -32,7 +33,7 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
         lines = [(path_text((*e["loc"],)), e["msg"]) for e in error.errors()]
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
     except (yaml.YAMLError, ValueError) as error:
-        return None, [found.problem(FIELD, "serve-config", " ".join(str(error).split()))]
+        return None, [found.problem(FIELD, "serve-config", yaml_problem(error))]
     told = [*_unknown(given), *_own_arguments(given)]
     return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in told]
 

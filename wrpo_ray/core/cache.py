@@ -13,9 +13,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -205,8 +207,25 @@ def node_cache() -> NodeCache:
     limit = os.environ.get(LIMIT)
     try:
         return NodeCache(folder, int(float(limit) * 10**9) if limit else None)
-    except ValueError:
+    except (ValueError, OverflowError):  # infinity is no number of bytes
         raise UserError(f"{LIMIT}={limit}: not a number of GB") from None
+
+
+def plain_path(folder: Path) -> Path:
+    """The folder, or a link to it, by a path of letters, digits and `-_.+=,@~` alone.
+
+    Engines search for weights by patterns that begin with the folder: in one named `run?` they
+    would read those of `run1` as well, and in `run[1]` none.
+    """
+    if re.fullmatch(r"[\w/.+=,@~-]*", str(folder), re.ASCII):
+        return folder
+    links = node_cache().folder / "links"
+    links.mkdir(exist_ok=True)
+    link = links / uuid.uuid5(uuid.NAMESPACE_URL, str(folder)).hex
+    made = links / uuid.uuid4().hex
+    made.symlink_to(folder)
+    made.replace(link)
+    return link
 
 
 def _check_sizes(sizes: dict[str, int], folder: Path, source: Source) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from wrpo_ray import errors
+from wrpo_ray.addresses import shown
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.core.cache import LIMIT
 from wrpo_ray.core.progress import log
@@ -56,7 +57,7 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
             with keeping_sigterm():
                 ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
         except ConnectionError as error:
-            raise UserError(f"cluster.address: {address}: {error}") from None
+            raise UserError(f"cluster.address: {shown(f'{address}: {error}')}") from None
     else:
         os.environ |= marks
         with keeping_sigterm():
@@ -92,8 +93,8 @@ def check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise UserError(
-            f"cluster.address: nothing answers at {address} ({error}); start the cluster, or "
-            f"correct the address (RAY_ADDRESS)"
+            f"cluster.address: nothing answers at {shown(address)} ({error}); start the cluster, "
+            f"or correct the address (RAY_ADDRESS)"
         ) from None
 
 

@@ -12,13 +12,15 @@ import time
 from functools import cached_property
 from typing import Any
 
+from wrpo_ray.addresses import shown
+
 EVERY = 5.0
 """Seconds between lines of one step, where there is no table."""
 
 
 def log(text: str) -> None:
-    """One line to stderr, with the time of day."""
-    line = f"{time.strftime('%H:%M:%S')}  {text}"
+    """One line to stderr, with the time of day; addresses in it are shown without secrets."""
+    line = f"{time.strftime('%H:%M:%S')}  {shown(text)}"
     if _TABLE.is_shown:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:

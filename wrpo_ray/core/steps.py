@@ -15,6 +15,7 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any
 
+from wrpo_ray.addresses import public
 from wrpo_ray.core.records import FORMAT, digest
 from wrpo_ray.core.storage import Folder
 
@@ -76,7 +77,7 @@ class Step:
         record = {
             "step": self.name,
             "key": self.key,
-            "config": self.config,
+            "config": public(self.config),
             "inputs": [step.folder for step in self.inputs],
             "counts": counts,
             "seconds": round(time.time() - started, 2),

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from wrpo_ray.core.cache import node_cache
+from wrpo_ray.addresses import Address, problem, shown
+from wrpo_ray.core.cache import node_cache, plain_path
 from wrpo_ray.core.weights import engine_files
 from wrpo_ray.errors import UserError
 
@@ -34,31 +35,49 @@ STREAMS = 8
 """Files that are copied from an object store at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Folder:
-    """A folder by its URI; it travels to workers by value.
+    """A folder by its address (see `wrpo_ray.addresses`); it travels to workers by value.
 
     Such as `/data/run`, `s3://bucket/run`,
     `s3://bucket/run?endpoint_override=host:port&scheme=http`, or a model of the Hugging Face hub
     at a commit, `hf://org/name@commit`.
+
+    Raises:
+        UserError: the address holds credentials, or an option that is not known.
     """
 
     uri: str
 
+    def __post_init__(self) -> None:
+        if reason := problem(self.uri):
+            raise UserError(f"{self}: {reason}")
+
+    @cached_property
+    def _address(self) -> Address | None:
+        return Address.of(self.uri)
+
     @cached_property
     def _opened(self) -> tuple[pafs.FileSystem, str]:
-        if not self.is_remote:
+        if self._address is None:
             return pafs.LocalFileSystem(), os.path.abspath(self._local_path)
+        quoted = replace(self._address, name=quote(self._address.name))  # a URI is escaped
         try:
-            filesystem, path = pafs.FileSystem.from_uri(self.uri)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise UserError(f"{self.uri}: not a storage address: {error}") from None
+            filesystem, path = pafs.FileSystem.from_uri(quoted.whole)
+        except pa.ArrowInvalid as error:
+            raise UserError(f"{self}: not a storage address: {shown(str(error))}") from None
+        except OSError as error:
+            reason = " ".join(shown(str(error)).split())
+            raise UserError(
+                f"{self}: the store does not open ({reason}); check the address, the network, and "
+                f"the credentials in the environment"
+            ) from None
         return filesystem, path
 
     @property
     def is_remote(self) -> bool:
         """Whether it lies in an object store."""
-        return "://" in self.uri and not self.uri.startswith("file://")
+        return self._address is not None
 
     @property
     def is_relative(self) -> bool:
@@ -86,16 +105,25 @@ class Folder:
         self.__dict__.update(state)
 
     def __str__(self) -> str:
-        """The address without what opens it: options and credentials."""
-        return re.sub(r"//[^/@]*@", "//", self.uri.partition("?")[0])
+        """The address without the options that open its store; names are as they are."""
+        return self.uri if self._address is None else str(self._address)
+
+    def __repr__(self) -> str:
+        return f"Folder({str(self)!r})"
 
     def absolute(self) -> Folder:
         """The same folder by a path that any working directory leads to."""
         return self if self.is_remote else Folder(self.path)
 
     def __truediv__(self, name: str) -> Folder:
-        base, mark, query = self.uri.partition("?")
-        return Folder(f"{base.rstrip('/')}/{name}{mark}{query}")
+        if self._address is None:
+            return Folder(f"{self.uri.rstrip('/')}/{name}")
+        inside = f"{self._address.name.rstrip('/')}/{name}"
+        return Folder(replace(self._address, name=inside).whole)
+
+    def is_within(self, other: Folder) -> bool:
+        """Whether it lies below another folder of the same store."""
+        return str(self).startswith(f"{other}/")
 
     # --- files ---------------------------------------------------------------------------
 
@@ -139,6 +167,13 @@ class Folder:
         """Write a value as indented JSON."""
         self.write(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
+    def read_records(self, name: str) -> list[dict[str, Any]]:
+        """The objects of a file of JSON lines; a line that is not whole, yet, is passed over.
+
+        Lines end with a newline alone: within one there may be spaces and other separators.
+        """
+        return [r for line in self.read(name).split(b"\n") if (r := _record(line)) is not None]
+
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The table of a Parquet file."""
         return pq.read_table(self._at(name), columns=columns, filesystem=self.filesystem)
@@ -169,10 +204,17 @@ class Folder:
     def upload(self, local: Path) -> None:
         """Copy a local folder's files to here."""
         self.filesystem.create_dir(self.path, recursive=True)
-        pafs.copy_files(str(local), self.path, destination_filesystem=self.filesystem)
+        pafs.copy_files(
+            str(local),
+            self.path,
+            source_filesystem=pafs.LocalFileSystem(),
+            destination_filesystem=self.filesystem,
+        )
 
     def local(self, version: str = "") -> Path:
         """A local path with the folder's files: itself, or a copy in the node's cache.
+
+        It has no character that an engine would take for a pattern or an address (`plain_path`).
 
         The copy is made once a node and version, under a lock, and held by this process until it
         ends (`cache`). Folders of finished steps never change; for others `version` has to tell
@@ -182,7 +224,7 @@ class Folder:
             UserError: no room, or the hub does not give it.
         """
         if not self.is_remote:
-            return Path(self.path)
+            return plain_path(Path(self.path))
         if self.uri.startswith(HUB):
             from wrpo_ray.core.hub import HubModel  # its client takes a moment to import
 
@@ -193,10 +235,18 @@ class Folder:
     # --- inside --------------------------------------------------------------------------
 
     def _at(self, name: str) -> str:
-        return f"{self.path}/{name}".rstrip("/")
+        return f"{self.path}/{name}".rstrip("/") if name else self.path
 
     def _publish(self, name: str) -> _Publication:
         return _Publication(self.filesystem, self._at(name))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _leaves(fields: Iterable[pa.Field], above: str = "") -> Iterator[tuple[str, pa.DataType]]:
@@ -289,7 +339,7 @@ def check_writable(folder: Folder, what: str = "output") -> None:
         folder.write(probe, b"")
         folder.delete(probe)
     except OSError as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(shown(str(error)).split())
         raise UserError(
             f"{what}: {folder} is not writable ({reason}); set `{what}` to a folder you can write"
         ) from None

@@ -6,7 +6,6 @@ None of them is part of this project; `fetch` gets them.
 from __future__ import annotations
 
 import io
-import json
 import re
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from wrpo_ray.evaluate.protocols import (
     Judging,
     MTBenchJudging,
 )
+from wrpo_ray.reading import read_document, read_json
 
 Row = dict[str, Any]
 GREEDY = "t0"
@@ -130,7 +130,7 @@ def _mt_bench(folder: Folder) -> list[Row]:
 
 def _jsonl(folder: Folder, name: str) -> list[Row]:
     lines = io.StringIO(folder.read(name).decode())
-    return [json.loads(line) for line in lines if line.strip()]
+    return [read_json(line) for line in lines if line.strip()]
 
 
 # --- templates -------------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def _alpaca_judging(folder: Folder) -> AlpacaEvalJudging:
 
 
 def _arena_judging(folder: Folder) -> ArenaHardJudging:
-    settings = yaml.safe_load(folder.read("judge_config.yaml"))
+    settings = read_document(folder.read("judge_config.yaml"))
     return ArenaHardJudging(settings["system_prompt"], settings["prompt_template"][0])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import reprlib
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from wrpo_ray.core.published import RowError, check_text, messages_of
 from wrpo_ray.core.records import prompt_id, unit_interval
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
+from wrpo_ray.reading import read_json
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
@@ -117,7 +117,7 @@ def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception | None]:
             yield None
             continue
         try:
-            row = json.loads(line)
+            row = read_json(line)
             yield row if isinstance(row, dict) else RowError("the line is no JSON object")
         except (ValueError, RecursionError) as error:
             yield error

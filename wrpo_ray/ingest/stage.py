@@ -169,12 +169,12 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
     failures = job.step.failures(run.root)
     run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
     if not totals["rows"]:
-        raise UserError(f"{what}: no usable row in {job.input.path}; see {failures}")
+        raise UserError(f"{what}: no usable row in {Folder(job.input.path)}; see {failures}")
     of_target = totals.pop("target_rows")
     if isinstance(job, IngestResponses) and job.input.target and not of_target:
         raise UserError(
-            f"{what}: no answer in {job.input.path} is of the target {job.input.target!r}; set "
-            f"import.target to a name in the source column"
+            f"{what}: no answer in {Folder(job.input.path)} is of the target {job.input.target!r}; "
+            f"set import.target to a name in the source column"
         )
     dropped = totals["read"] - totals["rows"] - totals["failed"]
     return totals | {"dropped": dropped}

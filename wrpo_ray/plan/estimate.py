@@ -7,7 +7,6 @@ can hold answers to prompts that are not asked for here.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -327,14 +326,15 @@ class _Estimator:
         for job in self.jobs.values():
             folder = self.root / job.step.folder
             if isinstance(job, Train) and folder.exists(METRICS):
-                told = [json.loads(line)["tokens_per_s"] for line in folder.read(METRICS).split()]
-                return median(told) / job.config.workers
+                records = folder.read_records(METRICS)
+                if told := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
+                    return median(told) / job.config.workers
         return None
 
     def _size(self, name: str, folder: Folder) -> float:
         """Weights that a token meets; a model that is trained here has the target's."""
         target = self.config.target
-        if target and folder.uri.startswith(f"{self.root.uri}/"):
+        if target and folder.is_within(self.root):
             name, folder = target.name, Folder(target.model).absolute()
         return self.config.plan.parameters.get(name) or rates.parameters(folder, name)
 

@@ -196,7 +196,7 @@ def _training(root: Folder, step: StepOutline) -> Row | None:
     folder = root / step.folder
     if step.kind != "train" or not folder.exists(METRICS):
         return None
-    records = [r for line in folder.read(METRICS).splitlines() if (r := _parsed(line))]
+    records = folder.read_records(METRICS)
     if not records:
         return None
     width = -(-len(records) // POINTS)
@@ -204,13 +204,6 @@ def _training(root: Folder, step: StepOutline) -> Row | None:
     names = dict.fromkeys(name for record in records for name in record)
     curves = {name: [_mean(part, name) for part in parts] for name in names}
     return {"steps": records[-1]["steps"], "seen": len(records), "curves": curves}
-
-
-def _parsed(line: bytes) -> Row | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None  # a line that is being written
 
 
 def _mean(records: list[Row], name: str) -> float | None:

@@ -104,15 +104,6 @@ def read(root: Folder) -> Outline:
     return Outline(**kept, steps=steps)
 
 
-def public(value: Any) -> Any:
-    """A config's JSON without what opens an address: options and credentials."""
-    if isinstance(value, dict):
-        return {name: public(part) for name, part in value.items()}
-    if isinstance(value, list):
-        return [public(part) for part in value]
-    return str(Folder(value)) if isinstance(value, str) and "://" in value else value
-
-
 def _plain(value: Any) -> Any:
     """With lists for tuples, as JSON gives them back."""
     if isinstance(value, dict):

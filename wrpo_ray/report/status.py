@@ -156,7 +156,7 @@ class _Look:
         folder = self.root / step.folder
         if not folder.exists(METRICS):
             return None
-        records = [r for line in folder.read(METRICS).splitlines()[-LAST:] if (r := _parsed(line))]
+        records = folder.read_records(METRICS)[-LAST:]
         if not records:
             return None
         seconds = [r["tokens"] / r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
@@ -202,13 +202,6 @@ def _rows(folder: Folder) -> int:
     if not paths:
         return 0
     return ds.dataset(paths, format="parquet", filesystem=folder.filesystem).count_rows()
-
-
-def _parsed(line: bytes) -> Row | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 # --- the screen ------------------------------------------------------------------------------

@@ -79,14 +79,7 @@ def read_metrics(folder: Folder) -> list[Record]:
     """The records of a step's folder; a line that a kill cut off is passed over."""
     if not folder.exists(METRICS):
         return []
-    return [r for line in folder.read(METRICS).splitlines() if (r := _parse(line)) is not None]
-
-
-def _parse(line: bytes) -> Record | None:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
+    return folder.read_records(METRICS)
 
 
 def peak_memory(device: torch.device) -> float:

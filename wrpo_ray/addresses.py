@@ -1,0 +1,161 @@
+"""Addresses as users write them: their parts, whether they hold a secret, and a form to show.
+
+An address is a local path, or `scheme://authority/name`, with options of the store behind its
+last `?` where that reads `option=value&...`. A name is taken as it is written, nothing in it is
+escaped: `s3://bucket/100% sure?.jsonl` is the object `100% sure?.jsonl`. Only strings are looked
+at here; `core.storage` opens them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from typing import Any
+
+OPTIONS = (
+    *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
+    *("allow_delayed_open", "smart_defaults", "tls_ca_file_path", "tls_ca_dir_path"),
+    *("tls_verify_certificates", "retry_limit_seconds", "project_id", "enable_tls", "tenant_id"),
+    *("client_id", "credential_kind", "background_writes", "blob_storage_authority"),
+    *("dfs_storage_authority", "replication", "buffer_size", "default_block_size", "kerb_ticket"),
+)
+"""What an address may say of a store to pyarrow; none of it opens anything."""
+MARK = "?&"
+"""Begins the options, of which there may be none, behind a name that reads as if it had some."""
+HIDDEN = "..."
+_SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
+_LIST = r"\w+=[^&]*(&\w+=[^&]*)*"
+_GIVEN = re.compile(rf"&({_LIST})?|{_LIST}")
+_LIKE_OPTION = re.compile(r"\?(?:.*&)?(\w+)=", re.DOTALL)
+_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+-]*://[^\s'\"<>]*")
+_WITH_USER = {"abfs", "abfss", "hdfs", "viewfs", "hf"}
+"""Schemes whose authority has a container, a user or a name before its `@`."""
+_BUCKETS = {"s3", "gs", "gcs"}
+_SERVICES = {"http", "https", "ray"}
+
+
+@dataclass(frozen=True)
+class Address:
+    """The parts of `scheme://authority/name?options`."""
+
+    scheme: str
+    authority: str
+    name: str
+    """With the slash after the authority."""
+    options: str
+
+    @classmethod
+    def of(cls, text: str) -> Address | None:
+        """Its parts; None for a local path."""
+        found = re.match(_SCHEME, text)
+        if not found or found[1].lower() == "file":
+            return None
+        base, mark, options = text[found.end() :].rpartition("?")
+        if not mark or not _GIVEN.fullmatch(options):
+            base, options = text[found.end() :], ""
+        authority, slash, name = base.partition("/")
+        return cls(found[1].lower(), authority, slash + name, options)
+
+    def __str__(self) -> str:
+        """What may be shown: neither options nor credentials."""
+        authority, name = self.authority.rpartition("@")[2], self.name
+        if self._is_split_secret:
+            return f"{self.scheme}://{HIDDEN}"
+        if self._like_option:
+            name = name.partition("?")[0] + HIDDEN
+        if self.scheme in _WITH_USER and not self._has_credentials:
+            authority = self.authority
+        if self.scheme in _SERVICES:
+            name = name.partition("?")[0]
+        return f"{self.scheme}://{authority}{name}"
+
+    @property
+    def whole(self) -> str:
+        """The address again."""
+        base, given = f"{self.scheme}://{self.authority}{self.name}", self.options.lstrip("&")
+        if _LIKE_OPTION.search(self.name) or self.name.endswith(MARK):
+            return f"{base}{MARK}{given}"
+        return f"{base}?{given}" if given else base
+
+    @property
+    def problem(self) -> str | None:
+        """Why it is not taken, without what it holds."""
+        if self.scheme in _SERVICES:
+            return self._problem_of_service
+        values = [part.partition("=") for part in self.options.split("&")]
+        strange = [name for name, is_set, _ in values if is_set and name not in OPTIONS]
+        if self._has_credentials or any("@" in value for _, _, value in values):
+            return (
+                "the address holds credentials, which would be seen in logs, reports and job "
+                "lists; take them out, and set them in the environment of every node (such as "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machines a role"
+            )
+        if strange := strange or self._like_option:
+            return (
+                f"the address has the option {_option(strange[0])}, and a store's are "
+                f"{', '.join(OPTIONS[:3])} and others of pyarrow; credentials are for the "
+                f"environment of every node (such as AWS_ACCESS_KEY_ID), and a name with such a "
+                f"part ends with {MARK}"
+            )
+        return None
+
+    @property
+    def _problem_of_service(self) -> str | None:
+        is_more = "@" in self.authority or self.options or re.search("[?#]", self.name)
+        if not is_more and not self._is_split_secret:
+            return None
+        return (
+            "the address holds more than host and path; a key belongs to `key_env`, a cluster's "
+            "token to RAY_AUTH_TOKEN"
+        )
+
+    @property
+    def _like_option(self) -> list[str]:
+        """What reads like an option and is none, where the address does not say that it is none."""
+        is_marked = self.options.startswith("&")
+        return [] if is_marked else _LIKE_OPTION.findall(self.name)
+
+    @property
+    def _has_credentials(self) -> bool:
+        user, at, _ = self.authority.rpartition("@")
+        if self._is_split_secret or ":" in user:
+            return True
+        is_public = self.scheme in _WITH_USER or user == "anonymous"
+        return bool(at) and not is_public
+
+    @property
+    def _is_split_secret(self) -> bool:
+        """Whether it looks as if a slash within a secret ended the authority before its `@`."""
+        _, colon, port = self.authority.rpartition("@")[2].partition(":")
+        is_port = port.isdigit() or "@" not in self.name
+        return bool(colon) and (self.scheme in _BUCKETS or not is_port)
+
+
+def _option(name: str) -> str:
+    """An option in words; one that looks like no name may be a secret."""
+    close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return f"{name!r}{hint}" if re.fullmatch("[a-z_]{1,32}", name) else HIDDEN
+
+
+def problem(text: str) -> str | None:
+    """Why a text is not taken as an address, without what it holds; None where it may be one."""
+    found = Address.of(text)
+    return found.problem if found else None
+
+
+def shown(text: str) -> str:
+    """A text, such as an error of a library, whose addresses hold neither options nor secrets."""
+    return _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
+
+
+def public(value: Any) -> Any:
+    """JSON, such as a config's, without what opens an address: options and credentials."""
+    if isinstance(value, dict):
+        return {public(name): public(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    return str(address) if (address := Address.of(value)) else shown(value)

@@ -1,0 +1,166 @@
+"""YAML and JSON that users write: a key given twice is refused, where the parsers keep the last.
+
+Numbers such as `3e-7`, which YAML 1.1 takes for text because they have no point, come as
+`PlainNumber`, so that a field that holds a number can take them as one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import yaml
+
+QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
+EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
+MERGE = "tag:yaml.org,2002:merge"
+COMPARED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp")}
+"""Kinds of keys that can be written in several ways, such as 1 and 0x1."""
+
+
+class KeyTwiceError(ValueError):
+    """A mapping has a key twice."""
+
+
+class PlainNumber(str):
+    """A number without quotes that YAML 1.1 takes for text, such as `3e-7`."""
+
+    __slots__ = ()
+
+
+# --- YAML ------------------------------------------------------------------------------------
+
+
+def read_yaml(text: str | bytes) -> Any:
+    """The value of a config, whose fields can take a `PlainNumber` as one.
+
+    Raises:
+        yaml.YAMLError: it is no YAML document.
+        KeyTwiceError: keys are given twice, with the lines.
+    """
+    return _read(text, _Loader, yaml.load)
+
+
+def read_document(text: str | bytes) -> Any:
+    """The value of a YAML document for others, as they read it; raises as `read_yaml` does."""
+    return _read(text, _QuickLoader, yaml.load)
+
+
+def read_documents(text: str | bytes) -> list[Any]:
+    """The values of all documents of a YAML file for others; raises as `read_yaml` does."""
+    return _read(text, _QuickLoader, lambda *given: list(yaml.load_all(*given)))
+
+
+def _read(text: str | bytes, loader: type, read: Callable[..., Any]) -> Any:
+    try:
+        return read(text, loader)
+    except RecursionError:
+        raise yaml.YAMLError("it is nested too deeply") from None
+    except (ValueError, OverflowError) as error:  # such as the date 2020-13-45
+        if isinstance(error, KeyTwiceError):
+            raise
+        raise yaml.YAMLError(str(error)) from None
+
+
+def yaml_problem(error: Exception) -> str:
+    """What is wrong and where, in one line and without the text around it."""
+    mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    text = " ".join(str(what or error).split())
+    return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
+
+
+class _Checked:
+    """Loaders with this refuse keys that are given twice, at any depth."""
+
+    def get_node(self) -> Any:
+        return _with_keys_once(super().get_node())  # type: ignore[misc]
+
+    def get_single_node(self) -> Any:
+        return _with_keys_once(super().get_single_node())  # type: ignore[misc]
+
+
+class _Loader(_Checked, yaml.SafeLoader):
+    """For configs."""
+
+
+class _QuickLoader(_Checked, QUICK):
+    """For manifests, of which there may be many."""
+
+
+def _plain_number(loader: Any, node: Any) -> PlainNumber:
+    return PlainNumber(loader.construct_scalar(node))
+
+
+_Loader.add_implicit_resolver("!plain-number", EXPONENT, list("-+.0123456789"))
+_Loader.add_constructor("!plain-number", _plain_number)
+
+
+def _with_keys_once(root: Any) -> Any:
+    """The node of a document, unless a mapping in it has a key twice."""
+    found = [told for node in _mappings(root) for told in _given_twice(node)]
+    if found:
+        raise KeyTwiceError("; ".join(found))
+    return root
+
+
+def _mappings(root: Any) -> Iterator[yaml.MappingNode]:
+    """All mappings below a node, each once, however many aliases it has."""
+    seen, queue = set(), deque([root])
+    while queue:
+        node = queue.popleft()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.MappingNode):
+            yield node
+            queue += [part for pair in node.value for part in pair]
+        else:
+            queue += node.value
+
+
+def _given_twice(node: yaml.MappingNode) -> Iterator[str]:
+    lines: dict[Hashable, int] = {}
+    for key, _ in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            continue  # a mapping or list as a key is refused by the constructor
+        line, same = key.start_mark.line + 1, _key(key)
+        if same in lines:
+            where = f"lines {lines[same]} and {line}" if lines[same] < line else f"line {line}"
+            remedy = "write `<<: [*a, *b]`" if key.tag == MERGE else "keep one of them"
+            yield f"the key {key.value!r} is given twice, in {where}; {remedy}"
+        lines.setdefault(same, line)
+
+
+def _key(node: yaml.ScalarNode) -> Hashable:
+    """What two ways to write a key have in common."""
+    if node.tag not in COMPARED:
+        return node.value
+    try:
+        return yaml.constructor.SafeConstructor().construct_object(node)
+    except (yaml.YAMLError, ValueError):
+        return node.value
+
+
+# --- JSON ------------------------------------------------------------------------------------
+
+
+def read_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, or an object in it has a key twice.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise KeyTwiceError(f"the key {twice!r} is given twice")
+    return found
