@@ -37,6 +37,51 @@ MOST_TASKS = 1024
 """Tasks under way at once: more than most clusters have CPUs."""
 
 
+class ClosedError(WrpoError):
+    """The connection to Ray is closed, or is another one: the run has come to its end."""
+
+
+class _Connection:
+    """Whether threads may call Ray: in the midst of a call they must not lose it.
+
+    Ray waits for a minute then, and ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._calls, self._changed, self._is_closed = 0, threading.Condition(), False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Calls of Ray that end within seconds.
+
+        Raises:
+            ClosedError: the connection was closed.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError("the connection to Ray was closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def open(self) -> None:
+        """It is there."""
+        self._is_closed = False
+
+    def close(self, seconds: float) -> None:
+        """No more calls; those under way are waited for so long."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._calls, seconds)
+
+
+CONNECTION = _Connection()
+
+
 def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     """Connect to the cluster, or start Ray on this machine, and mark the run's processes."""
     # Ray's C++ core writes warnings to stderr that say nothing to a user; errors still rise.
@@ -63,6 +108,7 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
         with keeping_sigterm():
             ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
     _quiet_ray_data()
+    CONNECTION.open()
 
 
 def _quiet_ray_data() -> None:
@@ -406,6 +452,7 @@ def disconnect() -> None:
     """
     import ray
 
+    CONNECTION.close(5)
     logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
     ray.shutdown()

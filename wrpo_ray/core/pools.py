@@ -21,6 +21,8 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.core.cluster import (
+    CONNECTION,
+    ClosedError,
     Pool,
     check_room,
     guarded,
@@ -73,7 +75,9 @@ def map_rows(
     check_room(pool.what, running.least, "actors", pool.needs)
     try:
         while running.left:
-            for result in running.advance():
+            with CONNECTION.in_use():
+                results = running.advance()
+            for result in results:
                 if "error" in result:
                     raise own_error(result)
                 yield result
@@ -118,6 +122,8 @@ class _Minimums:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._waiting: dict[int, dict[str, float]] = {}
+        self._free: dict[str, float] = {}
+        self._looked = -math.inf
 
     def tell(self, pool: _RunningPool, *, waits: bool) -> None:
         """Whether a pool waits for some of its first actors."""
@@ -131,16 +137,20 @@ class _Minimums:
         """Whether another pool waits for a resource that one more actor of this one would take."""
         with self._lock:
             others = [needs for key, needs in self._waiting.items() if key != id(pool)]
-        if not others:
-            return False
-        import ray
-
-        free = ray.available_resources()
+            free = self._free_now() if others else {}
         for needs in others:
             short = {name for name, n in needs.items() if n > free.get(name, 0)}
             if (short or set(needs)) & set(pool.needs):  # short of nothing, it is being placed
                 return True
         return False
+
+    def _free_now(self) -> dict[str, float]:
+        """What the cluster has free, looked up once a second for all pools."""
+        import ray
+
+        if time.monotonic() - self._looked >= 1:
+            self._free, self._looked = ray.available_resources(), time.monotonic()
+        return self._free
 
 
 _MINIMUMS = _Minimums()
@@ -194,10 +204,7 @@ class _RunningPool:
 
     def advance(self) -> list[Row]:
         """Take what is ready, start and end actors, give them rows; the results that came in."""
-        import ray
-
-        if not ray.is_initialized() or self.session != ray.get_runtime_context().get_worker_id():
-            raise WrpoError(f"{self.pool.what}: the connection to Ray was closed")
+        self._check_connection()
         taken = list(self.feed.take())
         self.queue += taken
         self.to_come -= len(taken)
@@ -208,10 +215,19 @@ class _RunningPool:
     def end(self) -> None:
         """End all actors; a placement group is gone when this returns."""
         _MINIMUMS.tell(self, waits=False)
-        for member in list(self.members):
-            self._release(member)
-        if self.pool.parts > 1:
-            _free(self.groups)
+        with suppress(ClosedError), CONNECTION.in_use():  # else they are gone with it
+            self._check_connection()
+            for member in list(self.members):
+                self._release(member)
+            if self.pool.parts > 1:
+                _free(self.groups)
+
+    def _check_connection(self) -> None:
+        """A later one of this process has none of these actors."""
+        import ray
+
+        if self.session != ray.get_runtime_context().get_worker_id():
+            raise ClosedError(f"{self.pool.what}: the connection to Ray was closed")
 
     # --- how many actors
 
