@@ -302,8 +302,8 @@ class Part:
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"chip": 2}})
 nodes.add_node(num_cpus=2, resources={"chip": 2})
 cluster.connect(ClusterConfig(address=nodes.address), Folder(sys.argv[1]), "test")
-for parts, pools, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
-    actors = Actors(min=pools, max=pools, num_cpus=0.5, resources={"chip": 1})
+for parts, most, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
+    actors = Actors(max=most, num_cpus=0.5, resources={"chip": 1})
     pool = cluster.Pool("test", actors, parts=parts)
     rows, arguments = [{"row": i} for i in range(4)], {"parts": parts, "fails": fails}
     try:
