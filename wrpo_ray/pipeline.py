@@ -31,9 +31,10 @@ from wrpo_ray.config import (
     SftConfig,
 )
 from wrpo_ray.core.chat import OWN, Template, check_model_folder
-from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
+from wrpo_ray.core.cluster import fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
 from wrpo_ray.core.hub import HubModel, address
+from wrpo_ray.core.pools import Feed
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import Run

@@ -24,12 +24,16 @@ NODES = {
 
 
 class Watch:
-    """Live nodes of each type, asked of the head twice a second: {seconds: {type: nodes}}."""
+    """Live nodes of each type, asked of the head twice a second: {seconds: {type: nodes}}.
+
+    `engines` are the most actors of the source's pool that lived at once.
+    """
 
     def __init__(self, head: RayHead):
         self.head = head
         self.counts: dict[float, dict[str, int]] = {}
         self.ids: dict[str, list[str]] = {}
+        self.engines = 0
         self.began = time.monotonic()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch)
@@ -43,8 +47,9 @@ class Watch:
         self._thread.join()
 
     def _watch(self) -> None:
-        from ray.util.state import list_nodes
+        from ray.util.state import list_actors, list_nodes
 
+        pool = [("class_name", "=", "generate llama-bytes"), ("state", "=", "ALIVE")]
         while not self._stop.wait(0.5):
             alive = list_nodes(
                 self.head.api,
@@ -53,6 +58,8 @@ class Watch:
             )
             self.ids = {kind: [n.node_id for n in alive if _kind(n) == kind] for kind in NODES}
             self.counts[time.monotonic() - self.began] = {k: len(v) for k, v in self.ids.items()}
+            engines = list_actors(self.head.api, pool, raise_on_missing_output=False)
+            self.engines = max(self.engines, len(engines))
 
     def changes(self) -> dict[float, dict[str, int]]:
         """The counts, where they differ from those before."""
@@ -120,7 +127,8 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
             head.kill_node(watch.ids[kind][0])
 
         try:
-            lose("generate", lambda: len(shards(output, "generate-*/*.parquet")) > 3)
+            answers = "generate-*/*.parquet"
+            lose("generate", lambda: watch.engines == 2 and len(shards(output, answers)) > 3)
             lose("train", lambda: list(output.glob("sft-*/metrics.jsonl")))
             assert driver.wait(300) == 0, log.read_text()
         finally:
@@ -130,5 +138,6 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
     print(changes)
     if folder := os.environ.get("WRPO_PLOTS"):
         draw(changes, Path(folder) / "autoscaling.svg")
-    assert max(c["generate"] for c in watch.counts.values()) >= 1
+    assert max(c["generate"] for c in watch.counts.values()) == 2
+    assert watch.engines == 2  # of one pool, which asked for the second node
     assert any(c["train"] == 2 and not c["generate"] for c in watch.counts.values())

@@ -85,11 +85,11 @@ def _adapter(model: Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def server(zoo: Path) -> Iterator[Server]:
-    # A short path, for Ray's sockets.
     with tempfile.TemporaryDirectory(prefix="wrpo-", ignore_cleanup_errors=True) as folder:
         adapter = _adapter(zoo / "target", Path(folder) / "adapter")
         model = {"name": "target", "model": str(zoo / "target"), "adapters": {"tuned": adapter}}
-        file = Path(folder) / "serve.yaml"
+        file, long = Path(folder) / "serve.yaml", Path(folder) / ("t" * 100)
+        long.mkdir()  # sockets, whose paths have 107 bytes at most, work there too
         reward = {"model": str(zoo / "reward"), "max_length": 128}
         file.write_text(yaml.safe_dump({"models": [model], "reward": reward, **SETTINGS}))
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -98,7 +98,7 @@ def server(zoo: Path) -> Iterator[Server]:
         with subprocess.Popen(
             [*words, "--port", str(port)],
             cwd=ROOT,
-            env=os.environ | {"RAY_TMPDIR": folder},
+            env=os.environ | {"RAY_TMPDIR": str(long), "TMPDIR": str(long)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

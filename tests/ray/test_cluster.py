@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster
+from wrpo_ray.core import cluster, pools
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
@@ -25,7 +25,7 @@ TWO_NODES = """
 import sys
 from ray.cluster_utils import Cluster
 from wrpo_ray.config import ClusterConfig
-from wrpo_ray.core import cluster
+from wrpo_ray.core import cluster, pools
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 
@@ -54,6 +54,38 @@ def test_on_two_nodes_a_relative_output_is_refused_and_a_shared_one_is_not(tmp_p
     relative, shared = result.stdout.splitlines()
     assert "output: out is relative, on a cluster of 2 nodes; use an object store" in relative
     assert shared == "reachable"
+
+
+LONG = """
+import sys, ray
+from wrpo_ray.config import ClusterConfig
+from wrpo_ray.core import cluster
+from wrpo_ray.core.storage import Folder
+
+cluster.connect(ClusterConfig(num_cpus=1), Folder(sys.argv[1]), "test")
+(done,) = cluster.map_tasks("look", iter([{"row": 1}]), lambda row: row)
+print(done)
+cluster.disconnect()
+"""
+
+
+@pytest.mark.parametrize(("name", "length"), [("RAY_TMPDIR", 100), ("TMPDIR", 900)])
+def test_ray_starts_with_a_long_temporary_folder(name, length, tmp_path):
+    """Its sessions lie in there, where sockets' paths would have more than 107 bytes."""
+    folder = tmp_path / ("t" * 100)
+    while len(str(folder)) < length:
+        folder /= "t" * 100
+    folder.mkdir(parents=True)
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_TMPDIR", "TMPDIR")}
+    result = subprocess.run(
+        [sys.executable, "-c", LONG, str(tmp_path)],
+        cwd=tmp_path,
+        env=env | {name: str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout == "{'row': 1}\n", result.stderr
+    assert list((folder / "ray").glob("session_2*/sockets"))
 
 
 def can_mount() -> bool:
@@ -177,7 +209,7 @@ class Dies:
 def test_a_lost_actor_is_replaced_and_its_rows_are_done(local_ray, tmp_path):
     rows = [{"row": i} for i in range(8)]
     pool = cluster.Pool("test", Actors(num_cpus=0.5, max=2))
-    done = cluster.map_rows(pool, rows, Dies, {"folder": str(tmp_path)})
+    done = pools.map_rows(pool, rows, Dies, {"folder": str(tmp_path)})
     assert sorted(r["row"] for r in done) == list(range(8))
     assert (tmp_path / "died-3").exists()
 
@@ -198,7 +230,7 @@ class Refuses:
 
 def test_the_projects_own_errors_come_through_ray(local_ray):
     with pytest.raises(UserError, match="^cause and remedy$"):
-        list(cluster.map_rows(POOL, [{"row": 1}], Refuses, {}))
+        list(pools.map_rows(POOL, [{"row": 1}], Refuses, {}))
     with pytest.raises(UserError, match="^cause and remedy$"):
         list(cluster.map_tasks("test", iter([{"row": 1}] * 3), Refuses()))
 
@@ -212,7 +244,7 @@ class Breaks:
 
 def test_another_error_is_told_with_its_cause(local_ray):
     with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
-        list(cluster.map_rows(POOL, [{"row": 1}], Breaks, {}))
+        list(pools.map_rows(POOL, [{"row": 1}], Breaks, {}))
     with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
         list(cluster.map_tasks("test", iter([{"row": 1}]), Breaks()))
 
@@ -226,7 +258,7 @@ class Limit:
 
 def test_the_limit_of_the_cache_reaches_the_workers(local_ray):
     pool = cluster.Pool("look", Actors(), {"OMP_NUM_THREADS": "1"})
-    (row,) = cluster.map_rows(pool, [{"n": 0}], Limit, {})
+    (row,) = pools.map_rows(pool, [{"n": 0}], Limit, {})
     assert row["limit"] == "20.0"
 
 
@@ -241,7 +273,7 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import get_current_placement_group, placement_group_table
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster
+from wrpo_ray.core import cluster, pools
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import WrpoError
 
@@ -270,12 +302,12 @@ class Part:
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"chip": 2}})
 nodes.add_node(num_cpus=2, resources={"chip": 2})
 cluster.connect(ClusterConfig(address=nodes.address), Folder(sys.argv[1]), "test")
-for parts, pools, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
-    actors = Actors(min=pools, max=pools, num_cpus=0.5, resources={"chip": 1})
+for parts, most, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
+    actors = Actors(max=most, num_cpus=0.5, resources={"chip": 1})
     pool = cluster.Pool("test", actors, parts=parts)
     rows, arguments = [{"row": i} for i in range(4)], {"parts": parts, "fails": fails}
     try:
-        done = list(cluster.map_rows(pool, rows, Parallel, arguments))
+        done = list(pools.map_rows(pool, rows, Parallel, arguments))
         spread, bundles = max(d["nodes"] for d in done), done[0]["bundles"]
         told = f"{len(done)} rows, nodes {spread}, bundles {bundles}"
     except WrpoError as error:
@@ -315,10 +347,10 @@ class Doubles:
 def test_rows_of_a_feed_are_worked_on_as_they_become_ready(local_ray):
     """Two calls in hand at once; a step that nobody follows adds nothing."""
     followed, other = Step("followed"), Step("other")
-    feed = cluster.Feed([other, followed])
+    feed = pools.Feed([other, followed])
     pool = cluster.Pool("test", Actors(), threads=2)
     rows = [{"job": 1, "bucket": b} for b in range(4)]
-    results = cluster.map_rows(pool, rows, Doubles, {}, feed)
+    results = pools.map_rows(pool, rows, Doubles, {}, feed)
     done = []
     taker = threading.Thread(target=lambda: done.extend(results))
     taker.start()

@@ -74,4 +74,4 @@ def test_a_step_is_found_by_prometheus_and_by_name(local_ray, tmp_path):
 
     from ray._private.state import actors
 
-    assert "MapWorker(Map(score with reward))" in {a["ActorClassName"] for a in actors().values()}
+    assert "score with reward" in {a["ActorClassName"] for a in actors().values()}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster
+from wrpo_ray.core import cluster, pools
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.plan import simulate
 
@@ -47,7 +47,7 @@ def on_ray(nodes: int, times: list[float], folder: str) -> dict[str, float]:
     rows = [{"sleeps": t} for t in times]
     began = time.time()
     pool = cluster.Pool("sleep", Actors(min=1, max=nodes, num_cpus=1))
-    done = list(cluster.map_rows(pool, rows, Sleeper, {}))
+    done = list(pools.map_rows(pool, rows, Sleeper, {}))
     wall = time.time() - began
     cluster.disconnect()
     there.shutdown()
@@ -59,8 +59,7 @@ def on_ray(nodes: int, times: list[float], folder: str) -> dict[str, float]:
 def foretold(nodes: int, times: list[float], startup: float) -> float:
     buckets = [[[t]] for t in times]
     source = simulate.Source("sleep", 1, nodes, 1.0, startup, buckets, slots=1, half=0)
-    # Ray Data binds a second bucket to each actor
-    return simulate.simulate([source], simulate.Cluster(nodes, 1), simulate.Policy(1, 1)).wall
+    return simulate.simulate([source], simulate.Cluster(nodes, 1), simulate.Policy(1, 0)).wall
 
 
 @pytest.mark.parametrize(

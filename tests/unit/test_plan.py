@@ -279,6 +279,47 @@ def test_weights_by_config():
     assert rates.parameters(Folder("none/x"), "y") == rates.UNKNOWN
 
 
+SMOL = {
+    "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "intermediate_size": 1536, "vocab_size": 49152,
+}  # fmt: skip
+"""SmolLM2-135M."""
+ZOO = {
+    "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 32,
+    "num_key_value_heads": 4, "intermediate_size": 256, "vocab_size": 260,
+}  # fmt: skip
+"""A source of the demo."""
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "least", "most"),
+    [
+        (SMOL, "generate", 50, 75),
+        (SMOL, "train", 60, 100),
+        (ZOO, "generate", 8_000, 12_000),
+    ],
+)
+def test_guesses_on_one_cpu_are_what_was_measured(config, kind, least, most, tmp_path):
+    """Tokens/s of one core of the machine that the guesses are set by."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    folder, cpu = str(tmp_path / "model"), {"num_cpus": 1}
+    settings = tree(
+        tmp_path,
+        sources=[{"name": "a", "model": folder, "actors": cpu}],
+        target={"name": "t", "model": folder, "actors": cpu},
+        wrpo={"workers": 1, "num_cpus": 1},
+        plan={"prompts": 600},
+    )
+    plan = estimate(settings)
+    work = of(plan, "generate-a" if kind == "generate" else "wrpo")
+    tokens = work.output_tokens if kind == "generate" else work.prompt_tokens
+    assert work.rate == "guess"
+    assert least <= tokens / work.actor_seconds <= most
+    bigger = rates.Power(0, 4, 990)
+    assert bigger.forward_rate(1e9) == pytest.approx(4 * rates.Power(0, 1, 1).forward_rate(1e9))
+
+
 def test_works_of_a_pool_share_engines():
     works = [
         Work("s1", "p", actor_seconds=100, gpus=1, units=4, stage="x", startup=10),

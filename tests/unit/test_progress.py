@@ -32,6 +32,35 @@ def test_lines_tell_what_is_done_failed_and_left(capsys):
     assert "left" not in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [
+        (0, ""), (1e-5, "a row each 27.8 h"), (1 / 7200, "a row each 2.0 h"),
+        (1 / 600, "a row each 10 min"), (1 / 119, "a row each 119 s"), (0.1, "a row each 10 s"),
+        (0.24, "a row each 4.2 s"), (0.999, "a row each 1.0 s"), (1, "1 rows/s"),
+        (1.234, "1.23 rows/s"), (31.26, "31.3 rows/s"), (310.4, "310 rows/s"),
+        (12_345.6, "12,346 rows/s"), (1e9, "1,000,000,000 rows/s"),
+    ],
+)  # fmt: skip
+def test_any_rate_says_something(rate, told):
+    assert progress.pace(rate, "a row", "rows") == told
+    assert progress.pace(rate) == told.replace("a row", "one").replace(" rows", "")
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20, 400, 10_000])
+@pytest.mark.parametrize("seconds", [10, 1000, 100_000])
+def test_no_rows_that_are_made_are_told_as_none(rows, seconds, monkeypatch, capsys):
+    """Whatever a row takes, a line tells neither `0 rows/s` nor a power of ten."""
+    ticks = itertools.count(0, seconds)
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(ticks)))
+    Progress("generate a", 1).add(rows, tokens=50 * rows)
+    line = capsys.readouterr().err
+    assert " 0 " not in line.replace("0 failed", "")
+    assert "e+" not in line
+    assert "a row each " in line or " rows/s" in line
+    assert "a token each " in line or " tokens/s" in line
+
+
 def test_hours_are_told():
     assert [progress._clock(s) for s in (0, 9.6, 75, 3723)] == ["0:00", "0:10", "1:15", "1:02:03"]
 

@@ -143,3 +143,23 @@ def test_the_command_tells_of_an_ended_run(tmp_path, capsys):
     assert "3 steps" in told  # a stage whose steps are all done is one line
     assert cli.main(["status", str(tmp_path / "none")]) == 2
     assert "no run is there" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("each", "told"), [(0.0005, "2,000/s"), (0.25, "4/s"), (5, "one each 5.0 s"), (90, "90 s")]
+)
+def test_the_rate_of_slow_and_quick_steps(each, told, tmp_path):
+    """11 shards of a row each, `each` seconds apart."""
+    finished(tmp_path / "prompts", rows=300)
+    for i in range(11):
+        put(tmp_path / "generate-a", Bucket(i % 4, 4).shard(i), ago=(10 - i) * each)
+    spent = {"rows": 11, "prompt_tokens": 1, "output_tokens": 9}
+    spent |= {"actor_seconds": 1.0, "gpu_seconds": 0.0}
+    ledger = {"seconds": 1.0, "open": True, "steps": {"generate-a": {"pool": "a"} | spent}}
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    held(tmp_path, ago=0)
+    out = StringIO()
+    Console(file=out, width=100).print(
+        screen(status(Folder(str(tmp_path)), outline(PROMPTS, GENERATE), NOW))
+    )
+    assert told in out.getvalue()

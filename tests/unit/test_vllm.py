@@ -5,7 +5,7 @@ import pytest
 from wrpo_ray.core import cluster, vllm
 
 RAISED = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
-PRINTED = """:actor_name:MapWorker(Map(generate qwen))
+PRINTED = """:actor_name:generate qwen
 (EngineCore pid=3346) Process EngineCore:
 (EngineCore pid=3346) Traceback (most recent call last):
 (EngineCore pid=3346)   File "/x/vllm/v1/engine/core.py", line 134, in __init__
@@ -46,7 +46,7 @@ def test_the_root_cause_is_told_in_place_of_that_there_is_one(outputs, logged, p
     def fail(row):
         raise RuntimeError(RAISED)
 
-    result = cluster._guarded("generate qwen", fail, {})
+    result = cluster.guarded("generate qwen", fail, {})
     assert result["message"].startswith(f"generate qwen failed: EngineProcessError: {cause}; put")
     assert RAISED in result["trace"]
 

@@ -1,8 +1,7 @@
-"""The Ray cluster: connecting, checking where data lies, ending orphans, mapping over buckets."""
+"""The Ray cluster: connecting, checking where data lies, ending orphans, room, tasks."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import signal
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import psutil
@@ -27,15 +25,62 @@ from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.core.cache import LIMIT
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
-from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import TEMPORARY, Folder
+from wrpo_ray.core.temporary import shorten_temporary_folders
 from wrpo_ray.core.vllm import with_root_cause
 from wrpo_ray.errors import UserError, WrpoError
 
 OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
 """Environment of every process that works for a run: which output, and which driver."""
+UNDERSTOOD = ("Progress bars disabled",)
+"""Warnings of Ray Data, by their beginnings, that tell a user nothing: progress is told here."""
 MOST_TASKS = 1024
 """Tasks under way at once: more than most clusters have CPUs."""
+
+
+class ClosedError(WrpoError):
+    """The connection to Ray is closed, or is another one: the run has come to its end."""
+
+
+class _Connection:
+    """Whether threads may call Ray: in the midst of a call they must not lose it.
+
+    Ray waits for a minute then, and ends the process.
+    """
+
+    def __init__(self) -> None:
+        self._calls, self._changed, self._is_closed = 0, threading.Condition(), False
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Calls of Ray that end within seconds.
+
+        Raises:
+            ClosedError: the connection was closed.
+        """
+        with self._changed:
+            if self._is_closed:
+                raise ClosedError("the connection to Ray was closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+    def open(self) -> None:
+        """It is there."""
+        self._is_closed = False
+
+    def close(self, seconds: float) -> None:
+        """No more calls; those under way are waited for so long."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.wait_for(lambda: not self._calls, seconds)
+
+
+CONNECTION = _Connection()
 
 
 def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
@@ -59,11 +104,27 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
         except ConnectionError as error:
             raise UserError(f"cluster.address: {shown(f'{address}: {error}')}") from None
     else:
+        shorten_temporary_folders()
         os.environ |= marks
         with keeping_sigterm():
             ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
+    _quiet_ray_data()
+    CONNECTION.open()
+
+
+def _quiet_ray_data() -> None:
+    """Leave out what Ray Data tells in passing; other warnings and errors reach the terminal."""
+    import ray
+
     ray.data.DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        handler.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(UNDERSTOOD)
 
 
 @contextmanager
@@ -212,65 +273,11 @@ class Pool:
         needs = {"CPU": actors.num_cpus, "GPU": actors.num_gpus * self.parts}
         return needs | {name: n * self.parts for name, n in actors.resources.items()}
 
-
-def map_rows(
-    pool: Pool,
-    rows: list[dict[str, Any]],
-    worker: type,
-    arguments: dict[str, Any],
-    feed: Feed | None = None,
-) -> Iterator[dict[str, Any]]:
-    """Map rows across a pool of `worker` actors on Ray Data; results come as they finish.
-
-    Each result has `seconds`: how long the actor took since it started or had its last result;
-    and `idle`: for how many of them it had no row.
-
-    A lost actor or node is replaced and its rows are tried again, so a worker has to commit
-    its own results and pass over what is committed. With a `feed` the rows are taken from it,
-    as many as `rows` has, when they are there.
-
-    Raises:
-        WrpoError: as raised by the worker, or one that names the pool and the cause.
-    """
-    import ray
-    from ray.data import ActorPoolStrategy
-
-    least, most = (min(n, len(rows)) for n in (pool.actors.min, pool.actors.max))
-    check_room(pool.what, least, "actors", pool.needs)
-    if feed:
-        dataset = feed.dataset(len(rows))
-    else:
-        dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
-    made = {"what": pool.what, "worker": worker, "arguments": arguments}
-    try:
-        with _placed(pool) as place:
-            kind = _Apart if place else _Guarded
-            results = dataset.map(
-                type(pool.what, (kind,), {}),  # under the name that dashboards show
-                fn_constructor_kwargs=made | place,
-                compute=ActorPoolStrategy(
-                    min_size=least,
-                    max_size=most,
-                    max_concurrent_calls_per_actor=pool.threads,
-                    max_tasks_in_flight_per_actor=max(2, pool.threads),  # more would be hoarded
-                    enable_true_multi_threading=pool.threads > 1,
-                ),
-                num_cpus=0 if place else pool.actors.num_cpus,
-                num_gpus=None if place else pool.actors.num_gpus or None,
-                resources=None if place else pool.actors.resources or None,
-                runtime_env={"env_vars": pool.env},
-            )
-            results.set_name(pool.what)
-            # Read ahead, as `iter_rows` does, a result would wait for the next one.
-            for part in results.iter_batches(
-                batch_size=None, batch_format="pyarrow", prefetch_batches=0
-            ):
-                for result in part.to_pylist():
-                    if "error" in result:
-                        raise _own_error(result)
-                    yield result
-    except ray.exceptions.RayError as error:
-        raise readable(error, pool.what) from error
+    @property
+    def bundles(self) -> list[dict[str, float]]:
+        """A placement group for one actor and its parts."""
+        gpus = {"GPU": self.actors.num_gpus} if self.actors.num_gpus else {}
+        return [{"CPU": self.actors.num_cpus}, *[gpus | self.actors.resources] * self.parts]
 
 
 def map_tasks(
@@ -286,7 +293,7 @@ def map_tasks(
     """
     import ray
 
-    task = ray.remote(num_cpus=1)(_guarded).options(name=what)
+    task = ray.remote(num_cpus=1)(guarded).options(name=what)
     shared = ray.put(function)
     under_way: list[Any] = []
     try:
@@ -310,101 +317,8 @@ def _result(under_way: list[Any]) -> dict[str, Any]:
     (done,), under_way[:] = ray.wait(under_way)
     result = ray.get(done)
     if "error" in result:
-        raise _own_error(result)
+        raise own_error(result)
     return result
-
-
-@contextmanager
-def _placed(pool: Pool) -> Iterator[dict[str, Any]]:
-    """Where actors with parts go: arguments of `_Apart`; none for actors without.
-
-    The placement groups that they make are gone when the block ends, also by an error; Ray
-    itself would keep them until the driver ends.
-    """
-    if pool.parts == 1:
-        yield {}
-        return
-    part = ({"GPU": pool.actors.num_gpus} if pool.actors.num_gpus else {}) | pool.actors.resources
-    group = f"{uuid.uuid4().hex}-"
-    bundles = [{"CPU": pool.actors.num_cpus}, *[part] * pool.parts]
-    try:
-        yield {"bundles": bundles, "group": group, "threads": pool.threads}
-    finally:
-        _free(group)
-
-
-def _free(group: str) -> None:
-    """Remove the placement groups of this name, and wait until their resources are free."""
-    from ray.util import get_placement_group, placement_group_table, remove_placement_group
-
-    deadline = time.monotonic() + 60
-    while True:
-        found = [g for g in placement_group_table().values() if g["name"].startswith(group)]
-        left = [g for g in found if g["state"] != "REMOVED"]
-        if not left:
-            return
-        if time.monotonic() > deadline:
-            raise WrpoError(f"{len(left)} placement groups could not be removed within 60 s")
-        for entry in left:
-            with suppress(ValueError):  # removed in the meantime
-                remove_placement_group(get_placement_group(entry["name"]))
-        time.sleep(0.1)
-
-
-class Feed:
-    """Rows for a pool that follows another one, in the order in which they become ready.
-
-    `steps` are those that are followed; row {"job": i, "bucket": b} says that bucket b of the
-    step number i can be read. The rows wait in an actor beside the driver.
-    """
-
-    def __init__(self, steps: list[Step]):
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
-
-        self._jobs = {step.key: job for job, step in enumerate(steps)}
-        here = Affinity(ray.get_runtime_context().get_node_id(), soft=False)
-        board = ray.remote(_Board).options(
-            num_cpus=0, max_concurrency=1000, scheduling_strategy=here
-        )
-        self._board = board.remote()
-
-    def add(self, step: Step, bucket: int) -> None:
-        """Tell that a bucket can be read; steps that nobody follows are passed over."""
-        if step.key in self._jobs:
-            self._board.add.remote({"job": self._jobs[step.key], "bucket": bucket})
-
-    def dataset(self, count: int) -> Any:
-        """A dataset of `count` rows of the feed, each as soon as it is there."""
-        import ray
-
-        numbers = ray.data.from_items(list(range(count)), override_num_blocks=count)
-        return numbers.map(_next, fn_kwargs={"board": self._board}, num_cpus=0, concurrency=2)
-
-
-class _Board:
-    """An actor: rows by number, for those who wait for them."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.changed = asyncio.Condition()
-
-    async def add(self, row: dict[str, Any]) -> None:
-        async with self.changed:
-            self.rows.append(row)
-            self.changed.notify_all()
-
-    async def row(self, number: int) -> dict[str, Any]:
-        """The row, when it is there; asked again, the same one."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: number < len(self.rows))
-        return self.rows[number]
-
-
-def _next(row: dict[str, Any], board: Any) -> dict[str, Any]:
-    import ray
-
-    return ray.get(board.row.remote(row["item"]))
 
 
 def side_by_side(calls: list[Callable[[], None]], most: int | None = None) -> None:
@@ -481,59 +395,10 @@ def is_own_ray() -> bool:
     return bool(node and node.head)
 
 
-class _Guarded:
-    """A worker whose errors are results: raised, they come wrapped in Ray's, with long traces."""
-
-    def __init__(self, what: str, worker: type, arguments: dict[str, Any]):
-        self.what, self.worker, self.arguments = what, worker, arguments
-        self._making = threading.Lock()
-        self._clock = _Clock()
-
-    @cached_property
-    def _made(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        return self.worker(**self.arguments)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return self.work(row)
-
-    def work(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The worker's result, or what went wrong."""
-        self._clock.begin()
-        return _guarded(self.what, self._work, row) | self._clock.end()
-
-    def _work(self, row: dict[str, Any]) -> dict[str, Any]:
-        with self._making:
-            made = self._made
-        return made(row)
-
-
-class _Clock:
-    """How long an actor held its place and how long it waited; threads call at once."""
-
-    def __init__(self) -> None:
-        self._lock, self._in_hand, self._idle = threading.Lock(), 0, 0.0
-        self._told = self._ended = time.monotonic()
-
-    def begin(self) -> None:
-        """A row is taken in hand."""
-        with self._lock:
-            if not self._in_hand:
-                self._idle += time.monotonic() - self._ended
-            self._in_hand += 1
-
-    def end(self) -> dict[str, float]:
-        """A row is done: `seconds` since the last one was, each told once, `idle` among them."""
-        with self._lock:
-            self._in_hand -= 1
-            self._ended = time.monotonic()
-            told = {"seconds": self._ended - self._told, "idle": self._idle}
-            self._told, self._idle = self._ended, 0.0
-            return told
-
-
-def _guarded(
+def guarded(
     what: str, function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[str, Any]
 ) -> dict[str, Any]:
+    """The function's result, or what went wrong, for `own_error`."""
     try:
         return function(row)
     except Exception as error:  # whatever it is, the driver tells it
@@ -545,48 +410,8 @@ def _guarded(
         }
 
 
-class _Apart:
-    """An actor in place of a worker with parts, which it starts in a placement group.
-
-    vLLM starts its own workers in the group that it finds itself in. The group is there when
-    the constructor ends, so no row is given to a worker that has no place yet.
-    """
-
-    def __init__(
-        self,
-        what: str,
-        worker: type,
-        arguments: dict[str, Any],
-        bundles: list[dict[str, float]],
-        group: str,
-        threads: int,
-    ):
-        import ray
-        from ray.util import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
-
-        place = placement_group(bundles, strategy="PACK", name=f"{group}{uuid.uuid4().hex}")
-        while not place.wait(60):
-            log(f"{what}: waiting for {len(bundles) - 1} workers' places")
-        self.worker = (
-            ray.remote(type(what, (_Guarded,), {}))
-            .options(
-                num_cpus=bundles[0]["CPU"],
-                max_concurrency=threads,
-                max_restarts=-1,
-                max_task_retries=-1,
-                scheduling_strategy=InGroup(place, 0, placement_group_capture_child_tasks=True),
-            )
-            .remote(what, worker, arguments)
-        )
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        import ray
-
-        return ray.get(self.worker.work.remote(row))
-
-
-def _own_error(result: dict[str, Any]) -> WrpoError:
+def own_error(result: dict[str, Any]) -> WrpoError:
+    """The error that a result of `guarded` tells of."""
     kind: type[WrpoError] = getattr(errors, result["error"])
     error = kind(result["message"])
     error.__cause__ = RuntimeError(result["trace"])  # shown with WRPO_DEBUG
@@ -628,6 +453,7 @@ def disconnect() -> None:
     """
     import ray
 
+    CONNECTION.close(5)
     logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
     ray.shutdown()

@@ -27,22 +27,43 @@ def log(text: str) -> None:
         print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once: threads log, too
 
 
+def pace(rate: float, one: str = "one", many: str = "") -> str:
+    """`310 rows/s`, or `a row each 4.2 s` where there are fewer; empty for a rate of 0."""
+    if rate <= 0:
+        return ""
+    if rate >= 1:
+        number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        return f"{number} {many}".strip() + "/s"
+    return f"{one} each {_span(1 / rate)}"
+
+
+def _span(seconds: float) -> str:
+    """4.2 s, 75 s, 12 min, or 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 class Progress:
-    """`generate llama  7/16 buckets  2,100 rows  3 failed  310 rows/s  0:09 left`.
+    """`generate llama  7/16 buckets  90 rows  3 failed  a row each 1.4 s  212 tokens/s  1:09 left`.
 
     `about` holds what else is worth telling, such as {"mean reward": "0.41"}.
     """
 
     def __init__(self, label: str, total: int, unit: str = "buckets"):
         self.label, self.total, self.unit = label, total, unit
-        self.done = self.rows = self.failed = 0
+        self.done = self.rows = self.failed = self.tokens = 0
         self.about: dict[str, str] = {}
         self._started = self._shown = time.monotonic()
 
-    def add(self, rows: int, failed: int = 0) -> None:
-        """One more unit is finished, with so many rows made in this run, and so many failed."""
+    def add(self, rows: int, failed: int = 0, tokens: int = 0) -> None:
+        """One more unit is finished, with so many rows made in this run, and so many failed.
+
+        `tokens` are those that were generated.
+        """
         self.done += 1
         self.rows += rows
+        self.tokens += tokens
         self.failed += failed
         is_finished, now = self.done == self.total, time.monotonic()
         _TABLE.update(self, is_finished)
@@ -57,7 +78,8 @@ class Progress:
             "done": f"{self.done:,}/{self.total:,} {self.unit}",
             "rows": f"{self.rows:,} rows",
             "failed": f"{self.failed:,} failed" if self.failed else "",
-            "rate": f"{self.rows / passed:,.0f} rows/s",
+            "rate": pace(self.rows / passed, "a row", "rows"),
+            "tokens": pace(self.tokens / passed, "a token", "tokens"),
             "left": f"{_clock(passed / self.done * (self.total - self.done))} left"
             if 0 < self.done < self.total
             else "",

@@ -10,7 +10,8 @@ from typing import Any
 
 from wrpo_ray.config import Actors
 from wrpo_ray.core import metrics, records
-from wrpo_ray.core.cluster import Pool, map_rows
+from wrpo_ray.core.cluster import Pool
+from wrpo_ray.core.pools import map_rows
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step
@@ -117,7 +118,7 @@ def _plain(estimate: Estimate) -> dict[str, float | None]:
 
 
 class Summer:
-    """The Ray Data actor; what is returned are sums and at most one example a bucket."""
+    """The actor; what is returned are sums and at most one example a bucket."""
 
     def __init__(self, run: Run, job: Evaluate):
         self.run, self.job = run, job

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.config import Actors
-from wrpo_ray.core.cluster import Pool, map_rows
+from wrpo_ray.core.cluster import Pool
+from wrpo_ray.core.pools import map_rows
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import JUDGMENT, failure
 from wrpo_ray.core.run import Run
@@ -118,7 +119,7 @@ def run(run: Run, jobs: list[Verdicts]) -> None:
 
 
 class Reader:
-    """The Ray Data actor."""
+    """The actor of a pool."""
 
     def __init__(self, run: Run, jobs: list[Verdicts]):
         self.run, self.jobs = run, jobs

@@ -1,4 +1,4 @@
-"""One pool of vLLM actors for each model, on Ray Data; the unit of work is a bucket.
+"""One pool of vLLM actors for each model; the unit of work is a bucket.
 
 An actor reads its bucket's prompts, passes over the (prompt, sample) pairs that the store
 already holds, and commits the rest chunk by chunk. So a crash loses at most the chunks in
@@ -18,7 +18,8 @@ from typing import Any
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import Feed, Pool, map_rows, side_by_side, thread_env
+from wrpo_ray.core.cluster import Pool, side_by_side, thread_env
+from wrpo_ray.core.pools import Feed, map_rows
 from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.run import Run, Tally
 from wrpo_ray.core.shards import (
@@ -120,7 +121,7 @@ def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
     progress = Progress(pool.what, len(rows))
     tallies = [Tally(run, job.step) for job in jobs]
     for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
-        progress.add(result["new"], result["failed"])
+        progress.add(result["new"], result["failed"], result["output_tokens"])
         tallies[result["job"]].add(result)
         run.spend(
             jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
@@ -146,7 +147,7 @@ def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
 
 
 class Generator:
-    """The Ray Data actor: an engine that is started when the first missing answer is met."""
+    """The actor: an engine that is started when the first missing answer is met."""
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs

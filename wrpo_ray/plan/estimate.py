@@ -117,8 +117,8 @@ class _Estimator:
         prompts, lengths = self._count(job.prompts), self._lengths(job)
         done = self._stored(job.step, prompts * samples)
         left = prompts * samples - done
-        size, peak = self._size(name, job.folder), self._peak(actors)
-        guess = rates.decode_rate(size, actors.num_gpus, peak)
+        size = self._size(name, job.folder)
+        guess = self._power(actors).decode_rate(size)
         if job.model.endpoint:
             guess = job.model.endpoint.concurrency * rates.STREAM
         rate = self._rate(name, self._told(name, "output_tokens", "generate-"), guess)
@@ -151,7 +151,7 @@ class _Estimator:
         folders = [folder for folder in job.folders if folder]
         if folders:
             size = sum(self._size(reward.name, folder) for folder in folders)
-            guess = rates.forward_rate(size, self._peak(reward.actors)) / tokens
+            guess = self._power(reward.actors).forward_rate(size) / tokens
         rate = self._rate(reward.name, self._told(reward.name, "rows", "score-"), guess)
         return self._pool(
             Work(
@@ -171,7 +171,7 @@ class _Estimator:
     def _prepare(self, job: Prepare) -> Work:
         guess = rates.MOST
         if job.stores_reference:
-            guess = rates.forward_rate(self._size(job.name, job.base), self._peak(job.actors))
+            guess = self._power(job.actors).forward_rate(self._size(job.name, job.base))
         rate = self._rate(job.step.name, None, guess)
         work = self._tokens(job.step, self._rows(job.step), len(job.answers), rate)
         return self._pool(work, job.actors)
@@ -179,10 +179,8 @@ class _Estimator:
     def _train(self, job: Train) -> Work:
         config = job.config
         actors = Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=config.num_gpus)
-        guess = rates.training_rate(
-            self._size(job.step.name, job.base),
-            self._peak(actors),
-            checkpointing=config.gradient_checkpointing,
+        guess = self._power(actors).training_rate(
+            self._size(job.step.name, job.base), checkpointing=config.gradient_checkpointing
         )
         rate = self._rate(job.step.name, self._trained_rate, guess)
         answers = len(self.jobs[job.rows.key].answers)
@@ -338,8 +336,8 @@ class _Estimator:
             name, folder = target.name, Folder(target.model).absolute()
         return self.config.plan.parameters.get(name) or rates.parameters(folder, name)
 
-    def _peak(self, actors: Actors) -> float:
-        return rates.flops(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)
+    def _power(self, actors: Actors) -> rates.Power:
+        return rates.Power(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)
 
 
 def _of_engine(model: ModelConfig) -> Actors:

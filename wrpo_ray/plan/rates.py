@@ -1,20 +1,24 @@
 """How fast a model is when nothing was measured: guesses by its size, good to a factor of two.
 
-Anchors: generation at 15 % of peak (a 67B model made 8,700 tokens/s on 8 GPUs of 990 TFLOP/s in
-arXiv 2405.04434, section 3.2.3), forward passes and training at 35 %. On a CPU 50 GFLOP/s a core.
+On GPUs: generation at 15 % of peak (a 67B model made 8,700 tokens/s on 8 GPUs of 990 TFLOP/s in
+arXiv 2405.04434, section 3.2.3), forward passes and training at 35 %. On a CPU: what one core did
+with SmolLM2-135M (vLLM in bf16 50 to 75 output tokens/s, training in fp32 80 tokens/s), and the
+8,000 to 12,000 output tokens/s of models of 0.4M weights, where Python takes most of the time.
+Other CPUs differ from that one by more than a factor of two.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.core.storage import Folder
 
 DECODE, FORWARD = 0.15, 0.35
-"""Shares of peak."""
-CORE = 50e9
-"""FLOP/s of a CPU core."""
+"""Shares of a GPU's peak."""
+CORE_DECODE, CORE_FORWARD = 17e9, 65e9
+"""FLOP/s that a CPU core does."""
 MOST = 10_000.0
 """Tokens/s of an engine on a CPU, however small its model."""
 STREAM = 40.0
@@ -53,25 +57,32 @@ def weights(config: dict[str, Any]) -> float:
     return layers * (attention + mlp) + width * config.get("vocab_size", 32000)
 
 
-def flops(gpus: float, cpus: float, gpu_tflops: float) -> float:
-    """Peak of an actor."""
-    return gpus * gpu_tflops * 1e12 if gpus else max(cpus, 1) * CORE
+@dataclass(frozen=True)
+class Power:
+    """What an actor, or a worker, computes with."""
 
+    gpus: float
+    cpus: float
+    gpu_tflops: float
 
-def decode_rate(size: float, gpus: float, peak: float) -> float:
-    """Output tokens/s of a full engine: two operations a weight."""
-    rate = DECODE * peak / (2 * size)
-    return rate if gpus else min(rate, MOST)
+    def decode_rate(self, size: float) -> float:
+        """Output tokens/s of a full engine: two operations a weight."""
+        rate = self._flops(DECODE, CORE_DECODE) / (2 * size)
+        return rate if self.gpus else min(rate, MOST)
 
+    def forward_rate(self, size: float) -> float:
+        """Tokens/s of a forward pass."""
+        return self._flops(FORWARD, CORE_FORWARD) / (2 * size)
 
-def forward_rate(size: float, peak: float) -> float:
-    """Tokens/s of a forward pass."""
-    return FORWARD * peak / (2 * size)
+    def training_rate(self, size: float, *, checkpointing: bool) -> float:
+        """Tokens/s of forward and backward passes; checkpointing repeats the forward."""
+        return self._flops(FORWARD, CORE_FORWARD) / ((8 if checkpointing else 6) * size)
 
-
-def training_rate(size: float, peak: float, *, checkpointing: bool) -> float:
-    """Tokens/s of forward and backward passes; checkpointing repeats the forward."""
-    return FORWARD * peak / ((8 if checkpointing else 6) * size)
+    def _flops(self, share: float, core: float) -> float:
+        """Operations a second that are reached."""
+        if self.gpus:
+            return share * self.gpus * self.gpu_tflops * 1e12
+        return max(self.cpus, 1) * core
 
 
 def startup(size: float, gpus: float) -> float:

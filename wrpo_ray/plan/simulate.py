@@ -1,6 +1,6 @@
 """Generation on a cluster that is not there: the scheduling policy, event by event.
 
-What is simulated is what `generate.stage` and Ray Data do: each source has a pool of engines and
+What is simulated is what `generate.stage` and `core.pools` do: each source has its engines and
 a queue of buckets; engines of all pools take the GPUs that are free; an engine starts, takes
 buckets, answers as many prompts at once as it has slots, commits chunk by chunk, and gives its
 GPUs back when its pool has no bucket left. Nodes may be slow, or be lost with what their engines
@@ -62,7 +62,7 @@ class Policy:
     in_hand: int = 1
     """Buckets that an engine answers at the same time."""
     ahead: int = 1
-    """Further buckets that are bound to an engine (Ray Data's tasks in flight)."""
+    """Further buckets that are bound to an engine; `core.pools` binds none."""
     barrier: bool = True
     """Whether a chunk waits until the one before is answered and committed."""
 

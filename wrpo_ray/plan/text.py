@@ -23,7 +23,8 @@ HEAD = (
 WIDTHS = (9, 22, 11, 11, 11, 11, 8, 9, 10, 9)
 NOTE = """\
 there: rows that the output holds, at most what is skipped. time: on the clock, with engine starts.
-guess: by the model's size, good to a factor of two; give `plan.rates`, or let a part run first."""
+guess: by the model's size, good to a factor of two on GPUs, less so on CPUs, which differ; give
+`plan.rates`, or let a part run first."""
 
 
 def plan_text(plan: Plan) -> str:
@@ -74,7 +75,7 @@ def _totals(plan: Plan) -> Iterator[str]:
 
 
 def _advice(plan: Plan) -> Iterator[str]:
-    """A source's engine has four buckets, two in hand and two bound to it (SIMULATION.md)."""
+    """A source's engine has two buckets in hand, and some more for even ends (SIMULATION.md)."""
     sources = [w for w in plan.works if w.stage == "generate"]
     works = [w for w in sources if w.output_tokens and w.units < 4 * w.engines]
     if works:

@@ -18,6 +18,7 @@ import pyarrow.fs as pafs
 
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.core import lease
+from wrpo_ray.core.progress import pace
 from wrpo_ray.core.spending import FILE as LEDGER
 from wrpo_ray.core.spending import Entry, Spent, read_ledger
 from wrpo_ray.core.storage import TEMPORARY, Folder
@@ -255,7 +256,7 @@ def _cells(step: StepStatus) -> tuple[str, str, str, str]:
     if step.state == WAITING:
         return total, "", "", ""
     done = f"{step.done:,}/{total}{unit}" if total else f"{step.done:,}{unit}"
-    rate = f"{step.rate:,.3g}/s" if step.rate and step.state == ACTIVE else ""
+    rate = pace(step.rate) if step.rate and step.state == ACTIVE else ""
     return done, rate, "" if step.left is None else f"{_clock(step.left)} left", failed
 
 

@@ -1,4 +1,4 @@
-"""A pool of reward actors on Ray Data; the unit of work is a bucket of one store of answers.
+"""A pool of reward actors; the unit of work is a bucket of one store of answers.
 
 An actor passes over the answers that are scored, and commits the others chunk by chunk.
 """
@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.core import records
-from wrpo_ray.core.cluster import Feed, Pool, map_rows, thread_env
+from wrpo_ray.core.cluster import Pool, thread_env
+from wrpo_ray.core.pools import Feed, map_rows
 from wrpo_ray.core.progress import Progress
 from wrpo_ray.core.run import Run, Tally
 from wrpo_ray.core.shards import (
@@ -142,7 +143,7 @@ def _show(shown: list[_Shown], job: int, result: Row, wins: list[int]) -> None:
 
 
 class Scorer:
-    """The Ray Data actor: a reward that is loaded when the first unscored answer is met."""
+    """The actor: a reward that is loaded when the first unscored answer is met."""
 
     def __init__(self, run: Run, jobs: list[Score]):
         self.run, self.jobs = run, jobs

@@ -38,6 +38,7 @@ from wrpo_ray.core.chat import Template, load_tokenizer
 from wrpo_ray.core.cluster import keeping_sigterm, thread_env
 from wrpo_ray.core.records import Message
 from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.temporary import shorten_temporary_folders
 from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.score.base import Item, MissingReferenceError, TooLongError
@@ -456,6 +457,7 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
     alone: dict[str, Any] = {}
     with ExitStack() as until_the_end:
         if address == "local":
+            shorten_temporary_folders()
             # All that is served shares the cores; Ray would let what does not fit wait for ever.
             cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
             alone = {"include_dashboard": False, "num_cpus": cpus}

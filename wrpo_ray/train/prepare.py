@@ -18,7 +18,8 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import Actors, SftConfig, TrainConfig, WrpoConfig
 from wrpo_ray.core.chat import OWN, Template, end_ids, load_tokenizer
-from wrpo_ray.core.cluster import Pool, map_rows, thread_env
+from wrpo_ray.core.cluster import Pool, thread_env
+from wrpo_ray.core.pools import map_rows
 from wrpo_ray.core.progress import Progress, log
 from wrpo_ray.core.records import PREFERENCE, SELECTION
 from wrpo_ray.core.run import Run
@@ -169,7 +170,7 @@ def _check_some(job: Prepare, counts: dict[str, int]) -> None:
 
 
 class Preparer:
-    """The Ray Data actor, with the model of one job at a time; what it returns are counts only."""
+    """The actor, with the model of one job at a time; what it returns are counts only."""
 
     def __init__(self, run: Run, jobs: list[Prepare]):
         self.run, self.jobs = run, jobs

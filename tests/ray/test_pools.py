@@ -1,0 +1,160 @@
+"""Pools of actors on a Ray of the test's own: how they grow, share a cluster, and shrink."""
+
+import os
+import tempfile
+import threading
+import time
+
+import pytest
+
+from wrpo_ray.config import Actors, ClusterConfig
+from wrpo_ray.core import cluster, pools
+from wrpo_ray.core.steps import Step
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import WrpoError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _eight_cpus():
+    """A Ray of eight logical CPUs."""
+    with tempfile.TemporaryDirectory(prefix="wrpo-ray-") as folder:
+        cluster.connect(ClusterConfig(num_cpus=8), Folder(folder), "tests")
+        yield
+        cluster.disconnect()
+
+
+class Sleeper:
+    """An actor that takes its time for a row, and tells which process it is."""
+
+    def __call__(self, row: dict) -> dict:
+        began = time.time()
+        time.sleep(row["sleeps"])
+        return row | {"actor": os.getpid(), "began": began, "ended": time.time()}
+
+
+@pytest.mark.parametrize("calls", [1, 2, 8])
+@pytest.mark.parametrize("least", [1, 2])
+def test_a_pool_reaches_its_most_actors_where_there_is_room(calls, least):
+    """24 rows, eight CPUs, at most four actors: each of the four does some of them."""
+    pool = cluster.Pool("grow", Actors(min=least, max=4), threads=calls)
+    done = list(pools.map_rows(pool, [{"n": n, "sleeps": 0.5} for n in range(24)], Sleeper, {}))
+    assert sorted(r["n"] for r in done) == list(range(24))
+    assert len({r["actor"] for r in done}) == 4
+
+
+def run_side_by_side(*mapped: tuple[cluster.Pool, list[dict]]) -> list[list[dict]]:
+    """Each pool in a thread of its own, as sources are; their results."""
+    done: list[list[dict]] = [[] for _ in mapped]
+
+    def work(number: int) -> None:
+        pool, rows = mapped[number]
+        done[number] += pools.map_rows(pool, rows, Sleeper, {})
+
+    cluster.side_by_side([lambda n=n: work(n) for n in range(len(mapped))])
+    return done
+
+
+def sleeps(count: int, seconds: float) -> list[dict]:
+    return [{"n": n, "sleeps": seconds} for n in range(count)]
+
+
+def actors_before(results: list[dict], moment: float) -> int:
+    """How many actors had begun a row."""
+    return len({r["actor"] for r in results if r["began"] < moment})
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_every_pool_has_its_first_actor_before_another_grows(calls):
+    """Room for three actors and three pools of up to three: the two that go on grow later."""
+    actors = Actors(max=3, num_cpus=2.5)
+    made = [cluster.Pool(name, actors, threads=calls) for name in ("short", "long", "longer")]
+    short, *others = run_side_by_side(
+        (made[0], sleeps(4 * calls, 0.5)), *((p, sleeps(16 * calls, 0.5)) for p in made[1:])
+    )
+    ended = max(r["ended"] for r in short)
+    assert {actors_before(results, ended) for results in others} == {1}
+    assert ended - min(r["began"] for r in short) < 10  # no row is left for actors without room
+    assert max(len({r["actor"] for r in results}) for results in others) > 1
+
+
+def test_a_pool_that_comes_later_goes_before_others_growth():
+    """Two CPUs are left, which a growing pool has asked for: the one that comes then gets them."""
+    blocks, grows = cluster.Pool("blocks", Actors(num_cpus=3)), []
+    pool = cluster.Pool("grows", Actors(max=2, num_cpus=4))
+    late = cluster.Pool("late", Actors(num_cpus=4))
+    came: list[dict] = []
+
+    def come() -> None:
+        """As soon as two rows are done, so that the second actor is asked for and waits."""
+        while len(grows) < 2:
+            time.sleep(0.1)
+        came.extend(pools.map_rows(late, sleeps(2, 0.5), Sleeper, {}))
+
+    cluster.side_by_side(
+        [
+            lambda: list(pools.map_rows(blocks, sleeps(1, 8), Sleeper, {})),
+            lambda: grows.extend(pools.map_rows(pool, sleeps(30, 0.5), Sleeper, {})),
+            come,
+        ]
+    )
+    assert actors_before(grows, min(r["began"] for r in came)) == 1
+    assert len(came) == 2
+
+
+def alive(pool: str) -> int:
+    """Actors of a pool, as Ray's dashboard shows them."""
+    from ray._private.state import actors
+
+    return sum(a["ActorClassName"] == pool and a["State"] == "ALIVE" for a in actors().values())
+
+
+def wait_for(is_true) -> None:
+    deadline = time.monotonic() + 60
+    while not is_true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_pool_that_waits_for_rows_shrinks_and_grows_again(monkeypatch):
+    monkeypatch.setattr(pools, "IDLE", 1.0)
+    followed, done = Step("followed"), []
+    feed, pool = pools.Feed([followed]), cluster.Pool("follows", Actors(max=3))
+    rows = [{"job": 0, "bucket": n} for n in range(61)]
+    results = pools.map_rows(pool, rows, Waits, {}, feed)
+    taker = threading.Thread(target=lambda: done.extend(results))
+    taker.start()
+    for first in (0, 30):
+        for bucket in range(first, first + 30):
+            feed.add(followed, bucket)
+        wait_for(lambda: alive("follows") == 3)
+        wait_for(lambda: alive("follows") == 1)
+    feed.add(followed, 60)
+    taker.join(60)
+    assert sorted(r["bucket"] for r in done) == list(range(61))
+    wait_for(lambda: not alive("follows"))
+
+
+class Waits:
+    """An actor that takes its time for a bucket."""
+
+    def __call__(self, row: dict) -> dict:
+        time.sleep(0.5)
+        return row
+
+
+def test_actors_that_never_start_are_told(tmp_path):
+    """Their class cannot be had on the nodes: three are tried, then the cause is told."""
+    pool = cluster.Pool("never", Actors(max=2))
+    with pytest.raises(WrpoError, match="^never failed: .*no such module here"):
+        list(pools.map_rows(pool, sleeps(4, 0), Sleeper, {"x": Unreadable()}))
+
+
+class Unreadable:
+    """An argument that no other process can read."""
+
+    def __reduce__(self):
+        return _unread, ()
+
+
+def _unread() -> None:
+    raise ImportError("no such module here")
