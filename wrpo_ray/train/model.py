@@ -19,6 +19,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.train import attention
 from wrpo_ray.train.logprobs import answer_logps, token_logps
 from wrpo_ray.train.packing import Batch, costs, deal, pack, pad
+from wrpo_ray.train.probe import NOT_HERE, UNPACKED, check_forward, refusing
 from wrpo_ray.train.rows import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,12 +38,15 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = inner.get_output_embeddings()
+        body, head = inner.base_model, inner.get_output_embeddings()
+        if head is None or body is inner:
+            kind = inner.config.get_text_config().model_type
+            raise UserError(f"{kind}: its body and its head cannot be told apart; {NOT_HERE}")
         cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
         head.forward = lambda hidden, tokens: token_logps(
             hidden, head.weight, head.bias, tokens, cap
         )
-        self._parts = {"body": inner.base_model, "head": head}  # known to `model` already
+        self._parts = {"body": body, "head": head}  # known to `model` already
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed log-prob of each answer of the batch, (A,), fp32."""
@@ -86,9 +90,12 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
-    plain = {"gemma2": "eager"}.get(AutoConfig.from_pretrained(folder).model_type, "sdpa")
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    plain = {"gemma2": "eager"}.get(model_type, "sdpa")
     kind = attention.SHARED_PROMPT if packing else plain
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kind)
+    remedy = UNPACKED if packing else NOT_HERE
+    with refusing(model_type, "it cannot be loaded to train", remedy):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kind)
     without_dropout(model)
     return model
 
@@ -131,74 +138,6 @@ class Reference:
                 i: replace(rows[i], reference=tuple(v)) for i, v in zip(part, logps, strict=True)
             }
         return [done[i] for i in range(len(rows))]
-
-
-# --- whether a model can be trained this way ---------------------------------------------------
-
-
-def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> None:
-    """Compare our log-probs of a probe with those of the model's own logits.
-
-    Raises:
-        UserError: the architecture computes something else, such as scaled logits, or cannot
-            share prompts, such as one with a recurrent state.
-    """
-    from torch.testing import assert_close
-
-    _check_rope(policy.model.config.get_text_config(), config.max_length)
-    probe = _probe(policy.model.config.get_text_config().vocab_size)
-    tolerance = 2e-2 if config.precision == "bf16" else 1e-4
-    with torch.no_grad():
-        own = policy(collate([probe], config).to(device))
-        plain = _plain_logps(policy, probe, device)
-    try:
-        assert_close(own, plain.to(own.dtype), rtol=tolerance, atol=tolerance)
-    except AssertionError:
-        kind = policy.model.config.model_type
-        remedy = "set packing: false" if config.packing else "it cannot be trained here"
-        raise UserError(
-            f"{kind}: its log-probs of packed rows differ from those of its own logits "
-            f"({own.tolist()} against {plain.tolist()}); {remedy}"
-        ) from None
-
-
-def _check_rope(settings: Any, max_length: int) -> None:
-    """Refuse positions whose meaning depends on the longest row in company.
-
-    transformers 5.23 chooses the scaling of these kinds by a forward pass's greatest position.
-    """
-    rope = getattr(settings, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or settings.max_position_embeddings
-    if rope.get("rope_type") in ("longrope", "dynamic") and max_length > original:
-        raise UserError(
-            f"{settings.model_type}: rows above {original} tokens would change the log-probs of "
-            f"others in their micro-batch ({rope['rope_type']} positions); set max_length to "
-            f"{original}"
-        )
-
-
-def _probe(vocabulary: int) -> Row:
-    ids = (np.arange(1, 13, dtype=np.int32) * 7) % vocabulary
-    return Row("probe", ids[:4], (ids[4:6], ids[6:9], ids[9:]))
-
-
-def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
-    """The model's own forward pass, an answer at a time; the head is itself meanwhile."""
-    head = policy._parts["head"]
-    replaced = head.__dict__.pop("forward")
-    implementation = policy.model.config._attn_implementation
-    policy.model.set_attn_implementation("eager")
-    try:
-        return torch.stack([_plain_logp(policy.model, row.prompt, a, device) for a in row.answers])
-    finally:
-        policy.model.set_attn_implementation(implementation)
-        head.forward = replaced
-
-
-def _plain_logp(model: Any, prompt: Any, answer: Any, device: torch.device) -> Tensor:
-    ids = torch.tensor([[*prompt, *answer]], device=device)
-    table = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    return table.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
 
 
 # --- adapters ----------------------------------------------------------------------------------
