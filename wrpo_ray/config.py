@@ -569,7 +569,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; log-probs are always summed in fp32."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights; they are merged into the result."""
+    """Train low-rank adapters instead of all weights; they are merged into the result, whose
+    weights are fp32, and kept beside it."""
     holdout: float = Field(0.0, ge=0, le=0.5)
     """Share of the rows, by hash, that are kept from training to measure the loss on."""
     holdout_every: int = Field(50, ge=1, json_schema_extra=PLACEMENT)
@@ -604,6 +605,11 @@ class TrainConfig(Section):
         (), json_schema_extra=PLACEMENT
     )
     """Where metrics go beside `metrics.jsonl`; each needs its package and its own settings."""
+
+    def identity(self) -> dict[str, Any]:
+        """With LoRA it says how adapters are merged, which was once in bf16."""
+        found = super().identity()
+        return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
 
     @property
     def has_reference(self) -> bool:

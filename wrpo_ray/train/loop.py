@@ -28,7 +28,7 @@ from wrpo_ray.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trac
 from wrpo_ray.train.order import Order
 from wrpo_ray.train.packing import Batch
 from wrpo_ray.train.rows import PreparedRows, Row
-from wrpo_ray.train.task import MODEL, TRAINED, Task
+from wrpo_ray.train.task import ADAPTERS, MODEL, TRAINED, Task
 
 Counts = dict[str, Any]
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -56,12 +56,13 @@ def _train(task: Task, *, is_one_of_several: bool) -> Counts:
     trainer = Trainer.create(task)
     first_step = checkpoint.restore(trainer.policy, task.step.key)
     final_loss = trainer.run(first_step)
-    trainer.save()
+    lost_in_bf16 = trainer.save()
     counts = {
         "rows": len(trainer.train_rows),
         "held_out": len(trainer.held_rows),
         "steps": trainer.order.steps,
         "final_loss": final_loss,
+        "lost_in_bf16": lost_in_bf16,
         "resumed_at": first_step,
         "workers": dist.get_world_size(),
         "seconds": time.time() - started,
@@ -187,8 +188,11 @@ class Trainer:
             "peak_memory_gb": peak_memory(self.device),
         }
 
-    def save(self) -> None:
+    def save(self) -> float | None:
         """Write the trained model; all workers call it.
+
+        Returns the share of the changed weights that bf16 shows, or would show, unchanged; None
+        where that is not known or does not matter.
 
         Raises:
             UserError: a weight is not finite.
@@ -197,9 +201,11 @@ class Trainer:
         task, base = self.task, self.task.base.local(self.task.fingerprint)
         tokenizer = load_tokenizer(base, task.template)
         is_writer = dist.get_rank() == 0
-        model.save(
-            self.policy.module, base, task.config, tokenizer, task.folder / MODEL, write=is_writer
-        )
+        rounding = model.save(
+            self.policy.module, base, task.config, tokenizer, task.folder / MODEL,
+            write=is_writer, adapters=task.folder / ADAPTERS,
+        )  # fmt: skip
+        return rounding.share
 
     def close(self) -> None:
         """Free what the engines hold, for the next model."""

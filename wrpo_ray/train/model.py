@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
+from wrpo_ray.core.rounding import Rounding, Tensors
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.train import attention
 from wrpo_ray.train.logprobs import answer_logps, token_logps
 from wrpo_ray.train.packing import Batch, costs, deal, pack, pad
@@ -170,51 +171,103 @@ def with_lora(model: Any, config: LoraConfig) -> Any:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The model's whole weights on the CPU; empty where `keep` is false.
+def gather_weights(
+    model: nn.Module, base: Path, *, keep: bool, trained_alone: bool = False
+) -> tuple[dict[str, Tensor], Rounding]:
+    """The model's whole weights on the CPU, or only the trained ones; empty without `keep`.
 
-    All workers call it: sharded parameters are gathered one at a time. Tied weights come once,
-    under the first of their names.
+    They are those of the forward pass. In bf16 the optimizer has them in fp32: which of its changes
+    they do not show is counted. All workers call it: sharded parameters are gathered one at a
+    time. Tied weights come once, under the first of their names.
     """
     import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
+    rounding, before = Rounding(), Tensors(base)
     for name, parameter in model.named_parameters():
+        if trained_alone and not parameter.requires_grad:
+            continue
         is_sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
             if keep:
                 weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    persistent = model.state_dict().keys() if keep else ()
+        if parameter.dtype != torch.float32 and parameter.requires_grad and not trained_alone:
+            master = safe_get_full_fp32_param(parameter)
+            if keep and master is not None:
+                start = before.get(name, parameter.dtype)
+                rounding.add(master.detach().cpu(), start, parameter.dtype)
+    persistent = model.state_dict().keys() if keep and not trained_alone else ()
     buffers = {n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent}
-    return weights | buffers
+    return weights | buffers, rounding
 
 
 def save(
-    policy: Policy, base: Path, config: TrainConfig, tokenizer: Any, to: Folder, *, write: bool
-) -> None:
+    policy: Policy,
+    base: Path,
+    config: TrainConfig,
+    tokenizer: Any,
+    to: Folder,
+    *,
+    write: bool,
+    adapters: Folder | None = None,
+) -> Rounding:
     """Write weights, configs and tokenizer to `to`; all workers call it, `write` on one.
 
-    It is written next to the worker first and uploaded whole. It counts once the step's
-    manifest is there.
+    What is written computes what the policy does: weights as trained, or with LoRA in fp32, as
+    bf16 would round most of the changes away; the adapters themselves go to `adapters`. Returns
+    what bf16 loses or would lose. It is written next to the worker first and uploaded whole. It
+    counts once the step's manifest is there.
     """
-    weights = gather_weights(policy.model, keep=write)
+    alone = config.lora is not None
+    weights, rounding = gather_weights(policy.model, base, keep=write, trained_alone=alone)
     if not write:
-        return
+        return rounding
     model = policy.model
     if config.lora:
-        model = merged(base, config, weights)
+        model = _with_adapters(base, config, weights)
+        if adapters:
+            _upload(adapters, lambda folder: _save_adapters(model, weights, folder))
+        model, rounding = _merged(model, Tensors(base), DTYPES[config.precision])
         weights = model.state_dict()
+
+    def save_whole(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+    _upload(to, save_whole)
+    return rounding
+
+
+def _upload(to: Folder, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch, state_dict=weights)
-        tokenizer.save_pretrained(scratch)
+        write(Path(scratch))
         to.delete("")
         to.upload(Path(scratch))
 
 
-def merged(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:
-    """The base model with the adapters of `weights` merged in, on the CPU."""
+def _with_adapters(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:
+    """The base as it was trained, in fp32 on the CPU, with the adapters of `weights`."""
     assert config.lora is not None
-    model = with_lora(load(base, DTYPES[config.precision], packing=False), config.lora)
-    adapters = {name: value for name, value in weights.items() if "lora_" in name}
-    model.load_state_dict(adapters, strict=False)
-    return model.merge_and_unload()
+    network = load(base, DTYPES[config.precision], packing=False).float()
+    model = with_lora(network, config.lora)
+    missing = {n for n, p in model.named_parameters() if "lora_" in n} - weights.keys()
+    if missing:
+        raise WrpoError(f"lora: {min(missing)} was not trained")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _merged(model: Any, before: Tensors, trained_in: torch.dtype) -> tuple[Any, Rounding]:
+    """The model with its adapters merged in, and what bf16 would lose of it."""
+    rounding, merged = Rounding(), model.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        rounding.add(parameter.detach(), before.get(name, trained_in), torch.bfloat16)
+    return merged, rounding
+
+
+def _save_adapters(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """As peft reads them; their base is named by whoever puts them beside it."""
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path = ""
+    model.save_pretrained(folder, state_dict=weights)
