@@ -39,6 +39,7 @@ def kept(tmp_path, monkeypatch) -> list[Path]:
 
     def report(metrics: dict[str, Any], *, checkpoint: Any, **_: Any) -> None:
         folders.append(tmp_path / f"checkpoint-{len(folders)}")
+        shutil.rmtree(folders[-1], ignore_errors=True)  # of a run before
         shutil.copytree(checkpoint.path, folders[-1])
 
     def newest() -> Any:

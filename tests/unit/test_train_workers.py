@@ -1,4 +1,4 @@
-"""Two and three workers give the losses, gradient norms and weights of one: real DeepSpeed, gloo.
+"""Three workers give the losses, gradient norms and weights of one: real DeepSpeed, gloo.
 
 Gradients are not clipped: neither clipped ones nor Adam's steps show by what they were scaled.
 """
@@ -6,6 +6,7 @@ Gradients are not clipped: neither clipped ones nor Adam's steps show by what th
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from test_train_faults import STEPS, WRPO
 from test_train_state import join, spawn
 from tiny_models import make_tokenizer, preference_rows, write_model
 
-from wrpo_ray.config import ReferenceConfig, TrainConfig, WrpoConfig
+from wrpo_ray.config import ReferenceConfig, TrainConfig
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
@@ -25,6 +26,8 @@ from wrpo_ray.train.rows import SUFFIX, Tokenizing, write_rows
 from wrpo_ray.train.task import METRICS, SFT_ANSWERS, WRPO_ANSWERS, Task
 
 CHANGE = {"clip": 0, "micro_batch_tokens": 1, "reference": ReferenceConfig(mode="live")}
+CASES = [("wrpo", 0), ("wrpo", 3), ("sft", 2)]
+WORKERS = 3
 SAME = ("loss", "grad_norm", "alpha", "lr", "rows", "tokens", "rewards/margins", "holdout/loss")
 
 
@@ -38,8 +41,7 @@ def config_of(kind: str, stage: int) -> TrainConfig:
     return TrainConfig(**{n: getattr(config, n) for n in names})
 
 
-def train(rank: int, workers: int, port: int, folder: Path, kind: str, stage: int) -> None:
-    join(rank, workers, port)
+def train(folder: Path, kind: str, stage: int, workers: int) -> None:
     config = config_of(kind, stage)
     deepspeed.prepare(config)
     out, base = folder / f"{kind}-{stage}-{workers}", Folder(str(folder / "base"))
@@ -48,6 +50,12 @@ def train(rank: int, workers: int, port: int, folder: Path, kind: str, stage: in
     trainer = Trainer.create(task)
     trainer.run(0)
     trainer.save()
+
+
+def train_all(rank: int, workers: int, port: int, folder: Path) -> None:
+    join(rank, workers, port)
+    for kind, stage in CASES:
+        train(folder, kind, stage, workers)
 
 
 def result(folder: Path, kind: str, stage: int, workers: int) -> tuple[list[Any], Any]:
@@ -60,25 +68,26 @@ def result(folder: Path, kind: str, stage: int, workers: int) -> tuple[list[Any]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, alone) -> Iterator[Path]:
+    """All cases by three workers, and by one in this process."""
     folder = tmp_path_factory.mktemp("workers")
     write_model(folder / "base", tied=True)
     for kind, names in (("wrpo", WRPO_ANSWERS), ("sft", SFT_ANSWERS)):
         tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), names, WRPO)
         rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
         write_rows(Folder(str(folder / kind)), f"00000-of-00001{SUFFIX}", rows, {})
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DS_ACCELERATOR", "TORCHDYNAMO_DISABLE", "LOCAL_RANK"):
+            patch.setenv(name, {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}.get(name, "1"))
+        spawn(train_all, WORKERS, folder)
+        for kind, stage in CASES:
+            train(folder, kind, stage, 1)
+        yield folder
 
 
-@pytest.mark.parametrize(("kind", "stage", "workers"), [
-    ("wrpo", 0, 2), ("wrpo", 3, 3), ("sft", 2, 2),
-])  # fmt: skip
-def test_workers_change_nothing(folder, monkeypatch, kind, stage, workers):
-    for name, value in (("DS_ACCELERATOR", "cpu"), ("TORCHDYNAMO_DISABLE", "1")):
-        monkeypatch.setenv(name, value)
-    for count in (1, workers):
-        spawn(train, count, folder, kind, stage)
-    (one, weights), (many, same) = (result(folder, kind, stage, n) for n in (1, workers))
+@pytest.mark.parametrize(("kind", "stage"), CASES)
+def test_three_workers_do_what_one_does(folder, kind, stage):
+    (one, weights), (many, same) = (result(folder, kind, stage, n) for n in (1, WORKERS))
     assert len(one) == len(many) > 1
     for want, got in zip(one, many, strict=True):
         for name in SAME:
@@ -86,4 +95,3 @@ def test_workers_change_nothing(folder, monkeypatch, kind, stage, workers):
                 assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
     for name, value in weights.items():
         torch.testing.assert_close(same[name], value, rtol=0, atol=1e-5)
-    assert isinstance(config_of("wrpo", stage), WrpoConfig)

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 class Rounding:
     """Counts of single weights."""
 
+    compared: int = 0
+    """With what they were before."""
     changed: int = 0
     """Trained to another value than they had."""
     lost: int = 0
@@ -31,6 +33,7 @@ class Rounding:
         before = before.to(trained.device)
         is_changed = trained.float() != before.float()
         is_lost = is_changed & (trained.to(dtype) == before.to(dtype))
+        self.compared += trained.numel()
         self.changed += int(is_changed.sum())
         self.lost += int(is_lost.sum())
 

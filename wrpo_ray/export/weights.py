@@ -43,9 +43,9 @@ class Weights:
 
     def told(self) -> str:
         """What rounding loses, in words; empty where it loses nothing."""
-        if not self.dtype or self.is_wider:
-            return ""
         share = self.rounding.share
+        if not self.dtype or self.is_wider or (share is None and self.rounding.compared):
+            return ""
         if share is None:
             return "how much is rounded away is not known: the target's weights are not at hand"
         return (
