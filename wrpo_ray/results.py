@@ -16,6 +16,7 @@ from wrpo_ray.core.rounding import Tensors
 from wrpo_ray.core.shards import failed_by_error
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import HUB, Folder, check_writable
+from wrpo_ray.core.weights import weight_files
 from wrpo_ray.errors import UserError
 from wrpo_ray.export import model as model_export
 from wrpo_ray.export.card import Facts, Model, card, license_of
@@ -171,7 +172,7 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
     job, facts, size, lines = trained["wrpo"], _facts(config, chain.root, jobs), 0, []
     step = chain.root / job.step.folder
     if form != "merged":
-        size += _export_adapters(config, job, step, place)
+        size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
         lines += [ADAPTERS_USE]
     if form != "adapters":
         how = _weights(config, step / "model", dtype, _has_lora(trained))
@@ -227,7 +228,9 @@ def _tensors(model: Folder) -> Tensors | None:
         return None
 
 
-def _export_adapters(config: Config, job: Train, step: Folder, to: Folder) -> int:
+def _export_adapters(
+    config: Config, job: Train, step: Folder, to: Folder, *, is_alone: bool
+) -> int:
     """Write `adapters` and, as `base`, the model that they were trained on; returns its bytes.
 
     Raises:
@@ -235,7 +238,11 @@ def _export_adapters(config: Config, job: Train, step: Folder, to: Folder) -> in
     """
     if job.config.lora is None:
         raise UserError("export: --weights: the fused model was trained without lora")
-    adapters = step / ADAPTERS
+    adapters, merged = step / ADAPTERS, weight_files(to.files())
+    if merged and is_alone:
+        raise UserError(
+            f"export: {to} holds merged weights, such as {merged[0]}; give a new folder"
+        )
     if not adapters.exists(ADAPTER_CONFIG):
         raise UserError(f"export: --weights: {adapters} holds no adapters; train again")
     (to / ADAPTERS).delete("")

