@@ -236,7 +236,30 @@ def _export_command(commands: Any) -> None:
         default="target",
         help="for trl: y_wt and y_l (default), y_ws and y_l, or a row of each",
     )
+    export.add_argument(
+        "--dtype",
+        type=_dtype,
+        metavar="PRECISION",
+        help="for model: float32, bfloat16, float16 or auto (default): the target's own, and "
+        "float32 for what LoRA trained; what rounding loses of the training is told",
+    )
+    export.add_argument(
+        "--weights",
+        choices=("merged", "adapters", "both"),
+        help="for model, trained with LoRA: merged (default), adapters beside the model that they "
+        "were trained on, or both",
+    )
     export.set_defaults(run=_export)
+
+
+def _dtype(text: str) -> str:
+    """A precision's name, or what a config calls it."""
+    from wrpo_ray.export.weights import ALIASES, DTYPES
+
+    name = ALIASES.get(text, text)
+    if name not in ("auto", *DTYPES):
+        raise argparse.ArgumentTypeError(f"{text!r}: give auto, {', '.join(DTYPES)}")
+    return name
 
 
 def _report_command(commands: Any) -> None:
@@ -463,9 +486,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
     if arguments.pairs != "target" and arguments.format != "trl":
         raise UserError("export: --pairs belongs to --format trl; the other forms have all answers")
+    if arguments.format != "model" and (arguments.dtype or arguments.weights):
+        raise UserError("export: --dtype and --weights belong to --format model")
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.format == "model":
-        size = results.export_model(settings, arguments.to)
+        dtype, form = arguments.dtype or "auto", arguments.weights or "merged"
+        size = results.export_model(settings, arguments.to, dtype, form)
         print(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
         return
     rows = results.export(settings, arguments.to, Form(arguments.format, arguments.pairs))

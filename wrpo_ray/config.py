@@ -579,13 +579,15 @@ class TrainConfig(Section):
     """What to do with a row whose answers exceed `max_length`: `drop` it, or `cut` each answer
     that is too long, and only that one, at its end; both are counted."""
     compat: Literal["none", "published"] = "none"
-    """`published` repeats the method's published script, for replication: all answers from their
-    texts, a second end token after each, also after one that was cut off; and where the longest
-    does not fit, all answers of the row cut alike to `max_length - max_prompt_length`."""
+    """`published` tokenizes as the method's published script, for replication: all answers from
+    their texts, each with the assistant's header in front and a second end token behind, also one
+    that was cut off; where the longest does not fit, the prompt keeps its last
+    `max_prompt_length` tokens, and then all answers are cut to `max_length - max_prompt_length`."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; log-probs are always summed in fp32."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights; they are merged into the result."""
+    """Train low-rank adapters instead of all weights; they are merged into the result, whose
+    weights are fp32, and kept beside it."""
     holdout: float = Field(0.0, ge=0, le=0.5)
     """Share of the rows, by hash, that are kept from training to measure the loss on."""
     holdout_every: int = Field(50, ge=1, json_schema_extra=PLACEMENT)
@@ -621,6 +623,11 @@ class TrainConfig(Section):
     )
     """Where metrics go beside `metrics.jsonl`; each needs its package and its own settings."""
 
+    def identity(self) -> dict[str, Any]:
+        """With LoRA it says how adapters are merged, which was once in bf16."""
+        found = super().identity()
+        return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
+
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
@@ -650,6 +657,15 @@ class SftConfig(TrainConfig):
     prompts: Literal["split", "all"] = "split"
     """Whose y_ws: those of the prompts for SFT, or `all`, as plain distillation has them, which
     leaves none unseen for preferences."""
+
+    @model_validator(mode="after")
+    def _is_ours(self) -> SftConfig:
+        if self.compat == "published":
+            raise ValueError(
+                "compat: published is for wrpo; the published SFT packs sequences of several rows, "
+                "with loss on prompts, which is not repeated here (leave compat out)"
+            )
+        return self
 
     def identity(self) -> dict[str, Any]:
         """Without `prompts`, which the step of the rows has."""

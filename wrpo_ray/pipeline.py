@@ -280,6 +280,8 @@ class Chain:
         """A model of the run, served by vLLM with the target's own settings."""
         folder = self.root / job.step.folder / "model"
         settings = self._target.model_copy(update={"name": name, "model": folder.uri})
+        if job.config.lora and settings.dtype == "auto":  # bf16 would round what was learnt away
+            settings = settings.model_copy(update={"dtype": "float32"})
         self._trained_models[name] = settings, folder, job.step.key
 
     def _prepare_job(self, name: str, rows: Step, base: Folder, key: str, config: Any) -> Prepare:

@@ -9,26 +9,39 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wrpo_ray.config import Config, ScoreConfig
+from wrpo_ray.core.hub import HubModel
 from wrpo_ray.core.lease import Lease
+from wrpo_ray.core.progress import log
+from wrpo_ray.core.rounding import Tensors
 from wrpo_ray.core.shards import failed_by_error
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import HUB, Folder, check_writable
+from wrpo_ray.core.weights import weight_files
 from wrpo_ray.errors import UserError
 from wrpo_ray.export import model as model_export
 from wrpo_ray.export.card import Facts, Model, card, license_of
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.model import Made
+from wrpo_ray.export.weights import DTYPES as BITS
+from wrpo_ray.export.weights import Weights, dtype_of
 from wrpo_ray.export.write import is_file, write_file, write_folder
 from wrpo_ray.generate.stage import Generate
 from wrpo_ray.pipeline import RETRIES, STAGES, Chain, pinned
 from wrpo_ray.score.stage import Score
 from wrpo_ray.train.prepare import DROPPED, Prepare
 from wrpo_ray.train.stage import Train
+from wrpo_ray.train.task import ADAPTERS
 
 Row = dict[str, Any]
 Job = tuple[str, Any]
 """The stage's name, and the job."""
 CARD = "README.md"
+BASE, ADAPTER_CONFIG = "base", "adapter_config.json"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
+ADAPTERS_USE = (
+    "`adapters` holds what was learnt as LoRA adapters, for the model in `base`: `vllm serve "
+    "path/to/this/folder/base --enable-lora --lora-modules fused=path/to/this/folder/adapters`."
+)
 
 
 # --- failed rows -----------------------------------------------------------------------------
@@ -138,11 +151,15 @@ def export(config: Config, to: str, form: Form) -> int:
     return statistics.rows * form.rows_each
 
 
-def export_model(config: Config, to: str) -> int:
+def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merged") -> int:
     """Write the fused model as a folder ready to upload; returns the bytes of its weights.
 
+    `dtype` is float32, bfloat16, float16 or auto: the target's own, but float32 for what LoRA
+    trained, as half precision would round it away. `form` is `merged`, or for what LoRA trained
+    also `adapters`, beside the model that they were trained on, or `both`.
+
     Raises:
-        UserError: it is not trained yet, or `to` cannot be written to.
+        UserError: it is not trained yet, has no adapters, or `to` cannot be written to.
     """
     config = pinned(config)
     chain, place = Chain(config), Folder(to).absolute()
@@ -152,10 +169,92 @@ def export_model(config: Config, to: str) -> int:
         raise UserError("export: the fused model is not there yet; run `wrpo train` first")
     model_export.check_place(place)
     check_writable(place, "--to")
-    facts = _facts(config, chain.root, jobs)
-    folder = chain.root / trained["wrpo"].step.folder / "model"
-    made = _made(config, chain, jobs, facts, place)
-    return model_export.write(folder, place, model_export.card(made, facts))
+    job, facts, size, lines = trained["wrpo"], _facts(config, chain.root, jobs), 0, []
+    step = chain.root / job.step.folder
+    if form != "merged":
+        size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
+        lines += [ADAPTERS_USE]
+    if form != "adapters":
+        how = _weights(config, step / "model", dtype, _has_lora(trained))
+        size += model_export.copy(step / "model", place, how)
+        lines += [f"The weights are in {how.written}."]
+        if lost := how.told():
+            log(f"export: {lost}")
+            lines[-1] += f" Of the training, {lost}."
+    made = replace(_made(config, chain, jobs, facts, place), weights=tuple(lines))
+    place.write(CARD, model_export.card(made, facts).encode())
+    return size
+
+
+def _has_lora(trained: dict[str, Train]) -> bool:
+    """Whether the last training had adapters: its result then has more bits than it was trained."""
+    return trained["wrpo"].config.lora is not None
+
+
+def _weights(config: Config, model: Folder, dtype: str, has_lora: bool) -> Weights:
+    """How the merged weights are written."""
+    own, target = dtype_of(model.read_json("config.json")), _required_target(config)
+    wanted = dtype
+    if dtype == "auto":
+        theirs = dtype_of(_config_of(target))
+        wanted = own if has_lora or not theirs else theirs
+    if wanted == own or not wanted:
+        return Weights(written=own or "their own precision")
+    is_wider = bool(own) and BITS[wanted] > BITS[own]
+    before = None if is_wider else _tensors(target)
+    return Weights(wanted, before, wanted, is_wider, as_before=dtype == "auto")
+
+
+def _required_target(config: Config) -> Folder:
+    assert config.target is not None  # the fused model is trained from it
+    return Folder(config.target.model).absolute()
+
+
+def _config_of(model: Folder) -> Row:
+    """The config.json of a model; empty where it cannot be had."""
+    try:
+        if model.uri.startswith(HUB):
+            model = Folder(str(HubModel.at(model.uri).look()))
+        return model.read_json("config.json")
+    except (UserError, OSError):
+        return {}
+
+
+def _tensors(model: Folder) -> Tensors | None:
+    """The weights of a model; None where they cannot be had."""
+    try:
+        return Tensors(model.local())
+    except (UserError, OSError):
+        return None
+
+
+def _export_adapters(
+    config: Config, job: Train, step: Folder, to: Folder, *, is_alone: bool
+) -> int:
+    """Write `adapters` and, as `base`, the model that they were trained on; returns its bytes.
+
+    Raises:
+        UserError: it was trained without adapters, or before they were kept.
+    """
+    if job.config.lora is None:
+        raise UserError("export: --weights: the fused model was trained without lora")
+    adapters, merged = step / ADAPTERS, weight_files(to.files())
+    if merged and is_alone:
+        raise UserError(
+            f"export: {to} holds merged weights, such as {merged[0]}; give a new folder"
+        )
+    if not adapters.exists(ADAPTER_CONFIG):
+        raise UserError(f"export: --weights: {adapters} holds no adapters; train again")
+    (to / ADAPTERS).delete("")
+    (to / ADAPTERS).upload(adapters.local())
+    settings = adapters.read_json(ADAPTER_CONFIG)
+    is_target = job.base.uri == _required_target(config).uri and job.base.uri.startswith(HUB)
+    name = job.base.uri.removeprefix(HUB).partition("@")[0] if is_target else BASE
+    (to / ADAPTERS).write_json(ADAPTER_CONFIG, settings | {"base_model_name_or_path": name})
+    base = job.base
+    if base.uri.startswith(HUB):
+        base = Folder(str(base.local(job.fingerprint)))
+    return model_export.copy(base, to / BASE, Weights(PRECISIONS[job.config.precision]))
 
 
 def _made(config: Config, chain: Chain, jobs: list[Job], facts: Facts, to: Folder) -> Made:

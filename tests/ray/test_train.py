@@ -31,6 +31,7 @@ SETTINGS = {
     "batch_size": 8,
     "learning_rate": 1e-3,
     "weight_decay": 0.1,
+    "clip": 0,  # clipped gradients, like Adam's steps, do not show by what they were scaled
     "max_length": 64,
     "precision": "fp32",
     "workers": 2,
@@ -90,8 +91,13 @@ def losses(root: Folder, step: Step) -> list[float]:
     return [line["loss"] for line in metrics(root, step)]
 
 
-def plain(root: Folder, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """One process, one row at a time, torch alone: what the stage has to agree with."""
+def plain(
+    root: Folder, config: TrainConfig
+) -> tuple[dict[str, torch.Tensor], list[float], list[float]]:
+    """One process, one row at a time, torch alone: what the stage has to agree with.
+
+    Weights, the loss of each step, and the norm of its whole gradient before clipping.
+    """
     from transformers import AutoModelForCausalLM
 
     from wrpo_ray.train.order import Order
@@ -102,7 +108,9 @@ def plain(root: Folder, config: TrainConfig) -> tuple[dict[str, torch.Tensor], l
     rows = PreparedRows((root / prepared(root, config).step.folder).local())
     model, reference = (AutoModelForCausalLM.from_pretrained(base) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
-    order, found = Order(len(rows), config.epochs, config.batch_size, SEED), []
+    order = Order(len(rows), config.epochs, config.batch_size, SEED)
+    found: list[float] = []
+    norms: list[float] = []
 
     def logp(model, row, answer):
         ids = torch.tensor([[*row.prompt, *answer]])
@@ -126,10 +134,11 @@ def plain(root: Folder, config: TrainConfig) -> tuple[dict[str, torch.Tensor], l
         optimizer.zero_grad()
         loss = torch.stack([loss_of(row, alpha) for row in batch]).sum() / count
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip or 1e9)
         optimizer.step()
         found.append(loss.item())
-    return model.state_dict(), found
+        norms.append(norm.item())
+    return model.state_dict(), found, norms
 
 
 def assert_close(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
@@ -148,7 +157,7 @@ CASES = {
     "wrpo-three-workers": WRPO.model_copy(
         update={"workers": 3, "batch_size": 4, "micro_batch_tokens": 1}
     ),
-    "wrpo-padded": WRPO.model_copy(update={"packing": False, "zero_stage": 2}),
+    "wrpo-padded": WRPO.model_copy(update={"packing": False, "zero_stage": 2, "clip": 0.05}),
     "wrpo-offloaded": WRPO.model_copy(update={"workers": 1, "offload": "all"}),
     "sft": TrainConfig(**SETTINGS),
 }
@@ -158,9 +167,11 @@ CASES = {
 def test_agrees_with_a_plain_loop(local_ray, root, name):
     config = CASES[name]
     step = train(root, name, config)
-    expected, expected_losses = plain(root, config)
+    expected, expected_losses, norms = plain(root, config)
     assert_close(weights(root, step), expected)
     lines = metrics(root, step)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(norms, rel=1e-3)
+    assert max(norms) > 0.05  # so that what clips does clip
     assert losses(root, step) == pytest.approx(expected_losses, abs=1e-5)
     manifest = step.read_manifest(root)
     assert manifest["counts"]["steps"] == len(lines)
@@ -206,7 +217,7 @@ def test_a_series_of_models_agrees_with_a_plain_loop(local_ray, root):
         jobs[beta] = job
     run(Run(root, 4), list(jobs.values()))
     for job in jobs.values():
-        expected, expected_losses = plain(root, job.config)
+        expected, expected_losses, _ = plain(root, job.config)
         assert_close(weights(root, job.step), expected)
         assert losses(root, job.step) == pytest.approx(expected_losses, abs=1e-5)
         left = {"checkpoints", "trained.json"}

@@ -32,9 +32,9 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Callable[[torch.dtype], None]:
     return widen
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of one worker, with one thread."""
+    """A process group of one worker, with one thread; DeepSpeed takes one group a process."""
     torch.set_num_threads(1)
     store = tmp_path_factory.mktemp("group") / "store"
     torch.distributed.init_process_group("gloo", f"file://{store}", rank=0, world_size=1)

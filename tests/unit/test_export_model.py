@@ -1,21 +1,26 @@
 """The fused model as a folder: transformers loads it, its card has licences and results."""
 
 import json
+import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_models import make_model, make_tokenizer
 
 from wrpo_ray.cli import main
-from wrpo_ray.config import Config
+from wrpo_ray.config import Config, LoraConfig
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.card import Facts, Model
 from wrpo_ray.export.model import licence_notes, write
 from wrpo_ray.pipeline import Chain
 from wrpo_ray.results import export_model
+from wrpo_ray.train import model as train_model
 
 CHAT = [{"role": "user", "content": "w1 w2"}]
 
@@ -122,3 +127,224 @@ def test_what_lacks_is_told(config, weights, tmp_path):
     (tmp_path / "to" / "model-00001-of-00002.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="holds other weights, such as model-00001"):
         write(Folder(str(weights)), Folder(str(tmp_path / "to")), "")
+
+
+# --- precision and adapters -----------------------------------------------------------------------
+
+
+def put_target(config: Config, dtype: str) -> Any:
+    """A real target in the config's folder; returns it, as the model that training began with."""
+    network = make_model(seed=3)
+    network.to(getattr(torch, dtype)).save_pretrained(config.target.model)
+    make_tokenizer().save_pretrained(config.target.model)
+    return network
+
+
+def train_a_little(network: Any, size: float) -> Any:
+    """The network in fp32 with every weight changed by up to `size` of itself."""
+    network = network.float()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1 + size * (2 * torch.rand_like(parameter) - 1))
+    return network
+
+
+def put_trained(config: Config, network: Any, tmp_path: Path, **shards: Any) -> Path:
+    """A finished run with that network as its result."""
+    folder = tmp_path / "trained"
+    network.save_pretrained(folder, **shards)
+    make_tokenizer().save_pretrained(folder)
+    finish(config, folder)
+    return folder
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one", "sharded"])
+@pytest.mark.parametrize("asked", ["auto", "float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("target", ["float32", "bfloat16"])
+@pytest.mark.parametrize("own", ["float32", "bfloat16"])
+def test_the_precision_is_the_targets_or_what_is_asked_for(
+    config, tmp_path, capsys, own, target, asked, shards
+):
+    from transformers import AutoModelForCausalLM
+
+    start = put_target(config, target)
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    network = train_a_little(start, 1e-2).to(getattr(torch, own))
+    folder = put_trained(config, network, tmp_path, **shards)
+    to, wanted = tmp_path / "to", target if asked == "auto" else asked
+    size = export_model(config, str(to), asked)
+    found = stored(to)
+    for name, value in stored(folder).items():
+        assert torch.equal(found[name], value.to(getattr(torch, wanted))), name
+    assert size == sum((to / f).stat().st_size for f in to.glob("*.safetensors"))
+    assert json.loads((to / "config.json").read_text())["dtype"] == wanted
+    assert AutoModelForCausalLM.from_pretrained(to).dtype == getattr(torch, wanted)
+    if (index := to / "model.safetensors.index.json").exists():
+        total = json.loads(index.read_text())["metadata"]["total_size"]
+        assert total == sum(tensor.nbytes for tensor in found.values())
+    card, out = (to / "README.md").read_text(), capsys.readouterr()
+    assert f"The weights are in {wanted}." in card
+    assert any((value != before[name]).any() for name, value in network.state_dict().items())
+    is_rounded = wanted not in (own, "float32")
+    assert ("of the weights that changed" in card) == is_rounded
+    assert ("of the weights that changed" in out.out + out.err) == is_rounded
+    assert "not known" not in card
+
+
+@pytest.mark.parametrize(("size", "low", "high"), [(1e-5, 0.99, 1), (5e-3, 0.4, 0.9), (1, 0, 0.1)])
+def test_the_share_that_is_rounded_away_is_told(config, tmp_path, size, low, high):
+    """Counted here on its own."""
+    start = put_target(config, "bfloat16")
+    before = {name: value.clone() for name, value in start.state_dict().items()}
+    network = train_a_little(start, size)
+    put_trained(config, network, tmp_path)
+    changed = lost = 0
+    for name, value in network.state_dict().items():
+        is_changed = value != before[name].float()
+        changed += int(is_changed.sum())
+        lost += int((is_changed & (value.bfloat16() == before[name])).sum())
+    assert low <= lost / changed <= high
+    export_model(config, str(tmp_path / "to"))
+    card = (tmp_path / "to" / "README.md").read_text()
+    assert f"Of the training, {lost / changed:.1%} of the weights that changed" in card
+
+
+def test_a_tensor_that_the_target_has_in_fp32_stays_so(config, tmp_path):
+    start = put_target(config, "bfloat16")
+    name = "model.norm.weight"
+    path = Path(config.target.model) / "model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {name: tensors[name].float()}, path, metadata={"format": "pt"})
+    put_trained(config, train_a_little(start, 1e-3), tmp_path)
+    export_model(config, str(tmp_path / "to"))
+    found = {n: t.dtype for n, t in stored(tmp_path / "to").items()}
+    assert {n for n, dtype in found.items() if dtype == torch.float32} == {name}
+    export_model(config, str(tmp_path / "all"), "bfloat16")
+    assert {t.dtype for t in stored(tmp_path / "all").values()} == {torch.bfloat16}
+
+
+def test_of_what_did_not_change_nothing_is_lost(config, tmp_path):
+    put_trained(config, put_target(config, "bfloat16").float(), tmp_path)
+    export_model(config, str(tmp_path / "to"))
+    assert "Of the training" not in (tmp_path / "to" / "README.md").read_text()
+
+
+def test_an_unknown_loss_is_told_as_that(config, tmp_path, capsys):
+    put_trained(config, train_a_little(make_model(), 1e-3), tmp_path)
+    export_model(config, str(tmp_path / "to"), "bfloat16")
+    assert "how much is rounded away is not known" in (tmp_path / "to" / "README.md").read_text()
+
+
+def test_a_weight_too_large_for_float16_is_refused(config, tmp_path):
+    network = make_model()
+    network.model.norm.weight.data[0] = 1e6
+    put_trained(config, network, tmp_path)
+    with pytest.raises(UserError, match="float16: a weight of model.norm.weight is too large"):
+        export_model(config, str(tmp_path / "to"), "float16")
+
+
+def put_lora(config: Config, tmp_path: Path) -> tuple[Config, Any, Any]:
+    """A run whose WRPO trained adapters, by the trainer's own saving; its policy and its base."""
+    lora = LoraConfig(rank=2, alpha=8)
+    config = config.model_copy(
+        update={
+            "sft": None,
+            "evaluate": None,
+            "wrpo": config.wrpo.model_copy(update={"lora": lora}),
+        }
+    )
+    start = put_target(config, "bfloat16")
+    base, training = Path(config.target.model), config.wrpo
+    policy = train_model.load_policy(base, training, torch.device("cpu"))
+    torch.manual_seed(0)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=1e-5)
+    chain = Chain(config)
+    for step in (step for stage in chain.build() for step in stage.steps):
+        step.finish(chain.root, {"rows": 5}, time.time())
+        if step.name == "wrpo":
+            to = chain.root / step.folder
+            train_model.save(
+                policy, base, training, make_tokenizer(), to / "model", write=True,
+                adapters=to / "adapters",
+            )  # fmt: skip
+    return config, policy, start
+
+
+def weights_of(policy: Any, start: Any) -> dict[str, torch.Tensor]:
+    """base + alpha / rank * B A of each layer, in float64."""
+    found = {name: value.double() for name, value in start.state_dict().items()}
+    adapters = dict(policy.model.named_parameters())
+    for name, a in adapters.items():
+        if "lora_A" in name:
+            b = adapters[name.replace("lora_A", "lora_B")]
+            layer = name.removeprefix("base_model.model.").partition(".lora_A")[0] + ".weight"
+            found[layer] = found[layer] + 4 * b.double() @ a.double()
+    return found
+
+
+@pytest.mark.parametrize("form", ["merged", "adapters", "both"])
+def test_what_lora_learnt_is_exported(config, tmp_path, form):
+    """Merged in fp32 by default, whatever the target's precision, and beside their base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, policy, start = put_lora(config, tmp_path)
+    to, want = tmp_path / "to", weights_of(policy, start)
+    export_model(config, str(to), form=form)
+    assert (to / "model.safetensors").exists() == (form != "adapters")
+    assert (to / "adapters").exists() == (to / "base").exists() == (form != "merged")
+    card = (to / "README.md").read_text()
+    assert ("--enable-lora" in card) == (form != "merged")
+    if form != "adapters":
+        for name, value in stored(to).items():
+            torch.testing.assert_close(value.double(), want[name], rtol=1e-6, atol=1e-9)
+        assert {t.dtype for t in stored(to).values()} == {torch.float32}
+        assert "The weights are in float32." in card
+    if form != "merged":
+        base = AutoModelForCausalLM.from_pretrained(to / "base")
+        assert base.dtype == torch.bfloat16
+        for name, value in start.state_dict().items():
+            assert torch.equal(base.state_dict()[name], value)
+        both = PeftModel.from_pretrained(base.float(), to / "adapters").merge_and_unload()
+        for name, value in both.state_dict().items():
+            torch.testing.assert_close(value.double(), want[name], rtol=1e-6, atol=1e-9)
+        assert AutoTokenizer.from_pretrained(to / "base").chat_template
+    for path in to.rglob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+
+
+def test_lora_in_bf16_is_exported_if_asked_for_and_the_loss_told(config, tmp_path, capsys):
+    config, *_ = put_lora(config, tmp_path)
+    export_model(config, str(tmp_path / "to"), "bfloat16")
+    card = (tmp_path / "to" / "README.md").read_text()
+    share = float(re.search(r"Of the training, ([\d.]+)% of the weights that changed", card)[1])
+    assert 90 < share < 100
+
+
+def test_forms_that_do_not_go_together_are_refused(config, weights, tmp_path, capsys):
+    finish(config, weights)
+    for form in ("adapters", "both"):
+        with pytest.raises(UserError, match="the fused model was trained without lora"):
+            export_model(config, str(tmp_path / "to"), form=form)
+    path = tmp_path / "config.yaml"
+    tree = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    path.write_text(yaml.safe_dump(tree))
+    command = ["export", str(path), "--to", str(tmp_path / "to")]
+    for option in (["--dtype", "float32"], ["--weights", "both"]):
+        assert main([*command, *option]) == 2
+        assert "belong to --format model" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--format", "model", "--dtype", "int8"])
+    assert "give auto, float32, bfloat16, float16" in capsys.readouterr().err
+    assert main([*command, "--format", "model", "--dtype", "bf16"]) == 0
+    assert {t.dtype for t in stored(tmp_path / "to").values()} == {torch.bfloat16}

@@ -169,6 +169,20 @@ def test_ties_are_spread_over_sources():
     assert all(180 < counts[f"wins.{s}"] < 320 for s in "abcd")
 
 
+def test_of_equally_good_and_bad_answers_the_greatest_place_is_y_wt_and_the_least_y_l():
+    """100 prompts with three best and three worst answers each; by the hash of each answer."""
+    prompts = [prompt(str(i)) for i in range(100)]
+    keys = [p["prompt_id"] for p in prompts]
+    rows = [candidate("t", i, float(i < 3), prompt_id=key) for key in keys for i in range(6)]
+    sources = [candidate("a", 0, 2.0, prompt_id=key) for key in keys]
+    found, _ = Store(prompts, sources, rows, KEEP).paired()
+    assert len(found) == 100
+    for row in found:
+        places = [records.unit_interval("tie", row["prompt_id"], "t", i) for i in range(6)]
+        assert row["target_chosen"]["sample"] == max(range(3), key=places.__getitem__)
+        assert row["rejected"]["sample"] == min(range(3, 6), key=places.__getitem__)
+
+
 def test_no_candidate_at_all_leaves_no_row():
     rows, counts = select([])
     assert rows == []

@@ -12,11 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wrpo_ray.config import WrpoConfig
-from wrpo_ray.errors import UserError
 from wrpo_ray.train import attention
 from wrpo_ray.train.logprobs import token_logps
 from wrpo_ray.train.loss import Answers, preference_loss
-from wrpo_ray.train.model import Policy, check_forward, without_dropout
+from wrpo_ray.train.model import Policy, without_dropout
 from wrpo_ray.train.packing import Block, costs, deal, pack, pad
 from wrpo_ray.train.rows import Row
 
@@ -169,30 +168,6 @@ def test_a_padded_row_costs_as_much_as_the_longest():
     lengths = np.array([[2, 1, 2], [4, 3, 1]])
     assert costs(lengths, packed=True) == [5, 8]
     assert costs(lengths, packed=False) == [14, 14]
-
-
-def test_a_model_with_logits_of_its_own_is_refused():
-    """Cohere scales its logits, which the head knows nothing of."""
-    import transformers
-
-    attention.register()
-    torch.manual_seed(0)
-    config = transformers.CohereConfig(**(SHAPE | {"logit_scale": 0.5}))
-    model = transformers.CohereForCausalLM._from_config(
-        config, attn_implementation=attention.SHARED_PROMPT
-    )
-    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
-    policy = Policy(model.eval())
-    with pytest.raises(UserError, match="cohere: its log-probs"):
-        check_forward(policy, WrpoConfig(precision="fp32"), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_check_of_the_forward_pass_knows_good_models(kind):
-    policy = Policy(make(kind, attention.SHARED_PROMPT, torch.float32).eval())
-    before = policy(pack(some_rows(1)))
-    check_forward(policy, WrpoConfig(precision="fp32"), torch.device("cpu"))
-    assert torch.equal(policy(pack(some_rows(1))), before)
 
 
 # --- varlen, whose kernel needs a GPU: what it is given is checked here -------------------------

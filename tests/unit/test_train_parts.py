@@ -21,7 +21,7 @@ from wrpo_ray.core.run import Run
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
-from wrpo_ray.train import checkpoint, loop, model
+from wrpo_ray.train import checkpoint, loop, model, probe
 from wrpo_ray.train.deepspeed import engine_config
 from wrpo_ray.train.metrics import (
     MetricsFile,
@@ -391,7 +391,7 @@ def plain_logps(network: Any) -> torch.Tensor:
     """By transformers alone, an answer at a time."""
     with torch.no_grad():
         return torch.stack(
-            [model._plain_logp(network, r.prompt, a, CPU) for r in ROWS for a in r.answers]
+            [probe._plain_logp(network, r.prompt, a, CPU) for r in ROWS for a in r.answers]
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import FailureLimitError, UserError
 from wrpo_ray.train import prepare
+from wrpo_ray.train.model import Reference
 from wrpo_ray.train.prepare import Prepare, Preparer
 from wrpo_ray.train.rows import SUFFIX, PreparedRows
+from wrpo_ray.train.task import WRPO_ANSWERS
 
 PAIRS, SELECTION = Step("pair"), Step("select")
 SETTINGS: dict[str, Any] = {"max_length": 64, "precision": "fp32"}
@@ -161,6 +164,45 @@ def test_failed_and_dropped_rows_are_kept_with_their_reasons(tmp_path, base):
     assert fault["prompt_id"] == records[0]["prompt_id"]
     assert dropped["prompt_id"] == records[1]["prompt_id"]
     assert dropped["error"] == "TooLong"
+
+
+@pytest.mark.parametrize("answer", ["source_chosen", "target_chosen", "rejected"])
+def test_a_row_whose_reference_is_not_finite_is_kept_as_a_failure(tmp_path, answer):
+    """The model's embedding of one word is NaN, so every answer with it has no log-prob."""
+    from transformers import AutoModelForCausalLM
+
+    base = write_model(tmp_path / "base", seed=2)
+    broken = AutoModelForCausalLM.from_pretrained(base)
+    word = make_tokenizer().convert_tokens_to_ids("w38")
+    broken.get_input_embeddings().weight.data[word] = torch.nan
+    broken.save_pretrained(base)
+    records, root = preference_rows(20), Folder(str(tmp_path / "out"))
+    for record in records:
+        for part in (record["messages"][0], *(record[n] for n in WRPO_ANSWERS)):
+            name = "text" if "text" in part else "content"
+            part |= {name: part[name].replace("w38", "w37"), "token_ids": None}
+    records[3][answer]["text"] = "w1 w38 w2"
+    write_preferences(root / PAIRS.folder, records, 1)
+    (counts,) = fill(root, job(base), 1)
+    assert (counts["rows"], counts["failed"]) == (19, 1)
+    (fault,) = failures(root, job(base))
+    assert fault["prompt_id"] == records[3]["prompt_id"]
+    told = f"log-probs under the reference are not finite: {answer} nan"
+    assert fault["message"] == told
+    rows = read(root, job(base))
+    assert all(math.isfinite(value) for i in range(19) for value in rows[i].reference)
+
+
+def test_a_model_without_finite_log_probs_is_refused(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = write_model(tmp_path / "base", seed=2)
+    broken = AutoModelForCausalLM.from_pretrained(base)
+    broken.model.layers[0].mlp.up_proj.weight.data[0, 0] = torch.inf
+    broken.save_pretrained(base)
+    told = r"log-probs are not finite.*the weight model.layers.0.mlp.up_proj.weight is not finite"
+    with pytest.raises(UserError, match=told):
+        Reference(base, WRPO, on_gpu=False)
 
 
 def test_a_bucket_that_is_there_is_passed_over(root, base):

@@ -104,18 +104,6 @@ def test_a_sampled_answer_with_two_ends_is_a_fault(tokenizing, record):
     assert [row["error"] for row in rows.failed] == ["UserError"]
 
 
-@pytest.mark.parametrize("finish_reason", ["stop", "length", None])
-def test_compat_published_ends_every_answer_twice(tokenizing, tokenizer, record, finish_reason):
-    """Once by the template, once by the script, whether or not the answer was cut off."""
-    for name in WRPO_ANSWERS:
-        record[name]["finish_reason"] = finish_reason
-    record["target_chosen"]["token_ids"] = [9, END] if finish_reason == "stop" else [9]
-    row, _ = tokenizing(compat="published", max_prompt_length=32).row(record)
-    w1, w2, w3, w4, space = tokenizer.convert_tokens_to_ids(["w1", "w2", "w3", "w4", " "])
-    expected = [[w1, space, w2], [w3], [w4]]
-    assert [answer.tolist() for answer in row.answers] == [[*ids, END, END] for ids in expected]
-
-
 # --- limits of length -------------------------------------------------------------------------
 
 
@@ -177,27 +165,6 @@ def test_no_row_exceeds_the_limit(prompt, lengths, most, overflow):
     assert all(prompt + len(k) <= most and k == a[: len(k)] for k, a in pairs)
     assert all(len(k) == len(a) or prompt + len(k) == most for k, a in pairs)
     assert cut == sum(len(k) < len(a) for k, a in pairs)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "answers", "kept_prompt", "kept"),
-    [
-        (1748, (300, 100), 1748, (300, 100)),  # 2048 in all: fits
-        (1748, (301, 100), 1748, (248, 100)),  # 2049: cut to 2048 - 1800 = 248
-        (100, (2000, 300), 100, (248, 248)),  # all alike, though the second had room
-        (1900, (148, 10), 1900, (148, 10)),  # fits, so that even a prompt over 1800 stays
-        (1900, (200, 10), 1800, (200, 10)),  # with the prompt's last 1800 tokens it fits
-        (1900, (300, 248), 1800, (248, 248)),
-        (2500, (300, 249), 1800, (248, 248)),
-    ],
-)
-def test_compat_published_worked_numbers(prompt, answers, kept_prompt, kept):
-    """The paper's max_length 2048 and max_prompt_length 1800."""
-    config = TrainConfig(compat="published", max_length=2048, max_prompt_length=1800)
-    got_prompt, got, cut = fit(ids(prompt), [ids(n) for n in answers], config)
-    assert got_prompt == ids(prompt)[-kept_prompt:]
-    assert got == [ids(n) for n in kept]
-    assert cut == sum(a > k for a, k in zip(answers, kept, strict=True))
 
 
 def test_counts_and_failures(tokenizing, record):

@@ -17,7 +17,9 @@ import pyarrow.fs as pafs
 from wrpo_ray.core.storage import TEMPORARY, Folder
 from wrpo_ray.core.weights import weight_files
 from wrpo_ray.errors import UserError
+from wrpo_ray.export import weights as weights_format
 from wrpo_ray.export.card import Facts, Model, counted, fenced_settings, models_table, table
+from wrpo_ray.export.weights import Weights
 
 CARD = "README.md"
 PATHS = ("_name_or_path", "name_or_path")
@@ -48,14 +50,23 @@ class Made:
     """Settings of the training."""
     evaluation: Row | None
     """The table of the held-out comparison."""
+    weights: tuple[str, ...] = ()
+    """What is to be known of the weights' precision and form, a line each."""
 
 
-def write(model: Folder, to: Folder, card: str) -> int:
+def write(model: Folder, to: Folder, card: str, how: Weights | None = None) -> int:
     """Copy a model's files and write its card; returns the bytes of its weights.
 
     Raises:
         UserError: the model lacks what engines need, or `to` holds other weights.
     """
+    size = copy(model, to, how or Weights())
+    to.write(CARD, card.encode())
+    return size
+
+
+def copy(model: Folder, to: Folder, how: Weights) -> int:
+    """Copy a model's files, its weights in the precision that is asked for; returns their bytes."""
     files = [name for name in model.files() if not name.startswith(".")]
     weights = weight_files(files)
     _check_files(model, files, weights)
@@ -65,8 +76,16 @@ def write(model: Folder, to: Folder, card: str) -> int:
             f"export: {to} holds other weights, such as {min(strangers)}; give a new folder"
         )
     to.filesystem.create_dir(to.path, recursive=True)
+    is_cast = how.dtype not in ("", weights_format.dtype_of(model.read_json("config.json")))
+    if is_cast:
+        weights_format.write(model, to, weights, how)
     for name in files:
-        if name.endswith(".json"):
+        if is_cast and name in (*weights, weights_format.INDEX):
+            continue
+        if is_cast and name == "config.json":
+            config = weights_format.converted(model.read_json(name), how.dtype)
+            to.write(name, _without_paths(json.dumps(config, indent=2).encode()))
+        elif name.endswith(".json"):
             to.write(name, _without_paths(model.read(name)))
         else:
             pafs.copy_files(
@@ -75,7 +94,6 @@ def write(model: Folder, to: Folder, card: str) -> int:
             )  # fmt: skip
     if GENERATION not in files:
         to.write_json(GENERATION, _generation(model.read_json("config.json")))
-    to.write(CARD, card.encode())
     infos = to.filesystem.get_file_info([f"{to.path}/{name}" for name in weights])
     return sum(info.size for info in infos)
 
@@ -113,6 +131,7 @@ def card(made: Made, facts: Facts) -> str:
     """README.md as the Hugging Face hub reads it."""
     sections = {
         "Use": _use(made),
+        "Weights": list(made.weights),
         "Models and licences": [*models_table(facts), *licence_notes(facts)],
         "How it was made": [*_method(made), *fenced_settings({"training": made.training})],
         "Data": [*fenced_settings(facts.settings), "", *counted(facts)],

@@ -8,7 +8,6 @@ micro-batch and ZeRO stage. Not covered: the driver's side (`stage`).
 from __future__ import annotations
 
 import gc
-import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -23,13 +22,13 @@ from torch import distributed as dist
 from wrpo_ray.config import WrpoConfig
 from wrpo_ray.core.chat import load_tokenizer
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.train import checkpoint, deepspeed, model, packing, schedule
+from wrpo_ray.train import checkpoint, deepspeed, faults, model, packing, probe, schedule
 from wrpo_ray.train.loss import Answers, preference_loss, row_metrics
 from wrpo_ray.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.train.order import Order
 from wrpo_ray.train.packing import Batch
 from wrpo_ray.train.rows import PreparedRows, Row
-from wrpo_ray.train.task import MODEL, TRAINED, Task
+from wrpo_ray.train.task import ADAPTERS, MODEL, TRAINED, Task
 
 Counts = dict[str, Any]
 Losses = tuple[Tensor, dict[str, Tensor]]
@@ -57,12 +56,13 @@ def _train(task: Task, *, is_one_of_several: bool) -> Counts:
     trainer = Trainer.create(task)
     first_step = checkpoint.restore(trainer.policy, task.step.key)
     final_loss = trainer.run(first_step)
-    trainer.save()
+    lost_in_bf16 = trainer.save()
     counts = {
         "rows": len(trainer.train_rows),
         "held_out": len(trainer.held_rows),
         "steps": trainer.order.steps,
         "final_loss": final_loss,
+        "lost_in_bf16": lost_in_bf16,
         "resumed_at": first_step,
         "workers": dist.get_world_size(),
         "seconds": time.time() - started,
@@ -115,7 +115,7 @@ class Trainer:
             policy = model.load_policy(base, config, device)
             reference = model.load_policy(base, config, device) if task.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
-        model.check_forward(policy, config, device)
+        probe.check_forward(policy, config, device)
         if reference is not None:
             reference = deepspeed.reference_engine(reference, settings)
         return cls(task, rows, train_rows, np.flatnonzero(held), order, engine, reference, device)
@@ -124,7 +124,7 @@ class Trainer:
         """All steps from `first_step`; returns the last step's loss (on the first worker).
 
         Raises:
-            UserError: the loss is no longer a number.
+            UserError: the loss or the gradient is no longer finite; the last step is no exception.
         """
         is_first = dist.get_rank() == 0
         file = MetricsFile(self.task.folder, first_step) if is_first else None
@@ -161,18 +161,17 @@ class Trainer:
         alpha, divisor = self._alpha(step), self._divisor(batch)
         scale = dist.get_world_size() / divisor  # DeepSpeed averages over workers
         parts = self._micro_batches(batch)
+        norm = 0.0
         for number, (part, is_real) in enumerate(parts, start=1):
-            self.policy.set_gradient_accumulation_boundary(number == len(parts))
-            losses, metrics = self._losses(part, alpha)
+            is_last = number == len(parts)
+            self.policy.set_gradient_accumulation_boundary(is_last)
+            losses, metrics = self.losses(part, alpha)
             self.policy.backward(losses.sum() * (is_real * scale), scale_wrt_gas=False)
-            self.policy.step()  # acts on the last micro-batch
+            norm = deepspeed.act(self.policy, is_last=is_last)
             sums.add(metrics | {"loss": losses}, is_real)
         totals, seconds = sums.reduce(), time.monotonic() - started
         loss = totals.pop("loss") / divisor
-        if not math.isfinite(loss):
-            raise UserError(
-                f"{self.task.step.name}: the loss is {loss} at step {step}; lower learning_rate"
-            )
+        self._check({"the loss": loss, "the gradient's norm": norm} | totals, step, parts, alpha)
         tokens, size = totals.pop("tokens"), totals.pop("size")
         return {
             "step": step,
@@ -180,7 +179,7 @@ class Trainer:
             "rows": len(batch),
             "loss": loss,
             "lr": rate,
-            "grad_norm": _number(self.policy.get_global_grad_norm()),
+            "grad_norm": norm,
             **({} if alpha is None else {"alpha": alpha}),
             **{name: total / len(batch) for name, total in totals.items()},
             "tokens": round(tokens),
@@ -189,14 +188,24 @@ class Trainer:
             "peak_memory_gb": peak_memory(self.device),
         }
 
-    def save(self) -> None:
-        """Write the trained model; all workers call it."""
+    def save(self) -> float | None:
+        """Write the trained model; all workers call it.
+
+        Returns the share of the changed weights that bf16 shows, or would show, unchanged; None
+        where that is not known or does not matter.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        faults.check_weights(self)
         task, base = self.task, self.task.base.local(self.task.fingerprint)
         tokenizer = load_tokenizer(base, task.template)
         is_writer = dist.get_rank() == 0
-        model.save(
-            self.policy.module, base, task.config, tokenizer, task.folder / MODEL, write=is_writer
-        )
+        rounding = model.save(
+            self.policy.module, base, task.config, tokenizer, task.folder / MODEL,
+            write=is_writer, adapters=task.folder / ADAPTERS,
+        )  # fmt: skip
+        return rounding.share
 
     def close(self) -> None:
         """Free what the engines hold, for the next model."""
@@ -210,6 +219,14 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats()
 
     # --- inside
+
+    def _check(
+        self, numbers: dict[str, float], step: int, parts: faults.Parts, alpha: float | None
+    ) -> None:
+        """Raise UserError with the cause, on all workers, where a number is not finite."""
+        if what := faults.told(numbers):
+            cause = faults.find(self, parts, alpha)
+            raise UserError(f"{self.task.step.name}: {what} at step {step}: {cause}")
 
     def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
         """This worker's micro-batches, and whether each is real and no dummy.
@@ -238,7 +255,8 @@ class Trainer:
             return None
         return schedule.alpha_at(config.alpha, self.order.consumed(step))
 
-    def _losses(self, rows: Sequence[Row], alpha: float | None) -> Losses:
+    def losses(self, rows: Sequence[Row], alpha: float | None) -> Losses:
+        """The losses of a micro-batch, at an alpha or, without one, of SFT, with metrics."""
         batch = model.collate(rows, self.task.config).to(self.device)
         logps = self.policy(batch)  # (A,)
         if alpha is None:
@@ -254,14 +272,16 @@ class Trainer:
     def _preference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, alpha: float) -> Losses:
         config = self.task.config
         assert isinstance(config, WrpoConfig)
-        reference = self._reference(rows, batch, logps, config.reference.mode)
+        reference = self.reference_logps(rows, batch, logps, config.reference.mode)
         of_policy, of_reference, lengths = (
             Answers(*t.reshape(-1, 3).unbind(1)) for t in (logps, reference, batch.lengths)
         )
         losses = preference_loss(of_policy, of_reference, lengths, config, alpha)
         return losses, row_metrics(of_policy, of_reference, lengths, config, alpha)
 
-    def _reference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, mode: str) -> Tensor:
+    def reference_logps(
+        self, rows: Sequence[Row], batch: Batch, logps: Tensor, mode: str
+    ) -> Tensor:
         """The log-probs of the batch's answers under the reference, (A,)."""
         if not self.task.config.has_reference:
             return torch.zeros_like(logps)
@@ -280,16 +300,15 @@ class Trainer:
         if not len(self.held_rows) or not (is_last or (step + 1) % config.holdout_every == 0):
             return {}
         sums, alpha = Sums(), config.alpha.end if isinstance(config, WrpoConfig) else None
+        parts = self._micro_batches(self.held_rows)
         with torch.no_grad():
-            for part, is_real in self._micro_batches(self.held_rows):
-                losses, metrics = self._losses(part, alpha)
+            for part, is_real in parts:
+                losses, metrics = self.losses(part, alpha)
                 sums.add(metrics | {"loss": losses}, is_real)
         totals, rows = sums.reduce(), len(self.held_rows)
-        measures = {"holdout/loss": totals["loss"] / self._divisor(self.held_rows)}
+        loss = totals.pop("loss") / self._divisor(self.held_rows)
+        self._check({"the loss of the rows held out": loss} | totals, step, parts, alpha)
+        measures = {"holdout/loss": loss}
         if alpha is not None:
             measures["holdout/accuracies"] = totals["rewards/accuracies"] / rows
         return measures
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
+from wrpo_ray.core.rounding import Rounding, Tensors
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.train import attention
 from wrpo_ray.train.logprobs import answer_logps, token_logps
 from wrpo_ray.train.packing import Batch, costs, deal, pack, pad
+from wrpo_ray.train.probe import NOT_HERE, UNPACKED, check_forward, refusing
 from wrpo_ray.train.rows import Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -37,12 +39,15 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-        head = inner.get_output_embeddings()
+        body, head = inner.base_model, inner.get_output_embeddings()
+        if head is None or body is inner:
+            kind = inner.config.get_text_config().model_type
+            raise UserError(f"{kind}: its body and its head cannot be told apart; {NOT_HERE}")
         cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
         head.forward = lambda hidden, tokens: token_logps(
             hidden, head.weight, head.bias, tokens, cap
         )
-        self._parts = {"body": inner.base_model, "head": head}  # known to `model` already
+        self._parts = {"body": body, "head": head}  # known to `model` already
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed log-prob of each answer of the batch, (A,), fp32."""
@@ -86,9 +91,12 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
-    plain = {"gemma2": "eager"}.get(AutoConfig.from_pretrained(folder).model_type, "sdpa")
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    plain = {"gemma2": "eager"}.get(model_type, "sdpa")
     kind = attention.SHARED_PROMPT if packing else plain
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kind)
+    remedy = UNPACKED if packing else NOT_HERE
+    with refusing(model_type, "it cannot be loaded to train", remedy):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kind)
     without_dropout(model)
     return model
 
@@ -133,74 +141,6 @@ class Reference:
         return [done[i] for i in range(len(rows))]
 
 
-# --- whether a model can be trained this way ---------------------------------------------------
-
-
-def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> None:
-    """Compare our log-probs of a probe with those of the model's own logits.
-
-    Raises:
-        UserError: the architecture computes something else, such as scaled logits, or cannot
-            share prompts, such as one with a recurrent state.
-    """
-    from torch.testing import assert_close
-
-    _check_rope(policy.model.config.get_text_config(), config.max_length)
-    probe = _probe(policy.model.config.get_text_config().vocab_size)
-    tolerance = 2e-2 if config.precision == "bf16" else 1e-4
-    with torch.no_grad():
-        own = policy(collate([probe], config).to(device))
-        plain = _plain_logps(policy, probe, device)
-    try:
-        assert_close(own, plain.to(own.dtype), rtol=tolerance, atol=tolerance)
-    except AssertionError:
-        kind = policy.model.config.model_type
-        remedy = "set packing: false" if config.packing else "it cannot be trained here"
-        raise UserError(
-            f"{kind}: its log-probs of packed rows differ from those of its own logits "
-            f"({own.tolist()} against {plain.tolist()}); {remedy}"
-        ) from None
-
-
-def _check_rope(settings: Any, max_length: int) -> None:
-    """Refuse positions whose meaning depends on the longest row in company.
-
-    transformers 5.23 chooses the scaling of these kinds by a forward pass's greatest position.
-    """
-    rope = getattr(settings, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") or settings.max_position_embeddings
-    if rope.get("rope_type") in ("longrope", "dynamic") and max_length > original:
-        raise UserError(
-            f"{settings.model_type}: rows above {original} tokens would change the log-probs of "
-            f"others in their micro-batch ({rope['rope_type']} positions); set max_length to "
-            f"{original}"
-        )
-
-
-def _probe(vocabulary: int) -> Row:
-    ids = (np.arange(1, 13, dtype=np.int32) * 7) % vocabulary
-    return Row("probe", ids[:4], (ids[4:6], ids[6:9], ids[9:]))
-
-
-def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
-    """The model's own forward pass, an answer at a time; the head is itself meanwhile."""
-    head = policy._parts["head"]
-    replaced = head.__dict__.pop("forward")
-    implementation = policy.model.config._attn_implementation
-    policy.model.set_attn_implementation("eager")
-    try:
-        return torch.stack([_plain_logp(policy.model, row.prompt, a, device) for a in row.answers])
-    finally:
-        policy.model.set_attn_implementation(implementation)
-        head.forward = replaced
-
-
-def _plain_logp(model: Any, prompt: Any, answer: Any, device: torch.device) -> Tensor:
-    ids = torch.tensor([[*prompt, *answer]], device=device)
-    table = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
-    return table.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()
-
-
 # --- adapters ----------------------------------------------------------------------------------
 
 
@@ -231,51 +171,103 @@ def with_lora(model: Any, config: LoraConfig) -> Any:
 # --- writing -----------------------------------------------------------------------------------
 
 
-def gather_weights(model: nn.Module, *, keep: bool) -> dict[str, Tensor]:
-    """The model's whole weights on the CPU; empty where `keep` is false.
+def gather_weights(
+    model: nn.Module, base: Path, *, keep: bool, trained_alone: bool = False
+) -> tuple[dict[str, Tensor], Rounding]:
+    """The model's whole weights on the CPU, or only the trained ones; empty without `keep`.
 
-    All workers call it: sharded parameters are gathered one at a time. Tied weights come once,
-    under the first of their names.
+    They are those of the forward pass. In bf16 the optimizer has them in fp32: which of its changes
+    they do not show is counted. All workers call it: sharded parameters are gathered one at a
+    time. Tied weights come once, under the first of their names.
     """
     import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
+    rounding, before = Rounding(), Tensors(base)
     for name, parameter in model.named_parameters():
+        if trained_alone and not parameter.requires_grad:
+            continue
         is_sharded = hasattr(parameter, "ds_id")
         with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
             if keep:
                 weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    persistent = model.state_dict().keys() if keep else ()
+        if parameter.dtype != torch.float32 and parameter.requires_grad and not trained_alone:
+            master = safe_get_full_fp32_param(parameter)
+            if keep and master is not None:
+                start = before.get(name, parameter.dtype)
+                rounding.add(master.detach().cpu(), start, parameter.dtype)
+    persistent = model.state_dict().keys() if keep and not trained_alone else ()
     buffers = {n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent}
-    return weights | buffers
+    return weights | buffers, rounding
 
 
 def save(
-    policy: Policy, base: Path, config: TrainConfig, tokenizer: Any, to: Folder, *, write: bool
-) -> None:
+    policy: Policy,
+    base: Path,
+    config: TrainConfig,
+    tokenizer: Any,
+    to: Folder,
+    *,
+    write: bool,
+    adapters: Folder | None = None,
+) -> Rounding:
     """Write weights, configs and tokenizer to `to`; all workers call it, `write` on one.
 
-    It is written next to the worker first and uploaded whole. It counts once the step's
-    manifest is there.
+    What is written computes what the policy does: weights as trained, or with LoRA in fp32, as
+    bf16 would round most of the changes away; the adapters themselves go to `adapters`. Returns
+    what bf16 loses or would lose. It is written next to the worker first and uploaded whole. It
+    counts once the step's manifest is there.
     """
-    weights = gather_weights(policy.model, keep=write)
+    alone = config.lora is not None
+    weights, rounding = gather_weights(policy.model, base, keep=write, trained_alone=alone)
     if not write:
-        return
+        return rounding
     model = policy.model
     if config.lora:
-        model = merged(base, config, weights)
+        model = _with_adapters(base, config, weights)
+        if adapters:
+            _upload(adapters, lambda folder: _save_adapters(model, weights, folder))
+        model, rounding = _merged(model, Tensors(base), DTYPES[config.precision])
         weights = model.state_dict()
+
+    def save_whole(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+    _upload(to, save_whole)
+    return rounding
+
+
+def _upload(to: Folder, write: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        model.save_pretrained(scratch, state_dict=weights)
-        tokenizer.save_pretrained(scratch)
+        write(Path(scratch))
         to.delete("")
         to.upload(Path(scratch))
 
 
-def merged(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:
-    """The base model with the adapters of `weights` merged in, on the CPU."""
+def _with_adapters(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:
+    """The base as it was trained, in fp32 on the CPU, with the adapters of `weights`."""
     assert config.lora is not None
-    model = with_lora(load(base, DTYPES[config.precision], packing=False), config.lora)
-    adapters = {name: value for name, value in weights.items() if "lora_" in name}
-    model.load_state_dict(adapters, strict=False)
-    return model.merge_and_unload()
+    network = load(base, DTYPES[config.precision], packing=False).float()
+    model = with_lora(network, config.lora)
+    missing = {n for n, p in model.named_parameters() if "lora_" in n} - weights.keys()
+    if missing:
+        raise WrpoError(f"lora: {min(missing)} was not trained")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _merged(model: Any, before: Tensors, trained_in: torch.dtype) -> tuple[Any, Rounding]:
+    """The model with its adapters merged in, and what bf16 would lose of it."""
+    rounding, merged = Rounding(), model.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        rounding.add(parameter.detach(), before.get(name, trained_in), torch.bfloat16)
+    return merged, rounding
+
+
+def _save_adapters(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """As peft reads them; their base is named by whoever puts them beside it."""
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path = ""
+    model.save_pretrained(folder, state_dict=weights)

@@ -8,6 +8,7 @@ a change of any computes them again. Training then holds no reference model.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from wrpo_ray.core.chat import OWN, Template, end_ids, load_tokenizer
 from wrpo_ray.core.cluster import Pool, thread_env
 from wrpo_ray.core.pools import map_rows
 from wrpo_ray.core.progress import Progress, log
-from wrpo_ray.core.records import PREFERENCE, SELECTION
+from wrpo_ray.core.records import PREFERENCE, SELECTION, failure
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import (
     Bucket,
@@ -33,11 +34,13 @@ from wrpo_ray.core.shards import (
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
-from wrpo_ray.train.rows import SUFFIX, Record, Row, Rows, Tokenizing, read_counts, write_rows
+from wrpo_ray.train.rows import SUFFIX, Record, Rows, Tokenizing, read_counts, write_rows
 from wrpo_ray.train.task import SFT_ANSWERS, WRPO_ANSWERS
 
 FORMAT = 1
 """Version of what a prepared row holds: part of the step's key."""
+COMPAT = {"published": "published, with headers"}
+"""What of a way of tokenizing is in the key, where an earlier version did it wrong."""
 DROPPED = "dropped"
 """Subfolder of the step's failures with the rows that are too long."""
 
@@ -100,7 +103,7 @@ class Prepare:
             "max_length": config.max_length,
             "max_prompt_length": config.max_prompt_length,
             "overflow": config.overflow,
-            "compat": config.compat,
+            "compat": COMPAT.get(config.compat, config.compat),
             "reference": config.precision if self.stores_reference else None,
             "format": FORMAT,
         } | ({"prompts": "all"} if self.takes_all else {})
@@ -208,10 +211,10 @@ class Preparer:
         counts = read_counts(folder, name)
         if counts is None or counts["failed"]:
             rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
-            kept = self._with_reference(rows.kept)
+            self._add_reference(rows)
             self._keep_left_out(rows, bucket)
             counts = _counts(rows)
-            write_rows(folder, name, kept, counts)
+            write_rows(folder, name, rows.kept, counts)
         return row | counts
 
     def _keep_left_out(self, rows: Rows, bucket: Bucket) -> None:
@@ -221,8 +224,19 @@ class Preparer:
             with trying_again(folder, bucket) as earlier:
                 write_failures(folder, bucket, part, "rows", earlier)
 
-    def _with_reference(self, rows: list[Row]) -> list[Row]:
-        return self.reference(rows) if rows and self.job.stores_reference else rows
+    def _add_reference(self, rows: Rows) -> None:
+        """Give rows their reference log-probs; one whose are not finite has failed."""
+        if not rows.kept or not self.job.stores_reference:
+            return
+        kept, rows.kept = self.reference(rows.kept), []
+        for row in kept:
+            pairs = zip(self.job.answers, row.reference, strict=True)
+            wrong = [f"{name} {value}" for name, value in pairs if not math.isfinite(value)]
+            if not wrong:
+                rows.kept.append(row)
+                continue
+            error = ValueError(f"log-probs under the reference are not finite: {', '.join(wrong)}")
+            rows.failed.append(failure(self.job.step.name, error, prompt_id=row.prompt_id))
 
     def _records(self, bucket: Bucket) -> list[Record]:
         """Of SELECTION records those for SFT, or all; PREFERENCE records have no split."""

@@ -24,6 +24,7 @@ from wrpo_ray.config import TrainConfig
 from wrpo_ray.core import chat
 from wrpo_ray.core.records import failure, unit_interval
 from wrpo_ray.core.storage import Folder
+from wrpo_ray.train import published
 
 Record = dict[str, Any]
 SUFFIX = ".arrow"
@@ -112,19 +113,18 @@ class Tokenizing:
             UserError: the chat template does not continue the prompt.
         """
         messages = record["messages"]
-        prompt = chat.prompt_ids(self.tokenizer, messages)
-        answers = [self._answer(messages, record[name], name) for name in self.names]
+        if self.config.compat == "published":
+            texts = [record[name]["text"] for name in self.names]
+            prompt, answers = published.tokenize(self.tokenizer, messages, texts)
+        else:
+            prompt = chat.prompt_ids(self.tokenizer, messages)
+            answers = [self._answer(messages, record[name], name) for name in self.names]
         prompt, answers, cut = fit(prompt, answers, self.config)
         return Row(record["prompt_id"], _ids(prompt), tuple(map(_ids, answers))), cut
 
     def _answer(self, messages: list[Any], answer: Record, name: str) -> list[int]:
-        """The target's answers keep the ids it sampled; a source's are of its own tokenizer.
-
-        The published script has texts only, closes each with the template, and adds an end token.
-        """
+        """The target's answers keep the ids it sampled; a source's are of its own tokenizer."""
         closed = answer["finish_reason"] != "length"
-        if self.config.compat == "published":
-            return [*self._of_text(messages, answer, closed=True), self.tokenizer.eos_token_id]
         if name == "source_chosen" or not answer["token_ids"]:
             return self._of_text(messages, answer, closed=closed)
         ids = list(answer["token_ids"])
@@ -144,9 +144,9 @@ def fit(
     Raises:
         TooLong: the prompt leaves no room, or an answer is too long and `overflow` is `drop`.
     """
-    longest = len(prompt) + max(map(len, answers))
     if config.compat == "published":
-        return _fit_as_published(prompt, answers, longest, config)
+        return published.fit(prompt, answers, config)
+    longest = len(prompt) + max(map(len, answers))
     most = config.max_prompt_length or config.max_length - 1
     if len(prompt) > most:
         raise TooLong(f"the prompt has {len(prompt)} tokens, of which {most} are allowed")
@@ -157,21 +157,6 @@ def fit(
             f"prompt and longest answer have {longest} tokens, max_length {config.max_length}"
         )
     room = config.max_length - len(prompt)
-    return prompt, [a[:room] for a in answers], sum(len(a) > room for a in answers)
-
-
-def _fit_as_published(
-    prompt: list[int], answers: list[list[int]], longest: int, config: TrainConfig
-) -> tuple[list[int], list[list[int]], int]:
-    """The published script's way: the prompt's end is kept, and all answers are cut alike."""
-    assert config.max_prompt_length is not None
-    if longest <= config.max_length:
-        return prompt, answers, 0
-    longest -= len(prompt)
-    prompt = prompt[-config.max_prompt_length :]
-    if len(prompt) + longest <= config.max_length:
-        return prompt, answers, 0
-    room = config.max_length - config.max_prompt_length
     return prompt, [a[:room] for a in answers], sum(len(a) > room for a in answers)
 
 

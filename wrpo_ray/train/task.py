@@ -12,6 +12,8 @@ from wrpo_ray.core.storage import Folder
 
 MODEL = "model"
 """Subfolder of a training step with the trained model."""
+ADAPTERS = "adapters"
+"""Subfolder with the LoRA adapters that the trained model has merged in."""
 CHECKPOINTS = "checkpoints"
 """Subfolder with what an unfinished run resumes from."""
 TRAINED = "trained.json"

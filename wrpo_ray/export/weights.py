@@ -1,0 +1,122 @@
+"""A model's weights in another precision, file by file, and what of the training that loses."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.fs as pafs
+
+from wrpo_ray.core.rounding import Rounding, Tensors
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DTYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
+"""What weights can be written as, with their bits."""
+ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+INDEX = "model.safetensors.index.json"
+Row = dict[str, Any]
+
+
+@dataclass
+class Weights:
+    """How weights are written, and what became of them."""
+
+    dtype: str = ""
+    """Empty writes them as they are."""
+    before: Tensors | None = None
+    """The model that training began with; null leaves unknown what is lost."""
+    written: str = ""
+    """The precision, as it is told."""
+    is_wider: bool = False
+    """Whether nothing is rounded."""
+    as_before: bool = False
+    """Leave each tensor the precision that it had in `before`, such as a router's fp32."""
+    rounding: Rounding = field(default_factory=Rounding)
+    """What rounding has lost, once they are written."""
+
+    def told(self) -> str:
+        """What rounding loses, in words; empty where it loses nothing."""
+        share = self.rounding.share
+        if not self.dtype or self.is_wider or (share is None and self.rounding.compared):
+            return ""
+        if share is None:
+            return "how much is rounded away is not known: the target's weights are not at hand"
+        return (
+            f"{share:.1%} of the weights that changed are in {self.dtype} what they were before "
+            "(export with --dtype float32 keeps all)"
+        )
+
+
+def dtype_of(config: Row) -> str:
+    """The precision that a model's config.json names; empty where it names none of ours."""
+    own = config.get("dtype") or config.get("torch_dtype")
+    own = own or (config.get("text_config") or {}).get("dtype") or ""
+    return own if own in DTYPES else ""
+
+
+def converted(config: Row, dtype: str) -> Row:
+    """A config.json with another precision."""
+    names = ("dtype", "torch_dtype")
+    changed = {n: dtype for n in names if n in config} or {"dtype": dtype}
+    parts = {n: converted(p, dtype) for n, p in config.items() if _has_dtype(p)}
+    return config | parts | changed
+
+
+def _has_dtype(part: Any) -> bool:
+    return isinstance(part, dict) and bool({"dtype", "torch_dtype"} & part.keys())
+
+
+def write(model: Folder, to: Folder, names: list[str], how: Weights) -> None:
+    """Write the weight files `names` of a model in another precision, and count what is lost.
+
+    Raises:
+        UserError: the files are not safetensors, or a weight is too large for the precision.
+    """
+    if strange := [name for name in names if not name.endswith(".safetensors")]:
+        raise UserError(f"export: --dtype: {model}/{strange[0]} is not a safetensors file")
+    local, size = model.local(), 0
+    for name in names:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / name
+            size += _write_file(local / name, path, how)
+            pafs.copy_files(
+                str(path), f"{to.path}/{name}", destination_filesystem=to.filesystem,
+            )  # fmt: skip
+    if INDEX in model.files():
+        index = model.read_json(INDEX)
+        index["metadata"] = index.get("metadata", {}) | {"total_size": size}
+        to.write(INDEX, (json.dumps(index, indent=2) + "\n").encode())
+
+
+def _write_file(source: Path, path: Path, how: Weights) -> int:
+    """One file; returns the bytes of its tensors."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(source, framework="pt") as file:
+        tensors = {name: _converted(name, file.get_tensor(name), how) for name in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata={"format": "pt"})
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _converted(name: str, tensor: Tensor, how: Weights) -> Tensor:
+    import torch
+
+    dtype = getattr(torch, how.dtype)
+    before = how.before.get(name) if how.before else None
+    if how.as_before and before is not None:
+        dtype = before.dtype
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    written = tensor.to(dtype)
+    if bool(torch.isinf(written).any()) and not bool(torch.isinf(tensor).any()):
+        raise UserError(f"export: --dtype {how.dtype}: a weight of {name} is too large for it")
+    how.rounding.add(tensor, before, dtype)
+    return written
