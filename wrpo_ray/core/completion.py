@@ -203,8 +203,11 @@ def _first_token(logprobs: Any) -> list[dict[str, Any]] | None:
     """The likeliest first tokens; null where they are not told, or in another shape."""
     try:
         told = logprobs["content"][0]["top_logprobs"]
-        pairs = [{"token": str(p["token"]), "logprob": float(p["logprob"])} for p in told]
-        "".join(pair["token"] for pair in pairs).encode()  # half a surrogate pair is no text
+        tokens = [str(p["token"]) for p in told]
+        values = [float(p["logprob"]) for p in told]
+        "".join(tokens).encode()  # half a surrogate pair is no text
     except (LookupError, TypeError, ValueError, ArithmeticError):
         return None
-    return None if any(math.isnan(pair["logprob"]) for pair in pairs) else pairs
+    if any(map(math.isnan, values)):
+        return None
+    return [{"token": t, "logprob": v} for t, v in zip(tokens, values, strict=True)]

@@ -18,6 +18,7 @@ import itertools
 import json
 import os
 import random
+import re
 import threading
 import time
 import weakref
@@ -415,8 +416,8 @@ def _told_status(answer: Any) -> int | None:
     if not error:
         return None
     told = error if isinstance(error, dict) else {}
-    for status in (told.get("code"), told.get("status"), told.get("status_code")):
-        if str(status).isascii() and str(status).isdigit() and 400 <= int(str(status)[:4]) < 600:
+    for status in map(str, (told.get("code"), told.get("status"), told.get("status_code"))):
+        if re.fullmatch(r"[45]\d\d", status, re.ASCII):
             return int(status)
     return 400 if told.get("type") == "invalid_request_error" else 500
 
