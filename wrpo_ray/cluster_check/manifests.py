@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from wrpo_ray.errors import UserError
 
 Body = dict[str, Any]
-LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+
+
+class LOADER(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other.
+
+    Dates stay texts, as for Kubernetes.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 LAUNCHER = "launcher"
 """The kind given to a file of Ray's cluster launcher, which has none."""
 
@@ -42,8 +56,17 @@ class Manifest:
     @property
     def metadata(self) -> Body:
         """Name, labels, annotations."""
-        found = self.body.get("metadata")
-        return found if isinstance(found, dict) else {}
+        return _mapping(self.body.get("metadata"))
+
+    @property
+    def labels(self) -> Body:
+        """Its labels."""
+        return _mapping(self.metadata.get("labels"))
+
+    @property
+    def annotations(self) -> Body:
+        """Its annotations."""
+        return _mapping(self.metadata.get("annotations"))
 
     @property
     def name(self) -> str:
@@ -69,7 +92,16 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else str(self.where)
-        return f"{place}: {self.text} [{self.rule}]"
+        return _printable(f"{place}: {self.text} [{self.rule}]")
+
+
+def _mapping(value: Any) -> Body:
+    return value if isinstance(value, dict) else {}
+
+
+def _printable(text: str) -> str:
+    """A text on one line, which names and values of a file need not be."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
@@ -84,22 +116,52 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
         for file, text in _texts(path):
             try:
                 documents = [d for d in yaml.load_all(text, LOADER) if d is not None]
-            except yaml.YAMLError as error:
-                problems.append(Problem(file, "", "yaml", " ".join(str(error).split())))
+                for document in documents:
+                    json.dumps(document, default=str)  # to the end, and without a circle
+            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+                problems.append(Problem(file, "", "yaml", _reason(error)))
                 continue
-            for document in documents:
-                if isinstance(document, dict):
-                    manifests += [Manifest(file, body) for body in _items(document)]
+            for item in (item for document in documents for item in _items(document)):
+                if wrong := _no_object(item):
+                    problems.append(Problem(file, "", "yaml", wrong))
                 else:
-                    text = f"holds a {type(document).__name__}; an object is a mapping of keys"
-                    problems.append(Problem(file, "", "yaml", text))
+                    manifests.append(Manifest(file, item))
     return manifests, problems
 
 
-def _items(document: Body) -> list[Body]:
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "has too many levels"
+    return " ".join(str(error).split())
+
+
+def _items(document: Any) -> list[Any]:
     """What `kubectl get -o yaml` wraps into a List, or the document itself."""
-    items = document.get("items") if document.get("kind") == "List" else None
-    return [i for i in items if isinstance(i, dict)] if isinstance(items, list) else [document]
+    is_list = isinstance(document, dict) and document.get("kind") == "List"
+    items = document.get("items") if is_list else None
+    return items if isinstance(items, list) else [document]
+
+
+def _no_object(item: Any) -> str | None:
+    """What is wrong with a document that can be no object."""
+    if not isinstance(item, dict):
+        return f"holds a {type(item).__name__}; an object is a mapping of keys"
+    for key, place in _keys(item):
+        if not isinstance(key, str):
+            under = f" under {place!r}" if place else ""
+            return f"the key {key!r}{under} is no text; write it in quotes"
+    return None
+
+
+def _keys(value: Any, place: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Each key of a tree, with the one above it."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield key, place
+            yield from _keys(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _keys(part, place)
 
 
 def _texts(path: str) -> Iterator[tuple[str, str]]:

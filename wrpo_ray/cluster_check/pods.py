@@ -150,7 +150,7 @@ def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Fou
     if "spec" not in manifest.body:
         return
     there = {f"{m.kind}/{m.name}" for m in all_of_them}
-    external = (manifest.metadata.get("annotations") or {}).get(EXTERNAL, "")
+    external = manifest.annotations.get(EXTERNAL, "")
     there |= set(str(external).replace(",", " ").split())
     for path, kind, name in _references(manifest.body["spec"], ("spec",)):
         if f"{kind}/{name}" not in there:
