@@ -1183,7 +1183,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such config file; see jobs/ for examples") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: such as of a date
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys (got {type(tree).__name__})")
@@ -1196,7 +1196,7 @@ def _override(tree: Any, override: str) -> None:
         raise UserError(f"--set {override}: write it as a.b=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"--set {override}: the value is not valid YAML") from None
     _put(tree, dotted, value, f"--set {override}")
 

@@ -91,10 +91,27 @@ def submission(
 
 
 def _runtime_env() -> dict[str, Any]:
-    """That of the working directory, if it has one."""
+    """That of the working directory, if it has one.
+
+    Raises:
+        UserError: it cannot be read, or Ray refuses it.
+    """
+    from ray.runtime_env import RuntimeEnv
+
     file = Path(RUNTIME_ENV)
-    given = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
-    return (given or {}) | {"working_dir": "."}
+    if not file.exists():
+        return {"working_dir": "."}
+    try:
+        given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        RuntimeEnv(**given)
+    except (
+        Exception
+    ) as error:  # of YAML; and Ray's checks take for granted what they do not look at
+        raise UserError(
+            f"{RUNTIME_ENV}: {' '.join(str(error).split())[:300]}; it holds a mapping of Ray's "
+            f"runtime_env, such as env_vars"
+        ) from None
+    return given | {"working_dir": "."}
 
 
 class Job:

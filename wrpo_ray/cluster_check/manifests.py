@@ -16,6 +16,8 @@ import yaml
 from wrpo_ray.errors import UserError
 
 Body = dict[str, Any]
+LONGEST = 600
+"""Characters of a problem's text, and of its place."""
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 
 
@@ -92,7 +94,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else str(self.where)
-        return _printable(f"{place}: {self.text} [{self.rule}]")
+        return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
 
 
 def _mapping(value: Any) -> Body:
@@ -100,8 +102,9 @@ def _mapping(value: Any) -> Body:
 
 
 def _printable(text: str) -> str:
-    """A text on one line, which names and values of a file need not be."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    """A text on one line, and not too long, which names and values of a file need not be."""
+    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
