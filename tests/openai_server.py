@@ -23,18 +23,15 @@ NO_COMPLETION: tuple[Any, ...] = (
     None,
     [],
     {},
-    {"error": {"message": "provider is down", "code": 502}},
-    {"error": {"message": "\ud800"}},
-    {"choices": []},
-    {"choices": [{}]},
+    "text",
+    7,
     {"choices": {"0": 1}},
-    {"choices": [{"finish_reason": "stop", "message": {"content": ["a"]}}]},
-    {"choices": [{"finish_reason": "stop", "message": "text"}]},
-    {"choices": [{"finish_reason": None, "message": {"content": "a"}}]},
-    {"choices": [{"finish_reason": ["stop"], "message": {"content": "a"}}]},
-    {"choices": [{"finish_reason": "stop", "message": {"content": "\ud800"}}]},
-    {"choices": [{"finish_reason": "stop", "message": {"content": "a"}}], "usage": [1]},
+    {"choices": None},
+    {"choices": "text"},
+    {"message": {"role": "assistant", "content": "a"}},
+    {"detail": "upstream is not there", "usage": {}},
 )
+"""JSON that is no chat completion."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +64,8 @@ class Server:
         default_factory=lambda: {"prompt_tokens": 5, "completion_tokens": 5}
     )
     retry_after: Callable[[], str] = lambda: "0.02"
+    bodies: dict[str, Any] = field(default_factory=dict)
+    """Bodies with the status 200 by names that `plan` may say: JSON, or a text that is none."""
     calls: list[Call] = field(default_factory=list)
     in_flight: int = 0
     most_in_flight: int = 0
@@ -98,6 +97,10 @@ class Server:
             await asyncio.sleep(60)
         if what in ("cut", "cut chunk", "reset"):
             return await self._cut(what, call, request)
+        if what in self.bodies:
+            told = self.bodies[what]
+            text = told if isinstance(told, str) else json.dumps(told)
+            return web.Response(text=text, content_type="application/json")
         if what == "no json":
             return web.Response(text=NO_JSON[len(self.calls) % len(NO_JSON)])
         if what == "shape":

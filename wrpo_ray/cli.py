@@ -566,7 +566,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     from wrpo_ray.serve.check import check_free, checked
 
     tree = config.read_serving(arguments.config) if arguments.config else {}
-    tree["models"] = [*(tree.get("models") or []), *map(_served, arguments.models)]
+    if arguments.models:  # beside those of the file; what is no list there is told as such
+        given = tree.get("models") or []
+        more = list(map(_served, arguments.models))
+        tree["models"] = given + more if isinstance(given, list) else given
     settings = config.serving(tree, arguments.overrides)
     told = ""
     if settings.keys is None and ENVIRONMENT not in os.environ:

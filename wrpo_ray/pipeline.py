@@ -145,7 +145,7 @@ class Chain:
     def build(self) -> list[Stage]:
         """All stages, in order."""
         if self.retries is None:
-            self.retries = self.root.read_json(RETRIES) if self.root.exists(RETRIES) else {}
+            self.retries = self.root.read_record(RETRIES) if self.root.exists(RETRIES) else {}
         existing = self.config.existing
         if not existing and not self.config.prompts:
             pass  # models that are there already are compared
@@ -730,7 +730,7 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
             _run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
     _write_comparison(root, summary)
-    if not root.exists(SUMMARY) or root.read_json(SUMMARY) != summary:
+    if not root.says(SUMMARY, summary):
         root.write_json(SUMMARY, summary)
     if not root.exists(OUTLINE):
         _begin(chain, told, None)

@@ -10,7 +10,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -18,6 +18,7 @@ QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
 EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 MERGE = "tag:yaml.org,2002:merge"
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
 COMPARED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp")}
 """Kinds of keys that can be written in several ways, such as 1 and 0x1."""
 
@@ -88,7 +89,12 @@ class _Loader(_Checked, yaml.SafeLoader):
 
 
 class _QuickLoader(_Checked, QUICK):
-    """For manifests, of which there may be many."""
+    """For manifests, of which there may be many; dates stay texts, as for Kubernetes."""
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _plain_number(loader: Any, node: Any) -> PlainNumber:

@@ -150,7 +150,7 @@ def best_effort(what: str) -> Any:
 
 def keep_plan(root: Folder, planned: dict[str, Row]) -> None:
     """Keep what steps were expected to take ({key of a step: its work}): the first word stays."""
-    known = root.read_json(PLAN) if root.exists(PLAN) else {}
+    known = root.read_record(PLAN) if root.exists(PLAN) else {}
     new = {key: work for key, work in planned.items() if key not in known}
     if new:
         root.write_json(PLAN, known | new)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from wrpo_ray import config as configs
 from wrpo_ray.addresses import shown
@@ -14,7 +15,7 @@ from wrpo_ray.report import comparing
 from wrpo_ray.report import outline as outlines
 from wrpo_ray.report.facts import gather
 from wrpo_ray.report.outline import Outline
-from wrpo_ray.report.status import is_running, screen, status
+from wrpo_ray.report.status import Status, is_running, reading, screen, status
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -81,22 +82,30 @@ def show_status(place: str, overrides: Sequence[str] = (), every: float | None =
     """Print where a run is; with `every`, again and again until it ends, in place on a terminal.
 
     Raises:
-        UserError: no run is there.
+        UserError: no run is there, or its files are not as a run writes them.
     """
     from rich.console import Console
     from rich.live import Live
 
     console = Console()
-    found = status(*find(place, overrides))
+    found, shown = _status(place, overrides)
     if every is None or not console.is_terminal:
-        console.print(screen(found), soft_wrap=not console.is_terminal)
+        console.print(shown, soft_wrap=not console.is_terminal)
         while every is not None and found.is_running:
             time.sleep(every)
-            found = status(*find(place, overrides))
-            console.print(screen(found), soft_wrap=True)
+            found, shown = _status(place, overrides)
+            console.print(shown, soft_wrap=True)
         return
-    with Live(screen(found), console=console, auto_refresh=False, screen=False) as live:
+    with Live(shown, console=console, auto_refresh=False, screen=False) as live:
         while found.is_running:
             time.sleep(every)
-            found = status(*find(place, overrides))
-            live.update(screen(found), refresh=True)
+            found, shown = _status(place, overrides)
+            live.update(shown, refresh=True)
+
+
+def _status(place: str, overrides: Sequence[str]) -> tuple[Status, Any]:
+    """Where a run is, and the same for a terminal."""
+    root, outline = find(place, overrides)
+    with reading(root):
+        found = status(root, outline)
+        return found, screen(found)

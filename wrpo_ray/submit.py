@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
-
 from wrpo_ray import __version__
 from wrpo_ray.addresses import shown
 from wrpo_ray.config import Config
@@ -96,16 +94,22 @@ def _runtime_env() -> dict[str, Any]:
     """That of the working directory, if it has one.
 
     Raises:
-        UserError: its file is no YAML mapping.
+        UserError: it cannot be read, or Ray refuses it.
     """
+    from ray.runtime_env import RuntimeEnv
+
     file = Path(RUNTIME_ENV)
+    if not file.exists():
+        return {"working_dir": "."}
     try:
-        given = read_document(file.read_text(encoding="utf-8")) if file.exists() else None
-    except (YAMLError, ValueError) as error:
-        raise UserError(f"{file}: not valid YAML: {yaml_problem(error)}") from None
-    if not isinstance(given, dict | None):
-        raise UserError(f"{file}: a runtime environment is a mapping of keys")
-    return (given or {}) | {"working_dir": "."}
+        given = read_document(file.read_text(encoding="utf-8")) or {}
+        RuntimeEnv(**given)
+    except Exception as error:  # of YAML; and Ray's checks do not look at all that they use
+        raise UserError(
+            f"{RUNTIME_ENV}: {yaml_problem(error)[:300]}; it holds a mapping of Ray's "
+            f"runtime_env, such as env_vars"
+        ) from None
+    return given | {"working_dir": "."}
 
 
 class Job:

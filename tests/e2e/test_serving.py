@@ -27,6 +27,7 @@ import pytest
 import yaml
 from harness import ROOT
 from in_browser import picture
+from request_values import TAKEN, TOOL, VALUES, is_taken
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.core.chat import load_tokenizer, prompt_ids
@@ -220,6 +221,48 @@ def test_refusals_are_the_clients_kind_of_errors(server: Server, stream: bool):
     ):
         with pytest.raises(openai.BadRequestError):
             create(**ask | wrong)
+
+
+def test_what_the_engine_takes_or_refuses_of_every_field_names_the_field(server: Server):
+    """Of each field the values that the endpoint passes on, and what only the engine knows."""
+    tool = {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "f"}}}
+    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {"type": "nothing"}}}
+    tag = {"type": "structural_tag", "format": {"type": "nothing"}}
+    asked: list[tuple[str, str, dict[str, Any]]] = [
+        (call, field, {field: value})
+        for call in ("chat", "completions")
+        for field in TAKEN[call]
+        for value in VALUES
+        if is_taken(call, field, value)
+    ]
+    refused: list[tuple[str, str, dict[str, Any]]] = [
+        ("completions", "prompt", {"prompt": [2**31 - 1]}),
+        ("completions", "prompt", {"prompt": "a" * 5000}),
+        ("completions", "prompt", {"prompt": [[1], [2**31 - 1]]}),
+        ("chat", "messages", {"messages": messages("a" * 5000)}),
+        ("chat", "logit_bias", {"logit_bias": {"999999": 1}}),
+        ("completions", "logit_bias", {"logit_bias": {"999999": 1}}),
+        ("chat", "tool_choice", tool),
+        ("chat", "tool_choice", tool | {"tool_choice": "auto"}),
+        ("chat", "tool_choice", tool | {"tool_choice": "required"}),
+        ("chat", "response_format", {"response_format": schema}),
+        ("chat", "response_format", {"response_format": tag}),
+        ("completions", "response_format", {"response_format": schema}),
+        ("chat", "n", {"n": 2, "temperature": 0}),
+    ]
+    headers, wrong = {"Authorization": f"Bearer {server.key}"}, []
+    with httpx.Client(base_url=f"{server.url}/v1", headers=headers, timeout=180) as http:
+        for call, field, fields in asked + refused:
+            prompt = {"messages": messages("a")} if call == "chat" else {"prompt": "a"}
+            sent = {"model": "target", "max_tokens": 1} | prompt | fields
+            path = "chat/completions" if call == "chat" else call
+            answer = http.post(f"/{path}", json=sent)
+            error = answer.json().get("error", {}) if answer.status_code != 200 else None
+            is_named = error and answer.status_code == 400 and error["param"] == field
+            is_named = is_named and field in error["message"]
+            if not (is_named or (error is None and (call, field, fields) in asked)):
+                wrong.append((call, str(fields)[:200], answer.status_code, answer.text[:500]))
+    assert not wrong
 
 
 def test_a_client_too_slow_with_its_body_is_told_so(server: Server):

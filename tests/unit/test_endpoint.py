@@ -31,10 +31,11 @@ from wrpo_ray.config import (
     TrainConfig,
     load,
 )
+from wrpo_ray.core import completion, records
 from wrpo_ray.core import endpoint as core
-from wrpo_ray.core import records
 from wrpo_ray.core.chat import end_ids
-from wrpo_ray.core.endpoint import Endpoint, EndpointError
+from wrpo_ray.core.completion import EndpointError
+from wrpo_ray.core.endpoint import Endpoint
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, read_bucket, write_failures, write_shard
 from wrpo_ray.core.steps import Step
@@ -175,29 +176,217 @@ def test_calls_that_hang_are_given_up_and_tried_again(start):
     assert len(server.of("always: hang")) == 8
 
 
+def chat(**choice: Any) -> dict[str, Any]:
+    """A completion with a choice that ends as usual; None leaves a field out."""
+    choice = {"index": 0, "finish_reason": "stop"} | choice
+    kept = {name: value for name, value in choice.items() if value is not None}
+    return {"object": "chat.completion", "model": "m", "choices": [kept]}
+
+
+def said(content: Any, reason: Any = "stop", **message: Any) -> dict[str, Any]:
+    """A completion with a message."""
+    return chat(finish_reason=reason, message={"content": content} | message)
+
+
+def part(kind: str, text: Any) -> dict[str, Any]:
+    return {"type": kind, kind: text}
+
+
+TEXT, THOUGHT = part("text", "a"), part("thinking", [part("text", "hm")])
+CALL = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+USED: dict[str, tuple[Any, str]] = {
+    "a text": (said("a"), "a"),
+    "an empty text": (said(""), ""),
+    "one part": (said([TEXT]), "a"),
+    "several parts": (said([TEXT, part("text", "b c"), TEXT]), "ab ca"),
+    "an empty part": (said([part("text", "")]), ""),
+    "a thought and a text": (said([THOUGHT, TEXT]), "a"),
+    "thoughts of other names": (
+        said([part("reasoning", "x"), {"type": "redacted_thinking", "data": "x"}, TEXT]),
+        "a",
+    ),
+    "a part as in the responses API": (said([{"type": "output_text", "text": "a"}]), "a"),
+    "a thought beside the text": (said("a", reasoning_content="hm", reasoning="hm"), "a"),
+    "fields that are null": (said("a", tool_calls=None, refusal=None, function_call=None), "a"),
+    "fields that are empty": (said("a", tool_calls=[], refusal=""), "a"),
+    "another name of the end": (said("a", "end_turn"), "a"),
+    "the end in capitals": (said("a", "STOP"), "a"),
+    "cut off": (said("a", "length"), "a"),
+    "an error that is null": (said("a") | {"error": None}, "a"),
+    "more choices than asked for": (
+        {"choices": said("a")["choices"] + said("b")["choices"]},
+        "a",
+    ),
+    **{
+        f"usage {usage!r}": (said("a") | {"usage": usage}, "a")
+        for usage in (None, [1], "x", 7, {"prompt_tokens": "1", "completion_tokens": None})
+    },
+    **{
+        f"logprobs {told!r}": (chat(message={"content": "a"}, logprobs=told), "a")
+        for told in (
+            7,
+            [],
+            {"content": 1},
+            {"content": [{"top_logprobs": [1]}]},
+            {"content": [{"top_logprobs": [{"token": "\ud800", "logprob": 0}]}]},
+            {"content": [{"top_logprobs": [{"token": "a", "logprob": "x"}]}]},
+        )
+    },
+    **{
+        f"model {name!r}": (said("a") | {"model": name, "system_fingerprint": name}, "a")
+        for name in (None, 7, ["m"])
+    },
+}
+"""Completions of other forms that have a text, and the text."""
+UNUSABLE: dict[str, tuple[Any, str]] = {
+    "no content": (chat(message={"role": "assistant"}), "NoTextError"),
+    "content null": (said(None), "NoTextError"),
+    "all tokens went into a thought": (said(None, "length", reasoning="hm"), "NoTextError"),
+    "no parts": (said([]), "NoTextError"),
+    "only a thought": (said([THOUGHT]), "NoTextError"),
+    "an audio": (said(None, audio={"id": "1"}), "NoTextError"),
+    "a refusal": (said(None, refusal="I must not"), "ModelRefusalError"),
+    "a refusal in a part": (said([TEXT, part("refusal", "I must not")]), "ModelRefusalError"),
+    "a refusal beside a text": (said("a", refusal="I must not"), "ModelRefusalError"),
+    "tool calls": (said(None, "tool_calls", tool_calls=CALL), "ToolCallError"),
+    "tool calls that end as a text": (said(None, tool_calls=CALL), "ToolCallError"),
+    "tool calls beside a text": (said("a", "tool_calls", tool_calls=CALL), "ToolCallError"),
+    "a function call": (said(None, function_call={"name": "f"}), "ToolCallError"),
+    "withheld": (said(None, "content_filter"), "ContentFilterError"),
+    "withheld in part": (said("a", "content_filter"), "ContentFilterError"),
+    "no choices": ({"choices": []}, "NoChoiceError"),
+    "choices left out": ({"object": "chat.completion", "usage": {}}, "NoChoiceError"),
+    "choices null": ({"object": "chat.completion", "choices": None}, "NoChoiceError"),
+    "a choice null": ({"choices": [None]}, "WrongChoiceError"),
+    "a choice that is a text": ({"choices": ["a"]}, "WrongChoiceError"),
+    "an empty choice": ({"choices": [{}]}, "WrongChoiceError"),
+    "no message": (chat(), "WrongChoiceError"),
+    "a text in place of a message": (chat(text="a"), "WrongChoiceError"),
+    **{
+        f"message {message!r}": (chat(message=message), "WrongChoiceError")
+        for message in ("a", 7, ["a"])
+    },
+    **{
+        f"content {content!r}": (said(content), "WrongChoiceError")
+        for content in (
+            7,
+            1.5,
+            True,
+            {"text": "a"},
+            {},
+            ["a"],
+            [7],
+            [None],
+            [[TEXT]],
+            [{}],
+            [{"text": "a"}],
+            [{"type": "text"}],
+            [part("text", 7)],
+            [part("text", None)],
+            [{"type": ["text"], "text": "a"}],
+            [TEXT, part("image_url", {"url": "data:"})],
+            "\ud800",
+            [part("text", "\ud800")],
+        )
+    },
+    **{
+        f"finish_reason {reason!r}": (said("a", reason), "UnknownEndError")
+        for reason in (None, "", "repetition", "done", 0, ["stop"], {})
+    },
+    "finish_reason is null": (
+        {"choices": [{"message": {"content": "a"}, "finish_reason": None}]},
+        "UnknownEndError",
+    ),
+}
+"""Completions that cannot be used, each with its error: the same call would give them again."""
+PASSING: dict[str, tuple[Any, str]] = {
+    **{
+        f"no completion {i}": (json.dumps(told), "WrongShapeError")
+        for i, told in enumerate(NO_COMPLETION)
+    },
+    **{f"no json {i}": (told, "MalformedAnswerError") for i, told in enumerate(NO_JSON)},
+    "cut JSON": (json.dumps(said("a"))[:-9], "MalformedAnswerError"),
+    "HTML": ("<html><body>Bad Gateway</body></html>", "MalformedAnswerError"),
+    **{
+        f"end {reason}": (said("a", reason), "ServerFaultError")
+        for reason in ("error", "abort", "insufficient_system_resource")
+    },
+    "an error": ({"error": {"message": "provider is down"}}, "ServerFaultError"),
+    "an error in words": ({"error": "provider is down"}, "ServerFaultError"),
+    "an error that is no text": ({"error": {"message": "\ud800"}}, "ServerFaultError"),
+    "an error beside an answer": (said("a") | {"error": {"code": 502}}, "ServerFaultError"),
+    "error 502": ({"error": {"message": "down", "code": 502}}, "ServerFaultError"),
+    "error 429": ({"error": {"message": "slow", "code": "429"}}, "RateLimitedError"),
+    "error timeout": ({"error": {"message": "slow", "status": 408}}, "ServerFaultError"),
+}
+"""What may be another at the next attempt."""
+REFUSED: dict[str, tuple[Any, str]] = {
+    "error 400": ({"error": {"message": "too long", "code": 400}}, "RefusedError"),
+    "an invalid request": ({"error": {"type": "invalid_request_error"}}, "RefusedError"),
+    "error 404": ({"error": {"message": "no model", "code": 404}}, "AccessError"),
+}
+"""Errors with the status 200 that stay."""
+
+
+def test_every_form_of_an_answer_is_used_or_bought_as_often_as_makes_sense(start):
+    """Calls are counted at the server: what cannot change is asked for once."""
+    forms = USED | UNUSABLE | PASSING | REFUSED
+    bodies = {name: told for name, (told, _) in forms.items()}
+    server, config = start(Server(lambda call: call.prompt, bodies=bodies), attempts=3)
+    far = engine(config)
+    bodies["first"] = said("a")
+    far.endpoint.complete(body("first"))
+    names = {request(name).prompt_id: name for name in forms}
+    rows, failed = everything(far.answers([request(name, 1) for name in forms], SAMPLING))
+
+    assert {names[r["prompt_id"]]: r["text"] for r in rows} == {n: t for n, (_, t) in USED.items()}
+    assert all(r["logprobs"] is None for r in rows)
+    reasons = {names[f["prompt_id"]]: (f["error"], f["attempts"]) for f in failed}
+    final, passing = UNUSABLE | REFUSED, PASSING
+    assert reasons == {
+        **{name: (error, 1) for name, (_, error) in final.items()},
+        **{name: (error, 3) for name, (_, error) in passing.items()},
+    }
+    calls = {name: len(server.of(name)) for name in forms}
+    assert calls == {name: 3 if name in passing else 1 for name in forms}
+    assert all(server.url[7:-3] in f["message"] for f in failed)
+    "".join(f["message"] for f in failed).encode()  # can be stored
+
+
+def test_an_answer_that_cannot_be_used_shows_that_the_server_knows_key_and_model(start):
+    """So that a 404 after it is a row's own, and does not stop the run."""
+    plan = lambda call: "404" if call.prompt == "b" else "unusable"  # noqa: E731
+    _, config = start(Server(plan, bodies={"unusable": said(None)}))
+    endpoint = Endpoint(config, "m")
+    with pytest.raises(completion.NoTextError):
+        endpoint.complete(body("a"))
+    with pytest.raises(core.AccessError):
+        endpoint.complete(body("b"))
+
+
 @pytest.mark.parametrize("answer", NO_JSON)
 def test_no_json_is_malformed(answer):
     with pytest.raises(core.MalformedAnswerError):
-        reader()._read(answer.encode())
+        reader()._read(200, answer.encode())
 
 
 @pytest.mark.parametrize("answer", NO_COMPLETION, ids=range(len(NO_COMPLETION)))
 def test_another_shape_is_told(answer):
-    with pytest.raises(core.WrongShapeError) as caught:
-        reader()._read(json.dumps(answer).encode())
+    with pytest.raises(completion.WrongShapeError) as caught:
+        reader()._read(200, json.dumps(answer).encode())
     str(caught.value).encode()  # can be stored
 
 
 @given(st.binary(max_size=200))
 def test_no_bytes_break_the_reader(raw):
-    with pytest.raises((core.MalformedAnswerError, core.WrongShapeError)):
-        reader()._read(raw)
+    with pytest.raises((core.MalformedAnswerError, completion.WrongShapeError)):
+        reader()._read(200, raw)
 
 
-TEXT = st.text(st.characters(exclude_categories=()), max_size=5)
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=5)
 """Lone surrogates as well, which JSON can hold and a record cannot."""
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT | st.just("stop"),
+    st.none() | st.booleans() | st.integers() | st.floats() | ANY_TEXT | st.just("stop"),
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
@@ -212,7 +401,7 @@ JSON = st.recursive(
 @given(JSON)
 def test_no_json_breaks_the_reader(answer):
     try:
-        reader()._read(json.dumps(answer).encode()).text.encode()
+        reader()._read(200, json.dumps(answer).encode()).text.encode()
     except EndpointError as error:
         str(error).encode()
 
@@ -238,7 +427,7 @@ READER = Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1"), "m")
 def test_counts_that_are_none_are_null(usage, counts):
     server = Server(usage=usage)
     call = type("Call", (), {"prompt": "p", "body": {}})
-    completion = reader()._read(json.dumps(server.completion(call, "ok")).encode())
+    completion = reader()._read(200, json.dumps(server.completion(call, "ok")).encode())
     assert (completion.prompt_tokens, completion.output_tokens) == counts
     assert completion.model == "served-1 fp_1"
 
@@ -249,13 +438,13 @@ def test_counts_that_are_none_are_null(usage, counts):
 )
 def test_how_an_answer_ends_is_told_in_two_words(told, kept):
     answer = {"choices": [{"finish_reason": told, "message": {"content": "a"}}]}
-    assert reader()._read(json.dumps(answer).encode()).finish_reason == kept
+    assert reader()._read(200, json.dumps(answer).encode()).finish_reason == kept
 
 
 def test_an_answer_without_text_is_final():
     answer = {"choices": [{"finish_reason": "length", "message": {"content": None}}]}
-    with pytest.raises(core.NoTextError) as caught:
-        reader()._read(json.dumps(answer).encode())
+    with pytest.raises(completion.NoTextError) as caught:
+        reader()._read(200, json.dumps(answer).encode())
     assert not caught.value.may_pass
 
 

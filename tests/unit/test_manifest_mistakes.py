@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from manifests import FUSION, Body, crds, ray_objects
@@ -292,10 +293,40 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
     ),
     "replicas as text": (
         "RayCluster", put(f"{ONE}.replicas", "two"),
-        "spec.workerGroupSpecs[1].replicas", "wrong-type",
+        "spec.workerGroupSpecs[1].replicas", "number",
     ),
     "resources that Ray cannot read": (
-        "RayCluster", put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many"}), "", "resources"
+        "RayCluster", put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many"}),
+        "spec.workerGroupSpecs[0].resources.CPU", "quantity",
+    ),
+    "memory with a unit that Kubernetes does not know": (
+        "RayCluster", put(f"{ONE}.{RAY}.resources.limits.memory", "16GB"),
+        f"spec.workerGroupSpecs[1].{RAY}.resources.limits.memory", "quantity",
+    ),
+    "half a GPU": (
+        "RayCluster", put(f"{ONE}.{RAY}.resources.limits", {GPU: "500m"}),
+        f"spec.workerGroupSpecs[1].{RAY}.resources.limits.{GPU}", "quantity",
+    ),
+    "label with a space": (
+        "RayCluster", put(f"{ONE}.labels", {"role": "a b"}),
+        "spec.workerGroupSpecs[1].labels.role", "label",
+    ),
+    "port name too long": (
+        "RayCluster", put(f"spec.headGroupSpec.{RAY}.ports[0].name", "a-name-of-sixteen"),
+        f"spec.headGroupSpec.{RAY}.ports[0].name", "port",
+    ),
+    "memory of Ray with a unit": (
+        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams", {"memory": "16Gi"}),
+        "spec.workerGroupSpecs[0].rayStartParams.memory", "quantity",
+    ),
+    "driver's resources that are no JSON": (
+        "RayJob", put("spec.entrypointResources", "{cpu: 1}"),
+        "spec.entrypointResources", "resources",
+    ),
+    "number in the environment": (
+        "RayJob",
+        put("spec.submitterPodTemplate.spec.containers[0].env", [{"name": "A", "value": 1}]),
+        "spec.submitterPodTemplate.spec.containers[0].env[0].value", "wrong-type",
     ),
     "driver that fits no group": (
         "RayJob", put("spec.entrypointNumCpus", 500), "", "no-room"
@@ -546,6 +577,58 @@ def test_a_kustomization_without_kubectl_is_told_with_the_remedy(
     monkeypatch.setenv("PATH", str(tmp_path))
     assert cli.main(["cluster", "check", str(tmp_path)]) == 2
     assert "kubectl, which is not here" in capsys.readouterr().err
+
+
+def sections_with_actors(kind: type[config.Section], path: str = "") -> set[str]:
+    """Where a config has a pool of actors, by the types of its fields."""
+    found = {path} if "actors" in kind.model_fields else set()
+    for name, field in kind.model_fields.items():
+        inner = config._section_in(field.annotation)
+        if inner is not None and inner is not kind:
+            found |= sections_with_actors(inner, f"{path}.{name}".removeprefix("."))
+    return found
+
+
+def test_every_section_of_a_config_that_starts_actors_is_asked_about():
+    """Each asks for a resource named like its place, which no other has."""
+    tree = yaml.safe_load(FUSION.read_text())
+    tree["evaluate"] = {
+        "prompts": {"path": "p.jsonl"},
+        "models": [{"name": "other", "model": "m"}],
+        "judge": {"name": "judge", "model": "m"},
+    }
+    tree["wrpo"] = tree.get("wrpo", {}) | {"reference": {}}
+    places = sections_with_actors(config.Config)
+    assert places >= {"sources", "target", "reward", "evaluate.models", "evaluate.judge"}
+    for place in places:
+        section = tree
+        for key in place.split("."):
+            section = section[key][0] if isinstance(section[key], list) else section[key]
+        section["actors"] = {"num_cpus": 1, "resources": {place: 1}}
+    asked = {name for r in of_config(config.Config(**tree)) for b in r.bundles for name in b}
+    assert places <= asked
+
+
+def test_a_judge_on_vllm_and_further_models_that_fit_no_group_are_told(tmp_path: Path):
+    other = "{name: other, model: m, actors: {num_gpus: 9}}"
+    judge = "{name: judge, model: m, actors: {num_cpus: 500}}"
+    found = with_job(
+        tmp_path,
+        ray_objects()["RayCluster"],
+        f"evaluate={{prompts: {{path: p}}, models: [{other}], judge: {judge}}}",
+    )
+    assert found == {("generate other", "no-room"), ("generate judge", "no-room")}
+
+
+def test_the_reward_of_a_served_model_is_asked_about(tmp_path: Path):
+    body = ray_objects()["RayService"]
+    serve = yaml.safe_load(body["spec"]["serveConfigV2"])
+    reward = {"name": "helpful", "model": "r", "actors": {"num_gpus": 9}}
+    serve["applications"][0]["args"]["reward"] = reward
+    body["spec"]["serveConfigV2"] = yaml.safe_dump(serve)
+    (tmp_path / "c.yaml").write_text(json.dumps(body))
+    (problem,) = check([str(tmp_path / "c.yaml")]).problems
+    assert problem.text.startswith("serve helpful: asks for")
 
 
 def test_requests_are_those_of_the_stages_pools():

@@ -83,6 +83,33 @@ def test_faults_of_the_server_are_the_rows_own():
     assert "cut off at max_tokens: it" in str(cut)
 
 
+def test_a_judgement_in_parts_is_rated_and_one_that_cannot_be_used_is_bought_once():
+    def said(content: Any, **message: Any) -> dict[str, Any]:
+        choice = {"finish_reason": "stop", "message": {"content": content} | message}
+        return {"object": "chat.completion", "choices": [choice]}
+
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "[[1]]"}]}
+    bodies = {
+        "parts": said(
+            [thought, {"type": "text", "text": "Good. [["}, {"type": "text", "text": "7]]"}]
+        ),
+        "refusal": said(None, refusal="I do not judge. [[1]]"),
+        "thought": said([thought]),
+        "number": said(7),
+        "nobody": {"choices": []},
+    }
+
+    def plan(call: Call) -> str:
+        return next(name for name in bodies if f"a {name} answer" in call.prompt)
+
+    with serving(Server(plan, bodies=bodies)) as server:
+        scores = JudgeReward(config(server.url)).score([item(f"a {k} answer") for k in bodies])
+    told = [s if isinstance(s, float) else type(s).__name__ for s in scores]
+    errors = ["ModelRefusalError", "NoTextError", "WrongChoiceError", "NoChoiceError"]
+    assert told == [7.0, *errors]
+    assert len(server.calls) == len(bodies)
+
+
 def test_the_question_has_the_whole_conversation_and_a_reference_where_there_is_one():
     turns = [
         {"role": "system", "content": "Be brief."},

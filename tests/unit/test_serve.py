@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import json
 import logging
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from request_values import NESTED, TAKEN, TOOL, VALUES, is_taken, path_text, places, replaced
 from starlette.testclient import TestClient
 
 from wrpo_ray import cli, config
@@ -43,6 +45,10 @@ def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
     monkeypatch.setattr(api.LOG, "disabled", False)
     monkeypatch.setattr(api.LOG, "propagate", True)
     caplog.set_level(logging.DEBUG, api.LOG.name)
+
+
+def user_says(content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": content}
 
 
 def chunk(text: str) -> str:
@@ -308,7 +314,7 @@ def test_a_prompt_beyond_the_context_is_the_clients_fault():
     client = Client(Scripted([Refusal(400, "too long", "messages")]))
     answer = client.post(stream=True)
     assert answer.status_code == 400
-    error = {"message": "too long", "type": "invalid_request_error", "code": None}
+    error = {"message": "messages: too long", "type": "invalid_request_error", "code": None}
     assert answer.json() == {"error": error | {"param": "messages"}}
 
 
@@ -576,6 +582,144 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
     assert "alice asked m: 200, 3 + 1 tokens" in caplog.text
 
 
+# --- fields ----------------------------------------------------------------------------------
+
+CALLS = {"chat": (CHAT, body.Chat), "completions": (COMPLETIONS, body.Completion)}
+CALLS |= {"score": (SCORE, body.Score)}
+
+
+@pytest.fixture(scope="module")
+def patient() -> Client:
+    """A client with no limit of requests that would end a walk over all fields."""
+    limit = {"requests_per_minute": 100_000}
+    return Client(Scripted([[WHOLE, DONE]]), Rewarded(0.5), reward=REWARD, **limit)
+
+
+def refusal(client: Client, path: str, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """OpenAI's record of what is wrong with a request; None where it is answered."""
+    answer = client.http.post(path, json=fields, headers=client.headers())
+    if answer.status_code == 200:
+        return None
+    is_unknown_model = answer.json()["error"]["code"] == "model_not_found"
+    assert answer.status_code == (404 if is_unknown_model else 400), (fields, answer.text)
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_every_value_of_every_field_is_taken_or_refused_with_its_field(call: str, patient: Client):
+    path, kind = CALLS[call]
+    assert TAKEN[call].keys() == kind.model_fields.keys(), "every field has its values"
+    good = {"chat": GOOD_CHAT, "completions": GOOD, "score": {"messages": [*HI, SAID]}}[call]
+    wrong = []
+    for field, value in itertools.product(TAKEN[call], VALUES):
+        error = refusal(patient, path, good | {field: value})
+        is_named = error and error["param"].startswith(field) and error["param"] in error["message"]
+        if not (error is None if is_taken(call, field, value) else is_named):
+            wrong.append((field, value, error))
+    assert not wrong
+    for field in good:
+        error = refusal(patient, path, {n: v for n, v in good.items() if n != field})
+        assert error == error | {"param": field, "message": f"{field}: Field required"}
+
+
+OTHERS = {"stop": (str,), "content": (str, list)}
+"""Types that fields take beside their own in the request that is changed."""
+NEVER_NULL = ("role", "type", "text", "id", "function", "arguments", "json_schema", "schema")
+
+
+def test_a_value_of_another_type_anywhere_in_a_request_is_refused_with_its_place(patient: Client):
+    """Only what a JSON schema holds is free."""
+    whole = GOOD_CHAT | NESTED
+    assert refusal(patient, CHAT, whole) is None
+    tried, wrong = 0, []
+    for place in places(NESTED):
+        if "parameters" in place[:-1] or "schema" in place[:-1]:
+            continue
+        old: Any = whole
+        for key in place:
+            old = old[key]
+        kinds = (float, int) if isinstance(old, float) else (type(old),)
+        for value in (True, 7, "x", [7], {"a": 7}):
+            if type(value) in kinds + OTHERS.get(str(place[-1]), ()):
+                continue
+            tried += 1
+            error = refusal(patient, CHAT, replaced(whole, place, value))
+            is_named = error and error["param"].startswith(path_text(place))
+            if not (is_named and error["param"] in error["message"]):
+                wrong.append((path_text(place), value, error))
+        if place[-1] in NEVER_NULL or isinstance(place[-1], int):
+            error = refusal(patient, CHAT, replaced(whole, place, None))
+            if not (error and error["param"].startswith(path_text(place))):
+                wrong.append((path_text(place), None, error))
+    assert not wrong
+    assert tried > 120
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "reason"),
+    [
+        ({"tools": []}, "tools", "at least 1 item"),
+        ({"top_logprobs": 2}, "top_logprobs", "needs `logprobs: true`"),
+        ({"top_logprobs": 2, "logprobs": False}, "top_logprobs", "needs `logprobs: true`"),
+        ({"tool_choice": "auto"}, "tool_choice", "needs `tools`"),
+        ({"tool_choice": "auto", "tools": None}, "tool_choice", "needs `tools`"),
+        ({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [TOOL]},
+         "tool_choice", "none of the `tools`"),
+        ({"tools": [{"function": {}}]}, "tools[0].function.name", "required"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+         "response_format.json_schema.schema", "required"),
+        ({"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        ({"logit_bias": {"word": 1}}, "logit_bias.word", "pattern"),
+        ({"logit_bias": {"x" * 5000: 1}}, "logit_bias.xxx", "pattern"),
+        ({"messages": [user_says([{"type": "image_url", "image_url": {"url": "http://h"}}])]},
+         "messages[0].content[0]", "a part of type 'image_url' is not taken, only `text` is"),
+        ({"messages": [user_says([{"type": "text"}])]}, "messages[0].content[0].text", "required"),
+        ({"messages": [*HI, {"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
+         "messages[1].tool_calls[0].function.arguments", "the text of a JSON object"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_told_with_its_place_and_reason(
+    patient: Client, fields: dict[str, Any], param: str, reason: str
+):
+    error = refusal(patient, CHAT, GOOD_CHAT | fields)
+    assert error
+    assert error["param"].startswith(param)
+    assert error["message"].startswith(param)
+    assert reason in error["message"]
+    assert len(error["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    ("told", "param", "fields", "expected"),
+    [
+        ("The decoder prompt cannot be empty", None, {"prompt": ""}, "prompt"),
+        ("Token id 9 is out of vocabulary", None, {"prompt": [9]}, "prompt"),
+        ("the input is too long (parameter=input_tokens, value=9)", "input_tokens", {}, "messages"),
+        ("the input is too long", "input_text", {"prompt": "a"}, "prompt"),
+        ("n must be 1 when using greedy sampling, got 2.", None, {"n": 2, "temperature": 0}, "n"),
+        ('"auto" tool choice requires --x', None, {"tools": [TOOL], "tool_choice": "auto"},
+         "tool_choice"),
+        ("The model's context is short", None, {}, "messages"),
+        ("no such grammar", None, {"response_format": {"type": "json_object"}}, "response_format"),
+        ("it contains 5 (parameter=logit_bias, value=[5])", "logit_bias", {}, "logit_bias"),
+    ],
+)  # fmt: skip
+def test_an_engines_refusal_names_a_field(
+    told: str, param: str | None, fields: dict[str, Any], expected: str
+):
+    client = Client(Scripted([Refusal(400, told, param)]))
+    error = refusal(client, COMPLETIONS if "prompt" in fields else CHAT, GOOD_CHAT | fields)
+    assert error
+    assert error["param"] == expected
+    assert expected in error["message"]
+    assert "value=" not in error["message"]
+
+
 # --- the reward ------------------------------------------------------------------------------
 
 
@@ -649,10 +793,6 @@ def test_a_chat_with_tools_is_left_to_vllm():
     assert prompt(messages=HI, tools=[{"type": "function"}]) is None
     assert prompt(messages=[*HI, call]) is None
     assert prompt(messages=[*HI, {"role": "tool", "content": "3"}]) is None
-
-
-def user_says(content: Any) -> dict[str, Any]:
-    return {"role": "user", "content": content}
 
 
 # --- settings --------------------------------------------------------------------------------

@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from wrpo_ray.cluster_check import fit, pods, requests, rules, serving
+from wrpo_ray.cluster_check import fields, fit, pods, requests, rules, serving
 from wrpo_ray.cluster_check.fit import NodeTypes
 from wrpo_ray.cluster_check.manifests import LAUNCHER, Manifest, Problem, read
 from wrpo_ray.cluster_check.objects import SPECS, RayObject, typed
 from wrpo_ray.cluster_check.requests import Request
 from wrpo_ray.cluster_check.schema import Schemas
 from wrpo_ray.config import Config
+
+HARMLESS = ("unknown-field", "missing")
+"""Rules with which, broken, the fields that are there can be counted with."""
 
 
 @dataclass
@@ -34,30 +37,44 @@ def check(
         UserError: a path cannot be read.
     """
     manifests, unread = read(paths)
-    report = Report(manifests, unread)
+    report = check_objects(manifests, config, schemas)
+    report.problems = unread + report.problems
+    return report
+
+
+def check_objects(
+    manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
+) -> Report:
+    """The same for objects that are read."""
+    report = Report(manifests)
     for manifest in manifests:
         report.problems += rules.check_kind(manifest)
         report.problems += pods.check_references(manifest, manifests)
         faults = list(schemas.problems(manifest)) if schemas else []
+        told = {fault.field for fault in faults}
+        faults += [problem for problem in fields.check(manifest) if problem.field not in told]
         report.problems += faults
         if manifest.kind == LAUNCHER:
             asked = list(requests.of_config(config)) if config else []
             _fit(report, manifest, partial(fit.launcher_node_types, manifest.body), asked)
         elif manifest.kind in SPECS:
-            _check_ray(report, manifest, {fault.field for fault in faults}, config)
+            _check_ray(report, manifest, faults, config)
     return report
 
 
 def _check_ray(
-    report: Report, manifest: Manifest, reported: set[str], config: Config | None
+    report: Report, manifest: Manifest, faults: list[Problem], config: Config | None
 ) -> None:
-    """The rules for an object of Ray's; they need its types right, of which some are `reported`."""
+    """The rules for an object of Ray's; those that count with its fields need them right."""
     found = typed(manifest)
     if not isinstance(found, RayObject):
-        report.problems += [problem for problem in found if problem.field not in reported]
+        told = tuple(fault.field for fault in faults)
+        report.problems += [p for p in found if not told or not p.field.startswith(told)]
         return
     broken = list(rules.check(found))
     report.problems += broken
+    if any(fault.rule not in HARMLESS for fault in faults):
+        return
     report.problems += pods.check(found)
     serve, faults = serving.read(found)
     report.problems += faults
@@ -76,16 +93,16 @@ def _fit(
     """Tell where each request goes, or why it cannot."""
     try:
         known = types()
-    except ValueError as error:
-        text = f"Ray cannot read its resources: {' '.join(str(error).split())}"
+        results = [(r, fit.misfit(known, r), _nodes(known, r)) for r in asked]
+    except Exception as error:  # Ray's code takes for granted what it does not look at
+        text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return
-    for request in asked:
-        wrong = fit.misfit(known, request)
+    for request, wrong, nodes in results:
         if wrong:
             report.problems.append(Problem(manifest, "", wrong[0], f"{request.what}: {wrong[1]}"))
         else:
-            report.places.append(f"{manifest}: {request.what}: {_nodes(known, request)}")
+            report.places.append(f"{manifest}: {request.what}: {nodes}")
 
 
 def _nodes(types: NodeTypes, request: Request) -> str:

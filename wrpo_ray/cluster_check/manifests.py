@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -14,9 +15,11 @@ import yaml
 
 from wrpo_ray.addresses import Address, shown
 from wrpo_ray.errors import UserError
-from wrpo_ray.reading import KeyTwiceError, read_documents, yaml_problem
+from wrpo_ray.reading import read_documents, yaml_problem
 
 Body = dict[str, Any]
+LONGEST = 600
+"""Characters of a problem's text, and of its place."""
 LAUNCHER = "launcher"
 """The kind given to a file of Ray's cluster launcher, which has none."""
 
@@ -42,8 +45,17 @@ class Manifest:
     @property
     def metadata(self) -> Body:
         """Name, labels, annotations."""
-        found = self.body.get("metadata")
-        return found if isinstance(found, dict) else {}
+        return _mapping(self.body.get("metadata"))
+
+    @property
+    def labels(self) -> Body:
+        """Its labels."""
+        return _mapping(self.metadata.get("labels"))
+
+    @property
+    def annotations(self) -> Body:
+        """Its annotations."""
+        return _mapping(self.metadata.get("annotations"))
 
     @property
     def name(self) -> str:
@@ -69,7 +81,17 @@ class Problem:
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else str(self.where)
-        return f"{place}: {self.text} [{self.rule}]"
+        return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
+
+
+def _mapping(value: Any) -> Body:
+    return value if isinstance(value, dict) else {}
+
+
+def _printable(text: str) -> str:
+    """A text on one line, and not too long, which names and values of a file need not be."""
+    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
@@ -84,22 +106,46 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
         for file, text in _texts(path):
             try:
                 documents = [d for d in read_documents(text) if d is not None]
-            except (yaml.YAMLError, KeyTwiceError) as error:
+                for document in documents:
+                    json.dumps(document, default=str)  # to the end, and without a circle
+            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
                 problems.append(Problem(file, "", "yaml", yaml_problem(error)))
                 continue
-            for document in documents:
-                if isinstance(document, dict):
-                    manifests += [Manifest(file, body) for body in _items(document)]
+            for item in (item for document in documents for item in _items(document)):
+                if wrong := _no_object(item):
+                    problems.append(Problem(file, "", "yaml", wrong))
                 else:
-                    text = f"holds a {type(document).__name__}; an object is a mapping of keys"
-                    problems.append(Problem(file, "", "yaml", text))
+                    manifests.append(Manifest(file, item))
     return manifests, problems
 
 
-def _items(document: Body) -> list[Body]:
+def _items(document: Any) -> list[Any]:
     """What `kubectl get -o yaml` wraps into a List, or the document itself."""
-    items = document.get("items") if document.get("kind") == "List" else None
-    return [i for i in items if isinstance(i, dict)] if isinstance(items, list) else [document]
+    is_list = isinstance(document, dict) and document.get("kind") == "List"
+    items = document.get("items") if is_list else None
+    return items if isinstance(items, list) else [document]
+
+
+def _no_object(item: Any) -> str | None:
+    """What is wrong with a document that can be no object."""
+    if not isinstance(item, dict):
+        return f"holds a {type(item).__name__}; an object is a mapping of keys"
+    for key, place in _keys(item):
+        if not isinstance(key, str):
+            under = f" under {place!r}" if place else ""
+            return f"the key {key!r}{under} is no text; write it in quotes"
+    return None
+
+
+def _keys(value: Any, place: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Each key of a tree, with the one above it."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield key, place
+            yield from _keys(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _keys(part, place)
 
 
 def _texts(path: str) -> Iterator[tuple[str, str]]:

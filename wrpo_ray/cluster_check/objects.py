@@ -24,6 +24,10 @@ RAY_KINDS = {
 """Kinds with a Ray cluster, and where it is in them."""
 
 
+LONGEST_SHOWN = 80
+"""Characters of a value in a message."""
+
+
 class View(BaseModel):
     """The part of an object that is looked at."""
 
@@ -278,10 +282,16 @@ def typed(manifest: Manifest) -> RayObject | list[Problem]:
                 "missing" if e["type"] == "missing" else "wrong-type",
                 "missing; it is required"
                 if e["type"] == "missing"
-                else f"{e['msg'][0].lower()}{e['msg'][1:]} (got {e['input']!r})",
+                else f"{e['msg'][0].lower()}{e['msg'][1:]} (got {shown(e['input'])})",
             )
             for e in error.errors()
         ]
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def path_text(path: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Any
 
 from wrpo_ray import __version__
@@ -35,13 +36,18 @@ def check(found: RayObject) -> Found:
 def _ray_version(found: RayObject) -> Found:
     if not found.cluster:
         return
-    pinned, given = importlib.metadata.version("ray"), found.cluster.ray_version
+    pinned, given = _ray_here(), found.cluster.ray_version
     if given != pinned:
         yield found.problem(
             f"{found.at}.rayVersion",
             "ray-version",
             f"is {given or 'missing'}; the image has Ray {pinned}, and both have to be equal",
         )
+
+
+@cache
+def _ray_here() -> str:
+    return importlib.metadata.version("ray")
 
 
 def _images(found: RayObject) -> Found:
@@ -52,7 +58,7 @@ def _images(found: RayObject) -> Found:
             text = f"{container.image or 'no image'}: give a tag of one version, not the newest"
             yield found.problem(field, "image-version", text)
             continue
-        expected = {IMAGE: __version__, "ray": importlib.metadata.version("ray")}.get(name)
+        expected = {IMAGE: __version__, "ray": _ray_here()}.get(name)
         if expected and tag.partition("-")[0] != expected:
             text = f"is {container.image}; this is version {expected}: all nodes have the same"
             yield found.problem(field, "image-version", text)
@@ -150,7 +156,7 @@ def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Fou
     if "spec" not in manifest.body:
         return
     there = {f"{m.kind}/{m.name}" for m in all_of_them}
-    external = (manifest.metadata.get("annotations") or {}).get(EXTERNAL, "")
+    external = manifest.annotations.get(EXTERNAL, "")
     there |= set(str(external).replace(",", " ").split())
     for path, kind, name in _references(manifest.body["spec"], ("spec",)):
         if f"{kind}/{name}" not in there:

@@ -6,15 +6,24 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from wrpo_ray.cluster_check.objects import Job
 from wrpo_ray.cluster_check.serving import own_applications
-from wrpo_ray.config import Config, ModelConfig, TrainConfig, WrpoConfig, serving
+from wrpo_ray.config import (
+    Config,
+    ModelConfig,
+    RewardConfig,
+    Section,
+    TrainConfig,
+    WrpoConfig,
+    serving,
+)
 from wrpo_ray.core.cluster import Pool
 from wrpo_ray.errors import UserError
 
 Needs = dict[str, float]
+S = TypeVar("S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -32,20 +41,32 @@ class Request:
 
 
 def of_config(config: Config) -> Iterator[Request]:
-    """One request for each step: its least number of actors, or all workers of a training run."""
+    """One request for each step: its least number of actors, or all workers of a training run.
+
+    Models and rewards are asked for wherever they are in the config.
+    """
     yield Request("steps without a model", ({"CPU": 1.0},))
-    for model in _unique([*config.sources, config.target]):
+    models = {(m.name, repr(m.actors), m.parts): m for m in _sections(config, ModelConfig)}
+    for model in models.values():
         yield of_model(f"generate {model.name}", model)
-    if config.reward:
-        yield _of_pool(Pool(f"score with {config.reward.name}", config.reward.actors))
+    for reward in _sections(config, RewardConfig):
+        yield _of_pool(Pool(f"score with {reward.name}", reward.actors))
     if config.target:
         if config.sft:
             yield from _of_training("sft", config.sft)
         yield from _of_training("wrpo", config.wrpo)
 
 
-def _unique(models: list[ModelConfig | None]) -> Iterator[ModelConfig]:
-    yield from {m.name: m for m in models if m}.values()
+def _sections(value: Any, kind: type[S]) -> Iterator[S]:
+    """All sections of a kind, in the order of the config."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Section):
+        for name in type(value).model_fields:
+            yield from _sections(getattr(value, name), kind)
+    elif isinstance(value, tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _sections(part, kind)
 
 
 def of_model(what: str, model: ModelConfig) -> Request:
@@ -88,8 +109,11 @@ def of_serving(serve: dict[str, Any]) -> Iterator[Request]:
             yield _of_deployment(f"serve {deployment.get('name')}", deployment)
     for _, arguments in own_applications(serve):
         with suppress(UserError):  # told by `serving.read`
-            for model in serving(arguments).models:
+            served = serving(arguments)
+            for model in served.models:
                 yield of_model(f"serve {model.name}", model)
+            if served.reward:
+                yield _of_pool(Pool(f"serve {served.reward.name}", served.reward.actors))
 
 
 def _of_deployment(what: str, deployment: dict[str, Any]) -> Request:

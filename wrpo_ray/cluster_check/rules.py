@@ -14,7 +14,7 @@ import yaml
 
 from wrpo_ray.cluster_check.manifests import LAUNCHER, Manifest, Problem
 from wrpo_ray.cluster_check.objects import RayObject
-from wrpo_ray.reading import KeyTwiceError, read_document, yaml_problem
+from wrpo_ray.reading import read_document, yaml_problem
 
 LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
 """KubeRay appends to names, which may then have 63 characters."""
@@ -296,7 +296,7 @@ def _runtime_env(found: RayObject) -> Found:
     field = "spec.runtimeEnvYAML"
     try:
         given = read_document(found.job.runtime_env)
-    except (yaml.YAMLError, KeyTwiceError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = f"is not valid YAML: {yaml_problem(error)}"
         yield found.problem(field, "runtime-env", text)
         return
@@ -308,7 +308,7 @@ def _runtime_env_keys(found: RayObject, field: str, given: Any) -> Found:
 
     try:
         RuntimeEnv(**given)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # its checks take for granted what they do not look at
         yield found.problem(field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}")
         return
     for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
@@ -338,10 +338,9 @@ def _upgrade(found: RayObject) -> Found:
 
 def _queue(found: RayObject) -> Found:
     """What Kueue asks of an object that is queued."""
-    labels = found.manifest.metadata.get("labels") or {}
-    if QUEUE not in labels or not found.cluster:
+    if QUEUE not in found.manifest.labels or not found.cluster:
         return
-    annotations = found.manifest.metadata.get("annotations") or {}
+    annotations = found.manifest.annotations
     if found.cluster.enable_in_tree_autoscaling and annotations.get(ELASTIC) != "true":
         text = f'a queued cluster scales only with the annotation {ELASTIC}: "true"'
         yield found.problem(f"{found.at}.enableInTreeAutoscaling", "queue", text)

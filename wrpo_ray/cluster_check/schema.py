@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from wrpo_ray.cluster_check.manifests import Manifest, Problem
-from wrpo_ray.cluster_check.objects import path_text
+from wrpo_ray.cluster_check.objects import LONGEST_SHOWN, path_text, shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.reading import read_documents
 
@@ -82,10 +82,12 @@ def _explained(manifest: Manifest, error: Any) -> Iterator[Problem]:
     elif error.validator in ("type", "anyOf"):
         wanted = error.validator_value
         kinds = [wanted] if isinstance(wanted, str) else [w["type"] for w in wanted]
-        text = f"has to be of type {' or '.join(kinds)} (got {error.instance!r})"
+        text = f"has to be of type {' or '.join(kinds)} (got {shown(error.instance)})"
         yield Problem(manifest, path_text(path), "wrong-type", text)
     else:
-        yield Problem(manifest, path_text(path), "wrong-value", error.message)
+        text = f"{shown(error.instance)} is no value of it: {error.message[-LONGEST_SHOWN:]}"
+        text = error.message if len(error.message) <= 2 * LONGEST_SHOWN else text
+        yield Problem(manifest, path_text(path), "wrong-value", text)
 
 
 def _nearest(name: str, known: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from wrpo_ray.cluster_check.manifests import Problem
@@ -32,7 +31,7 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
     except ValidationError as error:
         lines = [(path_text((*e["loc"],)), e["msg"]) for e in error.errors()]
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
-    except (yaml.YAMLError, ValueError) as error:
+    except Exception as error:  # of YAML, or of a validator that takes other types for granted
         return None, [found.problem(FIELD, "serve-config", yaml_problem(error))]
     told = [*_unknown(given), *_own_arguments(given)]
     return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in told]

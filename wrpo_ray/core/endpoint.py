@@ -3,9 +3,10 @@
 Calls run side by side on one event loop in a thread of its own; any number of threads may ask,
 and the limits hold over all of them: calls in flight, requests a minute, tokens a minute. A
 fault that may pass (429, 408, 409, 5xx, no connection, no answer in time, an answer that is cut
-off or makes no sense) is tried again after a growing, random wait, or after what the server's
-Retry-After says; any other 4xx is final. The key comes from an environment variable, and is cut
-out of whatever the server says before anyone sees it.
+off or is no completion) is tried again after a growing, random wait, or after what the server's
+Retry-After says. Any other 4xx is final, and so is a completion that cannot be used: the same
+call would give it again, and cost as much (`completion`). The key comes from an environment
+variable, and is cut out of whatever the server says before anyone sees it.
 
 Not covered: streaming, tools, images, servers that want the key elsewhere than as a bearer.
 """
@@ -17,16 +18,17 @@ import itertools
 import json
 import os
 import random
+import re
 import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from email.utils import parsedate_to_datetime
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -34,6 +36,14 @@ import aiohttp
 from pydantic import SecretStr
 
 from wrpo_ray.config import EndpointConfig
+from wrpo_ray.core.completion import (
+    Completion,
+    EndpointError,
+    ServerFaultError,
+    UnusableAnswerError,
+    WrongShapeError,
+    read_completion,
+)
 from wrpo_ray.errors import UserError
 
 Body = dict[str, Any]
@@ -51,54 +61,10 @@ BYTES_A_TOKEN = 4
 """For the estimate of a prompt's tokens, until the server tells their number."""
 SECRET = 16
 """Shorter keys are placeholders such as EMPTY, that local servers take and answers may spell."""
-INT32 = 2**31
-FINISH: dict[str, Literal["stop", "length"]] = {
-    "stop": "stop",
-    "eos": "stop",
-    "eos_token": "stop",
-    "end_turn": "stop",
-    "length": "length",
-    "max_tokens": "length",
-    "model_length": "length",
-}
-"""What servers call the two ways in which an answer ends."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """An answer."""
-
-    text: str
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int | None
-    output_tokens: int | None
-    """As the server counts them; null where it does not."""
-    model: str
-    """What the server says has answered, with its fingerprint if it gives one."""
-    attempts: int = 1
-    logprobs: list[dict[str, Any]] | None = None
-    """[{token, logprob}] of the likeliest first tokens, where the call asks for them."""
-
-
-class EndpointError(RuntimeError):
-    """A call failed."""
-
-    may_pass = True
-    """Whether another attempt makes sense."""
-    concerns_all = False
-    """Whether every call meets it, if nothing was ever answered."""
-    attempts = 1
-    """How many there were."""
-    pause = 0.0
-    """Seconds for which the server wants no further call."""
 
 
 class RateLimitedError(EndpointError):
     """The server answers 429: too many requests or tokens."""
-
-
-class ServerFaultError(EndpointError):
-    """The server answers 5xx, 408 or 409."""
 
 
 class ConnectionFaultError(EndpointError):
@@ -119,10 +85,6 @@ class MalformedAnswerError(EndpointError):
     """The answer is not JSON."""
 
 
-class WrongShapeError(EndpointError):
-    """The answer is JSON, but no chat completion."""
-
-
 class RefusedError(EndpointError):
     """The server answers 3xx or a 4xx that will not pass."""
 
@@ -133,18 +95,6 @@ class AccessError(RefusedError):
     """The server answers 401 or 404: it knows no such key, model or path."""
 
     concerns_all = True
-
-
-class NoTextError(EndpointError):
-    """The answer has no text, as when reasoning took all tokens; its seed gives that again."""
-
-    may_pass = False
-
-
-class ContentFilterError(EndpointError):
-    """The server withholds the answer."""
-
-    may_pass = False
 
 
 def read_key(config: EndpointConfig) -> SecretStr | None:
@@ -250,13 +200,14 @@ class Endpoint:
         estimate = _estimate(sent)
         async with self._limits.turn(estimate):
             status, headers, raw = await self._post(sent)
-        if status != 200:
-            error = self._refusal(status, raw)
+        try:
+            completion = self._read(status, raw)
+        except EndpointError as error:
+            self._has_answered |= isinstance(error, UnusableAnswerError)
             error.pause = _seconds(headers.get("Retry-After"))
             if error.pause <= LONGEST_PAUSE:
                 self._limits.pause(error.pause)
-            raise error
-        completion = self._read(raw)
+            raise
         self._has_answered = True
         self._limits.correct(estimate, completion)
         return completion
@@ -301,41 +252,30 @@ class Endpoint:
             f"in `model`, or the key ({key})"
         )
 
-    def _read(self, raw: bytes) -> Completion:
+    def _read(self, status: int, raw: bytes) -> Completion:
+        """The answer in a body; errors tell what the server says, without the key."""
+        if status != 200:
+            raise self._refusal(status, raw)
         try:
             answer = json.loads(raw)
         except (ValueError, RecursionError):
-            error: EndpointError = MalformedAnswerError(
-                f"{self.host} answers with what is not JSON: {self._clean(_message(raw), 100)}"
-            )
+            text = f"{self.host} answers with what is not JSON: {self._clean(_message(raw), 100)}"
+            error: EndpointError = MalformedAnswerError(text)
         else:
+            if (told := _told_status(answer)) is not None:
+                raise self._refusal(told, raw)
             try:
-                return self._completion(answer)
-            except (LookupError, TypeError, AttributeError, ValueError):
-                error = WrongShapeError(
-                    f"{self.host} answers with no chat completion: {self._clean(_message(raw))}"
-                )
+                return self._kept(read_completion(answer))
+            except EndpointError as found:
+                # What stands in place of a completion is all there is to tell.
+                body = f": {_message(raw)}" * isinstance(found, WrongShapeError)
+                error = type(found)(f"{self.host} {self._clean(f'{found}{body}')}")
         raise error
 
-    def _completion(self, answer: Any) -> Completion:
-        """What an answer says; any of several errors, where it has another shape."""
-        choice, usage = answer["choices"][0], answer.get("usage") or {}
-        reason, text = choice["finish_reason"], choice["message"]["content"]
-        if reason == "content_filter":
-            raise ContentFilterError(f"{self.host} withholds the answer: content_filter")
-        finish_reason = FINISH[reason]
-        if text is None:
-            raise NoTextError(f"{self.host} answers without a text; finish_reason is {reason}")
-        text.encode()  # lone surrogates are no text
-        names = [answer.get(name) for name in ("model", "system_fingerprint")]
-        return Completion(
-            self._without_key(text) if self._has_secret else text,
-            finish_reason,
-            _count(usage.get("prompt_tokens")),
-            _count(usage.get("completion_tokens")),
-            self._clean(" ".join(name for name in names if isinstance(name, str)), 200),
-            logprobs=_first_token(choice.get("logprobs")),
-        )
+    def _kept(self, completion: Completion) -> Completion:
+        """The answer without the key."""
+        text = self._without_key(completion.text) if self._has_secret else completion.text
+        return replace(completion, text=text, model=self._clean(completion.model, 200))
 
     # --- what is told
 
@@ -467,17 +407,19 @@ def _estimate(sent: Body) -> int:
     return prompt // BYTES_A_TOKEN + longest
 
 
-def _count(value: Any) -> int | None:
-    """A number of tokens, or null where it is none."""
-    return value if type(value) is int and 0 <= value < INT32 else None
+def _told_status(answer: Any) -> int | None:
+    """The HTTP status that an error in the place of an answer stands for; null without an error.
 
-
-def _first_token(logprobs: Any) -> list[dict[str, Any]] | None:
-    """The likeliest first tokens; any of several errors, where the shape is another."""
-    if not logprobs or not logprobs.get("content"):
+    Gateways send errors with the status 200, and the true one or OpenAI's type inside.
+    """
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if not error:
         return None
-    told = logprobs["content"][0]["top_logprobs"]
-    return [{"token": str(p["token"]), "logprob": float(p["logprob"])} for p in told]
+    told = error if isinstance(error, dict) else {}
+    for status in map(str, (told.get("code"), told.get("status"), told.get("status_code"))):
+        if re.fullmatch(r"[45]\d\d", status, re.ASCII):
+            return int(status)
+    return 400 if told.get("type") == "invalid_request_error" else 500
 
 
 def _message(raw: bytes) -> str:

@@ -9,7 +9,6 @@ start within the same second can both believe to hold it; the read-back makes th
 from __future__ import annotations
 
 import _thread
-import json
 import os
 import socket
 import threading
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import LeaseError
+from wrpo_ray.errors import LeaseError, UserError
 
 FILE = "lease.json"
 BEAT = 5.0
@@ -109,9 +108,19 @@ class Lease:
 
     def _read(self) -> dict[str, Any] | None:
         try:
-            return self.folder.read_json(FILE)
-        except (OSError, json.JSONDecodeError):
+            return read(self.folder)
+        except (OSError, UserError):
             return None
+
+
+def read(folder: Folder) -> dict[str, Any]:
+    """The lease of a folder.
+
+    Raises:
+        FileNotFoundError: nobody holds it.
+        UserError: the file holds no lease.
+    """
+    return folder.read_record(FILE, session=str, host=str, pid=int, started=(int, float))
 
 
 def is_dead(held: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.errors import BudgetError
+from wrpo_ray.errors import BudgetError, UserError
 
 FILE = "ledger.json"
 EVERY = 1.0
@@ -66,9 +66,27 @@ class Entry:
 
 
 def read_ledger(root: Folder) -> dict[str, Entry]:
-    """By name of the step's folder; empty where nothing was written yet."""
-    record = root.read_json(FILE) if root.exists(FILE) else {"steps": {}}
-    return {f: Entry(e.pop("pool"), Spent(**e)) for f, e in record["steps"].items()}
+    """By name of the step's folder; empty where nothing was written yet.
+
+    Raises:
+        UserError: the file is not as it was written.
+    """
+    steps = _read(root)["steps"]
+    try:
+        return {f: Entry(e.pop("pool"), Spent(**e)) for f, e in steps.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{root}/{FILE}: was changed; put it back from a copy") from None
+
+
+def read_seconds(root: Folder) -> float:
+    """On the clock of all calls."""
+    return float(_read(root)["seconds"])
+
+
+def _read(root: Folder) -> dict[str, Any]:
+    if not root.exists(FILE):
+        return {"steps": {}, "seconds": 0.0, "open": True}
+    return {"open": True} | root.read_record(FILE, steps=dict, seconds=(int, float))
 
 
 class Ledger:
@@ -77,7 +95,7 @@ class Ledger:
     def __init__(self, root: Folder, prices: PricesConfig, budget: BudgetConfig):
         self.root, self.prices, self.budget = root, prices, budget
         self.entries = read_ledger(root)
-        record = root.read_json(FILE) if root.exists(FILE) else {"seconds": 0.0, "open": True}
+        record = _read(root)
         self._before, self._started = record["seconds"], time.monotonic()
         self._written, self._lock = 0.0, threading.Lock()
         if record["open"]:

@@ -69,8 +69,12 @@ class Step:
         return (root / self.folder).exists(self.manifest)
 
     def read_manifest(self, root: Folder) -> dict[str, Any]:
-        """The record of a finished step."""
-        return (root / self.folder).read_json(self.manifest)
+        """The record of a finished step.
+
+        Raises:
+            UserError: it is not as it was written.
+        """
+        return read_manifest(root / self.folder, self.manifest)
 
     def finish(self, root: Folder, counts: dict[str, Any], started: float) -> dict[str, Any]:
         """Write the manifest: from now on the step is done. `started` is Unix seconds."""
@@ -86,6 +90,15 @@ class Step:
         }
         (root / self.folder).write_json(self.manifest, record)
         return record
+
+
+def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
+    """The record of a finished step, from its folder.
+
+    Raises:
+        UserError: it is not as it was written.
+    """
+    return folder.read_record(name, counts=dict, seconds=(int, float))
 
 
 def versions() -> dict[str, str]:

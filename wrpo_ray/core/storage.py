@@ -160,8 +160,42 @@ class Folder:
             yield stream
 
     def read_json(self, name: str) -> Any:
-        """The value of a JSON file."""
-        return json.loads(self.read(name))
+        """The value of a JSON file.
+
+        Raises:
+            UserError: it holds none, as after it was cut off.
+        """
+        try:
+            return json.loads(self.read(name))
+        except (ValueError, RecursionError) as error:
+            raise self._broken(name, f"holds no JSON ({str(error)[:100]})") from None
+
+    def read_record(self, name: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
+        """The object of a JSON file, with fields of these types.
+
+        Raises:
+            UserError: it holds no such object.
+        """
+        value = self.read_json(name)
+        if not isinstance(value, dict):
+            raise self._broken(name, f"holds a {type(value).__name__} in place of a JSON object")
+        for key, kind in kinds.items():
+            if not isinstance(value.get(key), kind):
+                raise self._broken(name, f"has no right `{key}`")
+        return value
+
+    def says(self, name: str, value: Any) -> bool:
+        """Whether a JSON file is there and has this value."""
+        try:
+            return bool(self.read_json(name) == value)
+        except (FileNotFoundError, UserError):
+            return False
+
+    def _broken(self, name: str, what: str) -> UserError:
+        return UserError(
+            f"{self}/{name}: {what}; it was cut off or changed after it was written: put it back "
+            f"from a copy, or delete it, so that it is made again"
+        )
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a value as indented JSON."""
@@ -244,7 +278,7 @@ class Folder:
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 

@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.core.endpoint import INT32, Body, Completion, Endpoint, EndpointError
+from wrpo_ray.core.completion import INT32, Completion, EndpointError
+from wrpo_ray.core.endpoint import Body, Endpoint
 from wrpo_ray.core.records import failure
 from wrpo_ray.generate.engine import Answers, Request, Row, Voice, seed_base
 

@@ -20,6 +20,7 @@ from wrpo_ray.core.records import digest
 from wrpo_ray.core.shards import failed_by_error
 from wrpo_ray.core.spending import Entry, Spent, read_ledger
 from wrpo_ray.core.storage import Folder
+from wrpo_ray.errors import UserError
 from wrpo_ray.report import sample
 from wrpo_ray.report.outline import PLAN, Outline, StepOutline
 from wrpo_ray.report.sample import Distributions
@@ -106,7 +107,7 @@ def _spent(entry: Entry, prices: PricesConfig) -> Row:
 
 
 def _plan(root: Folder) -> Row:
-    return root.read_json(PLAN) if root.exists(PLAN) else {}
+    return root.read_record(PLAN) if root.exists(PLAN) else {}
 
 
 # --- rows ------------------------------------------------------------------------------------
@@ -115,7 +116,7 @@ def _plan(root: Folder) -> Row:
 def _kept(root: Folder, name: str, make: Callable[[], Any]) -> Any:
     """What `make` gives, from the output if it was made before."""
     folder, file = root / KEPT, f"{name}-{FORMAT}.json"
-    if folder.exists(file):
+    with suppress(FileNotFoundError, UserError):  # a broken one is made again
         return folder.read_json(file)
     value = make()
     with suppress(OSError):  # of another's output a report can be made, too

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
+from wrpo_ray.core.steps import read_manifest
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 
@@ -49,7 +52,7 @@ class StepOutline:
 
     def read_manifest(self, root: Folder) -> Row:
         """The record of a finished step."""
-        return (root / self.folder).read_json(self.manifest)
+        return read_manifest(root / self.folder, self.manifest)
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class Outline:
     def write(self, root: Folder) -> None:
         """Write `chain.json`, unless it says the same."""
         record = self.record()
-        if not root.exists(FILE) or root.read_json(FILE) != _plain(record):
+        if not root.says(FILE, _plain(record)):
             root.write_json(FILE, record)
 
 
@@ -89,17 +92,21 @@ def read(root: Folder) -> Outline:
     """The outline of an output.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is not as it was written.
     """
+    kinds = {"steps": list, "buckets": int, "config": dict, "models": dict, "until": str}
     try:
-        record = root.read_json(FILE)
+        record = root.read_record(FILE, **kinds)
     except FileNotFoundError:
         raise UserError(
             f"{root}: no run is there (no {FILE}); give the `output` of a run, or its config"
         ) from None
-    steps = tuple(
-        StepOutline(**s | {n: tuple(s[n]) for n in ("splits", "stores")}) for s in record["steps"]
-    )
+    try:
+        steps = TypeAdapter(tuple[StepOutline, ...]).validate_python(record["steps"])
+    except ValidationError:
+        raise UserError(
+            f"{root}/{FILE}: its `steps` are none of this version; the run's command writes it anew"
+        ) from None
     kept = {name: record[name] for name in ("until", "buckets", "config", "models")}
     return Outline(**kept, steps=steps)
 

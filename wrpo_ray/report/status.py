@@ -6,9 +6,9 @@ unfinished steps' folders; no rows. Rows of answers and scores are those of fini
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,9 +19,9 @@ import pyarrow.fs as pafs
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.core import lease
 from wrpo_ray.core.progress import pace
-from wrpo_ray.core.spending import FILE as LEDGER
-from wrpo_ray.core.spending import Entry, Spent, read_ledger
+from wrpo_ray.core.spending import Entry, Spent, read_ledger, read_seconds
 from wrpo_ray.core.storage import TEMPORARY, Folder
+from wrpo_ray.errors import UserError
 from wrpo_ray.report.outline import PLAN, Outline, StepOutline
 
 Row = dict[str, Any]
@@ -30,6 +30,8 @@ RECENT = 300.0
 LAST = 20
 """Optimizer steps over which a rate is taken."""
 METRICS = "metrics.jsonl"
+STEPS = ("step", "steps")
+"""Fields of a line of metrics: the optimizer step, from 0, and how many there will be."""
 DONE, ACTIVE, BEGUN, WAITING = "done", "running", "begun", "waiting"
 
 
@@ -88,8 +90,8 @@ def is_running(root: Folder) -> bool:
 def _holder(root: Folder, now: float) -> tuple[str, bool]:
     """Who holds the lease, and whether its heart beats."""
     try:
-        held = root.read_json(lease.FILE)
-    except (OSError, json.JSONDecodeError):
+        held = lease.read(root)
+    except (OSError, UserError):
         return "nobody: no run is under way", False
     who = f"{held['host']}, process {held['pid']}"
     if lease.is_dead(held):
@@ -106,7 +108,7 @@ def _spent(root: Folder, outline: Outline) -> Row:
     budget = BudgetConfig.model_validate(outline.config.get("budget") or {})
     entries = read_ledger(root).values()
     total = sum((e.spent for e in entries), Spent())
-    seconds = root.read_json(LEDGER)["seconds"] if root.exists(LEDGER) else 0.0
+    seconds = read_seconds(root)
     return {
         "output tokens": (total.output_tokens, budget.output_tokens),
         "GPU-hours": (total.gpu_seconds / 3600, None),
@@ -121,7 +123,7 @@ class _Look:
     def __init__(self, root: Folder, outline: Outline, is_running: bool, now: float):
         self.root, self.outline, self.is_running, self.now = root, outline, is_running, now
         self.ledger: dict[str, Entry] = read_ledger(root)
-        self.plan: Row = root.read_json(PLAN) if root.exists(PLAN) else {}
+        self.plan: Row = root.read_record(PLAN) if root.exists(PLAN) else {}
         self.rows: dict[str, int] = {}
 
     def step(self, step: StepOutline) -> StepStatus:
@@ -157,7 +159,7 @@ class _Look:
         folder = self.root / step.folder
         if not folder.exists(METRICS):
             return None
-        records = folder.read_records(METRICS)[-LAST:]
+        records = [r for r in folder.read_records(METRICS) if _is_whole(r)][-LAST:]
         if not records:
             return None
         seconds = [r["tokens"] / r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
@@ -203,6 +205,30 @@ def _rows(folder: Folder) -> int:
     if not paths:
         return 0
     return ds.dataset(paths, format="parquet", filesystem=folder.filesystem).count_rows()
+
+
+def _is_whole(record: Row) -> bool:
+    """Whether a line of metrics is a run's own."""
+    return all(type(record.get(name)) is int for name in STEPS)
+
+
+@contextmanager
+def reading(root: Folder) -> Iterator[None]:
+    """For what reads and shows files of a run, which others may have changed.
+
+    Raises:
+        UserError: something in them is not as a run writes it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise UserError(
+            f"{root}: its files are not as a run writes them "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); see which of its "
+            f"JSON files was changed, and put it back from a copy"
+        ) from None
 
 
 # --- the screen ------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from wrpo_ray.config import JudgeConfig
-from wrpo_ray.core.endpoint import Body, Completion, Endpoint
+from wrpo_ray.core.completion import Completion
+from wrpo_ray.core.endpoint import Body, Endpoint
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome
 

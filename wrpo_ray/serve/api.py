@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.core.records import Message
 from wrpo_ray.serve import body as bodies
-from wrpo_ray.serve.errors import ClientError, too_slow, unavailable
+from wrpo_ray.serve.errors import ClientError, name_field, too_slow, unavailable
 from wrpo_ray.serve.keys import Keys
 from wrpo_ray.serve.limits import Limits
 from wrpo_ray.serve.prompts import plain
@@ -224,7 +224,7 @@ class Endpoint:
         except LostError:
             raise unavailable() from None
         if isinstance(reward, Refusal):
-            raise ClientError(reward.status, reward.message)
+            raise _refused(reward, {"messages": messages})
         return reward
 
     @contextmanager
@@ -294,7 +294,7 @@ class Endpoint:
                 return first, replies
             await replies.aclose()
             if first.status != 503:
-                raise ClientError(first.status, first.message, param=first.param)
+                raise _refused(first, body)
             await asyncio.sleep(PAUSE)
         raise unavailable()
 
@@ -336,6 +336,14 @@ class Endpoint:
         if isinstance(error, ClientError) and error.status < 500:
             return error
         return ClientError(503, "the answer broke off: its replica was lost", code="broken_off")
+
+
+def _refused(refusal: Refusal, body: dict[str, object]) -> ClientError:
+    """A model's no, as a client is told it: what is the client's fault with the field's name."""
+    if refusal.status >= 500:
+        return ClientError(refusal.status, refusal.message)
+    message, param = name_field(refusal.message, refusal.param, body)
+    return ClientError(refusal.status, message, param=param)
 
 
 async def _end(replies: AsyncGenerator[list[str] | Refusal, None]) -> None:

@@ -44,6 +44,7 @@ from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.score.base import Item, MissingReferenceError, TooLongError
 from wrpo_ray.score.rewards import load_reward
 from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
+from wrpo_ray.serve.body import problem_of
 from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
 from wrpo_ray.serve.keys import Keys
@@ -114,7 +115,7 @@ class Model(LLMServer):
                 body = await self._prompts.add(body)
             request = kind.model_validate(body)
         except Exception as error:  # some of vLLM's checks fail on what they do not expect
-            yield Refusal(400, _first_problem(error))
+            yield _unreadable(error, body)
             return
         async for reply in await getattr(self, call)(request):
             items = reply if isinstance(reply, list) else [reply]
@@ -149,13 +150,16 @@ def _engine_of_one() -> Any:
     return EngineOfOne
 
 
-def _first_problem(error: Exception) -> str:
-    """What is wrong with a request, without what was given."""
-    if not isinstance(error, ValidationError):
-        return str(error) if isinstance(error, ValueError) else "vLLM cannot read the request"
-    first = error.errors(include_input=False, include_url=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    return f"{where}: {first['msg']}" if where else first["msg"]
+def _unreadable(error: Exception, body: dict[str, Any]) -> Refusal:
+    """What is wrong with a request that vLLM does not take, without what was given."""
+    from vllm.exceptions import VLLMClientError
+
+    if isinstance(error, ValidationError):
+        where, problem = problem_of(error, body)
+        return Refusal(400, f"{where}: {problem}" if where else problem, where or None)
+    if isinstance(error, VLLMClientError):  # no ValueError
+        return Refusal(400, str(error.args[0]), getattr(error, "parameter", None))
+    return Refusal(400, str(error) if isinstance(error, ValueError) else "vLLM cannot read it")
 
 
 def _refusal(

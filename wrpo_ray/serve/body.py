@@ -11,26 +11,103 @@ import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.serve.errors import ClientError
 
 M = TypeVar("M", bound=BaseModel)
-Stops = Annotated[list[Annotated[str, Field(max_length=1000)]], Field(max_length=16)]
+LONGEST_PATH = 200
+"""Characters of a field's path that a client is told; keys in it are the client's own."""
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Stops = Annotated[list[Stop], Field(max_length=16)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class StreamOptions(BaseModel):
+class _Part(BaseModel):
+    """Part of a request."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", serialize_by_alias=True)
+
+
+class StreamOptions(_Part):
     """What a stream has besides text."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     include_usage: bool | None = False
 
 
-class _Ask(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+class Function(_Part):
+    """What a model may call."""
 
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Part):
+    """A function that is offered to a model."""
+
+    type: Literal["function"] = "function"
+    function: Function
+
+
+class NamedFunction(_Part):
+    """A function of `tools`."""
+
+    name: Name
+
+
+class NamedTool(_Part):
+    """The tool that a model has to call."""
+
+    type: Literal["function"] = "function"
+    function: NamedFunction
+
+
+class JsonSchema(_Part):
+    """The form of an answer."""
+
+    name: Name
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class FreeFormat(_Part):
+    """Any text, or any JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+class SchemaFormat(_Part):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class TagFormat(_Part):
+    """Of vLLM, which knows its other fields."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["structural_tag"]
+
+
+Format = Annotated[FreeFormat | SchemaFormat | TagFormat, Field(discriminator="type")]
+
+
+class _Ask(_Part):
     model: str = Field(max_length=256)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -38,37 +115,67 @@ class _Ask(BaseModel):
     n: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | Stops | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=1024)
-    response_format: dict[str, Any] | None = None
+    stop: Stop | Stops | None = None
+    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
+    response_format: Format | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 
 
-class TextPart(BaseModel):
+class TextPart(_Part):
     """A part of a message; only text is taken, so nothing is fetched for a client."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise ValueError(f"a part of type {kind[:50]!r} is not taken, only `text` is")
+        return given
 
-class Message(BaseModel):
+
+class CalledFunction(_Part):
+    """A function with its arguments, as a model has called it."""
+
+    name: Name
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _is_json(cls, text: str) -> str:
+        try:
+            is_object = not text or isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise ValueError("has to be the text of a JSON object")
+        return text
+
+
+class ToolCall(_Part):
+    """A call that a model has made."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class Message(_Part):
     """A turn of a conversation."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
 
 
@@ -79,14 +186,12 @@ class Chat(_Ask):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    tools: list[dict[str, Any]] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
+    tools: list[Tool] | None = Field(None, min_length=1, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
 
 
-class Score(BaseModel):
+class Score(_Part):
     """POST /v1/score: a conversation, and last the answer that is scored."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
 
     messages: list[Message] = Field(min_length=2)
 
@@ -193,9 +298,44 @@ def _valid(kind: type[M], body: dict[str, Any]) -> M:
     try:
         return kind.model_validate(body)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ClientError(400, f"{where}: {first['msg']}", param=where) from None
+        where, problem = problem_of(error, body)
+        raise ClientError(400, f"{where}: {problem}", param=where) from None
+
+
+def problem_of(error: ValidationError, body: dict[str, Any]) -> tuple[str, str]:
+    """(path of a field, what is wrong with it), without the value that was given.
+
+    A value that may be of several types has an error for each; what is wrong deepest inside is of
+    the type that was meant.
+    """
+    errors = error.errors(include_input=False, include_url=False)
+    found = [(_path(e["loc"], e["type"], body), _problem(e["type"], e["msg"])) for e in errors]
+    deepest = max((path for path, _ in found), key=len)
+    problems = dict.fromkeys(problem for path, problem in found if path == deepest)
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in deepest)
+    return "".join(parts).removeprefix(".")[:LONGEST_PATH], " or ".join(problems)
+
+
+def _problem(kind: str, message: str) -> str:
+    """A validator's message, without the names of classes."""
+    is_no_object = kind in ("model_type", "model_attributes_type", "dict_type")
+    return "Input should be an object" if is_no_object else message.removeprefix("Value error, ")
+
+
+def _path(place: tuple[int | str, ...], kind: str, body: dict[str, Any]) -> tuple[int | str, ...]:
+    """The keys of a validator's place; between them it names the types that it tried."""
+    path: list[int | str] = []
+    value: Any = body
+    for number, part in enumerate(place):
+        is_missing = kind == "missing" and number == len(place) - 1
+        if isinstance(value, dict) and (part in value or is_missing):
+            value = value.get(str(part))
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        else:
+            continue
+        path.append(part)
+    return (*path, "type") if kind.startswith("union_tag") else tuple(path)
 
 
 def to_score(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
@@ -221,10 +361,33 @@ def check(kind: type[Chat | Completion], body: dict[str, Any], settings: ServeCo
     for name in ("max_tokens", "max_completion_tokens"):
         if (getattr(ask, name, None) or 0) > settings.max_tokens:
             raise ClientError(400, f"{name}: at most {settings.max_tokens} here", param=name)
+    if isinstance(ask, Chat):
+        _check_together(ask)
     answers = (ask.n or 1) * (ask.prompts if isinstance(ask, Completion) else 1)
     if answers > settings.max_answers:
-        raise ClientError(400, f"n: at most {settings.max_answers} answers a request", param="n")
+        name = "n" if (ask.n or 1) > 1 else "prompt"
+        text = f"{name}: at most {settings.max_answers} answers a request"
+        raise ClientError(400, text, param=name)
     return ask
+
+
+def _check_together(ask: Chat) -> None:
+    """Fields that need each other.
+
+    Raises:
+        ClientError: 400, and which field it is.
+    """
+    if ask.top_logprobs and not ask.logprobs:
+        raise ClientError(400, "top_logprobs: needs `logprobs: true`", param="top_logprobs")
+    choice, tools = ask.tool_choice, ask.tools
+    if choice in (None, "none"):
+        return
+    if tools is None:
+        raise ClientError(400, "tool_choice: needs `tools`", param="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in {
+        tool.function.name for tool in tools
+    }:
+        raise ClientError(400, "tool_choice: is none of the `tools`", param="tool_choice")
 
 
 def to_engine(ask: _Ask) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+OTHER_NAMES = {"input_tokens": "prompt", "input_text": "prompt"}
+"""What vLLM calls fields that clients know by other names."""
 
 
 class ClientError(Exception):
@@ -50,3 +54,27 @@ def overloaded() -> ClientError:
 def too_slow(seconds: float) -> ClientError:
     """The answer when the time for one has passed."""
     return ClientError(504, f"no whole answer in {seconds:g} seconds", code="timeout")
+
+
+def name_field(message: str, param: str | None, body: dict[str, Any]) -> tuple[str, str]:
+    """An engine's refusal of a request as (message that names the field, the field).
+
+    Engines do not always tell the field: then it is the one of the request that the message
+    mentions first, or else the one that constrains the answer, or that holds the prompt.
+    """
+    text = re.sub(r" \((?:parameter|value)=.*\)$", "", message, flags=re.DOTALL)
+    prompt = "messages" if "messages" in body else "prompt"
+    field = OTHER_NAMES.get(param or "", param) or _mentioned(text, body)
+    field = field or ("response_format" if body.get("response_format") else "prompt")
+    field = prompt if field == "prompt" else field
+    return (text if field in text else f"{field}: {text}"), field
+
+
+def _mentioned(text: str, body: dict[str, Any]) -> str | None:
+    """The field of a request that a text names first."""
+    places = {
+        name: found.start()
+        for name in body.keys() - {"model"}  # it is mentioned for what it cannot take
+        if (found := re.search(rf"\b{re.sub('_', '[_ ]', re.escape(name))}\b", text))
+    }
+    return min(places, key=places.__getitem__) if places else None

@@ -1,0 +1,213 @@
+"""What a chat completion of an OpenAI-compatible server says, and why one cannot be used.
+
+Servers differ: a content can be a list of parts, an answer can be a refusal or the call of a tool,
+and a gateway can answer 200 with an error. A completion without a text that can be used is final,
+because the same call would give and cost the same again; what is no completion may pass.
+
+Not covered: streams, several choices (the first is taken), images, audio.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+INT32 = 2**31
+FINISH: dict[str, Literal["stop", "length"]] = {
+    "stop": "stop",
+    "eos": "stop",
+    "eos_token": "stop",
+    "end_turn": "stop",
+    "length": "length",
+    "max_tokens": "length",
+    "model_length": "length",
+}
+"""What servers call the two ways in which an answer ends."""
+FILTERED = frozenset({"content_filter", "safety", "recitation"})
+"""What they call an answer that they withhold."""
+BROKEN_OFF = frozenset({"error", "abort", "insufficient_system_resource"})
+"""What they call a fault of their own in the middle of an answer."""
+TEXT_PARTS = frozenset({"text", "output_text"})
+THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
+"""Types of parts that are not the answer, as the field `reasoning_content` is not."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """An answer."""
+
+    text: str
+    finish_reason: Literal["stop", "length"]
+    prompt_tokens: int | None
+    output_tokens: int | None
+    """As the server counts them; null where it does not."""
+    model: str
+    """What the server says has answered, with its fingerprint if it gives one."""
+    attempts: int = 1
+    logprobs: list[dict[str, Any]] | None = None
+    """[{token, logprob}] of the likeliest first tokens, where the call asks for them."""
+
+
+class EndpointError(RuntimeError):
+    """A call failed."""
+
+    may_pass = True
+    """Whether another attempt makes sense."""
+    concerns_all = False
+    """Whether every call meets it, if nothing was ever answered."""
+    attempts = 1
+    """How many there were."""
+    pause = 0.0
+    """Seconds for which the server wants no further call."""
+
+
+class ServerFaultError(EndpointError):
+    """The server answers 5xx, 408 or 409, or tells in its answer that it failed."""
+
+
+class WrongShapeError(EndpointError):
+    """The answer is JSON, but no chat completion."""
+
+
+class UnusableAnswerError(EndpointError):
+    """A completion without a text that can be used; the same call would give it again."""
+
+    may_pass = False
+
+
+class NoChoiceError(UnusableAnswerError):
+    """The completion holds no answer."""
+
+
+class WrongChoiceError(UnusableAnswerError):
+    """The answer has another shape than OpenAI's."""
+
+
+class NoTextError(UnusableAnswerError):
+    """The answer has no text, as when reasoning took all tokens."""
+
+
+class ToolCallError(UnusableAnswerError):
+    """The model calls a tool in place of an answer."""
+
+
+class ModelRefusalError(UnusableAnswerError):
+    """The answer is a refusal, which servers keep apart from text."""
+
+
+class UnknownEndError(UnusableAnswerError):
+    """The server does not say whether the answer is whole or cut off."""
+
+
+class ContentFilterError(UnusableAnswerError):
+    """The server withholds the answer."""
+
+
+def read_completion(answer: Any) -> Completion:
+    """The answer in the JSON of a chat completion; counts of another form are null.
+
+    The errors' texts go on after the server's name, and may quote the server.
+
+    Raises:
+        WrongShapeError: it is no chat completion.
+        ServerFaultError: the answer broke off at the server.
+        UnusableAnswerError: it has no text that can be used; the subclass says why.
+    """
+    choice = _choice(answer)
+    message, reason = choice["message"], _reason(choice)
+    _check_is_text(message, reason)
+    text = _text(message.get("content"), reason)
+    if reason not in FINISH:
+        told = choice.get("finish_reason")
+        raise UnknownEndError(f"says with finish_reason {told!r} not whether the answer is whole")
+    usage = answer.get("usage")
+    counts = usage if isinstance(usage, dict) else {}
+    names = [answer.get(name) for name in ("model", "system_fingerprint")]
+    return Completion(
+        text,
+        FINISH[reason],
+        _count(counts.get("prompt_tokens")),
+        _count(counts.get("completion_tokens")),
+        " ".join(name for name in names if isinstance(name, str)),
+        logprobs=_first_token(choice.get("logprobs")),
+    )
+
+
+def _choice(answer: Any) -> dict[str, Any]:
+    """The first choice, with a message and an end that is not the server's fault."""
+    body = answer if isinstance(answer, dict) else {}
+    choices = body.get("choices")
+    if not isinstance(choices, list) and body.get("object") != "chat.completion":
+        raise WrongShapeError("answers with no chat completion")
+    if not choices or not isinstance(choices, list):
+        raise NoChoiceError("answers with no choice")
+    choice = choices[0]
+    if isinstance(choice, dict) and _reason(choice) in BROKEN_OFF:
+        raise ServerFaultError(f"broke the answer off: finish_reason is {_reason(choice)}")
+    if not isinstance(choice, dict) or not isinstance(choice.get("message"), dict):
+        raise WrongChoiceError("answers with a choice that has no `message`")
+    return choice
+
+
+def _reason(choice: dict[str, Any]) -> str:
+    reason = choice.get("finish_reason")
+    return reason.lower() if isinstance(reason, str) else ""
+
+
+def _check_is_text(message: dict[str, Any], reason: str) -> None:
+    """Refuse what stands in the place of a text."""
+    if reason in FILTERED:
+        raise ContentFilterError(f"withholds the answer: {reason}")
+    if refusal := message.get("refusal"):
+        raise ModelRefusalError(f"tells the model's refusal: {refusal}")
+    is_call = reason in ("tool_calls", "function_call")
+    if is_call or message.get("tool_calls") or message.get("function_call"):
+        raise ToolCallError("answers with the call of a tool")
+
+
+def _text(content: Any, reason: str) -> str:
+    """The text of a content, of which thoughts are no part."""
+    texts = [_part(part) for part in content] if isinstance(content, list) else [content]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise WrongChoiceError(f"answers with a content of type {type(content).__name__}")
+    given = [text for text in texts if text is not None]
+    if not given:
+        raise NoTextError(f"answers without a text; finish_reason is {reason or 'missing'}")
+    try:
+        "".join(given).encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        raise WrongChoiceError("answers with a text that is not Unicode") from None
+    return "".join(given)
+
+
+def _part(part: Any) -> str | None:
+    """The text of a part; None where it is a thought."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if isinstance(kind, str) and kind in THOUGHT_PARTS:
+        return None
+    if kind == "refusal" and isinstance(part, dict):
+        raise ModelRefusalError(f"tells the model's refusal: {part.get('refusal')}")
+    if not isinstance(kind, str) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise WrongChoiceError(f"answers with a part of type {kind!r} that has no `text`")
+    text: str = part["text"]
+    return text
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens, or null where it is none."""
+    return value if type(value) is int and 0 <= value < INT32 else None
+
+
+def _first_token(logprobs: Any) -> list[dict[str, Any]] | None:
+    """The likeliest first tokens; null where they are not told, or in another shape."""
+    try:
+        told = logprobs["content"][0]["top_logprobs"]
+        tokens = [str(p["token"]) for p in told]
+        values = [float(p["logprob"]) for p in told]
+        "".join(tokens).encode()  # half a surrogate pair is no text
+    except (LookupError, TypeError, ValueError, ArithmeticError):
+        return None
+    if any(map(math.isnan, values)):
+        return None
+    return [{"token": t, "logprob": v} for t, v in zip(tokens, values, strict=True)]
