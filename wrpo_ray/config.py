@@ -288,7 +288,7 @@ class ModelConfig(Section):
     """Stages that the layers are divided into, each of `tensor_parallel` GPUs; they may lie on
     different nodes."""
     engine: dict[str, Any] = {}
-    """Further arguments of `vllm.LLM`."""
+    """Further arguments of `vllm.LLM`; its tokenizer is always that of the model's own folder."""
     license: str | None = Field(None, json_schema_extra=PLACEMENT)
     """The model's licence by its Hugging Face id, for the card of exported rows; null reads it
     from the model folder's README.md."""
@@ -305,6 +305,17 @@ class ModelConfig(Section):
     def _parallel(self) -> ModelConfig:
         if self.parts > 1 and self.actors.num_gpus not in (0, 1):
             raise ValueError("with tensor_parallel or pipeline_parallel, actors.num_gpus is 1")
+        return self
+
+    @model_validator(mode="after")
+    def _own_tokenizer(self) -> ModelConfig:
+        """Prompts and answers are tokenized with the folder's: another would read other texts."""
+        for name in ("tokenizer", "tokenizer_revision", "skip_tokenizer_init"):
+            if name in self.engine:
+                raise ValueError(
+                    f"engine.{name}: the tokenizer is that of the model folder; put another one's "
+                    f"files there, in a copy of the folder"
+                )
         return self
 
     @model_validator(mode="after")

@@ -280,8 +280,15 @@ class Chain:
         settings = self._target.model_copy(update={"name": name, "model": folder.uri})
         self._trained_models[name] = settings, folder, job.step.key
 
-    def _prepare_job(self, name: str, rows: Step, base: Folder, key: str, config: Any) -> Prepare:
-        return Prepare(name, rows, base, key, config, Template.of(self._target))
+    def _prepare_job(
+        self, name: str, rows: Step, base: Folder, key: str, config: Any, own: str | None = None
+    ) -> Prepare:
+        return Prepare(name, rows, base, key, config, Template.of(self._target), own)
+
+    @property
+    def _samples_sources(self) -> bool:
+        """Whether y_wt and y_l are generated answers of the sources."""
+        return self.config.pair.policy == "fusechat3" and not self.config.existing
 
     def _train_job(self, name: str, rows: Prepare, config: Any) -> Train:
         identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
@@ -327,7 +334,9 @@ class Chain:
         is_dpo = not self.config.wrpo.alpha.end
         if self.config.evaluate and self.config.evaluate.dpo_baseline and not is_dpo:
             configs = {DPO: plain} | configs
-        prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo)
+        sampled = SFT if SFT in self._trained_models else self._target.name
+        own = None if self._samples_sources else sampled
+        prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo, own)
         jobs = {
             name: self._train_job(name.replace(FUSED, "wrpo").removeprefix("target-"), prepared, c)
             for name, c in configs.items()
@@ -539,9 +548,9 @@ def _scorer_fingerprint(part: ScoreConfig) -> str:
     if part.verifier:
         return digest([part.verifier, data_fingerprint(source_files(part.verifier))], 16)
     if part.judge:
-        from wrpo_ray.score.judge import template_text  # it imports a client
+        from wrpo_ray.score.judge import READING, template_text  # it imports a client
 
-        return digest([part.judge.model, template_text(part.judge)], 16)
+        return digest([part.judge.model, template_text(part.judge), READING], 16)
     path = _required(part.function, "reward.function")
     module = importlib.import_module(path.partition(":")[0])
     source = getattr(module, "__file__", None)  # a module built into Python has none
