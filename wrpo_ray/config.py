@@ -59,7 +59,8 @@ class Columns(Section):
     prompt: str = "prompt"
     """The prompt: a string, a {role, content} record, or a list of them."""
     reference: str | None = None
-    """The right answer, given to verifier functions. Nulls are not allowed in it."""
+    """The right answer: a text, a number (written exactly as it is; a whole float as 42), true or
+    false, a date, or a list of these of which any is right. Nulls are not allowed in it."""
     group: str | None = None
     """What to split evaluation tables by, such as a skill or category."""
 
@@ -67,6 +68,11 @@ class Columns(Section):
     def of_prompt(self) -> list[str]:
         """Columns that hold a prompt and what belongs to it."""
         return [c for c in (self.prompt, self.reference, self.group) if c]
+
+    @property
+    def of_text(self) -> list[str]:
+        """Columns whose cells become text."""
+        return [c for c in (self.reference, self.group) if c]
 
 
 class PromptsConfig(Section):

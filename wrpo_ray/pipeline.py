@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from wrpo_ray.config import (
     AlphaConfig,
     Config,
@@ -48,6 +50,7 @@ from wrpo_ray.evaluate.statistics import Estimate
 from wrpo_ray.evaluation import Evaluation
 from wrpo_ray.generate import stage as generate
 from wrpo_ray.generate.stage import Generate
+from wrpo_ray.ingest.cells import READING, hold_more_than_text
 from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.ingest.stage import (
     SOURCES,
@@ -213,10 +216,13 @@ class Chain:
     ) -> Step:
         try:
             is_unknown = self.for_plan and not Folder(given.path).exists()
-            content = given.path if is_unknown else data_fingerprint(input_files(given.path, name))
-        except OSError as error:
+            files = [] if is_unknown else input_files(given.path, name)
+            content = data_fingerprint(files) if files else given.path
+            has_more = hold_more_than_text(files, given.columns.of_text)
+        except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{name}: {given.path} cannot be read: {error}") from None
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
+        read |= {"cells": READING} if has_more else {}
         return Step(name, read | config, inputs)
 
     def _generated(self) -> Select:

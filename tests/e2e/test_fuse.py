@@ -125,18 +125,18 @@ def test_rows_are_the_answers_in_the_targets_vocabulary(demo, undisturbed, tmp_p
     counts = [Preparer(run, [job])({"job": 0, "bucket": b.index}) for b in buckets(run.buckets)]
     assert not any(c["failed"] + c["dropped"] + c["cut"] for c in counts)
     tokenizer, records = load_tokenizer(job.base.local()), records_of(job, run)
-    rows = PreparedRows((run.root / job.step.folder).local())
-    assert len(rows) == len(records) > 20
+    prepared = PreparedRows((run.root / job.step.folder).local())
+    assert len(prepared) == len(records) > 20
     sampled = dict.fromkeys(WRPO_ANSWERS, 0)
-    for row in (rows[i] for i in range(len(rows))):
+    for row in (prepared[i] for i in range(len(prepared))):
         for name, ids in zip(WRPO_ANSWERS, row.answers, strict=True):
             answer = records[row.prompt_id][name]
             text = tokenizer.decode(ids, skip_special_tokens=True)
             assert text.strip() == answer["text"].strip()
             sampled[name] += ids.tolist() == answer["token_ids"]
-    assert sampled["source_chosen"] < len(rows)  # the three vocabularies differ
+    assert sampled["source_chosen"] < len(prepared)  # the three vocabularies differ
     own = sampled["target_chosen"], sampled["rejected"]
-    assert (own == (len(rows), len(rows))) == (policy == "wrpo")
+    assert (own == (len(prepared), len(prepared))) == (policy == "wrpo")
 
 
 def wrpo_rows(made: Wrpo) -> tuple[Prepare, Run]:

@@ -7,7 +7,6 @@ import pytest
 
 from wrpo_ray.evaluate.mt_bench import Mean, Rating, mt_bench, parse_rating
 
-
 OTHERS = ("8/10", "4/5", "-1", "11", "10.5", "4 out of 5", "7-8", "7,5", "Score: 8", "9" * 400)
 """What is no rating, in double brackets."""
 MORE = ("", " as in [3]", " or [[8/10]], see [1]")

@@ -71,8 +71,9 @@ def test_ratings_are_read_and_what_is_none_fails_with_its_reason():
     assert "seed" not in body
 
 
-NUMBERS = {"4": 4.0, "7.5": 7.5, "8.": 8.0, ".5": 0.5, "+3": 3.0, "-1": -1.0, "\N{MINUS SIGN}1": -1.0,
-           "0": 0.0, "10": 10.0, "11": 11.0, "10.01": 10.01, "9" * 400: float("inf")}  # fmt: skip
+NUMBERS = {"4": 4.0, "7.5": 7.5, "8.": 8.0, ".5": 0.5, "+3": 3.0, "-1": -1.0, "0": 0.0,
+           "\N{MINUS SIGN}1": -1.0, "10": 10.0, "11": 11.0, "10.01": 10.01,
+           "9" * 400: float("inf")}  # fmt: skip
 SCALES = [(1, 10), (0, 5), (-5, 5), (0, 1), (1, 10.5)]
 ENDS = {"": None, "/5": 5, " / 10": 10, "/10.0": 10, " out of 5": 5, " OUT  OF 10": 10, " of 5": 5,
         "/1": 1, "/100": 100, "/10.5": 10.5}  # fmt: skip
@@ -84,7 +85,10 @@ def test_a_rating_counts_on_its_own_scale_only(end, scale):
     """Every number with every end, inside the brackets and behind them, against every scale."""
     worst, best = scale
     for said, value in NUMBERS.items():
-        texts = [f"Well.\n\nRating: [[ {said}{end} ]]", f"[[2]] was asked for. **[[{said}{end}]]**."]
+        texts = [
+            f"Well.\n\nRating: [[ {said}{end} ]]",
+            f"[[2]] was asked for. **[[{said}{end}]]**.",
+        ]
         if not end.startswith(" of"):
             texts += [f"Rating: [[{said}]]{end}", f"**[[{said}]]** {end}."]
         for text in texts:
@@ -97,8 +101,8 @@ def test_a_rating_counts_on_its_own_scale_only(end, scale):
 
 @pytest.mark.parametrize(
     "said",
-    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Rating: 8", "8 points", "4/", "/5", "8\N{FRACTION SLASH}10",
-     "4 out of", "A4", "4 5", "--4", "4..5", "nan4"],
+    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Rating: 8", "8 points", "4/", "/5", "4 out of", "A4",
+     "8\N{FRACTION SLASH}10", "4 5", "--4", "4..5", "nan4"],
 )  # fmt: skip
 def test_what_is_no_rating_does_not_give_way_to_a_quoted_one(said):
     """The answer itself claims [[10]]."""

@@ -11,6 +11,7 @@ from typing import Any
 from wrpo_ray.config import Actors
 from wrpo_ray.core import metrics, records
 from wrpo_ray.core.cluster import Pool, map_rows
+from wrpo_ray.core.references import unpacked
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step
@@ -198,7 +199,7 @@ class Summer:
             {
                 "prompt_id": key,
                 "messages": prompt["messages"],
-                "reference": prompt["reference"],
+                "reference": unpacked(prompt["reference"]),
                 "answers": answers,
                 "told_apart": bool(won),
             }

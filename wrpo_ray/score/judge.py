@@ -10,6 +10,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from wrpo_ray.config import JudgeConfig
 from wrpo_ray.core.endpoint import Body, Completion, Endpoint
+from wrpo_ray.core.references import shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome
 
@@ -41,9 +42,7 @@ BRACKETS = re.compile(
     rf"\[\[([^\[\]]*)\]\](?:\**[ \t]*(?:/|out[ \t]+of\b)[ \t]*({_NUMBER}))?", re.IGNORECASE
 )
 """1: what stands in double brackets; 2: the end of the scale, if the judge says it behind them."""
-RATING = re.compile(
-    rf"\s*({_NUMBER})\s*(?:(?:/|(?:out\s+)?of\b)\s*({_NUMBER})\s*)?", re.IGNORECASE
-)
+RATING = re.compile(rf"\s*({_NUMBER})\s*(?:(?:/|(?:out\s+)?of\b)\s*({_NUMBER})\s*)?", re.IGNORECASE)
 """1: a rating; 2: the end of the scale, if the judge says it."""
 READING = 2
 """Version of how ratings are read: part of a judged step's key."""
@@ -87,7 +86,7 @@ class Question:
         return self.template.render(
             messages=item.messages,
             answer=item.text,
-            reference=item.reference,
+            reference=shown(item.right),
             worst=f"{self.config.worst:g}",
             best=f"{self.config.best:g}",
         )

@@ -122,7 +122,8 @@ class Tokenizing:
     def _answer(self, messages: list[Any], answer: Record) -> list[int]:
         """The own model's answers keep the ids it sampled; others are tokenized from their text.
 
-        Token ids mean nothing to another tokenizer than the one that made them. The published script has texts only, closes each with the template, and adds an end token.
+        Token ids mean nothing to another tokenizer than the one that made them. The published
+        script has texts only, closes each with the template, and adds an end token.
         """
         closed = answer["finish_reason"] != "length"
         if self.config.compat == "published":
