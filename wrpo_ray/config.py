@@ -498,7 +498,8 @@ class ContaminationConfig(Section):
     is not the default because prompts built from one template share it."""
     ngram: int = Field(13, ge=2)
     """Consecutive words that have to be the same, regardless of case and punctuation (13: GPT-3,
-    arXiv 2005.14165, appendix C). A shorter prompt counts as a whole."""
+    arXiv 2005.14165, appendix C); in scripts without spaces, such as Chinese or Thai, consecutive
+    letters. A shorter prompt counts as a whole."""
 
 
 class PairConfig(Section):

@@ -50,7 +50,7 @@ from wrpo_ray.evaluate.statistics import Estimate
 from wrpo_ray.evaluation import Evaluation
 from wrpo_ray.generate import stage as generate
 from wrpo_ray.generate.stage import Generate
-from wrpo_ray.ingest.cells import READING, hold_more_than_text
+from wrpo_ray.ingest.cells import READING, beginnings, hold_more_than_text
 from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.ingest.stage import (
     SOURCES,
@@ -60,6 +60,7 @@ from wrpo_ray.ingest.stage import (
     IngestResponses,
 )
 from wrpo_ray.pair.answers import check_patterns
+from wrpo_ray.pair.overlap import are_unspaced
 from wrpo_ray.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
 from wrpo_ray.report import comparison
 from wrpo_ray.report.outline import FILE as OUTLINE
@@ -248,10 +249,19 @@ class Chain:
         asked = self.config.evaluate
         if asked is None or asked.prompts is None or config.action == "off":
             return None
-        ngrams = EvalNgrams(self._eval_prompts, config.ngram)
+        given = self.config.prompts or _required(self.config.existing, "import")
+        unspaced = any(map(self._is_unspaced, (given, asked.prompts)))
+        ngrams = EvalNgrams(self._eval_prompts, config.ngram, unspaced)
         job = Contamination(self._prompts, ngrams)
         self._add("prompts", (ngrams,), (job,))
         return job if config.action == "drop" else None
+
+    def _is_unspaced(self, given: Any) -> bool:
+        """Whether prompts hold text in a script without spaces between words."""
+        if self.for_plan and not Folder(given.path).exists():
+            return False
+        texts = beginnings(input_files(given.path, "prompts"), given.columns.prompt)
+        return any(are_unspaced(pa.array([text], pa.large_string()))[0].as_py() for text in texts)
 
     def _imported(self) -> tuple[Select, Answers]:
         prompts, given = self._prompts, _required(self.config.existing, "import")

@@ -10,7 +10,7 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -28,8 +28,10 @@ DIGITS = 1000
 """Of a number in JSON, written out."""
 READING = 2
 """Version of how cells become text: part of a step's key where a cell is no text."""
-HEAD = 2**24
-"""Bytes of a JSONL file that are searched for cells that are no text."""
+HEAD, ROWS = 2**24, 2**16
+"""Bytes of a JSONL file, and rows of a Parquet file, that are looked at to tell what it holds."""
+ESCAPED = re.compile(r"(?:\\u[0-9a-f]{4})+", re.IGNORECASE)
+"""Characters as JSON escapes them."""
 
 
 class JsonFloat(float):
@@ -153,6 +155,31 @@ def _is_list(type_: pa.DataType) -> bool:
 def hold_more_than_text(uris: Iterable[str], columns: list[str]) -> bool:
     """Whether a cell of the columns is neither a text nor null, by types or a file's beginning."""
     return bool(columns) and any(_holds_more(Folder(uri), columns) for uri in uris)
+
+
+def beginnings(uris: Iterable[str], column: str) -> Iterator[str]:
+    """The text at the beginning of each file, in no form; of a Parquet file that of one column."""
+    for file in map(Folder, uris):
+        with file.filesystem.open_input_file(file.path) as stream:
+            if str(file).endswith(".parquet"):
+                batches = pq.ParquetFile(stream).iter_batches(ROWS, columns=[column])
+                rows = next(batches, None)
+                yield json.dumps(_values(rows), ensure_ascii=False, default=str) if rows else ""
+            else:
+                head = stream.read(HEAD).decode(errors="ignore")
+                yield ESCAPED.sub(_unescaped, head)
+
+
+def _unescaped(match: re.Match[str]) -> str:
+    text: str = json.loads(f'"{match[0]}"')
+    return text.encode(errors="ignore").decode()  # without halves of pairs
+
+
+def _values(rows: pa.RecordBatch) -> list[Any]:
+    try:
+        return rows.to_pylist()
+    except ValueError:  # a row that is no text fails when it is read
+        return []
 
 
 def _holds_more(file: Folder, columns: list[str]) -> bool:
