@@ -74,7 +74,8 @@ class Columns(Section):
     prompt: str = "prompt"
     """The prompt: a string, a {role, content} record, or a list of them."""
     reference: str | None = None
-    """The right answer, given to verifier functions. Nulls are not allowed in it."""
+    """The right answer: a text, a number (written exactly as it is; a whole float as 42), true or
+    false, a date, or a list of these of which any is right. Nulls are not allowed in it."""
     group: str | None = None
     """What to split evaluation tables by, such as a skill or category."""
 
@@ -82,6 +83,11 @@ class Columns(Section):
     def of_prompt(self) -> list[str]:
         """Columns that hold a prompt and what belongs to it."""
         return [c for c in (self.prompt, self.reference, self.group) if c]
+
+    @property
+    def of_text(self) -> list[str]:
+        """Columns whose cells become text."""
+        return [c for c in (self.reference, self.group) if c]
 
 
 class PromptsConfig(Section):
@@ -305,7 +311,7 @@ class ModelConfig(Section):
     """Stages that the layers are divided into, each of `tensor_parallel` GPUs; they may lie on
     different nodes."""
     engine: dict[str, Any] = {}
-    """Further arguments of `vllm.LLM`."""
+    """Further arguments of `vllm.LLM`; its tokenizer is always that of the model's own folder."""
     license: str | None = Field(None, json_schema_extra=PLACEMENT)
     """The model's licence by its Hugging Face id, for the card of exported rows; null reads it
     from the model folder's README.md."""
@@ -322,6 +328,17 @@ class ModelConfig(Section):
     def _parallel(self) -> ModelConfig:
         if self.parts > 1 and self.actors.num_gpus not in (0, 1):
             raise ValueError("with tensor_parallel or pipeline_parallel, actors.num_gpus is 1")
+        return self
+
+    @model_validator(mode="after")
+    def _own_tokenizer(self) -> ModelConfig:
+        """Prompts and answers are tokenized with the folder's: another would read other texts."""
+        for name in ("tokenizer", "tokenizer_revision", "skip_tokenizer_init"):
+            if name in self.engine:
+                raise ValueError(
+                    f"engine.{name}: the tokenizer is that of the model folder; put another one's "
+                    f"files there, in a copy of the folder"
+                )
         return self
 
     @model_validator(mode="after")
@@ -498,7 +515,8 @@ class ContaminationConfig(Section):
     is not the default because prompts built from one template share it."""
     ngram: int = Field(13, ge=2)
     """Consecutive words that have to be the same, regardless of case and punctuation (13: GPT-3,
-    arXiv 2005.14165, appendix C). A shorter prompt counts as a whole."""
+    arXiv 2005.14165, appendix C); in scripts without spaces, such as Chinese or Thai, consecutive
+    letters. A shorter prompt counts as a whole."""
 
 
 class PairConfig(Section):

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from wrpo_ray.addresses import shown
 from wrpo_ray.config import (
     AlphaConfig,
@@ -50,6 +52,7 @@ from wrpo_ray.evaluate.statistics import Estimate
 from wrpo_ray.evaluation import Evaluation
 from wrpo_ray.generate import stage as generate
 from wrpo_ray.generate.stage import Generate
+from wrpo_ray.ingest.cells import READING, beginnings, hold_more_than_text
 from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.ingest.stage import (
     SOURCES,
@@ -59,6 +62,7 @@ from wrpo_ray.ingest.stage import (
     IngestResponses,
 )
 from wrpo_ray.pair.answers import check_patterns
+from wrpo_ray.pair.overlap import are_unspaced
 from wrpo_ray.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
 from wrpo_ray.report import comparison
 from wrpo_ray.report.outline import FILE as OUTLINE
@@ -215,10 +219,13 @@ class Chain:
     ) -> Step:
         try:
             is_unknown = self.for_plan and not Folder(given.path).exists()
-            content = given.path if is_unknown else data_fingerprint(input_files(given.path, name))
-        except OSError as error:
+            files = [] if is_unknown else input_files(given.path, name)
+            content = data_fingerprint(files) if files else given.path
+            has_more = hold_more_than_text(files, given.columns.of_text)
+        except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{name}: {Folder(given.path)} cannot be read: {error}") from None
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
+        read |= {"cells": READING} if has_more else {}
         return Step(name, read | config, inputs)
 
     def _generated(self) -> Select:
@@ -244,10 +251,19 @@ class Chain:
         asked = self.config.evaluate
         if asked is None or asked.prompts is None or config.action == "off":
             return None
-        ngrams = EvalNgrams(self._eval_prompts, config.ngram)
+        given = self.config.prompts or _required(self.config.existing, "import")
+        unspaced = any(map(self._is_unspaced, (given, asked.prompts)))
+        ngrams = EvalNgrams(self._eval_prompts, config.ngram, unspaced)
         job = Contamination(self._prompts, ngrams)
         self._add("prompts", (ngrams,), (job,))
         return job if config.action == "drop" else None
+
+    def _is_unspaced(self, given: Any) -> bool:
+        """Whether prompts hold text in a script without spaces between words."""
+        if self.for_plan and not Folder(given.path).exists():
+            return False
+        texts = beginnings(input_files(given.path, "prompts"), given.columns.prompt)
+        return any(are_unspaced(pa.array([text], pa.large_string()))[0].as_py() for text in texts)
 
     def _imported(self) -> tuple[Select, Answers]:
         prompts, given = self._prompts, _required(self.config.existing, "import")
@@ -284,8 +300,15 @@ class Chain:
             settings = settings.model_copy(update={"dtype": "float32"})
         self._trained_models[name] = settings, folder, job.step.key
 
-    def _prepare_job(self, name: str, rows: Step, base: Folder, key: str, config: Any) -> Prepare:
-        return Prepare(name, rows, base, key, config, Template.of(self._target))
+    def _prepare_job(
+        self, name: str, rows: Step, base: Folder, key: str, config: Any, own: str | None = None
+    ) -> Prepare:
+        return Prepare(name, rows, base, key, config, Template.of(self._target), own)
+
+    @property
+    def _samples_sources(self) -> bool:
+        """Whether y_wt and y_l are generated answers of the sources."""
+        return self.config.pair.policy == "fusechat3" and not self.config.existing
 
     def _train_job(self, name: str, rows: Prepare, config: Any) -> Train:
         identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
@@ -331,7 +354,9 @@ class Chain:
         is_dpo = not self.config.wrpo.alpha.end
         if self.config.evaluate and self.config.evaluate.dpo_baseline and not is_dpo:
             configs = {DPO: plain} | configs
-        prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo)
+        sampled = SFT if SFT in self._trained_models else self._target.name
+        own = None if self._samples_sources else sampled
+        prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo, own)
         jobs = {
             name: self._train_job(name.replace(FUSED, "wrpo").removeprefix("target-"), prepared, c)
             for name, c in configs.items()
@@ -543,9 +568,9 @@ def _scorer_fingerprint(part: ScoreConfig) -> str:
     if part.verifier:
         return digest([part.verifier, data_fingerprint(source_files(part.verifier))], 16)
     if part.judge:
-        from wrpo_ray.score.judge import template_text  # it imports a client
+        from wrpo_ray.score.judge import READING, template_text  # it imports a client
 
-        return digest([part.judge.model, template_text(part.judge)], 16)
+        return digest([part.judge.model, template_text(part.judge), READING], 16)
     path = _required(part.function, "reward.function")
     module = importlib.import_module(path.partition(":")[0])
     source = getattr(module, "__file__", None)  # a module built into Python has none

@@ -6,13 +6,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from harness import ROOT, processes_of, rows, shards, wait_until
+from harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
 from in_browser import look
 
 from wrpo_ray.cli import main
-from wrpo_ray.pipeline import STAGES
+from wrpo_ray.config import load
+from wrpo_ray.core.chat import load_tokenizer
+from wrpo_ray.core.records import PREFERENCE
+from wrpo_ray.core.run import Run
+from wrpo_ray.core.shards import buckets, read_bucket
+from wrpo_ray.pipeline import STAGES, Chain, preflight
+from wrpo_ray.train.prepare import Prepare, Preparer
+from wrpo_ray.train.rows import PreparedRows
+from wrpo_ray.train.task import WRPO_ANSWERS
 
 KEY = ("prompt_id", "source", "sample")
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
@@ -173,6 +182,52 @@ def test_a_command_of_the_readme_on_a_finished_output(
     assert "not written" not in err
     assert "Traceback" not in err
     assert shards(finished, "*-*/*") == before
+
+
+@pytest.mark.parametrize("policy", ["wrpo", "fusechat3"])
+def test_rows_are_the_answers_in_the_targets_vocabulary(demo, undisturbed, tmp_path, policy):
+    """Of three vocabularies: the target's own answers as sampled, all others by their text."""
+    made, output = demo(undisturbed), undisturbed
+    if policy == "fusechat3":
+        output = tmp_path / "out"
+        shutil.copytree(undisturbed, output)
+        wrpo = {"alpha": {"end": 0}, "reference": {"mode": "live"}}
+        made = demo(output, pair={"policy": policy, "max_margin": 1000}, wrpo=wrpo)
+        result = made("pair")
+        assert result.returncode == 0, result.stderr
+        assert "generate" not in result.stderr.replace("generate: done before", "")
+    job, run = wrpo_rows(made)
+    counts = [Preparer(run, [job])({"job": 0, "bucket": b.index}) for b in buckets(run.buckets)]
+    assert not any(c["failed"] + c["dropped"] + c["cut"] for c in counts)
+    tokenizer, records = load_tokenizer(job.base.local()), records_of(job, run)
+    prepared = PreparedRows((run.root / job.step.folder).local())
+    assert len(prepared) == len(records) > 20
+    sampled = dict.fromkeys(WRPO_ANSWERS, 0)
+    for row in (prepared[i] for i in range(len(prepared))):
+        for name, ids in zip(WRPO_ANSWERS, row.answers, strict=True):
+            answer = records[row.prompt_id][name]
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            assert text.strip() == answer["text"].strip()
+            sampled[name] += ids.tolist() == answer["token_ids"]
+    assert sampled["source_chosen"] < len(prepared)  # the three vocabularies differ
+    own = sampled["target_chosen"], sampled["rejected"]
+    assert (own == (len(prepared), len(prepared))) == (policy == "wrpo")
+
+
+def wrpo_rows(made: Wrpo) -> tuple[Prepare, Run]:
+    """The rows of preference training that a config asks for."""
+    config = preflight(load(made.config))
+    chain = Chain(config)
+    jobs = [job for stage in chain.build() for phase in stage.phases for job in phase]
+    (job,) = (j for j in jobs if isinstance(j, Prepare) and j.answers == WRPO_ANSWERS)
+    return job, Run(chain.root, config.storage.buckets)
+
+
+def records_of(job: Prepare, run: Run) -> dict[str, dict[str, Any]]:
+    """The preference records that rows are made from, by prompt."""
+    folder = run.root / job.rows.folder
+    tables = [read_bucket(folder, b, PREFERENCE).to_pylist() for b in buckets(run.buckets)]
+    return {record["prompt_id"]: record for table in tables for record in table}
 
 
 def has_checkpoint(output: Path) -> bool:

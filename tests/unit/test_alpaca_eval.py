@@ -65,10 +65,17 @@ def test_rates_by_hand():
     assert (result.judged, result.failed) == (5, 0)
 
 
-def test_answers_of_the_same_lengths_leave_nothing_to_control():
-    result = alpaca_eval(table([1.0, 2.0], [9, 9], [9, 9]), reference())
+def test_lengths_that_always_differ_alike_cannot_be_controlled():
+    result = alpaca_eval(table([1.0, 2.0], [9, 9], [7, 7]), reference())
     assert math.isnan(result.length_controlled_win_rate)
     assert math.isnan(result.length_controlled_standard_error)
+
+
+def test_answers_as_long_as_the_baselines_have_the_win_rate():
+    """Shares 0, 1, 1: two thirds, and the error of their mean, which is a third."""
+    result = alpaca_eval(table([1.0, 2.0, 2.0], [9, 8, 7], [9, 8, 7]), reference())
+    assert result.length_controlled_win_rate == pytest.approx(200 / 3)
+    assert result.length_controlled_standard_error == pytest.approx(100 / 3)
 
 
 def test_failed_verdicts_are_counted_and_left_out():

@@ -105,6 +105,15 @@ def test_pair_policies_that_do_not_fit(tmp_path, overrides, reason):
     assert reason in line
 
 
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_revision", "skip_tokenizer_init"])
+@pytest.mark.parametrize("section", ["sources.0", "target"])
+def test_an_engine_has_the_tokenizer_of_the_models_folder(tmp_path, section, name):
+    """The trainer takes the token ids that it samples."""
+    tree = BASE | {"target": {"name": "t", "model": "m"}}
+    (line,) = problems(tmp_path, tree, f"{section}.engine.{name}=other")
+    assert f"engine.{name}: the tokenizer is that of the model folder" in line
+
+
 def test_fusechat3_has_its_own_margins():
     assert PairConfig().margins == (0, float("inf"))
     assert PairConfig(policy="fusechat3").margins == (0.01, 0.1)

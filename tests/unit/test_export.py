@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from tiny_models import preference_rows, write_preferences
 
 from wrpo_ray.cli import main
 from wrpo_ray.config import Config
-from wrpo_ray.core.published import to_published
+from wrpo_ray.core.published import from_published, to_published
 from wrpo_ray.core.records import PREFERENCE
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
@@ -20,6 +21,7 @@ from wrpo_ray.export import write
 from wrpo_ray.export.card import Facts, Model, card, license_of, size_category
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import Statistics
+from wrpo_ray.ingest.readers import read_rows
 from wrpo_ray.pipeline import Chain
 from wrpo_ray.results import export
 
@@ -124,6 +126,98 @@ def test_counts_by_hand():
     assert statistics.wins == {"a": 1}
     assert statistics.lengths == {"prompt": {3: 1}, "y_ws": {3: 1}, "y_wt": {4: 1}, "y_l": {0: 1}}
     assert statistics.rewards == {"y_ws": {9: 1}, "y_wt": {5: 1}, "y_l": {0: 1}}
+
+
+FORMS = [
+    Form("published"), *(Form("trl", pairs) for pairs in ("target", "source", "both")),
+    Form("records"),
+]  # fmt: skip
+IMPORTED = [
+    row | {"source_margin": None, "target_margin": None}
+    | {role: row[role] | dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))
+       for role in ("source_chosen", "target_chosen", "rejected")}
+    for row in ROWS
+]  # fmt: skip
+ALONE = [row for row in ROWS if len(row["messages"]) == 1]
+SETS = {
+    "single turn": ALONE,
+    "conversations": [row for row in ROWS if len(row["messages"]) > 1] * 3,
+    "both": ROWS,
+    "both, the conversation last": [*ROWS[1:], ROWS[0]],
+    "imported": IMPORTED,
+    "of endpoints in part": [
+        row | {"source_chosen": row["source_chosen"] | {"token_ids": None}} if i < 40 else row
+        for i, row in enumerate(ROWS)
+    ],
+    "with candidates": [
+        row | {"candidates": [{"source": "a", "sample": 0, "reward": 0.5}] * (i % 3)}
+        for i, row in enumerate(ROWS)
+    ],
+    "none": [],
+}
+
+
+def kinds(value: object) -> object:
+    """The JSON type of a value, without what nulls and empty lists leave open."""
+    if isinstance(value, dict):
+        return {k: kind for k, v in value.items() if (kind := kinds(v)) not in (None, [], {})}
+    if isinstance(value, list):
+        merged: list = [kind for v in value if (kind := kinds(v)) is not None]
+        return [joined(merged)] if merged else None
+    return None if value is None else type(value).__name__
+
+
+def joined(found: list) -> object:
+    """The one type of several values; fails where they have two."""
+    if all(isinstance(kind, dict) for kind in found):
+        names = dict.fromkeys(name for kind in found for name in kind)
+        return {n: joined([kind[n] for kind in found if n in kind]) for n in names}
+    if all(isinstance(kind, list) for kind in found):
+        return [joined([one for kind in found for one in kind])]
+    (only,) = set(map(str, found))
+    return only
+
+
+def as_json(rows: list[dict], form: Form) -> list[dict]:
+    """A prompt alone as it was published; token ids that are not known as an empty list."""
+    if form.name == "published" and all(len(row["prompt"]) == 1 for row in rows):
+        return [row | {"prompt": row["prompt"][0]} for row in rows]
+    return [
+        row | {n: row[n] | {"token_ids": row[n]["token_ids"] or []} for n in form.answers}
+        for row in rows
+    ]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("rows", SETS.values(), ids=list(SETS))
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_every_reader_reads_every_file(tmp_path, form, rows, kind):
+    """One type a column; pyarrow in small blocks, `datasets`, and our own import read it whole."""
+    shards, to = Folder(str(tmp_path / "shards")), Folder(str(tmp_path / f"rows.{kind}"))
+    for number in range(0, len(rows), 25):
+        part = pa.Table.from_pylist(rows[number : number + 25], schema=PREFERENCE)
+        shards.write_table(f"{number:05d}-of-00064-x.parquet", part)
+    count = write.write_file(shards, to, form)
+    wanted = form.of(batch(rows)).to_pylist()
+    assert count == len(wanted)
+    if kind == "jsonl":
+        wanted = as_json(wanted, form)
+    if kind == "parquet":
+        assert pq.read_table(to.path).to_pylist() == wanted
+    else:
+        read = [json.loads(line) for line in Path(to.path).read_text().splitlines()]
+        assert read == wanted
+        if read:
+            joined(list(map(kinds, read)))
+            table = pa.json.read_json(to.path, pa.json.ReadOptions(block_size=2**13))
+            assert table.num_rows == len(wanted)
+            assert table["prompt" if form.name != "records" else "messages"].null_count == 0
+    if form.name == "published":
+        known = {row["rejected"]["text"] for row in rows}
+        found = [row for _, row in read_rows(to.uri, ["prompt", "chosen", "rejected"])]
+        again = [from_published(row) for row in found]
+        assert {row["rejected"]["text"] for row in again} == known
+        assert [r["messages"] for r in again] == [r["messages"] for r in rows]
 
 
 def test_a_folder_with_other_files_is_left_alone(shards, tmp_path, monkeypatch):
@@ -256,7 +350,8 @@ def test_one_file_from_the_command_line(run, tmp_path, capsys, kind):
     if kind == "jsonl":
         rows = [json.loads(line) for line in to.read_text().splitlines()]
         key = lambda row: row["prompt_id"]  # noqa: E731
-        assert sorted(rows, key=key) == sorted(map(to_published, ROWS), key=key)
+        whole = Form("published").of(batch(ROWS)).to_pylist()  # one has two messages
+        assert sorted(rows, key=key) == sorted(whole, key=key)
     else:
         assert pq.read_metadata(to).num_rows == 60
     assert main(["export", str(path), "--to", str(to), "--pairs", "both"]) == 2

@@ -1,8 +1,11 @@
 """Rows of the user's files into records: what is usable, and what is kept with a reason."""
 
+import datetime
 import json
 import math
+from decimal import Decimal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -176,3 +179,68 @@ def test_an_answer_without_a_score_fails_alone(tmp_path, score):
     assert [row["text"] for row in good] == ["because", "hm"]
     assert (bad["where"], bad["error"]) == ("c.jsonl:1[1]", "RowError")
     assert "has to be a finite number" in bad["message"]
+
+
+# --- rewards of every type ---------------------------------------------------------------------
+
+REWARDS: dict[pa.DataType, tuple[list[object], list[float | None]]] = {
+    **{of: ([3, 0, None], [3.0, 0.0, None]) for of in (pa.int8(), pa.int16(), pa.int32())},
+    **{of: ([3, 250, None], [3.0, 250.0, None]) for of in (pa.uint8(), pa.uint16(), pa.uint32())},
+    pa.int64(): ([-(2**62), None], [-(2.0**62), None]),
+    pa.uint64(): ([2**64 - 1, None], [2.0**64, None]),
+    pa.float16(): ([np.float16(0.5), np.float16("nan"), None], [0.5, None, None]),
+    pa.float32(): ([0.5, math.inf, None], [0.5, None, None]),
+    pa.float64(): ([0.1, -math.inf, math.nan, None], [0.1, None, None, None]),
+    pa.decimal128(5, 2): ([Decimal("0.93"), Decimal("-7"), None], [0.93, -7.0, None]),
+    pa.decimal128(38, 0): ([Decimal(10**37), None], [1e37, None]),
+    pa.decimal256(70, 10): ([Decimal("1e50"), None], [1e50, None]),
+    pa.dictionary(pa.int8(), pa.float64()): ([0.25, None], [0.25, None]),
+    pa.bool_(): ([True, False], [None, None]),  # right or wrong is no degree
+    pa.string(): (["0.5", None], [None, None]),
+    pa.null(): ([None], [None]),
+    pa.date32(): ([datetime.date(2024, 1, 1)], [None]),
+    pa.duration("s"): ([datetime.timedelta(1)], [None]),
+    pa.binary(): ([b"1"], [None]),
+    pa.struct([("a", pa.int64())]): ([{"a": 1}], [None]),
+}
+
+
+@pytest.mark.parametrize("of", REWARDS, ids=str)
+@pytest.mark.parametrize("form", ["responses", "candidates"])
+def test_a_reward_of_any_type_of_number_is_read_and_all_else_fails(tmp_path, of, form):
+    cells, wanted = REWARDS[of]
+    path, count = tmp_path / "r.parquet", len(cells)
+    texts = [f"{i}" for i in range(count)]
+    rewards = pa.array(cells, of) if of != pa.dictionary(pa.int8(), pa.float64()) else (
+        pa.array(cells, pa.float64()).dictionary_encode()
+    )  # fmt: skip
+    if form == "candidates":  # all in one row
+        offsets = pa.array([0, count], pa.int32())
+        columns = {
+            "prompt": ["x"],
+            "all_generated_responses": [texts],
+            "all_rm_scores": pa.ListArray.from_arrays(offsets, rewards),
+        }
+    else:
+        columns = {"prompt": ["x"] * count, "response": texts, "reward": rewards}
+    pq.write_table(pa.table(columns), path)
+    given = ImportConfig(path="x", format=form, source="m")
+    good, bad = placed(IngestResponses(Step("import"), given), path)
+    found = {int(row["text"]): row["reward"] for row in good}
+    assert found == {i: value for i, value in enumerate(wanted) if value is not None}
+    assert len(good) + len(bad) == count
+    assert {row["error"] for row in bad} <= {"RowError"}
+
+
+@pytest.mark.parametrize(
+    ("cell", "value"),
+    [("1", 1.0), ("0.5", 0.5), ("1e3", 1000.0), ("-7.25", -7.25), ("1e400", None), ("NaN", None),
+     ("Infinity", None), ("-Infinity", None), ("true", None), ('"1"', None), ("null", None),
+     ("[1]", None), ("9" * 400, None)],
+)  # fmt: skip
+def test_a_reward_in_json_is_a_finite_number(tmp_path, cell, value):
+    path = tmp_path / "r.jsonl"
+    path.write_text(f'{{"prompt": "x", "response": "y", "reward": {cell}}}')
+    good, bad = placed(IngestResponses(Step("import"), ImportConfig(path="x", source="m")), path)
+    assert [row["reward"] for row in good] == ([] if value is None else [value])
+    assert len(bad) == (value is None)

@@ -7,6 +7,10 @@ import pytest
 
 from wrpo_ray.evaluate.mt_bench import Mean, Rating, mt_bench, parse_rating
 
+OTHERS = ("8/10", "4/5", "-1", "11", "10.5", "4 out of 5", "7-8", "7,5", "Score: 8", "9" * 400)
+"""What is no rating, in double brackets."""
+MORE = ("", " as in [3]", " or [[8/10]], see [1]")
+
 
 @pytest.mark.parametrize(
     ("judgment", "rating"),
@@ -20,7 +24,11 @@ from wrpo_ray.evaluate.mt_bench import Mean, Rating, mt_bench, parse_rating
         ("[[10.]]", 10.0),
         ("Rating: 8", None),
         ("[[-1]]", None),
-        ("[[8/10]]", None),
+        *((f"[[{said}]]{more}", None) for said in OTHERS for more in MORE),
+        ("[[8/10]], that is [[8]]", 8.0),
+        ("[[x]], so [6]", 6.0),
+        ("[[ 8 ]]", None),
+        ("[[0]]", 0.0),
         ("see [2024]", None),
         ("$ERROR$", None),
         ("", None),

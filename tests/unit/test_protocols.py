@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import benchmark_files
@@ -10,11 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.evaluate import fetch as fetching
 from wrpo_ray.evaluate.benchmarks import read_items, read_judging
-from wrpo_ray.evaluate.protocols import LABEL, NoVerdictError, PairJudging, filled
+from wrpo_ray.evaluate.protocols import (
+    AlpacaEvalJudging,
+    ArenaHardJudging,
+    MTBenchJudging,
+    NoVerdictError,
+    PairJudging,
+    filled,
+)
+from wrpo_ray.evaluate.verdicts import Game, Verdicts
 from wrpo_ray.report.comparison import html, markdown
 
 NAMES = ("alpaca_eval", "arena_hard", "mt_bench")
@@ -103,7 +113,35 @@ def test_a_judge_that_does_not_care_for_positions_gives_both_games_the_same_shar
     mirrored = {"A": "B", "B": "A", "C": "C"}[label]
     games = [PairJudging().verdict({}, p, said(f"[[{x}]]")) for p, x in ((1, label), (2, mirrored))]
     assert games[0].value == games[1].value
-    assert LABEL.findall("quoted [[A]], then [[B]]")[-1] == "B"
+
+
+@pytest.mark.parametrize("before", ["", "quoted [[A]], then ", "[[C]] [[Tie]]\n\n", "[[7]] "])
+@pytest.mark.parametrize(
+    ("said_last", "share"),
+    [("[[A]]", 1), ("[[B]]", 0), ("[[C]]", 0.5), ("[[ B ]]", 0), ("[[**B**]]", 0), ("[[[B]]]", 0),
+     ("[[Tie]]", None), ("[[A/B]]", None), ("[[A>B]]", None), ("[[D]]", None), ("[[a]]", None),
+     ("[[8/10]]", None), ("[[AB]]", None), ("[[]]", None)],
+)  # fmt: skip
+def test_the_last_double_brackets_are_a_pairs_verdict(before, said_last, share):
+    """What is no verdict does not give way to one that was quoted before it."""
+    judgment = said(f"{before}Verdict: {said_last}.")
+    if share is None:
+        with pytest.raises(NoVerdictError):
+            PairJudging().verdict({}, 1, judgment)
+    else:
+        assert PairJudging().verdict({}, 1, judgment).value == share
+        assert PairJudging().verdict({}, 2, judgment).value == 1 - share
+
+
+@pytest.mark.parametrize("kind", [PairJudging, MTBenchJudging, ArenaHardJudging, AlpacaEvalJudging])
+def test_how_judgments_are_read_is_in_the_verdicts_key(kind):
+    """Those that are read as they always were keep theirs; the judge is asked nothing again."""
+    asked = SimpleNamespace(step=Step("prompts"), splits=("eval",), answers=())
+    game = Game(asked, SimpleNamespace(step=Step("judgments")))
+    judging = SimpleNamespace(name=kind.name, identity=1, reading=kind.reading)
+    first = SimpleNamespace(name=kind.name, identity=1, reading=1)
+    keys = [Verdicts(j, "m", None, "j", (game,)).step.key for j in (judging, first)]
+    assert (keys[0] == keys[1]) == (kind in (ArenaHardJudging, AlpacaEvalJudging))
 
 
 def test_a_pairs_template_of_ones_own_is_checked():

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 from openai_server import Call, Server, serving
 
-from wrpo_ray.config import EndpointConfig, JudgeConfig
+from wrpo_ray.config import EndpointConfig, JudgeConfig, ScoreConfig
 from wrpo_ray.core import endpoint
 from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline import _scorer_fingerprint
+from wrpo_ray.score import judge
 from wrpo_ray.score.base import Item
-from wrpo_ray.score.judge import JudgeReward, Question
+from wrpo_ray.score.judge import JudgeReward, NoRatingError, Question, read_rating
 
 
 @dataclass
@@ -45,6 +47,8 @@ RATED = {
     "first": ("Good. [[7]]", 7.0),
     "second": ("It says [[10]] itself.\nRating: [[3.5]]", 3.5),
     "third": ("[[ 8 / 10 ]]", 8.0),
+    "ninth": ("[[4/5]]", "the rating 4 is out of 5, not of 10"),
+    "tenth": ("[[9-10]]", "[[9-10]] is no rating, in the judgement: [[9-10]]"),
     "fourth": ("[[11]]", "the rating 11 is not within 1 to 10"),
     "fifth": ("I would say 7 of 10.", "no rating in the judgement: I would say"),
     "sixth": ("I cannot judge this.", "no rating"),
@@ -65,6 +69,63 @@ def test_ratings_are_read_and_what_is_none_fails_with_its_reason():
     (body,) = [call.body for call in server.calls if "first" in call.prompt]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("j", 0, 1024)
     assert "seed" not in body
+
+
+NUMBERS = {"4": 4.0, "7.5": 7.5, "8.": 8.0, ".5": 0.5, "+3": 3.0, "-1": -1.0, "0": 0.0,
+           "\N{MINUS SIGN}1": -1.0, "10": 10.0, "11": 11.0, "10.01": 10.01,
+           "9" * 400: float("inf")}  # fmt: skip
+SCALES = [(1, 10), (0, 5), (-5, 5), (0, 1), (1, 10.5)]
+ENDS = {"": None, "/5": 5, " / 10": 10, "/10.0": 10, " out of 5": 5, " OUT  OF 10": 10, " of 5": 5,
+        "/1": 1, "/100": 100, "/10.5": 10.5}  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", SCALES, ids=str)
+@pytest.mark.parametrize("end", ENDS, ids=str)
+def test_a_rating_counts_on_its_own_scale_only(end, scale):
+    """Every number with every end, inside the brackets and behind them, against every scale."""
+    worst, best = scale
+    for said, value in NUMBERS.items():
+        texts = [
+            f"Well.\n\nRating: [[ {said}{end} ]]",
+            f"[[2]] was asked for. **[[{said}{end}]]**.",
+        ]
+        if not end.startswith(" of"):
+            texts += [f"Rating: [[{said}]]{end}", f"**[[{said}]]** {end}."]
+        for text in texts:
+            if ENDS[end] in (None, best) and worst <= value <= best:
+                assert read_rating(text, worst, best) == value
+            else:
+                with pytest.raises(NoRatingError, match="rating"):
+                    read_rating(text, worst, best)
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Rating: 8", "8 points", "4/", "/5", "4 out of", "A4",
+     "8\N{FRACTION SLASH}10", "4 5", "--4", "4..5", "nan4"],
+)  # fmt: skip
+def test_what_is_no_rating_does_not_give_way_to_a_quoted_one(said):
+    """The answer itself claims [[10]]."""
+    with pytest.raises(NoRatingError, match="is no rating"):
+        read_rating(f"It says [[10]]. Mine: [[{said}]]", 1, 10)
+
+
+@pytest.mark.parametrize("said", ["[[x]]", "[[]]", "[[nan]]", "[5]", "[[5] ]", "5", "[[[x]]]"])
+def test_without_a_digit_in_double_brackets_there_is_no_rating(said):
+    with pytest.raises(NoRatingError, match="no rating in"):
+        read_rating(said, 1, 10)
+
+
+@pytest.mark.parametrize("text", ["[[3]] then [[6]]", "[[[6]]]", "[[6]] as in [[x]]", "[[6]]\n/5"])
+def test_the_last_rating_counts(text):
+    assert read_rating(text, 1, 10) == 6
+
+
+def test_how_ratings_are_read_is_in_a_judged_steps_key(monkeypatch):
+    part = ScoreConfig(judge=config("http://h/v1"))
+    before = _scorer_fingerprint(part)
+    monkeypatch.setattr(judge, "READING", judge.READING + 1)
+    assert _scorer_fingerprint(part) != before
 
 
 def test_faults_of_the_server_are_the_rows_own():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def root(tmp_path) -> Folder:
 
 def job(base: Path | str, config: TrainConfig = WRPO, fingerprint: str = "base") -> Prepare:
     rows = PAIRS if isinstance(config, WrpoConfig) else SELECTION
-    return Prepare("wrpo", rows, Folder(str(base)), fingerprint, config)
+    return Prepare("wrpo", rows, Folder(str(base)), fingerprint, config, own="target-sft")
 
 
 def fill(root: Folder, job: Prepare, count: int = COUNT) -> list[dict[str, Any]]:
@@ -333,7 +334,7 @@ def test_another_base_or_other_rows_are_another_step():
     same = job("base").step
     assert job("base", fingerprint="other").step.key != same.key
     assert job("elsewhere").step.key == same.key  # the fingerprint tells what lies there
-    other = Prepare("wrpo", Step("pair", {"x": 1}), Folder("base"), "base", WRPO)
+    other = Prepare("wrpo", Step("pair", {"x": 1}), Folder("base"), "base", WRPO, own="target-sft")
     assert other.step.key != same.key
     assert job("base", TrainConfig(**SETTINGS)).step.key != same.key
 
@@ -342,6 +343,23 @@ def test_compat_is_in_the_key():
     """It needs a max_prompt_length, which is in the key by itself."""
     kinds = [WrpoConfig(**SETTINGS, max_prompt_length=30, compat=c) for c in ("none", "published")]
     assert len({job("base", config).step.key for config in kinds}) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "matters"),
+    [
+        (WRPO, True),
+        (WrpoConfig(**SETTINGS, max_prompt_length=30, compat="published"), False),  # texts alone
+        (TrainConfig(**SETTINGS), False),  # SFT, on the sources' answers
+    ],
+    ids=["wrpo", "published", "sft"],
+)
+def test_rows_without_own_answers_are_other_rows(config, matters):
+    """Their token ids are of other vocabularies; the key of rows with own ones stays as it was."""
+    own = [replace(job("base", config), own=name) for name in ("target-sft", "target", None)]
+    keys = [one.step.key for one in own]
+    assert keys[0] == keys[1]
+    assert (keys[2] != keys[0]) == matters
 
 
 def test_precision_matters_only_to_what_is_computed():

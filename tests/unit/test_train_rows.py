@@ -40,8 +40,11 @@ def tokenizer():
 def tokenizing(tokenizer):
     """How WRPO's records become rows, with settings of a TrainConfig."""
 
-    def make(names: tuple[str, ...] = WRPO_ANSWERS, **settings) -> Tokenizing:
-        return Tokenizing(tokenizer, ENDS, names, TrainConfig(**({"max_length": 64} | settings)))
+    def make(
+        names: tuple[str, ...] = WRPO_ANSWERS, own: str | None = "target-sft", **settings
+    ) -> Tokenizing:
+        config = TrainConfig(**({"max_length": 64} | settings))
+        return Tokenizing(tokenizer, ENDS, names, config, own)
 
     return make
 
@@ -74,6 +77,20 @@ def test_token_ids_of_answers(tokenizing, tokenizer, record):
     ]
     assert {ids.dtype for ids in (row.prompt, *row.answers)} == {np.dtype(np.int32)}
     assert (row.prompt_id, row.reference, cut) == (record["prompt_id"], (), 0)
+
+
+@pytest.mark.parametrize("own", ["target-sft", "other", "third", None])
+@pytest.mark.parametrize("source", ["target-sft", "other", "third", None])
+@pytest.mark.parametrize("name", WRPO_ANSWERS)
+def test_only_the_own_models_token_ids_are_used(tokenizing, tokenizer, record, own, source, name):
+    """Whatever part of a row an answer has; ids 8 and 9 are not those of its text."""
+    for other in WRPO_ANSWERS:
+        record[other]["token_ids"] = None
+    record[name] |= {"text": "w1", "token_ids": [8, 9, END], "source": source}
+    answers = dict(zip(WRPO_ANSWERS, tokenizing(own=own).row(record)[0].answers, strict=True))
+    is_own = own is not None and own == source
+    of_text = [*tokenizer.convert_tokens_to_ids(["w1"]), END]
+    assert answers[name].tolist() == ([8, 9, END] if is_own else of_text)
 
 
 def test_sft_takes_the_sources_answer_alone(tokenizing, record):

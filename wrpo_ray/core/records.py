@@ -38,7 +38,7 @@ PROMPT = _schema(
         ("prompt_id", pa.string()),
         ("messages", MESSAGES),
         ("split", pa.string()),  # sft | preference | eval
-        ("reference", pa.string()),  # the right answer, for verifiers; may be null
+        ("reference", pa.string()),  # the right answer, as `references` packs it; may be null
         ("group", pa.string()),  # for tables by skill or category; may be null
     ],
 )

@@ -61,7 +61,8 @@ class AlpacaEval:
     win_rate: float
     standard_error: float
     length_controlled_win_rate: float
-    """NaN where the two answers' lengths do not differ, so that nothing can be controlled."""
+    """The win rate where all answers are as long as the baseline's; 50 where all verdicts are ties;
+    NaN where all differ by the same length, so that nothing can be controlled."""
     length_controlled_standard_error: float
     discrete_win_rate: float
     """Each verdict rounded to win or loss; a tie is half a win."""
@@ -169,8 +170,11 @@ def _length_controlled(
     Instructions without a verdict are predicted too; only the fit leaves them out.
     """
     lengths = (annotations["len_1"].to_numpy() - annotations["len_2"].to_numpy()).astype(float)
+    known = ~np.isnan(won)
+    if not lengths.any() or (won[known] == 0.5).all():
+        return won[known]  # no length to take out, or nothing that it could have won
     spread = np.std(lengths, ddof=1) if len(lengths) > 1 else 0.0
-    if not spread or np.isnan(won).all():
+    if not spread:
         return np.array([])
     difficulty = _difficulties(annotations["index"].to_pylist(), reference)
     ones = np.ones(len(won))

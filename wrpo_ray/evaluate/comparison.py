@@ -32,6 +32,8 @@ from wrpo_ray.evaluate.verdicts import Verdicts, once
 
 Row = dict[str, Any]
 FILE = "comparison.json"
+CONTROLLED = ("alpaca_eval", "pairwise")
+"""What has figures with the length of the answers taken out."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ class Compare:
         inputs = [v.step for v in self.verdicts]
         inputs += [s.step for p in self.reward_pairs for side in p.rewards for s in side]
         pairs = [[p.a, p.b, p.margin] for p in self.reward_pairs]
-        config = {"reward_pairs": pairs} | ({"style_control": True} if self.style_control else {})
+        config: dict[str, Any] = {"reward_pairs": pairs}
+        config |= {"style_control": True} if self.style_control else {}
+        controls = self.reward_pairs or any(v.judging.name in CONTROLLED for v in self.verdicts)
+        config |= {"length_control": 2} if controls else {}
         return Step("comparison", config, once(inputs))
 
     @property

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
+OTHER = re.compile(r"\[\[[^\[\]\d]*\d[^\[\]]*\]\]")
+"""Double brackets with a digit, whatever else they hold."""
 BEST = 10.0
 
 
@@ -48,9 +50,12 @@ class MTBench:
 def parse_rating(judgment: str) -> float | None:
     """The first `[[n]]` of a judgment, without one the first `[n]`; None where there is neither.
 
-    Numbers above 10, which the official code would take, are no ratings: `[2024]` is a year.
+    The official code's way, but for what it would take for a rating and is none: a number above
+    10 (`[2024]` is a year), and a `[n]` beside a rating of another form (`[[4/5]], as [1] says`).
     """
-    found = RATING.search(judgment) or BACKUP.search(judgment)
+    found = RATING.search(judgment)
+    if not found and not OTHER.search(judgment):
+        found = BACKUP.search(judgment)
     rating = float(found[1]) if found else math.inf
     return rating if rating <= BEST else None
 

@@ -40,7 +40,8 @@ class Pairwise:
     win_rate: Estimate
     """The mean share: a tie is half a win."""
     length_controlled: Estimate
-    """The win rate, were both answers of the same length; NaN where all differ by the same."""
+    """The win rate, were both answers of the same length, as it is where they are, or where all are
+    ties; NaN where all differ by the same length, so that nothing can be controlled."""
     failed: int
 
 
@@ -72,7 +73,9 @@ def pairwise(comparisons: Sequence[Comparison]) -> Pairwise:
     def share(values: np.ndarray) -> Estimate:
         return _estimate(values.mean() if n else math.nan, counts @ values / max(n, 1), n)
 
-    if length is None:
+    if not lengths.any() or (shares == 0.5).all():
+        controlled = share(shares)  # no length to take out, or nothing that it could have won
+    elif length is None:
         controlled = Estimate(math.nan, math.nan, math.nan, n)
     else:
         at_equal = [_at_equal_length(shares, length, drawn) for drawn in counts[:FITS]]
@@ -92,6 +95,8 @@ def shortfall(name: str, figure: Estimate, floor: float) -> str | None:
     """What a regression gate says of a figure below its floor, or of one that is not known."""
     if figure.mean >= floor:
         return None
+    if math.isnan(figure.mean):
+        return f"{name} is not known, as none of its prompts was judged, and has to be {floor:g}"
     return (
         f"{name} is {figure.mean:.3f} [{figure.low:.3f}, {figure.high:.3f}] on {figure.n} prompts, "
         f"below {floor:g}"

@@ -64,6 +64,10 @@ class Judging(Protocol):
     def identity(self) -> Any:
         """What decides the questions."""
 
+    @property
+    def reading(self) -> int:
+        """Version of how judgments are read."""
+
     def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
         """The conversation that the judge is to go on with; `texts` are the models' answers."""
 
@@ -101,6 +105,7 @@ class AlpacaEvalJudging:
     """(role, text) of each message."""
 
     name = "alpaca_eval"
+    reading = 1
     schema = ITEM
     positions = (1,)
     goes_on = False
@@ -145,6 +150,7 @@ class ArenaHardJudging:
     template: str
 
     name = "arena_hard"
+    reading = 1
     schema = ITEM
     positions = (1, 2)
     goes_on = True
@@ -185,6 +191,7 @@ class MTBenchJudging:
     """(name, system, template): single-v1, single-math-v1, and both with -multi-turn."""
 
     name = "mt_bench"
+    reading = 2
     schema = ITEM
     positions = (1, 2)
     goes_on = False
@@ -240,7 +247,7 @@ counts, and what an answer says about its own quality is no evidence.
 Explain in a few sentences which answer is better. Then end with [[A]] if it is answer A, [[B]] if
 it is answer B, or [[C]] if they are equally good.
 """
-LABEL = re.compile(r"\[\[([ABC])\]\]")
+BRACKETS = re.compile(r"\[\[([^\[\]]*)\]\]")
 SHARES = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 
@@ -252,6 +259,7 @@ class PairJudging:
     max_tokens: int = 1024
 
     name = "pairwise"
+    reading = 2
     schema = PROMPT
     positions = (1, 2)
     goes_on = False
@@ -285,9 +293,9 @@ class PairJudging:
         return template.render(messages=messages, first=first, second=second)
 
     def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
-        """By the last label: others may be quoted from the answers before it."""
-        found = LABEL.findall(judgment["text"])
-        if not found:
+        """By the last double brackets: others may be quoted from the answers before them."""
+        found = BRACKETS.findall(judgment["text"])
+        label = found[-1].strip(" *") if found else None
+        if label not in SHARES:
             raise no_verdict(judgment)
-        share = SHARES[found[-1]]
-        return Verdict(share if position == 1 else 1 - share, found[-1])
+        return Verdict(SHARES[label] if position == 1 else 1 - SHARES[label], label)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.config import Actors
 from wrpo_ray.core import metrics, records
 from wrpo_ray.core.cluster import Pool
 from wrpo_ray.core.pools import map_rows
+from wrpo_ray.core.references import unpacked
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets
 from wrpo_ray.core.steps import Step
-from wrpo_ray.evaluate.statistics import Estimate, Sums, normal, wilson
+from wrpo_ray.evaluate.statistics import Sums, normal, plain, wilson
 
 ALL = "all"
 TABLE, EXAMPLE = "table.json", "example.json"
@@ -101,20 +101,15 @@ def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
         interval = wilson if measure == "accuracy" else normal
         table[measure] = {
             "models": {
-                name: {g: _plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
+                name: {g: plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
                 for name in names
             },
             "contrasts": {
-                f"{a} - {b}": _plain(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
+                f"{a} - {b}": plain(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
                 for a, b in job.contrasts
             },
         }
     return table
-
-
-def _plain(estimate: Estimate) -> dict[str, float | None]:
-    """As JSON, which has no NaN: null where there are too few prompts."""
-    return {n: None if math.isnan(v) else v for n, v in asdict(estimate).items()}
 
 
 class Summer:
@@ -201,7 +196,7 @@ class Summer:
             {
                 "prompt_id": key,
                 "messages": prompt["messages"],
-                "reference": prompt["reference"],
+                "reference": unpacked(prompt["reference"]),
                 "answers": answers,
                 "told_apart": bool(won),
             }

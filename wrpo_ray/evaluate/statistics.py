@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
@@ -45,6 +45,11 @@ class Estimate:
     low: float
     high: float
     n: int
+
+
+def plain(estimate: Estimate) -> dict[str, float | None]:
+    """As JSON, which has no NaN: null where there are too few prompts."""
+    return {n: None if math.isnan(v) else v for n, v in asdict(estimate).items()}
 
 
 def wilson(sums: Sums) -> Estimate:

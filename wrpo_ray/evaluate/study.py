@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Samples, buckets
 from wrpo_ray.core.steps import Step
 from wrpo_ray.evaluate.stage import Entrant
-from wrpo_ray.evaluate.statistics import Crossed, crossed, crossed_of
+from wrpo_ray.evaluate.statistics import Crossed, crossed, crossed_of, plain
 
 TABLE = "table.json"
 MEASURES = ("accuracy", "reward")
@@ -132,7 +133,10 @@ def _name(a: str, b: str) -> str:
 
 
 def tabulate(job: StudyTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
-    """{measure: {"variants" or "contrasts": {name: mean, low, high, n, seeds {seed: mean}}}}."""
+    """{measure: {"variants" or "contrasts": {name: mean, low, high, n, seeds {seed: mean}}}}.
+
+    Null where there are too few prompts.
+    """
     seeds = job.seeds
     shared = {_name(a, b): [s for s in seeds[a] if s in seeds[b]] for a, b in job.contrasts}
     table: dict[str, Any] = {}
@@ -151,5 +155,5 @@ def tabulate(job: StudyTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
 
 
 def _row(sums: Crossed, seeds: list[int]) -> dict[str, Any]:
-    by_seed = dict(zip(map(str, seeds), sums.seed_means, strict=True))
-    return asdict(crossed(sums)) | {"seeds": by_seed}
+    means = [None if math.isnan(mean) else mean for mean in sums.seed_means]
+    return plain(crossed(sums)) | {"seeds": dict(zip(map(str, seeds), means, strict=True))}

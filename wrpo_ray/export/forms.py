@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from wrpo_ray.core.published import PUBLISHED
-from wrpo_ray.core.records import MESSAGES, PREFERENCE
+from wrpo_ray.core.records import ANSWER, MESSAGES, PREFERENCE
 
 Name = Literal["published", "trl", "records"]
 Pairs = Literal["target", "source", "both"]
@@ -39,6 +39,11 @@ class Form:
     def schema(self) -> pa.Schema:
         """Of the rows that leave."""
         return {"published": PUBLISHED, "trl": TRL, "records": PREFERENCE}[self.name]
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The columns that hold whole ANSWER records."""
+        return tuple(field.name for field in self.schema if field.type == ANSWER)
 
     @property
     def rows_each(self) -> int:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wrpo_ray.core.storage import Folder
@@ -42,8 +43,19 @@ def write_file(shards: Folder, to: Folder, form: Form) -> int:
     parent = os.path.dirname(to.path)
     if not to.is_remote and not os.path.isdir(parent):
         raise UserError(f"export: --to {to}: there is no folder {parent}; make it")
-    write = _write_jsonl if str(to).endswith(".jsonl") else _write_parquet
-    return write(to, "", form, _batches(shards, shards.files(suffix=".parquet")))
+    names = shards.files(suffix=".parquet")
+    if not str(to).endswith(".jsonl"):
+        return _write_parquet(to, "", form, _batches(shards, names))
+    alone = form.name == "published" and not _has_conversations(shards, names)
+    return _write_jsonl(to, "", form, _batches(shards, names), prompts_alone=alone)
+
+
+def _has_conversations(shards: Folder, names: list[str]) -> bool:
+    """Whether a prompt has more than one message."""
+    for batch in _batches(shards, names, ["messages"]):
+        if pc.max(pc.list_value_length(batch["messages"])).as_py() not in (None, 1):
+            return True
+    return False
 
 
 def write_folder(shards: Folder, to: Folder, form: Form) -> Statistics:
@@ -108,10 +120,12 @@ def _open(shards: Folder, name: str) -> pq.ParquetFile:
     return pq.ParquetFile(f"{shards.path}/{name}", filesystem=shards.filesystem)
 
 
-def _batches(shards: Folder, names: list[str]) -> Iterator[pa.RecordBatch]:
+def _batches(
+    shards: Folder, names: list[str], columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
     for name in names:
         with _open(shards, name) as file:
-            yield from file.iter_batches(batch_size=BATCH)
+            yield from file.iter_batches(batch_size=BATCH, columns=columns)
 
 
 def _write_parquet(to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch]) -> int:
@@ -128,15 +142,24 @@ def _write_parquet(to: Folder, name: str, form: Form, batches: Iterator[pa.Recor
     return count
 
 
-def _write_jsonl(to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch]) -> int:
-    """A published prompt of one message is that message, as in the published rows."""
+def _write_jsonl(
+    to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch], *, prompts_alone: bool
+) -> int:
+    """Each column has one type in all lines, as readers of JSONL ask for.
+
+    Where `prompts_alone`, a prompt is its one message, as in the published rows, and else a list.
+    Token ids that are not known are an empty list: pyarrow takes a list behind nulls for another
+    type.
+    """
     count = 0
     with to.writing(name) as stream:
         for batch in batches:
             rows = form.of(batch).to_pylist()
             for row in rows:
-                if form.name == "published" and len(row["prompt"]) == 1:
-                    row["prompt"] = row["prompt"][0]
+                if prompts_alone:
+                    (row["prompt"],) = row["prompt"]
+                for answer in (row[name] for name in form.answers):
+                    answer["token_ids"] = answer["token_ids"] or []
             lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             stream.write("".join(lines).encode())
             count += len(rows)

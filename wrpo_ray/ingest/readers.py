@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import reprlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from typing import Any
 
 import pyarrow as pa
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 from wrpo_ray.config import Columns, ImportConfig, ResponseColumns
 from wrpo_ray.core.published import RowError, check_text, messages_of
 from wrpo_ray.core.records import prompt_id, unit_interval
+from wrpo_ray.core.references import packed
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
+from wrpo_ray.ingest.cells import JsonFloat, group_of, narrow_columns, reference_of, widened
 from wrpo_ray.reading import read_json
 
 Row = dict[str, Any]
@@ -81,32 +84,46 @@ def _has_rows(file: Folder) -> bool:
         return stream.size() > 0
 
 
-def read_rows(uri: str, columns: list[str]) -> Iterator[tuple[str, Row | Exception]]:
+def read_rows(
+    uri: str, columns: list[str], texts: Sequence[str] = ()
+) -> Iterator[tuple[str, Row | Exception]]:
     """(place, row) for each row, such as ("prompts.jsonl:3", {...}); an Exception for a bad one.
 
-    Rows of a Parquet file have only `columns`. Blank lines are passed over.
+    Rows of a Parquet file have only `columns`; floats in `texts` are to be written as text. Blank
+    lines are passed over.
     """
     file = Folder(uri)
     name = str(file).rsplit("/", 1)[-1]
     with file.filesystem.open_input_file(file.path) as stream:
-        rows = _parquet(stream, columns) if name.endswith(".parquet") else _jsonl(stream)
+        rows = _parquet(stream, columns, texts) if name.endswith(".parquet") else _jsonl(stream)
         for number, row in enumerate(rows, start=1):
             if row is not None:
                 yield f"{name}:{number}", row
 
 
-def _parquet(stream: pa.NativeFile, columns: list[str]) -> Iterator[Row | Exception]:
-    for batch in pq.ParquetFile(stream).iter_batches(batch_size=1024, columns=columns):
-        try:
-            yield from batch.to_pylist()
-        except ValueError:  # such as bytes that are no text: find the rows
-            yield from (_one(batch.slice(i, 1)) for i in range(batch.num_rows))
+def _parquet(
+    stream: pa.NativeFile, columns: list[str], texts: Sequence[str]
+) -> Iterator[Row | Exception]:
+    file = pq.ParquetFile(stream)
+    narrow = narrow_columns(file.schema_arrow, texts)
+    for batch in file.iter_batches(batch_size=1024, columns=columns):
+        for row in _rows(batch):
+            if isinstance(row, dict):
+                row |= {name: widened(row[name], type_) for name, type_ in narrow.items()}
+            yield row
+
+
+def _rows(batch: pa.RecordBatch) -> list[Row | Exception]:
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # such as bytes that are no text: find the rows
+        return [_one(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
 def _one(batch: pa.RecordBatch) -> Row | Exception:
     try:
         return batch.to_pylist()[0]
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         return error
 
 
@@ -117,7 +134,7 @@ def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception | None]:
             yield None
             continue
         try:
-            row = read_json(line)
+            row = read_json(line, parse_float=JsonFloat.read)
             yield row if isinstance(row, dict) else RowError("the line is no JSON object")
         except (ValueError, RecursionError) as error:
             yield error
@@ -130,17 +147,17 @@ def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: in
     """A PROMPT record; its split is drawn by a hash of the prompt from {split: share}.
 
     Raises:
-        RowError: the prompt is missing, empty or malformed, or the reference is null.
+        RowError: the prompt is missing, empty or malformed, the reference is null, or reference
+            or group is nothing that can be written as text.
     """
     messages = _messages(row, columns)
-    key = prompt_id(messages)
-    group = row.get(columns.group) if columns.group else None
+    key, name = prompt_id(messages), columns.reference
     return {
         "prompt_id": key,
         "messages": messages,
         "split": _split(key, splits, seed),
-        "reference": check_text(str(_cell(row, columns.reference))) if columns.reference else None,
-        "group": None if group is None else check_text(str(group)),
+        "reference": packed(reference_of(_cell(row, name), name)) if name else None,
+        "group": group_of(row.get(columns.group), columns.group) if columns.group else None,
     }
 
 
@@ -206,7 +223,7 @@ def _name(value: Any, column: str) -> str:
 
 def _number(value: Any, column: str) -> float:
     largest = sys.float_info.max
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not is_number or not -largest <= value <= largest:
         raise RowError(f"{column!r} has to be a finite number (got {reprlib.repr(value)})")
     return float(value)

@@ -214,8 +214,10 @@ def _shuffled(run: Run, job: Ingest, files: list[str], limit: int | None) -> dic
 
 
 def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:
+    texts = job.input.columns.of_text if isinstance(job, IngestPrompts) else ()
+
     def read(task: Row) -> Iterator[Row]:
-        rows = (found for uri in task["files"] for found in read_rows(uri, job.columns))
+        rows = (found for uri in task["files"] for found in read_rows(uri, job.columns, texts))
         for place, row in islice(rows, limit):
             yield from _placed(job, place, row, buckets)
 

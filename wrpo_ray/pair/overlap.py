@@ -12,13 +12,29 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 """An odd number whose powers spread the words of an n-gram over 64 bits."""
 
 
+SCRIPTS = (
+    "Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le",
+    "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Javanese", "Balinese",
+)  # fmt: skip
+"""Scripts that put no spaces between words."""
+_UNSPACED = "".join(rf"\p{{{script}}}" for script in SCRIPTS)
+
+
+def are_unspaced(texts: pa.Array) -> pa.Array:
+    """Whether each text has anything in a script without spaces."""
+    return pc.match_substring_regex(texts, f"[{_UNSPACED}]")
+
+
 def ngrams(texts: pa.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
     """64-bit hashes of all n-grams of words, and which text each is from; both (K,).
 
-    Words are runs of letters and digits, regardless of case. A text with fewer than n words is
-    one n-gram, one without words none. The hashes are the same in every process.
+    Words are runs of letters and digits, regardless of case; in scripts without spaces each letter
+    and vowel sign is one. A text with fewer than n words is one n-gram, one without words none.
+    The hashes are the same in every process.
     """
-    spaced = pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\pL\pN]+", " ")
+    plain = pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\pL\pN\pM]+", " ")
+    apart = pc.replace_substring_regex(plain, f"([{_UNSPACED}])", r" \1 ")
+    spaced = pc.replace_substring_regex(apart, rf"[^\pL\pN{_UNSPACED}]+", " ")
     words = pc.split_pattern(pc.utf8_trim(spaced, " "), " ")  # a text without words gives [""]
     encoded = words.flatten().dictionary_encode()
     hashes = np.array([_hash(word) for word in encoded.dictionary.to_pylist()], np.uint64)

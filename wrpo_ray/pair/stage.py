@@ -40,11 +40,15 @@ class EvalNgrams:
 
     prompts: Prompts
     ngram: int
+    unspaced: bool = False
+    """Whether these prompts, or those compared with them, have text in scripts without spaces, of
+    which each letter is a word."""
 
     @property
     def step(self) -> Step:
         """The step."""
-        return Step("eval-ngrams", {"ngram": self.ngram}, (self.prompts.step,))
+        key = {"ngram": self.ngram} | ({"unspaced": "letters"} if self.unspaced else {})
+        return Step("eval-ngrams", key, (self.prompts.step,))
 
     def buckets(self, run: Run) -> list[Bucket]:
         """The units of work."""

@@ -26,7 +26,8 @@ def _table(case: str, measure: str, table: Row) -> Iterator[str]:
     for kind, sign in (("variants", ""), ("contrasts", "+")):
         for name, row in table[kind].items():
             mean, low, high = (
-                f"{scale * row[n]:{sign}.{digits}f}" for n in ("mean", "low", "high")
+                "-" if row[n] is None else f"{scale * row[n]:{sign}.{digits}f}"
+                for n in ("mean", "low", "high")
             )
             seeds = len(row["seeds"])
             yield f"  {name:{width}}{mean:>7}  [{low}, {high}]  {seeds} seed{'s' * (seeds > 1)}"

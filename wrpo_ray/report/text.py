@@ -91,7 +91,8 @@ def _scaled(value: float | None, scale: int, digits: int, sign: str = "") -> str
 def _example(example: Row) -> Iterator[str]:
     yield f"Question: {example['messages'][-1]['content']}"
     for name, text in example["answers"].items():
-        right = example["reference"] is not None and text.strip() == example["reference"]
+        reference = example["reference"]
+        right = text.strip() in (reference if isinstance(reference, list) else [reference])
         yield f"  {name:14}{text.strip()}" + ("   (right)" if right else "")
 
 

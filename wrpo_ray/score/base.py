@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from wrpo_ray.core.records import Message
+from wrpo_ray.core.references import Reference, unpacked
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,12 @@ class Item:
     messages: list[Message]
     text: str
     reference: str | None
+    """As the prompt's record has it."""
+
+    @property
+    def right(self) -> Reference | None:
+        """The right answer; of a list any is right."""
+        return unpacked(self.reference)
 
 
 Outcome = float | Exception
@@ -40,6 +47,10 @@ class NotFiniteError(ValueError):
 
 class MissingReferenceError(ValueError):
     """A verifier has nothing to compare the answer with."""
+
+
+class ListOfTestsError(ValueError):
+    """Programs cannot be verified by a list: whether any or all tests are meant is not known."""
 
 
 def finite(value: float) -> Outcome:

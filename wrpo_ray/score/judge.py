@@ -11,6 +11,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from wrpo_ray.config import JudgeConfig
 from wrpo_ray.core.completion import Completion
 from wrpo_ray.core.endpoint import Body, Endpoint
+from wrpo_ray.core.references import shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome
 
@@ -37,7 +38,15 @@ Explain in a few sentences what is good and what is not. Then end with your rati
 {{ worst }} to {{ best }} in double square brackets, such as [[{{ worst }}]].
 """
 
-RATING = re.compile(r"\[\[\s*(-?\d{1,9}(?:\.\d{1,9})?)\s*(?:/\s*\d+\s*)?\]\]")
+_NUMBER = r"[-+\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)"
+BRACKETS = re.compile(
+    rf"\[\[([^\[\]]*)\]\](?:\**[ \t]*(?:/|out[ \t]+of\b)[ \t]*({_NUMBER}))?", re.IGNORECASE
+)
+"""1: what stands in double brackets; 2: the end of the scale, if the judge says it behind them."""
+RATING = re.compile(rf"\s*({_NUMBER})\s*(?:(?:/|(?:out\s+)?of\b)\s*({_NUMBER})\s*)?", re.IGNORECASE)
+"""1: a rating; 2: the end of the scale, if the judge says it."""
+READING = 2
+"""Version of how ratings are read: part of a judged step's key."""
 
 
 class NoRatingError(ValueError):
@@ -78,7 +87,7 @@ class Question:
         return self.template.render(
             messages=item.messages,
             answer=item.text,
-            reference=item.reference,
+            reference=shown(item.right),
             worst=f"{self.config.worst:g}",
             best=f"{self.config.best:g}",
         )
@@ -114,15 +123,44 @@ class JudgeReward:
         }
 
     def _rating(self, judgement: Completion) -> Outcome:
-        """The last rating of a judgement: others may be quoted from the answer before it."""
-        found = RATING.findall(judgement.text)
-        if not found:
+        """The judgement's rating, or why it has none."""
+        try:
+            return read_rating(judgement.text, self.config.worst, self.config.best)
+        except NoRatingError as error:
             cut = ", which was cut off at max_tokens" * (judgement.finish_reason == "length")
             text = " ".join(judgement.text.split())
-            return NoRatingError(f"no rating in the judgement{cut}: {text[-200:]}")
-        rating = float(found[-1])
-        if not self.config.worst <= rating <= self.config.best:
-            return NoRatingError(
-                f"the rating {rating:g} is not within {self.config.worst:g} to {self.config.best:g}"
-            )
-        return rating
+            return NoRatingError(f"{error}{cut}: {text[-200:]}")
+
+
+def read_rating(judgement: str, worst: float, best: float) -> float:
+    """The last rating of a judgement: others may be quoted from the answer before it.
+
+    A rating is a number in double brackets, alone or out of `best` (`[[8]]`, `[[8/10]]`,
+    `[[8 out of 10]]`, `[[8]]/10`). The last double brackets that hold a digit decide: where they
+    hold anything else, such as a rating out of another scale's end, there is none.
+
+    Raises:
+        NoRatingError: there is none, or it is out of bounds.
+    """
+    found = [match for match in BRACKETS.finditer(judgement) if re.search(r"\d", match[1])]
+    if not found:
+        raise NoRatingError("no rating in the judgement")
+    inside, behind = found[-1].groups()
+    rating = RATING.fullmatch(inside)
+    if rating is None:
+        raise NoRatingError(f"[[{inside[:40]}]] is no rating, in the judgement")
+    value = _float(rating[1])
+    ends = [_float(end) for end in (rating[2], behind) if end]
+    if any(end != best for end in ends):
+        raise NoRatingError(
+            f"the rating {value:g} is out of {ends[-1]:g}, not of {best:g}, in the judgement"
+        )
+    if not worst <= value <= best:
+        raise NoRatingError(
+            f"the rating {value:g} is not within {worst:g} to {best:g}, in the judgement"
+        )
+    return value
+
+
+def _float(text: str) -> float:
+    return float(text.replace("\N{MINUS SIGN}", "-"))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 from wrpo_ray.config import RewardConfig, ScoreConfig
 from wrpo_ray.core.records import Message
+from wrpo_ray.core.references import Reference
 from wrpo_ray.errors import UserError
-from wrpo_ray.score.base import Item, Outcome, Reward, finite
+from wrpo_ray.score.base import Item, ListOfTestsError, Outcome, Reward, finite
 
-Function = Callable[[list[Message], str, str | None], float]
+Function = Callable[[list[Message], str, Reference | None], float]
 
 
 def load_function(path: str) -> Function:
@@ -45,9 +48,50 @@ class FunctionReward:
 
     def _one(self, item: Item) -> Outcome:
         try:
-            return finite(float(self.function(item.messages, item.text, item.reference)))
+            return finite(float(self.function(item.messages, item.text, item.right)))
         except Exception as error:  # the user's code can raise anything; the row keeps it
             return error
+
+
+class AnyReference:
+    """A verifier's outcomes where a reference may be a list: right if it is by one of them."""
+
+    def __init__(self, verifier: Reward):
+        self.verifier = verifier
+
+    def score(self, items: list[Item]) -> list[Outcome]:
+        """The best outcome of each item's references; an error if each of them gives one."""
+        by_item = [list(_each(item)) for item in items]
+        outcomes = iter(self.verifier.score([one for each in by_item for one in each]))
+        return [_best(list(islice(outcomes, len(each)))) for each in by_item]
+
+
+def _each(item: Item) -> Iterator[Item]:
+    """The item once for each of its right answers."""
+    for right in item.right if isinstance(item.right, list) else [item.right]:
+        yield replace(item, reference=right)
+
+
+def _best(outcomes: list[Outcome]) -> Outcome:
+    return max((o for o in outcomes if isinstance(o, float)), default=outcomes[0])
+
+
+class OneTest:
+    """A verifier that a list means nothing to: of tests, any or all could be meant."""
+
+    def __init__(self, verifier: Reward):
+        self.verifier = verifier
+
+    def score(self, items: list[Item]) -> list[Outcome]:
+        """The verifier's outcomes; an item whose reference is a list gets an error."""
+        asked = [item for item in items if not isinstance(item.right, list)]
+        outcomes = iter(self.verifier.score(asked))
+        return [
+            ListOfTestsError("the reference is a list of tests; join them into one text")
+            if isinstance(item.right, list)
+            else next(outcomes)
+            for item in items
+        ]
 
 
 class MixtureReward:
@@ -94,7 +138,9 @@ def _load(part: ScoreConfig, folder: Path | None, whole: RewardConfig) -> Reward
     if part.verifier:
         from wrpo_ray.score.verifiers import load_verifier
 
-        return load_verifier(part.verifier, part.code, threads=max(1, int(whole.actors.num_cpus)))
+        threads = max(1, int(whole.actors.num_cpus))
+        verifier = load_verifier(part.verifier, part.code, threads)
+        return OneTest(verifier) if part.verifier == "code" else AnyReference(verifier)
     if part.judge:
         from wrpo_ray.score.judge import JudgeReward
 

@@ -62,6 +62,10 @@ class Prepare:
     config: TrainConfig
     template: Template = OWN
     """What replaces the base's own chat template."""
+    own: str | None = None
+    """The model that sampled with the base's tokenizer: its answers keep their token ids, those of
+    all others are tokenized from their text. Null where no answer of the rows is of such a model.
+    """
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -107,6 +111,8 @@ class Prepare:
             "reference": config.precision if self.stores_reference else None,
             "format": FORMAT,
         } | ({"prompts": "all"} if self.takes_all else {})
+        if self.answers == WRPO_ANSWERS and self.own is None and config.compat != "published":
+            key |= {"own": None}
         return Step(f"rows-{self.name}", key, (self.rows,))
 
 
@@ -184,7 +190,8 @@ class Preparer:
         """How records become rows."""
         base = self.job.base.local(self.job.fingerprint)
         tokenizer = load_tokenizer(base, self.job.template)
-        return Tokenizing(tokenizer, end_ids(tokenizer, base), self.job.answers, self.job.config)
+        ends = end_ids(tokenizer, base)
+        return Tokenizing(tokenizer, ends, self.job.answers, self.job.config, self.job.own)
 
     @cached_property
     def reference(self) -> Any:

@@ -92,6 +92,8 @@ class Tokenizing:
     names: tuple[str, ...]
     """The answers of a row."""
     config: TrainConfig
+    own: str | None = None
+    """The model whose sampled token ids are of this tokenizer; null where none's are."""
 
     def rows(self, records: Iterable[Record], stage: str) -> Rows:
         """Rows of records; one that fails or does not fit becomes a FAILURE row of `stage`."""
@@ -118,14 +120,17 @@ class Tokenizing:
             prompt, answers = published.tokenize(self.tokenizer, messages, texts)
         else:
             prompt = chat.prompt_ids(self.tokenizer, messages)
-            answers = [self._answer(messages, record[name], name) for name in self.names]
+            answers = [self._answer(messages, record[name]) for name in self.names]
         prompt, answers, cut = fit(prompt, answers, self.config)
         return Row(record["prompt_id"], _ids(prompt), tuple(map(_ids, answers))), cut
 
-    def _answer(self, messages: list[Any], answer: Record, name: str) -> list[int]:
-        """The target's answers keep the ids it sampled; a source's are of its own tokenizer."""
+    def _answer(self, messages: list[Any], answer: Record) -> list[int]:
+        """The own model's answers keep the ids it sampled; others are tokenized from their text.
+
+        Token ids mean nothing to another tokenizer than the one that made them.
+        """
         closed = answer["finish_reason"] != "length"
-        if name == "source_chosen" or not answer["token_ids"]:
+        if self.own is None or answer["source"] != self.own or not answer["token_ids"]:
             return self._of_text(messages, answer, closed=closed)
         ids = list(answer["token_ids"])
         chat.check_sampled(ids, self.ends, closed=closed)

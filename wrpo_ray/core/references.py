@@ -1,0 +1,29 @@
+"""The right answer to a prompt, or several of which any is right, as one text of a record."""
+
+from __future__ import annotations
+
+import json
+
+Reference = str | list[str]
+"""The right answer, or right answers."""
+MARK = "\N{INFORMATION SEPARATOR TWO}"
+"""In front of JSON; a reference of one answer is that answer itself."""
+
+
+def packed(reference: Reference) -> str:
+    """As a record's `reference`."""
+    if isinstance(reference, str) and not reference.startswith(MARK):
+        return reference
+    return MARK + json.dumps(reference, ensure_ascii=False)
+
+
+def unpacked(text: str | None) -> Reference | None:
+    """What `packed` was given; None of None."""
+    if text is None or not text.startswith(MARK):
+        return text
+    return json.loads(text.removeprefix(MARK))
+
+
+def shown(reference: Reference | None) -> str | None:
+    """One text for those who read: several answers on lines of their own, with `or` between."""
+    return "\nor\n".join(reference) if isinstance(reference, list) else reference
