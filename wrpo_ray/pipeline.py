@@ -29,10 +29,12 @@ from wrpo_ray.config import (
     ScoreConfig,
     SftConfig,
 )
-from wrpo_ray.core.chat import OWN, Template, check_model_folder
+from wrpo_ray.core.architecture import Use
+from wrpo_ray.core.chat import OWN, Template
 from wrpo_ray.core.cluster import Feed, fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
-from wrpo_ray.core.hub import HubModel, address
+from wrpo_ray.core.hub import address
+from wrpo_ray.core.model_folder import check_model_folder
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
 from wrpo_ray.core.run import Run
@@ -63,7 +65,7 @@ from wrpo_ray.report.outline import FILE as OUTLINE
 from wrpo_ray.report.outline import Outline
 from wrpo_ray.reporting import Reporter, best_effort, keep_plan, outline
 from wrpo_ray.score import stage as score
-from wrpo_ray.score.classifiers import check_reward_model
+from wrpo_ray.score.check import check_reward_folder
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
 from wrpo_ray.score.verifiers import source_files
@@ -634,15 +636,14 @@ def _pinned(what: str, model: Any) -> Any:
 
 def _checked(what: str, model: Any) -> Any:
     """The pinned section, once it holds a model that can be talked to."""
-    found, name = _pinned(what, model), ""
+    found = _pinned(what, model)
     folder = Folder(found.model)
-    if folder.uri.startswith(HUB):
-        name = model.model
-        with _naming(what):
-            folder = Folder(str(HubModel.at(folder.uri).look()))
-    check_model_folder(folder, what, getattr(model, "chat_template", None), name)
+    name = model.model if folder.uri.startswith(HUB) else ""
     if isinstance(model, ScoreConfig):
-        check_reward_model(folder.read_json("config.json"), model, f"{what}: {name or folder}")
+        check_reward_folder(folder, model, what, name)
+    else:
+        use = Use.TRAINED if what == "target" else Use.ANSWERS
+        check_model_folder(folder, what, use, Template.of(model), name)
     return found
 
 
