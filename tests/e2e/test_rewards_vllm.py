@@ -1,4 +1,4 @@
-"""A classifier's rewards by vLLM equal those by transformers."""
+"""A classifier's rewards by vLLM equal those by transformers, also where the end of turn pads."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def test_vllm_gives_the_rewards_of_transformers(tmp_path):
     from wrpo_ray.score.rewards import load_reward
 
     config = make_model().config
-    config.num_labels = 1
+    config.num_labels, config.pad_token_id = 1, config.eos_token_id
     torch.manual_seed(0)
     model = LlamaForSequenceClassification(config)
     model.score.weight.data *= 20  # rewards that a sigmoid would flatten

@@ -81,7 +81,7 @@ def check_model_folder(
         if check_config:
             check_config(config)
         _check_template_file(there, template)
-        with _small_files(there) as local:
+        with _local_copy(there) as local:
             verdict = _verdict(local, use, template, tensors)
             if not verdict.exists():
                 _check_closely(local, use, template, tensors, compare)
@@ -97,12 +97,26 @@ def _opened(folder: Folder) -> tuple[Folder, Tensors | None]:
             lack = "has no config.json" if folder.exists() else "no such model folder"
             raise UserError(f"{lack}; give a Hugging Face model folder or hub id")
         return folder, read_tensors(folder)
+    there, names = _on_hub(folder)
+    is_here = set(parts(there, names)[0]) <= set(there.files())
+    return there, read_tensors(there) if is_here else None
+
+
+def small_files(folder: Folder) -> Folder:
+    """Where a model's configs and tokenizer can be read: itself, or of the hub a copy of them.
+
+    Raises:
+        UserError: the hub does not give them.
+    """
+    return _on_hub(folder)[0] if folder.uri.startswith(HUB) else folder
+
+
+def _on_hub(folder: Folder) -> tuple[Folder, list[str]]:
+    """A copy of a model's small files, and the names of all."""
     from wrpo_ray.core.hub import HubModel  # its client takes a moment to import
 
     found, names = HubModel.at(folder.uri).look()
-    there = Folder(str(found))
-    is_here = set(parts(there, names)[0]) <= set(there.files())
-    return there, read_tensors(there) if is_here else None
+    return Folder(str(found)), names
 
 
 def _check_architecture(config: dict[str, Any], use: Use) -> None:
@@ -136,7 +150,7 @@ def _check_template_file(folder: Folder, template: Template) -> None:
 
 
 @contextmanager
-def _small_files(folder: Folder) -> Iterator[Path]:
+def _local_copy(folder: Folder) -> Iterator[Path]:
     """A local folder with all files but the weights."""
     if not folder.is_remote:
         yield Path(folder.path)

@@ -10,6 +10,8 @@ from typing import Any
 from wrpo_ray.config import ScoreConfig
 from wrpo_ray.core.architecture import Use, check_loaded, check_weights, telling_of
 from wrpo_ray.core.chat import conversation_ids, load_tokenizer, prompt_ids
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.tensors import read_json
 from wrpo_ray.core.vllm import CPU_ENGINE
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome, TooLongError, finite
@@ -48,6 +50,31 @@ def check_reward_model(config: dict[str, Any], part: ScoreConfig) -> None:
 
 def _pad(config: dict[str, Any]) -> int | None:
     return config.get("pad_token_id")
+
+
+def can_end_with_padding(folder: Folder) -> bool:
+    """Whether conversations may end with the token that pads, by the small files of a folder.
+
+    Where special tokens cannot be told apart it says yes.
+    """
+    config = read_json(folder, "config.json")
+    pad = _pad(config.get("text_config") or {})
+    pad = _pad(config) if pad is None else pad
+    settings = read_json(folder, "tokenizer_config.json")
+    table = read_json(folder, "tokenizer.json") if folder.exists("tokenizer.json") else {}
+    added = table.get("added_tokens") or []
+    special = {token["id"]: token["content"] for token in added if token.get("special")}
+    if pad not in special:
+        return pad is not None
+    ends = [settings.get(name) for name in ("eos_token", "bos_token")]
+    named = [end["content"] if isinstance(end, dict) else end for end in ends]
+    return special[pad] in named or special[pad] in _template(folder, settings)
+
+
+def _template(folder: Folder, settings: dict[str, Any]) -> str:
+    if folder.exists("chat_template.jinja"):
+        return folder.read("chat_template.jinja").decode()
+    return str(settings.get("chat_template"))
 
 
 def is_armorm(folder: Path) -> bool:
