@@ -51,6 +51,5 @@ def test_vllm_gives_the_rewards_of_transformers(tmp_path):
         [Item([{"role": "user", "content": "w1 w2"}], text, None) for text in texts]
     )
     assert scores[:5] == pytest.approx(plain[:5], abs=1e-3)
-    assert max(scores[:5]) > 1
-    assert min(scores[:5]) < 0
+    assert max(scores[:5]) - min(scores[:5]) > 5
     assert scores[5] == str(plain[5])

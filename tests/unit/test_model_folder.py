@@ -23,6 +23,7 @@ from wrpo_ray.generate.engine import VllmEngine
 from wrpo_ray.pipeline import preflight
 from wrpo_ray.score.check import check_reward_folder
 from wrpo_ray.score.classifiers import load_classifier
+from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked
 from wrpo_ray.train.model import Reference, load, merged
 from wrpo_ray.zoo.recipes import _load
@@ -218,6 +219,62 @@ def test_an_architecture_that_only_vllm_knows_is_let_pass_as_a_source(tmp_path):
     save_file({f"_orig_mod.{n}": t for n, t in weights.items()}, folder / SINGLE)
     with pytest.raises(UserError, match="as a wrapped model's"):
         check(folder, Use.ANSWERS)
+
+
+# --- every tensor of an adapter ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory) -> tuple[Path, Path]:
+    """A model, and a LoRA of two of its layers' modules."""
+    from peft import LoraConfig as Lora
+    from peft import get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    base = write_model(folder / "base")
+    lora = Lora(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(make_model(), lora).save_pretrained(folder / "lora")
+    return base, folder / "lora"
+
+
+def test_each_tensor_of_an_adapter_is_told(adapter, tmp_path):
+    base, good = Folder(str(adapter[0])), adapter[1]
+    folder = Path(shutil.copytree(good, tmp_path / "lora"))
+    tensors, cases = read_tensors(base), 0
+    check_adapter(Folder(str(folder)), base, tensors)
+    weights = load_file(folder / "adapter_model.safetensors")
+    for _, name, changed in _in_turn(weights):
+        if name in changed and changed[name].dtype == torch.int8:
+            continue
+        save_file(changed, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=f"no whole LoRA of this model: .*{name}"):
+            check_adapter(Folder(str(folder)), base, tensors)
+        cases += 1
+    for layer in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
+        others = {n: t for n, t in weights.items() if layer not in n}
+        save_file(others, folder / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=rf"model.{layer}.lora_A.weight is missing"):
+            check_adapter(Folder(str(folder)), base, tensors)
+    assert (len(weights), cases) == (8, 56)
+
+
+def test_each_file_of_an_adapter_is_told_and_another_models_adapter(adapter, tmp_path, monkeypatch):
+    monkeypatch.setenv("WRPO_SERVE_KEYS", f"me {'0' * 64}")
+    base, good = adapter
+    folder = Path(shutil.copytree(good, tmp_path / "lora"))
+    model = {"name": "m", "model": str(base), "adapters": {"tuned": str(folder)}}
+    checked(_serve(base, models=[model]))
+    cases = 0
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        for state in _spoilt(folder / name, base / "tokenizer.json"):
+            with pytest.raises(UserError, match="serve: tuned: ") as told:
+                checked(_serve(base, models=[model]))
+            assert name in one_line(told.value), state
+            cases += 1
+    assert cases == 22
+    other = write_model(tmp_path / "other", width=64)
+    with pytest.raises(UserError, match=r"q_proj.lora_A.weight has shape \(4, 32\)"):
+        checked(_serve(base, models=[model | {"model": str(other)}]))
 
 
 # --- every file ----------------------------------------------------------------------------------

@@ -100,11 +100,16 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
 def refuse(problems: list[str], architecture: str) -> None:
     """Raise UserError where there are problems of tensors."""
     if problems:
-        more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
         raise UserError(
-            f"its weights are not those of {architecture}: {'; '.join(problems[:SHOWN])}{more}; "
-            f"give the folder that belongs to its config.json"
+            f"its weights are not those of {architecture}: {first_of(problems)}; give the folder "
+            f"that belongs to its config.json"
         )
+
+
+def first_of(problems: list[str]) -> str:
+    """The first problems, and how many more there are."""
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{'; '.join(problems[:SHOWN])}{more}"
 
 
 def check_loaded(loaded: dict[str, Any], model: Any) -> None:

@@ -75,7 +75,7 @@ def check_model_folder(
         UserError: something is missing, broken, or of another model.
     """
     with telling_of(f"{what}: {name or folder}"):
-        there, tensors = _opened(folder)
+        there, tensors = opened(folder)
         config = read_json(there, "config.json")
         _check_architecture(config, use)
         if check_config:
@@ -90,8 +90,12 @@ def check_model_folder(
                     verdict.touch()
 
 
-def _opened(folder: Folder) -> tuple[Folder, Tensors | None]:
-    """Where the small files lie, and the tensors; of weights that are on the hub None."""
+def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
+    """Where a model's small files lie, and its tensors; of weights that are on the hub None.
+
+    Raises:
+        UserError: a file is missing, cut off, or something else.
+    """
     if not folder.uri.startswith(HUB):
         if not folder.exists("config.json"):
             lack = "has no config.json" if folder.exists() else "no such model folder"

@@ -64,7 +64,7 @@ def read_tensors(folder: Folder) -> Tensors | None:
     files, index = parts(folder, folder.files())
     found: Tensors = {}
     for file in files:
-        tensors = _read_file(folder, file)
+        tensors = read_file(folder, file)
         if tensors is None:
             return None
         if twice := found.keys() & tensors:
@@ -143,7 +143,12 @@ def check_no_pointer(start: bytes, file: str) -> None:
         raise UserError(f"{file}: a git-lfs pointer in place of the file; run `git lfs pull`")
 
 
-def _read_file(folder: Folder, name: str) -> Tensors | None:
+def read_file(folder: Folder, name: str) -> Tensors | None:
+    """The tensors of one file; None where its form has no header.
+
+    Raises:
+        UserError: it is cut off, or no weights.
+    """
     with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
         check_no_pointer(stream.read(len(POINTER)), name)
         stream.seek(0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from wrpo_ray.config import ScoreConfig
-from wrpo_ray.core.architecture import telling_of
+from wrpo_ray.core.architecture import first_of, telling_of
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.tensors import Tensors, read_tensors
 from wrpo_ray.errors import UserError
@@ -152,9 +152,8 @@ def check_tensors(folder: Path, tensors: Tensors | None) -> None:
         if found.get(name, shape) != shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
-            f"its weights are not ArmoRM's: {'; '.join(wrong[:3])}{more}; download "
+            f"its weights are not ArmoRM's: {first_of(wrong)}; download "
             f"RLHFlow/ArmoRM-Llama3-8B-v0.1 again (its .safetensors files)"
         )
 
