@@ -25,6 +25,7 @@ from wrpo_ray.score.check import check_reward_folder
 from wrpo_ray.score.classifiers import load_classifier
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked
+from wrpo_ray.train import deepspeed
 from wrpo_ray.train.model import Reference, load, merged
 from wrpo_ray.zoo.recipes import _load
 
@@ -141,6 +142,23 @@ def test_no_load_makes_up_a_tensor(where, tmp_path):
             LOADS[where](folder)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_sharded_loading_makes_up_no_tensor_either(alone, tied, tmp_path, monkeypatch):
+    """ZeRO-3 has code of its own to load, which tells less."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = SftConfig(zero_stage=3)
+    folder = write_model(tmp_path, tied=tied)
+    deepspeed.prepare(config)
+    with deepspeed.partitioned_loading(deepspeed.engine_config(config, 1)):
+        load(folder, torch.float32, packing=True)
+        weights = load_file(folder / SINGLE)
+        for name in ("model.embed_tokens.weight", "model.norm.weight"):
+            others = {n: t for n, t in weights.items() if n != name}
+            save_file(others, folder / SINGLE, {"format": "pt"})
+            with pytest.raises(UserError, match=f"LlamaForCausalLM: .*{name} is missing"):
+                load(folder, torch.float32, packing=True)
+
+
 def test_old_pickles_have_no_header_and_are_told_when_they_are_loaded(tmp_path):
     for write, loads in (
         (write_model, LOADS["trainer"]),
@@ -207,6 +225,28 @@ def test_a_layer_too_many_or_another_architecture_is_told(tmp_path):
         with pytest.raises(UserError, match=told) as error:
             check(folder)
         one_line(error.value)
+
+
+@pytest.mark.parametrize("use", [Use.ANSWERS, Use.TRAINED, Use.REWARD])
+def test_each_value_of_the_config_may_be_of_another_type(use, tmp_path):
+    """Refused in one line, or read as transformers reads it; nothing else is raised."""
+    folder = (write_reward if use.is_reward else write_model)(tmp_path)
+    config, refused = json.loads((folder / "config.json").read_text()), 0
+    for name in [*config, "text_config", "quantization_config", "auto_map", "num_labels"]:
+        for value in ("x", [1], None):
+            (folder / "config.json").write_text(json.dumps(config | {name: value}))
+            told = _told(folder, use)
+            assert told is None or str(folder) in told
+            refused += told is not None
+    assert refused > 25
+
+
+def _told(folder: Path, use: Use) -> str | None:
+    try:
+        check(folder, use)
+    except UserError as error:
+        return one_line(error)
+    return None
 
 
 def test_an_architecture_that_only_vllm_knows_is_let_pass_as_a_source(tmp_path):
@@ -373,6 +413,37 @@ def test_shards_in_each_others_place_and_two_forms_at_once_are_told(tmp_path):
     save_file({"x": torch.ones(1)}, folder / SINGLE)
     with pytest.raises(UserError, match=r"both model.safetensors and model.safetensors.index.json"):
         check(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(
+        UserError, match=f"{one.name} lies beside model.safetensors, and vLLM reads"
+    ):
+        check(folder)
+    (folder / SINGLE).unlink()
+    with pytest.raises(UserError, match=r"neither model.safetensors nor model.safetensors.index"):
+        check(folder)
+
+
+def test_an_adapter_within_the_folder_is_refused(tmp_path):
+    folder = write_model(tmp_path)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="which transformers would load too"):
+        check(folder)
+
+
+def test_a_state_dict_as_a_model_gives_it_is_read(tmp_path):
+    """With its metadata, in several types, and tied tensors that share their bytes."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        folder = write_model(tmp_path / str(dtype), tied=True)
+        (folder / SINGLE).unlink()
+        torch.save(make_model(tied=True).to(dtype).state_dict(), folder / "pytorch_model.bin")
+        check(folder)
+    others = {"none": {}, "nested": {"model": make_model().state_dict()}, "number": {"x": 1}}
+    for name, state in others.items():
+        folder = write_model(tmp_path / name)
+        (folder / SINGLE).unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+        with pytest.raises(UserError, match=r"pytorch_model.bin: (cut off|holds no tensors)"):
+            check(folder)
 
 
 def test_a_pickle_that_holds_code_is_refused_and_not_run(tmp_path):

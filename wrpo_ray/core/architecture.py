@@ -137,7 +137,7 @@ def load_config(folder: Path, use: Use) -> Any:
     from transformers import CONFIG_MAPPING, AutoConfig
 
     kind = read_json(Folder(str(folder)), "config.json").get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if not use.needs_transformers:
             return None
         raise UserError(f"its config.json has model_type {kind!r}, which transformers cannot load")

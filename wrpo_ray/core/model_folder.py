@@ -14,6 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ from wrpo_ray.errors import UserError
 
 Compare = Callable[[Path, Tensors, Use], None]
 """Raises UserError where a folder's tensors are not those of its config.json."""
-VERSION = 1
-"""Of these checks: what passed another version is checked again."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
-"""What else a verdict depends on."""
+"""What else a verdict depends on, beside our own code."""
 TOKENIZER = "tokenizer_config.json"
 NO_ANSWERS = ("Classification", "QuestionAnswering", "ForMaskedLM", "RewardModel", "WithGating")
 """What is in the names of architectures that give no answers."""
@@ -74,12 +73,12 @@ def check_model_folder(
     Raises:
         UserError: something is missing, broken, or of another model.
     """
-    with telling_of(f"{what}: {name or folder}"):
+    with telling_of(f"{what}: {name or folder}"), _telling_what_cannot_be_read():
         there, tensors = opened(folder)
         config = read_json(there, "config.json")
         _check_architecture(config, use)
         if check_config:
-            check_config(config)
+            _check_with(check_config, config)
         _check_template_file(there, template)
         with _local_copy(there) as local:
             verdict = _verdict(local, use, template, tensors)
@@ -88,6 +87,16 @@ def check_model_folder(
                 with suppress(OSError):  # a machine without room for it checks again
                     verdict.parent.mkdir(parents=True, exist_ok=True)
                     verdict.touch()
+
+
+@contextmanager
+def _telling_what_cannot_be_read() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({' '.join(str(error).split())}); put rights or network right"
+        ) from None
 
 
 def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
@@ -100,10 +109,20 @@ def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
         if not folder.exists("config.json"):
             lack = "has no config.json" if folder.exists() else "no such model folder"
             raise UserError(f"{lack}; give a Hugging Face model folder or hub id")
+        _check_no_adapter(folder.files())
         return folder, read_tensors(folder)
     there, names = _on_hub(folder)
+    _check_no_adapter(names)
     is_here = set(parts(there, names)[0]) <= set(there.files())
     return there, read_tensors(there) if is_here else None
+
+
+def _check_no_adapter(names: list[str]) -> None:
+    if "adapter_config.json" in names:
+        raise UserError(
+            "has an adapter_config.json, which transformers would load too, and vLLM would not; "
+            "merge the adapter into the model, or delete the file"
+        )
 
 
 def small_files(folder: Folder) -> Folder:
@@ -131,6 +150,13 @@ def _check_architecture(config: dict[str, Any], use: Use) -> None:
         raise UserError(f"config.json: names no architecture; {AGAIN}")
     if any(part in names[0] for part in NO_ANSWERS):
         raise UserError(f"its architecture {names[0]} gives no answers; {LANGUAGE_MODEL}")
+
+
+def _check_with(check: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
+    try:
+        check(config)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:  # values of other types
+        raise UserError(f"config.json: cannot be read ({error}); {AGAIN}") from None
 
 
 def _check_template_file(folder: Folder, template: Template) -> None:
@@ -174,7 +200,7 @@ def _verdict(folder: Path, use: Use, template: Template, tensors: Tensors | None
     """The file that is there once all that a verdict depends on has passed."""
     names = _small(Folder(str(folder)))
     inputs = [
-        VERSION,
+        _own_code(),
         [importlib.metadata.version(library) for library in LIBRARIES],
         use,
         [[name, hashlib.sha256((folder / name).read_bytes()).hexdigest()] for name in names],
@@ -183,6 +209,14 @@ def _verdict(folder: Path, use: Use, template: Template, tensors: Tensors | None
         tensors and sorted((n, t.dtype, t.shape) for n, t in tensors.items()),
     ]
     return node_cache().folder / "checked" / digest(inputs, 32)
+
+
+@cache
+def _own_code() -> str:
+    """Of the checks, and of how chats become tokens: what passed others is checked again."""
+    package = Path(__file__).parents[1]
+    files = sorted([*package.glob("core/*.py"), *package.glob("score/*.py")])
+    return digest([file.read_text() for file in files], 16)
 
 
 def _read_template(file: str) -> str:

@@ -61,7 +61,10 @@ def read_tensors(folder: Folder) -> Tensors | None:
     Raises:
         UserError: a file is missing, cut off or no weights, or the index says otherwise.
     """
-    files, index = parts(folder, folder.files())
+    names = folder.files()
+    files, index = parts(folder, names)
+    if not (index or folder.is_remote):  # of remote ones only the files meant are copied
+        _check_no_others(files, names)
     found: Tensors = {}
     for file in files:
         tensors = read_file(folder, file)
@@ -74,9 +77,22 @@ def read_tensors(folder: Folder) -> Tensors | None:
     for name, file in index.items():
         if name not in found or found[name].file != file:
             raise UserError(f"{file}: has no {name}, which its index says is there; {AGAIN}")
+    if not found:
+        raise UserError(f"{files[0]}: holds no tensors; {AGAIN}")
     return found
 
 
+def _check_no_others(files: list[str], names: list[str]) -> None:
+    others = [n for n in names if n.endswith(".safetensors") and n not in files]
+    if others:
+        raise UserError(
+            f"{others[0]} lies beside {files[0]}, and vLLM reads both, transformers only the "
+            f"latter; delete what is not meant"
+        )
+
+
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
+"""What a file that is not what it was can raise."""
 AGAIN = "download the folder again, or save the model anew"
 
 
@@ -156,7 +172,7 @@ def read_file(folder: Folder, name: str) -> Tensors | None:
             if name.endswith(".safetensors"):
                 return dict(_safetensors(stream, name))
             return _pickled(stream, name)
-        except (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        except (*BROKEN, zipfile.BadZipFile) as error:
             raise UserError(f"{name}: cut off, or no weights ({error}); {AGAIN}") from None
         except pickle.UnpicklingError as error:
             raise UserError(f"{name}: holds more than tensors ({error}); {AGAIN}") from None
@@ -216,6 +232,10 @@ def _described(tensor: Any, file: str, sizes: dict[str, int], folder: str) -> Te
     return TensorHeader(file, storage.dtype, tuple(shape))
 
 
+class _Table(dict[str, Any]):
+    """A dict that takes attributes, as that of a model has its `_metadata`."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Makes (storage, shape) of each tensor, and nothing else but plain containers."""
 
@@ -225,7 +245,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch._utils" and name == "_rebuild_parameter":
             return lambda tensor, *_: tensor
         if module == "collections" and name == "OrderedDict":
-            return dict
+            return _Table
         if module == "torch" and name.removesuffix("Storage") in STORAGES:
             return STORAGES[name.removesuffix("Storage")]
         raise pickle.UnpicklingError(f"{module}.{name}")
