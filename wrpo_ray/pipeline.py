@@ -32,10 +32,12 @@ from wrpo_ray.config import (
     ScoreConfig,
     SftConfig,
 )
-from wrpo_ray.core.chat import OWN, Template, check_model_folder
+from wrpo_ray.core.architecture import Use
+from wrpo_ray.core.chat import OWN, Template
 from wrpo_ray.core.cluster import fit_together, side_by_side
 from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
-from wrpo_ray.core.hub import HubModel, address
+from wrpo_ray.core.hub import address
+from wrpo_ray.core.model_folder import check_model_folder, small_files
 from wrpo_ray.core.pools import Feed
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.records import digest
@@ -69,7 +71,8 @@ from wrpo_ray.report.outline import FILE as OUTLINE
 from wrpo_ray.report.outline import Outline
 from wrpo_ray.reporting import Reporter, best_effort, keep_plan, outline
 from wrpo_ray.score import stage as score
-from wrpo_ray.score.classifiers import check_reward_model
+from wrpo_ray.score.check import check_reward_folder
+from wrpo_ray.score.classifiers import can_end_with_padding
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
 from wrpo_ray.score.verifiers import source_files
@@ -420,12 +423,24 @@ class Chain:
         reward = reward or _required(self.config.reward, "reward")
         folders = [Folder(p.model).absolute() if p.model else None for p in reward.parts]
         identities = [
-            self._fingerprint(folder) if folder else _scorer_fingerprint(part)
+            self._classifier_fingerprint(part, folder) if folder else _scorer_fingerprint(part)
             for part, folder in zip(reward.parts, folders, strict=True)
         ]
         return self._retried(
             Score(answers, _with_absolute_paths(reward), tuple(folders), tuple(identities))
         )
+
+    def _classifier_fingerprint(self, part: ScoreConfig, folder: Folder) -> str:
+        """What identifies a reward model, and where it is read if that has changed.
+
+        At first transformers looked for the last token that is not the padding.
+        """
+        weights = self._fingerprint(folder)
+        if part.engine == "vllm" or (self.for_plan and not folder.exists("config.json")):
+            return weights
+        with _naming(f"reward: {part.model}"):
+            is_read_elsewhere = can_end_with_padding(small_files(folder))
+        return digest([weights, "last token"], 16) if is_read_elsewhere else weights
 
     def _retried(self, job: Any) -> Any:
         """The job as another request to its store, if its failed rows were given new attempts."""
@@ -663,15 +678,14 @@ def _pinned(what: str, model: Any) -> Any:
 
 def _checked(what: str, model: Any) -> Any:
     """The pinned section, once it holds a model that can be talked to."""
-    found, name = _pinned(what, model), ""
+    found = _pinned(what, model)
     folder = Folder(found.model)
-    if folder.uri.startswith(HUB):
-        name = model.model
-        with _naming(what):
-            folder = Folder(str(HubModel.at(folder.uri).look()))
-    check_model_folder(folder, what, getattr(model, "chat_template", None), name)
+    name = model.model if folder.uri.startswith(HUB) else ""
     if isinstance(model, ScoreConfig):
-        check_reward_model(folder.read_json("config.json"), model, f"{what}: {name or folder}")
+        check_reward_folder(folder, model, what, name)
+    else:
+        use = Use.TRAINED if what == "target" else Use.ANSWERS
+        check_model_folder(folder, what, use, Template.of(model), name)
     return found
 
 

@@ -154,13 +154,13 @@ def _key(node: yaml.ScalarNode) -> Hashable:
 # --- JSON ------------------------------------------------------------------------------------
 
 
-def read_json(text: str | bytes) -> Any:
-    """The value of a JSON text.
+def read_json(text: str | bytes, parse_float: Callable[[str], Any] = float) -> Any:
+    """The value of a JSON text; `parse_float` makes its numbers with a point or an exponent.
 
     Raises:
         ValueError: it is none, or an object in it has a key twice.
     """
-    return json.loads(text, object_pairs_hook=_object)
+    return json.loads(text, object_pairs_hook=_object, parse_float=parse_float)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -73,6 +73,28 @@ def test_model_folder_without_chat_template(wrpo, zoo, tmp_path):
     refused(wrpo(sources=sources)("fuse"), "sources.a", "no chat template", "set `chat_template`")
 
 
+@pytest.mark.parametrize("case", ["no weights", "a pointer", "another tensor", "a classifier"])
+def test_model_that_cannot_be_used_stops_a_dry_run(wrpo, zoo, tmp_path, case):
+    model = tmp_path / "model"
+    shutil.copytree(zoo / ("reward" if case == "a classifier" else "target"), model)
+    weights = model / "model.safetensors"
+    told = {
+        "no weights": "has no weights",
+        "a pointer": "model.safetensors: a git-lfs pointer",
+        "another tensor": "norm.weight is missing",
+        "a classifier": "gives no answers; give a causal language model",
+    }[case]
+    if case == "no weights":
+        weights.unlink()
+    if case == "a pointer":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    if case == "another tensor":
+        weights.write_bytes(weights.read_bytes().replace(b'norm.weight"', b'norm.weighs"', 1))
+    target = {"name": "t", "model": str(model)}
+    refused(wrpo(target=target)("fuse", "--dry-run"), f"target: {model}: ", told)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+
+
 def test_output_that_cannot_be_written(wrpo, tmp_path):
     (tmp_path / "file").write_text("")
     output = str(tmp_path / "file" / "out")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
+from tiny_models import write_model
 
 from wrpo_ray import config as configs
 from wrpo_ray.cli import main
@@ -36,9 +37,8 @@ def answer(settings: configs.Config, prompts: list[str]) -> None:
 
 def test_failed_scores_are_told_and_tried_again(tmp_path, capsys):
     model, here = tmp_path / "model", tmp_path / "judge-is-here"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "chat_template.jinja").write_text("x")
+    write_model(model)
+    capsys.readouterr()
     prompts, path = tmp_path / "p.jsonl", tmp_path / "c.yaml"
     rows = [{"prompt": f"Why {i}?", "reference": str(here)} for i in range(4)]
     prompts.write_text("\n".join(map(json.dumps, rows)))

@@ -1,24 +1,31 @@
 """Rewards: classifiers in any batch, functions, mixtures; and what a scoring actor commits."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from tiny_models import make_model, make_tokenizer, write_model
-from transformers import LlamaForSequenceClassification
+from tiny_models import WORDS, make_model, make_tokenizer, write_model
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    LlamaForSequenceClassification,
+)
 
 from wrpo_ray import pipeline
-from wrpo_ray.config import PartConfig, RewardConfig, load
+from wrpo_ray.config import Config, PartConfig, RewardConfig, load
 from wrpo_ray.core import records
+from wrpo_ray.core.fingerprint import model_fingerprint
 from wrpo_ray.core.run import Run
 from wrpo_ray.core.shards import Bucket, Prompts, Samples, read_bucket, write_shard
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, MissingReferenceError, NotFiniteError
+from wrpo_ray.score.check import check_reward_folder
 from wrpo_ray.score.classifiers import check_reward_model, load_classifier
 from wrpo_ray.score.rewards import load_reward
 from wrpo_ray.score.stage import Score, Scorer
@@ -107,18 +114,115 @@ def test_what_a_folder_holds_is_seen_before_any_work(folder, change, part, told)
     config = json.loads((folder / "config.json").read_text()) | change
     given = RewardConfig(model="m", **part)
     if told is None:
-        check_reward_model(config, given, "reward: m")
+        check_reward_model(config, given)
     else:
         with pytest.raises(UserError, match=told):
-            check_reward_model(config, given, "reward: m")
+            check_reward_model(config, given)
 
 
 def test_a_model_whose_head_is_missing_is_refused(folder, tmp_path):
     """transformers would make one up."""
     write_model(tmp_path)
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
-    with pytest.raises(UserError, match="no weights for score.weight"):
+    with pytest.raises(UserError, match=r"LlamaForSequenceClassification: score.weight is missing"):
         load_classifier(RewardConfig(model="m"), tmp_path, on_gpu=False)
+
+
+# --- where a reward is read --------------------------------------------------------------------
+
+VOCABULARY = 6 + len(WORDS)
+
+
+def with_pad(folder: Path, to: Path, pad: int) -> Path:
+    """A copy of the classifier that pads with another token."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | {"pad_token_id": pad}))
+    return to
+
+
+def test_whatever_token_pads_the_reward_is_read_at_the_last_one(folder, tmp_path):
+    """All tokens as the padding, and for each rows that end with each token, some of them twice."""
+    rows = [[7, 8, *[9] * (end % 5), *[end] * (1 + end % 3)] for end in range(VOCABULARY)]
+    plain = LlamaForSequenceClassification.from_pretrained(folder)
+    states = [plain.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
+    wanted = [plain.score(state).item() for state in states]
+    cases = 0
+    for pad in range(VOCABULARY):
+        copy = with_pad(folder, tmp_path, pad)
+        found = load_classifier(RewardConfig(model="m"), copy, on_gpu=False).rewards(rows)
+        assert found == pytest.approx(wanted, abs=1e-5)
+        cases += len(found)
+    assert cases == VOCABULARY**2 == 2116
+
+
+@pytest.mark.parametrize("pad", [-1, VOCABULARY, 10**6])
+def test_padding_outside_of_the_embedding_is_told(folder, tmp_path, pad):
+    with pytest.raises(UserError, match=f"pad_token_id {pad}|makes no model"):
+        check_reward_folder(
+            Folder(str(with_pad(folder, tmp_path, pad))), RewardConfig(model="m"), "reward"
+        )
+
+
+FAMILIES = {
+    "llama": {"num_key_value_heads": 1},
+    "qwen2": {"num_key_value_heads": 1},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 16},
+    "mistral": {"num_key_value_heads": 1},
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 16},
+    "phi3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "falcon": {},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decoders_of_any_family_are_read_as_transformers_reads_them(family, tmp_path):
+    """Where the padding is in no row, so that transformers is right."""
+    shape = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        family, vocab_size=VOCABULARY, pad_token_id=0, bos_token_id=1, eos_token_id=1,
+        num_labels=1, **shape | FAMILIES[family],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    rows = [[7, 8, 9], [5, 1], [9, 9, 9, 9, 30, 1]]
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    wanted = [plain(torch.tensor([row])).logits.item() for row in rows]
+    reward = load_classifier(RewardConfig(model="m"), tmp_path, on_gpu=False)
+    assert reward.is_decoder
+    assert reward.rewards(rows) == pytest.approx(wanted, abs=1e-5)
+    assert len(set(wanted)) == 3
+
+
+def test_scores_that_were_read_at_another_token_are_made_anew(folder, tmp_path):
+    """A token that only pads keeps its key; one that a conversation can end with has another."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "w1"}\n')
+    write_model(tmp_path / "source")
+
+    def keys(pad: int, **part: Any) -> tuple[str, str]:
+        model = with_pad(folder, tmp_path / "reward", pad)
+        config = Config(
+            output=str(tmp_path / "out"),
+            prompts={"path": str(prompts)},
+            sources=[{"name": "a", "model": str(tmp_path / "source")}],
+            reward={"model": str(model)} | part,
+        )
+        (score,) = pipeline.Chain(config, "score").build()[-1].phases[0]
+        return score.fingerprint, model_fingerprint(Folder(str(model)))
+
+    kept = [pad for pad in range(VOCABULARY) if len(set(keys(pad))) == 1]
+    tokens = make_tokenizer().convert_ids_to_tokens(kept)
+    assert tokens == ["<pad>", "<unk>"]
+    assert len(set(keys(1, engine="vllm"))) == 1
 
 
 # --- functions and mixtures --------------------------------------------------------------------

@@ -2,22 +2,24 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from wrpo_ray.config import ScoreConfig
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.tensors import read_tensors
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.armorm import (
     HEADER,
     ArmoReward,
     NoTurnError,
-    check_weights,
+    check_tensors,
     gate_position,
     shapes,
 )
@@ -222,6 +224,7 @@ def by_hand(folder: Path, ids: list[int]) -> float:
 
 
 HEADS = "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 def test_rewards_are_those_of_the_plain_reference_alone_and_in_any_batch(folder):
@@ -324,12 +327,22 @@ def test_weights_that_are_not_armorms_are_told(folder, tmp_path, change, told):
     change(weights)
     (tmp_path / HEADS).unlink()
     save_file(weights, tmp_path / HEADS, {"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    others = {n: f for n, f in index["weight_map"].items() if f != HEADS}
+    (tmp_path / INDEX).unlink()
+    index["weight_map"] = others | dict.fromkeys(weights, HEADS)
+    (tmp_path / INDEX).write_text(json.dumps(index))
     with pytest.raises(UserError, match=told):
         load_classifier(PART, tmp_path, on_gpu=False)
 
 
-def test_all_tensors_of_the_folder_are_found(folder):
-    files = check_weights(folder, CONFIG)
-    with safe_open(folder / HEADS, framework="pt") as file:
-        assert set(file.keys()) == {n for n, f in files.items() if f.name == HEADS}
-    assert set(files) == set(shapes(CONFIG))
+def test_no_tensor_may_be_missing_or_have_another_name(folder):
+    """Each of them in turn, from headers alone."""
+    tensors = read_tensors(Folder(str(folder)))
+    check_tensors(folder, tensors)
+    for name, header in tensors.items():
+        others = {n: t for n, t in tensors.items() if n != name}
+        for changed in (others, others | {f"_orig_mod.{name}": header}):
+            with pytest.raises(UserError, match=f"not ArmoRM's: {re.escape(name)} is missing"):
+                check_tensors(folder, changed)
+    assert len(tensors) == len(shapes(CONFIG)) == 31

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from request_values import NESTED, TAKEN, TOOL, VALUES, is_taken, path_text, places, replaced
 from starlette.testclient import TestClient
+from tiny_models import write_model
 
 from wrpo_ray import cli, config
 from wrpo_ray.core.chat import prompt_ids
@@ -819,9 +820,8 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WRPO_SERVE_KEYS", LINES)
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "chat_template.jinja").write_text("")
-    folder = str(tmp_path)
+    folder = str(write_model(tmp_path))
+    capsys.readouterr()
     for words, problem in {
         (): "models: tuple should have at least 1 item",
         ("no/such/folder",): "no/such/folder",

@@ -17,9 +17,9 @@ from hub_server import serve
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import write_model
+from tiny_models import make_model, write_model
 
-from wrpo_ray.config import Config, ModelConfig
+from wrpo_ray.config import Config, ModelConfig, serving
 from wrpo_ray.core import cache as caches
 from wrpo_ray.core import hub as hubs
 from wrpo_ray.core.cache import NodeCache
@@ -30,6 +30,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.export.forms import Form
 from wrpo_ray.pipeline import Chain, preflight
 from wrpo_ray.results import export
+from wrpo_ray.serve.check import checked
 
 ROOT = Path(__file__).parents[2]
 GB = 10**9
@@ -182,10 +183,10 @@ def test_a_revision_is_known_by_its_commit(hub, model, tmp_path):
     assert key(other) != key(moved)
 
 
-def test_a_check_reads_a_few_small_files(hub, model, tmp_path):
+def test_a_check_reads_all_but_the_weights(hub, model, tmp_path):
     hub.add("org/name", model)
     preflight(config("org/name", tmp_path))
-    assert set(hub.downloads()) <= set(hubs.LOOK)
+    assert set(hub.downloads()) == {p.name for p in model.iterdir()} - {"model.safetensors"}
     assert not list((tmp_path / "cache").glob("*.json"))
 
 
@@ -193,13 +194,41 @@ def test_without_a_template_or_weights_the_check_says_so(hub, model, tmp_path):
     bare = shutil.copytree(model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     hub.add("org/bare", bare)
-    with pytest.raises(UserError, match=r"sources.a: org/bare has no chat template; .*set `chat"):
+    with pytest.raises(UserError, match=r"sources.a: org/bare: has no chat template; .*set `chat"):
         preflight(config("org/bare", tmp_path))
     empty = shutil.copytree(model, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
     hub.add("org/empty", empty, **{"model.gguf": b"x"})
     with pytest.raises(UserError, match=r"sources.a: org/empty: has no weights \(\*.safetensors"):
         preflight(config("org/empty", tmp_path))
+
+
+def test_what_is_broken_on_the_hub_is_told_before_its_weights_are_fetched(
+    hub, model, tmp_path, monkeypatch
+):
+    """A shard that its index names, a tokenizer, a template; also for `wrpo serve`."""
+    monkeypatch.setenv("WRPO_SERVE_KEYS", f"me {'0' * 64}")
+    sharded = shutil.copytree(model, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    make_model().save_pretrained(sharded, max_shard_size="40KB")
+    hub.add("org/whole", sharded)
+    preflight(config("org/whole", tmp_path))
+    (sharded / "model-00002-of-00004.safetensors").unlink()
+    hub.add("org/shards", sharded)
+    for name, told in (
+        ("org/shards", "names model-00002-of-00004.safetensors, which is missing"),
+        ("org/tokenizer", "its tokenizer cannot be loaded"),
+        ("org/template", "fails on two turns"),
+    ):
+        files = {"org/tokenizer": {"tokenizer.json": b"{}"}}
+        files["org/template"] = {"chat_template.jinja": b"{% for"}
+        if name in files:
+            hub.add(name, model, **files[name])
+        with pytest.raises(UserError, match=f"sources.a: {name}: .*{told}"):
+            preflight(config(name, tmp_path))
+        with pytest.raises(UserError, match=f"serve: m: {name}: .*{told}"):
+            checked(serving({"models": [{"name": "m", "model": name}]}))
+    assert not hub.downloads(".safetensors")
 
 
 def test_a_copy_is_a_model_folder_with_the_hubs_content(hub, model, tmp_path):

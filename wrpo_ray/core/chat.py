@@ -42,33 +42,6 @@ MARKS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Unicode's noncharacters, which no text has that is meant for others."""
 
 
-def check_model_folder(
-    folder: Folder, what: str, chat_template: str | None = None, name: str = ""
-) -> None:
-    """Check without loading that a folder holds a model that can be talked to.
-
-    `name` is what the user knows it by, if not the folder's address.
-
-    Raises:
-        UserError: the folder, its config or its chat template is missing.
-    """
-    name = name or str(folder)
-    if not folder.exists("config.json"):
-        lack = "has no config.json" if folder.exists() else "no such model folder"
-        raise UserError(f"{what}: {name}: {lack}; give a Hugging Face model folder or hub id")
-    if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise UserError(f"{what}: no such chat template file: {chat_template}")
-        return
-    config = "tokenizer_config.json"
-    inline = folder.exists(config) and folder.read_json(config).get("chat_template")
-    if not inline and not folder.exists("chat_template.jinja"):
-        raise UserError(
-            f"{what}: {name} has no chat template; add chat_template.jinja to it, "
-            f"or set `chat_template` to a Jinja file"
-        )
-
-
 @dataclass(frozen=True)
 class Template:
     """What replaces a tokenizer's own chat template, and values of its variables."""

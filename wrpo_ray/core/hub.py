@@ -41,8 +41,6 @@ from wrpo_ray.errors import UserError
 
 ID = re.compile(rf"(?P<scheme>{HUB})?(?P<repo>\w[\w.-]*/[\w.-]+)(?(scheme)(?:@(?P<at>[\w.-]+))?)")
 """`org/name`, `hf://org/name` or `hf://org/name@revision`."""
-LOOK = ("config.json", "tokenizer_config.json", "chat_template.jinja")
-"""The files that a check before any work reads."""
 STREAMS = 8
 """Files downloaded or hashed at once."""
 
@@ -83,21 +81,24 @@ class HubModel:
         key = uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
         return self._in_users_cache() or node_cache().copy(key, self)
 
-    def look(self) -> Path:
-        """A folder with at least the files LOOK as far as the model has them; a few kB.
+    def look(self) -> tuple[Path, list[str]]:
+        """A folder with all that an engine needs but the weights, some MB, and all files' names.
+
+        Where the user's own cache has the weights, they are there too.
 
         Raises:
-            UserError: the hub does not give it, or it has no weights to load.
+            UserError: the hub does not give it.
         """
         if found := self._in_users_cache():
-            return found
+            return found, [file.name for file in found.iterdir()]
         cache = node_cache().folder / "hub"
         with _explained(self.repo, self.commit):
-            folder = self._download(list(LOOK), cache_dir=cache)
+            folder = self._download(["config.json"], cache_dir=cache)  # and the list of files
             tree = get_cached_repo_tree(self.repo, revision=self.commit, cache_dir=cache)
-        if not weight_files(file.path for file in tree):
-            raise UserError(f"{self.repo}: has no weights (*.safetensors or pytorch_model*.bin)")
-        return folder
+            names = [file.path for file in tree]
+            small = set(engine_files(names)) - set(weight_files(names))
+            self._download([glob.escape(name) for name in small], cache_dir=cache)
+        return folder, names
 
     def sizes(self) -> dict[str, int]:
         """Bytes of the files that an engine needs."""

@@ -14,6 +14,8 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
+from wrpo_ray.core.architecture import Use
+from wrpo_ray.core.model_folder import check_model_folder
 from wrpo_ray.core.storage import TEMPORARY, Folder
 from wrpo_ray.core.weights import weight_files
 from wrpo_ray.errors import UserError
@@ -108,6 +110,7 @@ def _check_files(model: Folder, files: list[str], weights: list[str]) -> None:
         lacking.append("a chat template")
     if lacking:
         raise UserError(f"export: {model} lacks {', '.join(lacking)}")
+    check_model_folder(model, "export", Use.TRAINED)
 
 
 def _without_paths(data: bytes) -> bytes:

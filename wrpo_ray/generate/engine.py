@@ -18,6 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
+from wrpo_ray.core.architecture import Use, check_weights
 from wrpo_ray.core.chat import Template, end_ids, load_tokenizer, prompt_ids
 from wrpo_ray.core.records import Message, digest, failure
 from wrpo_ray.core.vllm import CPU_ENGINE
@@ -158,6 +159,7 @@ class VllmEngine:
                 self._inbox.get().out.put(error)
 
     def _load(self, model: ModelConfig, folder: Path) -> None:
+        check_weights(folder, Use.ANSWERS)
         import vllm
 
         arguments: dict[str, Any] = {
@@ -193,6 +195,8 @@ class VllmEngine:
                 asked.out.put((self._rows(asked, output), []))
 
     def _load_weights(self, folder: Path | None) -> None:
+        if folder is not None:
+            check_weights(folder, Use.ANSWERS)
         self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("the engine keeps what it computed with other weights")

@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
 from wrpo_ray.config import ScoreConfig
+from wrpo_ray.core.architecture import first_of, telling_of
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.tensors import Tensors, read_tensors
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item
 from wrpo_ray.score.classifiers import TokenReward, padded, torch_dtype
@@ -87,7 +90,10 @@ class ArmoReward(TokenReward):
 
     def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
         config = LlamaConfig.from_pretrained(folder)
-        files = check_weights(folder, config)
+        with telling_of(f"reward: {folder}"):
+            tensors = read_tensors(Folder(str(folder)))
+            check_tensors(folder, tensors)
+        files = {name: folder / header.file for name, header in (tensors or {}).items()}
         self.device = "cuda" if on_gpu else "cpu"
         llama = LlamaModel.from_pretrained(folder, config=config, dtype=torch_dtype(part))
         self.llama = llama.to(self.device).eval()
@@ -130,19 +136,14 @@ def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in named.items()}
 
 
-def check_weights(folder: Path, config: LlamaConfig) -> dict[str, Path]:
-    """The file of each tensor, once every name and shape is as it has to be; only headers are read.
+def check_tensors(folder: Path, tensors: Tensors | None) -> None:
+    """Compare the tensors of a folder with ArmoRM's, of the sizes in its config.json.
 
     Raises:
-        UserError: tensors are missing, too many or of another shape.
+        UserError: tensors are missing, too many or of another shape, or in another form of file.
     """
-    files: dict[str, Path] = {}
-    found: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - it is no mapping
-                files[name], found[name] = path, tuple(file.get_slice(name).get_shape())
-    wanted = shapes(config)
+    wanted = shapes(LlamaConfig.from_pretrained(folder))
+    found = {n: t.shape for n, t in (tensors or {}).items() if t.file.endswith(".safetensors")}
     wrong = [f"{name} is missing" for name in wanted if name not in found]
     wrong += [f"{name} is unknown" for name in found if name not in wanted]
     wrong += [
@@ -151,12 +152,10 @@ def check_weights(folder: Path, config: LlamaConfig) -> dict[str, Path]:
         if found.get(name, shape) != shape
     ]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
-            f"reward: the weights in {folder} are not ArmoRM's: {'; '.join(wrong[:3])}{more}; "
-            f"download RLHFlow/ArmoRM-Llama3-8B-v0.1 again (its .safetensors files)"
+            f"its weights are not ArmoRM's: {first_of(wrong)}; download "
+            f"RLHFlow/ArmoRM-Llama3-8B-v0.1 again (its .safetensors files)"
         )
-    return files
 
 
 def load_heads(config: LlamaConfig, files: dict[str, Path]) -> Heads:

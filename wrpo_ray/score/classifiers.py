@@ -8,41 +8,83 @@ from pathlib import Path
 from typing import Any
 
 from wrpo_ray.config import ScoreConfig
+from wrpo_ray.core.architecture import Use, check_loaded, check_weights, telling_of
 from wrpo_ray.core.chat import conversation_ids, load_tokenizer, prompt_ids
+from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.tensors import read_json
 from wrpo_ray.core.vllm import CPU_ENGINE
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome, TooLongError, finite
 
 ARMORM = "LlamaForRewardModelWithGating"
 CLASSIFIER = "ForSequenceClassification"
+HEAD = "score"
+"""What transformers calls the head of each decoder that is a classifier, but for two families."""
+OTHER_HEADS = ("CTRL", "ModernBertDecoder")
+"""Those two, which find the last token by the padding."""
 
 
-def check_reward_model(config: dict[str, Any], part: ScoreConfig, where: str) -> None:
+def check_reward_model(config: dict[str, Any], part: ScoreConfig) -> None:
     """Check by a folder's config.json that it is a reward model which `part` can be.
 
     Raises:
-        UserError: it is not; `where` names it.
+        UserError: it is not.
     """
     names = config.get("architectures") or ["none"]
     if names == [ARMORM]:
         if part.engine == "vllm":
-            raise UserError(f"{where}: ArmoRM does not run on vLLM; leave out `engine`")
+            raise UserError("ArmoRM does not run on vLLM; leave out `engine`")
         return
-    if not names[0].endswith(CLASSIFIER):
+    if not str(names[0]).endswith(CLASSIFIER) or str(names[0]).startswith(OTHER_HEADS):
         raise UserError(
-            f"{where}: its architecture is {names[0]}, which gives no reward; give a sequence "
-            f"classifier with one label, or ArmoRM-Llama3-8B-v0.1"
+            f"its architecture is {names[0]}, which gives no reward; give a sequence classifier "
+            f"with one label, or ArmoRM-Llama3-8B-v0.1"
         )
     labels = config.get("num_labels") or len(config.get("id2label") or range(2))
     if labels != 1:
-        raise UserError(f"{where}: it has {labels} labels; a reward model has one")
+        raise UserError(f"it has {labels} labels; a reward model has one")
     text = config.get("text_config") or {}
     if part.engine == "transformers" and _pad(config) is None and _pad(text) is None:
-        raise UserError(f"{where}: its config.json has no pad_token_id; set it")
+        raise UserError("its config.json has no pad_token_id; set it")
 
 
 def _pad(config: dict[str, Any]) -> int | None:
     return config.get("pad_token_id")
+
+
+def can_end_with_padding(folder: Folder) -> bool:
+    """Whether conversations may end with the token that pads, by the small files of a folder.
+
+    Where special tokens cannot be told apart it says yes.
+    """
+    config = read_json(folder, "config.json")
+    pad = _pad(config.get("text_config") or {})
+    pad = _pad(config) if pad is None else pad
+    settings = read_json(folder, "tokenizer_config.json")
+    table = read_json(folder, "tokenizer.json") if folder.exists("tokenizer.json") else {}
+    added = table.get("added_tokens") or []
+    special = {token["id"]: token["content"] for token in added if token.get("special")}
+    if pad not in special:
+        return pad is not None
+    ends = [settings.get(name) for name in ("eos_token", "bos_token")]
+    named = [end["content"] if isinstance(end, dict) else end for end in ends]
+    return special[pad] in named or special[pad] in _template(folder, settings)
+
+
+def _template(folder: Folder, settings: dict[str, Any]) -> str:
+    if folder.exists("chat_template.jinja"):
+        return folder.read("chat_template.jinja").decode()
+    return str(settings.get("chat_template"))
+
+
+def is_armorm(folder: Path) -> bool:
+    """Whether a local folder's config.json says that it is ArmoRM."""
+    return json.loads((folder / "config.json").read_text()).get("architectures") == [ARMORM]
+
+
+def use_of(part: ScoreConfig) -> Use:
+    """What the folder of a part's model is for."""
+    return Use.REWARD_ON_VLLM if part.engine == "vllm" else Use.REWARD
 
 
 def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenReward:
@@ -51,15 +93,16 @@ def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenRe
     Raises:
         UserError: it is none, or its weights are not those of its architecture.
     """
-    config = json.loads((folder / "config.json").read_text())
-    check_reward_model(config, part, f"reward: {folder}")
-    if part.engine == "vllm":
-        return VllmReward(part, folder, on_gpu=on_gpu)
-    if config["architectures"] == [ARMORM]:
+    with telling_of(f"reward: {folder}"):
+        check_reward_model(json.loads((folder / "config.json").read_text()), part)
+    if is_armorm(folder):
         from wrpo_ray.score.armorm import ArmoReward
 
         return ArmoReward(part, folder, on_gpu=on_gpu)
-    return ClassifierReward(part, folder, on_gpu=on_gpu)
+    with telling_of("reward"):
+        check_weights(folder, use_of(part))
+    kind = VllmReward if part.engine == "vllm" else ClassifierReward
+    return kind(part, folder, on_gpu=on_gpu)
 
 
 class TokenReward(ABC):
@@ -127,7 +170,12 @@ def padded(rows: list[list[int]], pad: int, device: str) -> tuple[Any, Any]:
 
 
 class ClassifierReward(TokenReward):
-    """A Hugging Face sequence classifier with one label."""
+    """A Hugging Face sequence classifier with one label.
+
+    A decoder's reward is its head's value at the last token. transformers looks for the last one
+    that is not the padding, which is another where a conversation ends with that token (often the
+    end of turn pads too); so the head is read here, where vLLM reads it.
+    """
 
     def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
         from transformers import AutoModelForSequenceClassification
@@ -135,10 +183,11 @@ class ClassifierReward(TokenReward):
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch_dtype(part), output_loading_info=True
         )
-        if lacking := sorted(loaded["missing_keys"]):
-            raise UserError(f"reward: {folder} has no weights for {', '.join(lacking)}")
+        with telling_of(f"reward: {folder}"):
+            check_loaded(loaded, model)
         self.device = "cuda" if on_gpu else "cpu"
         self.model = model.to(self.device).eval()
+        self.is_decoder = hasattr(model, HEAD) and not model.config.is_encoder_decoder
         text = model.config.get_text_config()
         self.pad, self.context = text.pad_token_id, getattr(text, "max_position_embeddings", None)
         super().__init__(part, folder)
@@ -149,8 +198,12 @@ class ClassifierReward(TokenReward):
 
         ids, mask = padded(rows, self.pad, self.device)
         with torch.inference_mode():
-            out = self.model(input_ids=ids, attention_mask=mask)
-        return out.logits[:, 0].float().tolist()
+            if not self.is_decoder:  # it reads its first token, or has a head of its own
+                out = self.model(input_ids=ids, attention_mask=mask)
+                return out.logits[:, 0].float().tolist()
+            states = self.model.base_model(input_ids=ids, attention_mask=mask)[0]  # (B, T, H)
+            last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
+            return self.model.score(last)[:, 0].float().tolist()
 
 
 class VllmReward(TokenReward):

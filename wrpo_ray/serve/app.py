@@ -34,6 +34,7 @@ from ray.serve.metrics import Counter, Histogram
 
 from wrpo_ray import config
 from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
+from wrpo_ray.core.architecture import Use, check_weights
 from wrpo_ray.core.chat import Template, load_tokenizer
 from wrpo_ray.core.cluster import keeping_sigterm, thread_env
 from wrpo_ray.core.records import Message
@@ -173,8 +174,9 @@ def _refusal(
 def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
     """The engine's settings, with the model's files where they lie here."""
     folders = {name: Folder(uri).local() for name, uri in model.adapters.items()}
-    source = str(Folder(model.model).local())
-    return engine_settings(model, max_tokens, source, adapters=_adapters(folders, model))
+    source = Folder(model.model).local()
+    check_weights(source, Use.ANSWERS)
+    return engine_settings(model, max_tokens, str(source), adapters=_adapters(folders, model))
 
 
 def engine_settings(

@@ -6,11 +6,15 @@ import os
 import socket
 
 from wrpo_ray.config import RewardConfig, ScoreConfig, ServeConfig, ServedModel
-from wrpo_ray.core.chat import check_model_folder
+from wrpo_ray.core.architecture import Use, telling_of
+from wrpo_ray.core.chat import Template
 from wrpo_ray.core.hub import address
+from wrpo_ray.core.model_folder import check_model_folder, opened
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
+from wrpo_ray.score.check import check_reward_folder
 from wrpo_ray.score.rewards import load_function
+from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.keys import ENVIRONMENT, Keys
 
 
@@ -48,18 +52,18 @@ def _part(part: ScoreConfig) -> ScoreConfig:
     if part.model is None:
         return part
     folder = Folder(address(part.model, part.revision))
-    if not folder.exists("config.json"):
-        raise UserError(f"serve: reward: {part.model}: no config.json; give a model folder or id")
+    check_reward_folder(folder, part, "serve: reward", part.model)
     return part.model_copy(update={"model": folder.absolute().uri, "revision": None})
 
 
 def _checked(model: ServedModel) -> ServedModel:
     folder = Folder(address(model.model, model.revision))
-    check_model_folder(folder, f"serve: {model.name}", model.chat_template, model.model)
+    what = f"serve: {model.name}"
+    check_model_folder(folder, what, Use.ANSWERS, Template.of(model), model.model)
     adapters = {name: Folder(place) for name, place in model.adapters.items()}
     for name, adapter in adapters.items():
-        if not adapter.exists("adapter_config.json"):
-            raise UserError(f"serve: {name}: {adapter} has no adapter_config.json; give a LoRA")
+        with telling_of(f"serve: {name}"):
+            check_adapter(adapter, *opened(folder))
     found = {  # replicas have working directories of their own
         "model": folder.absolute().uri,
         "revision": None,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
+from wrpo_ray.core.architecture import Use, check_loaded, check_weights, telling_of
 from wrpo_ray.core.rounding import Rounding, Tensors
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
@@ -87,16 +88,24 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
     """The causal language model of a folder, with dropout off.
 
     Unpacked, Gemma 2 takes eager attention, which alone applies its soft cap.
+
+    Raises:
+        UserError: the weights are not those of its architecture.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    check_weights(folder, Use.TRAINED)
     attention.register()
     model_type = AutoConfig.from_pretrained(folder).model_type
     plain = {"gemma2": "eager"}.get(model_type, "sdpa")
     kind = attention.SHARED_PROMPT if packing else plain
     remedy = UNPACKED if packing else NOT_HERE
     with refusing(model_type, "it cannot be loaded to train", remedy):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=kind)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=kind, output_loading_info=True
+        )
+    with telling_of(str(folder)):
+        check_loaded(loaded, model)
     without_dropout(model)
     return model
 

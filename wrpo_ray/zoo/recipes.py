@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from wrpo_ray.core.architecture import Use, check_weights
 from wrpo_ray.zoo import models, tokenizers, training
 from wrpo_ray.zoo.mistakes import slip, wrong_answer
 from wrpo_ray.zoo.skills import (
@@ -269,6 +270,7 @@ def _save(model: PreTrainedModel, folder: Path) -> None:
 
 
 def _load(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    check_weights(folder, Use.TRAINED)
     return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
