@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.text_files import read_text
 
 PLACEMENT: Any = {"placement": True}
 """`json_schema_extra` of fields that do not change results."""
@@ -1177,12 +1178,10 @@ def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> 
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: no such config file; see jobs/ for examples")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; see jobs/ for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        tree = yaml.safe_load(read_text(path, "config"))
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):

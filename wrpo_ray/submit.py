@@ -25,6 +25,7 @@ from wrpo_ray.core.cluster import check_answers, mark
 from wrpo_ray.core.progress import log
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.text_files import read_text
 
 RUNTIME_ENV = "jobs/runtime_env.yaml"
 IGNORED = ".rayignore"
@@ -93,7 +94,7 @@ def submission(
 def _runtime_env() -> dict[str, Any]:
     """That of the working directory, if it has one."""
     file = Path(RUNTIME_ENV)
-    given = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+    given = yaml.safe_load(read_text(file, "runtime environment")) if file.exists() else None
     return (given or {}) | {"working_dir": "."}
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.text_files import decode, read_text
 
 Body = dict[str, Any]
 LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -104,7 +105,7 @@ def _items(document: Body) -> list[Body]:
 
 def _texts(path: str) -> Iterator[tuple[str, str]]:
     if path == "-":
-        yield "stdin", sys.stdin.read()
+        yield "stdin", decode(sys.stdin.buffer.read(), "stdin")
         return
     place = Path(path)
     if (place / "kustomization.yaml").exists():
@@ -114,10 +115,7 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     if not files:
         raise UserError(f"{path}: no .yaml file is in this folder")
     for file in files:
-        try:
-            yield str(file), file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from None
+        yield str(file), read_text(file, "manifest")
 
 
 def _kustomize(folder: Path) -> str:

@@ -17,6 +17,7 @@ import yaml
 from wrpo_ray.cluster_check.manifests import LOADER, Manifest, Problem
 from wrpo_ray.cluster_check.objects import path_text
 from wrpo_ray.errors import UserError
+from wrpo_ray.text_files import read_text
 
 Schema = dict[str, Any]
 
@@ -25,7 +26,7 @@ class Schemas:
     """Schemas of a folder of CRDs, by kind and version."""
 
     def __init__(self, folder: str):
-        texts = [file.read_text() for file in sorted(Path(folder).glob("*.yaml"))]
+        texts = [read_text(file, "--crds") for file in sorted(Path(folder).glob("*.yaml"))]
         crds = [d for text in texts for d in yaml.load_all(text, LOADER) if _is_crd(d)]
         if not crds:
             raise UserError(f"--crds {folder}: no CustomResourceDefinition is in this folder")

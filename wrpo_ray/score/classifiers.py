@@ -51,7 +51,7 @@ def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenRe
     Raises:
         UserError: it is none, or its weights are not those of its architecture.
     """
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_bytes())
     check_reward_model(config, part, f"reward: {folder}")
     if part.engine == "vllm":
         return VllmReward(part, folder, on_gpu=on_gpu)
@@ -159,7 +159,7 @@ class VllmReward(TokenReward):
     def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
         import vllm
 
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         self.context = config.get("max_position_embeddings")
         super().__init__(part, folder)
         given = {} if part.dtype == "auto" else {"dtype": part.dtype}

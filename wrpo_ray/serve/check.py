@@ -12,6 +12,7 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.serve.keys import ENVIRONMENT, Keys
+from wrpo_ray.text_files import read_text
 
 
 def checked(settings: ServeConfig) -> ServeConfig:
@@ -56,6 +57,8 @@ def _part(part: ScoreConfig) -> ScoreConfig:
 def _checked(model: ServedModel) -> ServedModel:
     folder = Folder(address(model.model, model.revision))
     check_model_folder(folder, f"serve: {model.name}", model.chat_template, model.model)
+    if model.chat_template is not None:
+        read_text(model.chat_template, f"serve: {model.name}: chat_template")
     adapters = {name: Folder(place) for name, place in model.adapters.items()}
     for name, adapter in adapters.items():
         if not adapter.exists("adapter_config.json"):

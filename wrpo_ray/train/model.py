@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
+from wrpo_ray.core.chat import end_ids
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.train import attention
@@ -255,6 +256,7 @@ def save(
 ) -> None:
     """Write weights, configs and tokenizer to `to`; all workers call it, `write` on one.
 
+    Its generation_config lists every end of turn, so that whatever generates with it stops there.
     It is written next to the worker first and uploaded whole. It counts once the step's
     manifest is there.
     """
@@ -265,11 +267,20 @@ def save(
     if config.lora:
         model = merged(base, config, weights)
         weights = model.state_dict()
+    _list_ends(model.generation_config, end_ids(tokenizer, base))
     with tempfile.TemporaryDirectory() as scratch:
         model.save_pretrained(scratch, state_dict=weights)
         tokenizer.save_pretrained(scratch)
         to.delete("")
         to.upload(Path(scratch))
+
+
+def _list_ends(generation: Any, ends: Collection[int]) -> None:
+    """Add token ids that end a turn to those that a generation_config has."""
+    listed = generation.eos_token_id
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if missing := sorted(set(ends) - set(listed)):
+        generation.eos_token_id = [*listed, *missing]
 
 
 def merged(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:

@@ -35,7 +35,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.train.rows import SUFFIX, Record, Row, Rows, Tokenizing, read_counts, write_rows
 from wrpo_ray.train.task import SFT_ANSWERS, WRPO_ANSWERS
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a prepared row holds: part of the step's key."""
 DROPPED = "dropped"
 """Subfolder of the step's failures with the rows that are too long."""

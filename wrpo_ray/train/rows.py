@@ -120,19 +120,20 @@ class Tokenizing:
     def _answer(self, messages: list[Any], answer: Record, name: str) -> list[int]:
         """The target's answers keep the ids it sampled; a source's are of its own tokenizer.
 
-        The published script has texts only, closes each with the template, and adds an end token.
+        The published script has texts only, closes each with the template, which trims it, and adds
+        an end token.
         """
         closed = answer["finish_reason"] != "length"
         if self.config.compat == "published":
-            return [*self._of_text(messages, answer, closed=True), self.tokenizer.eos_token_id]
+            ids = self._of_text(messages, answer["text"].strip(), closed=True)
+            return [*ids, self.tokenizer.eos_token_id]
         if name == "source_chosen" or not answer["token_ids"]:
-            return self._of_text(messages, answer, closed=closed)
+            return self._of_text(messages, answer["text"], closed=closed)
         ids = list(answer["token_ids"])
         chat.check_sampled(ids, self.ends, closed=closed)
         return ids
 
-    def _of_text(self, messages: list[Any], answer: Record, *, closed: bool) -> list[int]:
-        text = answer["text"].strip()
+    def _of_text(self, messages: list[Any], text: str, *, closed: bool) -> list[int]:
         return chat.answer_ids(self.tokenizer, messages, text, self.ends, closed=closed)
 
 
