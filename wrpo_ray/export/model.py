@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from wrpo_ray.core.storage import TEMPORARY, Folder
-from wrpo_ray.core.weights import weight_files
+from wrpo_ray.core.weights import TEMPLATES, weight_files
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.card import Facts, Model, counted, fenced_settings, models_table, table
 
@@ -54,16 +54,13 @@ def write(model: Folder, to: Folder, card: str) -> int:
     """Copy a model's files and write its card; returns the bytes of its weights.
 
     Raises:
-        UserError: the model lacks what engines need, or `to` holds other weights.
+        UserError: the model lacks what engines need, or `to` holds parts of another.
     """
     files = [name for name in model.files() if not name.startswith(".")]
     weights = weight_files(files)
     _check_files(model, files, weights)
-    strangers = set(weight_files(to.files())) - set(weights)
-    if strangers:
-        raise UserError(
-            f"export: {to} holds other weights, such as {min(strangers)}; give a new folder"
-        )
+    beside = [TEMPLATES + name for name in model.files(TEMPLATES)]
+    _check_place(to, weights, beside)
     to.filesystem.create_dir(to.path, recursive=True)
     for name in files:
         if name.endswith(".json"):
@@ -73,11 +70,24 @@ def write(model: Folder, to: Folder, card: str) -> int:
                 f"{model.path}/{name}", f"{to.path}/{name}",
                 source_filesystem=model.filesystem, destination_filesystem=to.filesystem,
             )  # fmt: skip
+    for name in beside:
+        to.write(name, model.read(name))
     if GENERATION not in files:
         to.write_json(GENERATION, _generation(model.read_json("config.json")))
     to.write(CARD, card.encode())
     infos = to.filesystem.get_file_info([f"{to.path}/{name}" for name in weights])
     return sum(info.size for info in infos)
+
+
+def _check_place(to: Folder, weights: list[str], templates: list[str]) -> None:
+    """Raise UserError where the folder holds what would become part of the model."""
+    others = set(weight_files(to.files())) - set(weights)
+    others |= {TEMPLATES + name for name in to.files(TEMPLATES)} - set(templates)
+    if others:
+        kind = "chat templates" if min(others).startswith(TEMPLATES) else "weights"
+        raise UserError(
+            f"export: {to} holds other {kind}, such as {min(others)}; give a new folder"
+        )
 
 
 def _check_files(model: Folder, files: list[str], weights: list[str]) -> None:
