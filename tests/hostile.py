@@ -30,7 +30,7 @@ def hostile_lines(count: int, seed: int, long: int = 2**20) -> list[bytes]:
     rng = random.Random(seed)
     kinds: list[Callable[[random.Random, int], bytes]] = [
         *(_text, _text, _text, _conversation, _conversation),
-        *(_special, _special, _surrogate, _wrong_type, _broken, _deep, _number),
+        *(_special, _special, _surrogate, _wrong_type, _broken, _deep, _number, _more_than_text),
     ]
     return [_long(rng, long) if i % 100 == 7 else rng.choice(kinds)(rng, i) for i in range(count)]
 
@@ -64,6 +64,13 @@ def _conversation(rng: random.Random, i: int) -> bytes:
     if rng.random() < 0.5:
         turns = [{"role": rng.choice(["user", "system"]), "content": _mixture(rng, i)}]
     return _line({"prompt": rng.choice([turns, turns[0] if turns else {}])})
+
+
+def _more_than_text(rng: random.Random, i: int) -> bytes:
+    key = rng.choice(["tool_calls", "function_call", "name", "images", "refusal", "id", "language"])
+    more = {key: rng.choice([None, "", [], {}, "x", [{"function": {"name": "f"}}], 0, True])}
+    turn = {"role": rng.choice(["user", "assistant", "tool"]), "content": f"{i}"} | more
+    return _line({"prompt": [{"role": "user", "content": "x"}, turn]})
 
 
 def _surrogate(rng: random.Random, i: int) -> bytes:

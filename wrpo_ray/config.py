@@ -29,6 +29,7 @@ from pydantic import (
 from wrpo_ray.addresses import Address, public, shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.reading import KeyTwiceError, read_yaml, yaml_problem
+from wrpo_ray.text_files import read_text
 from wrpo_ray.values import as_written
 
 PLACEMENT: Any = {"placement": True}
@@ -1238,12 +1239,10 @@ def _validated(kind: type[S], tree: Any, where: str) -> S:
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     if Address.of(str(path)):
         raise UserError(f"{shown(str(path))}: a config is a file on this machine; copy it here")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such config file; see jobs/ for examples")
     try:
-        tree = read_yaml(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file; see jobs/ for examples") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        tree = read_yaml(read_text(path, "config"))
     except KeyTwiceError as error:
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:

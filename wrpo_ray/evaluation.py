@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from wrpo_ray.config import EvaluateConfig, ModelConfig, SamplingConfig
@@ -25,6 +24,7 @@ from wrpo_ray.evaluate.questions import Continued, Mixture, Questions, SecondTur
 from wrpo_ray.evaluate.verdicts import Game, Verdicts
 from wrpo_ray.generate.stage import Generate
 from wrpo_ray.score.stage import Score
+from wrpo_ray.text_files import read_text
 
 BEST, MIXTURE = "best-of-sources", "mixture"
 MT_BENCH = "mt_bench"
@@ -268,9 +268,4 @@ def _once(phase: Phase) -> tuple[Any, ...]:
 
 
 def _template(path: str | None) -> str:
-    if path is None:
-        return PAIR
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"evaluate.pairwise.template: {path} cannot be read: {error}") from None
+    return PAIR if path is None else read_text(path, "evaluate.pairwise.template")

@@ -35,7 +35,7 @@ from wrpo_ray.config import (
 from wrpo_ray.core.architecture import Use
 from wrpo_ray.core.chat import OWN, Template
 from wrpo_ray.core.cluster import fit_together, side_by_side
-from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint
+from wrpo_ray.core.fingerprint import data_fingerprint, model_fingerprint, unmarked
 from wrpo_ray.core.hub import address
 from wrpo_ray.core.model_folder import check_model_folder, small_files
 from wrpo_ray.core.pools import Feed
@@ -76,6 +76,7 @@ from wrpo_ray.score.classifiers import can_end_with_padding
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
 from wrpo_ray.score.verifiers import source_files
+from wrpo_ray.text_files import read_text
 from wrpo_ray.train.prepare import Prepare
 from wrpo_ray.train.stage import Train
 
@@ -378,8 +379,8 @@ class Chain:
         template = Template.of(model) if model else OWN
         if template == OWN:
             return weights
-        file = data_fingerprint([template.file]) if template.file else None
-        return digest([weights, file, template.values], 16)
+        file = _template_fingerprint(template.file) if template.file else None
+        return digest([weights, file, template.values, *template.revision], 16)
 
     # --- answers and rewards
 
@@ -576,6 +577,17 @@ def _with_absolute_paths(reward: RewardConfig) -> RewardConfig:
 
     parts = tuple(moved(part) for part in reward.mixture)
     return moved(reward).model_copy(update={"mixture": parts})
+
+
+def _template_fingerprint(path: str) -> str:
+    """What identifies a chat template.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    content = data_fingerprint([path])
+    read_text(path, "chat_template")
+    return unmarked(content, Folder(path))
 
 
 def _scorer_fingerprint(part: ScoreConfig) -> str:

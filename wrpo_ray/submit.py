@@ -25,6 +25,7 @@ from wrpo_ray.core.progress import log
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.reading import read_document, yaml_problem
+from wrpo_ray.text_files import read_text
 
 RUNTIME_ENV = "jobs/runtime_env.yaml"
 IGNORED = ".rayignore"
@@ -101,8 +102,9 @@ def _runtime_env() -> dict[str, Any]:
     file = Path(RUNTIME_ENV)
     if not file.exists():
         return {"working_dir": "."}
+    text = read_text(file, "runtime environment")
     try:
-        given = read_document(file.read_text(encoding="utf-8")) or {}
+        given = read_document(text) or {}
         RuntimeEnv(**given)
     except Exception as error:  # of YAML; and Ray's checks do not look at all that they use
         raise UserError(

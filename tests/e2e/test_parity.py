@@ -96,3 +96,53 @@ def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(out.read_text()) == transformers_answers(zoo / model, prompts)
+
+
+PLAIN = """
+import json, sys
+from pathlib import Path
+import vllm
+from wrpo_ray.core.vllm import CPU_ENGINE
+
+llm = vllm.LLM(model=sys.argv[1], dtype="float32", **CPU_ENGINE)
+prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
+outputs = llm.generate(prompts, vllm.SamplingParams(temperature=0, max_tokens=40))
+answers = [(o.outputs[0].token_ids, o.outputs[0].finish_reason) for o in outputs]
+Path(sys.argv[3]).write_text(json.dumps(answers))
+"""
+
+
+def test_a_saved_model_ends_its_answers_where_only_its_template_does(zoo, tmp_path):
+    """In vLLM as anyone starts it, and in transformers: its end of turn is no eos of the base."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from wrpo_ray.config import SftConfig
+    from wrpo_ray.core.chat import load_tokenizer, prompt_ids
+    from wrpo_ray.core.storage import Folder
+    from wrpo_ray.core.vllm import engine_env
+    from wrpo_ray.train.model import Policy, save
+
+    base = shutil.copytree(zoo / "target", tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    end, tokenizer.eos_token = tokenizer.eos_token_id, tokenizer.pad_token
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.pad_token_id
+    model.save_pretrained(base)
+    saved = tmp_path / "saved"
+    save(Policy(model), base, SftConfig(), tokenizer, Folder(str(saved)), write=True)
+
+    asked = [json.loads(line)["prompt"] for line in (zoo / "eval.jsonl").read_text().splitlines()]
+    prompts = [prompt_ids(tokenizer, [{"role": "user", "content": a}]) for a in asked[:5]]
+    out = tmp_path / "answers.json"
+    command = [sys.executable, "-c", PLAIN, str(saved), json.dumps(prompts), str(out)]
+    result = subprocess.run(
+        command, env=os.environ | engine_env(on_gpu=False), capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    answers = json.loads(out.read_text())
+    assert all(ids[-1] == end and reason == "stop" for ids, reason in answers)
+    loaded = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager")
+    for prompt, (ids, _) in zip(prompts, answers, strict=True):
+        told = loaded.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
+        assert told[0, len(prompt) :].tolist() == ids

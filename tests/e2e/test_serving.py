@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -84,11 +85,26 @@ def _adapter(model: Path, folder: Path) -> str:
     return str(folder)
 
 
+def _with_another_eos(model: Path, folder: Path) -> str:
+    """A copy whose template ends a turn with a token that no config lists as an end."""
+    shutil.copytree(model, folder)
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(
+            json.dumps(settings | {"eos_token_id": settings["pad_token_id"]})
+        )
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"eos_token": settings["pad_token"]}))
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def server(zoo: Path) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="wrpo-", ignore_cleanup_errors=True) as folder:
         adapter = _adapter(zoo / "target", Path(folder) / "adapter")
-        model = {"name": "target", "model": str(zoo / "target"), "adapters": {"tuned": adapter}}
+        target = _with_another_eos(zoo / "target", Path(folder) / "target")
+        model = {"name": "target", "model": target, "adapters": {"tuned": adapter}}
         file, long = Path(folder) / "serve.yaml", Path(folder) / ("t" * 100)
         long.mkdir()  # sockets, whose paths have 107 bytes at most, work there too
         reward = {"model": str(zoo / "reward"), "max_length": 128}
@@ -124,7 +140,7 @@ def test_the_openai_client_gets_answers_whole_and_streamed(server: Server):
     assert [model.id for model in client.models.list()] == ["target", "tuned"]
     ask = {"model": "target", "messages": messages("Vowels in jaf:"), "temperature": 0}
     whole = client.chat.completions.create(**ask)
-    assert whole.choices[0].finish_reason == "stop"
+    assert whole.choices[0].finish_reason == "stop", "at the end of turn that only its template has"
     streamed = list(
         client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True})
     )

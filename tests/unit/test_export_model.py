@@ -116,6 +116,25 @@ def test_no_warning_where_all_have_one_licence():
     )
 
 
+def test_templates_beside_the_main_one_are_exported(tmp_path):
+    """As a tokenizer with several has them; what another model left there is none of them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = make_tokenizer()
+    named = {"default": tokenizer.chat_template, "tool_use": "tools", "rag": "documents"}
+    tokenizer.chat_template = named
+    model, to = tmp_path / "model", tmp_path / "to"
+    make_model().save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    for _ in range(2):  # again into the same folder
+        write(Folder(str(model)), Folder(str(to)), "")
+        assert AutoTokenizer.from_pretrained(to).chat_template == named
+        assert {p.name for p in to.rglob("*")} == {p.name for p in model.rglob("*")} | {"README.md"}
+    (model / "additional_chat_templates" / "rag.jinja").unlink()
+    with pytest.raises(UserError, match="holds other chat templates, such as .*rag.jinja; give a"):
+        write(Folder(str(model)), Folder(str(to)), "")
+
+
 def test_what_lacks_is_told(config, weights, tmp_path):
     with pytest.raises(UserError, match="the fused model is not there yet; run `wrpo train` first"):
         export_model(config, str(tmp_path / "to"))

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wrpo_ray.config import Columns, ImportConfig, PromptsConfig
-from wrpo_ray.core.published import ROLES, RowError, messages_of
+from wrpo_ray.core.published import ROLES, RowError, from_published, messages_of
 from wrpo_ray.core.records import FAILURE, PROMPT, SCORED
 from wrpo_ray.core.steps import Step
 from wrpo_ray.ingest.readers import prompt_record, read_rows, scored_records
@@ -75,7 +75,7 @@ def test_every_hostile_line_is_a_record_or_a_failure_with_its_place(tmp_path, se
         (b'{"prompt": [{"role": "end", "content": "x"}], "r": 1}', "RowError: the role 'end' is"),
         (
             b'{"prompt": [{"role": "assistant", "content": "x"}], "r": 1}',
-            "RowError: the prompt ends with an assistant's message",
+            "RowError: the prompt ends with an assistant message",
         ),
     ],
 )
@@ -244,3 +244,67 @@ def test_a_reward_in_json_is_a_finite_number(tmp_path, cell, value):
     good, bad = placed(IngestResponses(Step("import"), ImportConfig(path="x", source="m")), path)
     assert [row["reward"] for row in good] == ([] if value is None else [value])
     assert len(bad) == (value is None)
+
+
+# --- conversations ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", ROLES)
+@pytest.mark.parametrize("before", [(), *((role,) for role in ROLES), ("system", "user")])
+def test_a_prompt_asks_something(before, last):
+    """It ends with a user's or a tool's message, and has one of the user's."""
+    roles = [*before, last]
+    turns = [{"role": role, "content": "x"} for role in roles]
+    if last in ("user", "tool") and "user" in roles:
+        assert messages_of(turns) == turns
+        return
+    with pytest.raises(RowError, match="so that nothing is asked"):
+        messages_of(turns)
+
+
+def test_a_prompt_of_a_system_message_alone_is_kept_with_its_reason(tmp_path):
+    path = tmp_path / "p.jsonl"
+    alone = {"role": "system", "content": "be kind"}
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in (alone, [alone], "x")))
+    good, bad = placed(prompts_job(), path)
+    assert len(good) == 1
+    assert [row["message"] for row in bad] == [
+        "the prompt ends with a system message, so that nothing is asked"
+    ] * 2
+
+
+HELD = {
+    "tool_calls": [{"function": {"name": "f"}}],
+    "function_call": {"name": "f"},
+    "name": "zoe",
+    "images": ["x.png"],
+    "refusal": "no",
+    "documents": [{}],
+    "prefix": True,
+    "thought": "hm",
+    "0": 0,
+}
+
+
+@pytest.mark.parametrize("content", ["", "x", None])
+@pytest.mark.parametrize("key", HELD)
+def test_what_would_be_lost_of_a_message_fails_its_row(key, content):
+    """So prompts that differ in it alone are not taken for one; in an answer, too."""
+    asked = {"role": "user", "content": "x"}
+    turn = {"role": "assistant", "content": content, key: HELD[key]}
+    with pytest.raises(RowError, match=f"a message has `{key}`"):
+        messages_of([asked, turn, asked])
+    answer = {"role": "assistant", "content": "x"}
+    row = {"prompt": asked, "chosen": [answer, turn], "rejected": [answer]}
+    with pytest.raises(RowError, match=f"a message has `{key}`"):
+        from_published(row)
+
+
+def test_what_is_no_part_of_a_message_is_passed_over():
+    """Metadata of public data sets, and keys with nothing in them, as Parquet has them."""
+    metadata = {"id": 3, "timestamp": "2024", "language": "English", "toxic": True, "weight": 1}
+    empty = {"tool_calls": None, "function_call": {}, "images": [], "name": "", "prefix": False}
+    turn = {"role": "user", "content": "x"}
+    assert messages_of([turn | metadata | empty]) == [turn]
+    result = {"role": "tool", "content": "3"}
+    assert messages_of([turn, result | {"name": "f", "tool_call_id": "1"}]) == [turn, result]

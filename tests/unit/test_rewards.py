@@ -364,7 +364,7 @@ def test_what_cannot_work_is_told_before_any_work(folder, tmp_path, monkeypatch)
         ({"model": str(tmp_path / "source")}, "LlamaForCausalLM, which gives no reward"),
         ({"mixture": [{"weight": 1, "model": str(tmp_path / "no")}]}, "no such model folder"),
         ({"judge": JUDGE | {"endpoint": endpoint}}, "reward.judge.endpoint: .*NO_SUCH_KEY"),
-        ({"judge": JUDGE | {"template": "no.jinja"}}, "no.jinja cannot be read"),
+        ({"judge": JUDGE | {"template": "no.jinja"}}, "no.jinja: cannot be read"),
     ):
         with pytest.raises(UserError, match=told):
             scored_step(tmp_path, reward)

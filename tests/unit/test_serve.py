@@ -22,7 +22,7 @@ from tiny_models import write_model
 
 from wrpo_ray import cli, config
 from wrpo_ray.core.chat import prompt_ids
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.serve import api, body
 from wrpo_ray.serve.api import DONE, LostError, Refusal, create
 from wrpo_ray.serve.check import checked
@@ -789,11 +789,148 @@ def test_a_chat_is_rendered_as_in_training():
     assert ends[0] == ends[1], "the template's alone"
 
 
-def test_a_chat_with_tools_is_left_to_vllm():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    assert prompt(messages=HI, tools=[{"type": "function"}]) is None
-    assert prompt(messages=[*HI, call]) is None
-    assert prompt(messages=[*HI, {"role": "tool", "content": "3"}]) is None
+WITH_TOOLS = {
+    "tools": "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}",
+    "tool_calls": "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}",
+    "content": "{{ m.content or '' }}",
+    "tool": "{% for m in messages %}",
+}
+"""Parts of a template, each of which writes something of a chat with tools."""
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+RESULT = {"role": "tool", "content": "3", "tool_call_id": "1", "name": "f"}
+CHATS: dict[str, dict[str, Any]] = {
+    "tools": {"messages": HI, "tools": [{"type": "function"}]},
+    "tool_calls": {"messages": [*HI, CALL, *HI]},
+    "content": {"messages": [*HI, {**CALL, "content": "I look"}, RESULT]},
+    "tool": {"messages": [*HI, RESULT]},
+}
+
+
+def tooled(without: str = "") -> Any:
+    """A tokenizer whose template writes all that a chat with tools has, but for one part."""
+    tokenizer = byte_tokenizer()
+    parts = {name: "" if name == without else text for name, text in WITH_TOOLS.items()}
+    if without == "tool":
+        parts["tool"] = WITH_TOOLS["tool"].replace(" %}", " if m.role != 'tool' %}")
+    if without == "content":
+        parts["content"] = "{{ '' if m.tool_calls else m.content }}"
+    order = ("tools", "tool", "content", "tool_calls")
+    tokenizer.chat_template = "".join(parts[name] for name in order) + "{% endfor %}"
+    return tokenizer
+
+
+@pytest.mark.parametrize("chat", CHATS)
+def test_a_chat_with_tools_is_left_to_vllm(chat: str):
+    prompts = Prompts(tooled())
+    assert asyncio.run(prompts.add(dict(CHATS[chat]))) == CHATS[chat]
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("without", WITH_TOOLS)
+def test_what_a_template_leaves_out_of_a_chat_with_tools_is_told(without: str, chat: str):
+    """Each part of a template against each chat: what needs the part is refused by its name."""
+    needs = {
+        "tools": ["tools"],
+        "tool_calls": ["tool_calls", "content"],
+        "content": ["content"],
+        "tool": ["tool", "content"],
+    }
+    prompts = Prompts(tooled(without))
+    if chat not in needs[without]:
+        assert asyncio.run(prompts.add(dict(CHATS[chat]))) == CHATS[chat]
+        return
+    named = {"tools": "`tools`", "tool_calls": "`tool_calls` of", "tool": "role 'tool'"}
+    told = "leaves out .*" + named.get(without, "role 'assistant'")
+    with pytest.raises(TemplateError, match=told):
+        asyncio.run(prompts.add(dict(CHATS[chat])))
+
+
+def test_tools_that_are_not_to_be_used_need_not_be_written():
+    unused = CHATS["tools"] | {"tool_choice": "none"}
+    assert asyncio.run(Prompts(byte_tokenizer()).add(dict(unused))) == unused
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_message_that_the_template_leaves_out_is_refused(role: str):
+    tokenizer = byte_tokenizer()
+    loop = "{%- for message in messages"
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        loop, f"{loop} if message['role'] != '{role}'"
+    )
+    messages = [{"role": role, "content": "be kind"}, *HI]
+    with pytest.raises(TemplateError, match=f"leaves out a message of role '{role}'"):
+        asyncio.run(Prompts(tokenizer).add({"messages": messages}))
+    assert prompt(messages=messages), "where it is written"
+
+
+def test_each_request_stops_at_every_end_of_turn():
+    prompts = Prompts(byte_tokenizer(), {7, 3})
+    assert prompts.stopping({"prompt": "x"}) == {"prompt": "x", "stop_token_ids": [3, 7]}
+    assert prompts.stopping({"ignore_eos": True}) == {"ignore_eos": True}
+
+
+ASSISTANT = {"role": "assistant", "content": "yes"}
+UNASKED = {
+    "system": [{"role": "system", "content": "be kind"}],
+    "developer": [*HI, {"role": "developer", "content": "be kind"}],
+    "assistant": [*HI, ASSISTANT],
+    "user": [{"role": "tool", "content": "3"}],
+}
+
+
+@pytest.mark.parametrize("role", UNASKED)
+def test_a_conversation_that_asks_nothing_is_refused(role: str):
+    """As a chat, and before an answer that is scored."""
+    with pytest.raises(ClientError, match=f"^messages: the conversation .* {role} message") as told:
+        check({"messages": UNASKED[role]})
+    assert (told.value.status, told.value.param) == (400, "messages")
+    with pytest.raises(ClientError, match=f"messages: the conversation .* {role} message"):
+        body.to_score({"messages": [*UNASKED[role], ASSISTANT]})
+
+
+@pytest.mark.parametrize("place", [1, 3])
+def test_calls_of_tools_are_not_scored(place: int):
+    said = [*HI, ASSISTANT, *HI, ASSISTANT]
+    body.to_score({"messages": said})
+    said[place] = {**ASSISTANT, "tool_calls": [{"id": "1"}]}
+    with pytest.raises(ClientError, match="leave out `tool_calls`"):
+        body.to_score({"messages": said})
+
+
+LOST = {
+    "function_call": {"name": "f"},
+    "audio": {"id": "1"},
+    "refusal": "I will not",
+    "name": "zoe",
+    "documents": ["x"],
+    "prefix": True,
+    "anything": 0,
+}
+EMPTY = [None, "", [], {}, False]
+
+
+@pytest.mark.parametrize("key", LOST)
+def test_what_would_be_lost_of_a_message_is_named(key: str):
+    for message in ({"role": "user", "content": "x"}, ASSISTANT):
+        with pytest.raises(ClientError, match=f"messages.0: a message has `{key}`") as told:
+            check({"messages": [{**message, key: LOST[key]}, *HI]})
+        assert told.value.status == 400
+        if key != "name":
+            for empty in EMPTY:
+                check({"messages": [{**message, key: empty}, *HI]})
+
+
+def test_what_clients_send_back_of_an_answer_is_taken():
+    """As OpenAI's client has it, with what vLLM adds."""
+    sent = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
+    sent |= {"tool_calls": [], "reasoning": "hm", "reasoning_content": "hm", "id": "x"}
+    ask = check({"messages": [*HI, {**ASSISTANT, **sent}, *HI]})
+    assert body.to_engine(ask)["messages"][1] == {**ASSISTANT, "tool_calls": []}
+
+
+def check(fields: dict[str, Any]) -> Any:
+    settings = config.serving({"models": [{"name": "m", "model": "folder"}]})
+    return body.check(body.Chat, {"model": "m", **fields}, settings)
 
 
 # --- settings --------------------------------------------------------------------------------

@@ -64,14 +64,17 @@ def record():
 
 
 def test_token_ids_of_answers(tokenizing, tokenizer, record):
-    """The source's ids are of another vocabulary; the target's own are used as sampled."""
+    """The source's ids are of another vocabulary; the target's own are used as sampled.
+
+    White space around an answer is part of it.
+    """
     row, cut = tokenizing().row(record)
     w0, w1, w2, w4, space, user, assistant = tokenizer.convert_tokens_to_ids(
         ["w0", "w1", "w2", "w4", " ", "<user>", "<assistant>"]
     )
     assert row.prompt.tolist() == [user, w0, space, w0, END, assistant]
     assert [answer.tolist() for answer in row.answers] == [
-        [w1, space, w2, END],
+        [space, w1, space, w2, space, END],
         [9, END],
         [w4, END],
     ]
@@ -95,7 +98,7 @@ def test_only_the_own_models_token_ids_are_used(tokenizing, tokenizer, record, o
 
 def test_sft_takes_the_sources_answer_alone(tokenizing, record):
     row, _ = tokenizing(SFT_ANSWERS).row(record)
-    assert [len(answer) for answer in row.answers] == [4]
+    assert [len(answer) for answer in row.answers] == [6]
 
 
 @pytest.mark.parametrize("name", WRPO_ANSWERS)
@@ -186,6 +189,7 @@ def test_no_row_exceeds_the_limit(prompt, lengths, most, overflow):
 
 def test_counts_and_failures(tokenizing, record):
     """Prompt 6, answers 4, 2 and 2: one token less than 10 drops the row, or cuts one answer."""
+    record["source_chosen"]["text"] = "w1 w2"
     assert len(tokenizing(max_length=10).rows([record], "wrpo").kept) == 1
     dropped = tokenizing(max_length=9).rows([record], "wrpo")
     assert (dropped.kept, dropped.faults, dropped.cut) == ([], [], 0)

@@ -16,6 +16,7 @@ import yaml
 from wrpo_ray.addresses import Address, shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.reading import read_documents, yaml_problem
+from wrpo_ray.text_files import decode, read_text
 
 Body = dict[str, Any]
 LONGEST = 600
@@ -150,7 +151,7 @@ def _keys(value: Any, place: Any = None) -> Iterator[tuple[Any, Any]]:
 
 def _texts(path: str) -> Iterator[tuple[str, str]]:
     if path == "-":
-        yield "stdin", sys.stdin.read()
+        yield "stdin", decode(sys.stdin.buffer.read(), "stdin")
         return
     if Address.of(path):
         raise UserError(f"{shown(path)}: manifests are files on this machine; copy them here")
@@ -162,10 +163,7 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     if not files:
         raise UserError(f"{path}: no .yaml file is in this folder")
     for file in files:
-        try:
-            yield str(file), file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from None
+        yield str(file), read_text(file, "manifest")
 
 
 def _kustomize(folder: Path) -> str:

@@ -16,6 +16,7 @@ from wrpo_ray.cluster_check.manifests import Manifest, Problem
 from wrpo_ray.cluster_check.objects import LONGEST_SHOWN, path_text, shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.reading import read_documents
+from wrpo_ray.text_files import read_text
 
 Schema = dict[str, Any]
 
@@ -24,7 +25,7 @@ class Schemas:
     """Schemas of a folder of CRDs, by kind and version."""
 
     def __init__(self, folder: str):
-        texts = [file.read_text() for file in sorted(Path(folder).glob("*.yaml"))]
+        texts = [read_text(file, "--crds") for file in sorted(Path(folder).glob("*.yaml"))]
         crds = [d for text in texts for d in read_documents(text) if _is_crd(d)]
         if not crds:
             raise UserError(f"--crds {folder}: no CustomResourceDefinition is in this folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 from collections.abc import Callable, Iterable
 
@@ -13,6 +14,7 @@ from wrpo_ray.core.storage import HUB, Folder
 WHOLE = 64 * 2**20
 """Weights up to this many bytes are hashed whole; larger ones by their size and samples."""
 SAMPLES, SAMPLE = 64, 2**20
+TEMPLATE = "chat_template.jinja"
 
 
 def model_fingerprint(folder: Folder) -> str:
@@ -24,7 +26,17 @@ def model_fingerprint(folder: Folder) -> str:
     if folder.uri.startswith(HUB):
         return folder.uri.partition("@")[2]
     names = [n for n in folder.files() if not n.startswith(".")]
-    return digest([[name, _digest(folder / name, _samples)] for name in names], 16)
+    found = digest([[name, _digest(folder / name, _samples)] for name in names], 16)
+    return unmarked(found, folder / TEMPLATE) if TEMPLATE in names else found
+
+
+def unmarked(key: str, template: Folder) -> str:
+    """The key of what has a chat template; another one where this has a byte-order mark.
+
+    Such a mark was once part of every prompt, and what was made with it is not used again.
+    """
+    with template.filesystem.open_input_file(template.path) as stream:
+        return digest([key, "unmarked"], 16) if stream.read(3) == codecs.BOM_UTF8 else key
 
 
 def data_fingerprint(uris: Iterable[str]) -> str:

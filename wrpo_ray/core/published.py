@@ -7,6 +7,7 @@ sources, so a row read from it has none, and its margins are null.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +22,20 @@ PUBLISHED = pa.schema(
 Row = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Templates write a role between special tokens, so that another could spell one."""
+ASKING = ("user", "tool")
+"""Roles of the message that an answer follows."""
+TEXT_KEYS = ("role", "content")
+HARMLESS = frozenset(
+    {
+        *TEXT_KEYS,
+        *("id", "message_id", "parent_id", "conversation_id", "turn", "turn_identifier"),
+        *("timestamp", "created_at", "date", "model", "weight", "token_count", "tool_call_id"),
+        *("language", "lang", "country", "state", "header", "hashed_ip", "toxic", "redacted"),
+        *("reasoning", "reasoning_content", "annotations"),
+    }
+)
+"""Keys of a message that are no part of what is said in it; of a thought in an earlier turn
+templates write nothing."""
 
 
 class RowError(ValueError):
@@ -31,26 +46,43 @@ def messages_of(prompt: Any) -> list[Message]:
     """A prompt as a conversation: from a string, a {role, content} record, or a list of them.
 
     Raises:
-        RowError: it is empty, of another form, or ends with an answer.
+        RowError: it is empty, of another form, asks nothing, or a message holds more than text.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
         raise RowError("a prompt is a text, a {role, content} record or a list of them")
     for turn in turns:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in _KEYS):
+        if isinstance(turn, dict) and (fault := unknown_key(turn)):
+            raise RowError(fault)
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in TEXT_KEYS):
             raise RowError("each message needs a text `role` and a text `content`")
         if turn["role"] not in ROLES:
             raise RowError(f"the role {turn['role'][:40]!r} is none of {', '.join(ROLES)}")
         check_text(turn["content"])
     if not turns[-1]["content"].strip():
         raise RowError("the prompt is empty")
-    if turns[-1]["role"] == "assistant":
-        raise RowError("the prompt ends with an assistant's message, so that nothing is asked")
-    return [{key: turn[key] for key in _KEYS} for turn in turns]
+    if fault := asks_nothing([turn["role"] for turn in turns]):
+        raise RowError(f"the prompt {fault}")
+    return [{key: turn[key] for key in TEXT_KEYS} for turn in turns]
 
 
-_KEYS = ("role", "content")
+def asks_nothing(roles: Sequence[str]) -> str | None:
+    """Why nothing in a conversation of these roles is to be answered; None where something is."""
+    if roles[-1] not in ASKING:
+        article = "an" if roles[-1][0] in "ao" else "a"
+        return f"ends with {article} {roles[-1]} message, so that nothing is asked"
+    return None if "user" in roles else "has no user message, so that nothing is asked"
+
+
+def unknown_key(message: Row, known: Collection[str] = ()) -> str | None:
+    """What of a message would be lost, as only its text is written; None where nothing is."""
+    known = {*HARMLESS, *known, *(["name"] if message.get("role") == "tool" else [])}
+    for key, value in message.items():
+        is_empty = value is None or value is False or value in ("", [], {})
+        if key not in known and not is_empty:
+            return f"a message has `{str(key)[:40]}`, which no prompt is written with; leave it out"
+    return None
 
 
 def check_text(text: str) -> str:
@@ -91,6 +123,8 @@ def from_published(row: Row) -> Row:
 
 
 def _answer(answer: Any) -> Row:
+    if isinstance(answer, dict) and (fault := unknown_key(answer)):
+        raise RowError(fault)
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
         raise RowError("each answer needs a text `content`")
     empty = dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))

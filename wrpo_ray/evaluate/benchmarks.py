@@ -5,7 +5,6 @@ None of them is part of this project; `fetch` gets them.
 
 from __future__ import annotations
 
-import io
 import re
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from wrpo_ray.evaluate.protocols import (
     MTBenchJudging,
 )
 from wrpo_ray.reading import read_document, read_json
+from wrpo_ray.text_files import decode
 
 Row = dict[str, Any]
 GREEDY = "t0"
@@ -129,7 +129,7 @@ def _mt_bench(folder: Folder) -> list[Row]:
 
 
 def _jsonl(folder: Folder, name: str) -> list[Row]:
-    lines = io.StringIO(folder.read(name).decode())
+    lines = decode(folder.read(name), f"{folder}/{name}").split("\n")
     return [read_json(line) for line in lines if line.strip()]
 
 
@@ -137,7 +137,8 @@ def _jsonl(folder: Folder, name: str) -> list[Row]:
 
 
 def _alpaca_judging(folder: Folder) -> AlpacaEvalJudging:
-    template = tuple(CHATML.findall(folder.read("alpaca_eval_clf.txt").decode()))
+    name = "alpaca_eval_clf.txt"
+    template = tuple(CHATML.findall(decode(folder.read(name), f"{folder}/{name}")))
     text = "".join(text for _, text in template)
     if not all(f"{{{name}}}" in text for name in ("instruction", "output_1", "output_2")):
         raise ValueError("alpaca_eval_clf.txt has no <|im_start|> messages with both outputs")

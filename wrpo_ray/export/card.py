@@ -85,7 +85,7 @@ def _stated(folder: Folder) -> str | None:
 
     stated: Any = None
     if folder.exists("README.md"):
-        content = folder.read("README.md").decode(errors="replace")
+        content = folder.read("README.md").decode("utf-8-sig", "replace")
         stated = ModelCard(content, ignore_metadata_errors=True).data.to_dict().get("license")
     if stated is None and folder.exists("config.json"):
         stated = json.loads(folder.read("config.json")).get("license")

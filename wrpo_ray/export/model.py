@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 from wrpo_ray.core.architecture import Use
 from wrpo_ray.core.model_folder import check_model_folder
 from wrpo_ray.core.storage import TEMPORARY, Folder
-from wrpo_ray.core.weights import weight_files
+from wrpo_ray.core.weights import TEMPLATES, weight_files
 from wrpo_ray.errors import UserError
 from wrpo_ray.export import weights as weights_format
 from wrpo_ray.export.card import Facts, Model, counted, fenced_settings, models_table, table
@@ -60,7 +60,7 @@ def write(model: Folder, to: Folder, card: str, how: Weights | None = None) -> i
     """Copy a model's files and write its card; returns the bytes of its weights.
 
     Raises:
-        UserError: the model lacks what engines need, or `to` holds other weights.
+        UserError: the model lacks what engines need, or `to` holds parts of another.
     """
     size = copy(model, to, how or Weights())
     to.write(CARD, card.encode())
@@ -72,11 +72,8 @@ def copy(model: Folder, to: Folder, how: Weights) -> int:
     files = [name for name in model.files() if not name.startswith(".")]
     weights = weight_files(files)
     _check_files(model, files, weights)
-    strangers = set(weight_files(to.files())) - set(weights)
-    if strangers:
-        raise UserError(
-            f"export: {to} holds other weights, such as {min(strangers)}; give a new folder"
-        )
+    beside = [TEMPLATES + name for name in model.files(TEMPLATES)]
+    _check_place(to, weights, beside)
     to.filesystem.create_dir(to.path, recursive=True)
     is_cast = how.dtype not in ("", weights_format.dtype_of(model.read_json("config.json")))
     if is_cast:
@@ -94,10 +91,23 @@ def copy(model: Folder, to: Folder, how: Weights) -> int:
                 f"{model.path}/{name}", f"{to.path}/{name}",
                 source_filesystem=model.filesystem, destination_filesystem=to.filesystem,
             )  # fmt: skip
+    for name in beside:
+        to.write(name, model.read(name))
     if GENERATION not in files:
         to.write_json(GENERATION, _generation(model.read_json("config.json")))
     infos = to.filesystem.get_file_info([f"{to.path}/{name}" for name in weights])
     return sum(info.size for info in infos)
+
+
+def _check_place(to: Folder, weights: list[str], templates: list[str]) -> None:
+    """Raise UserError where the folder holds what would become part of the model."""
+    others = set(weight_files(to.files())) - set(weights)
+    others |= {TEMPLATES + name for name in to.files(TEMPLATES)} - set(templates)
+    if others:
+        kind = "chat templates" if min(others).startswith(TEMPLATES) else "weights"
+        raise UserError(
+            f"export: {to} holds other {kind}, such as {min(others)}; give a new folder"
+        )
 
 
 def _check_files(model: Folder, files: list[str], weights: list[str]) -> None:

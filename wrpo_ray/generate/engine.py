@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.core.architecture import Use, check_weights
-from wrpo_ray.core.chat import Template, end_ids, load_tokenizer, prompt_ids
+from wrpo_ray.core.chat import Template, end_ids, load_tokenizer, prompt_ids, separator
 from wrpo_ray.core.records import Message, digest, failure
 from wrpo_ray.core.vllm import CPU_ENGINE
 
@@ -104,6 +104,7 @@ class VllmEngine:
         self._loaded: Path | None = folder
         self.tokenizer = load_tokenizer(folder, Template.of(model))
         self.ends = sorted(end_ids(self.tokenizer, folder))
+        self.separator = separator(self.tokenizer)
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
         self._asked: dict[str, _Asked] = {}
         self._held: _Asked | None = None
@@ -239,7 +240,7 @@ class VllmEngine:
                 "prompt_id": request.prompt_id,
                 "source": voice.name,
                 "sample": sample,
-                "text": answer.text,
+                "text": answer.text.removeprefix(self.separator),
                 "token_ids": list(answer.token_ids),
                 "finish_reason": answer.finish_reason,
                 "prompt_tokens": len(asked.ids),

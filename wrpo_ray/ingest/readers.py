@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import reprlib
 import sys
@@ -21,6 +22,7 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.ingest.cells import JsonFloat, group_of, narrow_columns, reference_of, widened
 from wrpo_ray.reading import read_json
+from wrpo_ray.text_files import is_utf16
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
@@ -45,13 +47,18 @@ def input_files(path: str, what: str) -> list[str]:
 
 
 def check_columns(uri: str, columns: list[str], what: str) -> None:
-    """Check that a Parquet file has the columns; JSONL rows are checked one by one.
+    """Check that a Parquet file has the columns, and a JSONL file is not UTF-16.
+
+    Rows of JSONL are checked one by one.
 
     Raises:
-        UserError: naming the columns that are missing, and those that are there.
+        UserError: naming the columns that are missing, and those that are there; or the file.
     """
     file = Folder(uri)
     if not str(file).endswith(".parquet"):
+        with file.filesystem.open_input_file(file.path) as stream:
+            if is_utf16(stream.read(4)):
+                raise UserError(f"{what}: {file}: cannot be read: it is UTF-16; save it as UTF-8")
         return
     try:
         with file.filesystem.open_input_file(file.path) as stream:
@@ -130,7 +137,7 @@ def _one(batch: pa.RecordBatch) -> Row | Exception:
 def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception | None]:
     """None for a blank line."""
     for line in io.BufferedReader(stream):
-        if not line.strip():
+        if not line.removeprefix(codecs.BOM_UTF8).strip():
             yield None
             continue
         try:

@@ -79,7 +79,7 @@ def _template(folder: Folder, settings: dict[str, Any]) -> str:
 
 def is_armorm(folder: Path) -> bool:
     """Whether a local folder's config.json says that it is ArmoRM."""
-    return json.loads((folder / "config.json").read_text()).get("architectures") == [ARMORM]
+    return json.loads((folder / "config.json").read_bytes()).get("architectures") == [ARMORM]
 
 
 def use_of(part: ScoreConfig) -> Use:
@@ -94,7 +94,7 @@ def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenRe
         UserError: it is none, or its weights are not those of its architecture.
     """
     with telling_of(f"reward: {folder}"):
-        check_reward_model(json.loads((folder / "config.json").read_text()), part)
+        check_reward_model(json.loads((folder / "config.json").read_bytes()), part)
     if is_armorm(folder):
         from wrpo_ray.score.armorm import ArmoReward
 
@@ -212,7 +212,7 @@ class VllmReward(TokenReward):
     def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
         import vllm
 
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_bytes())
         self.context = config.get("max_position_embeddings")
         super().__init__(part, folder)
         given = {} if part.dtype == "auto" else {"dtype": part.dtype}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
@@ -14,6 +13,7 @@ from wrpo_ray.core.endpoint import Body, Endpoint
 from wrpo_ray.core.references import shown
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome
+from wrpo_ray.text_files import read_text
 
 TEMPLATE = """\
 Judge how well an AI assistant answers. Consider whether the answer does what the user asks for, and
@@ -57,14 +57,9 @@ def template_text(config: JudgeConfig) -> str:
     """The template's source.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file cannot be read.
     """
-    if config.template is None:
-        return TEMPLATE
-    try:
-        return Path(config.template).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"judge.template: {config.template} cannot be read: {error}") from None
+    return TEMPLATE if config.template is None else read_text(config.template, "judge.template")
 
 
 class Question:

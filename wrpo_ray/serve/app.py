@@ -35,7 +35,7 @@ from ray.serve.metrics import Counter, Histogram
 from wrpo_ray import config
 from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.core.architecture import Use, check_weights
-from wrpo_ray.core.chat import Template, load_tokenizer
+from wrpo_ray.core.chat import Template, end_ids, load_tokenizer
 from wrpo_ray.core.cluster import keeping_sigterm, thread_env
 from wrpo_ray.core.records import Message
 from wrpo_ray.core.storage import Folder
@@ -50,6 +50,7 @@ from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
 from wrpo_ray.serve.keys import Keys
 from wrpo_ray.serve.prompts import Prompts
+from wrpo_ray.text_files import read_text
 
 APP = "wrpo"
 """The application's name on Ray Serve."""
@@ -89,7 +90,9 @@ class Model(LLMServer):
         own = await asyncio.to_thread(_on_this_node, model, max_tokens)
         folder = Path(own.model_loading_config.model_source)
         tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
-        self._prompts = Prompts(tokenizer)
+        if model.chat_template:  # vLLM takes it for chats with tools, too
+            tokenizer.chat_template = tokenizer.get_chat_template()
+        self._prompts = Prompts(tokenizer, end_ids(tokenizer, folder))
         is_one = model.parts == 1 and not model.actors.num_gpus
         await super().__init__(own, engine_cls=_engine_of_one() if is_one else None)
 
@@ -114,7 +117,7 @@ class Model(LLMServer):
         try:
             if call == "chat":
                 body = await self._prompts.add(body)
-            request = kind.model_validate(body)
+            request = kind.model_validate(self._prompts.stopping(body))
         except Exception as error:  # some of vLLM's checks fail on what they do not expect
             yield _unreadable(error, body)
             return
@@ -196,7 +199,7 @@ def engine_settings(
         "max_model_len": model.max_model_len,
         "tensor_parallel_size": model.tensor_parallel,
         "pipeline_parallel_size": model.pipeline_parallel,
-        "chat_template": model.chat_template,
+        "chat_template": model.chat_template and read_text(model.chat_template, "chat_template"),
         "default_chat_template_kwargs": model.chat_template_args or None,
         # An upper bound that holds where a client gives none.
         "override_generation_config": {"max_new_tokens": max_tokens},
@@ -226,7 +229,7 @@ def _adapters(folders: dict[str, Path], model: ServedModel) -> dict[str, Any]:
         return {}
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
 
-    ranks = [json.loads((f / "adapter_config.json").read_text())["r"] for f in folders.values()]
+    ranks = [json.loads((f / "adapter_config.json").read_bytes())["r"] for f in folders.values()]
     return {
         "enable_lora": True,
         "max_loras": len(folders) + (not model.actors.num_gpus),

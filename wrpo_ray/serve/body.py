@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -19,8 +20,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from wrpo_ray.config import ServeConfig
+from wrpo_ray.core.published import asks_nothing, unknown_key
 from wrpo_ray.serve.errors import ClientError
 
 M = TypeVar("M", bound=BaseModel)
@@ -175,14 +178,29 @@ class Message(_Part):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
     name: str | None = None
+    """A tool's; another's is not written into prompts."""
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_is_written(cls, given: Any) -> Any:
+        fault = isinstance(given, dict) and unknown_key(given, ("tool_calls",))
+        if fault:
+            raise PydanticCustomError("unknown_key", "{fault}", {"fault": fault})
+        return given
+
+
+def _asking(messages: list[Message]) -> list[Message]:
+    if fault := asks_nothing([message.role for message in messages]):
+        raise PydanticCustomError("asks_nothing", "the conversation {fault}", {"fault": fault})
+    return messages
 
 
 class Chat(_Ask):
     """POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_asking)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -348,6 +366,11 @@ def to_score(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     if answer.role != "assistant" or not isinstance(answer.content, str):
         message = "messages: the last one is the answer to be scored: of `assistant`, with a text"
         raise ClientError(400, message, param="messages")
+    if fault := asks_nothing([message.role for message in messages]):
+        raise ClientError(400, f"messages: the conversation {fault}", param="messages")
+    if any(message.tool_calls for message in (*messages, answer)):
+        text = "messages: a reward reads texts alone; leave out `tool_calls`"
+        raise ClientError(400, text, param="messages")
     return [message.model_dump() for message in messages], answer.content
 
 

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.text_files import BOM, read_text
 
 ENVIRONMENT = "WRPO_SERVE_KEYS"
 LOOK_AGAIN = 5.0
@@ -47,7 +48,7 @@ def parse(text: str, where: str) -> tuple[Key, ...]:
     Raises:
         UserError: a line is something else, a name has two keys, or there is no key.
     """
-    lines = [line.partition("#")[0].split() for line in text.splitlines()]
+    lines = [line.partition("#")[0].split() for line in text.removeprefix(BOM).splitlines()]
     keys = [_key(words, f"{where}: line {i}") for i, words in enumerate(lines, 1) if words]
     if not keys:
         raise UserError(f"{where}: no keys; `wrpo serve --new-key NAME` makes one")
@@ -83,10 +84,7 @@ class Keys:
 
     def _read(self) -> str:
         assert self._path is not None
-        try:
-            return self._path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"keys: {self._path}: cannot be read: {error}") from None
+        return read_text(self._path, "keys")
 
     def _change(self) -> tuple[int, int] | None:
         """What tells one content of the file from another."""

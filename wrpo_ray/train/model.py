@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
 from wrpo_ray.core.architecture import Use, check_loaded, check_weights, telling_of
+from wrpo_ray.core.chat import end_ids
 from wrpo_ray.core.rounding import Rounding, Tensors
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
@@ -224,9 +225,10 @@ def save(
     """Write weights, configs and tokenizer to `to`; all workers call it, `write` on one.
 
     What is written computes what the policy does: weights as trained, or with LoRA in fp32, as
-    bf16 would round most of the changes away; the adapters themselves go to `adapters`. Returns
-    what bf16 loses or would lose. It is written next to the worker first and uploaded whole. It
-    counts once the step's manifest is there.
+    bf16 would round most of the changes away; the adapters themselves go to `adapters`. Its
+    generation_config lists every end of turn, so that whatever generates with it stops there.
+    Returns what bf16 loses or would lose. It is written next to the worker first and uploaded
+    whole. It counts once the step's manifest is there.
     """
     alone = config.lora is not None
     weights, rounding = gather_weights(policy.model, base, keep=write, trained_alone=alone)
@@ -239,6 +241,7 @@ def save(
             _upload(adapters, lambda folder: _save_adapters(model, weights, folder))
         model, rounding = _merged(model, Tensors(base), DTYPES[config.precision])
         weights = model.state_dict()
+    _list_ends(model.generation_config, end_ids(tokenizer, base))
 
     def save_whole(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
@@ -253,6 +256,14 @@ def _upload(to: Folder, write: Callable[[Path], None]) -> None:
         write(Path(scratch))
         to.delete("")
         to.upload(Path(scratch))
+
+
+def _list_ends(generation: Any, ends: Collection[int]) -> None:
+    """Add token ids that end a turn to those that a generation_config has."""
+    listed = generation.eos_token_id
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if missing := sorted(set(ends) - set(listed)):
+        generation.eos_token_id = [*listed, *missing]
 
 
 def _with_adapters(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:

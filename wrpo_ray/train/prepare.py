@@ -37,7 +37,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.train.rows import SUFFIX, Record, Rows, Tokenizing, read_counts, write_rows
 from wrpo_ray.train.task import SFT_ANSWERS, WRPO_ANSWERS
 
-FORMAT = 1
+FORMAT = 2
 """Version of what a prepared row holds: part of the step's key."""
 COMPAT = {"published": "published, with headers"}
 """What of a way of tokenizing is in the key, where an earlier version did it wrong."""

@@ -131,13 +131,12 @@ class Tokenizing:
         """
         closed = answer["finish_reason"] != "length"
         if self.own is None or answer["source"] != self.own or not answer["token_ids"]:
-            return self._of_text(messages, answer, closed=closed)
+            return self._of_text(messages, answer["text"], closed=closed)
         ids = list(answer["token_ids"])
         chat.check_sampled(ids, self.ends, closed=closed)
         return ids
 
-    def _of_text(self, messages: list[Any], answer: Record, *, closed: bool) -> list[int]:
-        text = answer["text"].strip()
+    def _of_text(self, messages: list[Any], text: str, *, closed: bool) -> list[int]:
         return chat.answer_ids(self.tokenizer, messages, text, self.ends, closed=closed)
 
 
