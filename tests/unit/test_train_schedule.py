@@ -48,6 +48,13 @@ def test_cosine_with_warmup():
     assert got[-1] == pytest.approx(0.0380602)  # (1 + cos(7 pi / 8)) / 2
 
 
+def test_a_part_of_a_warm_up_step_is_a_step():
+    """0.15 of 10 steps is 1.5, so 2 rise: 1/3 and 2/3 of the peak, then the peak."""
+    config = WrpoConfig(learning_rate=1.0, warmup=0.15, schedule="constant")
+    got = [learning_rate_at(config, step, 10) for step in range(4)]
+    assert got == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+
+
 @pytest.mark.parametrize(("schedule", "last"), [("constant", 1.0), ("linear", 0.25)])
 def test_other_shapes(schedule, last):
     config = WrpoConfig(learning_rate=1e-3, warmup=0, schedule=schedule)
