@@ -206,6 +206,7 @@ def test_wrpo_is_the_published_algorithm(tmp_path, base, rows, plain, mode, pack
     )
     trainer = train(tmp_path, base, rows[WRPO_ANSWERS], config)
     assert (trainer.reference is None) == (mode == "stored")
+    assert trainer.order == Order(ROWS, EPOCHS, BATCH, seed=3)  # the task's
     losses, want = published(copy.deepcopy(plain), rows[WRPO_ANSWERS], trainer.order)
     got = records(trainer)
     assert [record["loss"] for record in got] == pytest.approx(losses, rel=0, abs=1e-8)
