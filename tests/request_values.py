@@ -93,7 +93,7 @@ TOOL = {
 }
 NESTED: dict[str, Any] = {
     "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "a"}], "name": "alice"},
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
         {
             "role": "assistant",
             "content": None,

@@ -18,6 +18,7 @@ QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
 EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 MERGE = "tag:yaml.org,2002:merge"
+TOO_DEEP = "it is nested too deeply"
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 COMPARED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp")}
 """Kinds of keys that can be written in several ways, such as 1 and 0x1."""
@@ -60,7 +61,7 @@ def _read(text: str | bytes, loader: type, read: Callable[..., Any]) -> Any:
     try:
         return read(text, loader)
     except RecursionError:
-        raise yaml.YAMLError("it is nested too deeply") from None
+        raise yaml.YAMLError(TOO_DEEP) from None
     except (ValueError, OverflowError) as error:  # such as the date 2020-13-45
         if isinstance(error, KeyTwiceError):
             raise
@@ -69,6 +70,8 @@ def _read(text: str | bytes, loader: type, read: Callable[..., Any]) -> Any:
 
 def yaml_problem(error: Exception) -> str:
     """What is wrong and where, in one line and without the text around it."""
+    if isinstance(error, RecursionError):
+        return TOO_DEEP
     mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     text = " ".join(str(what or error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text

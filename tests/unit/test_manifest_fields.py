@@ -161,7 +161,7 @@ FILES = {
     "a: &x {b: *x}": "Circular",
     "a: &x [*x]": "Circular",
     "[" * 3000: "",
-    "{a: " * 3000 + "1" + "}" * 3000: "levels",
+    "{a: " * 3000 + "1" + "}" * 3000: "nested too deeply",
     "1: 2": "the key 1 is no text",
     "kind: {yes: 2}": "the key True under 'kind' is no text",
     "a: [{null: 2}]": "the key None under 'a' is no text",

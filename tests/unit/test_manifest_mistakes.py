@@ -563,7 +563,7 @@ def test_the_command_reads_stdin_and_tells_where_steps_go(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     text = json.dumps(ray_objects()["RayCluster"])
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     assert cli.main(["cluster", "check", "-", "--job", str(FUSION)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "stdin: RayCluster/wrpo: generate llama-70b: 1 x generate-4gpu" in lines

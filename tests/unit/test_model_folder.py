@@ -26,7 +26,7 @@ from wrpo_ray.score.classifiers import load_classifier
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked
 from wrpo_ray.train import deepspeed
-from wrpo_ray.train.model import Reference, load, merged
+from wrpo_ray.train.model import Reference, _with_adapters, load
 from wrpo_ray.zoo.recipes import _load
 
 Weights = dict[str, Any]
@@ -120,7 +120,7 @@ SFT = SftConfig(lora=LoraConfig(rank=2))
 LOADS: dict[str, Callable[[Path], Any]] = {
     "trainer": lambda folder: load(folder, torch.float32, packing=True),
     "reference": lambda folder: Reference(folder, SftConfig(), on_gpu=False),
-    "merge of adapters": lambda folder: merged(folder, SFT, {}),
+    "merge of adapters": lambda folder: _with_adapters(folder, SFT, {}),
     "vLLM": lambda folder: VllmEngine(ModelConfig(name="m", model=str(folder)), folder, 0),
     "zoo": _load,
 }
@@ -510,7 +510,7 @@ def _bytes_read() -> int:
         ("{% if messages | length > 1 %}{{ raise_exception('one turn') }}{% endif %}", "one turn"),
         (TEMPLATE.replace("<end>", ""), "no special token closes an answer"),
         (f"{TEMPLATE}{{{{ messages | length }}}}", "the prompt has"),
-        (b"\xff\xfe\x00", "no UTF-8 text"),
+        (b"\xff\xfe\x00", "save it as UTF-8"),
         (POINTER, "a git-lfs pointer"),
         (None, "no such chat template file"),
     ],

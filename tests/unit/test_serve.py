@@ -888,11 +888,14 @@ def test_a_conversation_that_asks_nothing_is_refused(role: str):
         body.to_score({"messages": [*UNASKED[role], ASSISTANT]})
 
 
+CALL_OF_TOOL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
 @pytest.mark.parametrize("place", [1, 3])
 def test_calls_of_tools_are_not_scored(place: int):
     said = [*HI, ASSISTANT, *HI, ASSISTANT]
     body.to_score({"messages": said})
-    said[place] = {**ASSISTANT, "tool_calls": [{"id": "1"}]}
+    said[place] = {**ASSISTANT, "tool_calls": [CALL_OF_TOOL]}
     with pytest.raises(ClientError, match="leave out `tool_calls`"):
         body.to_score({"messages": said})
 
@@ -912,7 +915,7 @@ EMPTY = [None, "", [], {}, False]
 @pytest.mark.parametrize("key", LOST)
 def test_what_would_be_lost_of_a_message_is_named(key: str):
     for message in ({"role": "user", "content": "x"}, ASSISTANT):
-        with pytest.raises(ClientError, match=f"messages.0: a message has `{key}`") as told:
+        with pytest.raises(ClientError, match=rf"messages\[0\]: a message has `{key}`") as told:
             check({"messages": [{**message, key: LOST[key]}, *HI]})
         assert told.value.status == 400
         if key != "name":
@@ -960,7 +963,7 @@ def test_what_cannot_be_served_is_told_before_anything_starts(
     folder = str(write_model(tmp_path))
     capsys.readouterr()
     for words, problem in {
-        (): "models: tuple should have at least 1 item",
+        (): "models: missing; it is required",
         ("no/such/folder",): "no/such/folder",
         ("a b=x",): "models.0.name",
         (f"m={folder}", f"m={folder}"): "the name 'm' is given twice; write NAME=FOLDER",

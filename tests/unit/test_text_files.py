@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tiny_models import TEMPLATE, write_model
 
 from wrpo_ray import config
 from wrpo_ray.cluster_check import manifests, schema
@@ -89,9 +90,7 @@ def _chat(file: Path) -> Any:
 
 
 def _served(file: Path) -> Any:
-    model = file.parent / "model"
-    model.mkdir(exist_ok=True)
-    (model / "config.json").write_text("{}")
+    model = write_model(file.parent / "model")
     found = {"models": [{"name": "m", "model": str(model), "chat_template": str(file)}]}
     keys = file.parent / "keys"
     keys.write_text(LINE)
@@ -132,7 +131,7 @@ PLACES: dict[str, tuple[str, str, Callable[[Path], Any]]] = {
     "judge": ("j.jinja", "{{ answer }} ë", _judge),
     "pairwise": ("p.jinja", "{{ first }} ë", lambda file: _template(str(file))),
     "chat template": ("t.jinja", "{{ messages }} ë", _chat),
-    "served template": ("t.jinja", "{{ messages }} ë", _served),
+    "served template": ("t.jinja", TEMPLATE + "ë", _served),
     "manifest": ("m.yaml", "kind: ë\napiVersion: v1", _manifest),
     "crds": ("crd.yaml", yaml.safe_dump(CRD) + "# ë", _crds),
     "benchmark": ("question.jsonl", '{"a": "ë"}\n{"a": 2}\n', _benchmark),

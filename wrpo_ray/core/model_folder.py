@@ -35,6 +35,7 @@ from wrpo_ray.core.storage import HUB, Folder
 from wrpo_ray.core.tensors import AGAIN, Tensors, check_no_pointer, parts, read_json, read_tensors
 from wrpo_ray.core.weights import engine_files, weight_files
 from wrpo_ray.errors import UserError
+from wrpo_ray.text_files import decode
 
 Compare = Callable[[Path, Tensors, Use], None]
 """Raises UserError where a folder's tensors are not those of its config.json."""
@@ -222,10 +223,7 @@ def _own_code() -> str:
 def _read_template(file: str) -> str:
     data = Path(file).read_bytes()
     check_no_pointer(data, file)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: no UTF-8 text ({error}); give a Jinja file") from None
+    return decode(data, file)
 
 
 def _check_closely(

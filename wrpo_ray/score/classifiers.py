@@ -15,6 +15,7 @@ from wrpo_ray.core.tensors import read_json
 from wrpo_ray.core.vllm import CPU_ENGINE
 from wrpo_ray.errors import UserError
 from wrpo_ray.score.base import Item, Outcome, TooLongError, finite
+from wrpo_ray.text_files import decode
 
 ARMORM = "LlamaForRewardModelWithGating"
 CLASSIFIER = "ForSequenceClassification"
@@ -73,7 +74,7 @@ def can_end_with_padding(folder: Folder) -> bool:
 
 def _template(folder: Folder, settings: dict[str, Any]) -> str:
     if folder.exists("chat_template.jinja"):
-        return folder.read("chat_template.jinja").decode()
+        return decode(folder.read("chat_template.jinja"), f"{folder}: chat_template.jinja")
     return str(settings.get("chat_template"))
 
 
