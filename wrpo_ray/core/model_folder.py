@@ -170,11 +170,15 @@ def _check_template_file(folder: Folder, template: Template) -> None:
     if template.file is not None:
         if not Path(template.file).is_file():
             raise UserError(f"no such chat template file: {template.file}")
-    elif not settings.get("chat_template") and not folder.exists("chat_template.jinja"):
+    elif not settings.get("chat_template") and not _has_text(folder, "chat_template.jinja"):
         raise UserError(
             "has no chat template; add chat_template.jinja to it, or set `chat_template` to a "
             "Jinja file"
         )
+
+
+def _has_text(folder: Folder, name: str) -> bool:
+    return folder.exists(name) and bool(folder.read(name).strip())
 
 
 # --- what takes a moment -----------------------------------------------------------------------
