@@ -30,7 +30,8 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT / "tests" / "ray"),  # workers import actors that tests define
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "ray", ROOT / "tests"))),
+    # workers import actors that tests define, and what these use
 }
 os.environ.pop("RAY_ADDRESS", None)
 
