@@ -21,7 +21,7 @@ from wrpo_ray.core import lease
 from wrpo_ray.core.progress import pace
 from wrpo_ray.core.spending import Entry, Spent, read_ledger, read_seconds
 from wrpo_ray.core.storage import TEMPORARY, Folder
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.report.outline import PLAN, Outline, StepOutline
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def _holder(root: Folder, now: float) -> tuple[str, bool]:
     """Who holds the lease, and whether its heart beats."""
     try:
         held = lease.read(root)
-    except (OSError, UserError):
+    except (FileNotFoundError, BrokenFileError):
         return "nobody: no run is under way", False
     who = f"{held['host']}, process {held['pid']}"
     if lease.is_dead(held):
