@@ -125,6 +125,17 @@ def test_a_row_with_a_key_twice_is_a_failed_row(tmp_path):
     assert all(isinstance(row, ValueError) for row in rows)
 
 
+@pytest.mark.parametrize("deep", ['{"a": 1, "a": 2}', '[{"b": [{"a": 1, "a": 2}]}]'])
+def test_a_key_twice_in_what_is_not_read_does_no_harm(tmp_path, deep):
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"prompt": "x", "meta": {deep}}}')
+    assert [row["prompt"] for _, row in read_rows(str(file), ["prompt"])] == ["x"]
+    told = [str(row) for _, row in read_rows(str(file), ["prompt", "meta"])]
+    assert told == ["the key 'a' is given twice"]
+    with pytest.raises(KeyTwiceError):
+        reading.read_json(file.read_text())
+
+
 # --- numbers ---------------------------------------------------------------------------------
 
 NO_NUMBERS = [True, False, "1", "0.5", "3e-7", "1.0e-3", "1_0", " 1", "inf", "nan", ""]
