@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrpo_ray.core import records
+from wrpo_ray.core import lease, records
 from wrpo_ray.core.cluster import mark
 from wrpo_ray.core.fingerprint import data_fingerprint
 from wrpo_ray.core.lease import Lease
@@ -134,22 +134,25 @@ def test_folder_addresses():
     "look",
     [
         lambda folder: folder.read_json("x.json"),
-        lambda folder: folder.read_record("x.json"),
         lambda folder: folder.says("x.json", {}),
         is_running,
     ],
 )
-def test_a_store_that_does_not_open_is_no_broken_file(look, tmp_path):
+def test_a_store_that_does_not_open_is_no_broken_file(look):
     """The advice for a broken file is to delete it; nobody's lease is there to be taken."""
     with pytest.raises(UserError, match="not a storage address") as caught:
         look(Folder("nonsense://x"))
     assert "delete" not in str(caught.value)
-    (tmp_path / "x.json").write_text("{")
-    (tmp_path / "lease.json").write_text("{")
-    try:
-        assert look(Folder(str(tmp_path))) is False
-    except BrokenFileError as error:
-        assert "delete it" in str(error)
+
+
+def test_a_broken_file_is_none_of_a_store(tmp_path):
+    folder = Folder(str(tmp_path))
+    for name in ("x.json", lease.FILE):
+        folder.write(name, b"{")
+    assert not folder.says("x.json", {})
+    assert not is_running(folder)
+    with pytest.raises(BrokenFileError, match="delete it"):
+        folder.read_json("x.json")
 
 
 def test_records_of_json_lines_whatever_is_in_them(tmp_path):
