@@ -209,6 +209,10 @@ class Folder:
         """
         return [r for line in self.read(name).split(b"\n") if (r := _record(line)) is not None]
 
+    def latest_records(self, name: str) -> Iterator[dict[str, Any]]:
+        """The same from the last line on; only those that are asked for are parsed."""
+        return filter(None, map(_record, reversed(self.read(name).split(b"\n"))))
+
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The table of a Parquet file."""
         return pq.read_table(self._at(name), columns=columns, filesystem=self.filesystem)
