@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from wrpo_ray.addresses import Address, problem, shown
+from wrpo_ray.addresses import Address, problem, public, shown
 from wrpo_ray.core.cache import node_cache, plain_path
 from wrpo_ray.core.weights import engine_files
 from wrpo_ray.errors import BrokenFileError, UserError
@@ -51,7 +51,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         if reason := problem(self.uri):
-            raise UserError(f"{self}: {reason}")
+            raise UserError(f"{public(self.uri)}: {reason}")
 
     @cached_property
     def _address(self) -> Address | None:
