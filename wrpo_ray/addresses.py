@@ -25,14 +25,35 @@ MARK = "?&"
 """Begins the options, of which there may be none, behind a name that reads as if it had some."""
 HIDDEN = "..."
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
-_LIST = r"\w+=[^&]*(&\w+=[^&]*)*"
+_ONE = r"\s*[\w.-]+\s*=[^&]*"
+_LIST = rf"{_ONE}(&{_ONE})*"
 _GIVEN = re.compile(rf"&({_LIST})?|{_LIST}")
-_LIKE_OPTION = re.compile(r"\?(?:.*&)?(\w+)=", re.DOTALL)
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+-]*://[^\s'\"<>]*")
+_LIKE_OPTION = re.compile(r"\?(?:.*&)?\s*([\w.-]+)\s*=", re.DOTALL)
+_STORES = "s3|gs|gcs|abfss?|hdfs|viewfs|https?"
+_MISTYPED = re.compile(rf"(?:\w+:/?|//)[^/\s]*:[^/\s]*@|(?:{_STORES}):/?[^\s/].*@", re.IGNORECASE)
+"""A local path that reads like an address with credentials, whose `://` lacks a character."""
+_REST = r"(?:[?&]\s*[\w.-]+\s*=|[^\s'\"<>])*"
+_IN_TEXT = re.compile(
+    r"(?:(?:s3|gs|gcs)://[^\s'\"<>/@]*:"
+    r"|[a-z][a-z0-9+-]*://(?!\[)[^\s'\"<>/@]*:(?!\d{1,5}(?!\w)))"  # what follows is no port,
+    rf"(?=\S)(?:(?!://)[^\n])*@{_REST}"  # but a key, whatever is in it
+    rf"|[a-z][a-z0-9+-]*://{_REST}",
+    re.IGNORECASE,
+)
+_MISTYPED_IN_TEXT = re.compile(
+    r"(?<![\w/:])(?:\w+:/?|//)[^\s/'\"<>]*:[^\s/'\"<>]*@[^\s'\"<>]*"
+    rf"|(?<!\w)(?:{_STORES}):/?[^\s/'\"<>][^\n]*@[^\s'\"<>]*",
+    re.IGNORECASE,
+)
 _WITH_USER = {"abfs", "abfss", "hdfs", "viewfs", "hf"}
 """Schemes whose authority has a container, a user or a name before its `@`."""
 _BUCKETS = {"s3", "gs", "gcs"}
 _SERVICES = {"http", "https", "ray"}
+_CREDENTIALS = (
+    "the address holds credentials, which would be seen in logs, reports and job lists; take them "
+    "out, and set them in the environment of every node (such as AWS_ACCESS_KEY_ID and "
+    "AWS_SECRET_ACCESS_KEY) or give the machines a role"
+)
 
 
 @dataclass(frozen=True)
@@ -86,11 +107,7 @@ class Address:
         values = [part.partition("=") for part in self.options.split("&")]
         strange = [name for name, is_set, _ in values if is_set and name not in OPTIONS]
         if self._has_credentials or any("@" in value for _, _, value in values):
-            return (
-                "the address holds credentials, which would be seen in logs, reports and job "
-                "lists; take them out, and set them in the environment of every node (such as "
-                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY) or give the machines a role"
-            )
+            return _CREDENTIALS
         if strange := strange or self._like_option:
             return (
                 f"the address has the option {_option(strange[0])}, and a store's are "
@@ -126,7 +143,10 @@ class Address:
 
     @property
     def _is_split_secret(self) -> bool:
-        """Whether it looks as if a slash within a secret ended the authority before its `@`."""
+        """Whether a slash, in a secret or too many, seems to end the authority before its `@`."""
+        if not self.authority:
+            is_there = ":" in self.name or self.scheme not in _WITH_USER  # hdfs has a default host
+            return is_there and "@" in self.name
         _, colon, port = self.authority.rpartition("@")[2].partition(":")
         is_port = port.isdigit() or "@" not in self.name
         return bool(colon) and (self.scheme in _BUCKETS or not is_port)
@@ -136,18 +156,21 @@ def _option(name: str) -> str:
     """An option in words; one that looks like no name may be a secret."""
     close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return f"{name!r}{hint}" if re.fullmatch("[a-z_]{1,32}", name) else HIDDEN
+    is_like_one = re.fullmatch("[a-z][a-z_.-]{0,31}", name) and name not in OPTIONS
+    return f"{name!r}{hint}" if is_like_one else HIDDEN
 
 
 def problem(text: str) -> str | None:
     """Why a text is not taken as an address, without what it holds; None where it may be one."""
-    found = Address.of(text)
-    return found.problem if found else None
+    if found := Address.of(text):
+        return found.problem
+    return _CREDENTIALS if _MISTYPED.match(text) else None
 
 
 def shown(text: str) -> str:
     """A text, such as an error of a library, whose addresses hold neither options nor secrets."""
-    return _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
+    text = _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
+    return _MISTYPED_IN_TEXT.sub(HIDDEN, text)
 
 
 def public(value: Any) -> Any:
@@ -158,4 +181,6 @@ def public(value: Any) -> Any:
         return [public(part) for part in value]
     if not isinstance(value, str):
         return value
-    return str(address) if (address := Address.of(value)) else shown(value)
+    if address := Address.of(value):
+        return str(address)
+    return HIDDEN if _MISTYPED.match(value) else shown(value)

@@ -17,10 +17,10 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from wrpo_ray import __version__
-from wrpo_ray.addresses import Address, shown
+from wrpo_ray.addresses import Address, problem, shown
 from wrpo_ray.errors import BudgetError, RegressionError, UserError, WrpoError
 
 if TYPE_CHECKING:
@@ -92,8 +92,15 @@ def _fail(reason: object, code: int) -> int:
 # --- arguments -------------------------------------------------------------------------------
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what it does not take without secrets; parsers of commands are of its class too."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(shown(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="wrpo",
         description="Fuse heterogeneous LLMs into one small target by Weighted-Reward Preference "
         "Optimization (arXiv 2412.03187), on Ray.",
@@ -352,7 +359,7 @@ def _positive(text: str) -> int:
 
 
 def _local(text: str) -> Path:
-    if Address.of(text):
+    if Address.of(text) or problem(text):
         raise argparse.ArgumentTypeError("give a folder on this machine")
     return Path(text)
 

@@ -9,6 +9,10 @@ class UserError(WrpoError, ValueError):
     """Something in the config, the data or the surroundings that the user can put right."""
 
 
+class BrokenFileError(UserError):
+    """A file of a run does not hold what a run writes there."""
+
+
 class FailureLimitError(WrpoError, RuntimeError):
     """More rows of a stage failed than `failure_limit` allows; the failed rows are kept."""
 

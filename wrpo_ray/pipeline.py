@@ -54,7 +54,7 @@ from wrpo_ray.evaluate.statistics import Estimate
 from wrpo_ray.evaluation import Evaluation
 from wrpo_ray.generate import stage as generate
 from wrpo_ray.generate.stage import Generate
-from wrpo_ray.ingest.cells import READING, beginnings, hold_more_than_text
+from wrpo_ray.ingest.cells import READING, beginnings_are, hold_more_than_text
 from wrpo_ray.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.ingest.stage import (
     SOURCES,
@@ -221,13 +221,12 @@ class Chain:
     def _input_step(
         self, name: str, given: Any, inputs: tuple[Step, ...] = (), **config: Any
     ) -> Step:
-        try:
+        section = self._section(given)
+        with _reading(section, given):
             is_unknown = self.for_plan and not Folder(given.path).exists()
-            files = [] if is_unknown else input_files(given.path, name)
+            files = [] if is_unknown else input_files(given.path, section)
             content = data_fingerprint(files) if files else given.path
-            has_more = hold_more_than_text(files, given.columns.of_text)
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{name}: {Folder(given.path)} cannot be read: {error}") from None
+            has_more = hold_more_than_text(files, given.columns.of_text, content)
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
         read |= {"cells": READING} if has_more else {}
         return Step(name, read | config, inputs)
@@ -256,18 +255,27 @@ class Chain:
         if asked is None or asked.prompts is None or config.action == "off":
             return None
         given = self.config.prompts or _required(self.config.existing, "import")
-        unspaced = any(map(self._is_unspaced, (given, asked.prompts)))
+        both = (given, self._prompts.step), (asked.prompts, self._eval_prompts.step)
+        unspaced = any(self._is_unspaced(*one) for one in both)
         ngrams = EvalNgrams(self._eval_prompts, config.ngram, unspaced)
         job = Contamination(self._prompts, ngrams)
         self._add("prompts", (ngrams,), (job,))
         return job if config.action == "drop" else None
 
-    def _is_unspaced(self, given: Any) -> bool:
+    def _section(self, given: Any) -> str:
+        """Of the config, that input files are given in."""
+        own = {"prompts": self.config.prompts, "import": self.config.existing}
+        return next((name for name, part in own.items() if part is given), "evaluate.prompts")
+
+    def _is_unspaced(self, given: Any, step: Step) -> bool:
         """Whether prompts hold text in a script without spaces between words."""
-        if self.for_plan and not Folder(given.path).exists():
-            return False
-        texts = beginnings(input_files(given.path, "prompts"), given.columns.prompt)
-        return any(are_unspaced(pa.array([text], pa.large_string()))[0].as_py() for text in texts)
+        section = self._section(given)
+        with _reading(section, given):
+            if self.for_plan and not Folder(given.path).exists():
+                return False
+            files = input_files(given.path, section)
+            content = step.config["path"]
+            return beginnings_are(are_unspaced, files, given.columns.prompt, content)
 
     def _imported(self) -> tuple[Select, Answers]:
         prompts, given = self._prompts, _required(self.config.existing, "import")
@@ -602,6 +610,15 @@ def _scorer_fingerprint(part: ScoreConfig) -> str:
     module = importlib.import_module(path.partition(":")[0])
     source = getattr(module, "__file__", None)  # a module built into Python has none
     return digest([path, data_fingerprint([source] if source else [])], 16)
+
+
+@contextmanager
+def _reading(name: str, given: Any) -> Iterator[None]:
+    """For what reads input files; a file that cannot be read is told with its section."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{name}: {Folder(given.path)} cannot be read: {error}") from None
 
 
 def _required(value: T | None, key: str) -> T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, ClassVar
 
 import yaml
@@ -164,6 +164,40 @@ def read_json(text: str | bytes, parse_float: Callable[[str], Any] = float) -> A
         ValueError: it is none, or an object in it has a key twice.
     """
     return json.loads(text, object_pairs_hook=_object, parse_float=parse_float)
+
+
+def read_row(
+    text: str | bytes, columns: Iterable[str], parse_float: Callable[[str], Any] = float
+) -> Any:
+    """The value of a line of JSON, of which only these columns are used.
+
+    Raises:
+        ValueError: it is none, or it or an object in one of the columns has a key twice.
+    """
+    twice: list[tuple[Any, KeyTwiceError]] = []
+
+    def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        try:
+            return _object(pairs)
+        except KeyTwiceError as error:
+            twice.append((dict(pairs), error))
+            return twice[-1][0]
+
+    row = json.loads(text, object_pairs_hook=read, parse_float=parse_float)
+    if twice:
+        inside = [row[name] for name in columns if name in row] if isinstance(row, dict) else []
+        used = {id(row), *(id(part) for value in inside for part in _parts(value))}
+        if error := next((error for found, error in twice if id(found) in used), None):
+            raise error
+    return row
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """A value of JSON and all that is in it."""
+    queue = deque([value])
+    while queue:
+        yield (part := queue.popleft())
+        queue += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

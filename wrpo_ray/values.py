@@ -24,6 +24,7 @@ class _NoNumber:
         return f"{public(self.value)!r}{remedy}"
 
 
+_WORDS = {False: ("off", "no"), True: ("on", "yes")}
 _NUMBER = re.compile(r"[-+]?[\d_.]+([eE][-+]?\d+)?")
 
 
@@ -36,6 +37,8 @@ def as_written(value: Any, annotation: Any) -> Any:
         ValueError: an address holds credentials, or a number among other values is not finite.
     """
     kinds = _kinds(annotation)
+    if isinstance(value, bool) and bool not in kinds:
+        value = _word(value, annotation)
     if isinstance(value, dict):
         of = _arguments(kinds, dict) or ((Any, Any) if Any in kinds else None)
         if of is None:
@@ -53,6 +56,21 @@ def as_written(value: Any, annotation: Any) -> Any:
     if isinstance(value, PlainNumber):
         return float(value)
     return _NoNumber(value) if isinstance(value, bool | str) else value
+
+
+def _word(value: bool, annotation: Any) -> Any:
+    """The one word of a literal that YAML 1.1 reads as this: `off` without quotes is false."""
+    meant = [word for word in _WORDS[value] if word in _literals(annotation)]
+    return meant[0] if len(meant) == 1 else value
+
+
+def _literals(annotation: Any) -> set[Any]:
+    inside = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return set(inside)
+    is_union = get_origin(annotation) in (Union, UnionType)
+    parts = inside if is_union else inside[:1] if get_origin(annotation) is Annotated else ()
+    return {word for part in parts for word in _literals(part)}
 
 
 def _text_or_number(value: Any, kinds: set[Any]) -> Any:

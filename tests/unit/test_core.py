@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrpo_ray.core import records
+from wrpo_ray.core import lease, records
 from wrpo_ray.core.cluster import mark
 from wrpo_ray.core.fingerprint import data_fingerprint
 from wrpo_ray.core.lease import Lease
@@ -30,7 +30,8 @@ from wrpo_ray.core.shards import (
 )
 from wrpo_ray.core.steps import Step
 from wrpo_ray.core.storage import TEMPORARY, Folder, check_writable
-from wrpo_ray.errors import LeaseError, UserError
+from wrpo_ray.errors import BrokenFileError, LeaseError, UserError
+from wrpo_ray.report.status import is_running
 
 IDS = st.text("0123456789abcdef", min_size=32, max_size=32)
 
@@ -127,6 +128,31 @@ def test_folder_addresses():
     assert (Folder("out") / "a").path == os.path.abspath("out/a")
     with pytest.raises(UserError, match="not a storage address"):
         _ = Folder("nonsense://x").path
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda folder: folder.read_json("x.json"),
+        lambda folder: folder.says("x.json", {}),
+        is_running,
+    ],
+)
+def test_a_store_that_does_not_open_is_no_broken_file(look):
+    """The advice for a broken file is to delete it; nobody's lease is there to be taken."""
+    with pytest.raises(UserError, match="not a storage address") as caught:
+        look(Folder("nonsense://x"))
+    assert "delete" not in str(caught.value)
+
+
+def test_a_broken_file_is_none_of_a_store(tmp_path):
+    folder = Folder(str(tmp_path))
+    for name in ("x.json", lease.FILE):
+        folder.write(name, b"{")
+    assert not folder.says("x.json", {})
+    assert not is_running(folder)
+    with pytest.raises(BrokenFileError, match="delete it"):
+        folder.read_json("x.json")
 
 
 def test_records_of_json_lines_whatever_is_in_them(tmp_path):

@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from wrpo_ray.config import Config
+from wrpo_ray.errors import UserError
+from wrpo_ray.ingest import cells
 from wrpo_ray.pair.overlap import are_unspaced, ngrams, overlaps
 from wrpo_ray.pipeline import Chain
 
@@ -96,6 +98,10 @@ def chain(tmp_path, prompts: str, evaluation: str, suffix: str, *, escaped: bool
             path.write_text(json.dumps(row, ensure_ascii=escaped))
         else:
             pq.write_table(pa.Table.from_pylist([row]), path)
+    return built(tmp_path, suffix)
+
+
+def built(tmp_path, suffix: str) -> list[str]:
     given = {
         name: {"path": str(tmp_path / f"{name}.{suffix}"), "columns": {"prompt": "question"}}
         for name in ("p", "e")
@@ -126,3 +132,28 @@ def test_only_contamination_of_scripts_without_spaces_has_a_new_key(
     monkeypatch.setattr("wrpo_ray.pipeline.Chain._is_unspaced", lambda *_: False)
     as_before = chain(tmp_path, *texts, suffix, escaped=escaped)
     assert (keys != as_before) == (script in UNSPACED)
+
+
+@pytest.mark.parametrize("place", ["p", "e"])
+def test_a_broken_file_is_told_with_its_section(tmp_path, place):
+    chain(tmp_path, "a", "b", "parquet", escaped=False)
+    (tmp_path / f"{place}.parquet").write_bytes(b"PAR1, cut off")
+    section = {"p": "prompts", "e": "evaluate.prompts"}[place]
+    with pytest.raises(UserError, match=rf"^{section}: .*{place}.parquet cannot be read: "):
+        built(tmp_path, "parquet")
+
+
+@pytest.mark.parametrize("escaped", [True, False])
+def test_what_a_file_holds_is_looked_for_once(tmp_path, monkeypatch, escaped):
+    """By its contents, so that a changed file is looked at again."""
+    before = chain(tmp_path, "a", "b", "jsonl", escaped=escaped)
+    with monkeypatch.context() as patched:
+        patched.setattr(cells, "_is_so", lambda *_: pytest.fail("was looked at again"))
+        assert built(tmp_path, "jsonl") == before
+    text = UNSPACED["Chinese"]
+    changed = chain(tmp_path, "a", text, "jsonl", escaped=escaped)
+    assert changed != before
+    assert changed == built(tmp_path, "jsonl")
+    uris = [str(tmp_path / "p.jsonl"), str(tmp_path / "e.jsonl")]
+    assert cells.beginnings_are(are_unspaced, uris, "question", f"both, {escaped}")
+    assert not cells.beginnings_are(are_unspaced, uris[:1], "question", f"one, {escaped}")

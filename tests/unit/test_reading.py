@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -14,6 +14,7 @@ from wrpo_ray.cluster_check import manifests
 from wrpo_ray.errors import UserError
 from wrpo_ray.ingest.readers import read_rows
 from wrpo_ray.reading import KeyTwiceError, PlainNumber
+from wrpo_ray.values import as_written
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +126,17 @@ def test_a_row_with_a_key_twice_is_a_failed_row(tmp_path):
     assert all(isinstance(row, ValueError) for row in rows)
 
 
+@pytest.mark.parametrize("deep", ['{"a": 1, "a": 2}', '[{"b": [{"a": 1, "a": 2}]}]'])
+def test_a_key_twice_in_what_is_not_read_does_no_harm(tmp_path, deep):
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"prompt": "x", "meta": {deep}}}')
+    assert [row["prompt"] for _, row in read_rows(str(file), ["prompt"])] == ["x"]
+    told = [str(row) for _, row in read_rows(str(file), ["prompt", "meta"])]
+    assert told == ["the key 'a' is given twice"]
+    with pytest.raises(KeyTwiceError):
+        reading.read_json(file.read_text())
+
+
 # --- numbers ---------------------------------------------------------------------------------
 
 NO_NUMBERS = [True, False, "1", "0.5", "3e-7", "1.0e-3", "1_0", " 1", "inf", "nan", ""]
@@ -234,3 +246,36 @@ def test_numbers_of_options_are_finite(option, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["evaluate", "c.yaml", *option])
     assert "invalid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("written", ["off", "Off", "'off'", "report"])
+def test_a_word_that_yaml_reads_as_a_truth_value_is_the_word(written, tmp_path):
+    """In the file and by --set, where it is among a field's words."""
+    tree = yaml.safe_load((ROOT / "jobs" / "demo.yaml").read_text())
+    tree.pop("pair", None)
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{yaml.safe_dump(tree)}\npair: {{contamination: {{action: {written}}}}}\n")
+    for loaded in (
+        config.load(file),
+        config.load(ROOT / "jobs" / "demo.yaml", [f"pair.contamination.action={written}"]),
+    ):
+        assert loaded.pair.contamination.action == written.strip("'").lower()
+
+
+@pytest.mark.parametrize(
+    ("value", "annotation", "read"),
+    [
+        (False, Literal["drop", "off"], "off"),
+        (True, Literal["on", "x"] | None, "on"),
+        (False, Annotated[Literal["no", "x"], 1], "no"),
+        (True, Literal["yes"], "yes"),
+        (True, Literal["drop", "off"], True),
+        (False, Literal["no", "off"], False),
+        (False, Literal["off"] | bool, False),
+        (False, Literal["drop"], False),
+        (False, str, False),
+        (False, tuple[Literal["off"], ...], False),
+    ],
+)
+def test_a_truth_value_is_a_word_where_only_one_can_be_meant(value, annotation, read):
+    assert as_written(value, annotation) is read

@@ -38,6 +38,10 @@ SECRETS = [
     f"s3://bucket/run?region=r&session_token={CANARY}",
     f"s3://bucket/run?secret_key=a/{CANARY}&region=r",
     f"s3://bucket/run?secret_key={CANARY}?region=r",
+    f"s3://bucket/run?X-Amz-Credential={CANARY}&X-Amz-Signature={CANARY}",
+    f"s3://bucket/run?secret-key={CANARY}",
+    f"s3://bucket/run?AWS.Secret={CANARY}",
+    f"s3://bucket/run? secret_key ={CANARY}",
     f"s3://bucket/run?endpoint_override=http://u:{CANARY}@host:1",
     f"gs://{CANARY}@bucket/run",
     f"abfs://container:{CANARY}@account.dfs.core.windows.net/run",
@@ -47,6 +51,12 @@ SECRETS = [
     f"https://host/v1?key={CANARY}",
     f"ray://user:{CANARY}@host:10001",
     f"S3://KEY:{CANARY}@bucket/run",
+    f"s3:///KEY:{CANARY}@bucket/run",
+    f"s3://///{CANARY}@bucket/run",
+    f"hdfs:///user:{CANARY}@host/run",
+    f"s3:/KEY:{CANARY}@bucket/run",
+    f"s3:KEY:ab/{CANARY}@bucket",
+    f"//KEY:{CANARY}@bucket/run",
 ]
 TEXTS = [f for f in fields() if f.kinds <= {str, type(None)} and "tuple" not in str(f.annotation)]
 TREES: dict[str, Any] = {
@@ -170,6 +180,15 @@ def test_a_secret_in_an_address_of_a_config_is_refused(kind, path, tmp_path, cap
         ["fuse", "c.yaml", "--set", "output=SECRET"],
         ["fuse", "c.yaml", "--set", "output=[SECRET"],
         ["fuse", "c.yaml", "--set", "output: [SECRET]=1"],
+        ["SECRET"],
+        ["SECRET", "fuse"],
+        ["fuse", "c.yaml", "SECRET"],
+        ["fuse", "c.yaml", "--strange=SECRET"],
+        ["plan", "c.yaml", "--until", "SECRET"],
+        ["plan", "c.yaml", "--gpus=SECRET"],
+        ["export", "c.yaml", "--to", "x", "--dtype", "SECRET"],
+        ["fetch", "SECRET", "x"],
+        ["cluster", "SECRET"],
         ["fuse", "broken.yaml"],
         ["fuse", "twice.yaml"],
         ["fuse", "strange.yaml"],
@@ -280,6 +299,26 @@ def test_a_store_that_refuses_is_told_in_lines(arguments, refusing, tmp_path, ca
 def test_an_option_is_named_only_if_it_is_like_one():
     assert "'access_key'" in problem("s3://b/run?access_key=x")
     assert CANARY not in problem(f"s3://b/run?{CANARY}=")
+    assert "'x-amz-signature'" in problem("s3://b/run?region=us&x-amz-signature=x")
+    assert "'region'" not in problem("s3://b/run?region=us&x@y&b=")
+
+
+def test_a_key_in_a_text_is_hidden_whatever_is_in_it():
+    """Up to its `@`, also where an error quotes the address; what is no key is kept."""
+    for key in (f"KEY:a {CANARY}", f"KEY:a'{CANARY}", f'KEY:"{CANARY}', f"KEY:1 <{CANARY}>/x"):
+        address = f"s3://{key}@bucket/run"
+        for text in (address, f"cannot open '{address}': no", f"<{address}>", repr(address)):
+            assert CANARY not in shown(text), text
+            assert "no" not in text or shown(text).endswith("no")
+    for text in (
+        "http://host:8265/v1 is down, ask a@b",
+        "s3://bucket/run: not found, ask a@b",
+        "hf://org/name@main: no, but hf://org/name@other",
+        "2026-11-29 12:30:10 a@b",
+        "u:p@h",
+        "//server/a@b:c",
+    ):
+        assert shown(text) == text
 
 
 def test_a_pattern_is_no_address():
@@ -294,6 +333,8 @@ def test_what_holds_no_secret_stays_as_it_is():
     for address, text in {
         f"s3://bucket/run?{options}": "s3://bucket/run",
         "s3://bucket/a@b:c?.jsonl": "s3://bucket/a@b:c?.jsonl",
+        "hdfs:///user/a@b.jsonl": "hdfs:///user/a@b.jsonl",
+        "s3://bucket/a?b-c = d.jsonl?&": "s3://bucket/a?b-c = d.jsonl",
         "hf://org/name@main": "hf://org/name@main",
         "abfs://container@account.dfs.core.windows.net/x": "abfs://container@account.dfs.core.windows.net/x",
         "gs://anonymous@bucket/x": "gs://bucket/x",

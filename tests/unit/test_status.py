@@ -12,12 +12,12 @@ from made_run import MadeRun
 from rich.console import Console
 
 from wrpo_ray import cli
-from wrpo_ray.core import lease
+from wrpo_ray.core import lease, storage
 from wrpo_ray.core.lease import Lease
 from wrpo_ray.core.shards import Bucket
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.report.outline import Outline, StepOutline, read
-from wrpo_ray.report.status import screen, status
+from wrpo_ray.report.status import LAST, screen, status
 
 NOW = 1_800_000_000.0
 
@@ -124,6 +124,19 @@ def test_a_lease_that_is_held_here_is_seen(tmp_path):
         found = status(Folder(str(tmp_path)), outline())
     assert found.is_running
     assert f"process {os.getpid()}" in found.holder
+
+
+def test_only_the_last_lines_of_metrics_are_parsed(tmp_path, monkeypatch):
+    """However long training has gone on; lines that are not whole are passed over."""
+    lines = [json.dumps({"step": i, "steps": 900, "tokens": 10, "tokens_per_s": 5 + i // 600})
+             for i in range(700)]  # fmt: skip
+    put(tmp_path / "train-wrpo", "metrics.jsonl", 1, "\n".join([*lines, "3", "{}", '{"step": 7']))
+    parsed, parse = [], storage._record
+    monkeypatch.setattr(storage, "_record", lambda line: parsed.append(line) or parse(line))
+    train = step("train-wrpo", "train")
+    found = status(Folder(str(tmp_path)), outline(train), NOW).steps[0]
+    assert (found.done, found.total, found.rate) == (700, 900, pytest.approx(0.6))
+    assert len(parsed) == LAST + 3
 
 
 def test_no_rows_are_read(tmp_path, monkeypatch):

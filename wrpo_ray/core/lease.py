@@ -118,7 +118,7 @@ def read(folder: Folder) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: nobody holds it.
-        UserError: the file holds no lease.
+        BrokenFileError: the file holds no lease.
     """
     return folder.read_record(FILE, session=str, host=str, pid=int, started=(int, float))
 

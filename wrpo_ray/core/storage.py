@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from wrpo_ray.addresses import Address, problem, shown
+from wrpo_ray.addresses import Address, problem, public, shown
 from wrpo_ray.core.cache import node_cache, plain_path
 from wrpo_ray.core.weights import engine_files
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import BrokenFileError, UserError
 
 TEMPORARY = ".part-"
 """Prefix of files that are being written; readers pass over them."""
@@ -51,7 +51,7 @@ class Folder:
 
     def __post_init__(self) -> None:
         if reason := problem(self.uri):
-            raise UserError(f"{self}: {reason}")
+            raise UserError(f"{public(self.uri)}: {reason}")
 
     @cached_property
     def _address(self) -> Address | None:
@@ -163,10 +163,11 @@ class Folder:
         """The value of a JSON file.
 
         Raises:
-            UserError: it holds none, as after it was cut off.
+            BrokenFileError: it holds none, as after it was cut off.
         """
+        data = self.read(name)  # a store that does not open is no broken file
         try:
-            return json.loads(self.read(name))
+            return json.loads(data)
         except (ValueError, RecursionError) as error:
             raise self._broken(name, f"holds no JSON ({str(error)[:100]})") from None
 
@@ -174,7 +175,7 @@ class Folder:
         """The object of a JSON file, with fields of these types.
 
         Raises:
-            UserError: it holds no such object.
+            BrokenFileError: it holds no such object.
         """
         value = self.read_json(name)
         if not isinstance(value, dict):
@@ -188,11 +189,11 @@ class Folder:
         """Whether a JSON file is there and has this value."""
         try:
             return bool(self.read_json(name) == value)
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, BrokenFileError):
             return False
 
-    def _broken(self, name: str, what: str) -> UserError:
-        return UserError(
+    def _broken(self, name: str, what: str) -> BrokenFileError:
+        return BrokenFileError(
             f"{self}/{name}: {what}; it was cut off or changed after it was written: put it back "
             f"from a copy, or delete it, so that it is made again"
         )
@@ -207,6 +208,10 @@ class Folder:
         Lines end with a newline alone: within one there may be spaces and other separators.
         """
         return [r for line in self.read(name).split(b"\n") if (r := _record(line)) is not None]
+
+    def latest_records(self, name: str) -> Iterator[dict[str, Any]]:
+        """The same from the last line on; only those that are asked for are parsed."""
+        return filter(None, map(_record, reversed(self.read(name).split(b"\n"))))
 
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """The table of a Parquet file."""

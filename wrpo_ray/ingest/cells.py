@@ -10,7 +10,8 @@ import json
 import math
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -20,7 +21,7 @@ import pyarrow.parquet as pq
 
 from wrpo_ray.core.published import RowError, check_text
 from wrpo_ray.core.references import Reference
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.core.storage import STREAMS, Folder
 
 EXACT = 2**53
 """Whole numbers up to here are exact as floats."""
@@ -28,10 +29,12 @@ DIGITS = 1000
 """Of a number in JSON, written out."""
 READING = 2
 """Version of how cells become text: part of a step's key where a cell is no text."""
-HEAD, ROWS = 2**24, 2**16
+HEAD, ROWS = 2**20, 2**16
 """Bytes of a JSONL file, and rows of a Parquet file, that are looked at to tell what it holds."""
 ESCAPED = re.compile(r"(?:\\u[0-9a-f]{4})+", re.IGNORECASE)
 """Characters as JSON escapes them."""
+_KNOWN: dict[Hashable, bool] = {}
+"""What files hold, by their contents: a study builds a chain of the same files many times."""
 
 
 class JsonFloat(float):
@@ -152,22 +155,48 @@ def _is_list(type_: pa.DataType) -> bool:
 # --- what is in a file -------------------------------------------------------------------------
 
 
-def hold_more_than_text(uris: Iterable[str], columns: list[str]) -> bool:
-    """Whether a cell of the columns is neither a text nor null, by types or a file's beginning."""
-    return bool(columns) and any(_holds_more(Folder(uri), columns) for uri in uris)
+def hold_more_than_text(uris: Sequence[str], columns: list[str], content: str) -> bool:
+    """Whether a cell of the columns is neither a text nor null, by types or a file's beginning.
+
+    `content` tells the files' contents apart; what is known of one is not looked for again.
+    """
+    key = ("more than text", content, *columns)
+    return bool(columns) and _holds(key, lambda file: _holds_more(file, columns), uris)
 
 
-def beginnings(uris: Iterable[str], column: str) -> Iterator[str]:
-    """The text at the beginning of each file, in no form; of a Parquet file that of one column."""
-    for file in map(Folder, uris):
-        with file.filesystem.open_input_file(file.path) as stream:
-            if str(file).endswith(".parquet"):
-                batches = pq.ParquetFile(stream).iter_batches(ROWS, columns=[column])
-                rows = next(batches, None)
-                yield json.dumps(_values(rows), ensure_ascii=False, default=str) if rows else ""
-            else:
-                head = stream.read(HEAD).decode(errors="ignore")
-                yield ESCAPED.sub(_unescaped, head)
+def beginnings_are(
+    are_so: Callable[[pa.Array], pa.Array], uris: Sequence[str], column: str, content: str
+) -> bool:
+    """Whether it is so of a file's beginning, of a Parquet file that of one column.
+
+    It has to be so of no text in ASCII; `content` is as in `hold_more_than_text`.
+    """
+    return _holds((are_so, content, column), lambda file: _is_so(are_so, file, column), uris)
+
+
+def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
+    """Whether it is so of any file; several are read at once, and the answer is kept by `key`."""
+    if key not in _KNOWN:
+        threads = ThreadPoolExecutor(STREAMS)
+        try:
+            _KNOWN[key] = any(threads.map(check, map(Folder, uris)))
+        finally:
+            threads.shutdown(cancel_futures=True)
+    return _KNOWN[key]
+
+
+def _is_so(are_so: Callable[[pa.Array], pa.Array], file: Folder, column: str) -> bool:
+    with file.filesystem.open_input_file(file.path) as stream:
+        if str(file).endswith(".parquet"):
+            rows = next(pq.ParquetFile(stream).iter_batches(ROWS, columns=[column]), None)
+            text = json.dumps(_values(rows), ensure_ascii=False, default=str) if rows else ""
+        else:
+            head = stream.read(HEAD)
+            if head.isascii() and b"\\u" not in head:
+                return False
+            text = ESCAPED.sub(_unescaped, head.decode(errors="ignore"))
+    found: bool = are_so(pa.array([text], pa.large_string()))[0].as_py()
+    return found
 
 
 def _unescaped(match: re.Match[str]) -> str:

@@ -21,7 +21,7 @@ from wrpo_ray.core.references import packed
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.ingest.cells import JsonFloat, group_of, narrow_columns, reference_of, widened
-from wrpo_ray.reading import read_json
+from wrpo_ray.reading import read_row
 from wrpo_ray.text_files import is_utf16
 
 Row = dict[str, Any]
@@ -102,7 +102,8 @@ def read_rows(
     file = Folder(uri)
     name = str(file).rsplit("/", 1)[-1]
     with file.filesystem.open_input_file(file.path) as stream:
-        rows = _parquet(stream, columns, texts) if name.endswith(".parquet") else _jsonl(stream)
+        is_parquet = name.endswith(".parquet")
+        rows = _parquet(stream, columns, texts) if is_parquet else _jsonl(stream, columns)
         for number, row in enumerate(rows, start=1):
             if row is not None:
                 yield f"{name}:{number}", row
@@ -134,14 +135,14 @@ def _one(batch: pa.RecordBatch) -> Row | Exception:
         return error
 
 
-def _jsonl(stream: pa.NativeFile) -> Iterator[Row | Exception | None]:
+def _jsonl(stream: pa.NativeFile, columns: list[str]) -> Iterator[Row | Exception | None]:
     """None for a blank line."""
     for line in io.BufferedReader(stream):
         if not line.removeprefix(codecs.BOM_UTF8).strip():
             yield None
             continue
         try:
-            row = read_json(line, parse_float=JsonFloat.read)
+            row = read_row(line, columns, parse_float=JsonFloat.read)
             yield row if isinstance(row, dict) else RowError("the line is no JSON object")
         except (ValueError, RecursionError) as error:
             yield error

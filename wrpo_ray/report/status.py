@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import pyarrow.dataset as ds
@@ -21,7 +21,7 @@ from wrpo_ray.core import lease
 from wrpo_ray.core.progress import pace
 from wrpo_ray.core.spending import Entry, Spent, read_ledger, read_seconds
 from wrpo_ray.core.storage import TEMPORARY, Folder
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.report.outline import PLAN, Outline, StepOutline
 
 Row = dict[str, Any]
@@ -91,7 +91,7 @@ def _holder(root: Folder, now: float) -> tuple[str, bool]:
     """Who holds the lease, and whether its heart beats."""
     try:
         held = lease.read(root)
-    except (OSError, UserError):
+    except (FileNotFoundError, BrokenFileError):
         return "nobody: no run is under way", False
     who = f"{held['host']}, process {held['pid']}"
     if lease.is_dead(held):
@@ -159,14 +159,14 @@ class _Look:
         folder = self.root / step.folder
         if not folder.exists(METRICS):
             return None
-        records = [r for r in folder.read_records(METRICS) if _is_whole(r)][-LAST:]
+        records = list(islice(filter(_is_whole, folder.latest_records(METRICS)), LAST))
         if not records:
             return None
         seconds = [r["tokens"] / r["tokens_per_s"] for r in records if r.get("tokens_per_s")]
         rate = len(seconds) / sum(seconds) if sum(seconds) else None
         info = folder.filesystem.get_file_info(f"{folder.path}/{METRICS}")
         changed = info.mtime_ns / 1e9 if info.mtime_ns else None
-        return records[-1]["step"] + 1, records[-1]["steps"], "steps", rate, changed
+        return records[0]["step"] + 1, records[0]["steps"], "steps", rate, changed
 
     def _buckets(self, step: StepOutline) -> Any:
         files = list(_files(self.root / step.folder))
