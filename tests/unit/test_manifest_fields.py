@@ -232,7 +232,7 @@ OBJECTS: dict[str, Body] = {
     },
 }
 KEYS = ("secretName", "labels", "kind", "replicas", "image", "metadata", "env", "optional", "name")
-FREE_TEXTS = {key: "Any text, /of/ any kind" for key in KEYS}
+FREE_TEXTS = dict.fromkeys(KEYS, "Any text, /of/ any kind")
 PORTS_NAME, POD_PORTS_NAME = "spec.ports.0.name", "spec.containers.0.ports.0.name"
 RULES = [{"alert": "A", "labels": {"a b": "page me"}, "annotations": {"a b": 1}}]
 EDITS: list[tuple[str, str, list[Any], list[Any]]] = [
