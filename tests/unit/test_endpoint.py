@@ -209,6 +209,22 @@ USED: dict[str, tuple[Any, str]] = {
     "a thought beside the text": (said("a", reasoning_content="hm", reasoning="hm"), "a"),
     "fields that are null": (said("a", tool_calls=None, refusal=None, function_call=None), "a"),
     "fields that are empty": (said("a", tool_calls=[], refusal=""), "a"),
+    **{
+        f"the call of nothing {call!r}": (said("a", **{field: call}), "a")
+        for field, call in (
+            ("function_call", {"name": None, "arguments": ""}),
+            ("function_call", {"name": "", "arguments": ""}),
+            ("function_call", {}),
+            ("tool_calls", [{}]),
+            ("tool_calls", [{"type": "function", "function": {"name": None, "arguments": ""}}]),
+            ("tool_calls", [{"type": "function", "function": None}]),
+            ("tool_calls", [None]),
+        )
+    },
+    **{
+        f"a part beside the text: {kind}": (said([TEXT, {"type": kind}, TEXT]), "aa")
+        for kind in ("reference", "reasoning_text", "reasoning")
+    },
     "another name of the end": (said("a", "end_turn"), "a"),
     "the end in capitals": (said("a", "STOP"), "a"),
     "cut off": (said("a", "length"), "a"),
@@ -250,6 +266,12 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "a refusal beside a text": (said("a", refusal="I must not"), "ModelRefusalError"),
     "tool calls": (said(None, "tool_calls", tool_calls=CALL), "ToolCallError"),
     "tool calls that end as a text": (said(None, tool_calls=CALL), "ToolCallError"),
+    "one tool call of several has a name": (said("a", tool_calls=[{}, *CALL]), "ToolCallError"),
+    "the call of a tool of another kind": (
+        said("a", tool_calls=[{"type": "custom", "custom": {"name": "f", "input": ""}}]),
+        "ToolCallError",
+    ),
+    "only a reference": (said([{"type": "reference", "reference_ids": [1]}]), "NoTextError"),
     "tool calls beside a text": (said("a", "tool_calls", tool_calls=CALL), "ToolCallError"),
     "a function call": (said(None, function_call={"name": "f"}), "ToolCallError"),
     "withheld": (said(None, "content_filter"), "ContentFilterError"),
@@ -434,7 +456,11 @@ def test_counts_that_are_none_are_null(usage, counts):
 
 @pytest.mark.parametrize(
     ("told", "kept"),
-    [("eos", "stop"), ("end_turn", "stop"), ("length", "length"), ("max_tokens", "length")],
+    [
+        *((told, "stop") for told in ("eos", "end_turn", "complete", "COMPLETE", "stop_sequence")),
+        *((told, "stop") for told in ("eos_token", "eos_token_id", "STOP")),
+        *((told, "length") for told in ("length", "max_tokens", "MAX_TOKENS", "max_output_tokens")),
+    ],
 )
 def test_how_an_answer_ends_is_told_in_two_words(told, kept):
     answer = {"choices": [{"finish_reason": told, "message": {"content": "a"}}]}

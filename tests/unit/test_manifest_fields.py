@@ -215,6 +215,75 @@ def test_a_quantity_is_told_in_one_line_by_the_command(
     assert line.startswith(f"wrpo: error: {file}: RayCluster/wrpo: {place}: {reason}")
 
 
+POD = {"containers": [{"name": "a", "image": "i", "ports": [{"name": "http"}]}]}
+OBJECTS: dict[str, Body] = {
+    "v1 Service": {"spec": {"ports": [{"name": "http", "port": 80}]}},
+    "v1 Pod": {"spec": POD | {"tolerations": [{"key": "a", "operator": "Exists"}]}},
+    "v1 PersistentVolumeClaim": {"spec": {}},
+    "v1 PersistentVolume": {"spec": {"csi": {"driver": "d", "volumeAttributes": {}}}},
+    "v1 LimitRange": {"spec": {"limits": [{"type": "Container"}]}},
+    "v1 ConfigMap": {"data": {}, "binaryData": {}},
+    "v1 Secret": {"data": {}, "stringData": {}},
+    "monitoring.coreos.com/v1 PrometheusRule": {"spec": {}},
+    "example.com/v1 Thing": {"spec": {}},
+    **{
+        f"rbac.authorization.k8s.io/v1 {kind}": {}
+        for kind in ("Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding")
+    },
+}
+KEYS = ("secretName", "labels", "kind", "replicas", "image", "metadata", "env", "optional", "name")
+FREE_TEXTS = dict.fromkeys(KEYS, "Any text, /of/ any kind")
+PORTS_NAME, POD_PORTS_NAME = "spec.ports.0.name", "spec.containers.0.ports.0.name"
+RULES = [{"alert": "A", "labels": {"a b": "page me"}, "annotations": {"a b": 1}}]
+EDITS: list[tuple[str, str, list[Any], list[Any]]] = [
+    # object, field, what Kubernetes takes, what it refuses
+    ("v1 Service", PORTS_NAME, ["dashboard-agent-listen", "8a", "a--b"], ["A", "a" * 64, "a.b"]),
+    ("v1 Pod", POD_PORTS_NAME, ["agent-listen"], ["dashboard-agent-listen", "a--b", "80"]),
+    ("v1 Pod", "spec.serviceAccountName", ["", "a.b"], ["A", " ", 7]),
+    ("v1 Pod", "spec.priorityClassName", ["", "a"], ["A", 7]),
+    ("v1 Pod", "spec.dnsConfig", [{"options": [{"name": "ndots", "value": "2"}]}], []),
+    ("v1 Pod", "spec.volumes", [[]], [[{"name": "a", "secret": {"secretName": ""}}]]),
+    ("v1 Pod", "spec.tolerations.0.key", ["", None, "a/b"], ["a b", 7]),
+    (
+        "v1 Pod",
+        "spec.tolerations.0",
+        [{"operator": "Exists"}, {"key": "a", "value": "b"}],
+        [{"key": "", "operator": "Equal"}, {"key": ""}, {"effect": "NoSchedule"}, "a"],
+    ),
+    ("v1 PersistentVolumeClaim", "spec.storageClassName", ["", "a"], ["A", 7]),
+    ("v1 PersistentVolume", "spec.csi.volumeAttributes", [FREE_TEXTS, {}], [{"a": 1}, "a"]),
+    ("v1 PersistentVolume", "metadata.annotations", [FREE_TEXTS], [{"a": 1}]),
+    ("v1 LimitRange", "spec.limits", [[{"type": "Pod", "max": {"cpu": 1}}]], [{}, ["a"]]),
+    ("v1 ConfigMap", "data", [FREE_TEXTS], [{"a": 1}]),
+    ("v1 ConfigMap", "binaryData", [FREE_TEXTS], [{"a": 1}]),
+    ("v1 Secret", "stringData", [FREE_TEXTS], [{"a": 1}]),
+    ("monitoring.coreos.com/v1 PrometheusRule", "spec.groups", [[{"rules": RULES}]], []),
+    ("example.com/v1 Thing", "spec", [FREE_TEXTS, {"labels": [7], "metadata": 7}], []),
+    ("example.com/v1 Thing", "metadata.labels", [{"a": "b"}], [{"a": "b c"}, {"a b": "c"}, 7]),
+    *(
+        (name, "metadata.name", ["wrpo:reader", "A b"], ["a/b", "a%b", ".", "..", 7])
+        for name in OBJECTS
+        if name.startswith("rbac")
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "good", "bad"), EDITS, ids=lambda v: str(v)[:40])
+def test_an_object_takes_what_kubernetes_takes(
+    name: str, field: str, good: list[Any], bad: list[Any]
+):
+    version, _, kind = name.partition(" ")
+    body = copy.deepcopy(OBJECTS[name]) | {"apiVersion": version, "kind": kind}
+    body["metadata"] = {"name": "a"}
+    holder: Any = body
+    *above, last = [int(key) if key.isdigit() else key for key in field.split(".")]
+    for key in above:
+        holder = holder[key]
+    for value in good + bad:
+        holder[last] = value
+        assert bool(told(body)) == (value in bad), value
+
+
 # --- the grammar -----------------------------------------------------------------------------
 
 LONG = "a" * 63

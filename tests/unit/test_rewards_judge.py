@@ -101,13 +101,45 @@ def test_a_rating_counts_on_its_own_scale_only(end, scale):
 
 @pytest.mark.parametrize(
     "said",
-    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Rating: 8", "8 points", "4/", "/5", "4 out of", "A4",
-     "8\N{FRACTION SLASH}10", "4 5", "--4", "4..5", "nan4"],
+    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Grade: 8", "Rating 8", "8 points", "4/", "/5", "4 out of",
+     "A4", "8\N{FRACTION SLASH}10", "4 5", "--4", "4..5", "nan4"],
 )  # fmt: skip
 def test_what_is_no_rating_does_not_give_way_to_a_quoted_one(said):
     """The answer itself claims [[10]]."""
     with pytest.raises(NoRatingError, match="is no rating"):
         read_rating(f"It says [[10]]. Mine: [[{said}]]", 1, 10)
+
+
+BEHIND = [" of {}", " (out of {})", " (/{})", "\n/{}", "/**{}**", "`/{}", "\N{NO-BREAK SPACE}/ {}",
+          " stars out of {}", " points of {}", " over {}", "** / {}", "\n\nout of\n{}",
+          " _out of_ {}", " **/** {}", ", out of {}", " star of {}", "/ `{}`", " / {} criteria were met",
+          " out of {} tests passed", "/[[{}]]", "/[{}]"]  # fmt: skip
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+def test_the_end_of_a_scale_is_read_in_every_form_behind_the_brackets(behind):
+    if "[[" not in behind:
+        assert read_rating(f"[[4]]{behind.format(10)}", 1, 10) == 4
+    for end in ("5", "12", "10.5", "100", "1"):
+        with pytest.raises(NoRatingError, match=f"out of {end}, not of 10|not within"):
+            read_rating(f"Rating: [[4]]{behind.format(end)}", 1, 10)
+
+
+@pytest.mark.parametrize("percent", ["%", " %", "**%"])
+def test_a_percentage_is_on_a_scale_to_100(percent):
+    assert read_rating(f"[[40]]{percent}", 0, 100) == 40
+    with pytest.raises(NoRatingError, match="out of 100, not of 10"):
+        read_rating(f"[[4]]{percent}", 1, 10)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[[**8**]]", "[[rating: 8]]", "[[Rating: 8]]", "[[ *Score:* `8` ]]", "[[__8__/10]]",
+     "[[**8** / **10**]]", "[[rating: 8/10]]", "[[8]]. Over all", "[[8]] overall 5",
+     "[[8]] often 5", "[[8]] 5 of 6 tests", "[[8]] (5/6 tests)", "[[8]]\n\n1. Of 5"],
+)  # fmt: skip
+def test_emphasis_and_words_beside_a_rating_change_nothing(text):
+    assert read_rating(text, 1, 10) == 8
 
 
 @pytest.mark.parametrize("said", ["[[x]]", "[[]]", "[[nan]]", "[5]", "[[5] ]", "5", "[[[x]]]"])
@@ -116,7 +148,9 @@ def test_without_a_digit_in_double_brackets_there_is_no_rating(said):
         read_rating(said, 1, 10)
 
 
-@pytest.mark.parametrize("text", ["[[3]] then [[6]]", "[[[6]]]", "[[6]] as in [[x]]", "[[6]]\n/5"])
+@pytest.mark.parametrize(
+    "text", ["[[3]] then [[6]]", "[[[6]]]", "[[6]] as in [[x]]", "[[6]] - see [[1]](http://x)"]
+)
 def test_the_last_rating_counts(text):
     assert read_rating(text, 1, 10) == 6
 

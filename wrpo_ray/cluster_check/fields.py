@@ -2,7 +2,7 @@
 
 An object is walked from top to bottom; a field is known by its key and those above it. What is
 null is left out for Kubernetes. Not covered: fields without a form here, which KubeRay's schemas
-(`--crds`) have, and objects of other operators, of which only metadata is looked at.
+(`--crds`) have, and objects of other groups, of which only metadata is looked at.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from wrpo_ray.cluster_check.grammar import (
     MAP,
     NOT_EMPTY,
     NUMBER,
+    PATH_SEGMENT,
     PORT,
     PORT_NAME,
     PORT_NUMBER,
@@ -36,10 +37,12 @@ from wrpo_ray.cluster_check.grammar import (
     QUOTED_RESOURCES,
     SUBDOMAIN,
     TEXT,
+    TOLERATION,
     WHOLE_QUANTITY,
     Form,
     integer,
     one_of,
+    or_empty,
 )
 from wrpo_ray.cluster_check.manifests import LAUNCHER, Manifest, Problem
 from wrpo_ray.cluster_check.objects import SPECS, path_text
@@ -65,7 +68,8 @@ FLAGS = "enableInTreeAutoscaling suspend shutdownAfterJobFinishes optional runAs
 FLAGS += " allowPrivilegeEscalation readOnlyRootFilesystem automountServiceAccountToken hostNetwork"
 FLAGS += " excludeHeadPodFromServeSvc"
 COUNTS = "replicas numOfHosts minReplicas maxReplicas runAsUser runAsGroup fsGroup"
-NAMES = "serviceAccountName claimName secretName storageClassName priorityClassName clusterQueue"
+NAMES = "claimName secretName clusterQueue"
+NAMES_OR_NONE = "serviceAccountName storageClassName priorityClassName"
 SELECTORS = "matchLabels nodeSelector clusterSelector"
 PORTS = "containerPort hostPort nodePort"
 SECONDS = "terminationGracePeriodSeconds idleTimeoutSeconds initialDelaySeconds timeoutSeconds"
@@ -86,6 +90,8 @@ def _lists(keys: str, item: Form) -> dict[tuple[str, ...], Form]:
     return _each(keys, LIST) | items
 
 
+FREE_MAPS = (("csi", "volumeAttributes"), ("flexVolume", "options"))
+"""Of a driver's own words."""
 MODE = one_of("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod")
 FORMS: dict[tuple[str, ...], Form] = {
     **_lists(LISTS_OF_MAPS, MAP),
@@ -101,6 +107,9 @@ FORMS: dict[tuple[str, ...], Form] = {
     **_each(SECONDS, integer(0)),
     **_each(ANY_SECONDS, integer(-INT32, INT32)),
     **_each(NAMES, SUBDOMAIN),
+    **_each(NAMES_OR_NONE, or_empty(SUBDOMAIN)),
+    **{(*path, "*"): TEXT for path in FREE_MAPS},
+    **dict.fromkeys(FREE_MAPS, MAP),
     ("image",): NOT_EMPTY,
     ("groupName",): DNS_LABEL,
     ("serviceName",): DNS_1035,
@@ -116,7 +125,8 @@ FORMS: dict[tuple[str, ...], Form] = {
     ("volumes", "[]", "name"): DNS_LABEL,
     ("volumeMounts", "[]", "name"): DNS_LABEL,
     ("env", "[]", "name"): ENV_NAME,
-    ("ports", "[]", "name"): PORT_NAME,
+    ("ports", "[]", "name"): DNS_LABEL,  # of a service
+    **{(name, "[]", "ports", "[]", "name"): PORT_NAME for name in ("containers", "initContainers")},
     ("ports", "[]", "port"): PORT,
     ("ports", "[]", "targetPort"): PORT,
     ("ports", "[]", "protocol"): one_of("TCP", "UDP", "SCTP"),
@@ -134,7 +144,8 @@ FORMS: dict[tuple[str, ...], Form] = {
     ("resources", "limits", "*"): QUANTITY,
     ("resources", "requests", "*"): QUANTITY,
     ("capacity", "*"): QUANTITY,
-    ("tolerations", "[]", "key"): KEY,
+    ("tolerations", "[]"): TOLERATION,
+    ("tolerations", "[]", "key"): or_empty(KEY),
     ("tolerations", "[]", "operator"): one_of("Exists", "Equal", "Lt", "Gt"),
     ("tolerations", "[]", "effect"): one_of("", "NoSchedule", "PreferNoSchedule", "NoExecute"),
     ("fsGroupChangePolicy",): one_of("OnRootMismatch", "Always"),
@@ -182,7 +193,9 @@ MONITORS: dict[tuple[str, ...], Form] = {
 METADATA = {path: form for path, form in FORMS.items() if "metadata" in path}
 METADATA |= {path: FORMS[path] for path in (("labels",), ("labels", "*"), ("annotations",))}
 METADATA |= {("annotations", "*"): TEXT, ("kind",): TEXT, ("apiVersion",): TEXT}
-"""Those of objects of other operators, at their top."""
+"""Those of objects of other groups, at their top."""
+TOP = ("apiVersion", "kind", "metadata")
+MONITOR_KINDS = ("PodMonitor", "ServiceMonitor")
 KEYED = ("labels", "annotations", "limits", "requests", *SELECTORS.split())
 """Mappings whose keys have a form."""
 
@@ -191,21 +204,29 @@ def check(manifest: Manifest) -> Iterator[Problem]:
     """Each field whose type or form Kubernetes would refuse."""
     if manifest.kind == LAUNCHER:
         return
-    for path, rule, text in _walk(manifest.body, (), _forms_of(manifest)):
+    group = manifest.api_version.rpartition("/")[0]
+    is_known = group in KNOWN_GROUPS or _is_monitor(manifest, group)
+    body = {k: v for k, v in manifest.body.items() if is_known or k in TOP}
+    for path, rule, text in _walk(body, (), _forms_of(manifest, group)):
         yield Problem(manifest, path_text(path), rule, text)
 
 
-def _forms_of(manifest: Manifest) -> dict[tuple[str, ...], Form]:
-    group = manifest.api_version.rpartition("/")[0]
-    if group == "monitoring.coreos.com":
+def _is_monitor(manifest: Manifest, group: str) -> bool:
+    return group == "monitoring.coreos.com" and manifest.kind in MONITOR_KINDS
+
+
+def _forms_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Form]:
+    name = ("metadata", "name")
+    if _is_monitor(manifest, group):
         return METADATA | MONITORS
     if group not in KNOWN_GROUPS:
-        return METADATA
+        return METADATA | ({name: PATH_SEGMENT} if group == "rbac.authorization.k8s.io" else {})
     own: dict[tuple[str, ...], Form] = {}
     if manifest.kind in ("ConfigMap", "Secret"):
-        own = {("data",): MAP, ("data", "*"): TEXT, ("stringData",): MAP, ("stringData", "*"): TEXT}
-        return METADATA | own
-    name = ("metadata", "name")
+        maps = ("data", "stringData", "binaryData")
+        return METADATA | {(k,): MAP for k in maps} | {(k, "*"): TEXT for k in maps}
+    if manifest.kind == "LimitRange":
+        own = {("spec", "limits"): LIST, ("spec", "limits", "[]"): MAP}
     if manifest.kind in SPECS:  # `rules` are stricter about their names
         own = {name: TEXT}
     if manifest.kind == "Service":
@@ -243,7 +264,7 @@ def _walk(
 def _form(path: Path, forms: dict[tuple[str, ...], Form]) -> Form | None:
     """That of the longest end of a path; of two as long the one that names the last key."""
     ends = tuple("[]" if isinstance(part, int) else part for part in path)
-    for length in (4, 3, 2, 1):
+    for length in (5, 4, 3, 2, 1):
         end = ends[-length:]
         if len(end) == length and (found := forms.get(end) or forms.get((*end[:-1], "*"))):
             return WHOLE_QUANTITY if found is QUANTITY and _is_device(path) else found

@@ -129,6 +129,13 @@ ENV_NAME = text(
 )
 DATA_KEY = text("name", r"[-._a-zA-Z0-9]+", LONGEST_SUBDOMAIN, "letters, digits, -, _ and .")
 NOT_EMPTY = text("text", r"(?s).*\S.*", 100_000, "a text that is not empty")
+PATH_SEGMENT = text("name", r"(?s)(?!\.\.?$)[^/%]+", 100_000, "a text without / and %, not . or ..")
+"""A name of RBAC's objects."""
+
+
+def or_empty(form: Form) -> Form:
+    """The same, or an empty text, which stands for none."""
+    return Form(form.rule, lambda value: None if value == "" else form.wrong(value))
 
 
 PORT_NAME = text(
@@ -154,6 +161,17 @@ def _no_key(value: Any) -> str | None:
 
 KEY = Form("name", _no_key)
 """Of a label, an annotation or a resource: PREFIX/NAME, or NAME."""
+
+
+def _no_toleration(value: Any) -> str | None:
+    if wrong := MAP.wrong(value):
+        return wrong
+    is_right = value.get("key") or value.get("operator") == "Exists"
+    return None if is_right else "has no key, which only the operator Exists may leave out"
+
+
+TOLERATION = Form("toleration", _no_toleration)
+"""Without a key it tolerates every taint."""
 
 
 def _no_quantity(value: Any) -> str | None:

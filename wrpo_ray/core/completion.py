@@ -18,9 +18,13 @@ FINISH: dict[str, Literal["stop", "length"]] = {
     "stop": "stop",
     "eos": "stop",
     "eos_token": "stop",
+    "eos_token_id": "stop",
     "end_turn": "stop",
+    "stop_sequence": "stop",
+    "complete": "stop",
     "length": "length",
     "max_tokens": "length",
+    "max_output_tokens": "length",
     "model_length": "length",
 }
 """What servers call the two ways in which an answer ends."""
@@ -29,8 +33,10 @@ FILTERED = frozenset({"content_filter", "safety", "recitation"})
 BROKEN_OFF = frozenset({"error", "abort", "insufficient_system_resource"})
 """What they call a fault of their own in the middle of an answer."""
 TEXT_PARTS = frozenset({"text", "output_text"})
-THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning"})
+THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_text"})
 """Types of parts that are not the answer, as the field `reasoning_content` is not."""
+BESIDE_TEXT = THOUGHT_PARTS | {"reference"}
+"""Types of parts without the answer's words: thoughts, and numbers of what is cited."""
 
 
 @dataclass(frozen=True)
@@ -162,8 +168,16 @@ def _check_is_text(message: dict[str, Any], reason: str) -> None:
     if refusal := message.get("refusal"):
         raise ModelRefusalError(f"tells the model's refusal: {refusal}")
     is_call = reason in ("tool_calls", "function_call")
-    if is_call or message.get("tool_calls") or message.get("function_call"):
+    if is_call or _is_call(message.get("tool_calls")) or _is_call(message.get("function_call")):
         raise ToolCallError("answers with the call of a tool")
+
+
+def _is_call(value: Any) -> bool:
+    """Whether a call, or one of a list, names what it calls: some servers send empty ones."""
+    calls = value if isinstance(value, list) else [value]
+    maps = [call for call in calls if isinstance(call, dict)]
+    maps += [part for call in maps for part in call.values() if isinstance(part, dict)]
+    return any(part.get("name") for part in maps)
 
 
 def _text(content: Any, reason: str) -> str:
@@ -182,9 +196,9 @@ def _text(content: Any, reason: str) -> str:
 
 
 def _part(part: Any) -> str | None:
-    """The text of a part; None where it is a thought."""
+    """The text of a part; None where it is beside the text, as a thought."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if isinstance(kind, str) and kind in THOUGHT_PARTS:
+    if isinstance(kind, str) and kind in BESIDE_TEXT:
         return None
     if kind == "refusal" and isinstance(part, dict):
         raise ModelRefusalError(f"tells the model's refusal: {part.get('refusal')}")

@@ -39,12 +39,21 @@ Explain in a few sentences what is good and what is not. Then end with your rati
 """
 
 _NUMBER = r"[-+\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)"
+_MARKS = r"[\s*_`(\[,]*"
+_OUT_OF = r"(?:/|(?:out\s+of|of|over)(?![^\W_]))"
 BRACKETS = re.compile(
-    rf"\[\[([^\[\]]*)\]\](?:\**[ \t]*(?:/|out[ \t]+of\b)[ \t]*({_NUMBER}))?", re.IGNORECASE
+    r"\[\[([^\[\]]*)\]\](?!\()"
+    rf"(?:{_MARKS}(?:(?:stars?|points?){_MARKS})?{_OUT_OF}{_MARKS}({_NUMBER})|[*_`]*\s?(%))?",
+    re.IGNORECASE,
 )
-"""1: what stands in double brackets; 2: the end of the scale, if the judge says it behind them."""
-RATING = re.compile(rf"\s*({_NUMBER})\s*(?:(?:/|(?:out\s+)?of\b)\s*({_NUMBER})\s*)?", re.IGNORECASE)
-"""1: a rating; 2: the end of the scale, if the judge says it."""
+"""1: what stands in double brackets; 2: the end of the scale, if the judge says it behind them;
+3: a percent sign there, of a scale to 100. A link ([[1]](address)) is none."""
+RATING = re.compile(
+    rf"[\s*_`]*(?:(?:rating|score)[\s*_`]*:[\s*_`]*)?({_NUMBER})[\s*_`]*"
+    rf"(?:(?:/|(?:out\s+)?of\b)[\s*_`]*({_NUMBER})[\s*_`]*)?",
+    re.IGNORECASE,
+)
+"""1: a rating, plain or with emphasis; 2: the end of the scale, if the judge says it."""
 READING = 2
 """Version of how ratings are read: part of a judged step's key."""
 
@@ -131,8 +140,8 @@ def read_rating(judgement: str, worst: float, best: float) -> float:
     """The last rating of a judgement: others may be quoted from the answer before it.
 
     A rating is a number in double brackets, alone or out of `best` (`[[8]]`, `[[8/10]]`,
-    `[[8 out of 10]]`, `[[8]]/10`). The last double brackets that hold a digit decide: where they
-    hold anything else, such as a rating out of another scale's end, there is none.
+    `[[rating: 8 out of 10]]`, `[[8]] (of 10)`). The last double
+    brackets that hold a digit decide: where they hold anything else, such as a rating out of another scale's end, there is none.
 
     Raises:
         NoRatingError: there is none, or it is out of bounds.
@@ -140,12 +149,12 @@ def read_rating(judgement: str, worst: float, best: float) -> float:
     found = [match for match in BRACKETS.finditer(judgement) if re.search(r"\d", match[1])]
     if not found:
         raise NoRatingError("no rating in the judgement")
-    inside, behind = found[-1].groups()
+    inside, behind, percent = found[-1].groups()
     rating = RATING.fullmatch(inside)
     if rating is None:
         raise NoRatingError(f"[[{inside[:40]}]] is no rating, in the judgement")
     value = _float(rating[1])
-    ends = [_float(end) for end in (rating[2], behind) if end]
+    ends = [_float(end) for end in (rating[2], behind, percent and "100") if end]
     if any(end != best for end in ends):
         raise NoRatingError(
             f"the rating {value:g} is out of {ends[-1]:g}, not of {best:g}, in the judgement"
