@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TEMPLATE, make_model, make_tokenizer, write_model
-from transformers import LlamaForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
 from wrpo_ray.core.architecture import Use, check_weights
@@ -190,6 +190,34 @@ def test_what_old_versions_wrote_and_a_head_too_many_are_no_harm(tmp_path):
         check(folder, use)
     load(tmp_path / "tied", torch.float32, packing=True)
     load_classifier(REWARD, tmp_path / "reward", on_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [
+        ("gpt2", ("attn.bias", "attn.masked_bias")),
+        ("gptj", ("attn.bias", "attn.masked_bias")),
+        ("gpt_neo", ("attn.attention.bias", "attn.attention.masked_bias")),
+        ("codegen", ("attn.causal_mask", "attn.bias", "attn.masked_bias")),
+    ],
+)
+def test_causal_masks_of_old_versions_are_no_harm(family, masks, tmp_path):
+    folder = write_model(tmp_path)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
+    if family == "gpt_neo":
+        shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+        shape |= {"attention_types": [[["global", "local"], 1]]}
+    config = AutoConfig.for_model(
+        family, vocab_size=46, bos_token_id=1, eos_token_id=1, pad_token_id=0, **shape
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    weights = load_file(folder / SINGLE)
+    old = {f"transformer.h.{i}.{name}": torch.ones(1, 1, 8, 8) for i in (0, 1) for name in masks}
+    save_file(weights | old, folder / SINGLE, {"format": "pt"})
+    check(folder)
+    save_file(weights | {"transformer.h.0.mlp.bias": torch.ones(8)}, folder / SINGLE)
+    with pytest.raises(UserError, match=r"transformer.h.0.mlp.bias is unknown"):
+        check(folder)
 
 
 def test_a_head_that_is_tied_and_is_not_is_refused(tmp_path):

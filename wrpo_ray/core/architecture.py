@@ -20,8 +20,14 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.tensors import AGAIN, TensorHeader, Tensors, read_json, read_tensors
 from wrpo_ray.errors import UserError
 
-HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state)$")
-"""Tensors that old versions wrote, and that are computed anew."""
+HARMLESS = re.compile(
+    r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state"
+    r"|(^|\.)h\.\d+\.attn\.((attention\.)?bias|causal_mask))$"
+)
+"""Tensors that old versions wrote, causal masks among them, and that are computed anew.
+
+Only of what the architecture does not know.
+"""
 HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 """A reward model that was trained from a language model often keeps its head."""
 WRAPPED = re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module)\.|\._orig_mod\.")
