@@ -191,7 +191,7 @@ def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
     from transformers.modeling_utils import LoadStateDictConfig
     from transformers.utils import logging
 
-    model = _without_memory(kind, config)
+    model = without_memory(kind, config)
     wanted = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     settings = LoadStateDictConfig(
         ignore_mismatched_sizes=True,
@@ -221,7 +221,7 @@ def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
     ]
 
 
-def _without_memory(kind: Any, config: Any) -> Any:
+def without_memory(kind: Any, config: Any) -> Any:
     """A model of a class that has shapes, and no numbers."""
     import torch
     from transformers import initialization

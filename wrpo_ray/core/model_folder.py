@@ -323,7 +323,7 @@ def _check_ids(tokenizer: Any, folder: Path, reached: set[int], use: Use) -> Non
             f"tokenizer that belongs to the weights"
         )
     pad = text.get("pad_token_id", config.get("pad_token_id"))
-    if use.is_reward and pad is not None and not 0 <= pad < rows:
+    if use.is_reward and pad is not None and pad >= rows:  # below 0 there is none
         raise UserError(
             f"its config.json has pad_token_id {pad}, outside of the embedding's {rows} rows; set "
             f"it to the tokenizer's id of the pad or end token"
