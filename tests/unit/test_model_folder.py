@@ -13,11 +13,11 @@ from tiny_models import TEMPLATE, make_model, make_tokenizer, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
-from wrpo_ray.core.architecture import Use, check_weights
+from wrpo_ray.core.architecture import Use, check_tensors, check_weights
 from wrpo_ray.core.chat import Template
-from wrpo_ray.core.model_folder import check_model_folder
+from wrpo_ray.core.model_folder import _check_architecture, check_model_folder
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.core.tensors import read_tensors
+from wrpo_ray.core.tensors import TensorHeader, read_tensors
 from wrpo_ray.errors import UserError
 from wrpo_ray.generate.engine import VllmEngine
 from wrpo_ray.pipeline import preflight
@@ -287,6 +287,73 @@ def test_an_architecture_that_only_vllm_knows_is_let_pass_as_a_source(tmp_path):
     save_file({f"_orig_mod.{n}": t for n, t in weights.items()}, folder / SINGLE)
     with pytest.raises(UserError, match="as a wrapped model's"):
         check(folder, Use.ANSWERS)
+
+
+FORMATS = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "fp8": ("weight", "weight_scale_inv"),
+    "bitsandbytes": ("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"),
+}
+
+
+def _quantized(weights: Weights, method: str) -> Weights:
+    """The layers' projections as a method stores them, with shapes of its own."""
+    found: Weights = {}
+    for name, tensor in weights.items():
+        if "_proj" not in name:
+            found[name] = tensor
+            continue
+        module = name.removesuffix("weight")
+        found |= {f"{module}{part}": torch.ones(3, 5, dtype=torch.int8) for part in FORMATS[method]}
+    return found
+
+
+@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("use", [Use.ANSWERS, Use.REWARD])
+def test_each_module_that_quantized_weights_lack_is_told(use, method, tmp_path):
+    """vLLM looks for tensors that it misses only where nothing is quantized."""
+    folder = (write_reward if use.is_reward else write_model)(tmp_path)
+    settings = {"quantization_config": {"quant_method": method, "bits": 4}}
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = load_file(folder / SINGLE)
+    weights, cases = _quantized(plain, method), 0
+    tensors = {name: TensorHeader(SINGLE, "I8", tuple(t.shape)) for name, t in weights.items()}
+    check_tensors(folder, tensors, use)
+    for name in plain:
+        module = name.removesuffix("weight")
+        others = {n: t for n, t in tensors.items() if not n.startswith(module)}
+        with pytest.raises(UserError, match=rf"{name} is missing"):
+            check_tensors(folder, others, use)
+        cases += 1
+    assert cases == len(plain) == 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        *(({"quant_method": method}, method) for method in FORMATS),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"bits": 4}, "unknown"),
+        ({"quant_method": "fp8", "dequantize": True}, None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_quantized_target_is_refused(settings, told, is_text, tmp_path):
+    folder = write_model(tmp_path)
+    change = {"quantization_config": settings}
+    config = json.loads((folder / "config.json").read_text())
+    changed = config | ({"text_config": config | change} if is_text else change)
+    if told is None:
+        _check_architecture(changed, Use.TRAINED)
+        return
+    _check_architecture(changed, Use.ANSWERS)
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"are quantized \({told}\), which cannot be trained; give"):
+        check(folder)
 
 
 # --- every tensor of an adapter ------------------------------------------------------------------

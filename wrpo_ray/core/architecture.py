@@ -3,8 +3,9 @@
 transformers fills what it does not find with random numbers, and drops what it does not know. So
 a model is built without memory (torch's meta device), and transformers' own renaming and merging
 of tensors is run on shapes alone: what it would miss, and what would be left over, is refused.
-A model of 70B parameters takes half a second. Not covered: architectures that transformers does
-not know, and quantized weights; engines check those while they load.
+A model of 70B parameters takes half a second. Of quantized weights the names are compared, module
+by module. Not covered: architectures that transformers does not know, and shapes of quantized
+weights and names of quantized experts.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ WRAPPED = re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module)\.|\._orig_mod\."
 """What torch's wrappers put into names."""
 INTEGERS = ("BOOL", "I", "U")
 """How the names of types begin whose numbers are no weights by themselves."""
+PLAIN = ("weight", "bias")
+"""The parts of a module that is not quantized."""
+EXPERTS = re.compile(r"\.experts\.")
+"""transformers merges experts into tensors that quantized ones need not give."""
 LANGUAGE_MODEL = "give a causal language model, such as LlamaForCausalLM"
 SHOWN = 3
 """Tensors that a refusal names."""
@@ -92,10 +97,12 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     _check_names(tensors)
     config = load_config(folder, use)
     found = None if config is None else _class_of(config, use)
-    if found is None or getattr(config, "quantization_config", None):
+    if found is None:
         return
+    is_quantized = bool(getattr(config, "quantization_config", None))
+    compare = _missing_modules if is_quantized else _differences
     try:
-        problems = _differences(found, config, tensors)
+        problems = compare(found, config, tensors)
     except Exception as error:  # a config can make a model's constructor raise anything
         raise UserError(f"its config.json makes no model ({_one_line(error)}); {AGAIN}") from None
     if use.is_reward:
@@ -186,6 +193,40 @@ def _check_names(tensors: Tensors) -> None:
 
 def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
     """What transformers (5.23) would miss, not know, or not fit, in words."""
+    wanted, found = _as_loaded(kind, config, tensors)
+    unknown = [name for name in found.unexpected_keys if not HARMLESS.search(name)]
+    return [
+        *(f"{name} is missing" for name in sorted(found.missing_keys)),
+        *(f"{name} is unknown" for name in sorted(unknown)),
+        *(f"{n} has shape {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(found.mismatched_keys)),
+        *(f"{name} cannot be converted" for name in sorted(found.conversion_errors)),
+        *(
+            f"{name} has the type {tensor.dtype}"
+            for name, tensor in sorted(tensors.items())
+            if wanted.get(name) and tensor.dtype.startswith(INTEGERS)
+        ),
+    ]
+
+
+def _missing_modules(kind: Any, config: Any, tensors: Tensors) -> list[str]:
+    """What quantized weights lack, in words: vLLM leaves it as memory happened to be.
+
+    A method stores a weight as several tensors of its module under names of its own, such as
+    `qweight` and `scales`; any of them stands for the weight.
+    """
+    whole = dict(tensors)
+    for name, header in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last not in PLAIN:
+            for part in PLAIN:
+                whole.setdefault(f"{module}.{part}", header)
+    _, found = _as_loaded(kind, config, whole)
+    lost = found.missing_keys - set(found.conversion_errors)  # shapes of parts need not fit
+    return [f"{name} is missing" for name in sorted(lost) if not EXPERTS.search(name)]
+
+
+def _as_loaded(kind: Any, config: Any, tensors: Tensors) -> tuple[dict[str, bool], Any]:
+    """{tensor of the model: is it of floats}, and what transformers says of loading by shapes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -207,18 +248,7 @@ def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
             logging.enable_progress_bar()
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(found)
-    unknown = [name for name in found.unexpected_keys if not HARMLESS.search(name)]
-    return [
-        *(f"{name} is missing" for name in sorted(found.missing_keys)),
-        *(f"{name} is unknown" for name in sorted(unknown)),
-        *(f"{n} has shape {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(found.mismatched_keys)),
-        *(f"{name} cannot be converted" for name in sorted(found.conversion_errors)),
-        *(
-            f"{name} has the type {tensor.dtype}"
-            for name, tensor in sorted(tensors.items())
-            if wanted.get(name) and tensor.dtype.startswith(INTEGERS)
-        ),
-    ]
+    return wanted, found
 
 
 def without_memory(kind: Any, config: Any) -> Any:

@@ -151,6 +151,21 @@ def _check_architecture(config: dict[str, Any], use: Use) -> None:
         raise UserError(f"config.json: names no architecture; {AGAIN}")
     if any(part in names[0] for part in NO_ANSWERS):
         raise UserError(f"its architecture {names[0]} gives no answers; {LANGUAGE_MODEL}")
+    if use is Use.TRAINED:
+        _check_not_quantized(config)
+
+
+def _check_not_quantized(config: dict[str, Any]) -> None:
+    text = config.get("text_config")
+    found = config.get("quantization_config")
+    found = found or (isinstance(text, dict) and text.get("quantization_config"))
+    if not found or (isinstance(found, dict) and found.get("dequantize") is True):
+        return
+    method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+    raise UserError(
+        f"its weights are quantized ({method}), which cannot be trained; give the model in bf16 or "
+        f"fp32"
+    )
 
 
 def _check_with(check: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
