@@ -497,6 +497,19 @@ def test_each_file_that_is_missing_cut_or_another_is_told(form, tmp_path):
     assert cases == 11 * (weights + 5 - FORMS[form]["inline"]) - len(HARMLESS)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_each_json_file_is_utf_8_without_a_byte_order_mark(encoding, tmp_path):
+    folder = _form(tmp_path, **FORMS["shards"])
+    for file in sorted(folder.glob("*.json")):
+        good = file.read_bytes()
+        tree = {"other": "\xe9"} | json.loads(good)
+        file.write_bytes(json.dumps(tree, ensure_ascii=False).encode(encoding, "replace"))
+        with pytest.raises(UserError, match=f": {file.name}: no JSON in UTF-8 without a byte-or"):
+            check(folder)
+        file.write_bytes(good)
+    check(folder)
+
+
 def test_shards_in_each_others_place_and_two_forms_at_once_are_told(tmp_path):
     folder = _form(tmp_path, **FORMS["shards"])
     one, two, *_ = sorted(folder.glob("*-of-*"))

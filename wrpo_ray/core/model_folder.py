@@ -41,11 +41,11 @@ Compare = Callable[[Path, Tensors, Use], None]
 """Raises UserError where a folder's tensors are not those of its config.json."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 """What else a verdict depends on, beside our own code."""
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 NO_ANSWERS = ("Classification", "QuestionAnswering", "ForMaskedLM", "RewardModel", "WithGating")
 """What is in the names of architectures that give no answers."""
 OBJECTS = (
-    "config.json", "generation_config.json", TOKENIZER, "tokenizer.json", "special_tokens_map.json",
+    "config.json", GENERATION, TOKENIZER, "tokenizer.json", "special_tokens_map.json",
 )  # fmt: skip
 """Files that hold a JSON object where they are there."""
 CHAT: list[Message] = [
@@ -268,8 +268,8 @@ def _check_closely(
 
 def _check_ends(folder: Path) -> None:
     """Whether the ends of turns in generation_config.json are token ids."""
-    file = folder / "generation_config.json"
-    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    is_there = (folder / GENERATION).is_file()
+    listed = read_json(Folder(str(folder)), GENERATION).get("eos_token_id") if is_there else None
     if not all(type(end) is int for end in (listed if isinstance(listed, list) else [listed or 0])):
         raise UserError(
             f"its generation_config.json has eos_token_id {listed!r}; give a token id or a list"
