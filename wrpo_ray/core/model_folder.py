@@ -294,7 +294,31 @@ def _check_turns(tokenizer: Any, folder: Path, use: Use) -> set[int]:
     if use is Use.TRAINED:
         for messages in (CHAT[:1], CHAT):
             ids |= set(answer_ids(tokenizer, messages, PROBE, ends))
+        _check_generation(folder, ends)
     return ids | ends
+
+
+def _check_generation(folder: Path, ends: frozenset[int]) -> None:
+    """Whether transformers takes generation_config.json, and saves it with all ends of turns.
+
+    Saving checks more of a config that has changed: a temperature without do_sample, for one.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).is_file():
+        return
+    try:
+        found = GenerationConfig.from_pretrained(folder)
+        listed = found.eos_token_id
+        if missing := ends - set(listed if isinstance(listed, list) else [listed]):
+            found.eos_token_id = sorted(missing)
+        with tempfile.TemporaryDirectory() as scratch:
+            found.save_pretrained(scratch)
+    except OSError:
+        raise
+    except Exception as error:  # its values can be anything
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"{GENERATION}: {told}; mend it") from None
 
 
 def _check_texts(tokenizer: Any) -> None:
