@@ -226,8 +226,21 @@ def test_a_head_that_is_tied_and_is_not_is_refused(tmp_path):
     weights = load_file(folder / SINGLE)
     head = {HEAD: weights["model.embed_tokens.weight"] + 1}
     save_file(weights | head, folder / SINGLE, {"format": "pt"})
-    with pytest.raises(UserError, match="two different tensors, although .* tie_word_embeddings"):
+    told = "two different tensors, although .* tie_word_embeddings"
+    with pytest.raises(UserError, match=told):
         load(folder, torch.float32, packing=True)
+    same = weights["model.embed_tokens.weight"].clone()
+    last = same.clone()
+    last[-1, -1] += 1
+    for other in (head[HEAD], last, same):
+        save_file(weights | {HEAD: other}, folder / SINGLE, {"format": "pt"})
+        for use in (Use.TRAINED, Use.ANSWERS):
+            for look in (check, check_weights):
+                if other is same:
+                    look(folder, use)
+                    continue
+                with pytest.raises(UserError, match=told):
+                    look(folder, use)
 
 
 def test_a_layer_too_many_or_another_architecture_is_told(tmp_path):
@@ -352,7 +365,7 @@ def test_a_quantized_target_is_refused(settings, told, is_text, tmp_path):
         return
     _check_architecture(changed, Use.ANSWERS)
     (folder / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=rf"are quantized \({told}\), which cannot be trained; give"):
+    with pytest.raises(UserError, match=rf"quantized \({told}\), which cannot be trained; give"):
         check(folder)
 
 
@@ -495,6 +508,33 @@ def test_each_file_that_is_missing_cut_or_another_is_told(form, tmp_path):
     check(folder)
     weights = len(list(folder.glob("*model*.*")))  # with the index
     assert cases == 11 * (weights + 5 - FORMS[form]["inline"]) - len(HARMLESS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"cache_implementation": "other"}, "cache_implementation"),
+        ({"early_stopping": 5}, "early_stopping"),
+        ({"watermarking_config": {"other": 1}}, "other"),
+        ({"compile_config": {}}, "compile_config"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"temperature": 0.5, "do_sample": True}, None),
+        ({"top_k": 20, "top_p": 0.9, "do_sample": True, "num_return_sequences": 2}, None),
+    ],
+)
+def test_a_generation_config_that_cannot_be_loaded_or_saved_is_told(settings, told, tmp_path):
+    """Saving is stricter where an end of turn is added, as here."""
+    folder = write_model(tmp_path)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 2} | settings))
+    if told is None:
+        check(folder)
+        return
+    with pytest.raises(UserError, match=f": generation_config.json: .*{told}.*; mend it") as error:
+        check(folder)
+    one_line(error.value)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])

@@ -40,6 +40,12 @@ PLAIN = ("weight", "bias")
 EXPERTS = re.compile(r"\.experts\.")
 """transformers merges experts into tensors that quantized ones need not give."""
 LANGUAGE_MODEL = "give a causal language model, such as LlamaForCausalLM"
+TWO_HEADS = (
+    "its head and its embeddings are two different tensors, although its config.json has "
+    "tie_word_embeddings: true; set it to false, or save the model without the head"
+)
+ROWS = 4096
+"""Rows of a head that are compared at a time."""
 SHOWN = 3
 """Tensors that a refusal names."""
 
@@ -103,11 +109,14 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     compare = _missing_modules if is_quantized else _differences
     try:
         problems = compare(found, config, tensors)
+        has_two_heads = not problems and _has_two_heads(found, config, folder, tensors)
     except Exception as error:  # a config can make a model's constructor raise anything
         raise UserError(f"its config.json makes no model ({_one_line(error)}); {AGAIN}") from None
     if use.is_reward:
         problems = [problem for problem in problems if not HEAD.search(problem.split()[0])]
     refuse(problems, found.__name__)
+    if has_two_heads:
+        raise UserError(TWO_HEADS)
 
 
 def refuse(problems: list[str], architecture: str) -> None:
@@ -135,10 +144,7 @@ def check_loaded(loaded: dict[str, Any], model: Any) -> None:
     head = model.get_output_embeddings()
     is_tied = model.config.get_text_config().tie_word_embeddings
     if is_tied and head is not None and head.weight is not model.get_input_embeddings().weight:
-        raise UserError(
-            "its head and its embeddings are two different tensors, although its config.json has "
-            "tie_word_embeddings: true; set it to false, or save the model without the head"
-        )
+        raise UserError(TWO_HEADS)
 
 
 def load_config(folder: Path, use: Use) -> Any:
@@ -249,6 +255,37 @@ def _as_loaded(kind: Any, config: Any, tensors: Tensors) -> tuple[dict[str, bool
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(found)
     return wanted, found
+
+
+def _has_two_heads(kind: Any, config: Any, folder: Path, tensors: Tensors) -> bool:
+    """Whether a model with tied embeddings has a head with other numbers in local safetensors."""
+    if not config.get_text_config().tie_word_embeddings:
+        return False
+    model = without_memory(kind, config)
+    modules = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = [f"{modules.get(id(end))}.weight" for end in ends]
+    stored = [(folder / tensors[name].file, name) for name in names if name in tensors]
+    is_here = all(file.suffix == ".safetensors" and file.is_file() for file, _ in stored)
+    if len(stored) < 2 or not is_here or tensors[names[0]].shape != tensors[names[1]].shape:
+        return False
+    return not _are_equal(stored)
+
+
+def _are_equal(stored: list[tuple[Path, str]]) -> bool:
+    """Whether two tensors of one shape in safetensors have the same numbers."""
+    import torch
+    from safetensors import safe_open
+
+    with ExitStack() as files:
+        one, other = (
+            files.enter_context(safe_open(file, framework="pt")).get_slice(name)
+            for file, name in stored
+        )
+        return all(
+            torch.equal(one[start : start + ROWS].float(), other[start : start + ROWS].float())
+            for start in range(0, one.get_shape()[0], ROWS)
+        )
 
 
 def without_memory(kind: Any, config: Any) -> Any:

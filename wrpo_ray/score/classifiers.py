@@ -62,7 +62,9 @@ def _is_decoder(config: dict[str, Any]) -> bool:
 
     try:
         settings = transformers.AutoConfig.for_model(**config)
-        return _has_head(without_memory(getattr(transformers, config["architectures"][0]), settings))
+        return _has_head(
+            without_memory(getattr(transformers, config["architectures"][0]), settings)
+        )
     except Exception:  # a config can make constructors raise anything; further checks tell what
         return False
 
