@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import TEMPLATE, make_model, make_tokenizer, write_model
-from transformers import LlamaForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
-from wrpo_ray.core.architecture import Use, check_weights
+from wrpo_ray.core.architecture import Use, check_tensors, check_weights
 from wrpo_ray.core.chat import Template
-from wrpo_ray.core.model_folder import check_model_folder
+from wrpo_ray.core.model_folder import _check_architecture, check_model_folder
 from wrpo_ray.core.storage import Folder
-from wrpo_ray.core.tensors import read_tensors
+from wrpo_ray.core.tensors import TensorHeader, read_tensors
 from wrpo_ray.errors import UserError
 from wrpo_ray.generate.engine import VllmEngine
 from wrpo_ray.pipeline import preflight
@@ -192,14 +192,55 @@ def test_what_old_versions_wrote_and_a_head_too_many_are_no_harm(tmp_path):
     load_classifier(REWARD, tmp_path / "reward", on_gpu=False)
 
 
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [
+        ("gpt2", ("attn.bias", "attn.masked_bias")),
+        ("gptj", ("attn.bias", "attn.masked_bias")),
+        ("gpt_neo", ("attn.attention.bias", "attn.attention.masked_bias")),
+        ("codegen", ("attn.causal_mask", "attn.bias", "attn.masked_bias")),
+    ],
+)
+def test_causal_masks_of_old_versions_are_no_harm(family, masks, tmp_path):
+    folder = write_model(tmp_path)
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
+    if family == "gpt_neo":
+        shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+        shape |= {"attention_types": [[["global", "local"], 1]]}
+    config = AutoConfig.for_model(
+        family, vocab_size=46, bos_token_id=1, eos_token_id=1, pad_token_id=0, **shape
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    weights = load_file(folder / SINGLE)
+    old = {f"transformer.h.{i}.{name}": torch.ones(1, 1, 8, 8) for i in (0, 1) for name in masks}
+    save_file(weights | old, folder / SINGLE, {"format": "pt"})
+    check(folder)
+    save_file(weights | {"transformer.h.0.mlp.bias": torch.ones(8)}, folder / SINGLE)
+    with pytest.raises(UserError, match=r"transformer.h.0.mlp.bias is unknown"):
+        check(folder)
+
+
 def test_a_head_that_is_tied_and_is_not_is_refused(tmp_path):
     """transformers would take both, vLLM the embeddings alone."""
     folder = write_model(tmp_path, tied=True)
     weights = load_file(folder / SINGLE)
     head = {HEAD: weights["model.embed_tokens.weight"] + 1}
     save_file(weights | head, folder / SINGLE, {"format": "pt"})
-    with pytest.raises(UserError, match="two different tensors, although .* tie_word_embeddings"):
+    told = "two different tensors, although .* tie_word_embeddings"
+    with pytest.raises(UserError, match=told):
         load(folder, torch.float32, packing=True)
+    same = weights["model.embed_tokens.weight"].clone()
+    last = same.clone()
+    last[-1, -1] += 1
+    for other in (head[HEAD], last, same):
+        save_file(weights | {HEAD: other}, folder / SINGLE, {"format": "pt"})
+        for use in (Use.TRAINED, Use.ANSWERS):
+            for look in (check, check_weights):
+                if other is same:
+                    look(folder, use)
+                    continue
+                with pytest.raises(UserError, match=told):
+                    look(folder, use)
 
 
 def test_a_layer_too_many_or_another_architecture_is_told(tmp_path):
@@ -259,6 +300,73 @@ def test_an_architecture_that_only_vllm_knows_is_let_pass_as_a_source(tmp_path):
     save_file({f"_orig_mod.{n}": t for n, t in weights.items()}, folder / SINGLE)
     with pytest.raises(UserError, match="as a wrapped model's"):
         check(folder, Use.ANSWERS)
+
+
+FORMATS = {
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "compressed-tensors": ("weight_packed", "weight_scale", "weight_shape"),
+    "fp8": ("weight", "weight_scale_inv"),
+    "bitsandbytes": ("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"),
+}
+
+
+def _quantized(weights: Weights, method: str) -> Weights:
+    """The layers' projections as a method stores them, with shapes of its own."""
+    found: Weights = {}
+    for name, tensor in weights.items():
+        if "_proj" not in name:
+            found[name] = tensor
+            continue
+        module = name.removesuffix("weight")
+        found |= {f"{module}{part}": torch.ones(3, 5, dtype=torch.int8) for part in FORMATS[method]}
+    return found
+
+
+@pytest.mark.parametrize("method", FORMATS)
+@pytest.mark.parametrize("use", [Use.ANSWERS, Use.REWARD])
+def test_each_module_that_quantized_weights_lack_is_told(use, method, tmp_path):
+    """vLLM looks for tensors that it misses only where nothing is quantized."""
+    folder = (write_reward if use.is_reward else write_model)(tmp_path)
+    settings = {"quantization_config": {"quant_method": method, "bits": 4}}
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = load_file(folder / SINGLE)
+    weights, cases = _quantized(plain, method), 0
+    tensors = {name: TensorHeader(SINGLE, "I8", tuple(t.shape)) for name, t in weights.items()}
+    check_tensors(folder, tensors, use)
+    for name in plain:
+        module = name.removesuffix("weight")
+        others = {n: t for n, t in tensors.items() if not n.startswith(module)}
+        with pytest.raises(UserError, match=rf"{name} is missing"):
+            check_tensors(folder, others, use)
+        cases += 1
+    assert cases == len(plain) == 21
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        *(({"quant_method": method}, method) for method in FORMATS),
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"bits": 4}, "unknown"),
+        ({"quant_method": "fp8", "dequantize": True}, None),
+        (None, None),
+    ],
+)
+@pytest.mark.parametrize("is_text", [False, True])
+def test_a_quantized_target_is_refused(settings, told, is_text, tmp_path):
+    folder = write_model(tmp_path)
+    change = {"quantization_config": settings}
+    config = json.loads((folder / "config.json").read_text())
+    changed = config | ({"text_config": config | change} if is_text else change)
+    if told is None:
+        _check_architecture(changed, Use.TRAINED)
+        return
+    _check_architecture(changed, Use.ANSWERS)
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=rf"quantized \({told}\), which cannot be trained; give"):
+        check(folder)
 
 
 # --- every tensor of an adapter ------------------------------------------------------------------
@@ -400,6 +508,46 @@ def test_each_file_that_is_missing_cut_or_another_is_told(form, tmp_path):
     check(folder)
     weights = len(list(folder.glob("*model*.*")))  # with the index
     assert cases == 11 * (weights + 5 - FORMS[form]["inline"]) - len(HARMLESS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"cache_implementation": "other"}, "cache_implementation"),
+        ({"early_stopping": 5}, "early_stopping"),
+        ({"watermarking_config": {"other": 1}}, "other"),
+        ({"compile_config": {}}, "compile_config"),
+        ({"temperature": 0.5}, "temperature"),
+        ({"temperature": 0.5, "do_sample": True}, None),
+        ({"top_k": 20, "top_p": 0.9, "do_sample": True, "num_return_sequences": 2}, None),
+    ],
+)
+def test_a_generation_config_that_cannot_be_loaded_or_saved_is_told(settings, told, tmp_path):
+    """Saving is stricter where an end of turn is added, as here."""
+    folder = write_model(tmp_path)
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": 2} | settings))
+    if told is None:
+        check(folder)
+        return
+    with pytest.raises(UserError, match=f": generation_config.json: .*{told}.*; mend it") as error:
+        check(folder)
+    one_line(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32", "latin-1"])
+def test_each_json_file_is_utf_8_without_a_byte_order_mark(encoding, tmp_path):
+    folder = _form(tmp_path, **FORMS["shards"])
+    for file in sorted(folder.glob("*.json")):
+        good = file.read_bytes()
+        tree = {"other": "\xe9"} | json.loads(good)
+        file.write_bytes(json.dumps(tree, ensure_ascii=False).encode(encoding, "replace"))
+        with pytest.raises(UserError, match=f": {file.name}: no JSON in UTF-8 without a byte-or"):
+            check(folder)
+        file.write_bytes(good)
+    check(folder)
 
 
 def test_shards_in_each_others_place_and_two_forms_at_once_are_told(tmp_path):

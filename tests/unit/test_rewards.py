@@ -89,6 +89,9 @@ def test_a_models_own_context_bounds_the_length(folder):
     assert "above 128" in str(score)
 
 
+ENCODER = {"architectures": ["BertForSequenceClassification"], "model_type": "bert"}
+
+
 @pytest.mark.parametrize(
     ("change", "part", "told"),
     [
@@ -96,7 +99,11 @@ def test_a_models_own_context_bounds_the_length(folder):
         ({"id2label": {"0": "a", "1": "b"}}, {}, "it has 2 labels"),
         ({"id2label": None}, {}, "it has 2 labels"),
         ({"id2label": None, "num_labels": 1}, {}, None),
-        ({"pad_token_id": None}, {}, "no pad_token_id"),
+        ({"pad_token_id": None}, {}, None),
+        ({"pad_token_id": -1}, {}, None),
+        (ENCODER | {"pad_token_id": None}, {}, "no pad_token_id"),
+        (ENCODER | {"pad_token_id": -1}, {}, "no pad_token_id"),
+        (ENCODER | {"pad_token_id": 0}, {}, None),
         ({"pad_token_id": None, "text_config": {"pad_token_id": 0}}, {}, None),
         ({"pad_token_id": None}, {"engine": "vllm"}, None),
         ({"architectures": ["LlamaForCausalLM"]}, {}, "LlamaForCausalLM, which gives no reward"),
@@ -133,7 +140,7 @@ def test_a_model_whose_head_is_missing_is_refused(folder, tmp_path):
 VOCABULARY = 6 + len(WORDS)
 
 
-def with_pad(folder: Path, to: Path, pad: int) -> Path:
+def with_pad(folder: Path, to: Path, pad: int | None) -> Path:
     """A copy of the classifier that pads with another token."""
     shutil.copytree(folder, to, dirs_exist_ok=True)
     config = json.loads((to / "config.json").read_text())
@@ -148,15 +155,21 @@ def test_whatever_token_pads_the_reward_is_read_at_the_last_one(folder, tmp_path
     states = [plain.model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
     wanted = [plain.score(state).item() for state in states]
     cases = 0
-    for pad in range(VOCABULARY):
+    for pad in (None, -1, *range(VOCABULARY)):
         copy = with_pad(folder, tmp_path, pad)
         found = load_classifier(RewardConfig(model="m"), copy, on_gpu=False).rewards(rows)
         assert found == pytest.approx(wanted, abs=1e-5)
         cases += len(found)
-    assert cases == VOCABULARY**2 == 2116
+    assert cases == (VOCABULARY + 2) * VOCABULARY == 2208
 
 
-@pytest.mark.parametrize("pad", [-1, VOCABULARY, 10**6])
+@pytest.mark.parametrize("pad", [None, -1])
+def test_a_decoder_without_padding_passes_the_check(folder, tmp_path, pad):
+    copy = Folder(str(with_pad(folder, tmp_path, pad)))
+    check_reward_folder(copy, RewardConfig(model="m"), "reward")
+
+
+@pytest.mark.parametrize("pad", [VOCABULARY, 10**6])
 def test_padding_outside_of_the_embedding_is_told(folder, tmp_path, pad):
     with pytest.raises(UserError, match=f"pad_token_id {pad}|makes no model"):
         check_reward_folder(

@@ -3,8 +3,9 @@
 transformers fills what it does not find with random numbers, and drops what it does not know. So
 a model is built without memory (torch's meta device), and transformers' own renaming and merging
 of tensors is run on shapes alone: what it would miss, and what would be left over, is refused.
-A model of 70B parameters takes half a second. Not covered: architectures that transformers does
-not know, and quantized weights; engines check those while they load.
+A model of 70B parameters takes half a second. Of quantized weights the names are compared, module
+by module. Not covered: architectures that transformers does not know, and shapes of quantized
+weights and names of quantized experts.
 """
 
 from __future__ import annotations
@@ -20,15 +21,31 @@ from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.tensors import AGAIN, TensorHeader, Tensors, read_json, read_tensors
 from wrpo_ray.errors import UserError
 
-HARMLESS = re.compile(r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state)$")
-"""Tensors that old versions wrote, and that are computed anew."""
+HARMLESS = re.compile(
+    r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state"
+    r"|(^|\.)h\.\d+\.attn\.((attention\.)?bias|causal_mask))$"
+)
+"""Tensors that old versions wrote, causal masks among them, and that are computed anew.
+
+Only of what the architecture does not know.
+"""
 HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 """A reward model that was trained from a language model often keeps its head."""
 WRAPPED = re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module)\.|\._orig_mod\.")
 """What torch's wrappers put into names."""
 INTEGERS = ("BOOL", "I", "U")
 """How the names of types begin whose numbers are no weights by themselves."""
+PLAIN = ("weight", "bias")
+"""The parts of a module that is not quantized."""
+EXPERTS = re.compile(r"\.experts\.")
+"""transformers merges experts into tensors that quantized ones need not give."""
 LANGUAGE_MODEL = "give a causal language model, such as LlamaForCausalLM"
+TWO_HEADS = (
+    "its head and its embeddings are two different tensors, although its config.json has "
+    "tie_word_embeddings: true; set it to false, or save the model without the head"
+)
+ROWS = 4096
+"""Rows of a head that are compared at a time."""
 SHOWN = 3
 """Tensors that a refusal names."""
 
@@ -86,15 +103,20 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     _check_names(tensors)
     config = load_config(folder, use)
     found = None if config is None else _class_of(config, use)
-    if found is None or getattr(config, "quantization_config", None):
+    if found is None:
         return
+    is_quantized = bool(getattr(config, "quantization_config", None))
+    compare = _missing_modules if is_quantized else _differences
     try:
-        problems = _differences(found, config, tensors)
+        problems = compare(found, config, tensors)
+        has_two_heads = not problems and _has_two_heads(found, config, folder, tensors)
     except Exception as error:  # a config can make a model's constructor raise anything
         raise UserError(f"its config.json makes no model ({_one_line(error)}); {AGAIN}") from None
     if use.is_reward:
         problems = [problem for problem in problems if not HEAD.search(problem.split()[0])]
     refuse(problems, found.__name__)
+    if has_two_heads:
+        raise UserError(TWO_HEADS)
 
 
 def refuse(problems: list[str], architecture: str) -> None:
@@ -122,10 +144,7 @@ def check_loaded(loaded: dict[str, Any], model: Any) -> None:
     head = model.get_output_embeddings()
     is_tied = model.config.get_text_config().tie_word_embeddings
     if is_tied and head is not None and head.weight is not model.get_input_embeddings().weight:
-        raise UserError(
-            "its head and its embeddings are two different tensors, although its config.json has "
-            "tie_word_embeddings: true; set it to false, or save the model without the head"
-        )
+        raise UserError(TWO_HEADS)
 
 
 def load_config(folder: Path, use: Use) -> Any:
@@ -180,12 +199,46 @@ def _check_names(tensors: Tensors) -> None:
 
 def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
     """What transformers (5.23) would miss, not know, or not fit, in words."""
+    wanted, found = _as_loaded(kind, config, tensors)
+    unknown = [name for name in found.unexpected_keys if not HARMLESS.search(name)]
+    return [
+        *(f"{name} is missing" for name in sorted(found.missing_keys)),
+        *(f"{name} is unknown" for name in sorted(unknown)),
+        *(f"{n} has shape {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(found.mismatched_keys)),
+        *(f"{name} cannot be converted" for name in sorted(found.conversion_errors)),
+        *(
+            f"{name} has the type {tensor.dtype}"
+            for name, tensor in sorted(tensors.items())
+            if wanted.get(name) and tensor.dtype.startswith(INTEGERS)
+        ),
+    ]
+
+
+def _missing_modules(kind: Any, config: Any, tensors: Tensors) -> list[str]:
+    """What quantized weights lack, in words: vLLM leaves it as memory happened to be.
+
+    A method stores a weight as several tensors of its module under names of its own, such as
+    `qweight` and `scales`; any of them stands for the weight.
+    """
+    whole = dict(tensors)
+    for name, header in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last not in PLAIN:
+            for part in PLAIN:
+                whole.setdefault(f"{module}.{part}", header)
+    _, found = _as_loaded(kind, config, whole)
+    lost = found.missing_keys - set(found.conversion_errors)  # shapes of parts need not fit
+    return [f"{name} is missing" for name in sorted(lost) if not EXPERTS.search(name)]
+
+
+def _as_loaded(kind: Any, config: Any, tensors: Tensors) -> tuple[dict[str, bool], Any]:
+    """{tensor of the model: is it of floats}, and what transformers says of loading by shapes."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
     from transformers.utils import logging
 
-    model = _without_memory(kind, config)
+    model = without_memory(kind, config)
     wanted = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
     settings = LoadStateDictConfig(
         ignore_mismatched_sizes=True,
@@ -201,21 +254,41 @@ def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
             logging.enable_progress_bar()
     model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(found)
-    unknown = [name for name in found.unexpected_keys if not HARMLESS.search(name)]
-    return [
-        *(f"{name} is missing" for name in sorted(found.missing_keys)),
-        *(f"{name} is unknown" for name in sorted(unknown)),
-        *(f"{n} has shape {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(found.mismatched_keys)),
-        *(f"{name} cannot be converted" for name in sorted(found.conversion_errors)),
-        *(
-            f"{name} has the type {tensor.dtype}"
-            for name, tensor in sorted(tensors.items())
-            if wanted.get(name) and tensor.dtype.startswith(INTEGERS)
-        ),
-    ]
+    return wanted, found
 
 
-def _without_memory(kind: Any, config: Any) -> Any:
+def _has_two_heads(kind: Any, config: Any, folder: Path, tensors: Tensors) -> bool:
+    """Whether a model with tied embeddings has a head with other numbers in local safetensors."""
+    if not config.get_text_config().tie_word_embeddings:
+        return False
+    model = without_memory(kind, config)
+    modules = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = [f"{modules.get(id(end))}.weight" for end in ends]
+    stored = [(folder / tensors[name].file, name) for name in names if name in tensors]
+    is_here = all(file.suffix == ".safetensors" and file.is_file() for file, _ in stored)
+    if len(stored) < 2 or not is_here or tensors[names[0]].shape != tensors[names[1]].shape:
+        return False
+    return not _are_equal(stored)
+
+
+def _are_equal(stored: list[tuple[Path, str]]) -> bool:
+    """Whether two tensors of one shape in safetensors have the same numbers."""
+    import torch
+    from safetensors import safe_open
+
+    with ExitStack() as files:
+        one, other = (
+            files.enter_context(safe_open(file, framework="pt")).get_slice(name)
+            for file, name in stored
+        )
+        return all(
+            torch.equal(one[start : start + ROWS].float(), other[start : start + ROWS].float())
+            for start in range(0, one.get_shape()[0], ROWS)
+        )
+
+
+def without_memory(kind: Any, config: Any) -> Any:
     """A model of a class that has shapes, and no numbers."""
     import torch
     from transformers import initialization

@@ -41,11 +41,11 @@ Compare = Callable[[Path, Tensors, Use], None]
 """Raises UserError where a folder's tensors are not those of its config.json."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
 """What else a verdict depends on, beside our own code."""
-TOKENIZER = "tokenizer_config.json"
+TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 NO_ANSWERS = ("Classification", "QuestionAnswering", "ForMaskedLM", "RewardModel", "WithGating")
 """What is in the names of architectures that give no answers."""
 OBJECTS = (
-    "config.json", "generation_config.json", TOKENIZER, "tokenizer.json", "special_tokens_map.json",
+    "config.json", GENERATION, TOKENIZER, "tokenizer.json", "special_tokens_map.json",
 )  # fmt: skip
 """Files that hold a JSON object where they are there."""
 CHAT: list[Message] = [
@@ -151,6 +151,21 @@ def _check_architecture(config: dict[str, Any], use: Use) -> None:
         raise UserError(f"config.json: names no architecture; {AGAIN}")
     if any(part in names[0] for part in NO_ANSWERS):
         raise UserError(f"its architecture {names[0]} gives no answers; {LANGUAGE_MODEL}")
+    if use is Use.TRAINED:
+        _check_not_quantized(config)
+
+
+def _check_not_quantized(config: dict[str, Any]) -> None:
+    text = config.get("text_config")
+    found = config.get("quantization_config")
+    found = found or (isinstance(text, dict) and text.get("quantization_config"))
+    if not found or (isinstance(found, dict) and found.get("dequantize") is True):
+        return
+    method = found.get("quant_method", "unknown") if isinstance(found, dict) else found
+    raise UserError(
+        f"its weights are quantized ({method}), which cannot be trained; give the model in bf16 or "
+        f"fp32"
+    )
 
 
 def _check_with(check: Callable[[dict[str, Any]], None], config: dict[str, Any]) -> None:
@@ -253,8 +268,8 @@ def _check_closely(
 
 def _check_ends(folder: Path) -> None:
     """Whether the ends of turns in generation_config.json are token ids."""
-    file = folder / "generation_config.json"
-    listed = json.loads(file.read_text()).get("eos_token_id") if file.is_file() else None
+    is_there = (folder / GENERATION).is_file()
+    listed = read_json(Folder(str(folder)), GENERATION).get("eos_token_id") if is_there else None
     if not all(type(end) is int for end in (listed if isinstance(listed, list) else [listed or 0])):
         raise UserError(
             f"its generation_config.json has eos_token_id {listed!r}; give a token id or a list"
@@ -279,7 +294,31 @@ def _check_turns(tokenizer: Any, folder: Path, use: Use) -> set[int]:
     if use is Use.TRAINED:
         for messages in (CHAT[:1], CHAT):
             ids |= set(answer_ids(tokenizer, messages, PROBE, ends))
+        _check_generation(folder, ends)
     return ids | ends
+
+
+def _check_generation(folder: Path, ends: frozenset[int]) -> None:
+    """Whether transformers takes generation_config.json, and saves it with all ends of turns.
+
+    Saving checks more of a config that has changed: a temperature without do_sample, for one.
+    """
+    from transformers import GenerationConfig
+
+    if not (folder / GENERATION).is_file():
+        return
+    try:
+        found = GenerationConfig.from_pretrained(folder)
+        listed = found.eos_token_id
+        if missing := ends - set(listed if isinstance(listed, list) else [listed]):
+            found.eos_token_id = sorted(missing)
+        with tempfile.TemporaryDirectory() as scratch:
+            found.save_pretrained(scratch)
+    except OSError:
+        raise
+    except Exception as error:  # its values can be anything
+        told = " ".join(str(error).split())[:300]
+        raise UserError(f"{GENERATION}: {told}; mend it") from None
 
 
 def _check_texts(tokenizer: Any) -> None:
@@ -323,7 +362,7 @@ def _check_ids(tokenizer: Any, folder: Path, reached: set[int], use: Use) -> Non
             f"tokenizer that belongs to the weights"
         )
     pad = text.get("pad_token_id", config.get("pad_token_id"))
-    if use.is_reward and pad is not None and not 0 <= pad < rows:
+    if use.is_reward and pad is not None and pad >= rows:  # below 0 there is none
         raise UserError(
             f"its config.json has pad_token_id {pad}, outside of the embedding's {rows} rows; set "
             f"it to the tokenizer's id of the pad or end token"

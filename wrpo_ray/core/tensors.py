@@ -145,9 +145,11 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
     data = folder.read(name)
     check_no_pointer(data, name)
     try:
-        value = json.loads(data)
+        value = json.loads(data.decode())  # of bytes it would take UTF-16 too, as no engine does
     except ValueError as error:
-        raise UserError(f"{name}: no JSON ({error}); {AGAIN}") from None
+        raise UserError(
+            f"{name}: no JSON in UTF-8 without a byte-order mark ({error}); {AGAIN}"
+        ) from None
     if not isinstance(value, dict):
         raise UserError(f"{name}: no JSON object; {AGAIN}")
     return value

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from wrpo_ray.config import ScoreConfig
-from wrpo_ray.core.architecture import Use, check_loaded, check_weights, telling_of
+from wrpo_ray.core.architecture import (
+    Use,
+    check_loaded,
+    check_weights,
+    telling_of,
+    without_memory,
+)
 from wrpo_ray.core.chat import conversation_ids, load_tokenizer, prompt_ids
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.core.tensors import read_json
@@ -44,9 +50,28 @@ def check_reward_model(config: dict[str, Any], part: ScoreConfig) -> None:
     labels = config.get("num_labels") or len(config.get("id2label") or range(2))
     if labels != 1:
         raise UserError(f"it has {labels} labels; a reward model has one")
-    text = config.get("text_config") or {}
-    if part.engine == "transformers" and _pad(config) is None and _pad(text) is None:
-        raise UserError("its config.json has no pad_token_id; set it")
+    pads = [_pad(config), _pad(config.get("text_config") or {})]
+    has_pad = any(pad is not None and pad >= 0 for pad in pads)
+    if part.engine == "transformers" and not has_pad and not _is_decoder(config):
+        raise UserError("its config.json has no pad_token_id, which an encoder needs; set it")
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    """Whether transformers makes of a config.json a classifier that is read at its last token."""
+    import transformers
+
+    try:
+        settings = transformers.AutoConfig.for_model(**config)
+        return _has_head(
+            without_memory(getattr(transformers, config["architectures"][0]), settings)
+        )
+    except Exception:  # a config can make constructors raise anything; further checks tell what
+        return False
+
+
+def _has_head(model: Any) -> bool:
+    """Whether a classifier is a decoder, whose head is read at the last token."""
+    return hasattr(model, HEAD) and not model.config.is_encoder_decoder
 
 
 def _pad(config: dict[str, Any]) -> int | None:
@@ -188,9 +213,11 @@ class ClassifierReward(TokenReward):
             check_loaded(loaded, model)
         self.device = "cuda" if on_gpu else "cpu"
         self.model = model.to(self.device).eval()
-        self.is_decoder = hasattr(model, HEAD) and not model.config.is_encoder_decoder
+        self.is_decoder = _has_head(model)
         text = model.config.get_text_config()
         self.pad, self.context = text.pad_token_id, getattr(text, "max_position_embeddings", None)
+        if self.is_decoder and (self.pad is None or self.pad < 0):
+            self.pad = 0  # any token will do on the right, where none that is read sees it
         super().__init__(part, folder)
 
     def rewards(self, rows: list[list[int]]) -> list[float]:
