@@ -136,6 +136,35 @@ def test_an_end_of_turn_that_swallows_white_space_is_told():
         answer_ids(tokenizer, HI, "yes  ", ends("qwen2"))
 
 
+@pytest.mark.parametrize("text", ["   ", " ", "\n", " \n\n", "yes ", " yes\n"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3"])
+def test_white_space_that_an_end_of_turn_swallows_is_told(name, text):
+    """Also of an answer that is nothing else, however the header before it ends."""
+    from tokenizers import AddedToken
+
+    tokenizer = deepcopy(make(name))
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<swallow>", lstrip=True)])
+    assert answer_text(tokenizer, answer_ids(tokenizer, HI, text, ends(name)), True) == text
+    template = STYLES[name].template
+    for header in (template, template.replace("\\n", "")):
+        tokenizer.chat_template = header.replace(STYLES[name].end, "<swallow>")
+        assert answer_ids(tokenizer, HI, "yes", ends(name))
+        assert answer_ids(tokenizer, HI, "", ends(name))
+        with pytest.raises(UserError, match="end of turn swallows the white space"):
+            answer_ids(tokenizer, HI, text, ends(name))
+
+
+@pytest.mark.parametrize("text", [" ", "   ", "\n"])
+@every_style
+def test_an_answer_of_white_space_is_trained_on(name, text):
+    """Also where the special token before it swallows white space."""
+    tokenizer = make(name)
+    plain = answer_text(tokenizer, answer_ids(tokenizer, HI, "yes", ends(name)), True)
+    lead, tail = plain.split("yes")
+    ids = answer_ids(tokenizer, HI, text, ends(name))
+    assert answer_text(tokenizer, ids, True) == lead + text + tail
+
+
 @every_style
 def test_what_a_template_writes_before_an_answer_is_no_part_of_it(name):
     assert separator(make(name)) == (" " if name in ("llama2", "mistral") else "")

@@ -316,12 +316,13 @@ def _swallows(encode: Encode, body: str, text: str, closing: str) -> bool:
     """
     if not body.endswith(text) or text == text.strip():
         return False
-    before, ids = body[: len(body) - len(text)], encode(body + closing)
-    if text.strip() and text != text.rstrip() and ids == encode(body.rstrip() + closing):
+    space = text[len(text.rstrip()) :]
+    if space and encode(PROBE + space + closing) == encode(PROBE + closing):
         raise UserError(
             "tokenizer: the end of turn swallows the white space that this answer ends with; drop "
             "the row"
         )
+    before, ids = body[: len(body) - len(text)], encode(body + closing)
     return text != text.lstrip() and ids == encode(before + text.lstrip() + closing)
 
 
