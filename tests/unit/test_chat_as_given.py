@@ -31,7 +31,7 @@ from transformers import (
     LogitsProcessor,
 )
 
-from wrpo_ray.config import LoraConfig, ModelConfig, SftConfig
+from wrpo_ray.config import LoraConfig, ModelConfig, SftConfig, TrainConfig
 from wrpo_ray.core.chat import (
     Template,
     answer_ids,
@@ -44,6 +44,8 @@ from wrpo_ray.core.chat import (
 from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.train.model import Policy, save
+from wrpo_ray.train.rows import Tokenizing
+from wrpo_ray.train.task import WRPO_ANSWERS
 
 # --- white space around answers ----------------------------------------------------------------
 
@@ -136,6 +138,35 @@ def test_an_end_of_turn_that_swallows_white_space_is_told():
         answer_ids(tokenizer, HI, "yes  ", ends("qwen2"))
 
 
+@pytest.mark.parametrize("text", ["   ", " ", "\n", " \n\n", "yes ", " yes\n"])
+@pytest.mark.parametrize("name", ["qwen2", "llama3"])
+def test_white_space_that_an_end_of_turn_swallows_is_told(name, text):
+    """Also of an answer that is nothing else, however the header before it ends."""
+    from tokenizers import AddedToken
+
+    tokenizer = deepcopy(make(name))
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<swallow>", lstrip=True)])
+    assert answer_text(tokenizer, answer_ids(tokenizer, HI, text, ends(name)), True) == text
+    template = STYLES[name].template
+    for header in (template, template.replace("\\n", "")):
+        tokenizer.chat_template = header.replace(STYLES[name].end, "<swallow>")
+        assert answer_ids(tokenizer, HI, "yes", ends(name))
+        assert answer_ids(tokenizer, HI, "", ends(name))
+        with pytest.raises(UserError, match="end of turn swallows the white space"):
+            answer_ids(tokenizer, HI, text, ends(name))
+
+
+@pytest.mark.parametrize("text", [" ", "   ", "\n"])
+@every_style
+def test_an_answer_of_white_space_is_trained_on(name, text):
+    """Also where the special token before it swallows white space."""
+    tokenizer = make(name)
+    plain = answer_text(tokenizer, answer_ids(tokenizer, HI, "yes", ends(name)), True)
+    lead, tail = plain.split("yes")
+    ids = answer_ids(tokenizer, HI, text, ends(name))
+    assert answer_text(tokenizer, ids, True) == lead + text + tail
+
+
 @every_style
 def test_what_a_template_writes_before_an_answer_is_no_part_of_it(name):
     assert separator(make(name)) == (" " if name in ("llama2", "mistral") else "")
@@ -221,6 +252,50 @@ def test_what_templates_rightly_leave_out_is_no_fault(template):
     name = "llama3" if template is LLAMA3 else "qwen3"
     messages = said("  hi\n", "<think>\nno\n</think>\n\nyes", "\nhi ")
     assert prompt_ids(variant(name, template), messages)
+
+
+GONE = ["<think>all of it</think>", "<think>\n no\n</think>\n\n ", "hi</think>"]
+IF_ANY = DROPS.replace("%}{{", "%}{% if m.content %}{{", 1).replace(
+    "{% endfor", "{% endif %}{% endfor"
+)
+
+
+@pytest.mark.parametrize("text", GONE)
+@pytest.mark.parametrize("template", [QWEN3, DROPS, IF_ANY], ids=["qwen3", "drops", "if any"])
+def test_a_message_of_which_nothing_is_written_is_told(template, text):
+    """Also where its text stands in another message; an answer that is trained on is kept."""
+    tokenizer = variant("qwen3", template)
+    tokenizing = Tokenizing(
+        tokenizer, ends("qwen3"), WRPO_ANSWERS,
+        TrainConfig(compat="published", max_length=999, max_prompt_length=500),
+    )  # fmt: skip
+
+    def row(messages: Any, *texts: str) -> Any:
+        answers = {name: {"text": t} for name, t in zip(WRPO_ANSWERS, texts, strict=True)}
+        return tokenizing.row({"prompt_id": "p", "messages": messages, **answers})
+
+    for asked in ("more", f"is {text} right?"):
+        messages = said("hi", text, asked)
+        for call in (
+            lambda: prompt_ids(tokenizer, messages),  # noqa: B023
+            lambda: conversation_ids(tokenizer, messages, "yes"),  # noqa: B023
+            lambda: answer_ids(tokenizer, messages, "yes", ends("qwen3")),  # noqa: B023
+            lambda: row(messages, "a", "b", "c"),  # noqa: B023
+        ):
+            if template is not QWEN3 and asked != "more":
+                continue  # these templates cut messages of the user too
+            with pytest.raises(TemplateError, match="writes nothing of .* role 'assistant' says"):
+                call()
+    ids = answer_ids(tokenizer, HI, text, ends("qwen3"))
+    assert answer_text(tokenizer, ids, True).endswith(text)
+    assert row(HI, "<think>x</think> a", "b", "c")
+    if template is QWEN3:  # it writes the thought of an answer
+        assert conversation_ids(tokenizer, HI, text)
+        return
+    with pytest.raises(TemplateError, match="writes nothing of .* role 'assistant' says"):
+        conversation_ids(tokenizer, HI, text)
+    with pytest.raises(TemplateError, match="writes nothing of .* role 'assistant' says"):
+        row(HI, "a", text, "c")
 
 
 def test_a_template_without_roles_is_taken_as_it_is():

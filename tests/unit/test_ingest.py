@@ -300,6 +300,21 @@ def test_what_would_be_lost_of_a_message_fails_its_row(key, content):
         from_published(row)
 
 
+@pytest.mark.parametrize("key", ["reasoning", "reasoning_content"])
+def test_a_thought_that_a_template_would_write_fails_its_row(key):
+    """Templates write those behind the last message of the user; others they leave out."""
+    asked, result = ({"role": role, "content": "hi"} for role in ("user", "tool"))
+    turn, thinks = ({"role": "assistant", "content": "a"} | more for more in ({}, {key: "hm"}))
+    for before in ([], [asked, turn], [asked, turn, result, turn]):
+        kept = [*before, asked, turn, asked]
+        assert messages_of([*before, asked, thinks, asked]) == kept
+        assert messages_of([*before, asked, thinks, result, asked]) == [*kept[:-1], result, asked]
+        for behind in ([result], [result, turn, result]):
+            assert messages_of([*before, asked, turn | {key: ""}, *behind])
+            with pytest.raises(RowError, match=f"^a message has `{key}`, which no prompt"):
+                messages_of([*before, asked, thinks, *behind])
+
+
 def test_what_is_no_part_of_a_message_is_passed_over():
     """Metadata of public data sets, and keys with nothing in them, as Parquet has them."""
     metadata = {"id": 3, "timestamp": "2024", "language": "English", "toxic": True, "weight": 1}

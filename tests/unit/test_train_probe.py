@@ -107,7 +107,7 @@ def test_the_remedy_is_one(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])
-@pytest.mark.parametrize("span", [13, 20, 50, 92])
+@pytest.mark.parametrize("span", [13, 20, 50, *range(LENGTH - 8, LENGTH - 2)])
 def test_every_span_below_the_longest_row_is_probed(tmp_path, kind, span):
     """Rows that no window cuts are right even there."""
     folder = write(tmp_path, kind, sliding_window=span)
@@ -115,6 +115,23 @@ def test_every_span_below_the_longest_row_is_probed(tmp_path, kind, span):
         checked(folder, TrainConfig(precision="fp32", max_length=LENGTH))
     config = TrainConfig(precision="fp32", max_length=span)
     assert difference(checked(folder, config), long_row(span - 3), config) < 2e-4
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA"), RuntimeError(probe.NO_MEMORY)])
+@pytest.mark.parametrize("part", ["_plain_logps", "pack"])
+def test_too_little_memory_for_a_window_is_no_fault_of_the_model(
+    tmp_path, monkeypatch, part, error
+):
+    def fails(*_: Any) -> None:
+        raise error
+
+    folder = write(tmp_path, "mistral")
+    monkeypatch.setattr(probe, part, fails)
+    remedy = f"window of {SPAN} tokens; set max_length to at most {SPAN}$"
+    with pytest.raises(UserError, match=f"^mistral: too little memory for .*{remedy}"):
+        checked(folder, TrainConfig(precision="fp32", max_length=LENGTH))
+    with pytest.raises(UserError, match="its own forward|in this form"):
+        checked(folder, TrainConfig(precision="fp32", max_length=SPAN))
 
 
 def test_spans_are_found_wherever_a_config_has_them():

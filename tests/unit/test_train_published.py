@@ -169,6 +169,21 @@ def test_a_prompt_whose_tokens_depend_on_the_answer_is_a_kept_failure():
     ]
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "tool"])
+def test_a_message_that_the_template_leaves_out_is_a_kept_failure(role):
+    known = "".join(f"{{% if m['role'] == '{r}' %}}" + PLAIN[22:-12] + "{% endif %}"
+                    for r in ("user", "assistant"))  # fmt: skip
+    tokenizer = make("{% for m in messages %}" + known + "{% endfor %}")
+    (record,) = preference_rows(1)
+    config = TrainConfig(compat="published", max_length=900, max_prompt_length=400)
+    tokenizing = Tokenizing(tokenizer, frozenset({1}), WRPO_ANSWERS, config)
+    assert not tokenizing.rows([record], "wrpo").failed
+    record["messages"] = [{"role": role, "content": "the cat"}, *record["messages"]]
+    (fault,) = tokenizing.rows([record], "wrpo").faults
+    assert fault["error"] == "TemplateError"
+    assert f"leaves out a message of role '{role}'" in fault["message"]
+
+
 def test_the_published_sft_is_refused(tmp_path):
     (tmp_path / "c.yaml").write_text(
         "output: o\nimport: {path: p, format: preferences}\n"

@@ -23,7 +23,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,9 +143,11 @@ def prompt_ids(tokenizer: Any, messages: list[Message]) -> list[int]:
     Raises:
         TemplateError, TokenizeError, SpelledTokenError: the messages cannot be written.
     """
-    _check_written(tokenizer, messages)
+    check_written(tokenizer, messages)
     messages, encode = _disarmed(tokenizer, messages)
-    return _one_bos(tokenizer, encode(render(tokenizer, messages, prompt=True)))
+    prompt = render(tokenizer, messages, prompt=True)
+    check_said(messages, prompt, partial(render, tokenizer, prompt=True))
+    return _one_bos(tokenizer, encode(prompt))
 
 
 def conversation_ids(tokenizer: Any, messages: list[Message], text: str) -> list[int]:
@@ -156,10 +158,11 @@ def conversation_ids(tokenizer: Any, messages: list[Message], text: str) -> list
     Raises:
         TemplateError, TokenizeError, SpelledTokenError: the messages cannot be written.
     """
-    _check_written(tokenizer, [*messages, _answer(PROBE)])
+    check_written(tokenizer, [*messages, _answer(PROBE)])
     (*messages, answer), encode = _disarmed(tokenizer, [*messages, _answer(text)])
     _, tail = _frame(tokenizer, messages)
     whole = _closed(tokenizer, messages, answer["content"], tail)
+    check_said([*messages, answer], whole, partial(render, tokenizer))
     return _one_bos(tokenizer, encode(whole))
 
 
@@ -175,10 +178,11 @@ def answer_ids(
         UserError: the prompt is no prefix, nothing closes the answer, nothing of it is left, or
             the messages or the answer cannot be written as they are.
     """
-    _check_written(tokenizer, messages)
+    check_written(tokenizer, messages)
     (*messages, answer), encode = _disarmed(tokenizer, [*messages, _answer(text)])
     text = answer["content"]
     prompt = render(tokenizer, messages, prompt=True)
+    check_said(messages, prompt, partial(render, tokenizer, prompt=True))
     body, tail = _body_and_tail(tokenizer, messages, prompt, text)
     _check_prefix(prompt, body)
     end = tokenizer.convert_ids_to_tokens(_end(tokenizer, tail, ends))
@@ -316,12 +320,13 @@ def _swallows(encode: Encode, body: str, text: str, closing: str) -> bool:
     """
     if not body.endswith(text) or text == text.strip():
         return False
-    before, ids = body[: len(body) - len(text)], encode(body + closing)
-    if text.strip() and text != text.rstrip() and ids == encode(body.rstrip() + closing):
+    space = text[len(text.rstrip()) :]
+    if space and encode(PROBE + space + closing) == encode(PROBE + closing):
         raise UserError(
             "tokenizer: the end of turn swallows the white space that this answer ends with; drop "
             "the row"
         )
+    before, ids = body[: len(body) - len(text)], encode(body + closing)
     return text != text.lstrip() and ids == encode(before + text.lstrip() + closing)
 
 
@@ -364,7 +369,7 @@ def _one_bos(tokenizer: Any, ids: list[int]) -> list[int]:
 # --- messages that a template leaves out --------------------------------------------------------
 
 
-def _check_written(tokenizer: Any, messages: list[Message]) -> None:
+def check_written(tokenizer: Any, messages: list[Message]) -> None:
     """Check that the template writes every message, each as its role's.
 
     Raises:
@@ -376,6 +381,40 @@ def _check_written(tokenizer: Any, messages: list[Message]) -> None:
         if messages[index]["content"].strip():
             role = messages[index]["role"]
             raise TemplateError(f"chat template: {fault.format(role=role)}; {UNWRITTEN}")
+
+
+def check_said(messages: list[Message], written: str, write: Callable[[Any], str]) -> None:
+    """Check that something of every text is in the conversation, `written` as `write` does.
+
+    A template may leave out a part of a message, such as a thought, but not all of it.
+
+    Raises:
+        TemplateError: of a text that is not empty nothing is written.
+    """
+    if _in_order(messages, written):
+        return
+    for index, message in enumerate(messages):
+        if not message["content"].strip():
+            continue
+        for empty in ("", " "):  # some templates leave out the header of an empty message
+            without = [*messages[:index], message | {"content": empty}, *messages[index + 1 :]]
+            if _dense(write(without)) == _dense(written):
+                raise TemplateError(
+                    f"chat template: writes nothing of what a message of role {message['role']!r} "
+                    f"says; {UNWRITTEN}"
+                )
+
+
+def _in_order(messages: list[Message], written: str) -> bool:
+    """Whether all texts stand one behind another in a conversation, white space around apart."""
+    place = 0
+    for message in messages:
+        text = message["content"].strip()
+        place = written.find(text, place)
+        if place < 0:
+            return False
+        place += len(text)
+    return True
 
 
 @lru_cache(maxsize=1024)

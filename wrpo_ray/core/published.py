@@ -31,11 +31,13 @@ HARMLESS = frozenset(
         *("id", "message_id", "parent_id", "conversation_id", "turn", "turn_identifier"),
         *("timestamp", "created_at", "date", "model", "weight", "token_count", "tool_call_id"),
         *("language", "lang", "country", "state", "header", "hashed_ip", "toxic", "redacted"),
-        *("reasoning", "reasoning_content", "annotations"),
+        "annotations",
     }
 )
-"""Keys of a message that are no part of what is said in it; of a thought in an earlier turn
-templates write nothing."""
+"""Keys of a message that are no part of what is said in it."""
+THOUGHTS = frozenset({"reasoning", "reasoning_content"})
+"""Keys of what an assistant thought, of which templates write nothing in turns that are over:
+those before the last message of the user."""
 
 
 class RowError(ValueError):
@@ -52,8 +54,11 @@ def messages_of(prompt: Any) -> list[Message]:
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
         raise RowError("a prompt is a text, a {role, content} record or a list of them")
-    for turn in turns:
-        if isinstance(turn, dict) and (fault := unknown_key(turn)):
+    asked = [i for i, t in enumerate(turns) if isinstance(t, dict) and t.get("role") == "user"]
+    for index, turn in enumerate(turns):
+        is_over = index <= max(asked, default=-1)
+        fault = isinstance(turn, dict) and unknown_key(turn, thoughts=is_over)
+        if fault:
             raise RowError(fault)
         if not isinstance(turn, dict) or not all(isinstance(turn.get(k), str) for k in TEXT_KEYS):
             raise RowError("each message needs a text `role` and a text `content`")
@@ -75,9 +80,13 @@ def asks_nothing(roles: Sequence[str]) -> str | None:
     return None if "user" in roles else "has no user message, so that nothing is asked"
 
 
-def unknown_key(message: Row, known: Collection[str] = ()) -> str | None:
-    """What of a message would be lost, as only its text is written; None where nothing is."""
+def unknown_key(message: Row, known: Collection[str] = (), *, thoughts: bool = True) -> str | None:
+    """What of a message would be lost, as only its text is written; None where nothing is.
+
+    Its thoughts are no loss where `thoughts` says that its turn is over.
+    """
     known = {*HARMLESS, *known, *(["name"] if message.get("role") == "tool" else [])}
+    known |= THOUGHTS if thoughts else set()
     for key, value in message.items():
         is_empty = value is None or value is False or value in ("", [], {})
         if key not in known and not is_empty:

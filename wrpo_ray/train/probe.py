@@ -27,6 +27,8 @@ SPANS = re.compile(r"window|chunk|local|block|span|top_?k|stride|floor_scale")
 """What a config's key says that holds a number of tokens which attention depends on."""
 PROMPT, ANSWERS = 4, (2, 3, 7)
 """Tokens of the shortest probe."""
+NO_MEMORY = "can't allocate memory"
+"""What torch says of the CPU's, by an error without a type of its own."""
 UNPACKED, NOT_HERE = "set packing: false", "it cannot be trained here"
 
 
@@ -35,17 +37,21 @@ def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> 
 
     Raises:
         UserError: the architecture computes something else, such as scaled logits, or cannot
-            share prompts, such as one with a recurrent state; or what it computes is not finite.
+            share prompts, such as one with a recurrent state; or what it computes is not finite;
+            or there is too little memory to tell.
     """
     settings = policy.model.config.get_text_config()
     _check_rope(settings, config.max_length)
     probe = _probe(settings, config.max_length)
     with torch.no_grad():
-        with refusing(settings.model_type, "its own forward pass fails", NOT_HERE):
+        window = max(_reachable(settings, config.max_length), default=0)
+        failing = refusing(settings.model_type, "its own forward pass fails", NOT_HERE)
+        with failing, _fitting(settings.model_type, window):
             plain = _plain_logps(policy, probe, device)
         _check_finite(policy, plain)
         remedy = UNPACKED if config.packing else NOT_HERE
-        with refusing(settings.model_type, "it cannot be given rows in this form", remedy):
+        failing = refusing(settings.model_type, "it cannot be given rows in this form", remedy)
+        with failing, _fitting(settings.model_type, window):
             own = policy((pack if config.packing else pad)([probe]).to(device))
     if not _agree(own, plain.to(own.dtype), config):
         raise UserError(
@@ -65,6 +71,24 @@ def refusing(kind: str, what: str, remedy: str) -> Iterator[None]:
     except Exception as error:  # it may raise anything
         told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise UserError(f"{kind}: {what} ({told}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def _fitting(kind: str, window: int) -> Iterator[None]:
+    """Tells that memory is too small for a probe longer than `window`, which 0 says there is not.
+
+    The model's own forward pass holds a square of attention weights, in eager code.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)
+        if not (is_memory and window):
+            raise
+        raise UserError(
+            f"{kind}: too little memory for the probe of its window of {window} tokens; set "
+            f"max_length to at most {window}"
+        ) from error
 
 
 def _agree(own: Tensor, plain: Tensor, config: TrainConfig) -> bool:
@@ -107,11 +131,16 @@ def _check_rope(settings: Any, max_length: int) -> None:
 def _probe(settings: Any, max_length: int) -> Row:
     """A row whose prompt is longer than all spans that rows can exceed, and short answers."""
     longest, answer = max(PROMPT, max_length - max(ANSWERS)), max(ANSWERS)
-    reachable = [span for span in _spans(settings.to_dict()) if span < longest]
+    reachable = _reachable(settings, max_length)
     prompt = min(longest, max([PROMPT, *(span + answer for span in reachable)]))
     ids = (np.arange(1, prompt + sum(ANSWERS) + 1, dtype=np.int32) * 7) % settings.vocab_size
     parts = np.split(ids, np.cumsum([prompt, *ANSWERS])[:-1])
     return Row("probe", parts[0], tuple(parts[1:]))
+
+
+def _reachable(settings: Any, max_length: int) -> list[int]:
+    """The spans that rows can exceed, in tokens."""
+    return [span for span in _spans(settings.to_dict()) if span < max_length]
 
 
 def _spans(settings: Any, key: str = "") -> Iterator[int]:

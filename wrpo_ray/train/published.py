@@ -12,10 +12,11 @@ a tokenizer without a BOS, with which it crashes, has none to take away.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from wrpo_ray.config import TrainConfig
-from wrpo_ray.core.chat import CLOCK
+from wrpo_ray.core.chat import CLOCK, check_said, check_written
 from wrpo_ray.core.records import Message
 from wrpo_ray.errors import TemplateError, UserError
 
@@ -26,10 +27,14 @@ def tokenize(tokenizer: Any, messages: list[Message], texts: list[str]) -> tuple
     """Token ids of the prompt, and of each answer with its header and both ends.
 
     Raises:
-        TemplateError: the template refuses the messages, or an assistant's turn on its own.
+        TemplateError: the template refuses the messages, or an assistant's turn on its own, or
+            leaves out one of them.
         UserError: the last token of the prompt depends on the answer behind it.
     """
-    text = _render(tokenizer, _with_system(tokenizer, messages))
+    check_written(tokenizer, messages)
+    messages = _with_system(tokenizer, messages)
+    text = _render(tokenizer, messages)
+    check_said(messages, text, partial(_render, tokenizer))
     alone = _ids(tokenizer, text)
     wholes = [_ids(tokenizer, text + _answer(tokenizer, answer)) for answer in texts]
     # a last token that merges with the answer behind it is the answer's
@@ -68,7 +73,9 @@ def _with_system(tokenizer: Any, messages: list[Message]) -> list[Message]:
 
 def _answer(tokenizer: Any, text: str) -> str:
     """The template's text of a lone assistant turn, without a BOS."""
-    rendered = _render(tokenizer, [{"role": "assistant", "content": text}])
+    turn: list[Message] = [{"role": "assistant", "content": text}]
+    rendered = _render(tokenizer, turn)
+    check_said(turn, rendered, partial(_render, tokenizer))
     return rendered.removeprefix(tokenizer.bos_token or "")
 
 
