@@ -13,7 +13,7 @@ import math
 import threading
 import time
 import uuid
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -47,6 +47,8 @@ QUICK = 0.1
 """Seconds: rows that take less are not worth waiting for another actor."""
 START_LOSSES = 3
 """Actors in a row that may be lost before they answered."""
+ROW_LOSSES = 5
+"""Actors that may be lost with the same row in hand, with their nodes or by themselves."""
 
 
 def map_rows(
@@ -199,6 +201,8 @@ class _RunningPool:
         self.is_quick = False
         """Whether the last row took next to no time, as one that was done before."""
         self.lost_starts = 0
+        self.losses: Counter[int] = Counter()
+        """Actors that were lost with a row in hand, by the id of a row without a result."""
         self.groups = f"{uuid.uuid4().hex}-"
         self.session = ray.get_runtime_context().get_worker_id()
 
@@ -355,7 +359,7 @@ class _RunningPool:
             member = by_object[found]
             try:
                 results += self._settle(member, found, ray.get(found))
-            except ray.exceptions.RayActorError as error:
+            except _losses() as error:
                 self._lose(member, error)
         return results
 
@@ -366,20 +370,35 @@ class _RunningPool:
             member.starting, self.lost_starts = None, 0
             self.begins_until = min(self.begins_until, member.since + SOON)
             return []
-        _, given = member.rows.pop(found)
+        row, given = member.rows.pop(found)
+        self.losses.pop(id(row), None)
         self.is_quick = member.since - given < QUICK
         self.left -= 1
         return [value]
 
     def _lose(self, member: _Member, error: Exception) -> None:
-        """An actor is gone: its rows are given to others, before all that wait."""
-        if member.starting is not None:
-            self.lost_starts += 1
-            if self.lost_starts > START_LOSSES:
-                raise error
+        """An actor is gone: its rows are given to others, before all that wait.
+
+        Raises:
+            Exception: `error`, where too many were lost at their start, or with the same row.
+        """
+        rows = [row for row, _ in member.rows.values()]
+        self.losses.update(map(id, rows))
+        self.lost_starts += member.starting is not None
+        most = max((self.losses[id(row)] for row in rows), default=0)
+        if self.lost_starts > START_LOSSES or most > ROW_LOSSES:
+            raise error
         log(f"{self.pool.what}: an actor was lost; what it had in hand is given to another one")
-        self.queue.extendleft(row for row, _ in reversed(member.rows.values()))
+        self.queue.extendleft(reversed(rows))
         self._release(member)
+
+
+def _losses() -> tuple[type[Exception], ...]:
+    """What Ray raises for an actor that is gone, or whose result is."""
+    from ray import exceptions as ray
+
+    gone = (ray.RayActorError, ray.WorkerCrashedError, ray.NodeDiedError)
+    return (*gone, ray.OutOfMemoryError, ray.ObjectLostError)
 
 
 def _free(groups: str) -> None:
