@@ -149,6 +149,34 @@ def test_actors_that_never_start_are_told(tmp_path):
         list(pools.map_rows(pool, sleeps(4, 0), Sleeper, {"x": Unreadable()}))
 
 
+class Dies:
+    """An actor whose process ends at one row."""
+
+    def __call__(self, row: dict) -> dict:
+        if row["n"] == 2:
+            os._exit(1)
+        return row
+
+
+def test_a_row_that_ends_every_actor_ends_the_pool(monkeypatch, capfd):
+    """It would be given to one after another, without an end; others' rows are done before."""
+    monkeypatch.setattr(pools, "ROW_LOSSES", 1)
+    with pytest.raises(WrpoError, match="^dies failed: "):
+        list(pools.map_rows(cluster.Pool("dies", Actors(max=2)), sleeps(4, 0), Dies, {}))
+    assert "dies: an actor was lost" in capfd.readouterr().err
+
+
+def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, capfd):
+    """Another pool holds all CPUs for a while."""
+    monkeypatch.setattr(pools, "WAITING", 1.0)
+    run_side_by_side(
+        (cluster.Pool("holds", Actors(num_cpus=8)), sleeps(1, 6)),
+        (cluster.Pool("waits", Actors(num_cpus=8)), sleeps(1, 0)),
+    )
+    told = capfd.readouterr().err
+    assert ": waiting for its first actor, which needs 8 CPU" in told
+
+
 class Unreadable:
     """An argument that no other process can read."""
 

@@ -47,6 +47,8 @@ QUICK = 0.1
 """Seconds: rows that take less are not worth waiting for another actor."""
 START_LOSSES = 3
 """Actors in a row that may be lost before they answered."""
+WAITING = 60.0
+"""Seconds between two lines that say that a pool has no actor for want of room."""
 ROW_LOSSES = 5
 """Actors that may be lost with the same row in hand, with their nodes or by themselves."""
 
@@ -200,6 +202,7 @@ class _RunningPool:
         """Whether others' first actors go before more of these."""
         self.is_quick = False
         """Whether the last row took next to no time, as one that was done before."""
+        self.told_waiting = time.monotonic()
         self.lost_starts = 0
         self.losses: Counter[int] = Counter()
         """Actors that were lost with a row in hand, by the id of a row without a result."""
@@ -252,6 +255,7 @@ class _RunningPool:
         """
         ready, waiting, least = len(self.ready), len(self.queue), self._least_now
         _MINIMUMS.tell(self, waits=ready < least)
+        self._tell_waiting()
         self.is_held_back = _MINIMUMS.need_room_of(self)
         grows = ready >= least and not self.is_held_back
         wanted = min(self.most, ready + waiting if self._begins else waiting) * grows
@@ -260,6 +264,16 @@ class _RunningPool:
         self.members += [self._start(has_room=n < room) for n in range(lacking)]
         useful = 0 if self.is_held_back else ready + waiting
         self._shrink(max(least, useful), at_once=self.is_held_back or not least)
+
+    def _tell_waiting(self) -> None:
+        """Say once a minute that no actor is there, as where others hold all the room."""
+        now = time.monotonic()
+        if self.ready or not self.members:
+            self.told_waiting = now
+        elif now - self.told_waiting > WAITING:
+            self.told_waiting = now
+            needs = ", ".join(f"{n:g} {name}" for name, n in self.needs.items())
+            log(f"{self.pool.what}: waiting for its first actor, which needs {needs}")
 
     def _room(self) -> int:
         """How many more actors the cluster has room for just now."""
