@@ -23,8 +23,10 @@ from wrpo_ray.config import (
     PromptsConfig,
     RewardConfig,
 )
+from wrpo_ray.core.published import RowError
 from wrpo_ray.core.references import MARK, packed, shown, unpacked
 from wrpo_ray.core.steps import Step
+from wrpo_ray.ingest.cells import exact_text
 from wrpo_ray.ingest.readers import read_rows
 from wrpo_ray.ingest.stage import IngestPrompts, _placed
 from wrpo_ray.pipeline import Chain
@@ -61,7 +63,14 @@ JSON = {
     "-7": "-7",
     "42.0": "42",
     "4.2e1": "42",
-    "-0.0": "-0",
+    "-0.0": "0",
+    "-0": "0",
+    "0e5000": "0",
+    "-0.00e-5000": "0",
+    "42.000": "42",
+    "9" * 1000: "9" * 1000,
+    "9" * 1001: BAD,
+    "9" * 1001 + ".0": BAD,
     "0.1": "0.1",
     "1.50": "1.50",
     "3.14159265358979323846264338327950288": "3.14159265358979323846264338327950288",
@@ -72,7 +81,7 @@ JSON = {
     "1.5e-7": "1.5e-7",
     "1e400": "1" + "0" * 400,
     "1e999999999": BAD,
-    "9" * 5000: BAD,
+    "9" * 5001: BAD,
     "true": "true",
     "false": "false",
     "null": BAD,
@@ -103,6 +112,16 @@ def test_every_kind_of_json(tmp_path):
     assert read(path) == [BAD]
 
 
+def test_a_number_with_too_many_digits_fails_with_its_reason(tmp_path):
+    with pytest.raises(RowError, match="'r' is a number of more than 1000 digits"):
+        exact_text(10**5001, "r")
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'{{"prompt": "x", "r": {"9" * 5001}}}')
+    ((_, row),) = read_rows(str(path), ["prompt", "r"], COLUMNS.of_text)
+    assert isinstance(row, ValueError)
+    assert "digits" in str(row)
+
+
 DAY = datetime.date(2024, 2, 29)
 NOON = datetime.datetime(2024, 2, 29, 12)
 ARROW: dict[pa.DataType, tuple[list[Any], list[Any]]] = {
@@ -113,15 +132,15 @@ ARROW: dict[pa.DataType, tuple[list[Any], list[Any]]] = {
     **{of: ([42, None], ["42", BAD]) for of in (pa.uint8(), pa.uint16(), pa.uint32())},
     pa.uint64(): ([2**63, 2**64 - 1, None], [str(2**63), str(2**64 - 1), BAD]),
     pa.float64(): (
-        [42.0, 0.1, 1e-7, 2.0**53, 2.0**63, math.nan, math.inf, None],
-        ["42", "0.1", "1e-07", str(2**53), BAD, BAD, BAD, BAD],
+        [42.0, -0.0, 0.1, 1e-7, 2.0**53, 2.0**63, math.nan, math.inf, None],
+        ["42", "0", "0.1", "1e-07", str(2**53), BAD, BAD, BAD, BAD],
     ),
     pa.float32(): ([42, 0.1, 16777216, math.nan, None], ["42", "0.1", "16777216", BAD, BAD]),
     pa.float16(): ([np.float16(42), np.float16(0.1), None], ["42", "0.1", BAD]),
     pa.bool_(): ([True, False, None], ["true", "false", BAD]),
     pa.decimal128(38, 2): (
-        [Decimal("42.50"), Decimal(10**30), None],
-        ["42.50", f"{10**30}.00", BAD],
+        [Decimal("42.50"), Decimal("42.00"), Decimal("-0.00"), Decimal(10**30), None],
+        ["42.50", "42", "0", f"{10**30}", BAD],
     ),
     pa.decimal128(20, 0): ([Decimal(2**63), None], [str(2**63), BAD]),
     pa.decimal256(60, 3): ([Decimal("0.001"), None], ["0.001", BAD]),

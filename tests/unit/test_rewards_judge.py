@@ -101,8 +101,8 @@ def test_a_rating_counts_on_its_own_scale_only(end, scale):
 
 @pytest.mark.parametrize(
     "said",
-    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Grade: 8", "Rating 8", "8 points", "4/", "/5", "4 out of",
-     "A4", "8\N{FRACTION SLASH}10", "4 5", "--4", "4..5", "nan4"],
+    ["7-8", "7,5", "8%", "1e1", "8/10/10", "Grade: 8", "Rating 8", "8 points", "4/", "/5",
+     "4 out of", "A4", "8\N{FRACTION SLASH}10", "4 5", "--4", "4..5", "nan4"],
 )  # fmt: skip
 def test_what_is_no_rating_does_not_give_way_to_a_quoted_one(said):
     """The answer itself claims [[10]]."""
@@ -112,8 +112,8 @@ def test_what_is_no_rating_does_not_give_way_to_a_quoted_one(said):
 
 BEHIND = [" of {}", " (out of {})", " (/{})", "\n/{}", "/**{}**", "`/{}", "\N{NO-BREAK SPACE}/ {}",
           " stars out of {}", " points of {}", " over {}", "** / {}", "\n\nout of\n{}",
-          " _out of_ {}", " **/** {}", ", out of {}", " star of {}", "/ `{}`", " / {} criteria were met",
-          " out of {} tests passed", "/[[{}]]", "/[{}]"]  # fmt: skip
+          " _out of_ {}", " **/** {}", ", out of {}", " star of {}", "/ `{}`",
+          " / {} criteria were met", " out of {} tests passed", "/[[{}]]", "/[{}]"]  # fmt: skip
 
 
 @pytest.mark.parametrize("behind", BEHIND)

@@ -51,9 +51,10 @@ class JsonFloat(float):
 
 
 def exact_text(value: Any, column: str) -> str:
-    """The one text that a cell stands for; whole floats are written without a point.
+    """The one text that a cell stands for; whole numbers are written without a point or -0.
 
     42.0 is 42, as a missing value in a column of whole numbers makes floats of all in many tools.
+    Of others all digits are kept as they are given: 1.50 is no 1.5.
 
     Raises:
         RowError: it has no text, several, or may have lost digits.
@@ -63,9 +64,11 @@ def exact_text(value: Any, column: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int):
+        if abs(value) >= 10**DIGITS:
+            raise RowError(f"{column!r} is a number of more than {DIGITS} digits")
         return str(value)
     if isinstance(value, Decimal):
-        return f"{value:f}"
+        return _whole(value) or f"{value:f}"
     if isinstance(value, float):
         return _float_text(value, column)
     if isinstance(value, date) and not isinstance(value, datetime):
@@ -78,9 +81,9 @@ def _float_text(value: float, column: str) -> str:
         raise RowError(f"{column!r} is {value}, which stands for a missing value")
     if isinstance(value, JsonFloat):
         number = Decimal(value.written)
-        if abs(number.adjusted()) > DIGITS:
+        if number and not -DIGITS <= number.adjusted() < DIGITS:
             raise RowError(f"{column!r} is {value.written}, a number of more than {DIGITS} digits")
-        return f"{number:.0f}" if number == number.to_integral_value() else value.written
+        return _whole(number) or value.written
     if not value.is_integer():
         return repr(value)
     if abs(value) > EXACT:
@@ -89,6 +92,13 @@ def _float_text(value: float, column: str) -> str:
             f"this size as integers or texts"
         )
     return str(int(value))
+
+
+def _whole(number: Decimal) -> str | None:
+    """A whole number's digits; None of another."""
+    if not number:
+        return "0"
+    return f"{number:.0f}" if number == number.to_integral_value() else None
 
 
 def _told(value: Any) -> str:

@@ -140,8 +140,9 @@ def read_rating(judgement: str, worst: float, best: float) -> float:
     """The last rating of a judgement: others may be quoted from the answer before it.
 
     A rating is a number in double brackets, alone or out of `best` (`[[8]]`, `[[8/10]]`,
-    `[[rating: 8 out of 10]]`, `[[8]] (of 10)`). The last double
-    brackets that hold a digit decide: where they hold anything else, such as a rating out of another scale's end, there is none.
+    `[[rating: 8 out of 10]]`, `[[8]] (of 10)`). The last double brackets
+    that hold a digit decide: where they hold anything else, such as a rating out of another
+    scale's end, there is none.
 
     Raises:
         NoRatingError: there is none, or it is out of bounds.
