@@ -318,7 +318,7 @@ def _check_generation(folder: Path, ends: frozenset[int]) -> None:
         raise
     except Exception as error:  # its values can be anything
         told = " ".join(str(error).split())[:300]
-        raise UserError(f"{GENERATION}: {told}; mend it") from None
+        raise UserError(f"generation_config.json: {told}; mend it") from None
 
 
 def _check_texts(tokenizer: Any) -> None:
