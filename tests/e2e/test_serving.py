@@ -258,9 +258,9 @@ def test_what_the_engine_takes_or_refuses_of_every_field_names_the_field(server:
         ("chat", "messages", {"messages": messages("a" * 5000)}),
         ("chat", "logit_bias", {"logit_bias": {"999999": 1}}),
         ("completions", "logit_bias", {"logit_bias": {"999999": 1}}),
-        ("chat", "tool_choice", tool),
-        ("chat", "tool_choice", tool | {"tool_choice": "auto"}),
-        ("chat", "tool_choice", tool | {"tool_choice": "required"}),
+        ("chat", "tools", tool),  # the template leaves them out
+        ("chat", "tools", tool | {"tool_choice": "auto"}),
+        ("chat", "tools", tool | {"tool_choice": "required"}),
         ("chat", "response_format", {"response_format": schema}),
         ("chat", "response_format", {"response_format": tag}),
         ("completions", "response_format", {"response_format": schema}),

@@ -38,7 +38,7 @@ def head(zoo: Path) -> Iterator[RayHead]:
 
 def submitted(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=900
     )
 
 
