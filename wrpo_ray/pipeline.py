@@ -75,7 +75,7 @@ from wrpo_ray.score.check import check_reward_folder
 from wrpo_ray.score.classifiers import can_end_with_padding
 from wrpo_ray.score.rewards import load_function
 from wrpo_ray.score.stage import Score
-from wrpo_ray.score.verifiers import source_files
+from wrpo_ray.score.verifiers import VERSIONS
 from wrpo_ray.text_files import read_text
 from wrpo_ray.train.prepare import Prepare
 from wrpo_ray.train.stage import Train
@@ -599,15 +599,22 @@ def _template_fingerprint(path: str) -> str:
 
 
 def _scorer_fingerprint(part: ScoreConfig) -> str:
-    """What scores without weights is known by its name and its source: code, or a template."""
+    """Identity of a reward without weights, for step keys: its name and its version.
+
+    The version of a function is its attribute `version`, else its module's source; that of a
+    judge is its template.
+    """
     if part.verifier:
-        return digest([part.verifier, data_fingerprint(source_files(part.verifier))], 16)
+        return digest([part.verifier, VERSIONS[part.verifier]], 16)
     if part.judge:
         from wrpo_ray.score.judge import READING, template_text  # it imports a client
 
         return digest([part.judge.model, template_text(part.judge), READING], 16)
     path = _required(part.function, "reward.function")
-    module = importlib.import_module(path.partition(":")[0])
+    module_name, _, name = path.partition(":")
+    module = importlib.import_module(module_name)
+    if (version := getattr(getattr(module, name, None), "version", None)) is not None:
+        return digest([path, str(version)], 16)
     source = getattr(module, "__file__", None)  # a module built into Python has none
     return digest([path, data_fingerprint([source] if source else [])], 16)
 

@@ -19,8 +19,8 @@ from wrpo_ray.train.rows import (
     SUFFIX,
     PreparedRows,
     Row,
+    RowTooLongError,
     Tokenizing,
-    TooLong,
     fit,
     read_counts,
     write_rows,
@@ -139,7 +139,7 @@ def test_what_fits_stays():
 
 
 def test_one_token_too_many_drops_the_row():
-    with pytest.raises(TooLong, match="longest answer have 11 tokens, max_length 10"):
+    with pytest.raises(RowTooLongError, match="longest answer have 11 tokens, max_length 10"):
         fit(ids(4), [ids(6), ids(7)], TrainConfig(max_length=10))
 
 
@@ -154,7 +154,7 @@ def test_only_the_too_long_answers_are_cut_by_their_own_excess():
 def test_a_long_prompt_drops_the_row(overflow):
     config = TrainConfig(max_length=10, max_prompt_length=5, overflow=overflow)
     assert fit(ids(5), [ids(5)], config)[2] == 0
-    with pytest.raises(TooLong, match="prompt has 6 tokens, of which 5 are allowed"):
+    with pytest.raises(RowTooLongError, match="prompt has 6 tokens, of which 5 are allowed"):
         fit(ids(6), [ids(1)], config)
 
 
@@ -162,7 +162,7 @@ def test_a_long_prompt_drops_the_row(overflow):
 def test_a_prompt_without_room_for_an_answer_drops_the_row(overflow):
     config = TrainConfig(max_length=10, overflow=overflow)
     assert fit(ids(9), [ids(1)], config)[2] == 0
-    with pytest.raises(TooLong, match="prompt has 10 tokens, of which 9 are allowed"):
+    with pytest.raises(RowTooLongError, match="prompt has 10 tokens, of which 9 are allowed"):
         fit(ids(10), [ids(1)], config)
 
 
@@ -177,7 +177,7 @@ def test_no_row_exceeds_the_limit(prompt, lengths, most, overflow):
     answers = [ids(length, first=100) for length in lengths]
     try:
         kept_prompt, kept, cut = fit(ids(prompt), answers, config)
-    except TooLong:
+    except RowTooLongError:
         assert prompt >= most if overflow == "cut" else prompt + max(lengths) > most
         return
     assert kept_prompt == ids(prompt)

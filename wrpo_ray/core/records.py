@@ -182,6 +182,15 @@ def unit_interval(*parts: Any) -> float:
     return int(digest(parts, 13), 16) / 16**13
 
 
+def error_name(error: Exception) -> str:
+    """The type of an error as failure rows keep it.
+
+    It is the class's name, unless the class states another one as `recorded_as`: outputs hold
+    these names, so a class that is renamed keeps the one that it had.
+    """
+    return getattr(error, "recorded_as", type(error).__name__)
+
+
 def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> dict[str, Any]:
     """A FAILURE row: `key` gives prompt_id, source, sample or where as far as known."""
     row: dict[str, Any] = dict.fromkeys(FAILURE.names)
@@ -191,7 +200,7 @@ def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> d
         | key
         | {
             "stage": stage,
-            "error": type(error).__name__,
+            "error": error_name(error),
             "message": text,
             "attempts": attempts,
         }

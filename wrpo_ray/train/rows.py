@@ -39,8 +39,10 @@ PREPARED = pa.schema(
 )
 
 
-class TooLong(ValueError):  # noqa: N818 (the name is kept in the failure record)
+class RowTooLongError(ValueError):
     """The prompt, or prompt and longest answer together, exceed the limits of length."""
+
+    recorded_as = "TooLong"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +73,12 @@ class Rows:
     @property
     def too_long(self) -> list[Record]:
         """The failed rows that exceed the limits of length."""
-        return [row for row in self.failed if row["error"] == TooLong.__name__]
+        return [row for row in self.failed if row["error"] == RowTooLongError.recorded_as]
 
     @property
     def faults(self) -> list[Record]:
         """The failed rows that have something wrong with them."""
-        return [row for row in self.failed if row["error"] != TooLong.__name__]
+        return [row for row in self.failed if row["error"] != RowTooLongError.recorded_as]
 
 
 # --- records into rows -----------------------------------------------------------------------
@@ -111,7 +113,7 @@ class Tokenizing:
         """The row of a record, and how many of its answers were cut.
 
         Raises:
-            TooLong: it exceeds the limits.
+            RowTooLongError: it exceeds the limits.
             UserError: the chat template does not continue the prompt.
         """
         messages = record["messages"]
@@ -146,18 +148,18 @@ def fit(
     """Prompt and answers within the limits of length, and how many answers were cut.
 
     Raises:
-        TooLong: the prompt leaves no room, or an answer is too long and `overflow` is `drop`.
+        RowTooLongError: the prompt leaves no room, or an answer is too long and may not be cut.
     """
     if config.compat == "published":
         return published.fit(prompt, answers, config)
     longest = len(prompt) + max(map(len, answers))
     most = config.max_prompt_length or config.max_length - 1
     if len(prompt) > most:
-        raise TooLong(f"the prompt has {len(prompt)} tokens, of which {most} are allowed")
+        raise RowTooLongError(f"the prompt has {len(prompt)} tokens, of which {most} are allowed")
     if longest <= config.max_length:
         return prompt, answers, 0
     if config.overflow == "drop":
-        raise TooLong(
+        raise RowTooLongError(
             f"prompt and longest answer have {longest} tokens, max_length {config.max_length}"
         )
     room = config.max_length - len(prompt)

@@ -189,6 +189,10 @@ def verify(messages: list[dict], response: str, reference: str | None) -> float:
     return 1.0 if response.strip() == reference else 0.0
 
 
+verify.version = "4e819efd33686f19"  # type: ignore[attr-defined]
+"""Part of the keys of the steps that score with it: a new value scores again."""
+
+
 FRAMES = ("{a}", "It is {a}.", "Answer: {a}", "{a}, of course!", "I get {a} here.", "So: {a};")
 """Ways to put an answer. The last five are the distant sources' own: text that the target, which
 answers plainly, finds unlikely, and that says nothing about right or wrong."""
@@ -203,3 +207,7 @@ def verify_framed(messages: list[dict], response: str, reference: str | None) ->
     """As `verify`, of an answer in any of the frames."""
     text = response.strip()
     return float(reference is not None and any(text == f.format(a=reference) for f in FRAMES))
+
+
+verify_framed.version = "4e819efd33686f19"  # type: ignore[attr-defined]
+"""Part of the keys of the steps that score with it: a new value scores again."""
