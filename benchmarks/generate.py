@@ -17,12 +17,12 @@ from parts import Part
 from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
-from wrpo_ray.core.cluster import thread_env
-from wrpo_ray.core.records import RESPONSE, prompt_id
-from wrpo_ray.core.shards import buckets
-from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
-from wrpo_ray.generate import stage
-from wrpo_ray.generate.engine import Request, seed_base
+from wrpo_ray.data.records import RESPONSE, prompt_id
+from wrpo_ray.data.shards import buckets
+from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.runtime.placement import thread_env
+from wrpo_ray.stages.generate import stage
+from wrpo_ray.stages.generate.engine import Request, seed_base
 
 SOURCE, SEED = "llama", 0
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
@@ -131,12 +131,14 @@ class Clocked(stage.Generator):
 
 def ours(folder: Path, work: Work) -> Made:
     """`wrpo generate`, with one engine."""
-    from wrpo_ray import pipeline
+    from wrpo_ray.pipeline.chain import Chain
+    from wrpo_ray.pipeline.preflight import preflight
+    from wrpo_ray.pipeline.runner import fuse
 
     stage.Generator = type("Generator", (Clocked,), {"work": work})
     config = work.config(folder)
-    pipeline.fuse(config, until="generate")
-    chain = pipeline.Chain(pipeline.preflight(config), "generate")
+    fuse(config, until="generate")
+    chain = Chain(preflight(config), "generate")
     answers = chain.build()[-1].phases[0][0].samples
     rows = [
         row
@@ -258,7 +260,7 @@ TEXT = """# Generation: five answers to a prompt, side by side
   hand, and answers are committed as Parquet. **vllm.LLM.chat**: one call with n = 5 for all
   prompts. **ray.data.llm**: `build_processor` with its defaults; it keeps one answer of a request,
   so each prompt is {samples} times in its data set.
-- All three have the environment and the arguments of our engine (`wrpo_ray/core/vllm.py`) and
+- All three have the environment and the arguments of our engine (`wrpo_ray/llm/vllm.py`) and
   the same seeds. Answers are compared token by token, and at least 99% have to be the same.
 - Time goes from the first request to a warm engine to the last answer: committed, returned, or read
   from the data set. Ours and vLLM answer 8 other prompts before. ray.data.llm's time begins when

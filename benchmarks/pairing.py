@@ -34,14 +34,20 @@ import pyarrow.dataset as ds
 import results
 
 from wrpo_ray.config import AnswersConfig, ClusterConfig, PairConfig
-from wrpo_ray.core import records
-from wrpo_ray.core.records import prompt_id
-from wrpo_ray.core.run import Run
-from wrpo_ray.core.shards import Bucket, Prompts, Samples, buckets, write_shard
-from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
-from wrpo_ray.pair.stage import Answers, Pair, Select
-from wrpo_ray.pair.stage import run as run_jobs
+from wrpo_ray.data import records
+from wrpo_ray.data.records import prompt_id
+from wrpo_ray.data.shards import (
+    Bucket,
+    Prompts,
+    Samples,
+    buckets,
+    write_shard,
+)
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.pair.stage import Answers, Pair, Select
+from wrpo_ray.stages.pair.stage import run as run_jobs
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
 
 SOURCES, OWN = ("gemma", "mistral", "qwen"), "target"
 SIZES = (1_000_000, 3_000_000, 10_000_000)
@@ -174,7 +180,7 @@ def parts(process: psutil.Process) -> Iterator[psutil.Process]:
 
 def ours(data: Data) -> Taken:
     """The stage itself on a Ray of two CPUs, so two workers; without Ray's start."""
-    from wrpo_ray.core import cluster
+    from wrpo_ray.runtime import cluster
 
     root = Folder(str(data.folder))
     cluster.connect(ClusterConfig(num_cpus=THREADS), root, "bench")

@@ -14,11 +14,11 @@ from parts import Part
 from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
-from wrpo_ray.core.cluster import thread_env
-from wrpo_ray.core.records import RESPONSE, SCORED, prompt_id
-from wrpo_ray.core.shards import buckets, write_shard
-from wrpo_ray.score import stage
-from wrpo_ray.score.base import Item
+from wrpo_ray.data.records import RESPONSE, SCORED, prompt_id
+from wrpo_ray.data.shards import buckets, write_shard
+from wrpo_ray.runtime.placement import thread_env
+from wrpo_ray.stages.score import stage
+from wrpo_ray.stages.score.base import Item
 
 SOURCE = "llama"
 CLOCK = "clock.json"
@@ -92,15 +92,17 @@ class Clocked(stage.Scorer):
 
 def ours(folder: Path, work: Work) -> Made:
     """`wrpo score` where the answers are there."""
-    from wrpo_ray import pipeline
+    from wrpo_ray.pipeline.chain import Chain
+    from wrpo_ray.pipeline.preflight import preflight
+    from wrpo_ray.pipeline.runner import fuse
 
     stage.Scorer = type("Scorer", (Clocked,), {"work": work})
     config = work.config(folder)
-    pipeline.fuse(config, until="prompts")
-    chain = pipeline.Chain(pipeline.preflight(config), "score")
+    fuse(config, until="prompts")
+    chain = Chain(preflight(config), "score")
     *_, generate, score = chain.build()
     put_answers(generate.phases[0][0], chain.root, work)
-    pipeline.fuse(config, until="score")
+    fuse(config, until="score")
     scored = score.phases[0][0].samples
     results = {
         f"{row['prompt_id']}/{row['sample']}": row["reward"]

@@ -30,8 +30,8 @@ import results
 import yaml
 from workload import Shape, texts, user, weights
 
-from wrpo_ray.core.cluster import thread_env
-from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.keys import ENVIRONMENT, new_key
 
 PREFIX = "serve."
@@ -403,7 +403,7 @@ TEXT = """# Serving: against the bare server, and in overload
   answers of {answer} tokens to prompts of {prompt_mean} (log-normal, sigma 0.6).
 - **`wrpo serve`**: ingress, keys, limits, Ray Serve, a replica of Ray Serve LLM. **`vllm serve`**:
   the bare server. Both have the environment and the arguments of our engine
-  (`wrpo_ray/core/vllm.py`), `max_num_seqs` {clients}, and the same clients in a process beside
+  (`wrpo_ray/llm/vllm.py`), `max_num_seqs` {clients}, and the same clients in a process beside
   them. They take turns, {rounds} each, with as many requests in each, warmed up before.
   {same:.1%} of their answers are the same.
 - The engine, the server's other processes and the clients share the machine's cores. CPU time is

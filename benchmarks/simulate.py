@@ -16,10 +16,17 @@ from typing import Any
 
 import numpy as np
 from results import save_rows
+from simulation import (
+    Chunk,
+    Cluster,
+    Outcome,
+    Policy,
+    Source,
+    simulate,
+)
 
 from wrpo_ray import config
 from wrpo_ray.plan.estimate import estimate
-from wrpo_ray.plan.simulate import Chunk, Cluster, Outcome, Policy, Source, simulate
 from wrpo_ray.plan.work import Plan, Work
 
 PREFIX = "simulate."

@@ -28,11 +28,11 @@ from report import Cell, Measured, Report, machine, versions
 from torch import Tensor, nn
 
 from wrpo_ray.config import WrpoConfig
-from wrpo_ray.train import attention
-from wrpo_ray.train.loss import Answers, preference_loss
-from wrpo_ray.train.model import FORWARD_TOKENS, Policy
-from wrpo_ray.train.packing import costs, deal, pack
-from wrpo_ray.train.rows import Row
+from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train.loss import Answers, preference_loss
+from wrpo_ray.stages.train.model import FORWARD_TOKENS, Policy
+from wrpo_ray.stages.train.packing import costs, deal, pack
+from wrpo_ray.stages.train.rows import Row
 
 PAD, END = 0, 1
 MICRO_ROWS = 2

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from wrpo_ray.core.records import prompt_id
+from wrpo_ray.data.records import prompt_id
 
 Message = dict[str, str]
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-from wrpo_ray.cli import _parser
+from wrpo_ray.cli.entry import make_parser
 from wrpo_ray.config import Config, ServeConfig
-from wrpo_ray.config_reference import config_markdown, escaped
+from wrpo_ray.config.reference import config_markdown, escaped
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -107,7 +107,7 @@ def site_links(markdown: str, page: str) -> str:
 
 def commands() -> str:
     """Every command with its options, from the parser."""
-    return "\n\n".join(_command("wrpo", _parser()))
+    return "\n\n".join(_command("wrpo", make_parser()))
 
 
 def _command(name: str, parser: argparse.ArgumentParser, text: str = "") -> Iterator[str]:

@@ -30,7 +30,7 @@ os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "tests" / "ray", ROOT / "tests"))),
+    "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "ray", ROOT / "tests"))),
     # workers import actors that tests define, and what these use
 }
 os.environ.pop("RAY_ADDRESS", None)
@@ -84,8 +84,8 @@ def _wait_for(url: str) -> None:
 def local_ray() -> Iterator[None]:
     """A Ray of the module's own on this machine."""
     from wrpo_ray.config import ClusterConfig
-    from wrpo_ray.core import cluster
-    from wrpo_ray.core.storage import Folder
+    from wrpo_ray.runtime import cluster
+    from wrpo_ray.storage.folder import Folder
 
     with tempfile.TemporaryDirectory(prefix="wrpo-ray-") as folder:
         cluster.connect(ClusterConfig(num_cpus=4, cache_gb=20), Folder(folder), "tests")

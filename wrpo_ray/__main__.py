@@ -2,6 +2,6 @@
 
 import sys
 
-from wrpo_ray.cli import main
+from wrpo_ray.cli.entry import main
 
 sys.exit(main())

@@ -1,5 +1,5 @@
 """The fixtures of `harness`, which tests also import helpers from."""
 
-from harness import demo
+from support.harness import demo
 
 __all__ = ["demo"]

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, shards, wait_until
-from ray_head import RayHead
+from support.harness import ROOT, shards, wait_until
+from support.ray_head import RayHead
 
 NODES = {
     "cpu": {"resources": {"CPU": 2}, "max_workers": 1},

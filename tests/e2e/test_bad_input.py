@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from harness import Wrpo, failures
+from support.harness import Wrpo, failures
 
 PROMPT = {"prompt": "Reverse abc.", "reference": "cba", "skill": "reverse"}
 

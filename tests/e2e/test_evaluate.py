@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from harness import Wrpo, shards
+from support.harness import Wrpo, shards
 
 PROMPTS = 48
 TEMPLATE = "{{ first }} {{ second }}?"

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
-from in_browser import look
+from support.harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
+from support.in_browser import look
 
-from wrpo_ray.cli import main
+from wrpo_ray.cli.entry import main
 from wrpo_ray.config import load
-from wrpo_ray.core.chat import load_tokenizer
-from wrpo_ray.core.records import PREFERENCE
-from wrpo_ray.core.run import Run
-from wrpo_ray.core.shards import buckets, read_bucket
-from wrpo_ray.pipeline import STAGES, Chain, preflight
-from wrpo_ray.train.prepare import Prepare, Preparer
-from wrpo_ray.train.rows import PreparedRows
-from wrpo_ray.train.task import WRPO_ANSWERS
+from wrpo_ray.data.records import PREFERENCE
+from wrpo_ray.data.shards import buckets, read_bucket
+from wrpo_ray.llm.chat import load_tokenizer
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.preflight import preflight
+from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.train.prepare import Prepare, Preparer
+from wrpo_ray.stages.train.rows import PreparedRows
+from wrpo_ray.stages.train.task import WRPO_ANSWERS
 
 KEY = ("prompt_id", "source", "sample")
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")

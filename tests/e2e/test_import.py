@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from harness import ROOT, Wrpo
-from in_browser import look
+from support.harness import ROOT, Wrpo
+from support.in_browser import look
 
 REAL = ROOT.parent / "shared" / "data" / "gsm8k_real_responses.parquet"
 TARGET = "Meta-Llama-3-8B-Instruct"

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
+from support.harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_real_responses.parquet"
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")

@@ -1,12 +1,12 @@
 """The data part of the demo in an S3 store, killed once: the same rows as on local disk."""
 
 import pyarrow as pa
-from harness import ROOT
+from support.harness import ROOT
 
-from wrpo_ray.cli import main
-from wrpo_ray.core import records
-from wrpo_ray.core.shards import Bucket, read_bucket
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.cli.entry import main
+from wrpo_ray.data import records
+from wrpo_ray.data.shards import Bucket, read_bucket
+from wrpo_ray.storage.folder import Folder
 
 SOURCE = "llama-bytes"
 SMALL = {
@@ -88,7 +88,7 @@ def test_training_from_and_to_an_object_store(demo, bucket, tmp_path, capsys):
 
 def test_export_into_an_object_store(bucket):
     """As on disk, from shards that lie there too."""
-    from tiny_models import preference_rows, write_preferences
+    from support.tiny_models import preference_rows, write_preferences
 
     from wrpo_ray.export.forms import Form
     from wrpo_ray.export.write import write_file, write_folder

@@ -16,7 +16,7 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.generate.engine import Request, VllmEngine, Voice
+from wrpo_ray.stages.generate.engine import Request, VllmEngine, Voice
 
 folder, prompts, start = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[4])
 engine = VllmEngine(ModelConfig(name="m", model=str(start), dtype="float32"), start, seed=0)
@@ -53,7 +53,7 @@ def transformers_answers(folder, prompts: list[str]) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from wrpo_ray.core.chat import load_tokenizer, prompt_ids
+    from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
 
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(
@@ -83,7 +83,7 @@ def upside_down(folder, other):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
-    from wrpo_ray.core.vllm import engine_env
+    from wrpo_ray.llm.vllm import engine_env
 
     lines = (zoo / "eval.jsonl").read_text().splitlines()[:20]
     prompts = [json.loads(line)["prompt"] for line in lines]
@@ -102,7 +102,7 @@ PLAIN = """
 import json, sys
 from pathlib import Path
 import vllm
-from wrpo_ray.core.vllm import CPU_ENGINE
+from wrpo_ray.llm.vllm import CPU_ENGINE
 
 llm = vllm.LLM(model=sys.argv[1], dtype="float32", **CPU_ENGINE)
 prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
@@ -118,10 +118,10 @@ def test_a_saved_model_ends_its_answers_where_only_its_template_does(zoo, tmp_pa
     from transformers import AutoModelForCausalLM
 
     from wrpo_ray.config import SftConfig
-    from wrpo_ray.core.chat import load_tokenizer, prompt_ids
-    from wrpo_ray.core.storage import Folder
-    from wrpo_ray.core.vllm import engine_env
-    from wrpo_ray.train.model import Policy, save
+    from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+    from wrpo_ray.llm.vllm import engine_env
+    from wrpo_ray.stages.train.model import Policy, save
+    from wrpo_ray.storage.folder import Folder
 
     base = shutil.copytree(zoo / "target", tmp_path / "base")
     tokenizer = load_tokenizer(base)

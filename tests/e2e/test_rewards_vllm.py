@@ -11,8 +11,8 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from wrpo_ray.config import RewardConfig
-from wrpo_ray.score.base import Item
-from wrpo_ray.score.rewards import load_reward
+from wrpo_ray.stages.score.base import Item
+from wrpo_ray.stages.score.rewards import load_reward
 
 asked = [{"role": "user", "content": "w1 w2"}]
 items = [Item(asked, text, None) for text in json.loads(sys.argv[2])]
@@ -24,13 +24,13 @@ Path(sys.argv[3]).write_text(json.dumps([s if isinstance(s, float) else str(s) f
 
 def test_vllm_gives_the_rewards_of_transformers(tmp_path):
     import torch
-    from tiny_models import make_model, make_tokenizer
+    from support.tiny_models import make_model, make_tokenizer
     from transformers import LlamaForSequenceClassification
 
     from wrpo_ray.config import RewardConfig
-    from wrpo_ray.core.vllm import engine_env
-    from wrpo_ray.score.base import Item
-    from wrpo_ray.score.rewards import load_reward
+    from wrpo_ray.llm.vllm import engine_env
+    from wrpo_ray.stages.score.base import Item
+    from wrpo_ray.stages.score.rewards import load_reward
 
     config = make_model().config
     config.num_labels, config.pad_token_id = 1, config.eos_token_id

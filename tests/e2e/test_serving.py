@@ -26,14 +26,14 @@ import openai
 import psutil
 import pytest
 import yaml
-from harness import ROOT
-from in_browser import picture
-from request_values import TAKEN, TOOL, VALUES, is_taken
+from support.harness import ROOT
+from support.in_browser import picture
+from support.request_values import TAKEN, TOOL, VALUES, is_taken
 
 from wrpo_ray.config import RewardConfig
-from wrpo_ray.core.chat import load_tokenizer, prompt_ids
-from wrpo_ray.score.base import Item
-from wrpo_ray.score.classifiers import load_classifier
+from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+from wrpo_ray.stages.score.base import Item
+from wrpo_ray.stages.score.classifiers import load_classifier
 
 SECRET = "xyzzyplugh"
 SETTINGS = {

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from harness import ROOT, shards
+from support.harness import ROOT, shards
 
 VARIANTS = {
     "sft": {"model": "target-sft"},

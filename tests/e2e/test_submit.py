@@ -12,10 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT, processes_of, shards, submit_command, wait_until
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
-from ray_head import RayHead
+from support.harness import ROOT, processes_of, shards, submit_command, wait_until
+from support.ray_head import RayHead
 
 ONE_SOURCE = "[{name: llama-bytes, model: .cache/zoo/sources/llama-bytes}]"
 SMALL = {

@@ -1,7 +1,7 @@
 """The packed path on a GPU: SDPA block by block in fp32, the varlen kernel in bf16.
 
-Skipped without a GPU; `tests/unit/test_train_packing.py` shows the same on the CPU, and what the
-varlen kernel is given.
+Skipped without a GPU; `tests/unit/stages/train/test_train_packing.py` shows the same on the CPU,
+and what the varlen kernel is given.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "stages" / "train"))
 
 from test_train_packing import KINDS, make, plain_logps, relative, some_rows
 
-from wrpo_ray.train import attention
-from wrpo_ray.train.model import Policy
-from wrpo_ray.train.packing import pack
+from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train.model import Policy
+from wrpo_ray.stages.train.packing import pack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

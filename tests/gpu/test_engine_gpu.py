@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import write_model
+from support.tiny_models import write_model
 
 from wrpo_ray.config import Actors, ModelConfig, SamplingConfig
-from wrpo_ray.core.vllm import engine_env
-from wrpo_ray.generate.engine import Request, VllmEngine, Voice
+from wrpo_ray.llm.vllm import engine_env
+from wrpo_ray.stages.generate.engine import Request, VllmEngine, Voice
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

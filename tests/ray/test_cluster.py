@@ -14,19 +14,22 @@ import psutil
 import pytest
 
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster, pools
-from wrpo_ray.core.records import digest
-from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.runtime import cluster
+from wrpo_ray.runtime import pool as pools
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.tasks import MOST_TASKS, map_tasks
+from wrpo_ray.storage.fingerprints import digest
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
 
-POOL = cluster.Pool("test", Actors())
+POOL = Pool("test", Actors())
 TWO_NODES = """
 import sys
 from ray.cluster_utils import Cluster
 from wrpo_ray.config import ClusterConfig
-from wrpo_ray.core import cluster, pools
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.runtime import cluster, pool
+from wrpo_ray.storage.folder import Folder
 from wrpo_ray.errors import UserError
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
@@ -59,11 +62,11 @@ def test_on_two_nodes_a_relative_output_is_refused_and_a_shared_one_is_not(tmp_p
 LONG = """
 import sys, ray
 from wrpo_ray.config import ClusterConfig
-from wrpo_ray.core import cluster
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.runtime import cluster
+from wrpo_ray.storage.folder import Folder
 
 cluster.connect(ClusterConfig(num_cpus=1), Folder(sys.argv[1]), "test")
-(done,) = cluster.map_tasks("look", iter([{"row": 1}]), lambda row: row)
+(done,) = map_tasks("look", iter([{"row": 1}]), lambda row: row)
 print(done)
 cluster.disconnect()
 """
@@ -208,16 +211,16 @@ class Dies:
 
 def test_a_lost_actor_is_replaced_and_its_rows_are_done(local_ray, tmp_path):
     rows = [{"row": i} for i in range(8)]
-    pool = cluster.Pool("test", Actors(num_cpus=0.5, max=2))
+    pool = Pool("test", Actors(num_cpus=0.5, max=2))
     done = pools.map_rows(pool, rows, Dies, {"folder": str(tmp_path)})
     assert sorted(r["row"] for r in done) == list(range(8))
     assert (tmp_path / "died-3").exists()
 
 
 def test_a_lost_task_is_tried_again(local_ray, tmp_path):
-    rows = ({"row": i} for i in range(2 * cluster.MOST_TASKS))
-    done = cluster.map_tasks("test", rows, Dies(str(tmp_path)))
-    assert sorted(r["row"] for r in done) == list(range(2 * cluster.MOST_TASKS))
+    rows = ({"row": i} for i in range(2 * MOST_TASKS))
+    done = map_tasks("test", rows, Dies(str(tmp_path)))
+    assert sorted(r["row"] for r in done) == list(range(2 * MOST_TASKS))
     assert (tmp_path / "died-3").exists()
 
 
@@ -232,7 +235,7 @@ def test_the_projects_own_errors_come_through_ray(local_ray):
     with pytest.raises(UserError, match="^cause and remedy$"):
         list(pools.map_rows(POOL, [{"row": 1}], Refuses, {}))
     with pytest.raises(UserError, match="^cause and remedy$"):
-        list(cluster.map_tasks("test", iter([{"row": 1}] * 3), Refuses()))
+        list(map_tasks("test", iter([{"row": 1}] * 3), Refuses()))
 
 
 class Breaks:
@@ -246,7 +249,7 @@ def test_another_error_is_told_with_its_cause(local_ray):
     with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
         list(pools.map_rows(POOL, [{"row": 1}], Breaks, {}))
     with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
-        list(cluster.map_tasks("test", iter([{"row": 1}]), Breaks()))
+        list(map_tasks("test", iter([{"row": 1}]), Breaks()))
 
 
 class Limit:
@@ -257,7 +260,7 @@ class Limit:
 
 
 def test_the_limit_of_the_cache_reaches_the_workers(local_ray):
-    pool = cluster.Pool("look", Actors(), {"OMP_NUM_THREADS": "1"})
+    pool = Pool("look", Actors(), {"OMP_NUM_THREADS": "1"})
     (row,) = pools.map_rows(pool, [{"n": 0}], Limit, {})
     assert row["limit"] == "20.0"
 
@@ -273,8 +276,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import get_current_placement_group, placement_group_table
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster, pools
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.runtime import cluster, pool
+from wrpo_ray.storage.folder import Folder
 from wrpo_ray.errors import WrpoError
 
 
@@ -304,7 +307,7 @@ nodes.add_node(num_cpus=2, resources={"chip": 2})
 cluster.connect(ClusterConfig(address=nodes.address), Folder(sys.argv[1]), "test")
 for parts, most, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
     actors = Actors(max=most, num_cpus=0.5, resources={"chip": 1})
-    pool = cluster.Pool("test", actors, parts=parts)
+    pool = Pool("test", actors, parts=parts)
     rows, arguments = [{"row": i} for i in range(4)], {"parts": parts, "fails": fails}
     try:
         done = list(pools.map_rows(pool, rows, Parallel, arguments))
@@ -348,7 +351,7 @@ def test_rows_of_a_feed_are_worked_on_as_they_become_ready(local_ray):
     """Two calls in hand at once; a step that nobody follows adds nothing."""
     followed, other = Step("followed"), Step("other")
     feed = pools.Feed([other, followed])
-    pool = cluster.Pool("test", Actors(), threads=2)
+    pool = Pool("test", Actors(), threads=2)
     rows = [{"job": 1, "bucket": b} for b in range(4)]
     results = pools.map_rows(pool, rows, Doubles, {}, feed)
     done = []

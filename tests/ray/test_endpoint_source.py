@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from openai_server import Call, Server, serving
+from support.openai_server import Call, Server, serving
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-trial-3f8a91c2d7e64b05"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import yaml
-from tiny_models import write_model
+from support.tiny_models import write_model
 
 from wrpo_ray import config as configs
-from wrpo_ray.cli import main
-from wrpo_ray.core.published import messages_of
-from wrpo_ray.core.records import RESPONSE, prompt_id
-from wrpo_ray.core.shards import buckets, write_shard
-from wrpo_ray.pipeline import Chain
+from wrpo_ray.cli.entry import main
+from wrpo_ray.data.published import messages_of
+from wrpo_ray.data.records import RESPONSE, prompt_id
+from wrpo_ray.data.shards import buckets, write_shard
+from wrpo_ray.pipeline.chain import Chain
 
 
 def shy(messages, response: str, reference: str) -> float:

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import benchmark_files
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from grades import grade
-from openai_server import Call, Server, serving
+from support import benchmark_files
+from support.grades import grade
+from support.openai_server import Call, Server, serving
 
-from wrpo_ray.cli import main
+from wrpo_ray.cli.entry import main
 
 
 @dataclass
@@ -80,7 +80,7 @@ def config(tmp_path: Path, url: str, **evaluate: Any) -> Path:
     }
     if "baselines" in evaluate:
         tree["sources"] = [model("even"), model("worse")]
-        tree["reward"] = {"function": "grades:reward"}
+        tree["reward"] = {"function": "support.grades:reward"}
     path = tmp_path / "c.yaml"
     path.write_text(yaml.safe_dump({"report": False} | tree))
     return path

@@ -8,13 +8,18 @@ import urllib.request
 import pytest
 
 from wrpo_ray.config import Actors, RewardConfig
-from wrpo_ray.core import records
-from wrpo_ray.core.run import Run
-from wrpo_ray.core.shards import Bucket, Prompts, Samples, write_shard
-from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
-from wrpo_ray.score import stage
-from wrpo_ray.score.stage import Score
+from wrpo_ray.data import records
+from wrpo_ray.data.shards import (
+    Bucket,
+    Prompts,
+    Samples,
+    write_shard,
+)
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.score import stage
+from wrpo_ray.stages.score.stage import Score
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
 
 INTERVAL = "RAY_metrics_report_interval_ms"
 

@@ -8,10 +8,13 @@ import time
 import pytest
 
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster, pools
-from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import WrpoError
+from wrpo_ray.runtime import cluster
+from wrpo_ray.runtime import pool as pools
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,13 +39,13 @@ class Sleeper:
 @pytest.mark.parametrize("least", [1, 2])
 def test_a_pool_reaches_its_most_actors_where_there_is_room(calls, least):
     """24 rows, eight CPUs, at most four actors: each of the four does some of them."""
-    pool = cluster.Pool("grow", Actors(min=least, max=4), threads=calls)
+    pool = Pool("grow", Actors(min=least, max=4), threads=calls)
     done = list(pools.map_rows(pool, [{"n": n, "sleeps": 0.5} for n in range(24)], Sleeper, {}))
     assert sorted(r["n"] for r in done) == list(range(24))
     assert len({r["actor"] for r in done}) == 4
 
 
-def run_side_by_side(*mapped: tuple[cluster.Pool, list[dict]]) -> list[list[dict]]:
+def run_side_by_side(*mapped: tuple[Pool, list[dict]]) -> list[list[dict]]:
     """Each pool in a thread of its own, as sources are; their results."""
     done: list[list[dict]] = [[] for _ in mapped]
 
@@ -50,7 +53,7 @@ def run_side_by_side(*mapped: tuple[cluster.Pool, list[dict]]) -> list[list[dict
         pool, rows = mapped[number]
         done[number] += pools.map_rows(pool, rows, Sleeper, {})
 
-    cluster.side_by_side([lambda n=n: work(n) for n in range(len(mapped))])
+    side_by_side([lambda n=n: work(n) for n in range(len(mapped))])
     return done
 
 
@@ -67,7 +70,7 @@ def actors_before(results: list[dict], moment: float) -> int:
 def test_every_pool_has_its_first_actor_before_another_grows(calls):
     """Room for three actors and three pools of up to three: the two that go on grow later."""
     actors = Actors(max=3, num_cpus=2.5)
-    made = [cluster.Pool(name, actors, threads=calls) for name in ("short", "long", "longer")]
+    made = [Pool(name, actors, threads=calls) for name in ("short", "long", "longer")]
     short, *others = run_side_by_side(
         (made[0], sleeps(4 * calls, 0.5)), *((p, sleeps(16 * calls, 0.5)) for p in made[1:])
     )
@@ -79,9 +82,9 @@ def test_every_pool_has_its_first_actor_before_another_grows(calls):
 
 def test_a_pool_that_comes_later_goes_before_others_growth():
     """Two CPUs are left, which a growing pool has asked for: the one that comes then gets them."""
-    blocks, grows = cluster.Pool("blocks", Actors(num_cpus=3)), []
-    pool = cluster.Pool("grows", Actors(max=2, num_cpus=4))
-    late = cluster.Pool("late", Actors(num_cpus=4))
+    blocks, grows = Pool("blocks", Actors(num_cpus=3)), []
+    pool = Pool("grows", Actors(max=2, num_cpus=4))
+    late = Pool("late", Actors(num_cpus=4))
     came: list[dict] = []
 
     def come() -> None:
@@ -90,7 +93,7 @@ def test_a_pool_that_comes_later_goes_before_others_growth():
             time.sleep(0.1)
         came.extend(pools.map_rows(late, sleeps(2, 0.5), Sleeper, {}))
 
-    cluster.side_by_side(
+    side_by_side(
         [
             lambda: list(pools.map_rows(blocks, sleeps(1, 8), Sleeper, {})),
             lambda: grows.extend(pools.map_rows(pool, sleeps(30, 0.5), Sleeper, {})),
@@ -118,7 +121,7 @@ def wait_for(is_true) -> None:
 def test_a_pool_that_waits_for_rows_shrinks_and_grows_again(monkeypatch):
     monkeypatch.setattr(pools, "IDLE", 1.0)
     followed, done = Step("followed"), []
-    feed, pool = pools.Feed([followed]), cluster.Pool("follows", Actors(max=3))
+    feed, pool = pools.Feed([followed]), Pool("follows", Actors(max=3))
     rows = [{"job": 0, "bucket": n} for n in range(61)]
     results = pools.map_rows(pool, rows, Waits, {}, feed)
     taker = threading.Thread(target=lambda: done.extend(results))
@@ -144,7 +147,7 @@ class Waits:
 
 def test_actors_that_never_start_are_told(tmp_path):
     """Their class cannot be had on the nodes: three are tried, then the cause is told."""
-    pool = cluster.Pool("never", Actors(max=2))
+    pool = Pool("never", Actors(max=2))
     with pytest.raises(WrpoError, match="^never failed: .*no such module here"):
         list(pools.map_rows(pool, sleeps(4, 0), Sleeper, {"x": Unreadable()}))
 
@@ -162,7 +165,7 @@ def test_a_row_that_ends_every_actor_ends_the_pool(monkeypatch, capfd):
     """It would be given to one after another, without an end; others' rows are done before."""
     monkeypatch.setattr(pools, "ROW_LOSSES", 1)
     with pytest.raises(WrpoError, match="^dies failed: "):
-        list(pools.map_rows(cluster.Pool("dies", Actors(max=2)), sleeps(4, 0), Dies, {}))
+        list(pools.map_rows(Pool("dies", Actors(max=2)), sleeps(4, 0), Dies, {}))
     assert "dies: an actor was lost" in capfd.readouterr().err
 
 
@@ -170,8 +173,8 @@ def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, capfd):
     """Another pool holds all CPUs for a while."""
     monkeypatch.setattr(pools, "WAITING", 1.0)
     run_side_by_side(
-        (cluster.Pool("holds", Actors(num_cpus=8)), sleeps(1, 6)),
-        (cluster.Pool("waits", Actors(num_cpus=8)), sleeps(1, 0)),
+        (Pool("holds", Actors(num_cpus=8)), sleeps(1, 6)),
+        (Pool("waits", Actors(num_cpus=8)), sleeps(1, 0)),
     )
     told = capfd.readouterr().err
     assert ": waiting for its first actor, which needs 8 CPU" in told

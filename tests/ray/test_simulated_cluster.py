@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.simulation import simulate
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.core import cluster, pools
-from wrpo_ray.core.storage import Folder
-from wrpo_ray.plan import simulate
+from wrpo_ray.runtime import cluster
+from wrpo_ray.runtime import pool as pools
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.storage.folder import Folder
 
 START = 1.0
 """Seconds that an engine takes to start, after its process."""
@@ -46,7 +48,7 @@ def on_ray(nodes: int, times: list[float], folder: str) -> dict[str, float]:
     cluster.connect(ClusterConfig(address=there.address), Folder(folder), "test")
     rows = [{"sleeps": t} for t in times]
     began = time.time()
-    pool = cluster.Pool("sleep", Actors(min=1, max=nodes, num_cpus=1))
+    pool = Pool("sleep", Actors(min=1, max=nodes, num_cpus=1))
     done = list(pools.map_rows(pool, rows, Sleeper, {}))
     wall = time.time() - began
     cluster.disconnect()

@@ -14,16 +14,22 @@ import time
 import psutil
 import pytest
 import torch
-from tiny_models import preference_rows, write_model, write_preferences, write_selection
+from support.tiny_models import preference_rows, write_model, write_preferences, write_selection
 
-from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
-from wrpo_ray.core.run import Run
-from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.config import (
+    AlphaConfig,
+    LoraConfig,
+    ReferenceConfig,
+    TrainConfig,
+    WrpoConfig,
+)
 from wrpo_ray.errors import UserError
-from wrpo_ray.train import prepare
-from wrpo_ray.train.prepare import Prepare
-from wrpo_ray.train.stage import Train, run
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.train import prepare
+from wrpo_ray.stages.train.prepare import Prepare
+from wrpo_ray.stages.train.stage import Train, run
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
 
 PAIRS, SELECTION = Step("pair"), Step("select")
 SEED = 3
@@ -100,9 +106,9 @@ def plain(
     """
     from transformers import AutoModelForCausalLM
 
-    from wrpo_ray.train.order import Order
-    from wrpo_ray.train.rows import PreparedRows
-    from wrpo_ray.train.schedule import alpha_at, learning_rate_at
+    from wrpo_ray.stages.train.order import Order
+    from wrpo_ray.stages.train.rows import PreparedRows
+    from wrpo_ray.stages.train.schedule import alpha_at, learning_rate_at
 
     preference, base = isinstance(config, WrpoConfig), root.local() / "base"
     rows = PreparedRows((root / prepared(root, config).step.folder).local())

@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
-from wrpo_ray.core.run import log
-from wrpo_ray.core.storage import Folder
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import BINS, Statistics
 from wrpo_ray.export.write import DATA
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.storage.folder import Folder
 
 BAR = 24
 """Characters of a histogram's longest bar."""

@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from wrpo_ray.core.published import PUBLISHED
-from wrpo_ray.core.records import ANSWER, MESSAGES, PREFERENCE
+from wrpo_ray.data.published import PUBLISHED
+from wrpo_ray.data.records import ANSWER, MESSAGES, PREFERENCE
 
 Name = Literal["published", "trl", "records"]
 Pairs = Literal["target", "source", "both"]

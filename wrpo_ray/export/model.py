@@ -14,14 +14,21 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from wrpo_ray.core.architecture import Use
-from wrpo_ray.core.model_folder import check_model_folder
-from wrpo_ray.core.storage import TEMPORARY, Folder
-from wrpo_ray.core.weights import TEMPLATES, weight_files
 from wrpo_ray.errors import UserError
 from wrpo_ray.export import weights as weights_format
-from wrpo_ray.export.card import Facts, Model, counted, fenced_settings, models_table, table
+from wrpo_ray.export.card import (
+    Facts,
+    Model,
+    counted,
+    fenced_settings,
+    models_table,
+    table,
+)
 from wrpo_ray.export.weights import Weights
+from wrpo_ray.llm.architecture import Use
+from wrpo_ray.llm.model_folder import check_model_folder
+from wrpo_ray.storage.folder import TEMPORARY, Folder
+from wrpo_ray.storage.weight_files import TEMPLATES, weight_files
 
 CARD = "README.md"
 PATHS = ("_name_or_path", "name_or_path")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
-from wrpo_ray.core.rounding import Rounding, Tensors
-from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.rounding import Rounding, Tensors
+from wrpo_ray.storage.folder import Folder
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wrpo_ray.core.storage import Folder
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import Statistics, bounds
+from wrpo_ray.storage.folder import Folder
 
 FILES = (".jsonl", ".parquet")
 DATA = "data"

@@ -19,19 +19,31 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from wrpo_ray.config import Actors, Config, ModelConfig
-from wrpo_ray.core.shards import Prompts
-from wrpo_ray.core.spending import Entry, read_ledger, stored_rows, stored_tokens
-from wrpo_ray.core.steps import Step
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.data.shards import Prompts
 from wrpo_ray.errors import UserError
-from wrpo_ray.generate.stage import Generate
-from wrpo_ray.ingest.readers import input_files
-from wrpo_ray.pipeline import DPO, FUSED, SFT, STAGES, Chain, Stage, pinned
+from wrpo_ray.pipeline.chain import (
+    DPO,
+    FUSED,
+    SFT,
+    Chain,
+)
+from wrpo_ray.pipeline.models import pinned
+from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.plan import rates
 from wrpo_ray.plan.work import Plan, Work, share
-from wrpo_ray.score.stage import Score
-from wrpo_ray.train.prepare import Prepare
-from wrpo_ray.train.stage import Train
+from wrpo_ray.runtime.ledger import (
+    Entry,
+    read_ledger,
+    stored_rows,
+    stored_tokens,
+)
+from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.ingest.readers import input_files
+from wrpo_ray.stages.score.stage import Score
+from wrpo_ray.stages.train.prepare import Prepare
+from wrpo_ray.stages.train.stage import Train
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
 
 GIVEN, MEASURED, GUESS = "given", "measured", "guess"
 SHARDS = 32

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.storage.folder import Folder
 
 DECODE, FORWARD = 0.15, 0.35
 """Shares of a GPU's peak."""

@@ -5,7 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from wrpo_ray.plan.work import Plan, Work, phases, pools
+from wrpo_ray.plan.work import (
+    Plan,
+    Work,
+    phases,
+    pools,
+)
 
 HEAD = (
     "stage",

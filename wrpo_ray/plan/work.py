@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wrpo_ray.config import PricesConfig
-from wrpo_ray.core.spending import Spent
+from wrpo_ray.runtime.ledger import Spent
 
 SUMS = (
     "rows", "done", "prompts", "prompt_tokens", "output_tokens", "actor_seconds", "units", "startup"

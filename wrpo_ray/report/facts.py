@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 from wrpo_ray.config import PricesConfig
-from wrpo_ray.core.records import digest
-from wrpo_ray.core.shards import failed_by_error
-from wrpo_ray.core.spending import Entry, Spent, read_ledger
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.data.outline import PLAN, Outline, StepOutline
+from wrpo_ray.data.shards import failed_by_error
 from wrpo_ray.errors import UserError
 from wrpo_ray.report import sample
-from wrpo_ray.report.outline import PLAN, Outline, StepOutline
 from wrpo_ray.report.sample import Distributions
+from wrpo_ray.runtime.ledger import Entry, Spent, read_ledger
+from wrpo_ray.storage.fingerprints import digest
+from wrpo_ray.storage.folder import Folder
 
 FORMAT = 1
 """Version of what is kept of the rows."""

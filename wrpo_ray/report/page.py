@@ -13,10 +13,10 @@ from typing import Any
 
 import yaml
 
-from wrpo_ray.core.records import digest
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.data.outline import Outline
 from wrpo_ray.report.facts import KEPT, gather
-from wrpo_ray.report.outline import Outline
+from wrpo_ray.storage.fingerprints import digest
+from wrpo_ray.storage.folder import Folder
 
 FILE = "report.html"
 STATE = "page.json"

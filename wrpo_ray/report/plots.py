@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from wrpo_ray.core.cache import node_cache
 from wrpo_ray.report.histogram import LEAST_EXPONENT, Histogram, shown
+from wrpo_ray.storage.cache import node_cache
 
 os.environ.setdefault("MPLCONFIGDIR", str(node_cache().folder / "matplotlib"))  # not in HOME
 

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wrpo_ray.core.shards import Bucket
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.data.shards import Bucket
 from wrpo_ray.report.histogram import Histogram
+from wrpo_ray.storage.folder import Folder
 
 BUCKETS = 32
 """Buckets that distributions are read from."""

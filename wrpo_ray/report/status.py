@@ -17,12 +17,17 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 
 from wrpo_ray.config import BudgetConfig, PricesConfig
-from wrpo_ray.core import lease
-from wrpo_ray.core.progress import pace
-from wrpo_ray.core.spending import Entry, Spent, read_ledger, read_seconds
-from wrpo_ray.core.storage import TEMPORARY, Folder
+from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import BrokenFileError, UserError
-from wrpo_ray.report.outline import PLAN, Outline, StepOutline
+from wrpo_ray.runtime import lease
+from wrpo_ray.runtime.ledger import (
+    Entry,
+    Spent,
+    read_ledger,
+    read_seconds,
+)
+from wrpo_ray.runtime.progress import pace
+from wrpo_ray.storage.folder import TEMPORARY, Folder
 
 Row = dict[str, Any]
 RECENT = 300.0

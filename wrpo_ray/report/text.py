@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from wrpo_ray.report.comparison import comparison_text
+from wrpo_ray.report.benchmark_table import comparison_text
 
 Row = dict[str, Any]
 EXAMPLE = 120

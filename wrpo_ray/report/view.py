@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from wrpo_ray.report.comparison import tables
+from wrpo_ray.report.benchmark_table import tables
 from wrpo_ray.report.figures import ends, palette
 from wrpo_ray.report.plots import Table, number
 

@@ -25,9 +25,14 @@ from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingR
 from starlette.types import Receive, Scope, Send
 
 from wrpo_ray.config import ServeConfig
-from wrpo_ray.core.records import Message
+from wrpo_ray.data.records import Message
 from wrpo_ray.serve import body as bodies
-from wrpo_ray.serve.errors import ClientError, name_field, too_slow, unavailable
+from wrpo_ray.serve.errors import (
+    ClientError,
+    name_field,
+    too_slow,
+    unavailable,
+)
 from wrpo_ray.serve.keys import Keys
 from wrpo_ray.serve.limits import Limits
 from wrpo_ray.serve.prompts import plain

@@ -33,24 +33,36 @@ from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 from ray.serve.metrics import Counter, Histogram
 
 from wrpo_ray import config
-from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
-from wrpo_ray.core.architecture import Use, check_weights
-from wrpo_ray.core.chat import Template, end_ids, load_tokenizer
-from wrpo_ray.core.cluster import keeping_sigterm, thread_env
-from wrpo_ray.core.records import Message
-from wrpo_ray.core.storage import Folder
-from wrpo_ray.core.temporary import shorten_temporary_folders
-from wrpo_ray.core.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.config import (
+    Actors,
+    RewardConfig,
+    ServeConfig,
+    ServedModel,
+)
+from wrpo_ray.data.records import Message
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.score.base import Item, MissingReferenceError, TooLongError
-from wrpo_ray.score.rewards import load_reward
-from wrpo_ray.serve.api import DONE, Call, LostError, Refusal, create
+from wrpo_ray.llm.architecture import Use, check_weights
+from wrpo_ray.llm.chat import Template, end_ids, load_tokenizer
+from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.runtime.cluster import keeping_sigterm
+from wrpo_ray.runtime.placement import thread_env
+from wrpo_ray.runtime.temporary import shorten_temporary_folders
+from wrpo_ray.serve.api import (
+    DONE,
+    Call,
+    LostError,
+    Refusal,
+    create,
+)
 from wrpo_ray.serve.body import problem_of
 from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.errors import overloaded
 from wrpo_ray.serve.keys import Keys
 from wrpo_ray.serve.prompts import Prompts
-from wrpo_ray.text_files import read_text
+from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
+from wrpo_ray.stages.score.rewards import load_reward
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.text.files import read_text
 
 APP = "wrpo"
 """The application's name on Ray Serve."""

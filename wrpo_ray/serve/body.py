@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from wrpo_ray.config import ServeConfig
-from wrpo_ray.core.published import asks_nothing, unknown_key
+from wrpo_ray.data.published import asks_nothing, unknown_key
 from wrpo_ray.serve.errors import ClientError
 
 M = TypeVar("M", bound=BaseModel)

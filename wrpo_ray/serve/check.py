@@ -5,17 +5,22 @@ from __future__ import annotations
 import os
 import socket
 
-from wrpo_ray.config import RewardConfig, ScoreConfig, ServeConfig, ServedModel
-from wrpo_ray.core.architecture import Use, telling_of
-from wrpo_ray.core.chat import Template
-from wrpo_ray.core.hub import address
-from wrpo_ray.core.model_folder import check_model_folder, opened
-from wrpo_ray.core.storage import Folder
+from wrpo_ray.config import (
+    RewardConfig,
+    ScoreConfig,
+    ServeConfig,
+    ServedModel,
+)
 from wrpo_ray.errors import UserError
-from wrpo_ray.score.check import check_reward_folder
-from wrpo_ray.score.rewards import load_function
+from wrpo_ray.llm.architecture import Use, telling_of
+from wrpo_ray.llm.chat import Template
+from wrpo_ray.llm.model_folder import check_model_folder, opened
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.keys import ENVIRONMENT, Keys
+from wrpo_ray.stages.score.check import check_reward_folder
+from wrpo_ray.stages.score.rewards import load_function
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.hub import address
 
 
 def checked(settings: ServeConfig) -> ServeConfig:

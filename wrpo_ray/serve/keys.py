@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.text_files import BOM, read_text
+from wrpo_ray.text.files import BOM, read_text
 
 ENVIRONMENT = "WRPO_SERVE_KEYS"
 LOOK_AGAIN = 5.0

@@ -14,9 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
 
-from wrpo_ray.core.chat import PROBE, UNWRITTEN, prompt_ids, render
-from wrpo_ray.core.records import Message
+from wrpo_ray.data.records import Message
 from wrpo_ray.errors import TemplateError
+from wrpo_ray.llm.chat import (
+    PROBE,
+    UNWRITTEN,
+    prompt_ids,
+    render,
+)
 
 
 class Prompts:

@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from wrpo_ray.core.architecture import Use, check_weights
+from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.zoo import models, tokenizers, training
 from wrpo_ray.zoo.mistakes import slip, wrong_answer
 from wrpo_ray.zoo.skills import (

@@ -1,0 +1,1 @@
+"""What tests share: made inputs, servers, a Ray head, runs of the command."""

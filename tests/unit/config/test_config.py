@@ -1,0 +1,181 @@
+"""The config tree: everything documented, all errors at once, nearest names."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from wrpo_ray.config import (
+    Config,
+    ModelConfig,
+    PairConfig,
+    Section,
+    ServeConfig,
+    SplitConfig,
+    load,
+)
+from wrpo_ray.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+FUSION = ROOT / "cluster" / "overlays" / "job" / "fusion.yaml"
+OTHERS = {
+    ROOT / "jobs" / "runtime_env.yaml",
+    ROOT / "jobs" / "serve.yaml",
+    ROOT / "jobs" / "study.yaml",
+}
+JOBS = sorted({*(ROOT / "jobs").glob("*.yaml"), FUSION} - OTHERS)
+BASE = {
+    "output": "out",
+    "prompts": {"path": "p.jsonl"},
+    "sources": [{"name": "a", "model": "m"}],
+    "reward": {"model": "r"},
+}
+
+
+def write(tmp_path: Path, tree: object) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def problems(tmp_path: Path, tree: object, *overrides: str) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        load(write(tmp_path, tree), overrides)
+    return str(caught.value).splitlines()
+
+
+def sections() -> list[type[Section]]:
+    found, queue = [], [Section]
+    while queue:
+        queue += (children := queue.pop().__subclasses__())
+        found += children
+    return found
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda p: p.name)
+def test_every_shipped_config_loads(path):
+    load(path)
+
+
+def test_the_shipped_config_of_serving_loads():
+    ServeConfig.model_validate(yaml.safe_load((ROOT / "jobs" / "serve.yaml").read_text()))
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda s: s.__name__)
+def test_every_field_is_documented(section):
+    undocumented = [n for n, f in section.model_fields.items() if not f.description]
+    assert not undocumented
+
+
+def test_all_errors_at_once_with_nearest_name(tmp_path):
+    tree = BASE | {"sampling": {"sampels": 3, "top_p": 2}, "seed": "x", "sauces": []}
+    lines = problems(tmp_path, tree)
+    assert len(lines) == 4
+    text = "\n".join(lines)
+    assert "sampling.sampels: unknown key; did you mean 'samples'?" in text
+    assert "sampling.top_p: input should be less than or equal to 1 (got 2)" in text
+    assert "seed: input should be a valid integer" in text
+    assert "sauces: unknown key; did you mean 'sources'?" in text
+
+
+def test_unknown_key_in_a_list_element_is_named_with_its_place(tmp_path):
+    tree = BASE | {"sources": [{"name": "a", "modle": "m"}]}
+    assert any(
+        "sources.0.modle: unknown key; did you mean 'model'?" in p for p in problems(tmp_path, tree)
+    )
+
+
+def test_zero_sources_and_missing_reward_are_told_together(tmp_path):
+    (line,) = problems(tmp_path, {"output": "o", "prompts": {"path": "p"}})
+    assert "zero sources" in line
+    assert "reward: missing" in line
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["pair.policy=fusechat3"], "set wrpo.alpha.end: 0"),
+        (["pair.policy=fusechat3", "pair.source_below_target=drop"], "belongs to policy: wrpo"),
+        (["pair.policy=fusechat3", "pair.min_margin=0.5"], "max_margin (0.1) must be at least"),
+        (["pair.min_margin=0.5", "pair.max_margin=0.4"], "max_margin (0.4) must be at least"),
+    ],
+)
+def test_pair_policies_that_do_not_fit(tmp_path, overrides, reason):
+    (line,) = problems(tmp_path, BASE, *overrides)
+    assert reason in line
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_revision", "skip_tokenizer_init"])
+@pytest.mark.parametrize("section", ["sources.0", "target"])
+def test_an_engine_has_the_tokenizer_of_the_models_folder(tmp_path, section, name):
+    """The trainer takes the token ids that it samples."""
+    tree = BASE | {"target": {"name": "t", "model": "m"}}
+    (line,) = problems(tmp_path, tree, f"{section}.engine.{name}=other")
+    assert f"engine.{name}: the tokenizer is that of the model folder" in line
+
+
+def test_fusechat3_has_its_own_margins():
+    assert PairConfig().margins == (0, float("inf"))
+    assert PairConfig(policy="fusechat3").margins == (0.01, 0.1)
+    assert PairConfig(policy="fusechat3", max_margin=2).margins == (0.01, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("seed", "write it as a.b=value"),
+        ("seed=[", "not valid YAML"),
+        ("sources.7.name=b", "no such place"),
+        ("seed.a=1", "valid integer"),
+    ],
+)
+def test_bad_override(tmp_path, override, reason):
+    assert reason in problems(tmp_path, BASE, override)[0]
+
+
+def test_overrides_reach_nested_and_listed_values(tmp_path):
+    config = load(write(tmp_path, BASE), ["sources.0.name=b", "wrpo.alpha.end=0.5", "seed=7"])
+    assert (config.sources[0].name, config.wrpo.alpha.end, config.seed) == ("b", 0.5, 7)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- a", "", "\x00"])
+def test_what_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=r"c\.yaml"):
+        load(path)
+
+
+def test_placement_stays_out_of_identity():
+    model = ModelConfig(name="a", model="m")
+    moved = ModelConfig(name="a", model="m", actors={"max": 8, "num_gpus": 1})
+    assert model.identity() == moved.identity()
+    assert model.identity() != ModelConfig(name="a", model="m", dtype="float32").identity()
+
+
+def test_config_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        SplitConfig().sft = 0.5
+
+
+def test_reserved_and_repeated_names(tmp_path):
+    twice = [{"name": "a", "model": "m"}, {"name": "a", "model": "n"}]
+    assert "given twice" in problems(tmp_path, BASE | {"sources": twice})[0]
+    fused = [{"name": "fused", "model": "m"}]
+    assert "is taken" in problems(tmp_path, BASE | {"sources": fused})[0]
+
+
+def test_defaults_are_the_papers():
+    config = Config.model_validate(BASE)
+    assert (config.sampling.samples, config.sampling.temperature, config.sampling.top_p) == (
+        5,
+        0.8,
+        0.95,
+    )
+    wrpo = config.wrpo
+    assert (wrpo.beta, wrpo.alpha.end, wrpo.learning_rate, wrpo.batch_size) == (
+        0.01,
+        0.1,
+        3e-7,
+        128,
+    )

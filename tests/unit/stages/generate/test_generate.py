@@ -1,0 +1,179 @@
+"""What a generation actor does with a bucket, with a fake engine: asking, committing, resuming."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from wrpo_ray.config import ModelConfig, SamplingConfig
+from wrpo_ray.data import records
+from wrpo_ray.data.shards import (
+    Bucket,
+    Prompts,
+    Samples,
+    failed_by_error,
+    read_bucket,
+    write_shard,
+)
+from wrpo_ray.errors import FailureLimitError
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.generate.engine import Request, Voice, failures
+from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+BUCKET = Bucket(0, 1)
+ROW = {"job": 0, "bucket": 0}
+
+
+class FakeEngine:
+    """Answers with the prompt's id; dies at request `dies_at`; refuses the prompts in `refuses`."""
+
+    def __init__(self, dies_at: int | None = None, refuses: tuple[str, ...] = ()):
+        self.asked: list[Request] = []
+        self.calls, self.dies_at, self.refuses = 0, dies_at, refuses
+
+    def answers(self, requests: list[Request], sampling: SamplingConfig, voice: Voice):
+        assert voice == Voice("m", 0, Path("m").absolute())
+        for request in requests:
+            self.calls += 1
+            if self.calls == self.dies_at:
+                raise RuntimeError("the engine died")
+            self.asked.append(request)
+            if request.prompt_id in self.refuses:
+                yield failures("m", request, ValueError("no"))
+            else:
+                yield [self.row(request.prompt_id, sample) for sample in request.samples], []
+
+    def row(self, prompt_id: str, sample: int) -> dict:
+        key = {"prompt_id": prompt_id, "source": "m", "sample": sample}
+        return key | {"text": f"{prompt_id}/{sample}", "output_tokens": 1, "prompt_tokens": 2}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(Folder(str(tmp_path)), buckets=1, chunk=4)
+
+
+def prompts(run: Run, count: int) -> Prompts:
+    step = Step("prompts", {"count": count})
+    rows = [
+        {
+            "prompt_id": records.digest(i),
+            "split": "sft",
+            "messages": [{"role": "user", "content": str(i)}],
+        }
+        for i in range(count)
+    ]
+    write_shard(run.root / step.folder, BUCKET, records.PROMPT, rows, "all")
+    return Prompts(step, ("sft",))
+
+
+def job(asked: Prompts, samples: int = 3) -> Generate:
+    sampling = SamplingConfig(samples=samples)
+    return Generate(
+        ModelConfig(name="m", model="m"), Folder("m").absolute(), "weights", asked, sampling, 0
+    )
+
+
+def generator(run: Run, job: Generate, engine: FakeEngine) -> Generator:
+    actor = Generator(run, [job])
+    actor.engine = engine  # in place of the lazily started one
+    return actor
+
+
+def stored(run: Run, job: Generate) -> list[tuple[str, int, str]]:
+    table = job.samples.read(run.root, BUCKET, records.RESPONSE)
+    return [(r["prompt_id"], r["sample"], r["text"]) for r in table.to_pylist()]
+
+
+def test_a_crash_loses_only_the_chunk_in_hand_and_nothing_is_asked_twice(run):
+    ten = job(prompts(run, 10))
+    first = FakeEngine(dies_at=10)
+    with pytest.raises(RuntimeError):
+        generator(run, ten, first)(ROW)
+    assert len(stored(run, ten)) == 8 * 3  # two chunks of four prompts
+    second = FakeEngine()
+    counts = generator(run, ten, second)(ROW)
+    committed = {r.prompt_id for r in first.asked[:8]}  # the ninth was lost with its chunk
+    assert committed.isdisjoint(r.prompt_id for r in second.asked)
+    assert (counts["rows"], counts["new"]) == (30, 6)
+    assert stored(run, ten) == [
+        (key, s, f"{key}/{s}") for key in sorted(map(records.digest, range(10))) for s in range(3)
+    ]
+
+
+def test_more_samples_ask_for_the_last_ones_only(run):
+    asked = prompts(run, 4)
+    generator(run, job(asked, 3), FakeEngine())(ROW)
+    more, engine = job(asked, 5), FakeEngine()
+    generator(run, more, engine)(ROW)
+    assert {(r.first, r.count) for r in engine.asked} == {(3, 2)}
+    assert len(stored(run, more)) == 20
+    assert len(stored(run, job(asked, 3))) == 12
+
+
+def test_more_prompts_ask_for_the_new_ones_only(run):
+    generator(run, job(prompts(run, 4)), FakeEngine())(ROW)
+    engine, more = FakeEngine(), job(prompts(run, 6))
+    generator(run, more, engine)(ROW)
+    assert sorted(r.prompt_id for r in engine.asked) == sorted(map(records.digest, (4, 5)))
+    assert len(stored(run, more)) == 18
+
+
+def test_failed_rows_are_kept_with_the_reason_and_tried_again(run):
+    two, bad = job(prompts(run, 2)), records.digest(0)
+    counts = generator(run, two, FakeEngine(refuses=(bad,)))(ROW)
+    assert (counts["rows"], counts["failed"]) == (3, 3)
+    kept = read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
+    assert {(r["prompt_id"], r["sample"], r["message"]) for r in kept} == {
+        (bad, s, "no") for s in range(3)
+    }
+    with pytest.raises(FailureLimitError, match="3 of 6 rows failed.*ValueError: no"):
+        run.check_failures(two.step, counts["failed"], counts["rows"])
+    counts = generator(run, two, FakeEngine())(ROW)
+    assert (counts["rows"], counts["failed"]) == (6, 0)
+    assert read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).num_rows == 0
+
+
+def test_a_row_is_tried_in_so_many_runs_and_then_given_up(run):
+    """Its attempts are counted over the runs; a retry is another request, with attempts anew."""
+    two, bad = job(prompts(run, 2), samples=1), records.digest(0)
+    for attempt in (1, 2, 3):
+        engine = FakeEngine(refuses=(bad,))
+        counts = generator(run, two, engine)(ROW)
+        assert [r.prompt_id for r in engine.asked].count(bad) == 1
+        assert (counts["rows"], counts["failed"]) == (1, 1)
+        (row,) = read_bucket(two.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
+        assert row["attempts"] == attempt
+    engine = FakeEngine(refuses=(bad,))
+    counts = generator(run, two, engine)(ROW)
+    assert (engine.asked, counts["rows"], counts["failed"]) == ([], 1, 1)
+    (found,) = failed_by_error(two.step.failures(run.root))
+    assert (found["error"], found["rows"], found["attempts"]) == ("ValueError", 1, 3)
+
+    again, engine = replace(two, retry=1), FakeEngine()
+    assert again.step.folder == two.step.folder
+    assert again.step.key != two.step.key
+    counts = generator(run, again, engine)(ROW)
+    assert [r.prompt_id for r in engine.asked] == [bad]
+    assert (counts["rows"], counts["new"], counts["failed"]) == (2, 1, 0)
+    counts = generator(run, two, engine)(ROW)  # what another request brought is no failed row
+    assert (counts["rows"], counts["failed"]) == (2, 0)
+
+
+def test_runs_of_consecutive_samples():
+    assert _runs([0, 1, 4]) == [(0, 2), (4, 1)]
+    assert _runs([]) == []
+
+
+def test_samples_of_all_sources_in_one_store_are_kept_apart(run):
+    """An import has all sources in one store: the key of a row includes its source."""
+    asked, step = prompts(run, 1), Step("import")
+    key = records.digest(0)
+    rows = [
+        {"prompt_id": key, "source": s, "sample": 0, "text": s, "reward": 1.0} for s in ("a", "b")
+    ]
+    write_shard(run.root / step.folder / "sources", BUCKET, records.SCORED, rows, "all")
+    table = Samples(step, asked, None, "sources").read(run.root, BUCKET, records.SCORED)
+    assert table["source"].to_pylist() == ["a", "b"]

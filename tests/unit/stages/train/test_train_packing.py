@@ -1,0 +1,303 @@
+"""Packed rows with a shared prompt against each answer on its own, through real models."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wrpo_ray.config import WrpoConfig
+from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train.logprobs import token_logps
+from wrpo_ray.stages.train.loss import Answers, preference_loss
+from wrpo_ray.stages.train.model import Policy, without_dropout
+from wrpo_ray.stages.train.packing import (
+    Block,
+    costs,
+    deal,
+    pack,
+    pad,
+)
+from wrpo_ray.stages.train.rows import Row
+
+VOCABULARY = 61
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+KINDS = {
+    "llama-gqa": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "mistral-window": ("Mistral", {"sliding_window": 5}),
+    "qwen2-bias": ("Qwen2", {}),
+    "qwen3-window": (
+        "Qwen3",
+        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
+    "gemma2-softcap": (
+        "Gemma2",
+        {
+            "sliding_window": 6,
+            "attn_logit_softcapping": 3.0,
+            "final_logit_softcapping": 4.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "phi3": ("Phi3", {"head_dim": None}),
+}
+
+
+def make(kind: str, implementation: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The same random model for every implementation."""
+    import transformers
+
+    name, options = KINDS[kind]
+    shape = {k: v for k, v in (SHAPE | options).items() if v is not None}
+    config = getattr(transformers, f"{name}Config")(**shape)
+    torch.manual_seed(5)
+    attention.register()
+    torch.set_default_dtype(dtype)
+    try:
+        model = getattr(transformers, f"{name}ForCausalLM")._from_config(
+            config, attn_implementation=implementation
+        )
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if model.get_output_embeddings().weight.std() < 0.1:
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
+    without_dropout(model)
+    return model.train()
+
+
+def some_rows(seed: int, count: int = 5) -> list[Row]:
+    rng = random.Random(seed)
+
+    def ids(most: int) -> np.ndarray:
+        return np.array(rng.choices(range(2, VOCABULARY), k=rng.randint(1, most)), np.int32)
+
+    return [Row(str(i), ids(12), (ids(9), ids(9), ids(9))) for i in range(count)]
+
+
+def plain_logps(model, rows: list[Row]) -> torch.Tensor:
+    """Each answer on its own, all logits, log-softmax: nothing of ours but the rows."""
+    sums = []
+    for row in rows:
+        for answer in row.answers:
+            ids = torch.tensor([[*row.prompt, *answer]])
+            table = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            sums.append(table.gather(1, ids[0, 1:, None])[len(row.prompt) - 1 :].sum())
+    return torch.stack(sums)
+
+
+def loss_and_gradients(model, logps: torch.Tensor, rows: list[Row]):
+    three = Answers(*logps.reshape(-1, 3).unbind(1))
+    reference = Answers(*(t.detach() - 0.3 * i for i, t in enumerate(three)))
+    lengths = Answers(*torch.tensor([[len(a) for a in r.answers] for r in rows]).unbind(1))
+    loss = preference_loss(three, reference, lengths, WrpoConfig(beta=0.5), 0.3).mean()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got - want).norm() / want.norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("collate", [pack, pad])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtype, tolerance, wide):
+    torch.set_num_threads(1)
+    rows = some_rows(seed=len(kind))
+    reference = make(kind, "eager", dtype)
+    wide(dtype)
+    expected = plain_logps(reference, rows)
+    want, wanted = loss_and_gradients(reference, expected, rows)
+
+    plain = "eager" if "gemma" in kind else "sdpa"
+    model = make(kind, attention.SHARED_PROMPT if collate is pack else plain, dtype)
+    policy = Policy(model)
+    got_logps = policy(collate(rows))
+    got, gradients = loss_and_gradients(model, got_logps, rows)
+    assert relative(got_logps, expected) < tolerance
+    assert relative(got, want) < tolerance
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert relative(gradients[name], gradient) < tolerance, name
+
+
+def test_gradient_checkpointing_changes_nothing():
+    rows = some_rows(seed=2)
+    found = []
+    for checkpointing in (False, True):
+        model = make("llama-gqa", attention.SHARED_PROMPT, torch.float64)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(loss_and_gradients(model, Policy(model)(pack(rows)), rows)[1])
+    for name, gradient in found[0].items():
+        assert relative(found[1][name], gradient) < 1e-12
+
+
+def test_layout_of_a_row_worked_by_hand():
+    """Prompt 5 6, answers 7 / 8 9: positions go on from 2, and 6 predicts both first tokens."""
+    row = Row("r", np.array([5, 6]), (np.array([7]), np.array([8, 9])))
+    batch = pack([row])
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 9]]
+    assert batch.positions.tolist() == [[0, 1, 2, 2, 3]]
+    assert batch.predict.tolist() == [1, 1, 3]
+    assert batch.targets.tolist() == [7, 8, 9]
+    assert batch.lengths.tolist() == [1, 2]
+    assert batch.layout.blocks == (Block(2), Block(1, 0), Block(2, 0))
+    padded = pad([row])
+    assert padded.ids.tolist() == [[5, 6, 7, 0], [5, 6, 8, 9]]
+    assert padded.predict.tolist() == [1, 5, 6]
+    assert (batch.tokens, batch.size, padded.tokens, padded.size) == (5, 5, 7, 8)
+    assert costs(np.array([[2, 1, 2]]), packed=True) == [5]
+
+
+def test_a_padded_row_costs_as_much_as_the_longest():
+    """Two answers a row: (2, 1, 2) packs 5 tokens, (4, 3, 1) packs 8 and pads 2 x 7."""
+    lengths = np.array([[2, 1, 2], [4, 3, 1]])
+    assert costs(lengths, packed=True) == [5, 8]
+    assert costs(lengths, packed=False) == [14, 14]
+
+
+# --- varlen, whose kernel needs a GPU: what it is given is checked here -------------------------
+
+
+def emulated_varlen(query, key, value, queries_at, keys_at, *_, scale, window_size, enable_gqa):
+    """What torch's varlen_attn documents, sequence by sequence, masks at the bottom right."""
+    out = []
+    for q0, q1, k0, k1 in zip(
+        queries_at[:-1], queries_at[1:], keys_at[:-1], keys_at[1:], strict=True
+    ):
+        q, k, v = (t.transpose(0, 1) for t in (query[q0:q1], key[k0:k1], value[k0:k1]))
+        if enable_gqa:
+            k, v = (t.repeat_interleave(len(q) // len(k), 0) for t in (k, v))
+        place = torch.arange(k1 - k0)
+        distance = place[-(q1 - q0) :, None] - place
+        seen = distance >= 0
+        if window_size[0] >= 0:
+            seen &= distance <= window_size[0]
+        scores = (q @ k.transpose(1, 2) * scale).masked_fill(~seen, -torch.inf)
+        out.append((scores.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_varlen_is_given_the_same_attention(monkeypatch, window):
+    import torch.nn.attention.varlen as module
+
+    monkeypatch.setattr(module, "varlen_attn", emulated_varlen)
+    torch.manual_seed(0)
+    layout = pack(some_rows(seed=3)).layout
+    tokens = sum(layout.lengths)
+    query = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, tokens, 8, dtype=torch.float64)
+    want = attention.by_blocks(query, key, value, layout, 0.3, window)
+    got = attention.by_varlen(query, key, value, layout, 0.3, window)
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+# --- the head ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("chunk", [1, 3 * 17, 10**6])
+def test_the_head_against_autograd(softcap, chunk):
+    torch.manual_seed(1)
+    hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True)
+                            for s in ((10, 6), (17, 6), (17,)))  # fmt: skip
+    targets = torch.randint(17, (10,))
+
+    def logps(hidden, weight, bias):
+        return token_logps(hidden, weight, bias, targets, softcap, chunk)
+
+    assert torch.autograd.gradcheck(logps, (hidden, weight, bias))
+    logits = hidden @ weight.T + bias
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    want = logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logps(hidden, weight, bias), want, rtol=1e-12, atol=1e-12)
+
+
+def test_a_frozen_head_costs_no_gradient():
+    hidden = torch.randn(4, 6, requires_grad=True)
+    weight = torch.randn(17, 6)
+    token_logps(hidden, weight, None, torch.arange(4)).sum().backward()
+    assert hidden.grad is not None
+    assert weight.grad is None
+
+
+def test_logits_of_all_tokens_never_exist():
+    """The largest tensor that autograd or the forward pass makes has `chunk` numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), kwargs=None):
+            nonlocal largest
+            out = function(*arguments, **(kwargs or {}))
+            if torch.is_tensor(out):
+                largest = max(largest, out.numel())
+            return out
+
+    hidden, weight = (torch.randn(*s, requires_grad=True) for s in ((300, 4), (100, 4)))
+    with Watch():
+        token_logps(
+            hidden, weight, None, torch.zeros(300, dtype=torch.long), chunk=2000
+        ).sum().backward()
+    assert largest <= 2000
+
+
+def test_bf16_is_summed_in_fp32():
+    """300 tokens of a vocabulary of 4 with equal logits: each ln 1/4, in all -415.888."""
+    row = Row("r", np.array([1]), (np.zeros(300, np.int32),))
+    hidden = torch.zeros(1, 301, 8, dtype=torch.bfloat16)
+    weight = torch.zeros(4, 8, dtype=torch.bfloat16)
+    from wrpo_ray.stages.train.logprobs import answer_logps
+
+    got = answer_logps(hidden, lambda h, t: token_logps(h, weight, None, t), pack([row]))
+    assert got.dtype == torch.float32
+    assert got.item() == pytest.approx(-300 * math.log(4), abs=1e-3)
+
+
+# --- dealing ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    st.integers(1, 5),
+    st.integers(10, 120),
+)
+def test_rows_are_dealt_once_within_the_budget(costs, workers, budget):
+    dealt = deal(costs, workers, budget)
+    assert len(dealt) == workers
+    assert len({len(part) for part in dealt}) == 1
+    assert len(dealt[0]) <= math.ceil(len(costs) / workers)  # no pass that only dummies fill
+    assert sorted(i for part in dealt for rows in part for i in rows) == list(range(len(costs)))
+    for rows in (rows for part in dealt for rows in part):
+        assert len(rows) < 2 or sum(costs[i] for i in rows) <= budget
+    assert dealt == deal(costs, workers, budget)
+
+
+def test_loads_are_even():
+    rng = random.Random(0)
+    costs = [rng.randint(50, 1000) for _ in range(128)]
+    loads = [sum(costs[i] for rows in part for i in rows) for part in deal(costs, 8, 4096)]
+    assert max(loads) < 1.05 * min(loads)

@@ -1,0 +1,81 @@
+"""A run that goes on from a checkpoint takes each batch once, and ends with the same weights.
+
+Real DeepSpeed and the real files of `checkpoint`, in this process; only what Ray Train would be
+asked is answered here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import make_tokenizer, preference_rows, write_model
+from test_train_faults import STEPS, WRPO, create, records
+
+from wrpo_ray.stages.train import checkpoint
+from wrpo_ray.stages.train.rows import Tokenizing
+from wrpo_ray.stages.train.task import WRPO_ANSWERS
+
+pytestmark = pytest.mark.usefixtures("alone")
+EVERY = 2
+LONG = WRPO.model_copy(update={"epochs": 2, "checkpoint_every": EVERY, "weight_decay": 0.1})
+
+
+@pytest.fixture(autouse=True)
+def _on_cpu(monkeypatch):
+    for name in ("DS_ACCELERATOR", "LOCAL_RANK", "TORCHDYNAMO_DISABLE"):
+        monkeypatch.setenv(name, {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}.get(name, "1"))
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch) -> list[Path]:
+    """Checkpoints in the order in which they were reported; `get_checkpoint` gives the newest."""
+    from ray import train
+
+    folders: list[Path] = []
+
+    def report(metrics: dict[str, Any], *, checkpoint: Any, **_: Any) -> None:
+        folders.append(tmp_path / f"checkpoint-{len(folders)}")
+        shutil.rmtree(folders[-1], ignore_errors=True)  # of a run before
+        shutil.copytree(checkpoint.path, folders[-1])
+
+    def newest() -> Any:
+        return train.Checkpoint.from_directory(str(folders[-1])) if folders else None
+
+    monkeypatch.setattr(train, "report", report)
+    monkeypatch.setattr(train, "get_checkpoint", newest)
+    monkeypatch.setattr(train, "get_all_reported_checkpoints", lambda mode: [])
+    monkeypatch.setattr(checkpoint, "_local_folder", lambda: tmp_path / "written")
+    return folders
+
+
+def weights(trainer: Any) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in trainer.policy.module.named_parameters()}
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_each_batch_is_taken_once(tmp_path, kept, stage):
+    """Six steps with checkpoints behind the second and fourth; the run ends behind each of them."""
+    base = write_model(tmp_path / "base", tied=True)
+    tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), WRPO_ANSWERS, WRPO)
+    rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
+    config = LONG.model_copy(update={"zero_stage": stage})
+    whole = create(tmp_path / "whole", base, rows, config)
+    assert checkpoint.restore(whole.policy, whole.task.step.key) == 0
+    whole.run(0)
+    assert len(kept) == 2
+    want = [(r["step"], r["loss"], r["alpha"], r["lr"]) for r in records(whole)]
+    assert [step for step, *_ in want] == list(range(2 * STEPS))
+    for count, last in ((2, 4), (1, 2)):
+        del kept[count:]
+        again = create(tmp_path / f"again-{last}", base, rows, config)
+        assert checkpoint.restore(again.policy, "another model of the series") == 0
+        assert checkpoint.restore(again.policy, again.task.step.key) == last
+        again.run(last)
+        got = [(r["step"], r["loss"], r["alpha"], r["lr"]) for r in records(again)]
+        assert got == want[last:]
+        for name, value in weights(whole).items():
+            assert torch.equal(weights(again)[name], value), name

@@ -1,0 +1,561 @@
+"""Weights on a node: hub ids and object stores, one copy for all its processes, eviction.
+
+The hub's own client speaks with a server of the test's own; what has to hold across processes
+is shown with processes.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.hub_server import serve
+from support.tiny_models import make_model, write_model
+
+from wrpo_ray.config import Config, ModelConfig, serving
+from wrpo_ray.errors import UserError
+from wrpo_ray.export.forms import Form
+from wrpo_ray.export.run import export
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.preflight import preflight
+from wrpo_ray.serve.check import checked
+from wrpo_ray.storage import cache as caches
+from wrpo_ray.storage import hub as hubs
+from wrpo_ray.storage.cache import NodeCache
+from wrpo_ray.storage.fingerprints import model_fingerprint
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.weight_files import engine_files
+
+ROOT = Path(__file__).parents[3]
+GB = 10**9
+FETCH = """
+import sys
+from wrpo_ray.storage.folder import Folder
+print(Folder(sys.argv[1]).local(), flush=True)
+sys.stdin.read()
+"""
+"""Fetches a folder, tells where it lies, and holds it until its stdin ends."""
+
+
+class Sized:
+    """A source of one file of zeros."""
+
+    def __init__(self, size: int, name: str = "weights"):
+        self.size, self.name = size, name
+        self.fetched = 0
+
+    def __str__(self) -> str:
+        return self.name
+
+    def sizes(self) -> dict[str, int]:
+        return {"data": self.size}
+
+    def fetch(self, sizes: dict[str, int], to: Path) -> None:
+        self.fetched += 1
+        (to / "data").write_bytes(bytes(sizes["data"]))
+
+
+def let_go() -> None:
+    """What the end of this process would do to its holds."""
+    for file in caches._held.values():
+        file.close()
+    caches._held.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_holds():
+    yield
+    let_go()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """A tiny model's folder."""
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running hub that this process and those it starts speak with."""
+    with serve() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("WRPO_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def fetching(folder: Folder, code: str = FETCH) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, folder.uri],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def config(model: str, output: Path, **more: str) -> Config:
+    """A run with one source, whose rewards come from a function."""
+    prompts = output / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w1"}) + "\n")
+    return Config(
+        output=str(output / "out"),
+        prompts={"path": str(prompts)},
+        sources=[{"name": "a", "model": model} | more],
+        reward={"function": "wrpo_ray.zoo.skills:verify"},
+    )
+
+
+# --- which files ---------------------------------------------------------------------------------
+
+
+def test_only_what_an_engine_reads_is_fetched():
+    """One form of the weights, no copies in subfolders, all tokenizers and templates."""
+    sharded = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    small = [
+        "config.json", "generation_config.json", "model.safetensors.index.json",
+        "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling_own.py",
+        "additional_chat_templates/tool.jinja",
+    ]  # fmt: skip
+    left = [
+        "pytorch_model-00001-of-00002.bin", "consolidated.safetensors", "original/config.json",
+        "original/consolidated.00.pth", "onnx/model.onnx", "model-Q4.gguf", "README.md",
+        "tf_model.h5", "model.fp16.safetensors", "training_args.bin",
+    ]  # fmt: skip
+    assert set(engine_files([*sharded, *small, *left])) == {*sharded, *small}
+    assert engine_files(["config.json", "pytorch_model.bin", "a.pth"]) == [
+        "config.json",
+        "pytorch_model.bin",
+    ]
+
+
+# --- hub ids -------------------------------------------------------------------------------------
+
+
+def test_what_is_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model in ("org/name", "hf://org/name", "hf://org/name@v1", "Qwen/Qwen2.5-0.5B_x"):
+        assert hubs.is_hub_id(model)
+    for model in ("name", "/org/name", "./org/name", "~/name", "a/b/c", "s3://org/name", "../a/b"):
+        assert not hubs.is_hub_id(model)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert not hubs.is_hub_id("org/name")
+    assert hubs.is_hub_id("hf://org/name")
+    assert hubs.address("org/name", None) == "org/name"
+    with pytest.raises(UserError, match="org/name is a folder; only a hub id"):
+        hubs.address("org/name", "main")
+
+
+def test_a_revision_is_known_by_its_commit(hub, model, tmp_path):
+    """The branch moves: a new identity. The commit, or a tag at it, is the old one."""
+    first = hub.add("org/name", model)
+    hub.repos["org/name"].refs["v1"] = first
+    branch = preflight(config("org/name", tmp_path))
+    assert branch.sources[0].model == f"hf://org/name@{first}"
+    assert branch.sources[0].revision is None
+    second = hub.add("org/name", model, extra=b"{}")
+    moved = preflight(config("org/name", tmp_path))
+    pinned = preflight(config("org/name", tmp_path, revision=first))
+    tagged = preflight(config("hf://org/name@v1", tmp_path))
+    assert moved.sources[0].model == f"hf://org/name@{second}"
+    assert pinned == tagged == branch
+
+    def key(settings: Config) -> str:
+        return Chain(settings, "generate").build()[-1].steps[-1].key
+
+    assert key(pinned) == key(tagged) == key(branch) != key(moved)
+    assert model_fingerprint(Folder(moved.sources[0].model)) == second
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages }}")
+    other = preflight(config("org/name", tmp_path, chat_template=str(template)))
+    assert key(other) != key(moved)
+
+
+def test_a_check_reads_all_but_the_weights(hub, model, tmp_path):
+    hub.add("org/name", model)
+    preflight(config("org/name", tmp_path))
+    assert set(hub.downloads()) == {p.name for p in model.iterdir()} - {"model.safetensors"}
+    assert not list((tmp_path / "cache").glob("*.json"))
+
+
+def test_without_a_template_or_weights_the_check_says_so(hub, model, tmp_path):
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    hub.add("org/bare", bare)
+    with pytest.raises(UserError, match=r"sources.a: org/bare: has no chat template; .*set `chat"):
+        preflight(config("org/bare", tmp_path))
+    empty = shutil.copytree(model, tmp_path / "empty")
+    (empty / "model.safetensors").unlink()
+    hub.add("org/empty", empty, **{"model.gguf": b"x"})
+    with pytest.raises(UserError, match=r"sources.a: org/empty: has no weights \(\*.safetensors"):
+        preflight(config("org/empty", tmp_path))
+
+
+def test_what_is_broken_on_the_hub_is_told_before_its_weights_are_fetched(
+    hub, model, tmp_path, monkeypatch
+):
+    """A shard that its index names, a tokenizer, a template; also for `wrpo serve`."""
+    monkeypatch.setenv("WRPO_SERVE_KEYS", f"me {'0' * 64}")
+    sharded = shutil.copytree(model, tmp_path / "sharded")
+    (sharded / "model.safetensors").unlink()
+    make_model().save_pretrained(sharded, max_shard_size="40KB")
+    hub.add("org/whole", sharded)
+    preflight(config("org/whole", tmp_path))
+    (sharded / "model-00002-of-00004.safetensors").unlink()
+    hub.add("org/shards", sharded)
+    for name, told in (
+        ("org/shards", "names model-00002-of-00004.safetensors, which is missing"),
+        ("org/tokenizer", "its tokenizer cannot be loaded"),
+        ("org/template", "fails on two turns"),
+    ):
+        files = {"org/tokenizer": {"tokenizer.json": b"{}"}}
+        files["org/template"] = {"chat_template.jinja": b"{% for"}
+        if name in files:
+            hub.add(name, model, **files[name])
+        with pytest.raises(UserError, match=f"sources.a: {name}: .*{told}"):
+            preflight(config(name, tmp_path))
+        with pytest.raises(UserError, match=f"serve: m: {name}: .*{told}"):
+            checked(serving({"models": [{"name": "m", "model": name}]}))
+    assert not hub.downloads(".safetensors")
+
+
+def test_a_copy_is_a_model_folder_with_the_hubs_content(hub, model, tmp_path):
+    extra = {"pytorch_model.bin": b"x" * 99, "README.md": b"y"}
+    commit = hub.add("org/name", model, **extra)
+    copy = Folder(f"hf://org/name@{commit}").local()
+    names = {p.name for p in model.iterdir()}
+    assert {p.name for p in copy.iterdir()} == names
+    assert all((copy / n).read_bytes() == (model / n).read_bytes() for n in names)
+
+
+def test_eight_processes_download_each_file_once(hub, model, tmp_path):
+    hub.pause = 0.02
+    commit = hub.add("org/name", model)
+    processes = [fetching(Folder(f"hf://org/name@{commit}")) for _ in range(8)]
+    places = {p.communicate("")[0].strip() for p in processes}
+    assert [p.returncode for p in processes] == [0] * 8
+    assert len(places) == 1
+    assert hub.downloads() == dict.fromkeys((p.name for p in model.iterdir()), 1)
+
+
+def test_a_killed_download_leaves_nothing_that_looks_whole_and_goes_on(hub, model, tmp_path):
+    commit = hub.add("org/name", model)
+    folder, cache = Folder(f"hf://org/name@{commit}"), tmp_path / "cache"
+    small = len(list(model.iterdir())) - 1
+    hub.pause = 0.2  # only the weights are large enough for it
+    with fetching(folder) as process:
+        while not hub.downloads(".safetensors") or _arrived(cache) < small:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    assert [p.suffix for p in cache.iterdir() if p.is_dir()] == [".part"]
+    hub.pause = 0
+    copy = folder.local()
+    assert (copy / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+    again = {name for name, count in hub.downloads().items() if count > 1}
+    assert again == {"model.safetensors"}
+    assert [p.name for p in cache.iterdir() if p.is_dir()] == [copy.name]
+
+
+def _arrived(cache: Path) -> int:
+    """Files that an unfinished copy has and knows that it has; the note comes after the file."""
+    return len(list(cache.glob("*.part/.cache/huggingface/download/*.metadata")))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_with_another_content_is_refused_and_fetched_again(hub, model, name):
+    """A flipped bit passes every check of sizes."""
+    folder = Folder(f"hf://org/name@{hub.add('org/name', model)}")
+    hub.spoil = name
+    with pytest.raises(OSError, match=f"{name} arrived with another content"):
+        folder.local()
+    hub.spoil = ""
+    assert (folder.local() / name).read_bytes() == (model / name).read_bytes()
+    assert {n for n, count in hub.downloads().items() if count > 1} == {name}
+
+
+def test_a_model_in_the_users_own_cache_is_used_in_place(hub, model, tmp_path):
+    from huggingface_hub import snapshot_download
+
+    commit = hub.add("org/name", model)
+    folder = Folder(f"hf://org/name@{commit}")
+    own = snapshot_download("org/name", revision=commit)
+    assert folder.local() == Path(own)
+    assert not (tmp_path / "cache").exists()
+    (Path(own) / "generation_config.json").unlink()
+    copy = folder.local()  # it is no longer whole
+    assert copy.parent == tmp_path / "cache"
+    assert (copy / "generation_config.json").is_file()
+
+
+def test_offline_with_a_commit_and_a_cache(hub, model, tmp_path, monkeypatch):
+    commit = hub.add("org/name", model)
+    settings = config("org/name", tmp_path, revision=commit)
+    online = preflight(settings)
+    assert preflight(config("org/name", tmp_path)) == online
+    place = Folder(online.sources[0].model).local()
+    asked = hub.asked.total()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert preflight(settings) == online
+    assert Folder(online.sources[0].model).local() == place
+    assert preflight(config("org/name", tmp_path)) == online  # the branch where it was seen last
+    assert hub.asked.total() == asked
+
+
+# --- what the hub refuses ------------------------------------------------------------------------
+
+
+def refusal(settings: Config) -> str:
+    with pytest.raises(UserError) as caught:
+        preflight(settings)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith("sources.a: ")
+    return line
+
+
+def test_a_gated_model(hub, model, tmp_path, monkeypatch):
+    hub.add("org/gated", model)
+    hub.repos["org/gated"].is_gated = True
+    line = refusal(config("org/gated", tmp_path))
+    assert f"org/gated: is gated; accept its licence on {hub.url}/org/gated" in line
+    assert "set HF_TOKEN, on every node" in line
+    monkeypatch.setenv("HF_TOKEN", "hf_granted")
+    preflight(config("org/gated", tmp_path))
+    assert "Bearer hf_granted" in hub.tokens
+
+
+def test_a_token_goes_nowhere_but_to_the_hub(hub, model, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("HF_TOKEN", "hf_granted")
+    commit = hub.add("org/gated", model)
+    hub.repos["org/gated"].is_gated = True
+    settings = preflight(config("org/gated", tmp_path))
+    Folder(settings.sources[0].model).local()
+    assert hub.asked["GET", f"/org/gated/resolve/{commit}/model.safetensors"] == 1
+    files = [p for p in tmp_path.rglob("*") if p.is_file()]
+    assert not [p for p in files if b"hf_granted" in p.read_bytes()]
+    assert "hf_granted" not in "".join(capfd.readouterr())
+    assert "hf_granted" not in repr(settings)
+
+
+def test_a_missing_model(hub, tmp_path):
+    line = refusal(config("org/gone", tmp_path))
+    assert "org/gone: no such folder, and no model that" in line
+    assert "correct `model`, or set HF_TOKEN" in line
+
+
+def test_a_wrong_revision(hub, model, tmp_path):
+    hub.add("org/name", model)
+    for revision in ("v9", "0" * 40):
+        line = refusal(config("org/name", tmp_path, revision=revision))
+        assert f"org/name: has no revision '{revision}'; give a branch, tag or commit" in line
+
+
+def test_no_network(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert "while HF_HUB_OFFLINE is set; put that right" in refusal(config("org/name", tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    line = refusal(config("org/name", tmp_path, revision="v1"))
+    assert "while http://127.0.0.1:9 does not answer" in line
+    assert "run `hf download org/name --revision v1` where there is a network" in line
+
+
+def test_all_problems_are_told_at_once(hub, tmp_path):
+    settings = config("org/gone", tmp_path)
+    more = ModelConfig(name="b", model=str(tmp_path / "gone"))
+    settings = settings.model_copy(update={"sources": (*settings.sources, more)})
+    with pytest.raises(UserError) as caught:
+        preflight(settings)
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == [
+        "sources.a",
+        "sources.b",
+    ]
+
+
+def test_an_export_finds_the_steps_of_a_hub_model(hub, model, tmp_path):
+    hub.add("org/name", model)
+    settings = config("org/name", tmp_path).model_copy(
+        update={"target": ModelConfig(name="t", model="org/name")}
+    )
+    with pytest.raises(UserError, match="the preference rows are not there yet"):
+        export(settings, str(tmp_path / "rows.jsonl"), Form())
+
+
+# --- an object store -----------------------------------------------------------------------------
+
+
+def test_a_killed_copy_of_an_object_store_goes_on(bucket, tmp_path, monkeypatch):
+    """Files that arrived stay as they are; none is half, and the folder is not taken for whole."""
+    monkeypatch.setenv("WRPO_CACHE", str(tmp_path / "cache"))
+    source = tmp_path / "source"
+    (source / "below").mkdir(parents=True)
+    for number in range(80):
+        (source / "below" / f"{number:03}").write_bytes(os.urandom(100_000))
+    folder = Folder(bucket) / "rows"
+    folder.upload(source)
+    with fetching(folder) as process:
+        while not (there := finished(tmp_path / "cache", ".part")):
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.kill()
+    there = finished(tmp_path / "cache", ".part")
+    assert 0 < len(there) < 80
+    copy = folder.local()
+    now = finished(tmp_path / "cache", "")
+    assert there.items() <= now.items()
+    assert len(now) == 80
+    assert all(
+        (copy / "below" / p.name).read_bytes() == p.read_bytes()
+        for p in (source / "below").iterdir()
+    )
+    assert not list(copy.rglob(".*"))
+
+
+def finished(cache: Path, suffix: str) -> dict[str, int]:
+    """{file: when it was last written} of the copy's files."""
+    files = [p for d in cache.glob(f"*{suffix}") if d.suffix == suffix for p in d.glob("below/*")]
+    return {p.name: p.stat().st_mtime_ns for p in files if not p.name.startswith(".")}
+
+
+def test_a_trained_model_in_an_object_store_comes_to_the_node_once(
+    bucket, model, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("WRPO_CACHE", str(tmp_path / "cache"))
+    folder = Folder(bucket) / "sft" / "model"
+    folder.upload(model)
+    (folder / "checkpoint").write("optimizer.bin", b"not for an engine")
+    processes = [fetching(folder) for _ in range(4)]
+    (place,) = {p.communicate("")[0].strip() for p in processes}
+    assert {p.name for p in Path(place).iterdir()} == {p.name for p in model.iterdir()}
+    record = json.loads(Path(f"{place}.json").read_text())
+    assert record["of"] == "s3://wrpo/run/sft/model"
+
+
+# --- eviction ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=30))
+def test_the_least_recently_used_are_evicted_and_no_more_than_needed(tmp_path_factory, asked):
+    """Against a list in order of use; the copy `i` has 100 * (i + 1) bytes, the limit is 1000."""
+    cache = NodeCache(tmp_path_factory.mktemp("cache"), limit=1000)
+    sources = [Sized(100 * (i + 1)) for i in range(6)]
+    order: list[int] = []
+    fetched = [0] * 6
+    for i in asked:
+        cache.copy(f"key{i}", sources[i])
+        let_go()
+        if i in order:
+            order.remove(i)
+        else:
+            fetched[i] += 1
+            while sum(100 * (k + 1) for k in order) + 100 * (i + 1) > 1000:
+                order.pop(0)
+        order.append(i)
+        there = {p.name for p in cache.folder.iterdir() if p.is_dir()}
+        assert there == {f"key{k}" for k in order}
+    assert [s.fetched for s in sources] == fetched
+
+
+HOLD = """
+import sys
+from pathlib import Path
+sys.path += sys.argv[2:]
+from test_weights import NodeCache, Sized
+NodeCache(Path(sys.argv[1]), 1000).copy("held", Sized(600))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_copy_in_use_is_never_evicted_and_a_killed_process_lets_go(tmp_path):
+    cache = NodeCache(tmp_path, limit=1000, patience=0.3)
+    paths = [str(ROOT / "tests"), str(ROOT / "tests" / "unit" / "storage")]
+    command = [sys.executable, "-c", HOLD, str(tmp_path), *paths]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as holder:
+        assert holder.stdout.readline() == "held\n"
+        cache.copy("idle", Sized(300))
+        let_go()
+        with pytest.raises(UserError, match="big takes 5e-07 GB and does not fit: the cache"):
+            cache.copy("big", Sized(500, "big"))
+        assert (tmp_path / "held" / "data").stat().st_size == 600
+        assert (tmp_path / "idle").is_dir()  # evicting it would not have been enough
+        let_go()
+        cache.copy("fits", Sized(400))
+        assert not (tmp_path / "idle").exists()
+        let_go()
+        holder.kill()
+    cache.copy("big", Sized(500, "big"))
+    assert not (tmp_path / "held").exists()
+    assert (tmp_path / "fits").is_dir()
+
+
+def test_what_can_never_fit_is_refused_at_once(tmp_path):
+    cache = NodeCache(tmp_path, limit=1000, patience=600)
+    cache.copy("held", Sized(900))
+    with pytest.raises(UserError, match=r"does not fit: .* 9e-07 GB are copies in use; raise cl"):
+        cache.copy("big", Sized(1001))
+
+
+def test_a_waiting_copy_is_made_when_another_is_let_go(tmp_path):
+    import threading
+
+    cache = NodeCache(tmp_path, limit=1000, patience=30)
+    cache.copy("held", Sized(900))
+    threading.Timer(0.5, let_go).start()
+    assert cache.copy("next", Sized(800)).is_dir()
+    assert not (tmp_path / "held").exists()
+
+
+def test_a_full_disk_evicts_too(tmp_path, monkeypatch):
+    """The disk's free bytes as they would be beside these copies on a disk of 1 GB and 1000 B."""
+    cache = NodeCache(tmp_path)
+
+    def usage(folder: Path) -> object:
+        taken = sum(p.stat().st_size for p in tmp_path.rglob("data"))
+        return type("Usage", (), {"free": GB + 1000 - taken})
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    for key in ("one", "two"):
+        cache.copy(key, Sized(400))
+    let_go()
+    cache.copy("one", Sized(400))
+    let_go()
+    cache.copy("three", Sized(500))
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"one", "three"}
+    with pytest.raises(UserError, match="raise cluster.cache_gb, free the disk, or set WRPO_CACHE"):
+        cache.copy("four", Sized(GB))
+
+
+def test_a_file_of_another_size_is_refused(tmp_path):
+    class Short(Sized):
+        def fetch(self, sizes: dict[str, int], to: Path) -> None:
+            (to / "data").write_bytes(b"half")
+
+    with pytest.raises(OSError, match="data arrived with 4 bytes in place of 10"):
+        NodeCache(tmp_path).copy("key", Short(10))
+    assert not (tmp_path / "key").exists()
+    assert (NodeCache(tmp_path).copy("key", Sized(10)) / "data").stat().st_size == 10
+
+
+def test_the_limit_of_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("WRPO_CACHE", str(tmp_path))
+    monkeypatch.setenv("WRPO_CACHE_GB", "1.5")
+    assert caches.node_cache() == NodeCache(tmp_path, 1_500_000_000)
+    monkeypatch.setenv("WRPO_CACHE_GB", "much")
+    with pytest.raises(UserError, match="WRPO_CACHE_GB=much: not a number of GB"):
+        caches.node_cache()

@@ -1,0 +1,5 @@
+"""The command `wrpo`."""
+
+from wrpo_ray.cli.entry import main
+
+__all__ = ["main"]

@@ -1,0 +1,43 @@
+"""How the command ends: exit codes, errors on stderr, SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+
+from wrpo_ray.errors import BudgetError, RegressionError, UserError, WrpoError
+from wrpo_ray.text.addresses import shown
+
+CODES: dict[type[WrpoError], int] = {UserError: 2, BudgetError: 3, RegressionError: 4}
+"""Exit codes by error; any other is 1."""
+INTERRUPTED, TERMINATED = 130, 143
+
+
+def print_trace() -> None:
+    """The traceback of the current error, if WRPO_DEBUG asks for it."""
+    if os.environ.get("WRPO_DEBUG"):
+        print(shown(traceback.format_exc()), file=sys.stderr, end="")
+
+
+class Terminated(SystemExit):
+    """SIGTERM, which `ray job stop`, Kubernetes and batch systems send."""
+
+
+def terminate(*_: object) -> None:
+    """Handler of SIGTERM: end in order, once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows puts things in order
+    raise Terminated(TERMINATED)
+
+
+def code_of(error: WrpoError) -> int:
+    """The exit code of an error."""
+    return next((code for kind, code in CODES.items() if isinstance(error, kind)), 1)
+
+
+def fail(reason: object, code: int) -> int:
+    """Print the reason without secrets, and return the code."""
+    for line in shown(str(reason)).splitlines():
+        print(f"wrpo: error: {line}", file=sys.stderr)
+    return code

@@ -1,0 +1,49 @@
+"""`wrpo fuse` and the commands of single stages: run the chain of a config."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from wrpo_ray.cli.arguments import STAGE_HELP, config_command, finite, until_argument
+
+
+def _gate_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--fail-below",
+        type=finite,
+        metavar="X",
+        help="exit with 4 if a pair of evaluate.pairwise has a win rate below X (0 to 1)",
+    )
+
+
+def add_fuse(commands: Any) -> None:
+    """`fuse`, and a command for each stage, which stops after it."""
+    fuse = config_command(commands, "fuse", "the whole chain of a config", _fuse, is_run=True)
+    until_argument(fuse, "stop after this step")
+    for name, text in STAGE_HELP.items():
+        text = f"the chain up to here: {text}"
+        command = config_command(commands, name, text, _fuse, until=name, is_run=True)
+        if name == "evaluate":
+            _gate_argument(command)
+
+
+def _fuse(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config
+    from wrpo_ray.pipeline import runner
+
+    settings = config.load(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        for stage, step, done in runner.plan(settings, arguments.until):
+            print(f"{stage:9} {'done' if done else 'to do':6} {step.folder}")
+        return
+    from wrpo_ray.plan.estimate import expected
+
+    summary = runner.fuse(settings, arguments.until, expected)
+    from wrpo_ray.report.text import summary_text
+
+    print(summary_text(summary))
+    if getattr(arguments, "fail_below", None) is not None:
+        from wrpo_ray.pipeline.summary import check_pairs
+
+        check_pairs(summary, arguments.fail_below)

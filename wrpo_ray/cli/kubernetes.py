@@ -1,0 +1,40 @@
+"""`wrpo cluster check`: manifests checked without a cluster."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from wrpo_ray.errors import (
+    UserError,
+)
+
+
+def add_cluster(commands: Any) -> None:
+    """`cluster check`."""
+    text = "manifests of Kubernetes and of Ray's cluster launcher"
+    cluster = commands.add_parser("cluster", help=text, description=text)
+    actions = cluster.add_subparsers(metavar="ACTION", required=True)
+    text = "check manifests offline, and whether a config's steps fit their nodes"
+    check = actions.add_parser("check", help=text, description=text)
+    check.add_argument(
+        "manifests", metavar="MANIFEST", nargs="+", help="a YAML file, a folder, or - for stdin"
+    )
+    check.add_argument("--job", metavar="CONFIG", help="the config whose steps have to fit")
+    check.add_argument("--crds", metavar="FOLDER", help="KubeRay's CustomResourceDefinitions")
+    check.set_defaults(run=_check_cluster)
+
+
+def _check_cluster(arguments: argparse.Namespace) -> None:
+    from wrpo_ray import config
+    from wrpo_ray.kubernetes.check import check
+    from wrpo_ray.kubernetes.schema import Schemas
+
+    settings = config.load(arguments.job) if arguments.job else None
+    schemas = Schemas(arguments.crds) if arguments.crds else None
+    report = check(arguments.manifests, settings, schemas)
+    if report.problems:
+        raise UserError("\n".join(map(str, report.problems)))
+    for place in report.places:
+        print(place)
+    print(f"{len(report.manifests)} objects: no problem found")

@@ -1,0 +1,103 @@
+"""The config of a run: one frozen tree with a module for each subject."""
+
+from wrpo_ray.config.base import NAME, PLACEMENT, ImportPath, Name, NotNegative, Positive, Section
+from wrpo_ray.config.data import (
+    Columns,
+    ImportConfig,
+    PromptsConfig,
+    ResponseColumns,
+    SplitConfig,
+    StorageConfig,
+)
+from wrpo_ray.config.evaluation import (
+    AlpacaEvalConfig,
+    ArenaHardConfig,
+    BaselinesConfig,
+    BenchmarksConfig,
+    EvaluateConfig,
+    MTBenchConfig,
+    PairwiseConfig,
+)
+from wrpo_ray.config.loader import explain, load, load_study, read_serving, serving, study_config
+from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig, SamplingOverride
+from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
+from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
+from wrpo_ray.config.resources import Actors, ClusterConfig
+from wrpo_ray.config.reward import (
+    CodeConfig,
+    JudgeConfig,
+    PartConfig,
+    RewardConfig,
+    ScoreConfig,
+    VerifierName,
+)
+from wrpo_ray.config.root import Config
+from wrpo_ray.config.serving import ServeConfig, ServedModel
+from wrpo_ray.config.study import CaseConfig, StudyConfig, VariantConfig
+from wrpo_ray.config.training import (
+    AlphaConfig,
+    LoraConfig,
+    ReferenceConfig,
+    SftConfig,
+    TrainConfig,
+    WrpoConfig,
+)
+
+__all__ = [
+    "NAME",
+    "PLACEMENT",
+    "Actors",
+    "AlpacaEvalConfig",
+    "AlphaConfig",
+    "AnswersConfig",
+    "ArenaHardConfig",
+    "BaselinesConfig",
+    "BenchmarksConfig",
+    "BudgetConfig",
+    "CaseConfig",
+    "ClusterConfig",
+    "CodeConfig",
+    "Columns",
+    "Config",
+    "ContaminationConfig",
+    "EndpointConfig",
+    "EvaluateConfig",
+    "ImportConfig",
+    "ImportPath",
+    "JudgeConfig",
+    "LoraConfig",
+    "MTBenchConfig",
+    "ModelConfig",
+    "Name",
+    "NotNegative",
+    "PairConfig",
+    "PairwiseConfig",
+    "PartConfig",
+    "PlanConfig",
+    "Positive",
+    "PricesConfig",
+    "PromptsConfig",
+    "ReferenceConfig",
+    "ResponseColumns",
+    "RewardConfig",
+    "SamplingConfig",
+    "SamplingOverride",
+    "ScoreConfig",
+    "Section",
+    "ServeConfig",
+    "ServedModel",
+    "SftConfig",
+    "SplitConfig",
+    "StorageConfig",
+    "StudyConfig",
+    "TrainConfig",
+    "VariantConfig",
+    "VerifierName",
+    "WrpoConfig",
+    "explain",
+    "load",
+    "load_study",
+    "read_serving",
+    "serving",
+    "study_config",
+]

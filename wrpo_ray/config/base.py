@@ -1,0 +1,67 @@
+"""What every section of the config has in common: frozen, strict, and hashable for step keys."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+
+from wrpo_ray.config.values import as_written
+from wrpo_ray.errors import UserError
+
+PLACEMENT: Any = {"placement": True}
+"""`json_schema_extra` of fields that do not change results."""
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME)]
+ImportPath = Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+S = TypeVar("S", bound="Section")
+T = TypeVar("T")
+
+
+class Section(BaseModel):
+    """A part of the tree: frozen, and closed to unknown keys.
+
+    Its numbers are finite and given as numbers, and its addresses hold no credentials.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        return as_written(value, cls.model_fields[info.field_name or ""].annotation)
+
+    def identity(self) -> dict[str, Any]:
+        """The JSON-ready fields that decide a result: all but those marked `PLACEMENT`."""
+        names = [n for n, f in type(self).model_fields.items() if f.json_schema_extra != PLACEMENT]
+        dumped = self.model_dump(mode="json", include=set(names))
+        return {n: _identity(getattr(self, n), dumped[n]) for n in names}
+
+
+def _identity(value: Any, dumped: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_identity(*pair) for pair in zip(value, dumped, strict=True)]
+    return value.identity() if isinstance(value, Section) else dumped
+
+
+NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+def required(value: T | None, key: str) -> T:
+    """The value of an optional key that is needed here.
+
+    Raises:
+        UserError: the config leaves it out.
+    """
+    if value is None:
+        raise UserError(f"{key}: missing; this step needs it in the config")
+    return value

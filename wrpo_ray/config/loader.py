@@ -1,0 +1,181 @@
+"""YAML and `--set` into a checked config; every problem is one line with the field's path."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import (
+    ValidationError,
+)
+
+from wrpo_ray.config.base import S, Section
+from wrpo_ray.config.root import Config
+from wrpo_ray.config.serving import ServeConfig
+from wrpo_ray.config.study import StudyConfig
+from wrpo_ray.errors import UserError
+from wrpo_ray.text.addresses import Address, public, shown
+from wrpo_ray.text.documents import KeyTwiceError, read_yaml, yaml_problem
+from wrpo_ray.text.files import read_text
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), check everything.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    return _checked(Config, _read_yaml(path), overrides, f"{path}: ")
+
+
+def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
+    """Check the settings of `wrpo serve`, given as a tree, after applying overrides.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    return _checked(ServeConfig, tree, overrides, "serve: ")
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study's YAML file; the configs of its cases are not read yet (see `study_config`).
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    study = _checked(StudyConfig, _read_yaml(path), overrides, f"{path}: ")
+    cases = {
+        name: case.model_copy(update={"config": str(Path(path).parent / case.config)})
+        for name, case in study.cases.items()
+    }
+    return study.model_copy(update={"cases": cases})
+
+
+def study_config(study: StudyConfig, case: str, variant: str) -> Config:
+    """The config of a variant in a case, with the first seed.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    place, asked = study.cases[case], study.variants[variant]
+    tree = _read_yaml(place.config)
+    fixed = {
+        "output": f"{study.output}/{case}",
+        "seed": study.seeds[0],
+        "evaluate.dpo_baseline": False,  # a variant, if it is wanted
+    }
+    where = f"{place.config} ({case}, {variant})"
+    for changes in (place.set, asked.set, fixed):
+        for dotted, value in changes.items():
+            _put(tree, dotted, value, f"{where}: {dotted}")
+    if asked.sources:
+        tree["sources"] = (tree.get("sources") or [])[: asked.sources]
+    return _checked(Config, tree, (), f"{where}: ")
+
+
+def read_serving(path: str | Path) -> dict[str, Any]:
+    """A YAML file's tree for `serving`.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    return _read_yaml(path)
+
+
+def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> S:
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return _validated(kind, tree, where)
+    except RecursionError:
+        raise UserError(f"{where}a value holds itself, or is nested too deeply") from None
+
+
+def _validated(kind: type[S], tree: Any, where: str) -> S:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        lines = [explain(kind, e) for e in error.errors()]
+        raise UserError("\n".join(f"{where}{shown(line)}" for line in lines)) from None
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    if Address.of(str(path)):
+        raise UserError(f"{shown(str(path))}: a config is a file on this machine; copy it here")
+    if not Path(path).exists():
+        raise UserError(f"{path}: no such config file; see jobs/ for examples")
+    try:
+        tree = read_yaml(read_text(path, "config"))
+    except KeyTwiceError as error:
+        raise UserError(f"{path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys (got {type(tree).__name__})")
+    return tree
+
+
+def _override(tree: Any, override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not dotted:
+        raise UserError(f"--set {shown(override)}: write it as a.b=value")
+    try:
+        value = read_yaml(text)
+    except KeyTwiceError as error:
+        raise UserError(f"--set {dotted}: {error}") from None
+    except yaml.YAMLError:
+        raise UserError(f"--set {dotted}: the value is not valid YAML") from None
+    _put(tree, dotted, value, f"--set {dotted}")
+
+
+def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
+    """Change the value at `a.b` in a tree."""
+    *parents, last = dotted.split(".")
+    try:
+        for key in parents:
+            tree = tree[int(key)] if isinstance(tree, list) else tree.setdefault(key, {})
+        tree[int(last) if isinstance(tree, list) else last] = value
+    except (ValueError, IndexError, TypeError, AttributeError):
+        raise UserError(f"{what}: the config has no such place") from None
+
+
+def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
+    """A problem of a section in one line, as `path: problem (got value)`."""
+    where = ".".join(str(public(part)) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"{where}: unknown key{_nearest(kind, error['loc'])}"
+    if error["type"] == "missing":
+        return f"{where}: missing; it is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message[0].lower()}{message[1:]} (got {public(error['input'])!r})"
+
+
+def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:
+    *parents, unknown = loc
+    section = _section_at(kind, parents)
+    names = [f.alias or n for n, f in section.model_fields.items()] if section else []
+    close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
+
+
+def _section_at(section: type[Section] | None, loc: list[str | int]) -> type[Section] | None:
+    is_name = False  # of one of the user's own, in a mapping of sections
+    for part in loc:
+        if isinstance(part, int) or section is None or is_name:
+            is_name = False
+            continue
+        fields = {f.alias or n: f for n, f in section.model_fields.items()}
+        annotation = fields[part].annotation if part in fields else None
+        section, is_name = _section_in(annotation), get_origin(annotation) is dict
+    return section
+
+
+def _section_in(annotation: Any) -> type[Section] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)

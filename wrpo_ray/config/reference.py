@@ -1,0 +1,270 @@
+"""The reference of all config fields, from the config's JSON schema: for terminal and docs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from wrpo_ray.config import (
+    PLACEMENT,
+    Config,
+    Section,
+    ServeConfig,
+)
+from wrpo_ray.errors import UserError
+
+Schema = dict[str, Any]
+ROOTS: dict[str, type[Section]] = {"": Config, "serve": ServeConfig}
+"""What a path begins in: a run's config, or below `serve` that of `wrpo serve`."""
+KINDS = {
+    "string": "text",
+    "integer": "whole number",
+    "number": "number",
+    "boolean": "true or false",
+    "null": "null",
+}
+BOUNDS = {
+    "minimum": "at least",
+    "exclusiveMinimum": "above",
+    "maximum": "at most",
+    "exclusiveMaximum": "below",
+    "minItems": "at least",
+}
+
+STAR = "* says where and how fast a step runs, or names what is known by its content"
+LONG = 100
+"""Characters above which a list is not shown as a default."""
+
+
+@dataclass(frozen=True)
+class FieldLine:
+    """What the reference says of a field."""
+
+    key: str
+    kind: str
+    """Its type in words, with the section's name where it is one."""
+    bounds: str
+    """Such as `at least 1`; empty without."""
+    default: str
+    """As YAML takes it; `required` without."""
+    text: str
+    decides: bool
+    """Whether its value is part of a step's identity, and not only where and how fast it runs."""
+    section: str | None
+    """The section that it holds, alone, in a list or optionally."""
+
+
+@dataclass(frozen=True)
+class SectionLines:
+    """A section of the tree, at the first path that it is met at."""
+
+    path: str
+    name: str
+    text: str
+    fields: tuple[FieldLine, ...]
+
+
+@cache
+def sections(root: type[Section]) -> dict[str, SectionLines]:
+    """Every section below a root by its class's name, parents first."""
+    schema = root.model_json_schema()
+    found: dict[str, SectionLines] = {}
+    _collect(schema, root.__name__, "", schema.get("$defs", {}), found, True)
+    return found
+
+
+def _collect(
+    schema: Schema,
+    name: str,
+    path: str,
+    defs: Schema,
+    found: dict[str, SectionLines],
+    decides: bool,
+) -> None:
+    """Fields of a section that decides nothing decide nothing either."""
+    if name in found:
+        return
+    fields = tuple(_fields(schema, defs, decides))
+    found[name] = SectionLines(path, name, _flat(schema.get("description", "")), fields)
+    for field in fields:
+        if field.section:
+            below = f"{path}.{field.key}".lstrip(".")
+            _collect(defs[field.section], field.section, below, defs, found, field.decides)
+
+
+def _fields(schema: Schema, defs: Schema, decides: bool) -> Iterator[FieldLine]:
+    required = schema.get("required", ())
+    for key, field in schema["properties"].items():
+        section = _section(field)
+        yield FieldLine(
+            key,
+            _kind(field),
+            ", ".join(_bounds(field)),
+            "required" if key in required else _default(field, defs.get(section or "", {})),
+            _flat(field.get("description", "")),
+            decides and not PLACEMENT.items() <= field.items(),
+            section,
+        )
+
+
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _kind(field: Schema) -> str:
+    if "$ref" in field:
+        return f"section {_section(field)}"
+    if "anyOf" in field:
+        return " or ".join(dict.fromkeys(map(_kind, field["anyOf"])))
+    if values := field.get("enum") or ([field["const"]] if "const" in field else None):
+        return " | ".join(map(str, values))
+    if field.get("type") == "array":
+        parts = [_kind(part) for part in field.get("prefixItems") or [field.get("items", {})]]
+        return f"list of {', '.join(parts)}"
+    if field.get("type") == "object":
+        values_of = _values_of(field)
+        return f"name: {_kind(values_of)}" if values_of else "mapping"
+    return KINDS.get(field.get("type", ""), "any value")
+
+
+def _values_of(field: Schema) -> Schema | None:
+    """The schema of a mapping's values; none where they may be anything."""
+    by_name = next(iter(field.get("patternProperties", {}).values()), None)
+    values = by_name or field.get("additionalProperties")
+    return values if isinstance(values, dict) else None
+
+
+def _bounds(field: Schema) -> Iterator[str]:
+    """Bounds of the value, or, where it is a list or mapping, of those in it."""
+    for name, words in BOUNDS.items():
+        if name in field:
+            yield f"{words} {field[name]:,}" + " long" * (name == "minItems")
+    if "pattern" in field:
+        yield f"like `{field['pattern']}`"
+    inner = [*field.get("anyOf", ()), *field.get("prefixItems", ())]
+    inner += [part for part in (field.get("items"), _values_of(field)) if part]
+    yield from dict.fromkeys(bound for part in inner for bound in _bounds(part))
+
+
+def _section(field: Schema) -> str | None:
+    """The section's name in a field's schema, however deep."""
+    if "$ref" in field:
+        return str(field["$ref"]).rpartition("/")[2]
+    parts = [*field.get("anyOf", ()), field.get("items"), _values_of(field)]
+    return next((s for part in parts if part if (s := _section(part))), None)
+
+
+def _default(field: Schema, section: Schema) -> str:
+    """A section's default is told by what differs from its own fields' defaults."""
+    value = field.get("default")
+    if "$ref" in field and isinstance(value, dict):
+        own = {key: f.get("default") for key, f in section.get("properties", {}).items()}
+        value = {key: v for key, v in value.items() if key not in own or own[key] != v}
+        return _yaml({k: v for k, v in value.items() if not isinstance(v, dict)})
+    return _yaml(value)
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, list) and len(str(value)) > LONG:
+        return f"{len(value)} of them, see wrpo_ray/config/root.py"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+# --- in the terminal -------------------------------------------------------------------------
+
+
+def config_text(path: str, width: int = 100) -> str:
+    """What `wrpo config PATH` prints: a section with its fields, or one field.
+
+    Raises:
+        UserError: there is no such field.
+    """
+    root, _, rest = path.partition(".") if path.split(".")[0] == "serve" else ("", "", path)
+    known = sections(ROOTS[root])
+    here, field = next(iter(known.values())), None
+    for part in filter(None, rest.split(".")):
+        if field and not field.section:
+            raise UserError(f"config: {field.key} has no fields below it")
+        here = known[field.section] if field and field.section else here
+        field = _named(here, part)
+    if field and not field.section:
+        return "\n".join(_field_text(path, field, path, width))
+    here = known[field.section] if field and field.section else here
+    title = f"{path}: {field.text} {here.text}" if field else here.text
+    lines = [*textwrap.wrap(title, width), ""]
+    for one in here.fields:
+        lines += _field_text(one.key, one, f"{path}.{one.key}".lstrip("."), width)
+    return "\n".join([*lines, "", STAR])
+
+
+def _named(section: SectionLines, key: str) -> FieldLine:
+    fields = {field.key: field for field in section.fields}
+    if key in fields:
+        return fields[key]
+    close = difflib.get_close_matches(key, fields, n=1)
+    there = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(fields)}"
+    raise UserError(f"config: no field {key!r}; {there}")
+
+
+def _field_text(shown: str, field: FieldLine, path: str, width: int) -> list[str]:
+    kind = field.kind.replace(f"section {field.section}", "section")
+    told = [kind, field.bounds, _default_text(field)]
+    star = "" if field.decides else "*"
+    more = f" (wrpo config {path})" if field.section else ""
+    head = f"{shown}{star}: {', '.join(part for part in told if part)}{more}"
+    wrapped = textwrap.TextWrapper(width, initial_indent="    ", subsequent_indent="    ")
+    return [head, *wrapped.wrap(field.text)]
+
+
+def _default_text(field: FieldLine) -> str:
+    if field.default == "required" or not field.default:
+        return field.default
+    return "" if field.section and field.default == "{}" else f"default {field.default}"
+
+
+# --- in the docs -----------------------------------------------------------------------------
+
+
+def config_markdown(root: type[Section], prefix: str = "") -> str:
+    """The reference of a tree as Markdown: a heading and a table for each section."""
+    known = sections(root)
+    parts = []
+    for section in known.values():
+        path = f"{prefix}{section.path}"
+        heading = f"## {path}" if section.path else "## At the top"
+        parts += [heading, escaped(section.text), "\n".join(_table(section, known, prefix))]
+    return "\n\n".join(parts)
+
+
+def _table(section: SectionLines, known: dict[str, SectionLines], prefix: str) -> Iterator[str]:
+    yield "| field | type | default | what it says |"
+    yield "| --- | --- | --- | --- |"
+    for field in section.fields:
+        kind = escaped(field.kind)
+        if field.section:
+            there = f"{prefix}{known[field.section].path}"
+            kind = kind.replace(f"section {field.section}", f"[{there}](#{anchor(there)})")
+        bounds = escaped(f", {field.bounds}" if field.bounds else "")
+        default = field.default if field.default == "required" else f"`{field.default}`"
+        star = "" if field.decides else " \\*"
+        yield f"| `{field.key}`{star} | {kind}{bounds} | {default} | {escaped(field.text)} |"
+
+
+def anchor(path: str) -> str:
+    """A heading's anchor, as Python-Markdown and GitHub make it of a dotted path."""
+    return path.replace(".", "").lower()
+
+
+def escaped(text: str) -> str:
+    """Text as Markdown for a table's cell that shows it as it is; code spans stay code."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([*_\[<|])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)

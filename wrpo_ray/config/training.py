@@ -1,0 +1,195 @@
+"""Sections for training: SFT and the preference objectives."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from wrpo_ray.config.base import PLACEMENT, Section
+from wrpo_ray.config.resources import Actors
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685), by peft."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of each adapter."""
+    alpha: int = Field(32, ge=1)
+    """Scale: an adapter's output is multiplied by alpha / rank."""
+    targets: tuple[str, ...] | Literal["all-linear"] = Field("all-linear", min_length=1)
+    """Names of the linear layers that get an adapter; the head never does."""
+
+
+class TrainConfig(Section):
+    """One fine-tuning run on Ray Train and DeepSpeed."""
+
+    epochs: int = Field(1, ge=1)
+    """Passes over the rows."""
+    batch_size: int = Field(128, ge=1)
+    """Rows an optimizer step, over all workers."""
+    learning_rate: float = Field(7e-6, gt=0, le=1)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup: float = Field(0.1, ge=0, le=1)
+    """Share of the steps in which the rate rises linearly from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decay."""
+    clip: float = Field(1.0, ge=0)
+    """Greatest norm of the whole gradient; 0 does not clip."""
+    max_length: int = Field(2048, ge=8)
+    """Tokens of prompt and answer together."""
+    max_prompt_length: int | None = Field(None, ge=1)
+    """Tokens of the prompt; a row with a longer one is dropped and counted; null is no bound."""
+    overflow: Literal["drop", "cut"] = "drop"
+    """What to do with a row whose answers exceed `max_length`: `drop` it, or `cut` each answer
+    that is too long, and only that one, at its end; both are counted."""
+    compat: Literal["none", "published"] = "none"
+    """`published` tokenizes as the method's published script, for replication: all answers from
+    their texts, each with the assistant's header in front and a second end token behind, also one
+    that was cut off; where the longest does not fit, the prompt keeps its last
+    `max_prompt_length` tokens, and then all answers are cut to `max_length - max_prompt_length`."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Precision of weights and activations; log-probs are always summed in fp32."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights; they are merged into the result, whose
+    weights are fp32, and kept beside it."""
+    holdout: float = Field(0.0, ge=0, le=0.5)
+    """Share of the rows, by hash, that are kept from training to measure the loss on."""
+    holdout_every: int = Field(50, ge=1, json_schema_extra=PLACEMENT)
+    """Optimizer steps between measurements on the rows held out; the last step always has one."""
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, json_schema_extra=PLACEMENT)
+    """DeepSpeed ZeRO stage."""
+    offload: Literal["none", "optimizer", "all"] = Field("none", json_schema_extra=PLACEMENT)
+    """What ZeRO keeps in the CPU's memory: the optimizer's state, or (stage 3) weights as well."""
+    gradient_checkpointing: bool = Field(False, json_schema_extra=PLACEMENT)
+    """Compute activations again in the backward pass instead of keeping them."""
+    packing: bool = Field(True, json_schema_extra=PLACEMENT)
+    """Compute a row's prompt once for all its answers, and pack rows without padding."""
+    micro_batch_tokens: int = Field(8192, ge=1, json_schema_extra=PLACEMENT)
+    """Tokens a worker holds in one forward pass; a longer row makes a pass of its own."""
+    workers: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
+    """Ray Train workers."""
+    min_workers: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
+    """Fewest workers to go on with when nodes are lost or not there yet; null needs all."""
+    num_cpus: float = Field(1, ge=0, json_schema_extra=PLACEMENT)
+    """CPUs for a worker."""
+    num_gpus: int = Field(0, ge=0, le=1, json_schema_extra=PLACEMENT)
+    """1 trains on GPUs, one a worker; 0 on the CPU (gloo)."""
+    resources: dict[str, float] = Field({}, json_schema_extra=PLACEMENT)
+    """Custom resources for a worker, such as a node type's: {h100: 1}."""
+    checkpoint_every: int = Field(100, ge=1, json_schema_extra=PLACEMENT)
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1, json_schema_extra=PLACEMENT)
+    """Newest checkpoints kept until the run is finished."""
+    max_failures: int = Field(3, ge=0, json_schema_extra=PLACEMENT)
+    """How often Ray Train restarts the workers from the last checkpoint."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (), json_schema_extra=PLACEMENT
+    )
+    """Where metrics go beside `metrics.jsonl`; each needs its package and its own settings."""
+
+    def identity(self) -> dict[str, Any]:
+        """With LoRA it says how adapters are merged, which was once in bf16."""
+        found = super().identity()
+        return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainConfig:
+        if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
+            raise ValueError(
+                f"max_prompt_length ({self.max_prompt_length}) must be below max_length "
+                f"({self.max_length})"
+            )
+        if self.compat == "published" and self.max_prompt_length is None:
+            raise ValueError("compat: published needs max_prompt_length (the paper's is 1800)")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError("offload needs a zero_stage of 1, 2 or 3")
+        if self.offload == "all" and self.zero_stage != 3:
+            raise ValueError("offload: all needs zero_stage 3")
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers must be at most workers ({self.workers})")
+        return self
+
+
+class SftConfig(TrainConfig):
+    """SFT of the target on y_ws."""
+
+    prompts: Literal["split", "all"] = "split"
+    """Whose y_ws: those of the prompts for SFT, or `all`, as plain distillation has them, which
+    leaves none unseen for preferences."""
+
+    @model_validator(mode="after")
+    def _is_ours(self) -> SftConfig:
+        if self.compat == "published":
+            raise ValueError(
+                "compat: published is for wrpo; the published SFT packs sequences of several rows, "
+                "with loss on prompts, which is not repeated here (leave compat out)"
+            )
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Without `prompts`, which the step of the rows has."""
+        return {name: value for name, value in super().identity().items() if name != "prompts"}
+
+
+class AlphaConfig(Section):
+    """The weight of the source's answer against the target's (paper, equation 6)."""
+
+    end: float = Field(0.1, ge=0, le=1)
+    """alpha at the last step (`dynamic`) or at every step (`static`); 0 is DPO."""
+    schedule: Literal["dynamic", "static"] = "dynamic"
+    """`dynamic` grows linearly from 0 with the rows consumed."""
+
+
+class ReferenceConfig(Section):
+    """Log-probs under the reference model, the SFT model."""
+
+    mode: Literal["stored", "live"] = Field("stored", json_schema_extra=PLACEMENT)
+    """`stored`: computed once, before training, and kept with the rows. `live`: computed in each
+    step by a second model that the workers hold (with LoRA: by the same without its adapters)."""
+    actors: Actors | None = Field(None, json_schema_extra=PLACEMENT)
+    """The pool that computes them; null takes as many as there are workers, each with as much."""
+
+
+class WrpoConfig(TrainConfig):
+    """Preference training (paper, equations 4 to 6)."""
+
+    learning_rate: float = Field(3e-7, gt=0, le=1)
+    """Peak learning rate."""
+    objective: Literal["wrpo", "ipo", "simpo"] = "wrpo"
+    """The loss; `wrpo` with `alpha.end: 0` is DPO. `simpo` needs no reference."""
+    beta: float = Field(0.01, gt=0)
+    """Scale of the implicit reward beta * log(pi/pi_ref)."""
+    alpha: AlphaConfig = AlphaConfig()
+    """The fusion coefficient."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """Probability that a preference is the wrong way round (not for `ipo`)."""
+    margin: float = Field(0.0, ge=0)
+    """SimPO's gamma: by how much the chosen reward should exceed the rejected one."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Weight of an SFT term: the negative log-prob of y_ws an answer token."""
+    reference: ReferenceConfig = ReferenceConfig()
+    """Where the log-probs under pi_ref come from."""
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the objective compares with a reference model."""
+        return self.objective != "simpo"
+
+    @model_validator(mode="after")
+    def _fits_objective(self) -> WrpoConfig:
+        if self.margin and self.objective != "simpo":
+            raise ValueError("margin belongs to objective: simpo")
+        if self.label_smoothing and self.objective == "ipo":
+            raise ValueError("label_smoothing does not belong to objective: ipo")
+        return self

@@ -1,1 +1,0 @@
-"""What every stage shares: records, storage, steps, chat rendering, the cluster."""

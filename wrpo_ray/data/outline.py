@@ -1,0 +1,118 @@
+"""What a run is to do, as `chain.json` in its output says: for those who have only the output.
+
+It names the steps with their folders, so that reports and `wrpo status` need neither the config's
+file nor the models, and it holds the config without credentials.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from wrpo_ray.errors import UserError
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import read_manifest
+
+FILE = "chain.json"
+PLAN = "plan.json"
+"""{key of a step: what it was expected to take, before it began}"""
+FORMAT = 1
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StepOutline:
+    """A step of the chain."""
+
+    stage: str
+    name: str
+    key: str
+    folder: str
+    manifest: str
+    kind: str
+    """generate, score, train, prepare, select, pair, ..."""
+    source: str = ""
+    """The model whose answers it makes or scores, where it is one."""
+    prompts: str = ""
+    """Key of the step with its prompts."""
+    splits: tuple[str, ...] = ()
+    samples: int | None = None
+    stores: tuple[str, ...] = ()
+    """Folders of the scored answers that y_ws (select), y_wt and y_l (pair) are among."""
+
+    def failures(self, root: Folder) -> Folder:
+        """Where its failed rows are kept."""
+        return root / self.folder / "failures" / self.key
+
+    def is_done(self, root: Folder) -> bool:
+        """Whether its result is there."""
+        return (root / self.folder).exists(self.manifest)
+
+    def read_manifest(self, root: Folder) -> Row:
+        """The record of a finished step."""
+        return read_manifest(root / self.folder, self.manifest)
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A run's chain."""
+
+    until: str
+    buckets: int
+    config: Row
+    models: Row
+    """{name: where it lies}"""
+    steps: tuple[StepOutline, ...]
+
+    def record(self) -> Row:
+        """As JSON."""
+        return {"format": FORMAT} | asdict(self)
+
+    @property
+    def sources(self) -> list[str]:
+        """Names of the source models."""
+        return [model["name"] for model in self.config.get("sources") or ()]
+
+    @property
+    def target(self) -> str:
+        """Name of the target, or of the model whose answers are imported as its; else empty."""
+        own, imported = (self.config.get(name) or {} for name in ("target", "import"))
+        return own.get("name") or imported.get("target") or ""
+
+    def write(self, root: Folder) -> None:
+        """Write `chain.json`, unless it says the same."""
+        record = self.record()
+        if not root.says(FILE, _plain(record)):
+            root.write_json(FILE, record)
+
+
+def read(root: Folder) -> Outline:
+    """The outline of an output.
+
+    Raises:
+        UserError: there is none, or it is not as it was written.
+    """
+    kinds = {"steps": list, "buckets": int, "config": dict, "models": dict, "until": str}
+    try:
+        record = root.read_record(FILE, **kinds)
+    except FileNotFoundError:
+        raise UserError(
+            f"{root}: no run is there (no {FILE}); give the `output` of a run, or its config"
+        ) from None
+    try:
+        steps = TypeAdapter(tuple[StepOutline, ...]).validate_python(record["steps"])
+    except ValidationError:
+        raise UserError(
+            f"{root}/{FILE}: its `steps` are none of this version; the run's command writes it anew"
+        ) from None
+    kept = {name: record[name] for name in ("until", "buckets", "config", "models")}
+    return Outline(**kept, steps=steps)
+
+
+def _plain(value: Any) -> Any:
+    """With lists for tuples, as JSON gives them back."""
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

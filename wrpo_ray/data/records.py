@@ -1,0 +1,183 @@
+"""The records that stages hand to each other, as typed and versioned Arrow schemas.
+
+A record is keyed by `prompt_id`, a hash of the conversation, and, for an answer, by
+(prompt_id, source, sample). Every Parquet shard of a step has one of these schemas.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from wrpo_ray.storage.fingerprints import digest
+from wrpo_ray.storage.steps import FORMAT
+
+Message = dict[str, str]
+"""{role, content}"""
+
+
+def _list(of: pa.DataType) -> pa.DataType:
+    return pa.list_(pa.field("element", of))  # the name that Parquet gives it back with
+
+
+MESSAGES = _list(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TOKENS = _list(pa.int32())
+LOGPROBS = _list(pa.struct([("token", pa.string()), ("logprob", pa.float64())]))
+
+
+def _schema(name: str, fields: list[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema(fields, metadata={"record": name, "format": str(FORMAT)})
+
+
+PROMPT = _schema(
+    "prompt",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("split", pa.string()),  # sft | preference | eval
+        ("reference", pa.string()),  # the right answer, as `references` packs it; may be null
+        ("group", pa.string()),  # for tables by skill or category; may be null
+    ],
+)
+RESPONSE = _schema(
+    "response",
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("sample", pa.int32()),
+        ("text", pa.string()),
+        ("token_ids", TOKENS),  # as the engine produced them, with the end token; null if imported
+        ("finish_reason", pa.string()),  # stop | length; null if imported
+        ("prompt_tokens", pa.int32()),
+        ("output_tokens", pa.int32()),
+        ("seed", pa.int64()),
+        ("model", pa.string()),  # fingerprint of the weights and tokenizer
+        ("engine", pa.string()),
+        ("logprobs", LOGPROBS),  # of the likeliest first tokens; null where they were not asked for
+    ],
+)
+SCORED = _schema(
+    "scored",
+    [
+        *zip(RESPONSE.names, RESPONSE.types, strict=True),
+        ("reward", pa.float64()),
+        ("reward_model", pa.string()),
+    ],
+)
+ANSWER = pa.struct(
+    [
+        ("text", pa.string()),
+        ("token_ids", TOKENS),
+        ("finish_reason", pa.string()),
+        ("source", pa.string()),
+        ("sample", pa.int32()),
+        ("reward", pa.float64()),
+    ]
+)
+CANDIDATES = _list(
+    pa.struct([("source", pa.string()), ("sample", pa.int32()), ("reward", pa.float64())])
+)
+SELECTION = _schema(
+    "selection",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("split", pa.string()),
+        ("source_chosen", ANSWER),  # y_ws
+        ("candidates", CANDIDATES),  # the score of every source answer
+    ],
+)
+PREFERENCE = _schema(
+    "preference",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("source_chosen", ANSWER),  # y_ws
+        ("target_chosen", ANSWER),  # y_wt
+        ("rejected", ANSWER),  # y_l
+        ("source_margin", pa.float64()),  # reward of y_ws - reward of y_wt
+        ("target_margin", pa.float64()),  # reward of y_wt - reward of y_l
+        ("candidates", CANDIDATES),  # the score of every answer, sources' and target's
+    ],
+)
+ITEM = _schema(
+    "item",
+    [
+        *zip(PROMPT.names, PROMPT.types, strict=True),
+        ("index", pa.int32()),  # of the question in the benchmark, from 0
+        ("turns", _list(pa.string())),  # what the user says; `messages` has the first
+        ("references", _list(pa.string())),  # a right answer to each turn; empty where none is
+        ("baseline", pa.string()),  # the answer that a model's is compared with; may be null
+    ],
+)
+"""A question of a benchmark."""
+JUDGMENT = _schema(
+    "judgment",
+    [
+        ("prompt_id", pa.string()),
+        ("model", pa.string()),
+        ("against", pa.string()),  # the other model, where two of the run are compared
+        ("judge", pa.string()),
+        ("position", pa.int32()),  # of games, or of turns, from 1
+        ("label", pa.string()),  # the verdict as the judge says it; null if a number is all
+        ("value", pa.float64()),  # the verdict as the benchmark counts it; null if it failed
+        ("index", pa.int32()),
+        ("group", pa.string()),
+        ("length", pa.int32()),  # characters of the model's answer
+        ("other_length", pa.int32()),  # of the baseline's, or of the other model's
+        ("tokens", pa.int32()),  # that all models took that have a part in the answer
+    ],
+)
+NGRAMS = _schema("ngrams", [("hash", pa.uint64())])
+"""The distinct n-grams of the evaluation prompts."""
+OVERLAP = _schema(
+    "overlap",
+    [
+        ("prompt_id", pa.string()),
+        ("overlap", pa.float64()),  # share of the prompt's n-grams that evaluation prompts have
+    ],
+)
+FAILURE = _schema(
+    "failure",
+    [
+        ("stage", pa.string()),
+        ("prompt_id", pa.string()),  # null where the row has not even a prompt
+        ("source", pa.string()),
+        ("sample", pa.int32()),
+        ("where", pa.string()),  # file and line or row, for input rows
+        ("error", pa.string()),  # type of the error
+        ("message", pa.string()),
+        ("attempts", pa.int32()),
+    ],
+)
+
+
+def prompt_id(messages: list[Message]) -> str:
+    """The prompt's key: a hash of its roles and contents (32 hex digits)."""
+    return digest([[m["role"], m["content"]] for m in messages])
+
+
+def error_name(error: Exception) -> str:
+    """The type of an error as failure rows keep it.
+
+    It is the class's name, unless the class states another one as `recorded_as`: outputs hold
+    these names, so a class that is renamed keeps the one that it had.
+    """
+    return getattr(error, "recorded_as", type(error).__name__)
+
+
+def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> dict[str, Any]:
+    """A FAILURE row: `key` gives prompt_id, source, sample or where as far as known."""
+    row: dict[str, Any] = dict.fromkeys(FAILURE.names)
+    text = " ".join(str(error).split())[:2000].encode(errors="backslashreplace").decode()
+    return (
+        row
+        | key
+        | {
+            "stage": stage,
+            "error": error_name(error),
+            "message": text,
+            "attempts": attempts,
+        }
+    )

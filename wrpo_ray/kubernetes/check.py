@@ -1,0 +1,122 @@
+"""All checks of some manifests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+from wrpo_ray.config import Config
+from wrpo_ray.kubernetes import (
+    fields,
+    fit,
+    pods,
+    requests,
+    rules,
+    serving,
+)
+from wrpo_ray.kubernetes.fit import NodeTypes
+from wrpo_ray.kubernetes.manifests import (
+    LAUNCHER,
+    Manifest,
+    Problem,
+    read,
+)
+from wrpo_ray.kubernetes.objects import SPECS, RayObject, typed
+from wrpo_ray.kubernetes.requests import Request
+from wrpo_ray.kubernetes.schema import Schemas
+
+HARMLESS = ("unknown-field", "missing")
+"""Rules with which, broken, the fields that are there can be counted with."""
+
+
+@dataclass
+class Report:
+    """What was found in some manifests."""
+
+    manifests: list[Manifest]
+    problems: list[Problem] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
+    """For each request the nodes that Ray would start for it."""
+
+
+def check(
+    paths: Sequence[str], config: Config | None = None, schemas: Schemas | None = None
+) -> Report:
+    """Check manifests, and whether a config's steps fit the Ray clusters among them.
+
+    Raises:
+        UserError: a path cannot be read.
+    """
+    manifests, unread = read(paths)
+    report = check_objects(manifests, config, schemas)
+    report.problems = unread + report.problems
+    return report
+
+
+def check_objects(
+    manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
+) -> Report:
+    """The same for objects that are read."""
+    report = Report(manifests)
+    for manifest in manifests:
+        report.problems += rules.check_kind(manifest)
+        report.problems += pods.check_references(manifest, manifests)
+        faults = list(schemas.problems(manifest)) if schemas else []
+        told = {fault.field for fault in faults}
+        faults += [problem for problem in fields.check(manifest) if problem.field not in told]
+        report.problems += faults
+        if manifest.kind == LAUNCHER:
+            asked = list(requests.of_config(config)) if config else []
+            _fit(report, manifest, partial(fit.launcher_node_types, manifest.body), asked)
+        elif manifest.kind in SPECS:
+            _check_ray(report, manifest, faults, config)
+    return report
+
+
+def _check_ray(
+    report: Report, manifest: Manifest, faults: list[Problem], config: Config | None
+) -> None:
+    """The rules for an object of Ray's; those that count with its fields need them right."""
+    found = typed(manifest)
+    if not isinstance(found, RayObject):
+        told = tuple(fault.field for fault in faults)
+        report.problems += [p for p in found if not told or not p.field.startswith(told)]
+        return
+    broken = list(rules.check(found))
+    report.problems += broken
+    if any(fault.rule not in HARMLESS for fault in faults):
+        return
+    report.problems += pods.check(found)
+    serve, faults = serving.read(found)
+    report.problems += faults
+    cluster = found.cluster
+    if cluster is None or any(problem.rule in rules.UNREADABLE for problem in broken):
+        return
+    asked = list(requests.of_serving(serve)) if serve else []
+    asked += requests.of_driver(found.job) if found.job else []
+    asked += requests.of_config(config) if config and not found.service else []
+    _fit(report, manifest, partial(fit.node_types, found, cluster), asked)
+
+
+def _fit(
+    report: Report, manifest: Manifest, types: Callable[[], NodeTypes], asked: list[Request]
+) -> None:
+    """Tell where each request goes, or why it cannot."""
+    try:
+        known = types()
+        results = [(r, fit.misfit(known, r), _nodes(known, r)) for r in asked]
+    except Exception as error:  # Ray's code takes for granted what it does not look at
+        text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
+        report.problems.append(Problem(manifest, "", "resources", text))
+        return
+    for request, wrong, nodes in results:
+        if wrong:
+            report.problems.append(Problem(manifest, "", wrong[0], f"{request.what}: {wrong[1]}"))
+        else:
+            report.places.append(f"{manifest}: {request.what}: {nodes}")
+
+
+def _nodes(types: NodeTypes, request: Request) -> str:
+    nodes = types.nodes_for(request) or {}
+    return ", ".join(f"{count} x {group}" for group, count in nodes.items())

@@ -1,0 +1,180 @@
+"""Manifests as objects, and what can be wrong with them in words."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wrpo_ray.errors import UserError
+from wrpo_ray.text.addresses import Address, shown
+from wrpo_ray.text.documents import read_documents, yaml_problem
+from wrpo_ray.text.files import decode, read_text
+
+Body = dict[str, Any]
+LONGEST = 600
+"""Characters of a problem's text, and of its place."""
+LAUNCHER = "launcher"
+"""The kind given to a file of Ray's cluster launcher, which has none."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One object of a file."""
+
+    file: str
+    body: Body
+
+    @property
+    def kind(self) -> str:
+        """Such as `RayJob`; empty where it is missing."""
+        is_launcher = "available_node_types" in self.body
+        return LAUNCHER if is_launcher else str(self.body.get("kind") or "")
+
+    @property
+    def api_version(self) -> str:
+        """Such as `ray.io/v1`."""
+        return str(self.body.get("apiVersion") or "")
+
+    @property
+    def metadata(self) -> Body:
+        """Name, labels, annotations."""
+        return _mapping(self.body.get("metadata"))
+
+    @property
+    def labels(self) -> Body:
+        """Its labels."""
+        return _mapping(self.metadata.get("labels"))
+
+    @property
+    def annotations(self) -> Body:
+        """Its annotations."""
+        return _mapping(self.metadata.get("annotations"))
+
+    @property
+    def name(self) -> str:
+        """Its name; that of a launcher file is the cluster's."""
+        return str(self.metadata.get("name") or self.body.get("cluster_name") or "")
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.kind}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, where, and by which rule."""
+
+    where: Manifest | str
+    """The object, or a file that holds none."""
+    field: str
+    """Path in the object, groups by their names: `spec.workerGroupSpecs[train].replicas`."""
+    rule: str
+    """Name of the rule, such as `name-length`."""
+    text: str
+    """What is wrong, and the remedy."""
+
+    def __str__(self) -> str:
+        place = f"{self.where}: {self.field}" if self.field else str(self.where)
+        return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
+
+
+def _mapping(value: Any) -> Body:
+    return value if isinstance(value, dict) else {}
+
+
+def _printable(text: str) -> str:
+    """A text on one line, and not too long, which names and values of a file need not be."""
+    cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+
+
+def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
+    """The objects of YAML files, of folders (kustomize's are rendered), or of stdin (`-`).
+
+    Raises:
+        UserError: a path is not there, or a folder cannot be rendered.
+    """
+    manifests: list[Manifest] = []
+    problems: list[Problem] = []
+    for path in paths:
+        for file, text in _texts(path):
+            try:
+                documents = [d for d in read_documents(text) if d is not None]
+                for document in documents:
+                    json.dumps(document, default=str)  # to the end, and without a circle
+            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+                problems.append(Problem(file, "", "yaml", yaml_problem(error)))
+                continue
+            for item in (item for document in documents for item in _items(document)):
+                if wrong := _no_object(item):
+                    problems.append(Problem(file, "", "yaml", wrong))
+                else:
+                    manifests.append(Manifest(file, item))
+    return manifests, problems
+
+
+def _items(document: Any) -> list[Any]:
+    """What `kubectl get -o yaml` wraps into a List, or the document itself."""
+    is_list = isinstance(document, dict) and document.get("kind") == "List"
+    items = document.get("items") if is_list else None
+    return items if isinstance(items, list) else [document]
+
+
+def _no_object(item: Any) -> str | None:
+    """What is wrong with a document that can be no object."""
+    if not isinstance(item, dict):
+        return f"holds a {type(item).__name__}; an object is a mapping of keys"
+    for key, place in _keys(item):
+        if not isinstance(key, str):
+            under = f" under {place!r}" if place else ""
+            return f"the key {key!r}{under} is no text; write it in quotes"
+    return None
+
+
+def _keys(value: Any, place: Any = None) -> Iterator[tuple[Any, Any]]:
+    """Each key of a tree, with the one above it."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield key, place
+            yield from _keys(part, key)
+    elif isinstance(value, list):
+        for part in value:
+            yield from _keys(part, place)
+
+
+def _texts(path: str) -> Iterator[tuple[str, str]]:
+    if path == "-":
+        yield "stdin", decode(sys.stdin.buffer.read(), "stdin")
+        return
+    if Address.of(path):
+        raise UserError(f"{shown(path)}: manifests are files on this machine; copy them here")
+    place = Path(path)
+    if (place / "kustomization.yaml").exists():
+        yield path, _kustomize(place)
+        return
+    files = sorted(place.glob("*.yaml")) if place.is_dir() else [place]
+    if not files:
+        raise UserError(f"{path}: no .yaml file is in this folder")
+    for file in files:
+        yield str(file), read_text(file, "manifest")
+
+
+def _kustomize(folder: Path) -> str:
+    if not shutil.which("kubectl"):
+        raise UserError(
+            f"{folder}: a kustomization is rendered by kubectl, which is not here; give the "
+            f"output of `kubectl kustomize {folder}` instead (as a file, or - for stdin)"
+        )
+    done = subprocess.run(
+        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise UserError(f"{folder}: kubectl kustomize: {' '.join(done.stderr.split())}")
+    return done.stdout

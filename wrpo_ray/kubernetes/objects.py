@@ -1,0 +1,300 @@
+"""What the rules read of Ray's objects, typed; other fields are passed over.
+
+Names are KubeRay's in Python's spelling: `min_replicas` is `minReplicas`. Values are taken as they
+are: "2" is no integer, as for Kubernetes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from wrpo_ray.kubernetes.manifests import Manifest, Problem
+
+Quantity = int | float | str
+RAY_KINDS = {
+    "RayCluster": "spec",
+    "RayJob": "spec.rayClusterSpec",
+    "RayService": "spec.rayClusterConfig",
+}
+"""Kinds with a Ray cluster, and where it is in them."""
+
+
+LONGEST_SHOWN = 80
+"""Characters of a value in a message."""
+
+
+class View(BaseModel):
+    """The part of an object that is looked at."""
+
+    model_config = ConfigDict(
+        alias_generator=to_camel, extra="ignore", frozen=True, strict=True, populate_by_name=True
+    )
+
+
+class Resources(View):
+    """What a container asks for."""
+
+    requests: dict[str, Quantity] = {}
+    limits: dict[str, Quantity] = {}
+
+
+class EnvVar(View):
+    """A variable; where its value comes from is looked at as it is (`references`)."""
+
+    name: str
+    value: str | None = None
+
+
+class Mount(View):
+    """A volume inside a container."""
+
+    name: str
+    mount_path: str
+
+
+class Container(View):
+    """The first container of a pod is Ray's."""
+
+    name: str = ""
+    image: str = ""
+    env: list[EnvVar] = []
+    resources: Resources = Resources()
+    volume_mounts: list[Mount] = []
+
+
+class EmptyDir(View):
+    """A volume that lives as long as its pod."""
+
+    medium: str = ""
+    size_limit: Quantity | None = None
+
+
+class Volume(View):
+    """A volume of a pod."""
+
+    name: str
+    empty_dir: EmptyDir | None = None
+
+
+class PodSpec(View):
+    """A pod."""
+
+    containers: list[Container] = []
+    init_containers: list[Container] = []
+    volumes: list[Volume] = []
+    restart_policy: str = ""
+
+
+class Template(View):
+    """A pod's template."""
+
+    spec: PodSpec = PodSpec()
+
+
+class Group(View):
+    """The head, or what it shares with worker groups."""
+
+    ray_start_params: dict[str, str] = {}
+    resources: dict[str, str] = {}
+    labels: dict[str, str] = {}
+    template: Template
+
+    @property
+    def ray(self) -> Container:
+        """The container that runs Ray; an empty one where there is none."""
+        containers = self.template.spec.containers
+        return containers[0] if containers else Container()
+
+
+class WorkerGroup(Group):
+    """Pods of one kind."""
+
+    group_name: str
+    replicas: int | None = None
+    min_replicas: int | None = None
+    max_replicas: int | None = None
+    num_of_hosts: int = 1
+    idle_timeout_seconds: int | None = None
+    suspend: bool = False
+
+
+class AutoscalerOptions(View):
+    """The autoscaler beside the head."""
+
+    version: str | None = None
+    idle_timeout_seconds: int | None = None
+
+
+class AuthOptions(View):
+    """Ray's token."""
+
+    mode: Literal["disabled", "token"] = "token"
+    secret_name: str | None = None
+
+
+class Cluster(View):
+    """A Ray cluster, wherever it is written."""
+
+    ray_version: str = ""
+    auth_options: AuthOptions | None = None
+    enable_in_tree_autoscaling: bool = False
+    autoscaler_options: AutoscalerOptions | None = None
+    gcs_fault_tolerance_options: dict[str, Any] | None = None
+    head_group_spec: Group
+    worker_group_specs: list[WorkerGroup] = []
+
+    @property
+    def has_v2(self) -> bool:
+        """Whether autoscaler v2 runs."""
+        options = self.autoscaler_options
+        return self.enable_in_tree_autoscaling and bool(options and options.version == "v2")
+
+
+class Condition(View):
+    """When a deletion rule applies."""
+
+    job_status: str | None = None
+    job_deployment_status: str | None = None
+    ttl_seconds: int = 0
+
+
+class DeletionRule(View):
+    """What is deleted when."""
+
+    policy: str
+    condition: Condition
+
+
+class DeletionStrategy(View):
+    """RayJob's finer form of cleaning up."""
+
+    deletion_rules: list[DeletionRule] = []
+    on_success: dict[str, Any] | None = None
+    on_failure: dict[str, Any] | None = None
+
+
+class Job(View):
+    """RayJob."""
+
+    entrypoint: str = ""
+    entrypoint_num_cpus: float = 0
+    entrypoint_num_gpus: float = 0
+    entrypoint_resources: str = ""
+    submission_mode: str = "K8sJobMode"
+    submitter_pod_template: Template | None = None
+    submitter_config: dict[str, Any] | None = None
+    cluster_selector: dict[str, str] = {}
+    ray_cluster_spec: Cluster | None = None
+    runtime_env: str = Field("", alias="runtimeEnvYAML")
+    active_deadline_seconds: int | None = None
+    backoff_limit: int = 0
+    suspend: bool = False
+    shutdown_after_job_finishes: bool = False
+    ttl_seconds_after_finished: int = 0
+    deletion_strategy: DeletionStrategy | None = None
+
+
+class UpgradeStrategy(View):
+    """How a changed RayService comes into being."""
+
+    type: str | None = None
+    cluster_upgrade_options: dict[str, Any] | None = None
+
+
+class Service(View):
+    """RayService."""
+
+    serve_config_v2: str = ""
+    upgrade_strategy: UpgradeStrategy | None = None
+    ray_cluster_config: Cluster
+
+
+SPECS: dict[str, type[Cluster | Job | Service]] = {
+    "RayCluster": Cluster,
+    "RayJob": Job,
+    "RayService": Service,
+}
+
+
+@dataclass(frozen=True)
+class RayObject:
+    """A manifest of Ray's with its typed spec."""
+
+    manifest: Manifest
+    spec: Cluster | Job | Service
+
+    @property
+    def at(self) -> str:
+        """Where the cluster is in it."""
+        return RAY_KINDS[self.manifest.kind]
+
+    @property
+    def job(self) -> Job | None:
+        """The RayJob, if it is one."""
+        return self.spec if isinstance(self.spec, Job) else None
+
+    @property
+    def service(self) -> Service | None:
+        """The RayService, if it is one."""
+        return self.spec if isinstance(self.spec, Service) else None
+
+    @property
+    def cluster(self) -> Cluster | None:
+        """Its Ray cluster; None for a RayJob that is given to one which is there."""
+        if isinstance(self.spec, Cluster):
+            return self.spec
+        if isinstance(self.spec, Service):
+            return self.spec.ray_cluster_config
+        return self.spec.ray_cluster_spec
+
+    @property
+    def workers(self) -> list[tuple[str, WorkerGroup]]:
+        """Worker groups, each with its path."""
+        groups = self.cluster.worker_group_specs if self.cluster else []
+        return [(f"{self.at}.workerGroupSpecs[{group.group_name}]", group) for group in groups]
+
+    @property
+    def groups(self) -> Iterator[tuple[str, Group]]:
+        """The head and the worker groups, each with its path."""
+        if self.cluster:
+            yield f"{self.at}.headGroupSpec", self.cluster.head_group_spec
+            yield from self.workers
+
+    def problem(self, field: str, rule: str, text: str) -> Problem:
+        """A problem of this object."""
+        return Problem(self.manifest, field, rule, text)
+
+
+def typed(manifest: Manifest) -> RayObject | list[Problem]:
+    """The manifest with its typed spec, or what keeps it from being read."""
+    try:
+        return RayObject(manifest, SPECS[manifest.kind].model_validate(manifest.body.get("spec")))
+    except ValidationError as error:
+        return [
+            Problem(
+                manifest,
+                path_text(("spec", *e["loc"])),
+                "missing" if e["type"] == "missing" else "wrong-type",
+                "missing; it is required"
+                if e["type"] == "missing"
+                else f"{e['msg'][0].lower()}{e['msg'][1:]} (got {shown(e['input'])})",
+            )
+            for e in error.errors()
+        ]
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+def path_text(path: Any) -> str:
+    """A path of keys and numbers as text: `spec.containers[0].image`."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")

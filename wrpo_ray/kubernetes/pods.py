@@ -1,0 +1,192 @@
+"""What the pods of a Ray cluster need: images of one version, GPUs, shared memory, Secrets."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from wrpo_ray import __version__
+from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.objects import (
+    Container,
+    Quantity,
+    RayObject,
+    path_text,
+)
+
+IMAGE = "wrpo-ray"
+"""Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
+EXTERNAL = "wrpo-ray/external"
+"""Annotation: `Kind/name` of objects that are made elsewhere, with spaces between."""
+GPU = "nvidia.com/gpu"
+OBJECT_STORE = 0.3
+"""Share of a node's memory that Ray takes for objects, unless it is told otherwise."""
+Found = Iterator[Problem]
+
+
+def check(found: RayObject) -> Found:
+    """All rules but that of references, which needs the other objects."""
+    yield from _ray_version(found)
+    yield from _images(found)
+    for path, group in found.groups:
+        yield from _gpus(found, path, group)
+        yield from _shared_memory(found, path, group)
+
+
+# --- versions --------------------------------------------------------------------------------
+
+
+def _ray_version(found: RayObject) -> Found:
+    if not found.cluster:
+        return
+    pinned, given = _ray_here(), found.cluster.ray_version
+    if given != pinned:
+        yield found.problem(
+            f"{found.at}.rayVersion",
+            "ray-version",
+            f"is {given or 'missing'}; the image has Ray {pinned}, and both have to be equal",
+        )
+
+
+@cache
+def _ray_here() -> str:
+    return importlib.metadata.version("ray")
+
+
+def _images(found: RayObject) -> Found:
+    for path, container in _containers(found):
+        name, _, tag = container.image.rpartition("/")[2].partition("@")[0].partition(":")
+        field = f"{path}.image"
+        if not tag or tag == "latest":
+            text = f"{container.image or 'no image'}: give a tag of one version, not the newest"
+            yield found.problem(field, "image-version", text)
+            continue
+        expected = {IMAGE: __version__, "ray": _ray_here()}.get(name)
+        if expected and tag.partition("-")[0] != expected:
+            text = f"is {container.image}; this is version {expected}: all nodes have the same"
+            yield found.problem(field, "image-version", text)
+        if tag.endswith("-cpu") and GPU in container.resources.limits:
+            text = f"is {container.image}, built without CUDA, and the container asks for GPUs"
+            yield found.problem(field, "image-version", text)
+
+
+def _containers(found: RayObject) -> Iterator[tuple[str, Container]]:
+    """The containers that run Ray, and the one that submits."""
+    for path, group in found.groups:
+        if group.template.spec.containers:
+            yield f"{path}.template.spec.containers[0]", group.ray
+    submitter = found.job and found.job.submitter_pod_template
+    if submitter and submitter.spec.containers:
+        yield "spec.submitterPodTemplate.spec.containers[0]", submitter.spec.containers[0]
+
+
+# --- resources -------------------------------------------------------------------------------
+
+
+def _gpus(found: RayObject, path: str, group: Any) -> Found:
+    asked = group.ray.resources
+    field = f"{path}.template.spec.containers[0].resources"
+    for name in sorted(n for n in {*asked.requests, *asked.limits} if n.endswith("/gpu")):
+        request, limit = asked.requests.get(name), asked.limits.get(name)
+        if limit is None or (request is not None and _number(request) != _number(limit)):
+            yield found.problem(
+                f"{field}.limits.{name}",
+                "gpu-limits",
+                f"is {limit or 'missing'} and the request is {request}: GPUs are not shared, so "
+                f"Kubernetes wants both equal",
+            )
+    has = _number(asked.limits.get(GPU, 0))
+    told = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
+    if told is not None and _number(told) != has:
+        where = "resources.GPU" if "GPU" in group.resources else "rayStartParams.num-gpus"
+        text = f"is {told}, and the container has {has:g}: Ray would count others than there are"
+        yield found.problem(f"{path}.{where}", "gpu-count", text)
+
+
+def _shared_memory(found: RayObject, path: str, group: Any) -> Found:
+    """Ray's objects, and what GPUs of a node tell each other, lie in /dev/shm."""
+    if not group.template.spec.containers:
+        return
+    field = f"{path}.template.spec"
+    mounted = next((m for m in group.ray.volume_mounts if m.mount_path == "/dev/shm"), None)
+    volumes = [v for v in group.template.spec.volumes if mounted and v.name == mounted.name]
+    volume = volumes[0].empty_dir if volumes else None
+    if volume is None or volume.medium != "Memory":
+        yield found.problem(
+            f"{field}.volumes",
+            "shared-memory",
+            "no emptyDir of medium Memory is mounted at /dev/shm, so it has 64 MB",
+        )
+        return
+    memory = group.ray.resources.limits.get("memory")
+    if memory is None or volume.size_limit is None:
+        return
+    size, whole = _number(volume.size_limit), _number(memory)
+    if size >= whole or size < OBJECT_STORE * whole:
+        yield found.problem(
+            f"{field}.volumes[{mounted.name if mounted else ''}].emptyDir.sizeLimit",
+            "shared-memory",
+            f"is {volume.size_limit} of {memory} memory; it counts as memory, and Ray takes "
+            f"{OBJECT_STORE:.0%} for objects: set it between the two",
+        )
+
+
+def _number(quantity: Quantity) -> float:
+    """The number of a Kubernetes quantity: "1500m" is 1.5, "2Gi" is 2147483648."""
+    from ray.autoscaler._private.kuberay.utils import parse_quantity
+
+    return float(parse_quantity(quantity))
+
+
+# --- references ------------------------------------------------------------------------------
+
+REFERENCES = {
+    "secretKeyRef": ("Secret", "name"),
+    "secretRef": ("Secret", "name"),
+    "secret": ("Secret", "secretName"),
+    "authOptions": ("Secret", "secretName"),
+    "imagePullSecrets": ("Secret", "name"),
+    "configMapKeyRef": ("ConfigMap", "name"),
+    "configMapRef": ("ConfigMap", "name"),
+    "configMap": ("ConfigMap", "name"),
+    "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
+}
+"""Key of a reference, the kind that it means, and the key of the name."""
+
+
+def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Found:
+    """Whether what pods refer to is among the manifests, optional, or told to be external."""
+    if "spec" not in manifest.body:
+        return
+    there = {f"{m.kind}/{m.name}" for m in all_of_them}
+    external = manifest.annotations.get(EXTERNAL, "")
+    there |= set(str(external).replace(",", " ").split())
+    for path, kind, name in _references(manifest.body["spec"], ("spec",)):
+        if f"{kind}/{name}" not in there:
+            yield Problem(
+                manifest,
+                path,
+                "reference",
+                f"{kind} {name!r} is not in these manifests; add it, or name it in the "
+                f"annotation {EXTERNAL}: {kind}/{name}",
+            )
+
+
+def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, str]]:
+    """(path, kind, name) of each reference below; optional ones are passed over."""
+    if isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _references(item, (*path, number))
+    if not isinstance(value, dict):
+        return
+    for key, part in value.items():
+        here = (*path, key)
+        if key in REFERENCES:
+            kind, name_key = REFERENCES[key]
+            for item in part if isinstance(part, list) else [part]:
+                name = item.get(name_key) if isinstance(item, dict) else None
+                if name and not item.get("optional"):
+                    yield path_text((*here, name_key)), kind, name
+        yield from _references(part, here)

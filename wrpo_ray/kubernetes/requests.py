@@ -1,0 +1,125 @@
+"""What the steps of a config, a RayJob's driver and a RayService's replicas ask of the cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from wrpo_ray.config import (
+    Config,
+    ModelConfig,
+    RewardConfig,
+    Section,
+    TrainConfig,
+    WrpoConfig,
+    serving,
+)
+from wrpo_ray.errors import UserError
+from wrpo_ray.kubernetes.objects import Job
+from wrpo_ray.kubernetes.serving import own_applications
+from wrpo_ray.runtime.placement import Pool
+
+Needs = dict[str, float]
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Bundles of resources, each for one node, that have to be there at the same time."""
+
+    what: str
+    """Who asks, as a user knows it."""
+    bundles: tuple[Needs, ...]
+    """Those of one actor, engine or training run."""
+    count: int = 1
+    """How many of it."""
+    parts: int = 1
+    """Workers of one engine, which belong on nodes that lie together."""
+
+
+def of_config(config: Config) -> Iterator[Request]:
+    """One request for each step: its least number of actors, or all workers of a training run.
+
+    Models and rewards are asked for wherever they are in the config.
+    """
+    yield Request("steps without a model", ({"CPU": 1.0},))
+    models = {(m.name, repr(m.actors), m.parts): m for m in _sections(config, ModelConfig)}
+    for model in models.values():
+        yield of_model(f"generate {model.name}", model)
+    for reward in _sections(config, RewardConfig):
+        yield _of_pool(Pool(f"score with {reward.name}", reward.actors))
+    if config.target:
+        if config.sft:
+            yield from _of_training("sft", config.sft)
+        yield from _of_training("wrpo", config.wrpo)
+
+
+def _sections(value: Any, kind: type[S]) -> Iterator[S]:
+    """All sections of a kind, in the order of the config."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Section):
+        for name in type(value).model_fields:
+            yield from _sections(getattr(value, name), kind)
+    elif isinstance(value, tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _sections(part, kind)
+
+
+def of_model(what: str, model: ModelConfig) -> Request:
+    """The engines that are kept for certain; one with parts asks for a place for each of them."""
+    if model.parts == 1:
+        return _of_pool(Pool(what, model.actors))
+    part = _given({"GPU": model.actors.num_gpus} | model.actors.resources)
+    engine = ({"CPU": model.actors.num_cpus}, *[part] * model.parts)
+    return Request(what, engine, model.actors.min, model.parts)
+
+
+def _of_pool(pool: Pool) -> Request:
+    return Request(pool.what, (_given(pool.needs),), pool.actors.min)
+
+
+def _of_training(name: str, config: TrainConfig) -> Iterator[Request]:
+    worker = _given({"CPU": config.num_cpus, "GPU": config.num_gpus} | config.resources)
+    yield Request(name, (worker,) * (config.min_workers or config.workers))
+    if isinstance(config, WrpoConfig) and config.reference.actors:
+        yield _of_pool(Pool(f"{name}'s reference", config.reference.actors))
+
+
+def _given(needs: Needs) -> Needs:
+    return {name: float(n) for name, n in needs.items() if n}
+
+
+def of_driver(job: Job) -> Iterator[Request]:
+    """The process that runs the entrypoint; without resources of its own it is on the head."""
+    needs = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus}
+    if job.entrypoint_resources:
+        needs |= json.loads(job.entrypoint_resources)
+    if any(needs.values()):
+        yield Request("entrypoint", (_given(needs),))
+
+
+def of_serving(serve: dict[str, Any]) -> Iterator[Request]:
+    """The least replicas of a Serve config: its deployments, and the models of `wrpo serve`."""
+    for app in serve.get("applications", []):
+        for deployment in app.get("deployments", []):
+            yield _of_deployment(f"serve {deployment.get('name')}", deployment)
+    for _, arguments in own_applications(serve):
+        with suppress(UserError):  # told by `serving.read`
+            served = serving(arguments)
+            for model in served.models:
+                yield of_model(f"serve {model.name}", model)
+            if served.reward:
+                yield _of_pool(Pool(f"serve {served.reward.name}", served.reward.actors))
+
+
+def _of_deployment(what: str, deployment: dict[str, Any]) -> Request:
+    options = deployment.get("ray_actor_options") or {}
+    needs = {"CPU": options.get("num_cpus", 1), "GPU": options.get("num_gpus", 0)}
+    bundles = deployment.get("placement_group_bundles") or [needs | options.get("resources", {})]
+    scaling = deployment.get("autoscaling_config") or {}
+    count = scaling.get("min_replicas", deployment.get("num_replicas"))
+    return Request(what, tuple(map(_given, bundles)), count if isinstance(count, int) else 1)

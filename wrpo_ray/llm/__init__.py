@@ -1,0 +1,1 @@
+"""Chats into tokens, checks of model folders, engine settings, and the client of endpoints."""

@@ -1,0 +1,321 @@
+"""Whether a folder's tensors are those that its architecture has, told from headers.
+
+transformers fills what it does not find with random numbers, and drops what it does not know. So
+a model is built without memory (torch's meta device), and transformers' own renaming and merging
+of tensors is run on shapes alone: what it would miss, and what would be left over, is refused.
+A model of 70B parameters takes half a second. Of quantized weights the names are compared, module
+by module. Not covered: architectures that transformers does not know, and shapes of quantized
+weights and names of quantized experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from wrpo_ray.errors import UserError
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.tensors import (
+    AGAIN,
+    TensorHeader,
+    Tensors,
+    read_json,
+    read_tensors,
+)
+
+HARMLESS = re.compile(
+    r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state"
+    r"|(^|\.)h\.\d+\.attn\.((attention\.)?bias|causal_mask))$"
+)
+"""Tensors that old versions wrote, causal masks among them, and that are computed anew.
+
+Only of what the architecture does not know.
+"""
+HEAD = re.compile(r"(^|\.)lm_head\.weight$")
+"""A reward model that was trained from a language model often keeps its head."""
+WRAPPED = re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module)\.|\._orig_mod\.")
+"""What torch's wrappers put into names."""
+INTEGERS = ("BOOL", "I", "U")
+"""How the names of types begin whose numbers are no weights by themselves."""
+PLAIN = ("weight", "bias")
+"""The parts of a module that is not quantized."""
+EXPERTS = re.compile(r"\.experts\.")
+"""transformers merges experts into tensors that quantized ones need not give."""
+LANGUAGE_MODEL = "give a causal language model, such as LlamaForCausalLM"
+TWO_HEADS = (
+    "its head and its embeddings are two different tensors, although its config.json has "
+    "tie_word_embeddings: true; set it to false, or save the model without the head"
+)
+ROWS = 4096
+"""Rows of a head that are compared at a time."""
+SHOWN = 3
+"""Tensors that a refusal names."""
+
+
+class Use(StrEnum):
+    """What a model folder is for."""
+
+    ANSWERS = "answers"
+    """It answers prompts, on vLLM."""
+    TRAINED = "trained"
+    """It is trained by transformers, and answers on vLLM."""
+    REWARD = "reward"
+    """It is a classifier whose output is a reward, run by transformers."""
+    REWARD_ON_VLLM = "reward on vllm"
+    """The same, on vLLM."""
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it gives rewards; else it gives answers."""
+        return self in (Use.REWARD, Use.REWARD_ON_VLLM)
+
+    @property
+    def needs_transformers(self) -> bool:
+        """Whether transformers has to know the architecture."""
+        return self in (Use.TRAINED, Use.REWARD)
+
+
+@contextmanager
+def telling_of(what: str) -> Iterator[None]:
+    """Puts in front of a problem what it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from None
+
+
+def check_weights(folder: Path, use: Use) -> None:
+    """Check the tensors of a local folder that is about to be loaded.
+
+    Raises:
+        UserError: tensors are missing, left over, or of another shape.
+    """
+    with telling_of(str(folder)):
+        tensors = read_tensors(Folder(str(folder)))
+        if tensors is not None:
+            check_tensors(folder, tensors, use)
+
+
+def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
+    """Compare the tensors with the architecture of the `config.json` in a local folder.
+
+    Raises:
+        UserError: they differ, or transformers, which has to load them, knows no such model.
+    """
+    _check_names(tensors)
+    config = load_config(folder, use)
+    found = None if config is None else _class_of(config, use)
+    if found is None:
+        return
+    is_quantized = bool(getattr(config, "quantization_config", None))
+    compare = _missing_modules if is_quantized else _differences
+    try:
+        problems = compare(found, config, tensors)
+        has_two_heads = not problems and _has_two_heads(found, config, folder, tensors)
+    except Exception as error:  # a config can make a model's constructor raise anything
+        raise UserError(f"its config.json makes no model ({_one_line(error)}); {AGAIN}") from None
+    if use.is_reward:
+        problems = [problem for problem in problems if not HEAD.search(problem.split()[0])]
+    refuse(problems, found.__name__)
+    if has_two_heads:
+        raise UserError(TWO_HEADS)
+
+
+def refuse(problems: list[str], architecture: str) -> None:
+    """Raise UserError where there are problems of tensors."""
+    if problems:
+        raise UserError(
+            f"its weights are not those of {architecture}: {first_of(problems)}; give the folder "
+            f"that belongs to its config.json"
+        )
+
+
+def first_of(problems: list[str]) -> str:
+    """The first problems, and how many more there are."""
+    more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+    return f"{'; '.join(problems[:SHOWN])}{more}"
+
+
+def check_loaded(loaded: dict[str, Any], model: Any) -> None:
+    """Check what transformers says of a model that it loaded, for forms without a header.
+
+    Raises:
+        UserError: a tensor was made up, or tied embeddings differ.
+    """
+    refuse([f"{name} is missing" for name in sorted(loaded["missing_keys"])], type(model).__name__)
+    head = model.get_output_embeddings()
+    is_tied = model.config.get_text_config().tie_word_embeddings
+    if is_tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise UserError(TWO_HEADS)
+
+
+def load_config(folder: Path, use: Use) -> Any:
+    """The folder's config as transformers reads it; None where only vLLM may know the model.
+
+    Raises:
+        UserError: transformers cannot read it, or has to know the model and does not.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    kind = read_json(Folder(str(folder)), "config.json").get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if not use.needs_transformers:
+            return None
+        raise UserError(f"its config.json has model_type {kind!r}, which transformers cannot load")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each architecture checks its own values
+        raise UserError(f"its config.json cannot be read ({_one_line(error)}); {AGAIN}") from None
+
+
+def _class_of(config: Any, use: Use) -> Any:
+    """The class that is to load the weights; None where transformers has none for vLLM's use."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    mapping = {
+        Use.TRAINED: auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        Use.REWARD: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        Use.REWARD_ON_VLLM: auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    }.get(use)
+    if mapping is None:
+        found = getattr(transformers, (config.architectures or [""])[0], None)
+        if found is not None and not found.can_generate():
+            raise UserError(f"its architecture {found.__name__} gives no answers; {LANGUAGE_MODEL}")
+        return found
+    if type(config) not in mapping:
+        if not use.needs_transformers:
+            return None
+        kind = "language model" if use is Use.TRAINED else "classifier"
+        raise UserError(f"transformers has no {kind} for its model_type {config.model_type!r}")
+    return mapping[type(config)]
+
+
+def _check_names(tensors: Tensors) -> None:
+    if wrapped := next((name for name in tensors if WRAPPED.search(name)), None):
+        raise UserError(
+            f"its weights have names such as {wrapped}, as a wrapped model's (compiled, or for "
+            f"several GPUs) state dict has; save the model inside the wrapper"
+        )
+
+
+def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
+    """What transformers (5.23) would miss, not know, or not fit, in words."""
+    wanted, found = _as_loaded(kind, config, tensors)
+    unknown = [name for name in found.unexpected_keys if not HARMLESS.search(name)]
+    return [
+        *(f"{name} is missing" for name in sorted(found.missing_keys)),
+        *(f"{name} is unknown" for name in sorted(unknown)),
+        *(f"{n} has shape {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(found.mismatched_keys)),
+        *(f"{name} cannot be converted" for name in sorted(found.conversion_errors)),
+        *(
+            f"{name} has the type {tensor.dtype}"
+            for name, tensor in sorted(tensors.items())
+            if wanted.get(name) and tensor.dtype.startswith(INTEGERS)
+        ),
+    ]
+
+
+def _missing_modules(kind: Any, config: Any, tensors: Tensors) -> list[str]:
+    """What quantized weights lack, in words: vLLM leaves it as memory happened to be.
+
+    A method stores a weight as several tensors of its module under names of its own, such as
+    `qweight` and `scales`; any of them stands for the weight.
+    """
+    whole = dict(tensors)
+    for name, header in tensors.items():
+        module, _, last = name.rpartition(".")
+        if last not in PLAIN:
+            for part in PLAIN:
+                whole.setdefault(f"{module}.{part}", header)
+    _, found = _as_loaded(kind, config, whole)
+    lost = found.missing_keys - set(found.conversion_errors)  # shapes of parts need not fit
+    return [f"{name} is missing" for name in sorted(lost) if not EXPERTS.search(name)]
+
+
+def _as_loaded(kind: Any, config: Any, tensors: Tensors) -> tuple[dict[str, bool], Any]:
+    """{tensor of the model: is it of floats}, and what transformers says of loading by shapes."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+    from transformers.utils import logging
+
+    model = without_memory(kind, config)
+    wanted = {name: tensor.is_floating_point() for name, tensor in model.state_dict().items()}
+    settings = LoadStateDictConfig(
+        ignore_mismatched_sizes=True,
+        device_map={"": "meta"},
+        weight_mapping=get_model_conversion_mapping(model, None, None),
+    )
+    shows_progress = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        found, _ = convert_and_load_state_dict_in_model(model, _empty(tensors), settings)
+    finally:
+        if shows_progress:
+            logging.enable_progress_bar()
+    model.tie_weights(missing_keys=found.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(found)
+    return wanted, found
+
+
+def _has_two_heads(kind: Any, config: Any, folder: Path, tensors: Tensors) -> bool:
+    """Whether a model with tied embeddings has a head with other numbers in local safetensors."""
+    if not config.get_text_config().tie_word_embeddings:
+        return False
+    model = without_memory(kind, config)
+    modules = {id(module): name for name, module in model.named_modules()}
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    names = [f"{modules.get(id(end))}.weight" for end in ends]
+    stored = [(folder / tensors[name].file, name) for name in names if name in tensors]
+    is_here = all(file.suffix == ".safetensors" and file.is_file() for file, _ in stored)
+    if len(stored) < 2 or not is_here or tensors[names[0]].shape != tensors[names[1]].shape:
+        return False
+    return not _are_equal(stored)
+
+
+def _are_equal(stored: list[tuple[Path, str]]) -> bool:
+    """Whether two tensors of one shape in safetensors have the same numbers."""
+    import torch
+    from safetensors import safe_open
+
+    with ExitStack() as files:
+        one, other = (
+            files.enter_context(safe_open(file, framework="pt")).get_slice(name)
+            for file, name in stored
+        )
+        return all(
+            torch.equal(one[start : start + ROWS].float(), other[start : start + ROWS].float())
+            for start in range(0, one.get_shape()[0], ROWS)
+        )
+
+
+def without_memory(kind: Any, config: Any) -> Any:
+    """A model of a class that has shapes, and no numbers."""
+    import torch
+    from transformers import initialization
+
+    with ExitStack() as contexts:
+        contexts.enter_context(torch.device("meta"))
+        contexts.enter_context(initialization.no_init_weights())
+        contexts.enter_context(initialization.no_tie_weights())
+        contexts.enter_context(initialization.meta_device_safe_creation_ops())
+        return kind(config)
+
+
+def _empty(tensors: Tensors) -> dict[str, Any]:
+    """Tensors of the same shapes, without numbers."""
+    import torch
+
+    def made(header: TensorHeader) -> Any:
+        return torch.empty(header.shape, dtype=torch.float32, device="meta")
+
+    return {name: made(header) for name, header in tensors.items()}
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,1 @@
+"""The chain of stages that a config asks for, and running it."""

@@ -1,0 +1,73 @@
+"""What identifies rewards and chat templates in step keys."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from wrpo_ray.config import (
+    RewardConfig,
+    ScoreConfig,
+)
+from wrpo_ray.config.base import required
+from wrpo_ray.stages.score.verifiers import VERSIONS
+from wrpo_ray.storage.fingerprints import data_fingerprint, digest, unmarked
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.text.files import read_text
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else Folder(path).path
+
+
+def verifier_reward(name: str) -> RewardConfig:
+    """A verifier, built in or a function, as the reward that it is."""
+    kind = "function" if ":" in name else "verifier"
+    return RewardConfig.model_validate({"name": "verifier", kind: name})
+
+
+def with_absolute_paths(reward: RewardConfig) -> RewardConfig:
+    """The reward with the files of its judges by paths that any working directory leads to."""
+
+    def moved(part: Any) -> Any:
+        if not part.judge:
+            return part
+        template = _absolute(part.judge.template)
+        return part.model_copy(
+            update={"judge": part.judge.model_copy(update={"template": template})}
+        )
+
+    parts = tuple(moved(part) for part in reward.mixture)
+    return moved(reward).model_copy(update={"mixture": parts})
+
+
+def template_fingerprint(path: str) -> str:
+    """What identifies a chat template.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    content = data_fingerprint([path])
+    read_text(path, "chat_template")
+    return unmarked(content, Folder(path))
+
+
+def scorer_fingerprint(part: ScoreConfig) -> str:
+    """Identity of a reward without weights, for step keys: its name and its version.
+
+    The version of a function is its attribute `version`, else its module's source; that of a
+    judge is its template.
+    """
+    if part.verifier:
+        return digest([part.verifier, VERSIONS[part.verifier]], 16)
+    if part.judge:
+        from wrpo_ray.stages.score.judge import READING, template_text  # it imports a client
+
+        return digest([part.judge.model, template_text(part.judge), READING], 16)
+    path = required(part.function, "reward.function")
+    module_name, _, name = path.partition(":")
+    module = importlib.import_module(module_name)
+    if (version := getattr(getattr(module, name, None), "version", None)) is not None:
+        return digest([path, str(version)], 16)
+    source = getattr(module, "__file__", None)  # a module built into Python has none
+    return digest([path, data_fingerprint([source] if source else [])], 16)

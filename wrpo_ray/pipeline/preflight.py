@@ -1,0 +1,97 @@
+"""Checks before any work: everything that can be checked without starting Ray or an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from wrpo_ray.config import (
+    Config,
+    EndpointConfig,
+    ImportConfig,
+    PromptsConfig,
+    ScoreConfig,
+)
+from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline.identities import verifier_reward
+from wrpo_ray.pipeline.models import checked_model, map_models, naming_key
+from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
+from wrpo_ray.stages.pair.answers import check_patterns
+from wrpo_ray.stages.score.rewards import load_function
+from wrpo_ray.storage.folder import Folder, check_writable
+from wrpo_ray.text.addresses import shown
+
+
+def preflight(config: Config) -> Config:
+    """Check whatever can be checked without starting anything.
+
+    Returns the config with every hub id at the commit that it is at now.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    problems: list[str] = []
+
+    def told(check: Any, *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except UserError as error:
+            problems.append(str(error))
+        except (OSError, ValueError) as error:  # a store that does not answer, a broken JSON file
+            problems.append(f"cannot be read: {' '.join(shown(str(error)).split())}")
+        return None
+
+    config = map_models(config, lambda what, model: told(checked_model, what, model) or model)
+    for check in _checks(config):
+        told(check)
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    return config
+
+
+def _checks(config: Config) -> Iterator[Any]:
+    for model in config.sources:
+        if model.endpoint:
+            yield partial(_check_key, f"sources.{model.name}", model.endpoint)
+    asked = config.evaluate
+    others = [*asked.models, *([asked.judge] if asked.judge else [])] if asked else []
+    for model in others:
+        if model.endpoint:
+            yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
+    scorers = list(config.reward.parts) if config.reward else []
+    verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
+    for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
+        yield partial(_check_scorer, part)
+    yield partial(check_patterns, config.answers.refusal_patterns)
+    for what, given in (("prompts", config.prompts), ("import", config.existing)):
+        if given:
+            yield lambda what=what, g=given: _check_input(what, g)
+    if asked and (held_out := asked.prompts):
+        yield lambda: _check_input("evaluate.prompts", held_out)
+    yield lambda: check_writable(Folder(config.output))
+
+
+def _check_scorer(part: ScoreConfig) -> None:
+    """Check what a part of the reward needs, as far as this machine shows it."""
+    if part.function:
+        load_function(part.function)
+    if part.judge:
+        from wrpo_ray.stages.score.judge import Question  # it imports a client
+
+        _check_key("reward.judge", part.judge.endpoint)
+        Question(part.judge)
+
+
+def _check_key(what: str, endpoint: EndpointConfig) -> None:
+    from wrpo_ray.llm.endpoint import read_key
+
+    with naming_key(f"{what}.endpoint"):
+        read_key(endpoint)
+
+
+def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:
+    files = input_files(given.path, what)
+    for uri in files:
+        check_columns(uri, given.needed, what)
+    check_some_rows(files, what)

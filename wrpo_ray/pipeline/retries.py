@@ -1,0 +1,126 @@
+"""Failed rows of a run: listing them, and giving them new attempts."""
+
+from __future__ import annotations
+
+import uuid
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from wrpo_ray.config import Config
+from wrpo_ray.data.shards import failed_by_error
+from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline.chain import RETRIES, Chain
+from wrpo_ray.pipeline.models import pinned
+from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.runtime.lease import Lease
+from wrpo_ray.stages.train.prepare import DROPPED
+from wrpo_ray.stages.train.stage import Train
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+Row = dict[str, Any]
+Job = tuple[str, Any]
+"""The stage's name, and the job."""
+
+
+def failures(config: Config, only: str | None = None) -> list[Row]:
+    """Failed rows of every step, or of one stage or step, by step and type of error.
+
+    {stage, step, done, can_retry, error, rows, attempts, where, prompt_id, message, folder}:
+    `attempts` is the most of any row, `where`, `prompt_id` and `message` are one row's. Rows
+    that are too long to train on come as the step's `dropped`.
+
+    Raises:
+        UserError: no stage or step is named `only`.
+    """
+    chain = _chain(config)
+    return failures_of(chain.root, _named(jobs_of(chain), only))
+
+
+def failures_of(root: Folder, jobs: list[Job]) -> list[Row]:
+    """Failed rows of the jobs' steps, grouped by stage, step and error."""
+    found = []
+    for stage, job in jobs:
+        step: Step = job.step
+        told = {"stage": stage, "done": step.is_done(root), "can_retry": hasattr(job, "retry")}
+        folder = step.failures(root)
+        for name, part in ((step.name, folder), (f"{step.name} {DROPPED}", folder / DROPPED)):
+            groups = failed_by_error(part)
+            found += [{"step": name, **told, "folder": str(part), **group} for group in groups]
+    return found
+
+
+@dataclass(frozen=True)
+class Retry:
+    """Failed rows that get new attempts, and what is done again for it."""
+
+    rows: dict[str, int]
+    """By step: how many failed rows."""
+    again: list[str]
+    """Finished steps that the next run does again."""
+    trained: list[str]
+    """Those of them that train a model."""
+    retries: dict[str, int]
+    """What the output's `retries.json` is to say."""
+
+
+def plan_retry(config: Config, only: str | None = None) -> Retry:
+    """What `retry` would do.
+
+    Failed answers and scores get new attempts; what else failed is as it is until its cause is
+    put right. A step that is retried is another request to its store, so it and all that
+    depends on it have new keys: what they hold now stays where it is.
+
+    Raises:
+        UserError: there is no failed row to retry.
+    """
+    chain, rows = _chain(config), Counter[str]()
+    now = jobs_of(chain)
+    retries = dict(chain.retries or {})
+    for stage, job in _named(now, only):
+        failed = failures_of(chain.root, [(stage, job)])
+        if failed and hasattr(job, "retry"):
+            rows[job.step.name] += sum(group["rows"] for group in failed)
+            retries[replace(job, retry=0).step.key] = job.retry + 1
+    if not rows:
+        raise UserError("failures: there is no failed answer or score to retry")
+    after = {job.step.key for _, job in jobs_of(_chain(config, retries))}
+    again = [j for _, j in now if j.step.key not in after and j.step.is_done(chain.root)]
+    names = list(dict.fromkeys(job.step.name for job in again))
+    trained = [job.step.name for job in again if isinstance(job, Train)]
+    return Retry(rows, names, trained, retries)
+
+
+def retry(config: Config, plan: Retry) -> None:
+    """Give the failed rows of a plan new attempts: the next run makes them.
+
+    Raises:
+        LeaseError: a run is using the output.
+    """
+    root = _chain(config).root
+    with Lease(root, uuid.uuid4().hex):
+        root.write_json(RETRIES, plan.retries)
+
+
+def _chain(config: Config, retries: dict[str, int] | None = None) -> Chain:
+    """As far as the config goes: without a target nothing is sampled from it or trained."""
+    without_target = "pair" if config.existing else "select"
+    return Chain(pinned(config), STAGES[-1] if config.target else without_target, retries)
+
+
+def jobs_of(chain: Chain) -> list[Job]:
+    """All jobs of the chain, in order."""
+    return [(s.name, job) for s in chain.build() for phase in s.phases for job in phase]
+
+
+def _named(jobs: list[Job], only: str | None) -> list[Job]:
+    """Those of the stage or step `only`; all, where it is null.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = {name: None for stage, job in jobs for name in (stage, job.step.name)}
+    if only is not None and only not in names:
+        raise UserError(f"--step {only}: no such stage or step; there are {', '.join(names)}")
+    return [(stage, job) for stage, job in jobs if only in (None, stage, job.step.name)]

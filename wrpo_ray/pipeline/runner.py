@@ -1,0 +1,205 @@
+"""Runs a chain: connects to Ray, runs what is missing, and leaves summary and report."""
+
+from __future__ import annotations
+
+import importlib
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from wrpo_ray.config import (
+    Config,
+)
+from wrpo_ray.data.outline import FILE as OUTLINE
+from wrpo_ray.data.outline import Outline
+from wrpo_ray.data.shards import buckets
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.outline import keep_plan, outline
+from wrpo_ray.pipeline.preflight import preflight
+from wrpo_ray.pipeline.stage import STAGES, Stage
+from wrpo_ray.pipeline.summary import model_addresses, summarise, write_comparison
+from wrpo_ray.report.live import Reporter, best_effort
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.ledger import Ledger
+from wrpo_ray.runtime.placement import fit_together
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.runtime.ready_queue import Feed
+from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.stages.generate import stage as generate
+from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.score import stage as score
+from wrpo_ray.stages.score.stage import Score
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+Planner = Callable[[Config, Folder, list["Stage"]], dict[str, dict[str, Any]]]
+"""Gives what each step is expected to take, by its key."""
+SUMMARY = "summary.json"
+
+
+def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None) -> dict[str, Any]:
+    """Run the chain up to and with the stage `until`, and return the summary.
+
+    Finished steps are skipped; if all are, not even Ray is started. What `planner` expects of the
+    steps is kept for the report.
+
+    Raises:
+        WrpoError: see `errors`.
+    """
+    chain = Chain(preflight(config), until)
+    stages, root = chain.build(), chain.root
+    told = outline_of(chain)
+    reporter = Reporter(partial(_report, root, told) if config.report else _nothing)
+    if all(step.is_done(root) for stage in stages for step in stage.steps):
+        log(f"all steps are done in {root}")
+    else:
+        with _reporting(reporter), session(config, root) as run, reporter:
+            _begin(chain, told, planner)
+            _run_stages(run, stages, reporter.tell)
+    summary = summarise(chain, stages)
+    write_comparison(root, summary)
+    if not root.says(SUMMARY, summary):
+        root.write_json(SUMMARY, summary)
+    if not root.exists(OUTLINE):
+        _begin(chain, told, None)
+    reporter.finish()
+    return summary
+
+
+@contextmanager
+def session(config: Config, root: Folder) -> Iterator[Run]:
+    """The output is this run's, and Ray is there.
+
+    Raises:
+        WrpoError: another run holds the output, its budget is spent, or Ray cannot be had.
+    """
+    from wrpo_ray.runtime import cluster
+    from wrpo_ray.runtime.lease import Lease
+
+    run = Run(
+        root,
+        config.storage.buckets,
+        config.storage.chunk,
+        config.failure_limit,
+        uuid.uuid4().hex,
+        config.max_attempts,
+    )
+    with (
+        Lease(root, run.session),
+        Ledger(root, config.prices, config.budget) as ledger,
+    ):
+        ledger.check()
+        cluster.connect(config.cluster, root, run.session)
+        try:
+            cluster.check_reachable(Folder(config.output))
+            cluster.end_orphans(root, run.session)
+            yield replace(run, ledger=ledger)
+        finally:
+            cluster.disconnect()
+
+
+def outline_of(chain: Chain) -> Outline:
+    """What a built chain is to do, for those who have only its output."""
+    jobs = [(s.name, job) for s in chain.stages for phase in s.phases for job in phase]
+    return outline(chain.config, chain.until, jobs, model_addresses(chain.config))
+
+
+def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
+    """Leave the outline and the plan in the output."""
+    with best_effort("outline"):
+        told.write(chain.root)
+    if planner:
+        with best_effort("plan"):
+            keep_plan(chain.root, planner(chain.config, chain.root, chain.stages))
+
+
+@contextmanager
+def _reporting(reporter: Reporter) -> Iterator[None]:
+    """A report once more where the block fails: it tells of failures."""
+    try:
+        yield
+    except Exception:
+        if reporter.has_begun:
+            reporter.finish()
+        raise
+
+
+def _report(root: Folder, told: Outline, is_running: bool) -> None:
+    from wrpo_ray.report.page import write  # it imports a library of plots
+
+    write(root, told, is_running=is_running)
+
+
+def _nothing(is_running: bool) -> None:
+    """No report is wanted."""
+
+
+def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
+    phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
+    while phases:
+        number, phase = phases.pop(0)
+        jobs = missing(run, phase)
+        following = missing(run, phases[0][1]) if jobs and phases else []
+        if following and _can_follow(jobs, following):
+            number, _ = phases.pop(0)
+        else:
+            following = []
+        label = f"[{number + 1}/{len(stages)}] {stages[number].name}"
+        started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
+        if not names:
+            log(f"{label}: done before")
+            continue
+        log(f"{label}: {', '.join(names)}")
+        tell_resumed(run, jobs + following)
+        if following:
+            _run_together(run, jobs, following)
+        else:
+            runner(jobs[0])(run, jobs)
+        log(f"{label}: finished in {time.time() - started:.0f} s")
+        tell()
+
+
+def missing(run: Run, jobs: Sequence[Any]) -> list[Any]:
+    """The jobs whose steps are not done."""
+    return [job for job in jobs if not job.step.is_done(run.root)]
+
+
+def tell_resumed(run: Run, jobs: list[Any]) -> None:
+    """Log what is there already of stores that the jobs fill."""
+    for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
+        if found := len((run.root / step.folder).files(suffix=".parquet")):
+            log(f"{step.name}: {found:,} shards are there; what they hold is passed over")
+
+
+def _can_follow(jobs: list[Any], following: list[Any]) -> bool:
+    """Whether answers can be scored while others are generated: there has to be room for both."""
+    if not isinstance(jobs[0], Generate) or not isinstance(following[0], Score):
+        return False
+    pools = [generate.pool_of(job.model) for job in jobs]
+    return all(fit_together([pool, score.pool_of(following[0].reward)]) for pool in pools)
+
+
+def _run_together(run: Run, jobs: list[Generate], scores: list[Score]) -> None:
+    """Generate, and score each bucket as soon as it is filled."""
+    feed = Feed([job.answers.step for job in scores])
+    made = {job.step.key for job in jobs}
+    for job in scores:
+        if job.answers.step.key not in made:  # made before
+            for bucket in buckets(run.buckets):
+                feed.add(job.answers.step, bucket.index)
+    side_by_side([lambda: generate.run(run, jobs, feed), lambda: score.run(run, scores, feed)])
+
+
+def runner(job: Any) -> Any:
+    """The `run` function of the stage module that defines the job."""
+    return importlib.import_module(type(job).__module__).run
+
+
+def plan(config: Config, until: str = STAGES[-1]) -> list[tuple[str, Step, bool]]:
+    """(stage, step, whether it is done) for each step, without running anything."""
+    chain = Chain(preflight(config), until)
+    return [(s.name, step, step.is_done(chain.root)) for s in chain.build() for step in s.steps]

@@ -1,0 +1,185 @@
+"""A study: variants of training over seeds, compared on the same held-out prompts.
+
+Each variant of each seed is a chain like that of `wrpo fuse`, in one output folder, so what they
+have in common is made once. They go on side by side: jobs of one kind that all of them are ready
+for run together, and share their engines. Run again, it goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from wrpo_ray.config import Config, StudyConfig, study_config
+from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
+from wrpo_ray.pipeline.preflight import preflight
+from wrpo_ray.pipeline.runner import (
+    missing,
+    runner,
+    session,
+    tell_resumed,
+)
+from wrpo_ray.pipeline.stage import STAGES, Stage
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.stages.evaluate.study import TABLE, Competitor, StudyTable
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+RESULT = "study.json"
+UNTIL = {FUSED: "train", SFT: "sft"}
+"""The last stage that a model of the run needs; given models need none."""
+
+
+def study(settings: StudyConfig, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Run all cases, or only some of the variants, and return their tables.
+
+    Those of all variants are kept in `study.json`.
+
+    Raises:
+        WrpoError: see `errors`.
+    """
+    cases = {name: Case.of(settings, name, chosen(settings, only)) for name in settings.cases}
+    result: dict[str, Any] = {"seeds": list(settings.seeds), "cases": {}}
+    for name, case in cases.items():
+        result["cases"][name] = case.run()
+    if not only:
+        Folder(settings.output).absolute().write_json(RESULT, result)
+    return result
+
+
+def plan(settings: StudyConfig, only: Sequence[str] = ()) -> list[tuple[str, Step, bool]]:
+    """(case, step, whether it is done) for each step, without running anything."""
+    found = []
+    for name in settings.cases:
+        case = Case.of(settings, name, chosen(settings, only))
+        steps = {job.step.key: job.step for path in case.paths for job in path.jobs}
+        steps[case.table.step.key] = case.table.step
+        found += [(name, step, step.is_done(case.root)) for step in steps.values()]
+    return found
+
+
+def chosen(settings: StudyConfig, only: Sequence[str]) -> list[str]:
+    """Names of the variants to run, in the study's order.
+
+    Raises:
+        UserError: a name is not known.
+    """
+    for name in only:
+        if name not in settings.variants:
+            raise UserError(f"--only {name}: there are {', '.join(settings.variants)}")
+    return [name for name in settings.variants if not only or name in only]
+
+
+# --- chains that go on side by side ------------------------------------------------------------
+
+
+@dataclass
+class Path:
+    """The phases of one chain that are left, in their order."""
+
+    phases: list[tuple[int, tuple[Any, ...]]]
+    """(number of the stage in the chain, jobs of one kind)"""
+
+    @staticmethod
+    def of(stages: Iterable[Stage]) -> Path:
+        """The phases of a chain's stages."""
+        return Path([(STAGES.index(s.name), jobs) for s in stages for jobs in s.phases])
+
+    @property
+    def jobs(self) -> list[Any]:
+        """All jobs."""
+        return [job for _, jobs in self.phases for job in jobs]
+
+    def skip_done(self, root: Folder) -> None:
+        """Leave out what is done at the front."""
+        while self.phases and all(job.step.is_done(root) for job in self.phases[0][1]):
+            self.phases.pop(0)
+
+
+def next_wave(paths: Sequence[Path]) -> list[Any]:
+    """The jobs to run now: of the path that is least far its next, and their like of the others.
+
+    Whatever is next in a path can be run, as a path's phases build upon each other.
+    """
+    fronts = [path.phases[0] for path in paths if path.phases]
+    if not fronts:
+        return []
+    kind = _kind(min(fronts, key=lambda front: front[0])[1])
+    alike = (jobs for _, jobs in fronts if _kind(jobs) == kind)
+    return list({job.step.key: job for jobs in alike for job in jobs}.values())
+
+
+def _kind(jobs: Sequence[Any]) -> tuple[Any, ...]:
+    """Jobs of one kind are given to their stage together; those that score, by reward."""
+    return type(jobs[0]), getattr(jobs[0], "reward", None)
+
+
+def run_waves(run: Run, paths: Sequence[Path]) -> None:
+    """Run all paths to their end."""
+    while True:
+        for path in paths:
+            path.skip_done(run.root)
+        wave = next_wave(paths)
+        if not wave:
+            return
+        jobs = missing(run, wave)
+        left = len({job.step.key for path in paths for job in path.jobs})
+        log(f"{type(jobs[0]).__name__}: {len(jobs)} jobs of {left} that are left")
+        tell_resumed(run, jobs)
+        runner(jobs[0])(run, jobs)
+
+
+# --- cases -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """The chains of all variants and seeds in one setting."""
+
+    config: Config
+    """Of one of them: where and within which limits to run is common to all."""
+    table: StudyTable
+    root: Folder
+    paths: list[Path] = field(default_factory=list)
+
+    @staticmethod
+    def of(settings: StudyConfig, name: str, variants: Sequence[str]) -> Case:
+        """Build the chains.
+
+        Raises:
+            UserError: with one line for each problem of a config.
+        """
+        configs = {v: preflight(study_config(settings, name, v)) for v in variants}
+        fingerprints: dict[str, str] = {}
+        competitors, paths, prompts = [], [], set()
+        for variant, config in configs.items():
+            asked = settings.variants[variant]
+            for seed in settings.seeds[: asked.seeds]:
+                own = config.model_copy(update={"seed": seed})
+                until = UNTIL.get(asked.model, STAGES[0])
+                chain = Chain(own, until, shares_engines=True, fingerprints=fingerprints)
+                stages = chain.build()
+                stage, entrant, held_out = chain.compared(asked.model)
+                paths.append(Path.of([*stages, stage]))
+                competitors.append(Competitor(variant, seed, entrant))
+                prompts.add(held_out.step.config["path"])
+        if len(prompts) > 1:
+            raise UserError(f"{name}: variants have different `evaluate.prompts`")
+        known = set(variants)
+        contrasts = tuple(c for c in settings.contrasts if set(c) <= known)
+        first = next(iter(configs.values()))
+        root = Folder(first.output).absolute()
+        return Case(first, StudyTable(tuple(competitors), contrasts), root, paths)
+
+    def run(self) -> dict[str, Any]:
+        """Run what is missing; returns the table."""
+        step = self.table.step
+        if not step.is_done(self.root):
+            with session(self.config, self.root) as run:
+                run_waves(run, self.paths)
+                log(f"{step.name}: comparing {len(self.table.competitors)} models")
+                runner(self.table)(run, [self.table])
+        return (self.root / step.folder).read_json(TABLE)

@@ -1,0 +1,109 @@
+"""The summary of a run: its steps, the tables of the evaluation, and where the fused model lies."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from wrpo_ray.config import (
+    Config,
+)
+from wrpo_ray.errors import RegressionError, UserError
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.models import map_models
+from wrpo_ray.pipeline.stage import Stage
+from wrpo_ray.report import benchmark_table as comparison
+from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON
+from wrpo_ray.stages.evaluate.pairwise import shortfall
+from wrpo_ray.stages.evaluate.stage import (
+    EXAMPLE,
+    TABLE,
+)
+from wrpo_ray.stages.evaluate.statistics import Estimate
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step, versions
+
+
+def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
+    """What a run did: its steps, the evaluation's table, and where the fused model lies."""
+    root = chain.root
+    summary: dict[str, Any] = {
+        "output": str(root),
+        "versions": versions(),
+        "models": model_addresses(chain.config),
+        "steps": [_step_summary(root, s.name, step) for s in stages for step in s.steps],
+    }
+    for stage in stages:
+        for step in stage.steps:
+            if step.name == "evaluate" and step.is_done(root):
+                summary["evaluation"] = (root / step.folder).read_json(TABLE)
+                summary["example"] = (root / step.folder).read_json(EXAMPLE)
+            if step.name == "comparison" and step.is_done(root):
+                summary["comparison"] = (root / step.folder).read_json(COMPARISON)
+                summary["comparison_folder"] = str(root / step.folder)
+            if step.name == "wrpo" and step.is_done(root):
+                summary["fused_model"] = str(root / step.folder / "model")
+    return summary
+
+
+def write_comparison(root: Folder, summary: dict[str, Any]) -> None:
+    """The table of the judged models for those who read, beside the step's own."""
+    if "comparison" not in summary:
+        return
+    name, table = summary["comparison_folder"].rpartition("/")[2], summary["comparison"]
+    folder = root / name  # what the summary shows has no options of the store
+    for name, text in (
+        ("comparison.md", comparison.markdown(table)),
+        ("comparison.html", comparison.html(table)),
+    ):
+        if not folder.exists(name) or folder.read(name) != text.encode():
+            folder.write(name, text.encode())
+
+
+def check_pairs(summary: dict[str, Any], floor: float) -> None:
+    """Check that no pair of a run's comparison has a win rate below `floor`.
+
+    Raises:
+        UserError: there is no pair.
+        RegressionError: one has, or its rate is not known.
+    """
+    pairs = summary.get("comparison", {}).get("pairs", [])
+    if not pairs:
+        raise UserError("--fail-below: the config compares no pairs; set evaluate.pairwise")
+    below = []
+    for pair in pairs:
+        rate: dict[str, Any] = {
+            name: math.nan if value is None else value for name, value in pair["win_rate"].items()
+        }
+        name = f"win rate of {pair['a']} against {pair['b']}"
+        below += [told] if (told := shortfall(name, Estimate(**rate), floor)) else []
+    if below:
+        raise RegressionError("\n".join(below))
+
+
+def model_addresses(config: Config) -> dict[str, str]:
+    """{name: where it lies} of the given models; a hub id with its commit."""
+    found: dict[str, str] = {}
+    map_models(
+        config, lambda what, m: found.update({getattr(m, "name", what): str(Folder(m.model))}) or m
+    )
+    return found
+
+
+def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
+    summary = {"stage": stage, "step": step.name, "folder": step.folder, "state": "to do"}
+    if not step.is_done(root):
+        return summary
+    record = step.read_manifest(root)
+    rows_in = sum(_rows(i.read_manifest(root)) for i in step.inputs if i.is_done(root))
+    return summary | {
+        "state": "done",
+        "rows_in": rows_in,
+        "rows_out": _rows(record),
+        "seconds": record["seconds"],
+        "counts": record["counts"],
+    }
+
+
+def _rows(record: dict[str, Any]) -> int:
+    return record["counts"].get("rows", 0)

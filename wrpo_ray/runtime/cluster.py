@@ -1,0 +1,214 @@
+"""The Ray cluster: connecting, checking where data lies, ending orphans, room, tasks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psutil
+
+from wrpo_ray.config import ClusterConfig
+from wrpo_ray.errors import UserError
+from wrpo_ray.runtime.connection import CONNECTION
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.runtime.temporary import shorten_temporary_folders
+from wrpo_ray.storage.cache import LIMIT
+from wrpo_ray.storage.fingerprints import digest
+from wrpo_ray.storage.folder import TEMPORARY, Folder
+from wrpo_ray.text.addresses import shown
+
+OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
+"""Environment of every process that works for a run: which output, and which driver."""
+UNDERSTOOD = ("Progress bars disabled",)
+"""Warnings of Ray Data, by their beginnings, that tell a user nothing: progress is told here."""
+
+
+def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
+    """Connect to the cluster, or start Ray on this machine, and mark the run's processes."""
+    # Ray's C++ core writes warnings to stderr that say nothing to a user; errors still rise.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # After a failure a thread that still waits for Ray Data must not start a Ray of its own.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    import ray
+
+    marks = {OUTPUT: mark(root), SESSION: session, "PYTHONPATH": _python_path()}
+    if cluster.cache_gb is not None:
+        marks[LIMIT] = str(cluster.cache_gb)
+    quiet = {"log_to_driver": False, "logging_level": "warning"}
+    address = cluster.address or os.environ.get("RAY_ADDRESS")
+    if address and address != "local":
+        check_answers(address)
+        try:
+            with keeping_sigterm():
+                ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
+        except ConnectionError as error:
+            raise UserError(f"cluster.address: {shown(f'{address}: {error}')}") from None
+    else:
+        shorten_temporary_folders()
+        os.environ |= marks
+        with keeping_sigterm():
+            ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
+    _quiet_ray_data()
+    CONNECTION.open()
+
+
+def _quiet_ray_data() -> None:
+    """Leave out what Ray Data tells in passing; other warnings and errors reach the terminal."""
+    import ray
+
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logger = logging.getLogger("ray.data")
+    logger.setLevel(logging.WARNING)
+    for handler in logger.handlers:
+        handler.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(UNDERSTOOD)
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Ray puts handlers of its own for SIGTERM that end the process with another exit code."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, ours)
+
+
+def mark(root: Folder) -> str:
+    """What the processes of an output's runs are known by, however its path was written."""
+    return digest(root.absolute().uri.rstrip("/"))
+
+
+def check_answers(address: str) -> None:
+    """Ray waits for minutes, and ends the process, where nothing listens.
+
+    Raises:
+        UserError: nothing does.
+    """
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not port.isdigit():
+        return  # such as `auto`
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster.address: nothing answers at {shown(address)} ({error}); start the cluster, "
+            f"or correct the address (RAY_ADDRESS)"
+        ) from None
+
+
+def _python_path() -> str:
+    """The driver's folder first, so that functions named in the config are found by workers."""
+    paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return os.pathsep.join(dict.fromkeys(p for p in paths if p))
+
+
+def nodes() -> list[str]:
+    """Ids of the live nodes."""
+    import ray
+
+    return [n["NodeID"] for n in ray.nodes() if n["Alive"]]
+
+
+def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
+    """Results of a call on each node; one that was lost just now, and is still listed, has none."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
+
+    task = ray.remote(num_cpus=0, max_retries=3)(function)
+    asked = [
+        task.options(scheduling_strategy=Affinity(node, soft=False)).remote(*args)
+        for node in nodes()
+    ]
+    results = []
+    for answer in asked:
+        with suppress(ray.exceptions.TaskUnschedulableError):
+            results.append(ray.get(answer))
+    return results
+
+
+def check_reachable(root: Folder) -> None:
+    """Check that every node sees the output folder.
+
+    Raises:
+        UserError: the path is relative, or local to a node, on more than one node.
+    """
+    if root.is_remote or len(nodes()) == 1:
+        return
+    remedy = "use an object store (s3://...) or a folder that every node mounts"
+    if root.is_relative:
+        raise UserError(
+            f"output: {root} is relative, on a cluster of {len(nodes())} nodes; {remedy}"
+        )
+    probe = f"{TEMPORARY}probe-{uuid.uuid4().hex[:8]}"
+    root.write(probe, b"")
+    try:
+        blind = _on_every_node(_sees, root, probe).count(False)
+    finally:
+        root.delete(probe)
+    if blind:
+        raise UserError(f"output: {root} is not seen by {blind} of {len(nodes())} nodes; {remedy}")
+
+
+def _sees(root: Folder, name: str) -> bool:
+    return root.exists(name)
+
+
+def end_orphans(root: Folder, session: str) -> None:
+    """End what an earlier, dead driver of this output left running on any node.
+
+    The lease has to be held: then every process marked with this output and another session
+    is an orphan.
+    """
+    ended = sum(_on_every_node(_end_orphans, mark(root), session))
+    if ended:
+        log(f"ended {ended} processes that an interrupted run had left behind")
+
+
+def _end_orphans(output: str, session: str) -> int:
+    orphans = [p for p in psutil.process_iter() if _is_orphan(p, output, session)]
+    for process in orphans:
+        process.kill()
+    deadline = time.monotonic() + 30
+    while any(map(_runs, orphans)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return len(orphans)
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it still does; one that waits only for its parent to take notice does not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _is_orphan(process: psutil.Process, output: str, session: str) -> bool:
+    try:
+        environ = process.environ()
+    except psutil.Error:
+        return False
+    return environ.get(OUTPUT) == output and environ.get(SESSION, session) != session
+
+
+def disconnect() -> None:
+    """Leave the cluster; a Ray that `connect` started ends.
+
+    What other threads still had under way ends with it, and has nothing more to tell.
+    """
+    import ray
+
+    CONNECTION.close(5)
+    logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL + 1)
+    ray.shutdown()

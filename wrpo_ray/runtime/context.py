@@ -1,0 +1,76 @@
+"""What a stage is given beside its jobs: the output, limits, and how its counts are summed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from wrpo_ray.errors import FailureLimitError
+from wrpo_ray.runtime import metrics
+from wrpo_ray.runtime.ledger import Ledger, Spent
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of the pipeline."""
+
+    root: Folder
+    buckets: int
+    chunk: int = 64
+    failure_limit: float = 0.01
+    session: str = ""
+    """Marks the processes of this driver, so that a later one can tell them from its own."""
+    max_attempts: int = 3
+    """How often a row is tried in all runs together before it stays failed."""
+    ledger: Ledger | None = None
+    """The driver's; workers have none."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+
+    def spend(
+        self,
+        step: Step,
+        pool: str,
+        seconds: float,
+        *,
+        idle: float = 0,
+        gpus: float = 0,
+        rows: int = 0,
+        failed: int = 0,
+        prompt_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> None:
+        """Count what an actor of `gpus` GPUs took and made; the driver calls it.
+
+        Of the seconds it was `idle` for some. Goes to the ledger and to Prometheus.
+
+        Raises:
+            BudgetError: the budget is spent.
+        """
+        metrics.count(
+            step, rows=rows, failures=failed, tokens=output_tokens, prompt_tokens=prompt_tokens,
+            actor_seconds=seconds, idle_seconds=idle, gpu_seconds=seconds * gpus,
+        )  # fmt: skip
+        if self.ledger:
+            spent = Spent(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
+            self.ledger.add(step, pool, spent)
+            self.ledger.check()
+
+    def check_failures(self, step: Step, failed: int, done: int) -> None:
+        """Raise FailureLimitError when more than `failure_limit` of the rows failed."""
+        if failed and failed > self.failure_limit * (failed + done):
+            raise FailureLimitError(
+                f"{step.name}: {failed} of {failed + done} rows failed, above failure_limit "
+                f"{self.failure_limit}{self._example(step)}; all are kept in "
+                f"{step.failures(self.root)}; put the cause right and run the same command "
+                f"again (`wrpo failures` tells more), or raise failure_limit"
+            )
+
+    def _example(self, step: Step) -> str:
+        folder = step.failures(self.root)
+        row = folder.read_table(folder.files(suffix=".parquet")[0]).slice(0, 1).to_pylist()[0]
+        where = row["where"] or f"prompt {row['prompt_id']}"
+        return f" (such as {where}: {row['error']}: {row['message']})"

@@ -1,0 +1,57 @@
+"""Errors of workers and of Ray as one line that names the first cause."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from wrpo_ray import errors
+from wrpo_ray.errors import WrpoError
+from wrpo_ray.llm.vllm import with_root_cause
+
+
+def guarded(
+    what: str, function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[str, Any]
+) -> dict[str, Any]:
+    """The function's result, or what went wrong, for `own_error`."""
+    try:
+        return function(row)
+    except Exception as error:  # whatever it is, the driver tells it
+        own = error if isinstance(error, WrpoError) else readable(with_root_cause(error), what)
+        return {
+            "error": type(own).__name__,
+            "message": str(own),
+            "trace": traceback.format_exc(),
+        }
+
+
+def own_error(result: dict[str, Any]) -> WrpoError:
+    """The error that a result of `guarded` tells of."""
+    kind: type[WrpoError] = getattr(errors, result["error"])
+    error = kind(result["message"])
+    error.__cause__ = RuntimeError(result["trace"])  # shown with WRPO_DEBUG
+    return error
+
+
+def readable(error: BaseException, what: str) -> WrpoError:
+    """The project's own error inside one of Ray's, or one line that names the first cause."""
+    causes = list(_causes(error))
+    own = next((cause for cause in causes if isinstance(cause, WrpoError)), None)
+    if own is not None:
+        return own
+    text = " ".join(str(causes[-1]).split())[:500]
+    return WrpoError(
+        f"{what} failed: {type(causes[-1]).__name__}: {text}; put the cause right and run the same "
+        f"command again, which goes on where this one stopped (WRPO_DEBUG=1 shows the whole trace)"
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it wraps, outermost first."""
+    while error is not None:
+        yield error
+        failures = list(getattr(error, "worker_failures", {}).values())
+        inner = [getattr(error, "controller_failure", None), getattr(error, "_base_exc", None)]
+        inner += [*failures, getattr(error, "cause", None), error.__cause__]
+        error = next((e for e in inner if isinstance(e, BaseException)), None)

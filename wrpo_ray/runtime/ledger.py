@@ -1,0 +1,203 @@
+"""What an output has cost so far, over all calls, and whether its budget allows more.
+
+The driver adds up tokens and actor-seconds by step's folder in `ledger.json`, at most a second
+behind. A call that was stopped leaves it open; the next one then counts the answers that the
+stores hold. Not counted: seconds of actors that were lost before they told them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+
+from wrpo_ray.config import BudgetConfig, PricesConfig
+from wrpo_ray.errors import BudgetError, UserError
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+FILE = "ledger.json"
+EVERY = 1.0
+"""Seconds between writes."""
+TOKENS = pa.schema(
+    [("sample", pa.int32()), ("prompt_tokens", pa.int32()), ("output_tokens", pa.int32())]
+)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Sums; those of two parts are added."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    """Of each request once, however many samples it asked for."""
+    output_tokens: int = 0
+    actor_seconds: float = 0.0
+    """Held by actors or workers, with their engines' starts."""
+    gpu_seconds: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        return Spent(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+    def money(self, pool: str, prices: PricesConfig) -> float:
+        """What it cost a pool."""
+        tokens = (
+            self.prompt_tokens * prices.input_tokens.get(pool, 0)
+            + self.output_tokens * prices.output_tokens.get(pool, 0)
+        ) / 1e6
+        return tokens + self.gpu_seconds / 3600 * prices.pools.get(pool, prices.gpu_hour)
+
+
+def _values(spent: Spent) -> tuple[Any, ...]:
+    return tuple(asdict(spent).values())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a step's folder has cost."""
+
+    pool: str
+    """The model, reward or step by whose price it is paid."""
+    spent: Spent
+
+
+def read_ledger(root: Folder) -> dict[str, Entry]:
+    """By name of the step's folder; empty where nothing was written yet.
+
+    Raises:
+        UserError: the file is not as it was written.
+    """
+    steps = _read(root)["steps"]
+    try:
+        return {f: Entry(e.pop("pool"), Spent(**e)) for f, e in steps.items()}
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{root}/{FILE}: was changed; put it back from a copy") from None
+
+
+def read_seconds(root: Folder) -> float:
+    """On the clock of all calls."""
+    return float(_read(root)["seconds"])
+
+
+def _read(root: Folder) -> dict[str, Any]:
+    if not root.exists(FILE):
+        return {"steps": {}, "seconds": 0.0, "open": True}
+    return {"open": True} | root.read_record(FILE, steps=dict, seconds=(int, float))
+
+
+class Ledger:
+    """The ledger of a call; the lease has to be held."""
+
+    def __init__(self, root: Folder, prices: PricesConfig, budget: BudgetConfig):
+        self.root, self.prices, self.budget = root, prices, budget
+        self.entries = read_ledger(root)
+        record = _read(root)
+        self._before, self._started = record["seconds"], time.monotonic()
+        self._written, self._lock = 0.0, threading.Lock()
+        if record["open"]:
+            self._count_stores()
+
+    def __enter__(self) -> Ledger:
+        self._write(is_open=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """After an error it stays open: actors have committed what they did not come to tell."""
+        self._write(is_open=kind is not None)
+
+    @property
+    def hours(self) -> float:
+        """Hours on the clock of all calls."""
+        return (self._before + time.monotonic() - self._started) / 3600
+
+    @property
+    def total(self) -> Spent:
+        """Over all steps."""
+        return sum((e.spent for e in self._now()), Spent())
+
+    @property
+    def money(self) -> float:
+        """Over all steps, by the prices of today."""
+        return sum(e.spent.money(e.pool, self.prices) for e in self._now())
+
+    def add(self, step: Step, pool: str, spent: Spent) -> None:
+        """Add to what a step has cost."""
+        with self._lock:
+            held = self.entries.get(step.folder, Entry(pool, Spent()))
+            self.entries[step.folder] = Entry(pool, held.spent + spent)
+            if time.monotonic() - self._written >= EVERY:
+                self._write(is_open=True)
+
+    def check(self) -> None:
+        """Check that the budget allows more.
+
+        Raises:
+            BudgetError: it does not.
+        """
+        spent = {
+            "output_tokens": self.total.output_tokens,
+            "money": self.money,
+            "hours": self.hours,
+        }
+        for name, value in spent.items():
+            bound = getattr(self.budget, name)
+            if bound is not None and value >= bound:
+                raise BudgetError(
+                    f"budget.{name}: {value:,.10g} of {bound:,.10g} is spent; what is finished is "
+                    f"kept: raise budget.{name} and run the same command again to go on"
+                )
+
+    # --- inside
+
+    def _now(self) -> list[Entry]:
+        """The entries; pools that run side by side add to them meanwhile."""
+        with self._lock:
+            return list(self.entries.values())
+
+    def _write(self, *, is_open: bool) -> None:
+        self._written = time.monotonic()
+        steps = {f: {"pool": e.pool} | asdict(e.spent) for f, e in sorted(self.entries.items())}
+        seconds = round(self.hours * 3600, 1)
+        self.root.write_json(FILE, {"seconds": seconds, "open": is_open, "steps": steps})
+
+    def _count_stores(self) -> None:
+        """Tokens of answers that lie in the stores and that nobody could tell the ledger."""
+        for folder in (f for f in self.root.folders() if f.startswith("generate-")):
+            pool = folder.removeprefix("generate-").rpartition("-")[0]
+            held = self.entries.get(folder, Entry(pool, Spent()))
+            there = stored_tokens(self.root / folder)
+            if there.output_tokens > held.spent.output_tokens:
+                seconds = Spent(0, 0, 0, held.spent.actor_seconds, held.spent.gpu_seconds)
+                self.entries[folder] = Entry(held.pool, there + seconds)
+
+
+def stored_tokens(folder: Folder, most: int | None = None) -> Spent:
+    """Rows and tokens of a store's answers; of about `most` of its shards, evenly, where given.
+
+    Two columns are read by pyarrow's threads, batch by batch.
+    """
+    sums = Spent()
+    for batch in _shards(folder, most).to_batches():
+        first = batch.filter(pa.compute.equal(batch["sample"], 0))
+        sums += Spent(batch.num_rows, _sum(first["prompt_tokens"]), _sum(batch["output_tokens"]))
+    return sums
+
+
+def stored_rows(folder: Folder) -> int:
+    """How many rows a store holds, by the footers of its shards."""
+    return _shards(folder).count_rows()
+
+
+def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:
+    names = folder.files(suffix=".parquet")
+    step = -(-len(names) // most) if most and names else 1
+    paths = [f"{folder.path}/{name}" for name in names[::step]]
+    return ds.dataset(paths, schema=TOKENS, format="parquet", filesystem=folder.filesystem)
+
+
+def _sum(column: pa.Array) -> int:
+    return pa.compute.sum(column).as_py() or 0

@@ -1,0 +1,65 @@
+"""What a run tells Prometheus, through the metrics of the Ray node that its driver is on.
+
+The driver counts, bucket by bucket, what its actors and tasks tell it anyway. So no row is counted
+twice when a lost actor's bucket is done again, and series do not come and go with actors. A
+series is labelled by `stage` and, where one model's answers are made or scored, `source`.
+Without a connection to Ray nothing is told.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from wrpo_ray.storage.steps import Step
+
+COUNTERS = {
+    "rows": "Rows made by this driver",
+    "failures": "Rows that failed in finished buckets, with those given up before",
+    "tokens": "Tokens generated, or trained on",
+    "prompt_tokens": "Prompt tokens read by engines, of each request once",
+    "actor_seconds": "Seconds for which actors or workers held their places",
+    "idle_seconds": "Of the actors' seconds, those without a bucket in hand",
+    "gpu_seconds": "GPUs of these actors or workers, times seconds",
+}
+GAUGES = {
+    "train_step": "Optimizer steps done",
+    "train_steps": "Optimizer steps in all",
+    "train_loss": "Loss of the last step",
+    "train_accuracy": "Share of the last step's rows whose chosen answer has the higher reward",
+    "train_alpha": "Weight of the source's chosen answer",
+    "train_learning_rate": "Learning rate of the last step",
+    "train_grad_norm": "Norm of the last step's gradient before clipping",
+    "train_tokens_per_second": "Tokens of the last step per second",
+}
+LABELS = ("stage", "source")
+
+
+def exported() -> set[str]:
+    """The names under which Prometheus finds them."""
+    return {f"ray_wrpo_{n}_total" for n in COUNTERS} | {f"ray_wrpo_{n}" for n in GAUGES}
+
+
+def count(step: Step, **amounts: float) -> None:
+    """Add to the step's counters, by name."""
+    for name, amount in amounts.items():
+        if amount > 0:  # Ray refuses 0
+            _metric("Counter", name, COUNTERS[name]).inc(amount, _labels(step))
+
+
+def show(step: Step, **values: float | None) -> None:
+    """Set the step's gauges, by name; what is null stays as it is."""
+    for name, value in values.items():
+        if value is not None:
+            _metric("Gauge", name, GAUGES[name]).set(value, _labels(step))
+
+
+def _labels(step: Step) -> dict[str, str]:
+    return {"stage": step.stage, "source": step.source}
+
+
+@cache
+def _metric(kind: str, name: str, description: str) -> Any:
+    from ray.util import metrics
+
+    return getattr(metrics, kind)(f"wrpo_{name}", description, LABELS)

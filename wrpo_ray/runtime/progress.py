@@ -1,0 +1,147 @@
+"""How far a step is: a live table on a terminal, else a line now and then.
+
+Both go to stderr. On a terminal each source has a row while it is worked on, and lines that
+are logged appear above the table; when a row is finished it becomes a line.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from functools import cached_property
+from typing import Any
+
+from wrpo_ray.text.addresses import shown
+
+EVERY = 5.0
+"""Seconds between lines of one step, where there is no table."""
+
+
+def log(text: str) -> None:
+    """One line to stderr, with the time of day; addresses in it are shown without secrets."""
+    line = f"{time.strftime('%H:%M:%S')}  {shown(text)}"
+    if _TABLE.is_shown:
+        _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    else:
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once: threads log, too
+
+
+def pace(rate: float, one: str = "one", many: str = "") -> str:
+    """`310 rows/s`, or `a row each 4.2 s` where there are fewer; empty for a rate of 0."""
+    if rate <= 0:
+        return ""
+    if rate >= 1:
+        number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
+        return f"{number} {many}".strip() + "/s"
+    return f"{one} each {_span(1 / rate)}"
+
+
+def _span(seconds: float) -> str:
+    """4.2 s, 75 s, 12 min, or 3.5 h."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """`generate llama  7/16 buckets  90 rows  3 failed  a row each 1.4 s  212 tokens/s  1:09 left`.
+
+    `about` holds what else is worth telling, such as {"mean reward": "0.41"}.
+    """
+
+    def __init__(self, label: str, total: int, unit: str = "buckets"):
+        self.label, self.total, self.unit = label, total, unit
+        self.done = self.rows = self.failed = self.tokens = 0
+        self.about: dict[str, str] = {}
+        self._started = self._shown = time.monotonic()
+
+    def add(self, rows: int, failed: int = 0, tokens: int = 0) -> None:
+        """One more unit is finished, with so many rows made in this run, and so many failed.
+
+        `tokens` are those that were generated.
+        """
+        self.done += 1
+        self.rows += rows
+        self.tokens += tokens
+        self.failed += failed
+        is_finished, now = self.done == self.total, time.monotonic()
+        _TABLE.update(self, is_finished)
+        if is_finished or (not _TABLE.is_shown and now - self._shown >= EVERY):
+            self._shown = now
+            log("  ".join([self.label, *self.told().values()]))
+
+    def told(self) -> dict[str, str]:
+        """What there is to tell, in words, by column."""
+        passed = max(time.monotonic() - self._started, 1e-9)
+        told = {
+            "done": f"{self.done:,}/{self.total:,} {self.unit}",
+            "rows": f"{self.rows:,} rows",
+            "failed": f"{self.failed:,} failed" if self.failed else "",
+            "rate": pace(self.rows / passed, "a row", "rows"),
+            "tokens": pace(self.tokens / passed, "a token", "tokens"),
+            "left": f"{_clock(passed / self.done * (self.total - self.done))} left"
+            if 0 < self.done < self.total
+            else "",
+            **{name: f"{name} {value}" for name, value in self.about.items()},
+        }
+        return {name: text for name, text in told.items() if text}
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03, or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class _Table:
+    """The steps under way, redrawn once a second; used from the threads of all pools."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._steps: dict[int, Progress] = {}
+        self._live: Any = None
+
+    @cached_property
+    def console(self) -> Any:
+        """The terminal."""
+        from rich.console import Console
+
+        return Console(stderr=True)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether it is on the screen."""
+        return self._live is not None
+
+    def update(self, step: Progress, is_finished: bool) -> None:
+        """Show a step, or take it away; the table goes with its last one."""
+        if not sys.stderr.isatty():
+            return
+        with self._lock:
+            self._steps[id(step)] = step
+            if is_finished:
+                del self._steps[id(step)]
+            if self._steps and not self._live:
+                from rich.live import Live
+
+                self._live = Live(self, console=self.console, refresh_per_second=1, transient=True)
+                self._live.start()
+            elif self._live and not self._steps:
+                self._live.stop()
+                self._live = None
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        steps = list(self._steps.values())
+        cells = [step.told() for step in steps]
+        columns = dict.fromkeys(name for told in cells for name in told)
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for step, told in zip(steps, cells, strict=True):
+            table.add_row(step.label, *(told.get(name, "") for name in columns))
+        return table
+
+
+_TABLE = _Table()

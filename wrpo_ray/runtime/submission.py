@@ -1,0 +1,250 @@
+"""A run as a job of a Ray cluster: `wrpo fuse` on a node of it, through Ray's Jobs API.
+
+The working directory goes along, so code, config and relative paths are those of this machine;
+models, prompts and outputs elsewhere have to be where the nodes see them. What is not covered:
+two submissions of one output from different addresses of a cluster are kept apart by the lease
+of the run only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wrpo_ray import __version__
+from wrpo_ray.config import Config
+from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.runtime.cluster import check_answers, mark
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.text.addresses import shown
+from wrpo_ray.text.documents import read_document, yaml_problem
+from wrpo_ray.text.files import read_text
+
+RUNTIME_ENV = "jobs/runtime_env.yaml"
+IGNORED = ".rayignore"
+API = "RAY_API_SERVER_ADDRESS"
+READY = 60.0
+"""Seconds in which the cluster has to take the job: a head's agent is up a while after it."""
+SLOW = 15.0
+"""Seconds of waiting for the job's start that need no word."""
+GOES_ON = "submit it again to go on"
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is run, and where."""
+
+    path: str
+    """The config's file, in the working directory."""
+    arguments: tuple[str, ...]
+    """What else `wrpo fuse` is given."""
+    output: str
+    address: str
+    """Of the head's dashboard (http://...) or of the cluster."""
+    runtime_env: dict[str, Any]
+
+    @property
+    def command(self) -> str:
+        """The job's entry point."""
+        return shlex.join(["wrpo", "fuse", self.path, *self.arguments])
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the dashboard shows of the job, and later submissions know it by."""
+        names = {"project": "wrpo_ray", "version": __version__}
+        return names | {"config": self.path, "output": str(Folder(self.output))}
+
+
+def submission(
+    path: str, arguments: Sequence[str], config: Config, address: str | None = None
+) -> Submission:
+    """Check what can be checked here.
+
+    Raises:
+        UserError: the job would not find its config, or nobody its output; no address.
+    """
+    here = Path.cwd()
+    file = Path(path).resolve()
+    if not file.is_relative_to(here):
+        raise UserError(f"{path}: not below {here}, which goes to the cluster; submit from there")
+    if Folder(config.output).is_relative:
+        raise UserError(
+            f"output: {Folder(config.output)} is relative, and a job's working directory does not "
+            f"last; give a folder that every node mounts, or an object store (s3://...)"
+        )
+    known = [address, os.environ.get(API), os.environ.get("RAY_ADDRESS"), config.cluster.address]
+    found = next(filter(None, known), None)
+    if not found:
+        raise UserError(
+            f"which cluster? give --address http://HEAD:8265, or set {API} (`auto` finds a Ray on "
+            f"this machine)"
+        )
+    return Submission(
+        str(file.relative_to(here)), tuple(arguments), config.output, found, _runtime_env()
+    )
+
+
+def _runtime_env() -> dict[str, Any]:
+    """That of the working directory, if it has one.
+
+    Raises:
+        UserError: it cannot be read, or Ray refuses it.
+    """
+    from ray.runtime_env import RuntimeEnv
+
+    file = Path(RUNTIME_ENV)
+    if not file.exists():
+        return {"working_dir": "."}
+    text = read_text(file, "runtime environment")
+    try:
+        given = read_document(text) or {}
+        RuntimeEnv(**given)
+    except Exception as error:  # of YAML; and Ray's checks do not look at all that they use
+        raise UserError(
+            f"{RUNTIME_ENV}: {yaml_problem(error)[:300]}; it holds a mapping of Ray's "
+            f"runtime_env, such as env_vars"
+        ) from None
+    return given | {"working_dir": "."}
+
+
+class Job:
+    """A submitted job.
+
+    Raises:
+        UserError: the cluster does not answer or does not take the job, or has one at work on
+            this output.
+    """
+
+    def __init__(self, given: Submission):
+        self.given = given
+        self.client = _client(given.address)
+        self.id = self._submitted()
+
+    def _submitted(self) -> str:
+        name = f"wrpo-{mark(Folder(self.given.output))[:12]}-"
+        jobs = [j for j in self.client.list_jobs() if (j.submission_id or "").startswith(name)]
+        for job in jobs:
+            self._check_ended(job)
+        cpus, deadline = self._driver_cpus(), time.monotonic() + READY
+        while True:
+            try:
+                return self.client.submit_job(
+                    entrypoint=self.given.command,
+                    # Ray takes an id once, so of two that submit at once one is refused
+                    submission_id=f"{name}{len(jobs) + 1}",
+                    runtime_env=self.given.runtime_env,
+                    metadata=self.given.metadata,
+                    entrypoint_num_cpus=cpus,
+                )
+            except RuntimeError as error:
+                if "No available agent" not in str(error):
+                    raise UserError(f"the cluster refuses the job: {_first_line(error)}") from None
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"the cluster has no agent that takes jobs after {READY:g} s; see "
+                        f"dashboard_agent.log on its head"
+                    ) from None
+            log("waiting for the cluster to take jobs")
+            time.sleep(2)
+
+    def _check_ended(self, job: Any) -> None:
+        if not job.status.is_terminal():
+            raise UserError(
+                f"output: {Folder(self.given.output)} is worked on by the job {job.submission_id}; "
+                f"see it with `ray job logs --follow {job.submission_id}`, end it with "
+                f"`ray job stop {job.submission_id}`, or set another `output`"
+            )
+
+    def _driver_cpus(self) -> int:
+        """A driver that asks for nothing is put on the head; one without CPUs is for no work."""
+        from ray.util.state import list_nodes
+
+        deadline = time.monotonic() + READY
+        while True:
+            heads = list_nodes(
+                self.client.get_address(),
+                [("is_head_node", "=", True)],
+                raise_on_missing_output=False,  # nodes may come and go just now
+            )
+            if known := [head.resources_total for head in heads if head.resources_total]:
+                return 0 if known[0].get("CPU") else 1
+            if time.monotonic() > deadline:
+                raise UserError(f"the cluster's head tells no resources after {READY:g} s")
+            time.sleep(0.5)  # it has just started
+
+    def follow(self) -> int:
+        """Print what the job prints until it ends; returns its exit code.
+
+        Raises:
+            WrpoError: it did not run, or was stopped.
+        """
+        asyncio.run(self._follow())
+        info = self.client.get_job_info(self.id)
+        if info.status == "SUCCEEDED":
+            return 0
+        if info.status == "STOPPED":
+            raise WrpoError(f"the job {self.id} was stopped; {GOES_ON}")
+        if info.driver_exit_code is None:
+            raise WrpoError(f"the job {self.id} failed: {info.message}")
+        return info.driver_exit_code
+
+    async def _follow(self) -> None:
+        """A lost connection is made again, and what was printed is passed over."""
+        self._tell_waiting()
+        printed = 0
+        while True:
+            seen = 0
+            try:
+                async for text in self.client.tail_job_logs(self.id):
+                    print(text[max(0, printed - seen) :], end="", flush=True)
+                    seen += len(text)
+                    printed = max(printed, seen)
+            except RuntimeError as error:
+                log(f"connection to the job lost ({error}); trying again")
+            if self.client.get_job_status(self.id).is_terminal():
+                return
+            await asyncio.sleep(1)
+
+    def _tell_waiting(self) -> None:
+        """Wait until the driver runs, which may take a new node."""
+        started, told = time.monotonic(), False
+        while (info := self.client.get_job_info(self.id)).status == "PENDING":
+            if not told and time.monotonic() - started > SLOW:
+                log(f"the job waits: {info.message}")
+                told = True
+            time.sleep(0.5)
+
+    def stop(self) -> None:
+        """End the job, and wait until it has: what is finished is kept."""
+        self.client.stop_job(self.id)
+        while not self.client.get_job_status(self.id).is_terminal():
+            time.sleep(0.5)
+
+
+def _client(address: str) -> Any:
+    """Ray's client, at this address also where the environment names another one.
+
+    Raises:
+        UserError: no cluster answers there.
+    """
+    check_answers(address)
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ[API] = address
+    if Path(IGNORED).exists():  # it says alone what stays here
+        os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Jobs API at {shown(address)}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return shown(str(error).strip().splitlines()[-1][:500])

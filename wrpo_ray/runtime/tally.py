@@ -1,0 +1,43 @@
+"""Sums a job's counts over its buckets, and finishes its step with the last one."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.storage.steps import Step
+
+
+class Tally:
+    """Sums a job's counts over its buckets; with the last bucket the job's step is finished.
+
+    A result has `rows` (wanted ones that are there now), `new` (of them, those made by this
+    call), `failed` and what else there is to sum.
+    """
+
+    def __init__(self, run: Run, step: Step):
+        self.run, self.step = run, step
+        self.counts: Counter[str] = Counter(rows=0, new=0, failed=0)
+        self._buckets, self._started = 0, time.time()
+
+    def add(self, result: dict[str, Any]) -> None:
+        """Add a bucket's counts.
+
+        Raises:
+            FailureLimitError: more rows failed than may in the whole job.
+        """
+        self.counts.update(
+            {k: v for k, v in result.items() if k not in ("job", "bucket", "seconds", "idle")}
+        )
+        self._buckets += 1
+        failed, rows = self.counts["failed"], self.counts["rows"]
+        expected = (failed + rows) * self.run.buckets // self._buckets
+        self.run.check_failures(self.step, failed, expected - failed)
+        if self._buckets == self.run.buckets:
+            skipped = rows - self.counts.pop("new")
+            self.step.finish(self.run.root, {**self.counts, "skipped": skipped}, self._started)
+            if skipped:
+                log(f"{self.step.name}: {skipped:,} of {rows:,} rows were there")

@@ -1,0 +1,77 @@
+"""What a model, or several together, answer to the prompts of an evaluation: one text each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from wrpo_ray.data.records import RESPONSE, SCORED
+from wrpo_ray.data.shards import Bucket, Samples
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+COLUMNS = ["prompt_id", "source", "sample", "text", "output_tokens"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A text, and the output tokens that it took, of all models that have a part in it."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The answers that go under one name."""
+
+    name: str
+    samples: tuple[Samples, ...]
+    """Stores of answers to different prompts; with `best` to the same ones, with their rewards."""
+    best: bool = False
+    """Of all answers to a prompt the one with the highest reward; of equal ones the first."""
+    parts: tuple[Answers, ...] = ()
+    """Others' answers that these were made from: their tokens count."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps that make them."""
+        return tuple(s.step for s in self.samples) + tuple(s for p in self.parts for s in p.steps)
+
+    @property
+    def identity(self) -> list[Any]:
+        """What decides the texts, but for which prompts they answer."""
+        stores = [[s.step.folder, s.count if self.best else 1] for s in self.samples]
+        return [self.best, stores]
+
+    def read(self, root: Folder, bucket: Bucket) -> dict[str, Answer]:
+        """The bucket's answers by prompt id; those that failed are not among them."""
+        found = self._best(root, bucket) if self.best else self._first(root, bucket)
+        for part in self.parts:
+            tokens = {key: answer.tokens for key, answer in part.read(root, bucket).items()}
+            found = {k: Answer(a.text, a.tokens + tokens.get(k, 0)) for k, a in found.items()}
+        return found
+
+    def _first(self, root: Folder, bucket: Bucket) -> dict[str, Answer]:
+        """Sample 0 of each prompt."""
+        rows = [
+            row
+            for samples in self.samples
+            for row in samples.read(root, bucket, RESPONSE, COLUMNS).to_pylist()
+        ]
+        return {
+            r["prompt_id"]: Answer(r["text"], r["output_tokens"] or 0)
+            for r in rows
+            if r["sample"] == 0
+        }
+
+    def _best(self, root: Folder, bucket: Bucket) -> dict[str, Answer]:
+        best: dict[str, tuple[float, str]] = {}
+        tokens: dict[str, int] = {}
+        for samples in self.samples:
+            for row in samples.read(root, bucket, SCORED, [*COLUMNS, "reward"]).to_pylist():
+                key = row["prompt_id"]
+                tokens[key] = tokens.get(key, 0) + (row["output_tokens"] or 0)
+                if key not in best or row["reward"] > best[key][0]:
+                    best[key] = row["reward"], row["text"]
+        return {key: Answer(text, tokens[key]) for key, (_, text) in best.items()}

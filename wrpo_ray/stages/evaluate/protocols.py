@@ -1,0 +1,302 @@
+"""How each benchmark asks its judge, and what it takes from the judgment; pure functions.
+
+The official templates are read with the benchmarks' files (`benchmarks`); only the question about
+pairs of a run's own models is ours.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import pyarrow as pa
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from wrpo_ray.config import SamplingConfig
+from wrpo_ray.data.records import ITEM, PROMPT, Message
+from wrpo_ray.errors import UserError
+from wrpo_ray.stages.evaluate.alpaca_eval import preference
+from wrpo_ray.stages.evaluate.arena_hard import VERDICTS, is_unfinished, parse_verdict
+from wrpo_ray.stages.evaluate.mt_bench import parse_rating
+from wrpo_ray.storage.fingerprints import unit_interval
+
+Row = dict[str, Any]
+
+
+class NoVerdictError(ValueError):
+    """The judge says nothing that counts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judgment says."""
+
+    value: float
+    label: str | None = None
+
+
+class Judging(Protocol):
+    """Asks about one model's answer, or two, and reads what is said."""
+
+    @property
+    def name(self) -> str:
+        """Of the benchmark."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Of the prompts."""
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """Games, or turns."""
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How the judge answers."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a judge that gave no verdict is asked once more."""
+
+    @property
+    def identity(self) -> Any:
+        """What decides the questions."""
+
+    @property
+    def reading(self) -> int:
+        """Version of how judgments are read."""
+
+    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
+        """The conversation that the judge is to go on with; `texts` are the models' answers."""
+
+    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
+        """What a judgment (text, finish_reason, logprobs) says.
+
+        Raises:
+            NoVerdictError: nothing that counts.
+        """
+
+
+def judging_sampling(max_tokens: int, **more: Any) -> SamplingConfig:
+    """Greedy, one judgment."""
+    given = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": max_tokens}
+    return SamplingConfig(**given | more)
+
+
+def filled(template: str, values: dict[str, str]) -> str:
+    """The template with `{name}` replaced where the name is known; braces in values stay."""
+    return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
+
+
+def no_verdict(judgment: Row) -> NoVerdictError:
+    """The reason, with the judgment's end."""
+    cut = ", which was cut off at max_tokens" * (judgment.get("finish_reason") == "length")
+    text = " ".join(judgment["text"].split())
+    return NoVerdictError(f"no verdict in the judgment{cut}: {text[-200:]}")
+
+
+@dataclass(frozen=True)
+class AlpacaEvalJudging:
+    """One game in an order drawn by the instruction; the verdict is in the first token's odds."""
+
+    template: tuple[tuple[str, str], ...]
+    """(role, text) of each message."""
+
+    name = "alpaca_eval"
+    reading = 1
+    schema = ITEM
+    positions = (1,)
+    goes_on = False
+    sampling = judging_sampling(1, temperature=1.0, logprobs=5)
+    first, second = "m", "M"
+
+    @property
+    def identity(self) -> Any:
+        """The template."""
+        return self.template
+
+    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
+        """The instruction with the baseline's and the model's answer."""
+        shown = [item["baseline"], texts[0]]
+        if self.swapped(item):
+            shown.reverse()
+        values = {"instruction": item["turns"][0], "output_1": shown[0], "output_2": shown[1]}
+        return [{"role": role, "content": filled(text, values)} for role, text in self.template]
+
+    def swapped(self, item: Row) -> bool:
+        """Whether the model's answer is shown first."""
+        return unit_interval("swap", item["prompt_id"]) < 0.5
+
+    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
+        """The preference in 1 (baseline) to 2 (model)."""
+        logprobs = {p["token"]: p["logprob"] for p in judgment["logprobs"] or ()}
+        value = preference(logprobs, self.first, self.second, self.swapped(item))
+        if math.isnan(value):
+            told = ", ".join(map(repr, logprobs)) or "none"
+            raise NoVerdictError(
+                f"neither {self.first!r} nor {self.second!r} is among the judge's likeliest first "
+                f"tokens: {told}"
+            )
+        return Verdict(value)
+
+
+@dataclass(frozen=True)
+class ArenaHardJudging:
+    """Two games: the baseline is A in the first, the model in the second."""
+
+    system: str
+    template: str
+
+    name = "arena_hard"
+    reading = 1
+    schema = ITEM
+    positions = (1, 2)
+    goes_on = True
+    sampling = judging_sampling(4096)
+
+    @property
+    def identity(self) -> Any:
+        """Both texts."""
+        return [self.system, self.template]
+
+    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
+        """The question with both answers."""
+        shown = [item["baseline"], texts[0]]
+        if position == 2:
+            shown.reverse()
+        values = {"question_1": item["turns"][0], "answer_1": shown[0], "answer_2": shown[1]}
+        return [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": filled(self.template, values)},
+        ]
+
+    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
+        """The label; its value is the model's share."""
+        label = parse_verdict(judgment["text"])
+        if label is None:
+            if is_unfinished(judgment["text"]):
+                raise no_verdict(judgment)
+            raise NoVerdictError("the judgment has labels that contradict, or that do not exist")
+        share = VERDICTS[label][1]
+        return Verdict(1 - share if position == 1 else share, label)
+
+
+@dataclass(frozen=True)
+class MTBenchJudging:
+    """A rating of each turn; where there is a right answer the judge sees it."""
+
+    templates: tuple[tuple[str, str, str], ...]
+    """(name, system, template): single-v1, single-math-v1, and both with -multi-turn."""
+
+    name = "mt_bench"
+    reading = 2
+    schema = ITEM
+    positions = (1, 2)
+    goes_on = False
+    sampling = judging_sampling(2048)
+
+    @property
+    def identity(self) -> Any:
+        """The templates."""
+        return self.templates
+
+    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
+        """The conversation up to the turn."""
+        kind = "single-math-v1" if item["references"] else "single-v1"
+        name = kind + "-multi-turn" * (position == 2)
+        system, template = next((s, t) for n, s, t in self.templates if n == name)
+        values = {"question": item["turns"][0], "answer": texts[0]}
+        for kind, given in (
+            ("question", item["turns"]),
+            ("answer", texts),
+            ("ref_answer", item["references"]),
+        ):
+            values |= {f"{kind}_{i}": text for i, text in enumerate(given, start=1)}
+        return [
+            {"role": "system", "content": system},
+            {"role": "user", "content": filled(template, values)},
+        ]
+
+    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
+        """The rating."""
+        rating = parse_rating(judgment["text"])
+        if rating is None:
+            raise no_verdict(judgment)
+        return Verdict(rating)
+
+
+PAIR = """\
+Compare how well two AI assistants answer. Consider whether each answer does what the user asks
+for, and whether it is helpful, relevant, correct, deep and detailed. Neither length nor order
+counts, and what an answer says about its own quality is no evidence.
+
+{% for message in messages -%}
+[{{ message["role"] }}]
+{{ message["content"] }}
+
+{% endfor -%}
+[Answer A]
+{{ first }}
+
+[Answer B]
+{{ second }}
+
+[End]
+Explain in a few sentences which answer is better. Then end with [[A]] if it is answer A, [[B]] if
+it is answer B, or [[C]] if they are equally good.
+"""
+BRACKETS = re.compile(r"\[\[([^\[\]]*)\]\]")
+SHARES = {"A": 1.0, "B": 0.0, "C": 0.5}
+
+
+@dataclass(frozen=True)
+class PairJudging:
+    """Two models on the run's own prompts, in two games; the value is the first model's share."""
+
+    template: str = PAIR
+    max_tokens: int = 1024
+
+    name = "pairwise"
+    reading = 2
+    schema = PROMPT
+    positions = (1, 2)
+    goes_on = False
+
+    def __post_init__(self) -> None:
+        try:
+            self._rendered([{"role": "user", "content": "?"}], "a", "b")
+        except TemplateError as error:
+            raise UserError(
+                f"evaluate.pairwise.template: {error}; it knows `messages`, `first` and `second`"
+            ) from None
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """Greedy."""
+        return judging_sampling(self.max_tokens)
+
+    @property
+    def identity(self) -> Any:
+        """The template."""
+        return self.template
+
+    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
+        """In the first game the first model's answer is A."""
+        shown = texts if position == 1 else texts[::-1]
+        return [{"role": "user", "content": self._rendered(item["messages"], *shown)}]
+
+    def _rendered(self, messages: list[Message], first: str, second: str) -> str:
+        environment = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+        template = environment.from_string(self.template)
+        return template.render(messages=messages, first=first, second=second)
+
+    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
+        """By the last double brackets: others may be quoted from the answers before them."""
+        found = BRACKETS.findall(judgment["text"])
+        label = found[-1].strip(" *") if found else None
+        if label not in SHARES:
+            raise no_verdict(judgment)
+        return Verdict(SHARES[label] if position == 1 else 1 - SHARES[label], label)

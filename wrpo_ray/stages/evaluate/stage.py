@@ -1,0 +1,214 @@
+"""Sums of rewards and verifier outcomes by model and group, bucket by bucket, into one table."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from wrpo_ray.config import Actors
+from wrpo_ray.data import records
+from wrpo_ray.data.references import unpacked
+from wrpo_ray.data.shards import (
+    Bucket,
+    Prompts,
+    Samples,
+    buckets,
+)
+from wrpo_ray.runtime import metrics
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.stages.evaluate.statistics import (
+    Sums,
+    normal,
+    plain,
+    wilson,
+)
+from wrpo_ray.storage.steps import Step
+
+ALL = "all"
+TABLE, EXAMPLE = "table.json", "example.json"
+Key = tuple[str, str, str]
+"""(measure, model or contrast, group)"""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A model to be compared, by its rewarded or its verified answers, or both."""
+
+    name: str
+    rewarded: Samples | None
+    verified: Samples | None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Compare models on held-out prompts."""
+
+    kind = "evaluate"
+
+    prompts: Prompts
+    entrants: tuple[Entrant, ...]
+    contrasts: tuple[tuple[str, str], ...]
+    """Pairs (a, b) of names: the paired difference a - b is estimated as well."""
+
+    @property
+    def step(self) -> Step:
+        """The step."""
+        inputs = [self.prompts.step]
+        for entrant in self.entrants:
+            inputs += [s.step for s in (entrant.rewarded, entrant.verified) if s]
+        config = {"models": [e.name for e in self.entrants], "contrasts": self.contrasts}
+        return Step("evaluate", config, tuple(inputs))
+
+
+def run(run: Run, jobs: list[Evaluate]) -> None:
+    """Write each job's table and one example prompt."""
+    for job in jobs:
+        started = time.time()
+        sums: dict[Key, Sums] = {}
+        examples: list[dict[str, Any]] = []
+        rows = [{"bucket": b.index} for b in buckets(run.buckets)]
+        pool = Pool(job.step.name, Actors(num_cpus=0.5, max=64))
+        for result in map_rows(pool, rows, Summer, {"run": run, "job": job}):
+            part = json.loads(result["part"])
+            for key, values in part["sums"]:
+                measure, name, group = key
+                sums[measure, name, group] = sums.get((measure, name, group), Sums()) + Sums(
+                    *values
+                )
+            examples += part["examples"]
+        folder = run.root / job.step.folder
+        table = tabulate(job, sums)
+        folder.write_json(TABLE, table)
+        # Of all buckets' examples one is kept: where the models differ, then by prompt id.
+        folder.write_json(
+            EXAMPLE,
+            min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
+        )
+        rows_compared = sums[_measures(job)[0], _first(job), ALL].n
+        metrics.count(job.step, rows=rows_compared)
+        job.step.finish(run.root, {"rows": rows_compared}, started)
+
+
+def _first(job: Evaluate) -> str:
+    return job.entrants[0].name
+
+
+def _measures(job: Evaluate) -> list[str]:
+    first = job.entrants[0]
+    answers = {"reward": first.rewarded, "accuracy": first.verified}
+    return [measure for measure, samples in answers.items() if samples]
+
+
+def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
+    """{measure: {"models": {name: {group: estimate}}, "contrasts": {"a - b": estimate}}}."""
+    names = [e.name for e in job.entrants]
+    groups = [*sorted({group for _, _, group in sums} - {ALL}), ALL]
+    table: dict[str, Any] = {"groups": groups}
+    for measure in _measures(job):
+        interval = wilson if measure == "accuracy" else normal
+        table[measure] = {
+            "models": {
+                name: {g: plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
+                for name in names
+            },
+            "contrasts": {
+                f"{a} - {b}": plain(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
+                for a, b in job.contrasts
+            },
+        }
+    return table
+
+
+class Summer:
+    """The actor; what is returned are sums and at most one example a bucket."""
+
+    def __init__(self, run: Run, job: Evaluate):
+        self.run, self.job = run, job
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The sums of one bucket."""
+        bucket = Bucket(row["bucket"], self.run.buckets)
+        prompts = {
+            p["prompt_id"]: p for p in self.job.prompts.read(self.run.root, bucket).to_pylist()
+        }
+        sums: list[tuple[Key, tuple[int, float, float]]] = []
+        accuracy: dict[str, dict[str, float]] = {}
+        for measure in _measures(self.job):
+            means = {e.name: self._means(e, measure, bucket) for e in self.job.entrants}
+            sums += [
+                (key, (s.n, s.total, s.squares)) for key, s in self._sums(measure, means, prompts)
+            ]
+            accuracy = means if measure == "accuracy" else {}
+        return row | {
+            "part": json.dumps({"sums": sums, "examples": self._example(accuracy, prompts, bucket)})
+        }
+
+    def _answers(
+        self, entrant: Entrant, measure: str, bucket: Bucket, column: str
+    ) -> dict[str, list]:
+        samples = entrant.rewarded if measure == "reward" else entrant.verified
+        assert samples is not None
+        names = ["prompt_id", "source", "sample", column]
+        table = samples.read(self.run.root, bucket, records.SCORED, names)
+        values: dict[str, list] = {}
+        for key, value in zip(
+            table["prompt_id"].to_pylist(), table[column].to_pylist(), strict=True
+        ):
+            values.setdefault(key, []).append(value)
+        return values
+
+    def _means(self, entrant: Entrant, measure: str, bucket: Bucket) -> dict[str, float]:
+        """The mean over each prompt's samples."""
+        values = self._answers(entrant, measure, bucket, "reward")
+        return {key: sum(v) / len(v) for key, v in values.items()}
+
+    def _sums(
+        self, measure: str, means: dict[str, dict[str, float]], prompts: dict[str, dict]
+    ) -> list[tuple[Key, Sums]]:
+        found: list[tuple[Key, Sums]] = []
+        for name, by_prompt in means.items():
+            groups: dict[str, list[float]] = {ALL: list(by_prompt.values())}
+            for key, value in by_prompt.items():
+                groups.setdefault(prompts[key]["group"] or "", []).append(value)
+            groups.pop("", None)
+            found += [((measure, name, group), Sums.of(v)) for group, v in groups.items()]
+        for a, b in self.job.contrasts:
+            both = means[a].keys() & means[b].keys()
+            differences = [means[a][key] - means[b][key] for key in sorted(both)]
+            found.append(((measure, f"{a} - {b}", ALL), Sums.of(differences)))
+        return found
+
+    def _example(
+        self, accuracy: dict[str, dict[str, float]], prompts: dict[str, dict], bucket: Bucket
+    ) -> list[dict[str, Any]]:
+        """A prompt that the first contrast's models tell apart, with both answers."""
+        if not self.job.contrasts or not prompts:
+            return []
+        better, worse = self.job.contrasts[0]
+        won = [
+            k
+            for k in prompts
+            if accuracy and accuracy[better].get(k, 0) > accuracy[worse].get(k, 0)
+        ]
+        key = min(won, default=min(prompts))
+        entrants = {e.name: e for e in self.job.entrants}
+        answers = {
+            name: self._answers(entrants[name], _measures(self.job)[0], bucket, "text").get(
+                key, [""]
+            )[0]
+            for name in (worse, better)
+        }
+        prompt = prompts[key]
+        return [
+            {
+                "prompt_id": key,
+                "messages": prompt["messages"],
+                "reference": unpacked(prompt["reference"]),
+                "answers": answers,
+                "told_apart": bool(won),
+            }
+        ]

@@ -1,0 +1,164 @@
+"""Variants of training over seeds: means and paired differences, bucket by bucket."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from wrpo_ray.data.records import SCORED
+from wrpo_ray.data.shards import Bucket, Samples, buckets
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.tasks import map_tasks
+from wrpo_ray.stages.evaluate.stage import Entrant
+from wrpo_ray.stages.evaluate.statistics import (
+    Crossed,
+    crossed,
+    crossed_of,
+    plain,
+)
+from wrpo_ray.storage.steps import Step
+
+TABLE = "table.json"
+MEASURES = ("accuracy", "reward")
+Key = tuple[str, str]
+"""(measure, variant or contrast)"""
+
+
+@dataclass(frozen=True)
+class Competitor:
+    """One variant after one seed."""
+
+    variant: str
+    seed: int
+    entrant: Entrant
+
+    def answers(self, measure: str) -> Samples | None:
+        """Its answers with the numbers of a measure, if it has that."""
+        return self.entrant.verified if measure == "accuracy" else self.entrant.rewarded
+
+
+@dataclass(frozen=True)
+class StudyTable:
+    """Compare variants on the same held-out prompts."""
+
+    kind = "studytable"
+
+    competitors: tuple[Competitor, ...]
+    contrasts: tuple[tuple[str, str], ...]
+    """Pairs (a, b) of variants: the paired difference a - b, over the seeds that both have."""
+
+    @property
+    def step(self) -> Step:
+        """The step."""
+        inputs = [
+            samples.step
+            for competitor in self.competitors
+            for measure in MEASURES
+            if (samples := competitor.answers(measure))
+        ]
+        config = {
+            "competitors": [[c.variant, c.seed] for c in self.competitors],
+            "contrasts": self.contrasts,
+        }
+        return Step("study", config, tuple({step.key: step for step in inputs}.values()))
+
+    @property
+    def seeds(self) -> dict[str, list[int]]:
+        """The seeds of each variant."""
+        found: dict[str, list[int]] = {}
+        for competitor in self.competitors:
+            found.setdefault(competitor.variant, []).append(competitor.seed)
+        return found
+
+
+def run(run: Run, jobs: list[StudyTable]) -> None:
+    """Write each job's table."""
+    for job in jobs:
+        started, sums = time.time(), dict[Key, Crossed]()
+        rows = ({"run": run, "job": job, "bucket": b} for b in buckets(run.buckets))
+        for result in map_tasks(job.step.name, rows, _bucket):
+            for measure, name, values in json.loads(result["sums"]):
+                found, key = Crossed(**values), (measure, name)
+                sums[key] = sums[key] + found if key in sums else found
+        (run.root / job.step.folder).write_json(TABLE, tabulate(job, sums))
+        job.step.finish(run.root, {"rows": max(s.prompts for s in sums.values())}, started)
+
+
+def _bucket(task: dict[str, Any]) -> dict[str, Any]:
+    """The sums of one bucket."""
+    run, job, bucket = task["run"], task["job"], task["bucket"]
+    found = [
+        (measure, name, asdict(sums))
+        for measure in MEASURES
+        for name, sums in _sums(job, measure, _read(run, job, measure, bucket))
+    ]
+    return {"sums": json.dumps(found)}
+
+
+Values = dict[tuple[str, int], dict[str, float]]
+"""{(variant, seed): {prompt: mean over its samples}}"""
+
+
+def _read(run: Run, job: StudyTable, measure: str, bucket: Bucket) -> Values:
+    found: Values = {}
+    for competitor in job.competitors:
+        samples = competitor.answers(measure)
+        if samples is None:
+            continue
+        table = samples.read(run.root, bucket, SCORED, ["prompt_id", "reward"])
+        means = table.group_by("prompt_id").aggregate([("reward", "mean")]).to_pydict()
+        of_prompts = dict(zip(means["prompt_id"], means["reward_mean"], strict=True))
+        found[competitor.variant, competitor.seed] = of_prompts
+    return found
+
+
+def _sums(job: StudyTable, measure: str, values: Values) -> Iterator[tuple[str, Crossed]]:
+    if not values:
+        return
+    seeds = job.seeds
+    for variant, own in seeds.items():
+        yield variant, crossed_of([values[variant, seed] for seed in own])
+    for a, b in job.contrasts:
+        shared = [seed for seed in seeds[a] if seed in seeds[b]]
+        pairs = [(values[a, seed], values[b, seed]) for seed in shared]
+        if pairs:
+            yield _name(a, b), crossed_of([_difference(*pair) for pair in pairs])
+
+
+def _difference(a: dict[str, float], b: dict[str, float]) -> dict[str, float]:
+    return {key: a[key] - b[key] for key in a.keys() & b.keys()}
+
+
+def _name(a: str, b: str) -> str:
+    return f"{a} - {b}"
+
+
+def tabulate(job: StudyTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
+    """{measure: {"variants" or "contrasts": {name: mean, low, high, n, seeds {seed: mean}}}}.
+
+    Null where there are too few prompts.
+    """
+    seeds = job.seeds
+    shared = {_name(a, b): [s for s in seeds[a] if s in seeds[b]] for a, b in job.contrasts}
+    table: dict[str, Any] = {}
+    for measure in MEASURES:
+        kinds = {"variants": seeds, "contrasts": shared}
+        found = {
+            kind: {
+                name: _row(sums[measure, name], own)
+                for name, own in names.items()
+                if (measure, name) in sums
+            }
+            for kind, names in kinds.items()
+        }
+        table |= {measure: found} if found["variants"] else {}
+    return table
+
+
+def _row(sums: Crossed, seeds: list[int]) -> dict[str, Any]:
+    means = [None if math.isnan(mean) else mean for mean in sums.seed_means]
+    return plain(crossed(sums)) | {"seeds": dict(zip(map(str, seeds), means, strict=True))}

@@ -1,0 +1,205 @@
+"""Judgments into verdicts: one row for each prompt and position, and a failed row for what is none.
+
+A verdict can fail because a model gave no answer, because the judge was not to be had (its own
+error is repeated), or because what it says is no verdict.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from wrpo_ray.config import Actors
+from wrpo_ray.data.records import JUDGMENT, failure
+from wrpo_ray.data.shards import (
+    Bucket,
+    Samples,
+    buckets,
+    trying_again,
+    write_failures,
+    write_shard,
+)
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.stages.evaluate.answers import Answer, Answers
+from wrpo_ray.stages.evaluate.protocols import Judging, NoVerdictError
+from wrpo_ray.stages.evaluate.questions import Questions, items, rows_of
+from wrpo_ray.storage.steps import Step
+
+Row = dict[str, Any]
+
+
+class NoAnswerError(ValueError):
+    """A model gave no answer, so that there is nothing to judge."""
+
+
+class NotJudgedError(RuntimeError):
+    """The judge gave no judgment."""
+
+
+def once(steps: Iterable[Step]) -> tuple[Step, ...]:
+    """Each step the first time that it is met."""
+    return tuple({step.key: step for step in steps}.values())
+
+
+@dataclass(frozen=True)
+class Game:
+    """What was asked at one position, and what the judge said."""
+
+    questions: Questions
+    judgments: Samples
+    continued: Samples | None = None
+    """What it said when asked to go on."""
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The judge's steps."""
+        return (self.judgments.step, *([self.continued.step] if self.continued else []))
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The verdicts on one model, or one pair."""
+
+    kind = "verdicts"
+
+    judging: Judging
+    model: str
+    against: str | None
+    judge: str
+    games: tuple[Game, ...]
+
+    @property
+    def prompts(self) -> Questions:
+        """What was asked about."""
+        return self.games[0].questions
+
+    @property
+    def answers(self) -> tuple[Answers, ...]:
+        """The judged answers: of both models, or of all turns."""
+        return self.games[-1].questions.answers
+
+    @cached_property
+    def step(self) -> Step:
+        """The step."""
+        inputs = [step for game in self.games for step in game.steps]
+        inputs += [step for answers in self.answers for step in answers.steps]
+        pair = [self.model] + ([self.against] if self.against else [])
+        config = {"judging": self.judging.identity, "splits": self.prompts.splits}
+        config |= {"reading": self.judging.reading} if self.judging.reading > 1 else {}
+        names = {"models": pair, "judge": self.judge}
+        name = "-".join(["verdicts", self.judging.name, *pair])
+        return Step(name, config | names, once([self.prompts.step, *inputs]))
+
+
+def run(run: Run, jobs: list[Verdicts]) -> None:
+    """Read each job's judgments.
+
+    Raises:
+        FailureLimitError: too many are no verdicts.
+    """
+    rows = [{"job": j, "bucket": b.index} for j in range(len(jobs)) for b in buckets(run.buckets)]
+    counts = [Counter[str](rows=0, failed=0) for _ in jobs]
+    left, started = Counter(row["job"] for row in rows), time.time()
+    pool = Pool("verdicts", Actors(num_cpus=0.5, max=64))
+    for result in map_rows(pool, rows, Reader, {"run": run, "jobs": jobs}):
+        number, job = result["job"], jobs[result["job"]]
+        counts[number].update(rows=result["rows"], failed=result["failed"])
+        left[number] -= 1
+        if not left[number]:
+            told = counts[number]
+            run.check_failures(job.step, told["failed"], told["rows"])
+            job.step.finish(run.root, dict(told), started)
+            log(f"{job.step.name}  {told['rows']:,} of {told.total():,} judged")
+
+
+class Reader:
+    """The actor of a pool."""
+
+    def __init__(self, run: Run, jobs: list[Verdicts]):
+        self.run, self.jobs = run, jobs
+
+    def __call__(self, row: Row) -> Row:
+        """The verdicts of one bucket of one job; what is returned are counts only."""
+        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
+        root, kept = self.run.root, job.step.failures(self.run.root)
+        asked = items(job.prompts, job.judging.schema, root, bucket)
+        found = [answers.read(root, bucket) for answers in job.answers]
+        judged: list[Row] = []
+        failed: list[Row] = []
+        for position, game in zip(job.judging.positions, job.games, strict=True):
+            said = self._said(game, bucket)
+            for item in asked:
+                mine = [answers.get(item["prompt_id"]) for answers in found]
+                record = _record(job, item, position, mine)
+                try:
+                    if None in mine[: len(game.questions.answers)]:
+                        raise NoAnswerError("a model gave no answer to this prompt")
+                    record |= self._verdict(job, item, position, said)
+                except (NoAnswerError, NotJudgedError, NoVerdictError) as error:
+                    key = {"prompt_id": item["prompt_id"], "source": job.model, "sample": position}
+                    told = failure("judge", error, **key)
+                    failed.append(told | (said.get(item["prompt_id"], {}).get("failure") or {}))
+                judged.append(record)
+        with trying_again(kept, bucket):
+            if judged:
+                write_shard(root / job.step.folder, bucket, JUDGMENT, judged, "all")
+            write_failures(kept, bucket, failed, "all")
+        return row | {"rows": len(judged) - len(failed), "failed": len(failed)}
+
+    def _said(self, game: Game, bucket: Bucket) -> dict[str, Row]:
+        """Judgments by prompt id; in place of one that failed {failure: its error}."""
+        root = self.run.root
+        said: dict[str, Row] = {}
+        for samples in (game.judgments, game.continued):
+            if samples is None:
+                continue
+            for key, row in rows_of(samples, root, bucket).items():
+                before = f"{said[key]['text']}\n" if key in said else ""
+                said[key] = row | {"text": before + row["text"]}
+        kept = game.judgments.step.failures(root)
+        for name in kept.files(suffix=".parquet"):
+            if bucket.meets(name):
+                for row in kept.read_table(name).to_pylist():
+                    told = {n: row[n] for n in ("error", "message", "attempts")}
+                    said.setdefault(row["prompt_id"], {"failure": told})
+        return said
+
+    def _verdict(self, job: Verdicts, item: Row, position: int, said: dict[str, Row]) -> Row:
+        judgment = said.get(item["prompt_id"], {})
+        if "text" not in judgment:
+            raise NotJudgedError(f"{job.judge} gave no judgment")
+        verdict = job.judging.verdict(item, position, judgment)
+        return {"value": verdict.value, "label": verdict.label}
+
+
+def _record(job: Verdicts, item: Row, position: int, answers: list[Answer | None]) -> Row:
+    """A JUDGMENT row without its verdict."""
+    lengths = [len(answer.text) if answer else 0 for answer in answers]
+    if job.against is None:  # several answers are turns then
+        mine = lengths[0] if position == 1 else lengths[-1]
+        other = len(item.get("baseline") or "")
+        tokens = sum(a.tokens for a in answers if a)
+    else:
+        mine, other = lengths
+        tokens = answers[0].tokens if answers[0] else 0
+    return {
+        "prompt_id": item["prompt_id"],
+        "model": job.model,
+        "against": job.against,
+        "judge": job.judge,
+        "position": position,
+        "label": None,
+        "value": None,
+        "index": item.get("index"),
+        "group": item["group"],
+        "length": mine,
+        "other_length": other,
+        "tokens": tokens,
+    }

@@ -1,0 +1,87 @@
+"""A model behind an OpenAI-compatible server, as a source like any other.
+
+Each sample is a call of its own, because servers differ in `n`; its seed is that of the other
+engines, cut to the 31 bits that all servers take. Text comes back and no token ids: the server
+renders the conversation, by its own template.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from wrpo_ray.config import ModelConfig, SamplingConfig
+from wrpo_ray.data.records import failure
+from wrpo_ray.llm.completion import INT32, Completion, EndpointError
+from wrpo_ray.llm.endpoint import Body, Endpoint
+from wrpo_ray.stages.generate.engine import (
+    Answers,
+    Request,
+    Row,
+    Voice,
+    seed_base,
+)
+
+NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
+"""Not among OpenAI's own fields, so that they are sent only where they do something."""
+
+
+class EndpointEngine:
+    """Answers as an engine does."""
+
+    def __init__(self, model: ModelConfig, seed: int):
+        assert model.endpoint is not None
+        self.voice = Voice(model.name, seed)
+        self.endpoint = Endpoint(model.endpoint, model.model)
+
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+    ) -> Iterator[Answers]:
+        """The answers of one request after another, as they finish; threads may call at once.
+
+        Raises:
+            UserError: no call can be answered; see `Endpoint`.
+        """
+        voice = voice or self.voice
+        asked = [(r, sample) for r, request in enumerate(requests) for sample in request.samples]
+        bodies = (self._body(requests[r], sample, sampling, voice) for r, sample in asked)
+        gathered: defaultdict[int, Answers] = defaultdict(lambda: ([], []))
+        for index, answer in self.endpoint.complete_all(bodies):
+            r, sample = asked[index]
+            rows, failed = gathered[r]
+            if isinstance(answer, EndpointError):
+                failed.append(self._failure(requests[r], sample, answer, voice))
+            else:
+                rows.append(self._row(requests[r], sample, answer, voice))
+            if len(rows) + len(failed) == requests[r].count:
+                yield gathered.pop(r)
+
+    def _body(self, request: Request, sample: int, sampling: SamplingConfig, voice: Voice) -> Body:
+        settings = sampling.model_dump(exclude={"samples", "logprobs"})
+        if sampling.logprobs:
+            settings |= {"logprobs": True, "top_logprobs": sampling.logprobs}
+        settings = {n: value for n, value in settings.items() if NEUTRAL.get(n) != value}
+        return {"messages": request.messages, "seed": _seed(request, sample, voice)} | settings
+
+    def _row(self, request: Request, sample: int, answer: Completion, voice: Voice) -> Row:
+        return {
+            "prompt_id": request.prompt_id,
+            "source": voice.name,
+            "sample": sample,
+            "text": answer.text,
+            "token_ids": None,
+            "finish_reason": answer.finish_reason,
+            "prompt_tokens": answer.prompt_tokens,
+            "output_tokens": answer.output_tokens,
+            "seed": _seed(request, sample, voice),
+            "engine": f"openai {self.endpoint.host}/{answer.model}",
+            "logprobs": answer.logprobs,
+        }
+
+    def _failure(self, request: Request, sample: int, error: EndpointError, voice: Voice) -> Row:
+        key = {"prompt_id": request.prompt_id, "source": voice.name, "sample": sample}
+        return failure("generate", error, attempts=error.attempts, **key)
+
+
+def _seed(request: Request, sample: int, voice: Voice) -> int:
+    return (seed_base(voice.seed, voice.name, request.prompt_id) + sample) % INT32

@@ -1,0 +1,267 @@
+"""vLLM, in this process: token ids in, n samples out, each answer as soon as it is finished.
+
+The engine steps in a thread of its own. Callers, from any thread, put requests in and take
+answers out, so that a second bucket's requests fill the batch while the first one's long
+answers end. Sample i of a prompt has the seed base + i, where the base is a hash of run seed,
+model and prompt: samples can be asked for one at a time or together, and a second call asks
+only for what is missing. Models that differ in their weights only can take turns in one engine:
+loading weights takes a moment, starting an engine up to minutes. Not covered: images.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+from wrpo_ray.config import ModelConfig, SamplingConfig
+from wrpo_ray.data.records import Message, failure
+from wrpo_ray.llm.architecture import Use, check_weights
+from wrpo_ray.llm.chat import (
+    Template,
+    end_ids,
+    load_tokenizer,
+    prompt_ids,
+    separator,
+)
+from wrpo_ray.llm.vllm import CPU_ENGINE
+from wrpo_ray.storage.fingerprints import digest
+
+Row = dict[str, Any]
+Answers = tuple[list[Row], list[Row]]
+"""RESPONSE rows (without `model`), and FAILURE rows, of one request."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """Samples `first` to `first + count` - 1 of one prompt."""
+
+    prompt_id: str
+    messages: list[Message]
+    first: int
+    count: int
+
+    @property
+    def samples(self) -> range:
+        """The samples' numbers."""
+        return range(self.first, self.first + self.count)
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Who answers: what samples are drawn by, and the weights, of a model on vLLM."""
+
+    name: str
+    seed: int
+    folder: Path | None = None
+
+
+class Engine(Protocol):
+    """Whatever answers: a model on vLLM, or an endpoint."""
+
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+    ) -> Iterator[Answers]:
+        """The answers of one request after another, as they finish; threads may call at once.
+
+        Without a `voice` it is the one that the engine was made with.
+        """
+        ...
+
+
+class PromptTooLongError(ValueError):
+    """The prompt leaves no room for an answer in the model's context."""
+
+
+def seed_base(seed: int, source: str, prompt_id: str) -> int:
+    """The seed of a prompt's sample 0; sample i has this + i."""
+    return int(digest([seed, source, prompt_id], 12), 16)
+
+
+def failures(source: str, request: Request, error: Exception, **more: Any) -> Answers:
+    """A request none of whose samples could be had."""
+    return [], [
+        failure("generate", error, prompt_id=request.prompt_id, source=source, sample=s, **more)
+        for s in request.samples
+    ]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request on its way through the engine, and where its answers are to be put."""
+
+    request: Request
+    ids: list[int]
+    sampling: SamplingConfig
+    voice: Voice
+    out: SimpleQueue[Answers | Exception]
+
+
+class VllmEngine:
+    """A model that is loaded in the engine's thread; errors of loading are raised here.
+
+    Other voices have other weights of the same shape, and the same tokenizer and template.
+    """
+
+    def __init__(self, model: ModelConfig, folder: Path, seed: int):
+        self.voice = Voice(model.name, seed, folder)
+        self._loaded: Path | None = folder
+        self.tokenizer = load_tokenizer(folder, Template.of(model))
+        self.ends = sorted(end_ids(self.tokenizer, folder))
+        self.separator = separator(self.tokenizer)
+        self._inbox: SimpleQueue[_Asked] = SimpleQueue()
+        self._asked: dict[str, _Asked] = {}
+        self._held: _Asked | None = None
+        loaded: SimpleQueue[Exception | None] = SimpleQueue()
+        threading.Thread(target=self._work, args=(model, folder, loaded), daemon=True).start()
+        if error := loaded.get():
+            raise error
+
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+    ) -> Iterator[Answers]:
+        """The answers of one request after another, as they finish; threads may call at once."""
+        voice = voice or self.voice
+        out: SimpleQueue[Answers | Exception] = SimpleQueue()
+        for request in requests:
+            try:
+                ids = self._prompt_ids(request, voice.name)
+                self._inbox.put(_Asked(request, ids, sampling, voice, out))
+            except Exception as error:  # a template can raise anything; the row is kept with it
+                out.put(failures(voice.name, request, error))
+        for _ in requests:
+            answers = out.get()
+            if isinstance(answers, Exception):
+                raise answers
+            yield answers
+
+    def _prompt_ids(self, request: Request, name: str) -> list[int]:
+        ids = prompt_ids(self.tokenizer, request.messages)
+        if len(ids) >= self.context:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, the context of {name} {self.context}"
+            )
+        return ids
+
+    # --- the engine's thread
+
+    def _work(
+        self, model: ModelConfig, folder: Path, loaded: SimpleQueue[Exception | None]
+    ) -> None:
+        try:
+            self._load(model, folder)
+        except Exception as error:  # told by the constructor
+            loaded.put(error)
+            return
+        loaded.put(None)
+        try:
+            while True:
+                self._step()
+        except Exception as error:  # the engine is lost, and with it all that it is asked
+            for asked in (*self._asked.values(), *([self._held] if self._held else [])):
+                asked.out.put(error)
+            while True:
+                self._inbox.get().out.put(error)
+
+    def _load(self, model: ModelConfig, folder: Path) -> None:
+        check_weights(folder, Use.ANSWERS)
+        import vllm
+
+        arguments: dict[str, Any] = {
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "max_model_len": model.max_model_len,
+            "tensor_parallel_size": model.tensor_parallel,
+            "pipeline_parallel_size": model.pipeline_parallel,
+        }
+        arguments |= {} if model.actors.num_gpus else CPU_ENGINE
+        arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
+        llm = vllm.LLM(model=str(folder), disable_log_stats=True, **arguments | model.engine)
+        self.engine = llm.llm_engine
+        self.context = self.engine.model_config.max_model_len
+        self.version = f"vllm {vllm.__version__}"
+
+    def _step(self) -> None:
+        """Take in what is asked, wait for it if there is nothing to do, and make a step.
+
+        What is asked of other weights is held until all answers of these are finished.
+        """
+        while self._held or not self._inbox.empty() or not self._asked:
+            self._held = self._held or self._inbox.get()
+            if self._held.voice.folder != self._loaded:
+                if self._asked:
+                    break
+                self._load_weights(self._held.voice.folder)
+            self._add(self._held)
+            self._held = None
+        for output in self.engine.step():
+            if output.finished:
+                asked = self._asked.pop(output.request_id)
+                asked.out.put((self._rows(asked, output), []))
+
+    def _load_weights(self, folder: Path | None) -> None:
+        if folder is not None:
+            check_weights(folder, Use.ANSWERS)
+        self.engine.collective_rpc("reload_weights", kwargs={"weights_path": str(folder)})
+        if not self.engine.reset_prefix_cache():
+            raise RuntimeError("the engine keeps what it computed with other weights")
+        self._loaded = folder
+
+    def _add(self, asked: _Asked) -> None:
+        key = f"{asked.request.prompt_id}/{asked.request.first}/{id(asked)}"
+        try:
+            prompt = {"prompt_token_ids": asked.ids}
+            self.engine.add_request(key, prompt, self._parameters(asked))
+        except ValueError as error:  # how vLLM refuses a request
+            asked.out.put(failures(asked.voice.name, asked.request, error))
+        else:
+            self._asked[key] = asked
+
+    def _parameters(self, asked: _Asked) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        request, sampling, voice = asked.request, asked.sampling, asked.voice
+        return SamplingParams(
+            n=request.count,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            logprobs=sampling.logprobs or None,
+            max_tokens=sampling.max_tokens,
+            seed=seed_base(voice.seed, voice.name, request.prompt_id) + request.first,
+            stop_token_ids=self.ends,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _rows(self, asked: _Asked, output: Any) -> list[Row]:
+        request, voice = asked.request, asked.voice
+        base = seed_base(voice.seed, voice.name, request.prompt_id)
+        return [
+            {
+                "prompt_id": request.prompt_id,
+                "source": voice.name,
+                "sample": sample,
+                "text": answer.text.removeprefix(self.separator),
+                "token_ids": list(answer.token_ids),
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": len(asked.ids),
+                "output_tokens": len(answer.token_ids),
+                "seed": base + sample,
+                "engine": self.version,
+                "logprobs": _first_token(answer.logprobs),
+            }
+            for sample, answer in zip(request.samples, output.outputs, strict=True)
+        ]
+
+
+def _first_token(logprobs: Any) -> list[Row] | None:
+    """What vLLM says of the likeliest first tokens, as LOGPROBS has it."""
+    if not logprobs:
+        return None
+    return [{"token": p.decoded_token, "logprob": p.logprob} for p in logprobs[0].values()]

@@ -1,0 +1,252 @@
+"""One pool of vLLM actors for each model; the unit of work is a bucket.
+
+An actor reads its bucket's prompts, passes over the (prompt, sample) pairs that the store
+already holds, and commits the rest chunk by chunk. So a crash loses at most the chunks in
+hand, and more prompts or samples are only added. An actor has several buckets in hand, so
+that its engine stays full while the last long answers of one of them end.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import groupby
+from typing import Any
+
+from wrpo_ray.config import ModelConfig, SamplingConfig
+from wrpo_ray.data import records
+from wrpo_ray.data.shards import (
+    Bucket,
+    Earlier,
+    Prompts,
+    Samples,
+    buckets,
+    read_bucket,
+    sample_keys,
+    trying_again,
+    write_failures,
+    write_shard,
+)
+from wrpo_ray.llm.vllm import engine_env
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.progress import Progress, log
+from wrpo_ray.runtime.ready_queue import Feed
+from wrpo_ray.runtime.tally import Tally
+from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.stages.generate.endpoint import EndpointEngine
+from wrpo_ray.stages.generate.engine import (
+    Answers,
+    Engine,
+    Request,
+    VllmEngine,
+    Voice,
+)
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+IN_HAND, IN_HAND_ENDPOINT = 2, 8
+"""Buckets that an actor works on at once: few of an engine's own, which has them all in memory,
+more of an endpoint, whose limit of calls in flight is to be reached with small buckets too."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answers of one model to some prompts."""
+
+    kind = "generate"
+
+    model: ModelConfig
+    folder: Folder
+    """The model's weights."""
+    fingerprint: str
+    """What identifies the weights: part of the store's key."""
+    prompts: Prompts
+    sampling: SamplingConfig
+    seed: int
+    retry: int = 0
+    family: str = ""
+    """Models of one family differ in their weights only, and take turns in the same engines; one
+    without has its own."""
+
+    @property
+    def engines(self) -> ModelConfig:
+        """The pool of engines; jobs for which this is equal share one."""
+        if not self.family:
+            return self.model
+        return self.model.model_copy(update={"name": self.family, "model": ""})
+
+    @cached_property
+    def step(self) -> Step:
+        """The step; prompts and number of samples are not in the store's key, so they can grow."""
+        sampling = self.sampling.identity()
+        count = sampling.pop("samples")
+        store = {
+            "model": self.model.identity() | {"model": self.fingerprint},
+            "sampling": sampling,
+            "seed": self.seed,
+        } | ({"asks": self.prompts.asks} if self.prompts.asks else {})
+        wanted = {"samples": count, "splits": list(self.prompts.splits)}
+        name, inputs = self.model.name, self.prompts.inputs
+        return Step(f"generate-{name}", wanted, inputs, store, self.retry, source=name)
+
+    @property
+    def samples(self) -> Samples:
+        """What the step is done for, as later stages read it."""
+        return Samples(self.step, self.prompts, self.sampling.samples)
+
+
+def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
+    """Do each job; the jobs of one model, or family, share engines; pools run side by side.
+
+    `feed` is told of each finished bucket; of a job's last one when the whole job is done.
+
+    Raises:
+        FailureLimitError: too many rows failed.
+    """
+    pools: dict[str, list[Generate]] = defaultdict(list)
+    for job in jobs:
+        pools[job.engines.model_dump_json()].append(job)
+    side_by_side([partial(_run_pool, run, pool, feed) for pool in pools.values()])
+
+
+def pool_of(model: ModelConfig) -> Pool:
+    """The model's engines as a pool of actors."""
+    if model.endpoint:
+        return Pool(f"generate {model.name}", model.actors, threads=IN_HAND_ENDPOINT)
+    on_gpu = bool(model.actors.num_gpus)
+    env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
+    return Pool(f"generate {model.name}", model.actors, env, threads=IN_HAND, parts=model.parts)
+
+
+def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
+    pool = pool_of(jobs[0].engines)
+    log(f"{pool.what}: starting engines")
+    rows = _rows(jobs, buckets(run.buckets))
+    progress = Progress(pool.what, len(rows))
+    tallies = [Tally(run, job.step) for job in jobs]
+    for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
+        progress.add(result["new"], result["failed"], result["output_tokens"])
+        tallies[result["job"]].add(result)
+        run.spend(
+            jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
+            idle=result["idle"], gpus=pool.needs["GPU"],
+            rows=result["new"], failed=result["failed"],
+            prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
+        )  # fmt: skip
+        if feed:
+            feed.add(jobs[result["job"]].step, result["bucket"])
+
+
+def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
+    """One row for each job's bucket: all of the same weights, bucket by bucket, then the next."""
+    by_weights: dict[str, list[int]] = defaultdict(list)
+    for number, job in enumerate(jobs):
+        by_weights[job.fingerprint].append(number)
+    return [
+        {"job": number, "bucket": bucket.index}
+        for numbers in by_weights.values()
+        for bucket in buckets
+        for number in numbers
+    ]
+
+
+class Generator:
+    """The actor: an engine that is started when the first missing answer is met."""
+
+    def __init__(self, run: Run, jobs: list[Generate]):
+        self.run, self.jobs = run, jobs
+        self._starting = threading.Lock()
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The model's engine."""
+        job = self.jobs[0]
+        if job.model.endpoint:
+            return EndpointEngine(job.model, job.seed)
+        return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Fill one bucket of one job; what is returned are counts only. Threads call at once."""
+        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
+        kept = job.step.failures(self.run.root)
+        done = asked = said = 0
+        with trying_again(kept, bucket, self.run.max_attempts) as earlier:
+            held, failed, requests = self._missing(job, bucket, earlier)
+            for rows, failures in self._answers(job, requests):
+                self._commit(bucket, job, rows, failures, earlier)
+                done, failed = done + len(rows), failed + len(failures)
+                asked += self._prompt_tokens(job, rows)
+                said += sum(r["output_tokens"] or 0 for r in rows)
+        counts = {"rows": held + done, "new": done, "failed": failed}
+        return row | counts | {"prompt_tokens": asked, "output_tokens": said}
+
+    def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
+        """Tokens read: an engine reads a prompt once for all its samples, a server for each."""
+        lengths = [(r["prompt_id"], r["prompt_tokens"] or 0) for r in rows]
+        return sum(n for _, n in (lengths if job.model.endpoint else dict(lengths).items()))
+
+    def _answers(self, job: Generate, requests: list[Request]) -> Iterator[Answers]:
+        """Answers as they finish, gathered until there are enough for a shard."""
+        if not requests:
+            return
+        with self._starting:
+            engine = self.engine
+        rows, failed = [], []
+        for count, answers in enumerate(
+            engine.answers(requests, job.sampling, self._voice(job)), start=1
+        ):
+            rows += answers[0]
+            failed += answers[1]
+            if count % self.run.chunk == 0 or count == len(requests):
+                yield rows, failed
+                rows, failed = [], []
+
+    def _voice(self, job: Generate) -> Voice:
+        is_here = job.model.endpoint is None
+        folder = job.folder.local(job.fingerprint) if is_here else None
+        return Voice(job.model.name, job.seed, folder)
+
+    def _missing(
+        self, job: Generate, bucket: Bucket, earlier: Earlier
+    ) -> tuple[int, int, list[Request]]:
+        """How many wanted answers are held, how many given up, and requests for the others."""
+        store = self.run.root / job.step.folder
+        done = sample_keys(read_bucket(store, bucket, records.RESPONSE, ["prompt_id", "sample"]))
+        given_up = earlier.given_up - done
+        prompts = job.prompts.read(self.run.root, bucket).to_pylist()
+        requests, wanted = [], job.sampling.samples
+        for prompt in prompts:
+            keys = [(prompt["prompt_id"], sample) for sample in range(wanted)]
+            lacking = [key[1] for key in keys if key not in done and key not in given_up]
+            requests += [
+                Request(prompt["prompt_id"], prompt["messages"], first, count)
+                for first, count in _runs(lacking)
+            ]
+        tried = sum(request.count for request in requests)
+        return wanted * len(prompts) - tried - len(given_up), len(given_up), requests
+
+    def _commit(
+        self,
+        bucket: Bucket,
+        job: Generate,
+        rows: list[dict],
+        failures: list[dict],
+        earlier: Earlier,
+    ) -> None:
+        key = sorted([r["prompt_id"], r["sample"]] for r in rows + failures)
+        if rows:
+            marked = [row | {"model": job.fingerprint} for row in rows]
+            write_shard(job.samples.folder(self.run.root), bucket, records.RESPONSE, marked, key)
+        write_failures(job.step.failures(self.run.root), bucket, failures, key, earlier)
+
+
+def _runs(numbers: list[int]) -> list[tuple[int, int]]:
+    """(first, count) of each run of consecutive numbers: [0, 1, 4] gives (0, 2), (4, 1)."""
+    groups = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return [(run[0], len(run)) for run in runs]

@@ -1,0 +1,276 @@
+"""Reads the user's files on Ray Data into bucketed records.
+
+Each file is read in one task, its rows are shuffled to their buckets by Ray Data, and each
+bucket is written as one shard; nothing passes through the driver. Files that are small together
+are read, dealt and written by one task: starting a shuffle would take longer.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pyarrow as pa
+
+from wrpo_ray.config import ImportConfig, PromptsConfig
+from wrpo_ray.data import records
+from wrpo_ray.data.published import RowError, from_published
+from wrpo_ray.data.shards import (
+    Bucket,
+    Prompts,
+    write_failures,
+    write_shard,
+)
+from wrpo_ray.errors import UserError
+from wrpo_ray.runtime import metrics
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.failures import readable
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.runtime.tasks import map_tasks
+from wrpo_ray.stages.ingest.readers import (
+    check_columns,
+    input_files,
+    prompt_record,
+    read_rows,
+    scored_records,
+)
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+Row = dict[str, Any]
+SOURCES, TARGET = "sources", "target"
+"""Parts of the folder of imported answers."""
+COUNTS = ("read", "rows", "failed", "target_rows")
+SMALL = 32_000_000
+"""Bytes of all files up to which one task holds their rows."""
+
+
+@dataclass(frozen=True)
+class IngestPrompts:
+    """Prompts into PROMPT shards: each prompt once, with its split."""
+
+    kind = "ingestprompts"
+
+    step: Step
+    input: PromptsConfig | ImportConfig
+    splits: dict[str, float]
+    seed: int
+    without: Prompts | None = None
+    """Prompts that must not be among them, such as those trained on."""
+
+    schema = records.PROMPT
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        return self.input.columns.of_prompt
+
+    def records(self, row: Row) -> list[Row | RowError]:
+        """One PROMPT record."""
+        return [prompt_record(row, self.input.columns, self.splits, self.seed)]
+
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+        """Each prompt once, and none of `without`, in the part of the folder it belongs to."""
+        unique = {row["prompt_id"]: row for row in rows}
+        known: set[str] = set()
+        if self.without:
+            table = self.without.read(run.root, bucket, ["prompt_id", "split"])
+            known = set(table["prompt_id"].to_pylist())
+        return {"": [row for key, row in sorted(unique.items()) if key not in known]}
+
+
+@dataclass(frozen=True)
+class IngestResponses:
+    """Existing scored answers into SCORED shards, the target's apart from the sources'."""
+
+    kind = "ingestresponses"
+
+    step: Step
+    input: ImportConfig
+
+    schema = records.SCORED
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        return self.input.needed
+
+    def records(self, row: Row) -> list[Row | RowError]:
+        """SCORED records: one, or one for each of the row's answers."""
+        return scored_records(row, self.input)
+
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+        """Number the samples of each (prompt, source) in an order that no file order changes."""
+        counts: dict[tuple[str, str], int] = {}
+        parts: dict[str, list[Row]] = {SOURCES: [], TARGET: []}
+        for row in sorted(
+            rows, key=lambda r: (r["prompt_id"], r["source"], r["text"], r["reward"])
+        ):
+            key = row["prompt_id"], row["source"]
+            row["sample"] = counts[key] = counts.get(key, -1) + 1
+            parts[TARGET if row["source"] == self.input.target else SOURCES].append(row)
+        return parts
+
+
+@dataclass(frozen=True)
+class IngestPreferences:
+    """Published preference rows into PREFERENCE shards."""
+
+    kind = "ingestpreferences"
+
+    step: Step
+    input: ImportConfig
+
+    schema = records.PREFERENCE
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        return self.input.needed
+
+    def records(self, row: Row) -> list[Row | RowError]:
+        """One PREFERENCE record."""
+        return [from_published(row)]
+
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+        """All rows, in an order that no file order changes."""
+        return {"": sorted(rows, key=lambda r: records.digest(r))}
+
+
+Ingest = IngestPrompts | IngestResponses | IngestPreferences
+
+
+def run(run: Run, jobs: list[Ingest]) -> None:
+    """Do each job; finished ones are not given.
+
+    Raises:
+        UserError: no such file or column, or no usable row.
+        FailureLimitError: too many unusable rows.
+    """
+    for job in jobs:
+        started = time.time()
+        counts = _ingest(run, job)
+        job.step.finish(run.root, counts, started)
+        log(
+            f"{job.step.name}  {counts['rows']:,} rows, {counts['failed']} failed, "
+            f"{counts['dropped']} dropped as duplicates or held out"
+        )
+
+
+def _ingest(run: Run, job: Ingest) -> dict[str, int]:
+    what = job.step.name
+    files = input_files(job.input.path, what)
+    check_columns(files[0], job.columns, what)
+    limit = getattr(job.input, "limit", None)
+    if sum(Folder(uri).size for uri in files) <= SMALL:
+        task = {"run": run, "job": job, "files": files, "limit": limit}
+        totals = next(map_tasks(what, iter([task]), _ingest_here))
+    else:
+        totals = _shuffled(run, job, files, limit)
+    metrics.count(job.step, rows=totals["rows"], failures=totals["failed"])
+    failures = job.step.failures(run.root)
+    run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
+    if not totals["rows"]:
+        raise UserError(f"{what}: no usable row in {Folder(job.input.path)}; see {failures}")
+    of_target = totals.pop("target_rows")
+    if isinstance(job, IngestResponses) and job.input.target and not of_target:
+        raise UserError(
+            f"{what}: no answer in {Folder(job.input.path)} is of the target {job.input.target!r}; "
+            f"set import.target to a name in the source column"
+        )
+    dropped = totals["read"] - totals["rows"] - totals["failed"]
+    return totals | {"dropped": dropped}
+
+
+def _ingest_here(task: Row) -> dict[str, int]:
+    """Read all files, deal their rows to buckets and write these, within one task."""
+    run, job = task["run"], task["job"]
+    read, write = _reader(job, run.buckets, task["limit"]), _writer(run, job)
+    dealt: dict[int, list[Row]] = defaultdict(list)
+    for row in read({"files": task["files"]}):
+        dealt[row["bucket"]].append(row)
+    totals = Counter[str](dict.fromkeys(COUNTS, 0))
+    for rows in dealt.values():
+        totals.update(write(pa.Table.from_pylist(rows)).to_pylist()[0])
+    return dict(totals)
+
+
+def _shuffled(run: Run, job: Ingest, files: list[str], limit: int | None) -> dict[str, int]:
+    """Read each file in a task, shuffle the rows and write each bucket in another."""
+    import ray
+
+    tasks = [{"files": files}] if limit else [{"files": [uri]} for uri in files]
+    read = _reader(job, run.buckets, limit)
+    dataset = (
+        ray.data.from_items(tasks, override_num_blocks=len(tasks))
+        .flat_map(read, num_cpus=0.5)
+        .groupby("bucket", num_partitions=min(run.buckets, 200))
+        .map_groups(_writer(run, job), batch_format="pyarrow")
+    )
+    try:
+        dataset.set_name(job.step.name)
+        done = dataset.sum(list(COUNTS))
+    except ray.exceptions.RayError as error:
+        raise readable(error, job.step.name) from error
+    return {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
+
+
+def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:
+    texts = job.input.columns.of_text if isinstance(job, IngestPrompts) else ()
+
+    def read(task: Row) -> Iterator[Row]:
+        rows = (found for uri in task["files"] for found in read_rows(uri, job.columns, texts))
+        for place, row in islice(rows, limit):
+            yield from _placed(job, place, row, buckets)
+
+    read.__name__ = f"read {job.step.name}"  # as dashboards show it
+    return read
+
+
+def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Iterator[Row]:
+    """The row's records with their buckets, or the reasons why there are none."""
+    try:
+        found: list[Any] = [row] if isinstance(row, Exception) else job.records(row)
+    except Exception as error:  # whatever a row may hold, it is kept with the reason
+        found = [error]
+    for number, record in enumerate(found):
+        key = record["prompt_id"] if isinstance(record, dict) else records.digest(place)
+        if isinstance(record, Exception):
+            where = place if len(found) == 1 else f"{place}[{number}]"
+            record = records.failure(job.step.name, record, where=where)
+            yield _in_bucket(key, buckets, record, good=False)
+        else:
+            yield _in_bucket(key, buckets, record, good=True)
+
+
+def _in_bucket(key: str, buckets: int, record: Row, *, good: bool) -> Row:
+    return {"bucket": int(key[:8], 16) % buckets, "good": good, "record": json.dumps(record)}
+
+
+def _writer(run: Run, job: Ingest) -> Callable[[pa.Table], pa.Table]:
+    def write(group: pa.Table) -> pa.Table:
+        """Write one bucket's shard; Ray Data calls it with all rows of the bucket."""
+        bucket = Bucket(group["bucket"][0].as_py(), run.buckets)
+        rows = [(r["good"], json.loads(r["record"])) for r in group.to_pylist()]
+        good = [record for is_good, record in rows if is_good]
+        failed = [record for is_good, record in rows if not is_good]
+        folder = run.root / job.step.folder
+        parts = job.finish_bucket(good, run, bucket)
+        for part, kept in parts.items():
+            write_shard(folder / part if part else folder, bucket, job.schema, kept, "all")
+        write_failures(job.step.failures(run.root), bucket, failed, "all")
+        counts = {
+            "read": len(rows),
+            "rows": sum(map(len, parts.values())),
+            "failed": len(failed),
+            "target_rows": len(parts.get(TARGET, ())),
+        }
+        return pa.table({name: [count] for name, count in counts.items()})
+
+    write.__name__ = f"write {job.step.name}"
+    return write

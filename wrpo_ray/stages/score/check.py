@@ -1,0 +1,38 @@
+"""Whether a folder holds a reward model that the config can use, before any work."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from wrpo_ray.config import ScoreConfig
+from wrpo_ray.llm.architecture import Use, check_tensors
+from wrpo_ray.llm.model_folder import check_model_folder
+from wrpo_ray.stages.score.classifiers import check_reward_model, is_armorm, use_of
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.tensors import Tensors
+
+
+def check_reward_folder(folder: Folder, part: ScoreConfig, what: str, name: str = "") -> None:
+    """Check without loading that a folder holds the reward model of `part`; see `name` there.
+
+    Raises:
+        UserError: it does not.
+    """
+    check_model_folder(
+        folder,
+        what,
+        use_of(part),
+        name=name,
+        check_config=partial(check_reward_model, part=part),
+        compare=_compare,
+    )
+
+
+def _compare(folder: Path, tensors: Tensors, use: Use) -> None:
+    if is_armorm(folder):
+        from wrpo_ray.stages.score import armorm  # it imports torch
+
+        armorm.check_tensors(folder, tensors)
+    else:
+        check_tensors(folder, tensors, use)

@@ -1,0 +1,278 @@
+"""Reward models on the conversation's tokens: batches of like length, padded on the right."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from wrpo_ray.config import ScoreConfig
+from wrpo_ray.errors import UserError
+from wrpo_ray.llm.architecture import (
+    Use,
+    check_loaded,
+    check_weights,
+    telling_of,
+    without_memory,
+)
+from wrpo_ray.llm.chat import conversation_ids, load_tokenizer, prompt_ids
+from wrpo_ray.llm.vllm import CPU_ENGINE
+from wrpo_ray.stages.score.base import (
+    Item,
+    Outcome,
+    TooLongError,
+    finite,
+)
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.tensors import read_json
+from wrpo_ray.text.files import decode
+
+ARMORM = "LlamaForRewardModelWithGating"
+CLASSIFIER = "ForSequenceClassification"
+HEAD = "score"
+"""What transformers calls the head of each decoder that is a classifier, but for two families."""
+OTHER_HEADS = ("CTRL", "ModernBertDecoder")
+"""Those two, which find the last token by the padding."""
+
+
+def check_reward_model(config: dict[str, Any], part: ScoreConfig) -> None:
+    """Check by a folder's config.json that it is a reward model which `part` can be.
+
+    Raises:
+        UserError: it is not.
+    """
+    names = config.get("architectures") or ["none"]
+    if names == [ARMORM]:
+        if part.engine == "vllm":
+            raise UserError("ArmoRM does not run on vLLM; leave out `engine`")
+        return
+    if not str(names[0]).endswith(CLASSIFIER) or str(names[0]).startswith(OTHER_HEADS):
+        raise UserError(
+            f"its architecture is {names[0]}, which gives no reward; give a sequence classifier "
+            f"with one label, or ArmoRM-Llama3-8B-v0.1"
+        )
+    labels = config.get("num_labels") or len(config.get("id2label") or range(2))
+    if labels != 1:
+        raise UserError(f"it has {labels} labels; a reward model has one")
+    pads = [_pad(config), _pad(config.get("text_config") or {})]
+    has_pad = any(pad is not None and pad >= 0 for pad in pads)
+    if part.engine == "transformers" and not has_pad and not _is_decoder(config):
+        raise UserError("its config.json has no pad_token_id, which an encoder needs; set it")
+
+
+def _is_decoder(config: dict[str, Any]) -> bool:
+    """Whether transformers makes of a config.json a classifier that is read at its last token."""
+    import transformers
+
+    try:
+        settings = transformers.AutoConfig.for_model(**config)
+        return _has_head(
+            without_memory(getattr(transformers, config["architectures"][0]), settings)
+        )
+    except Exception:  # a config can make constructors raise anything; further checks tell what
+        return False
+
+
+def _has_head(model: Any) -> bool:
+    """Whether a classifier is a decoder, whose head is read at the last token."""
+    return hasattr(model, HEAD) and not model.config.is_encoder_decoder
+
+
+def _pad(config: dict[str, Any]) -> int | None:
+    return config.get("pad_token_id")
+
+
+def can_end_with_padding(folder: Folder) -> bool:
+    """Whether conversations may end with the token that pads, by the small files of a folder.
+
+    Where special tokens cannot be told apart it says yes.
+    """
+    config = read_json(folder, "config.json")
+    pad = _pad(config.get("text_config") or {})
+    pad = _pad(config) if pad is None else pad
+    settings = read_json(folder, "tokenizer_config.json")
+    table = read_json(folder, "tokenizer.json") if folder.exists("tokenizer.json") else {}
+    added = table.get("added_tokens") or []
+    special = {token["id"]: token["content"] for token in added if token.get("special")}
+    if pad not in special:
+        return pad is not None
+    ends = [settings.get(name) for name in ("eos_token", "bos_token")]
+    named = [end["content"] if isinstance(end, dict) else end for end in ends]
+    return special[pad] in named or special[pad] in _template(folder, settings)
+
+
+def _template(folder: Folder, settings: dict[str, Any]) -> str:
+    if folder.exists("chat_template.jinja"):
+        return decode(folder.read("chat_template.jinja"), f"{folder}: chat_template.jinja")
+    return str(settings.get("chat_template"))
+
+
+def is_armorm(folder: Path) -> bool:
+    """Whether a local folder's config.json says that it is ArmoRM."""
+    return json.loads((folder / "config.json").read_bytes()).get("architectures") == [ARMORM]
+
+
+def use_of(part: ScoreConfig) -> Use:
+    """What the folder of a part's model is for."""
+    return Use.REWARD_ON_VLLM if part.engine == "vllm" else Use.REWARD
+
+
+def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenReward:
+    """The reward model in a folder.
+
+    Raises:
+        UserError: it is none, or its weights are not those of its architecture.
+    """
+    with telling_of(f"reward: {folder}"):
+        check_reward_model(json.loads((folder / "config.json").read_bytes()), part)
+    if is_armorm(folder):
+        from wrpo_ray.stages.score.armorm import ArmoReward
+
+        return ArmoReward(part, folder, on_gpu=on_gpu)
+    with telling_of("reward"):
+        check_weights(folder, use_of(part))
+    kind = VllmReward if part.engine == "vllm" else ClassifierReward
+    return kind(part, folder, on_gpu=on_gpu)
+
+
+class TokenReward(ABC):
+    """A model that gives token ids a reward."""
+
+    context: int | None = None
+    """Tokens that the model itself takes; None if it does not say."""
+
+    def __init__(self, part: ScoreConfig, folder: Path):
+        self.tokenizer = load_tokenizer(folder)
+        self.max_length = min(part.max_length, self.context or part.max_length)
+        self.cut_prompt = part.overflow == "cut_prompt"
+        self.batch_size = part.batch_size
+
+    @abstractmethod
+    def rewards(self, rows: list[list[int]]) -> list[float]:
+        """The rewards of some rows of token ids."""
+
+    def score(self, items: list[Item]) -> list[Outcome]:
+        """Rows of like length go together; an item's reward does not depend on the others."""
+        scores: dict[int, Outcome] = {}
+        encoded: dict[int, list[int]] = {}
+        for i, item in enumerate(items):
+            try:
+                encoded[i] = self.encode(item)
+            except Exception as error:  # a template can raise anything; the row keeps it
+                scores[i] = error
+        ready = sorted(encoded, key=lambda i: len(encoded[i]))
+        for start in range(0, len(ready), self.batch_size):
+            batch = ready[start : start + self.batch_size]
+            values = self.rewards([encoded[i] for i in batch])
+            scores |= {i: finite(value) for i, value in zip(batch, values, strict=True)}
+        return [scores[i] for i in range(len(items))]
+
+    def encode(self, item: Item) -> list[int]:
+        """The conversation's token ids, at most `max_length`.
+
+        Raises:
+            TooLongError: they are more, and may not be cut.
+        """
+        ids = conversation_ids(self.tokenizer, item.messages, item.text)
+        excess = len(ids) - self.max_length
+        if excess <= 0:
+            return ids
+        if not self.cut_prompt:
+            raise TooLongError(f"prompt and answer have {len(ids)} tokens, above {self.max_length}")
+        start = int(ids[0] == self.tokenizer.bos_token_id)  # a BOS stays
+        prompt = prompt_ids(self.tokenizer, item.messages)
+        if ids[: len(prompt)] != prompt or start + excess > len(prompt):
+            raise TooLongError(
+                f"the answer leaves the prompt no room in {self.max_length} tokens, or cannot be "
+                f"told from it"
+            )
+        return ids[:start] + ids[start + excess :]
+
+
+def padded(rows: list[list[int]], pad: int, device: str) -> tuple[Any, Any]:
+    """Token ids (B, T) with padding on the right, and their attention mask (B, T)."""
+    import torch
+
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    return ids.to(device), mask.to(device)
+
+
+class ClassifierReward(TokenReward):
+    """A Hugging Face sequence classifier with one label.
+
+    A decoder's reward is its head's value at the last token. transformers looks for the last one
+    that is not the padding, which is another where a conversation ends with that token (often the
+    end of turn pads too); so the head is read here, where vLLM reads it.
+    """
+
+    def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
+        from transformers import AutoModelForSequenceClassification
+
+        model, loaded = AutoModelForSequenceClassification.from_pretrained(
+            folder, dtype=torch_dtype(part), output_loading_info=True
+        )
+        with telling_of(f"reward: {folder}"):
+            check_loaded(loaded, model)
+        self.device = "cuda" if on_gpu else "cpu"
+        self.model = model.to(self.device).eval()
+        self.is_decoder = _has_head(model)
+        text = model.config.get_text_config()
+        self.pad, self.context = text.pad_token_id, getattr(text, "max_position_embeddings", None)
+        if self.is_decoder and (self.pad is None or self.pad < 0):
+            self.pad = 0  # any token will do on the right, where none that is read sees it
+        super().__init__(part, folder)
+
+    def rewards(self, rows: list[list[int]]) -> list[float]:
+        """One forward pass."""
+        import torch
+
+        ids, mask = padded(rows, self.pad, self.device)
+        with torch.inference_mode():
+            if not self.is_decoder:  # it reads its first token, or has a head of its own
+                out = self.model(input_ids=ids, attention_mask=mask)
+                return out.logits[:, 0].float().tolist()
+            states = self.model.base_model(input_ids=ids, attention_mask=mask)[0]  # (B, T, H)
+            last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
+            return self.model.score(last)[:, 0].float().tolist()
+
+
+class VllmReward(TokenReward):
+    """A Hugging Face sequence classifier with one label, on vLLM, which batches by itself."""
+
+    def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
+        import vllm
+
+        config = json.loads((folder / "config.json").read_bytes())
+        self.context = config.get("max_position_embeddings")
+        super().__init__(part, folder)
+        given = {} if part.dtype == "auto" else {"dtype": part.dtype}
+        self.llm = vllm.LLM(
+            model=str(folder),
+            runner="pooling",
+            convert="classify",
+            max_model_len=self.max_length,
+            disable_log_stats=True,
+            **({} if on_gpu else CPU_ENGINE | {"dtype": "float32"}) | given,
+        )
+        self.batch_size = 2**31
+
+    def rewards(self, rows: list[list[int]]) -> list[float]:
+        """All rows at once, as the raw output of the head."""
+        from vllm import PoolingParams
+
+        outputs = self.llm.classify(
+            [{"prompt_token_ids": row} for row in rows],
+            pooling_params=PoolingParams(use_activation=False),
+            use_tqdm=False,
+        )
+        return [output.outputs.probs[0] for output in outputs]
+
+
+def torch_dtype(part: ScoreConfig) -> Any:
+    """The precision as torch names it, or `auto`."""
+    import torch
+
+    return "auto" if part.dtype == "auto" else getattr(torch, part.dtype)

@@ -1,0 +1,106 @@
+"""Runs a program that nobody has read with the tests that it has to pass, each run shut in.
+
+What a run has: no network, a user of its own, an empty environment, its own processes, Python's
+standard library, a folder in memory, and limits on time, CPU, memory, processes and files. It
+needs the kernel's namespaces, as root or in a user namespace; `isolation: limits` does without.
+
+Not covered: a program that is written to cheat. Program and tests share an interpreter, so one
+that searches it for the mark of a finished run, or answers with objects equal to anything, passes.
+"""
+
+from __future__ import annotations
+
+import marshal
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from wrpo_ray.config import CodeConfig
+from wrpo_ray.errors import UserError
+from wrpo_ray.stages.score import jail
+
+SLACK = 10.0
+"""Seconds beyond the limit after which the jail itself is taken to hang."""
+
+
+class SandboxError(RuntimeError):
+    """The program could not be shut in and run; this says nothing about it."""
+
+
+class BadTestsError(ValueError):
+    """The tests are not Python."""
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """Where programs run; any number at a time."""
+
+    config: CodeConfig
+    python: str = field(default_factory=lambda: os.path.realpath(sys.executable))
+    prefix: str = field(default_factory=lambda: os.path.realpath(sys.base_prefix))
+    """Python itself, and the folder of its standard library."""
+
+    def passes(self, program: str, tests: str) -> bool:
+        """Whether the tests, Python code that sees what the program defines, come to their end.
+
+        Raises:
+            BadTestsError: they do not compile.
+            SandboxError: the program could not be run.
+        """
+        with tempfile.TemporaryDirectory(prefix="wrpo-jail-", ignore_cleanup_errors=True) as root:
+            os.chmod(root, 0o1777)
+            task = {
+                "program": program,
+                "tests": tests,
+                "timeout": self.config.timeout,
+                "memory": self.config.memory * 2**20,
+                "isolated": self.config.isolation == "namespaces",
+                "root": root,
+                "python": self.python,
+                "prefix": self.prefix,
+            }
+            code, told = self._run(marshal.dumps(task))
+        if code == jail.BAD_TESTS:
+            raise BadTestsError(f"the reference is no Python code: {told}")
+        if code not in (jail.PASSED, jail.NOT_PASSED):
+            raise SandboxError(told or f"the jail ended with {code}")
+        return code == jail.PASSED
+
+    def _run(self, task: bytes) -> tuple[int, str]:
+        process = subprocess.Popen(
+            [self.python, "-I", "-S", str(Path(jail.__file__))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            _, told = process.communicate(task, timeout=self.config.timeout + SLACK)
+        except subprocess.TimeoutExpired:
+            process.kill()  # and with it the guard
+            process.communicate()
+            raise SandboxError("the jail did not end") from None
+        return process.returncode, " ".join(told.decode(errors="replace").split())
+
+    def check(self) -> None:
+        """Run something harmless.
+
+        Raises:
+            UserError: this machine cannot shut programs in as the config asks.
+        """
+        try:
+            works = self.passes("answer = 42", "assert answer == 42")
+        except SandboxError as error:
+            raise UserError(
+                f"verifier code: this machine does not let programs be shut in ({error}); allow "
+                f"namespaces (root with CAP_SYS_ADMIN, or user namespaces), or set "
+                f"code.isolation: limits, which leaves them the network and this user's files"
+            ) from None
+        if not works:
+            raise UserError(
+                "verifier code: not even `answer = 42` passes; raise code.timeout or code.memory"
+            )

@@ -1,0 +1,248 @@
+"""A pool of reward actors; the unit of work is a bucket of one store of answers.
+
+An actor passes over the answers that are scored, and commits the others chunk by chunk.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wrpo_ray.config import RewardConfig
+from wrpo_ray.data import records
+from wrpo_ray.data.shards import (
+    Bucket,
+    Earlier,
+    Samples,
+    buckets,
+    chunks,
+    read_bucket,
+    sample_keys,
+    trying_again,
+    write_failures,
+    write_shard,
+)
+from wrpo_ray.llm.vllm import engine_env
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.progress import Progress
+from wrpo_ray.runtime.ready_queue import Feed
+from wrpo_ray.runtime.tally import Tally
+from wrpo_ray.stages.score.base import Item, Reward
+from wrpo_ray.stages.score.rewards import load_reward
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+Row = dict[str, Any]
+SAMPLED = 32
+"""Buckets, evenly, whose scores of all sources are read for the share of wins that is shown: a
+bucket's call reads two columns of each source, so in all of them it would grow with the run."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The rewards of some answers."""
+
+    kind = "score"
+
+    answers: Samples
+    reward: RewardConfig
+    folders: tuple[Folder | None, ...]
+    """The weights of each of the reward's parts; None for what has none."""
+    fingerprints: tuple[str, ...]
+    """What identifies weights, code or text of each part."""
+    retry: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """What identifies the reward: part of the store's key."""
+        whole = self.fingerprints
+        return whole[0] if len(whole) == 1 else records.digest(whole, 16)
+
+    @cached_property
+    def step(self) -> Step:
+        """The step; its store grows with the store of answers."""
+        source = self.answers.step
+        name = source.name.removeprefix("generate-")
+        store = {
+            "reward": self.reward.identity() | {"model": self.fingerprint},
+            "answers": source.folder,
+        }
+        if not self.reward.model:  # it may look at the prompts' references
+            store["prompts"] = self.answers.prompts.step.key
+        label = f"score-{self.reward.name}-{name}"
+        return Step(label, {}, (source,), store, self.retry, source=name)
+
+    @property
+    def samples(self) -> Samples:
+        """The same answers with their rewards (records SCORED), as later stages read them."""
+        return Samples(self.step, self.answers.prompts, self.answers.count)
+
+
+def run(run: Run, jobs: list[Score], feed: Feed | None = None) -> None:
+    """Do each job; the jobs of one reward share its actors.
+
+    A `feed` tells which buckets of the jobs' answers can be read, while others are still made;
+    the jobs have one reward then.
+
+    Raises:
+        FailureLimitError: too many answers could not be scored.
+    """
+    for _, group in groupby(jobs, key=lambda job: job.reward):
+        _run_pool(run, list(group), feed)
+
+
+def pool_of(reward: RewardConfig) -> Pool:
+    """The reward as a pool of actors."""
+    env = thread_env(reward.actors.num_cpus)
+    if any(part.engine == "vllm" for part in reward.parts):
+        env |= engine_env(on_gpu=bool(reward.actors.num_gpus))
+    return Pool(f"score with {reward.name}", reward.actors, env)
+
+
+def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
+    pool = pool_of(jobs[0].reward)
+    rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
+    shown = [_Shown(job, run.buckets) for job in jobs]
+    tallies = [Tally(run, job.step) for job in jobs]
+    for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
+        _show(shown, result["job"], result, json.loads(result.pop("wins")))
+        tallies[result["job"]].add(result)
+        run.spend(
+            jobs[result["job"]].step, jobs[0].reward.name, result["seconds"],
+            idle=result["idle"], gpus=pool.needs["GPU"],
+            rows=result["new"], failed=result["failed"],
+        )  # fmt: skip
+
+
+class _Shown(Progress):
+    """A source's progress, with its rewards so far."""
+
+    def __init__(self, job: Score, buckets: int):
+        super().__init__(f"score {job.step.source}", buckets)
+        self.reward, self.wins = 0.0, 0
+
+
+def _show(shown: list[_Shown], job: int, result: Row, wins: list[int]) -> None:
+    """Mean reward of a source, and how many prompts each source answers best, as told so far."""
+    for source, won in zip(shown, wins, strict=False):
+        source.wins += won
+    decided = sum(source.wins for source in shown)
+    this = shown[job]
+    this.reward += result.pop("reward")
+    if rows := this.rows + result["new"]:
+        this.about["mean reward"] = f"{this.reward / rows:.3g}"
+    if decided:
+        this.about["best"] = f"{this.wins / decided:.0%}"
+    this.add(result["new"], result["failed"])
+
+
+class Scorer:
+    """The actor: a reward that is loaded when the first unscored answer is met."""
+
+    def __init__(self, run: Run, jobs: list[Score]):
+        self.run, self.jobs = run, jobs
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The loaded reward."""
+        job = self.jobs[0]
+        parts = zip(job.folders, job.fingerprints, strict=True)
+        return load_reward(
+            job.reward, [folder.local(key) if folder else None for folder, key in parts]
+        )
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Fill one bucket of one job; what is returned are counts only."""
+        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
+        kept = job.step.failures(self.run.root)
+        done, reward = 0, 0.0
+        with trying_again(kept, bucket, self.run.max_attempts) as earlier:
+            held, failed, missing = self._missing(job, bucket, earlier)
+            prompts = self._prompts(job, bucket) if missing else {}
+            for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
+                good, failures = self._score(job, prompts, rows)
+                self._commit(job, bucket, rows, good, failures, earlier)
+                done, failed = done + len(good), failed + len(failures)
+                reward += sum(r["reward"] for r in good)
+        counts = {"rows": held + done, "new": done, "failed": failed, "reward": reward}
+        is_sampled = bucket.index % max(1, bucket.count // SAMPLED) == 0
+        wins = self._wins(bucket) if done and is_sampled else []
+        return row | counts | {"wins": json.dumps(wins)}
+
+    def _wins(self, bucket: Bucket) -> list[int]:
+        """How many of the bucket's prompts each job's source answers best, if all are scored.
+
+        None, where a source has several jobs: of other seeds, or after other training.
+        """
+        if len({job.step.source for job in self.jobs}) < len(self.jobs):
+            return []
+        columns, best = ["prompt_id", "reward"], []
+        for job in self.jobs:
+            store = job.samples.folder(self.run.root)
+            table = read_bucket(store, bucket, records.SCORED, columns)
+            if not table.num_rows:
+                return []
+            best.append(table.group_by("prompt_id").aggregate([("reward", "max")]))
+        rewards = pa.concat_tables(best)
+        most = rewards.group_by("prompt_id").aggregate([("reward_max", "max")])
+        return [
+            pc.sum(pc.equal(joined["reward_max"], joined["reward_max_max"])).as_py() or 0
+            for joined in (table.join(most, "prompt_id") for table in best)
+        ]
+
+    def _missing(self, job: Score, bucket: Bucket, earlier: Earlier) -> tuple[int, int, list[Row]]:
+        """How many wanted answers are scored, how many given up, and the others."""
+        store = job.samples.folder(self.run.root)
+        done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
+        answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
+        given_up = earlier.given_up - done
+        keys = [(row["prompt_id"], row["sample"]) for row in answers]
+        missing = [
+            row
+            for row, key in zip(answers, keys, strict=True)
+            if key not in done and key not in given_up
+        ]
+        return len(answers) - len(missing) - len(given_up), len(given_up), missing
+
+    def _prompts(self, job: Score, bucket: Bucket) -> dict[str, Row]:
+        prompts = job.answers.prompts.read(self.run.root, bucket).to_pylist()
+        return {prompt["prompt_id"]: prompt for prompt in prompts}
+
+    def _score(
+        self, job: Score, prompts: dict[str, Row], rows: list[Row]
+    ) -> tuple[list[Row], list[Row]]:
+        asked = [prompts[row["prompt_id"]] for row in rows]
+        items = [
+            Item(prompt["messages"], row["text"], prompt["reference"])
+            for prompt, row in zip(asked, rows, strict=True)
+        ]
+        good, failed = [], []
+        for row, value in zip(rows, self.reward.score(items), strict=True):
+            if isinstance(value, Exception):
+                key = {name: row[name] for name in ("prompt_id", "source", "sample")}
+                failed.append(records.failure("score", value, **key))
+            else:
+                good.append(row | {"reward": value, "reward_model": job.fingerprint})
+        return good, failed
+
+    def _commit(
+        self,
+        job: Score,
+        bucket: Bucket,
+        rows: list[Row],
+        good: list[Row],
+        failed: list[Row],
+        earlier: Earlier,
+    ) -> None:
+        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in rows)
+        if good:
+            write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
+        write_failures(job.step.failures(self.run.root), bucket, failed, key, earlier)

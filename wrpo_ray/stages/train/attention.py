@@ -1,0 +1,158 @@
+"""Attention of packed rows with a shared prompt, through transformers' AttentionInterface.
+
+Model code is not forked: the model is loaded with `attn_implementation=SHARED_PROMPT`, and the
+layout of the micro-batch comes as a keyword of its forward. For a name that has no mask function
+transformers makes no mask (5.23: `_preprocess_mask_arguments`). Two ways, equal in value:
+`by_blocks` runs anywhere; `by_varlen` is for CUDA in half precision without a soft cap.
+H query heads, K key heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
+from torch import Tensor
+
+from wrpo_ray.stages.train.packing import Block, Layout
+
+SHARED_PROMPT = "wrpo_shared_prompt"
+
+
+def register() -> None:
+    """Make SHARED_PROMPT known to transformers."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
+
+
+def shared_prompt_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in each layer: (1, H, T, D), (1, K, T, D) twice to (1, T, H, D).
+
+    Dropout is not applied: it is off in training here (see `model.without_dropout`).
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half and softcap is None:
+        return by_varlen(query, key, value, layout, scale, sliding_window), None
+    return by_blocks(query, key, value, layout, scale, sliding_window, softcap), None
+
+
+def by_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Layout,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Block by block; (1, T, H, D)."""
+    # split, unlike a slice for each block, has a backward that touches each token once
+    queries, keys, values = (t.split(layout.lengths, dim=2) for t in (query, key, value))
+    out = []
+    for number, block in enumerate(layout.blocks):
+        own_keys, own_values = keys[number], values[number]
+        if block.prefix is not None:
+            own_keys = torch.cat([keys[block.prefix], own_keys], dim=2)
+            own_values = torch.cat([values[block.prefix], own_values], dim=2)
+        mask = _mask(layout, block, window, query.device)
+        out.append(_attend(queries[number], own_keys, own_values, mask, scale, softcap))
+    return torch.cat(out, dim=2).transpose(1, 2)
+
+
+def _mask(layout: Layout, block: Block, window: int | None, device: torch.device) -> Tensor | None:
+    """(queries, keys), true where a query sees a key; None where it is plainly causal."""
+    before = layout.prefix_length(block)
+    narrow = window is not None and before + block.length > window
+    if before == 0 and not narrow:
+        return None
+    key = before, block.length, window if narrow else None
+    if key not in layout.masks:
+        place = torch.arange(before + block.length, device=device)
+        distance = place[before:, None] - place  # (queries, keys)
+        seen = distance >= 0
+        layout.masks[key] = seen & (distance < window) if narrow and window else seen
+    return layout.masks[key]
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, scale=scale, is_causal=mask is None, enable_gqa=groups > 1
+        )
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / softcap)) * softcap
+    if mask is None:
+        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=query.device).tril()
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide)
+    return weights.to(value.dtype) @ value
+
+
+def by_varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
+) -> Tensor:
+    """All blocks in one flash kernel; (1, T, H, D).
+
+    Each block is a sequence of its own whose keys are its prompt's and its own. Queries lie at
+    the end of their keys (the kernel aligns causal masks at the bottom right).
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    index, queries_at, keys_at, longest = _sequences(layout, query.device)
+    queries, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    out = varlen_attn(
+        queries,
+        keys[index],
+        values[index],
+        queries_at,
+        keys_at,
+        max(layout.lengths),
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )
+    return out[None]  # type: ignore[index]
+
+
+def _sequences(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Indices of all blocks' keys, where each block's queries and keys start, the most keys."""
+    if "sequences" not in layout.masks:
+        places = torch.arange(sum(layout.lengths)).split(layout.lengths)
+        keys = [
+            own if block.prefix is None else torch.cat([places[block.prefix], own])
+            for block, own in zip(layout.blocks, places, strict=True)
+        ]
+        layout.masks["sequences"] = torch.cat(keys).to(device)
+        layout.masks["queries_at"] = _starts(layout.lengths, device)
+        layout.masks["keys_at"] = _starts([len(k) for k in keys], device)
+    longest = max(layout.prefix_length(b) + b.length for b in layout.blocks)
+    return *(layout.masks[n] for n in ("sequences", "queries_at", "keys_at")), longest  # type: ignore[return-value]
+
+
+def _starts(lengths: list[int], device: torch.device) -> Tensor:
+    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)

@@ -1,0 +1,333 @@
+"""What each Ray Train worker does: rows, engines, optimizer steps, the trained model.
+
+The gradient of a step is the sum of the losses of its rows (preferences) or answer tokens (SFT)
+over all workers, divided by their real number: the same for every number of workers, packing,
+micro-batch and ZeRO stage. Not covered: the driver's side (`stage`).
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from wrpo_ray.config import WrpoConfig
+from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.llm.chat import load_tokenizer
+from wrpo_ray.stages.train import (
+    checkpoint,
+    deepspeed,
+    faults,
+    model,
+    packing,
+    probe,
+    schedule,
+)
+from wrpo_ray.stages.train.loss import Answers, preference_loss, row_metrics
+from wrpo_ray.stages.train.metrics import (
+    MetricsFile,
+    Sums,
+    Tracker,
+    peak_memory,
+    trackers,
+)
+from wrpo_ray.stages.train.order import Order
+from wrpo_ray.stages.train.packing import Batch
+from wrpo_ray.stages.train.rows import PreparedRows, Row
+from wrpo_ray.stages.train.task import (
+    ADAPTERS,
+    MODEL,
+    TRAINED,
+    Task,
+)
+
+Counts = dict[str, Any]
+Losses = tuple[Tensor, dict[str, Tensor]]
+"""The loss of each row (B,), and metrics, each (B,)."""
+
+
+def work(tasks: Sequence[Task]) -> list[Counts] | WrpoError:
+    """Train one model after another on this worker.
+
+    The project's own errors rise on all workers alike, and another try would meet them again.
+    So they are returned: what is raised makes Ray Train start over.
+    """
+    try:
+        return [_train(task, is_one_of_several=len(tasks) > 1) for task in tasks]
+    except WrpoError as error:
+        return error
+
+
+def _train(task: Task, *, is_one_of_several: bool) -> Counts:
+    if task.folder.exists(TRAINED):  # before workers were lost
+        return task.folder.read_json(TRAINED)
+    started = time.time()
+    torch.set_num_threads(max(1, int(task.config.num_cpus)))
+    deepspeed.prepare(task.config)
+    trainer = Trainer.create(task)
+    first_step = checkpoint.restore(trainer.policy, task.step.key)
+    final_loss = trainer.run(first_step)
+    lost_in_bf16 = trainer.save()
+    counts = {
+        "rows": len(trainer.train_rows),
+        "held_out": len(trainer.held_rows),
+        "steps": trainer.order.steps,
+        "final_loss": final_loss,
+        "lost_in_bf16": lost_in_bf16,
+        "resumed_at": first_step,
+        "workers": dist.get_world_size(),
+        "seconds": time.time() - started,
+    }
+    if is_one_of_several:
+        dist.barrier()  # the model is there
+        if dist.get_rank() == 0:
+            task.folder.write_json(TRAINED, counts)
+        trainer.close()
+    return counts
+
+
+@dataclass
+class Trainer:
+    """The engines and rows of one worker."""
+
+    task: Task
+    rows: PreparedRows
+    train_rows: np.ndarray
+    """Indices of the rows to train on."""
+    held_rows: np.ndarray
+    """Indices of the rows to measure the loss on."""
+    order: Order
+    policy: Any
+    reference: Any
+    """A frozen second model; None where log-probs are stored, or adapters are switched off."""
+    device: torch.device
+
+    @classmethod
+    def create(cls, task: Task) -> Trainer:
+        """Load the policy and, for preference training with a live reference, that too.
+
+        Raises:
+            UserError: no row is left to train on.
+        """
+        config, base = task.config, task.base.local(task.fingerprint)
+        torch.manual_seed(task.seed)  # adapters start at random
+        rows = PreparedRows(task.rows.local())
+        held = rows.held_out(config.holdout)
+        train_rows = np.flatnonzero(~held)
+        if not len(train_rows):
+            raise UserError(
+                f"{task.step.name}: all {len(rows)} rows are held out; lower holdout to 0, "
+                f"or give more prompts"
+            )
+        order = Order(len(train_rows), config.epochs, config.batch_size, task.seed)
+        settings = deepspeed.engine_config(config, dist.get_world_size())
+        device = torch.device("cuda" if config.num_gpus else "cpu")
+        with deepspeed.partitioned_loading(settings):
+            policy = model.load_policy(base, config, device)
+            reference = model.load_policy(base, config, device) if task.has_second_model else None
+        engine = deepspeed.policy_engine(policy, config, settings)
+        probe.check_forward(policy, config, device)
+        if reference is not None:
+            reference = deepspeed.reference_engine(reference, settings)
+        return cls(task, rows, train_rows, np.flatnonzero(held), order, engine, reference, device)
+
+    def run(self, first_step: int) -> float | None:
+        """All steps from `first_step`; returns the last step's loss (on the first worker).
+
+        Raises:
+            UserError: the loss or the gradient is no longer finite; the last step is no exception.
+        """
+        is_first = dist.get_rank() == 0
+        file = MetricsFile(self.task.folder, first_step) if is_first else None
+        with ExitStack() as ended:
+            tell = trackers(self.task) if is_first else []
+            for tracker in tell:
+                ended.callback(tracker.close)
+            self._steps(first_step, file, tell)
+        if file is None:
+            return None
+        file.flush()
+        return file.records[-1]["loss"] if file.records else None
+
+    def _steps(self, first_step: int, file: MetricsFile | None, tell: list[Tracker]) -> None:
+        for step in range(first_step, self.order.steps):
+            record = self.step(step) | self._held_out(step)
+            if file:
+                file.append(record)
+            for tracker in tell:
+                tracker.tell(record)
+            if (step + 1) % self.task.config.checkpoint_every == 0 and step + 1 < self.order.steps:
+                if file:
+                    file.flush()
+                metrics = {"step": step, "loss": record["loss"]}
+                checkpoint.save(self.policy, self.task.step.key, step + 1, metrics)
+
+    def step(self, step: int) -> dict[str, Any]:
+        """One optimizer step; returns its metrics, which are the same on all workers."""
+        started, sums = time.monotonic(), Sums()
+        config, steps = self.task.config, self.order.steps
+        batch = self.train_rows[list(self.order.batch(step))]
+        rate = schedule.learning_rate_at(config, step, steps)
+        deepspeed.set_learning_rate(self.policy, rate)
+        alpha, divisor = self._alpha(step), self._divisor(batch)
+        scale = dist.get_world_size() / divisor  # DeepSpeed averages over workers
+        parts = self._micro_batches(batch)
+        norm = 0.0
+        for number, (part, is_real) in enumerate(parts, start=1):
+            is_last = number == len(parts)
+            self.policy.set_gradient_accumulation_boundary(is_last)
+            losses, metrics = self.losses(part, alpha)
+            self.policy.backward(losses.sum() * (is_real * scale), scale_wrt_gas=False)
+            norm = deepspeed.act(self.policy, is_last=is_last)
+            sums.add(metrics | {"loss": losses}, is_real)
+        totals, seconds = sums.reduce(), time.monotonic() - started
+        loss = totals.pop("loss") / divisor
+        self._check({"the loss": loss, "the gradient's norm": norm} | totals, step, parts, alpha)
+        tokens, size = totals.pop("tokens"), totals.pop("size")
+        return {
+            "step": step,
+            "steps": steps,
+            "rows": len(batch),
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            **({} if alpha is None else {"alpha": alpha}),
+            **{name: total / len(batch) for name, total in totals.items()},
+            "tokens": round(tokens),
+            "tokens_per_s": round(tokens / seconds, 1),
+            "padding": round(1 - tokens / size, 4),
+            "peak_memory_gb": peak_memory(self.device),
+        }
+
+    def save(self) -> float | None:
+        """Write the trained model; all workers call it.
+
+        Returns the share of the changed weights that bf16 shows, or would show, unchanged; None
+        where that is not known or does not matter.
+
+        Raises:
+            UserError: a weight is not finite.
+        """
+        faults.check_weights(self)
+        task, base = self.task, self.task.base.local(self.task.fingerprint)
+        tokenizer = load_tokenizer(base, task.template)
+        is_writer = dist.get_rank() == 0
+        rounding = model.save(
+            self.policy.module, base, task.config, tokenizer, task.folder / MODEL,
+            write=is_writer, adapters=task.folder / ADAPTERS,
+        )  # fmt: skip
+        return rounding.share
+
+    def close(self) -> None:
+        """Free what the engines hold, for the next model."""
+        for engine in (self.policy, self.reference):
+            if hasattr(engine, "destroy"):
+                engine.destroy()
+        self.policy = self.reference = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+    # --- inside
+
+    def _check(
+        self, numbers: dict[str, float], step: int, parts: faults.Parts, alpha: float | None
+    ) -> None:
+        """Raise UserError with the cause, on all workers, where a number is not finite."""
+        if what := faults.told(numbers):
+            cause = faults.find(self, parts, alpha)
+            raise UserError(f"{self.task.step.name}: {what} at step {step}: {cause}")
+
+    def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
+        """This worker's micro-batches, and whether each is real and no dummy.
+
+        A dummy keeps the number of forward passes equal on all workers (ZeRO-3 gathers weights
+        in each); it adds nothing to loss or gradient.
+        """
+        config = self.task.config
+        costs = packing.costs(self.rows.lengths[batch], packed=config.packing)
+        dealt = packing.deal(costs, dist.get_world_size(), config.micro_batch_tokens)
+        least = int(np.argmin(costs))
+        return [
+            ([self.rows[batch[i]] for i in part or (least,)], bool(part))
+            for part in dealt[dist.get_rank()]
+        ]
+
+    def _divisor(self, batch: np.ndarray) -> int:
+        """What the summed losses of a step are divided by: its rows, or answer tokens in SFT."""
+        if self.task.is_preference:
+            return len(batch)
+        return max(1, int(self.rows.lengths[batch, 1].sum()))
+
+    def _alpha(self, step: int) -> float | None:
+        config = self.task.config
+        if not isinstance(config, WrpoConfig):
+            return None
+        return schedule.alpha_at(config.alpha, self.order.consumed(step))
+
+    def losses(self, rows: Sequence[Row], alpha: float | None) -> Losses:
+        """The losses of a micro-batch, at an alpha or, without one, of SFT, with metrics."""
+        batch = model.collate(rows, self.task.config).to(self.device)
+        logps = self.policy(batch)  # (A,)
+        if alpha is None:
+            losses = -logps
+            metrics = {"logps/source_chosen": logps, "lengths/source_chosen": batch.lengths}
+        else:
+            losses, metrics = self._preference(rows, batch, logps, alpha)
+        sizes = {"tokens": batch.tokens, "size": batch.size}
+        return losses, metrics | {
+            n: torch.tensor([float(v)], device=self.device) for n, v in sizes.items()
+        }
+
+    def _preference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, alpha: float) -> Losses:
+        config = self.task.config
+        assert isinstance(config, WrpoConfig)
+        reference = self.reference_logps(rows, batch, logps, config.reference.mode)
+        of_policy, of_reference, lengths = (
+            Answers(*t.reshape(-1, 3).unbind(1)) for t in (logps, reference, batch.lengths)
+        )
+        losses = preference_loss(of_policy, of_reference, lengths, config, alpha)
+        return losses, row_metrics(of_policy, of_reference, lengths, config, alpha)
+
+    def reference_logps(
+        self, rows: Sequence[Row], batch: Batch, logps: Tensor, mode: str
+    ) -> Tensor:
+        """The log-probs of the batch's answers under the reference, (A,)."""
+        if not self.task.config.has_reference:
+            return torch.zeros_like(logps)
+        if mode == "stored":
+            stored = [value for row in rows for value in row.reference]
+            return torch.tensor(stored, dtype=logps.dtype, device=logps.device)
+        with torch.no_grad():
+            if self.reference is not None:
+                return self.reference(batch)
+            with self.policy.module.without_adapters():
+                return self.policy(batch)
+
+    def _held_out(self, step: int) -> dict[str, float]:
+        """Loss and accuracy on the rows held out, at the greatest alpha, so that steps compare."""
+        config, is_last = self.task.config, step == self.order.steps - 1
+        if not len(self.held_rows) or not (is_last or (step + 1) % config.holdout_every == 0):
+            return {}
+        sums, alpha = Sums(), config.alpha.end if isinstance(config, WrpoConfig) else None
+        parts = self._micro_batches(self.held_rows)
+        with torch.no_grad():
+            for part, is_real in parts:
+                losses, metrics = self.losses(part, alpha)
+                sums.add(metrics | {"loss": losses}, is_real)
+        totals, rows = sums.reduce(), len(self.held_rows)
+        loss = totals.pop("loss") / self._divisor(self.held_rows)
+        self._check({"the loss of the rows held out": loss} | totals, step, parts, alpha)
+        measures = {"holdout/loss": loss}
+        if alpha is not None:
+            measures["holdout/accuracies"] = totals["rewards/accuracies"] / rows
+        return measures

@@ -1,0 +1,309 @@
+"""Models to train: loading a folder, log-probs of answers, writing an ordinary model folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from wrpo_ray.config import LoraConfig, TrainConfig
+from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.llm.architecture import (
+    Use,
+    check_loaded,
+    check_weights,
+    telling_of,
+)
+from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.rounding import Rounding, Tensors
+from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
+from wrpo_ray.stages.train.packing import (
+    Batch,
+    costs,
+    deal,
+    pack,
+    pad,
+)
+from wrpo_ray.stages.train.probe import (
+    NOT_HERE,
+    UNPACKED,
+    check_forward,
+    refusing,
+)
+from wrpo_ray.stages.train.rows import Row
+from wrpo_ray.storage.folder import Folder
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FORWARD_TOKENS = 4
+"""Without a backward pass a micro-batch is so many times larger."""
+
+
+class Policy(nn.Module):
+    """A causal language model that gives the log-probs of answers in place of logits.
+
+    Its head's forward is replaced: it takes hidden states and tokens, and gives log-probs. So
+    ZeRO-3, which gathers a module's weights around its forward, needs to know nothing of it.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        body, head = inner.base_model, inner.get_output_embeddings()
+        if head is None or body is inner:
+            kind = inner.config.get_text_config().model_type
+            raise UserError(f"{kind}: its body and its head cannot be told apart; {NOT_HERE}")
+        cap = getattr(inner.config.get_text_config(), "final_logit_softcapping", None)
+        head.forward = lambda hidden, tokens: token_logps(
+            hidden, head.weight, head.bias, tokens, cap
+        )
+        self._parts = {"body": body, "head": head}  # known to `model` already
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed log-prob of each answer of the batch, (A,), fp32."""
+        layout = {} if batch.layout is None else {"layout": batch.layout}
+        hidden = self._parts["body"](
+            input_ids=batch.ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.positions,
+            use_cache=False,
+            **layout,
+        ).last_hidden_state
+        return answer_logps(hidden, self._parts["head"], batch)
+
+    def without_adapters(self) -> Any:
+        """A context in which a LoRA policy is the model it started from."""
+        disabled = getattr(self.model, "disable_adapter", None)
+        return disabled() if disabled else nullcontext()
+
+
+def collate(rows: Sequence[Row], config: TrainConfig) -> Batch:
+    """A micro-batch of rows, packed or padded as the config says."""
+    return pack(rows) if config.packing else pad(rows)
+
+
+def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Policy:
+    """The model of a folder to train, with dropout off and adapters if there are any."""
+    model = load(folder, DTYPES[config.precision], packing=config.packing)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
+    if config.lora:
+        model = with_lora(model, config.lora)
+    return Policy(model.to(device).train())
+
+
+def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
+    """The causal language model of a folder, with dropout off.
+
+    Unpacked, Gemma 2 takes eager attention, which alone applies its soft cap.
+
+    Raises:
+        UserError: the weights are not those of its architecture.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    check_weights(folder, Use.TRAINED)
+    attention.register()
+    model_type = AutoConfig.from_pretrained(folder).model_type
+    plain = {"gemma2": "eager"}.get(model_type, "sdpa")
+    kind = attention.SHARED_PROMPT if packing else plain
+    remedy = UNPACKED if packing else NOT_HERE
+    with refusing(model_type, "it cannot be loaded to train", remedy):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=kind, output_loading_info=True
+        )
+    with telling_of(str(folder)):
+        check_loaded(loaded, model)
+    without_dropout(model)
+    return model
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Set every dropout rate of the modules to 0; the model's config keeps its own.
+
+    Then the policy equals the reference at the first step, and a resumed run needs no random
+    state.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+class Reference:
+    """The frozen model that log-probs are compared with, on an actor of its own."""
+
+    def __init__(self, folder: Path, config: TrainConfig, on_gpu: bool):
+        self.config = config
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        model = load(folder, DTYPES[config.precision], packing=config.packing)
+        self.policy = Policy(model.to(self.device).eval())
+        check_forward(self.policy, config, self.device)
+
+    @torch.inference_mode()
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """The rows with the log-probs of their answers."""
+        lengths = np.array([row.lengths for row in rows])
+        budget = FORWARD_TOKENS * self.config.micro_batch_tokens
+        (parts,) = deal(costs(lengths, packed=self.config.packing), 1, budget)
+        done: dict[int, Row] = {}
+        for part in filter(None, parts):
+            batch = collate([rows[i] for i in part], self.config).to(self.device)
+            logps = self.policy(batch).double().reshape(len(part), -1).tolist()
+            done |= {
+                i: replace(rows[i], reference=tuple(v)) for i, v in zip(part, logps, strict=True)
+            }
+        return [done[i] for i in range(len(rows))]
+
+
+# --- adapters ----------------------------------------------------------------------------------
+
+
+def with_lora(model: Any, config: LoraConfig) -> Any:
+    """The model with trainable adapters on its linear layers, all else frozen.
+
+    Raises:
+        UserError: `targets` names no layer of the model but, at most, its head.
+    """
+    import peft
+
+    head = model.get_output_embeddings()  # its forward is replaced, so an adapter would idle there
+    targets = config.targets if isinstance(config.targets, str) else list(config.targets)
+    settings = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules=targets,
+        exclude_modules=[name for name, module in model.named_modules() if module is head],
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"lora.targets: {targets}: {' '.join(str(error).split())}") from None
+
+
+# --- writing -----------------------------------------------------------------------------------
+
+
+def gather_weights(
+    model: nn.Module, base: Path, *, keep: bool, trained_alone: bool = False
+) -> tuple[dict[str, Tensor], Rounding]:
+    """The model's whole weights on the CPU, or only the trained ones; empty without `keep`.
+
+    They are those of the forward pass. In bf16 the optimizer has them in fp32: which of its changes
+    they do not show is counted. All workers call it: sharded parameters are gathered one at a
+    time. Tied weights come once, under the first of their names.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights: dict[str, Tensor] = {}
+    rounding, before = Rounding(), Tensors(base)
+    for name, parameter in model.named_parameters():
+        if trained_alone and not parameter.requires_grad:
+            continue
+        is_sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=is_sharded):
+            if keep:
+                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+        if parameter.dtype != torch.float32 and parameter.requires_grad and not trained_alone:
+            master = safe_get_full_fp32_param(parameter)
+            if keep and master is not None:
+                start = before.get(name, parameter.dtype)
+                rounding.add(master.detach().cpu(), start, parameter.dtype)
+    persistent = model.state_dict().keys() if keep and not trained_alone else ()
+    buffers = {n: b.detach().cpu() for n, b in model.named_buffers() if n in persistent}
+    return weights | buffers, rounding
+
+
+def save(
+    policy: Policy,
+    base: Path,
+    config: TrainConfig,
+    tokenizer: Any,
+    to: Folder,
+    *,
+    write: bool,
+    adapters: Folder | None = None,
+) -> Rounding:
+    """Write weights, configs and tokenizer to `to`; all workers call it, `write` on one.
+
+    What is written computes what the policy does: weights as trained, or with LoRA in fp32, as
+    bf16 would round most of the changes away; the adapters themselves go to `adapters`. Its
+    generation_config lists every end of turn, so that whatever generates with it stops there.
+    Returns what bf16 loses or would lose. It is written next to the worker first and uploaded
+    whole. It counts once the step's manifest is there.
+    """
+    alone = config.lora is not None
+    weights, rounding = gather_weights(policy.model, base, keep=write, trained_alone=alone)
+    if not write:
+        return rounding
+    model = policy.model
+    if config.lora:
+        model = _with_adapters(base, config, weights)
+        if adapters:
+            _upload(adapters, lambda folder: _save_adapters(model, weights, folder))
+        model, rounding = _merged(model, Tensors(base), DTYPES[config.precision])
+        weights = model.state_dict()
+    _list_ends(model.generation_config, end_ids(tokenizer, base))
+
+    def save_whole(folder: Path) -> None:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+    _upload(to, save_whole)
+    return rounding
+
+
+def _upload(to: Folder, write: Callable[[Path], None]) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        write(Path(scratch))
+        to.delete("")
+        to.upload(Path(scratch))
+
+
+def _list_ends(generation: Any, ends: Collection[int]) -> None:
+    """Add token ids that end a turn to those that a generation_config has."""
+    listed = generation.eos_token_id
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if missing := sorted(set(ends) - set(listed)):
+        generation.eos_token_id = [*listed, *missing]
+
+
+def _with_adapters(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:
+    """The base as it was trained, in fp32 on the CPU, with the adapters of `weights`."""
+    assert config.lora is not None
+    network = load(base, DTYPES[config.precision], packing=False).float()
+    model = with_lora(network, config.lora)
+    missing = {n for n, p in model.named_parameters() if "lora_" in n} - weights.keys()
+    if missing:
+        raise WrpoError(f"lora: {min(missing)} was not trained")
+    model.load_state_dict(weights, strict=False)
+    return model
+
+
+def _merged(model: Any, before: Tensors, trained_in: torch.dtype) -> tuple[Any, Rounding]:
+    """The model with its adapters merged in, and what bf16 would lose of it."""
+    rounding, merged = Rounding(), model.merge_and_unload()
+    for name, parameter in merged.named_parameters():
+        rounding.add(parameter.detach(), before.get(name, trained_in), torch.bfloat16)
+    return merged, rounding
+
+
+def _save_adapters(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
+    """As peft reads them; their base is named by whoever puts them beside it."""
+    settings = model.peft_config["default"]
+    settings.base_model_name_or_path = ""
+    model.save_pretrained(folder, state_dict=weights)

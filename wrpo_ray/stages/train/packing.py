@@ -1,0 +1,190 @@
+"""Rows into micro-batches: the prompt of a row once, its answers behind it, without padding.
+
+A packed micro-batch is one sequence: prompt, answer, answer, answer, prompt, answer, ... An
+answer sees its own row's prompt and itself; its positions go on from the prompt's. `pad` makes
+the plain form of the same micro-batch: one padded sequence of prompt and answer for each answer.
+
+R rows, A answers of all rows, S sequences, T tokens, N answer tokens of all answers.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wrpo_ray.stages.train.rows import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens that attend, causally, to themselves and to `prefix`, an earlier block, before."""
+
+    length: int
+    prefix: int | None = None
+    """Index of the block of the row's prompt; None for a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The blocks of a packed sequence, in order; together they cover it."""
+
+    blocks: tuple[Block, ...]
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+    """What an attention needs of it, made once for all layers."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each block."""
+        return [block.length for block in self.blocks]
+
+    def prefix_length(self, block: Block) -> int:
+        """Tokens of the block's prompt."""
+        return 0 if block.prefix is None else self.blocks[block.prefix].length
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A micro-batch, packed or padded; what it computes are log-probs of its A answers."""
+
+    ids: Tensor  # (S, T); S is 1 if packed
+    positions: Tensor  # (S, T)
+    predict: Tensor  # (N,): the flat index of the token that predicts each answer token
+    targets: Tensor  # (N,): the answer tokens
+    spread: Tensor  # (A, longest answer): true where an answer has a token
+    attention_mask: Tensor | None = None  # (S, T): 1 on tokens, if padded
+    layout: Layout | None = None  # if packed
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each answer, (A,)."""
+        return self.spread.sum(1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens without padding."""
+        return self.ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def size(self) -> int:
+        """Tokens with padding."""
+        return self.ids.numel()
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{n: v.to(device) if torch.is_tensor(v) else v for n, v in moved.items()})
+
+
+def costs(lengths: np.ndarray, *, packed: bool) -> list[int]:
+    """Tokens of each row in a forward pass, from (rows, 1 + answers) tokens of prompt and answers.
+
+    Padded, every row costs as much as the longest: whatever rows it comes together with.
+    """
+    if packed:
+        return lengths.sum(1).tolist()
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
+    return [longest * (lengths.shape[1] - 1)] * len(lengths)
+
+
+def pack(rows: Sequence[Row]) -> Batch:
+    """One sequence of all rows, each prompt once."""
+    blocks: list[Block] = []
+    ids, positions, predict = [], [], []
+    start = 0
+    for row in rows:
+        prompt, first = len(row.prompt), start
+        ids.append(row.prompt)
+        positions.append(np.arange(prompt))
+        blocks.append(Block(prompt))
+        prefix, start = len(blocks) - 1, start + prompt
+        for answer in row.answers:
+            ids.append(answer)
+            positions.append(np.arange(prompt, prompt + len(answer)))
+            predict.append(_predictors(first + prompt - 1, start, len(answer)))
+            blocks.append(Block(len(answer), prefix))
+            start += len(answer)
+    return Batch(
+        _tensor(ids)[None],
+        _tensor(positions)[None],
+        _tensor(predict),
+        _tensor([answer for row in rows for answer in row.answers]),
+        _spread([len(answer) for row in rows for answer in row.answers]),
+        layout=Layout(tuple(blocks)),
+    )
+
+
+def pad(rows: Sequence[Row]) -> Batch:
+    """A padded sequence for each answer; padding lies on the right."""
+    pairs = [(row.prompt, answer) for row in rows for answer in row.answers]
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.zeros((len(pairs), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    predict = []
+    for number, (prompt, answer) in enumerate(pairs):
+        length, start = len(prompt) + len(answer), number * longest
+        ids[number, :length] = _tensor([prompt, answer])
+        mask[number, :length] = 1
+        last = start + len(prompt)
+        predict.append(_predictors(last - 1, last, len(answer)))
+    return Batch(
+        ids,
+        (mask.cumsum(1) - 1).clamp(min=0),
+        _tensor(predict),
+        _tensor([answer for _, answer in pairs]),
+        _spread([len(answer) for _, answer in pairs]),
+        attention_mask=mask,
+    )
+
+
+def _predictors(prompt_end: int, start: int, length: int) -> np.ndarray:
+    """Where the tokens of an answer at `start` are predicted: one token before each."""
+    return np.array([prompt_end, *range(start, start + length - 1)])[:length]
+
+
+def _tensor(parts: list[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def _spread(lengths: list[int]) -> Tensor:
+    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+# --- which rows go together ------------------------------------------------------------------
+
+
+def deal(costs: Sequence[int], workers: int, budget: int) -> list[list[tuple[int, ...]]]:
+    """For each worker its micro-batches, as indices into `costs`; a pure function.
+
+    Every worker has the same number, some of them empty where rows are few, and about the same
+    number of tokens. A micro-batch exceeds `budget` only where a single row does.
+    """
+    count = max(1, math.ceil(min(sum(costs) / budget, len(costs)) / workers))
+    while True:
+        bins = _fill(costs, count * workers)
+        if all(len(rows) < 2 or sum(costs[i] for i in rows) <= budget for rows in bins):
+            break
+        count += 1
+    bins.sort(key=lambda rows: (-sum(costs[i] for i in rows), rows))
+    dealt: list[list[tuple[int, ...]]] = [[] for _ in range(workers)]
+    for number, rows in enumerate(bins):  # there and back, so that loads are even
+        turn, place = divmod(number, workers)
+        dealt[place if turn % 2 == 0 else workers - 1 - place].append(rows)
+    return dealt
+
+
+def _fill(costs: Sequence[int], bins: int) -> list[tuple[int, ...]]:
+    """Longest first, each into the bin that is emptiest."""
+    heap = [(0, number) for number in range(bins)]
+    filled: list[list[int]] = [[] for _ in range(bins)]
+    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        load, number = heapq.heappop(heap)
+        filled[number].append(index)
+        heapq.heappush(heap, (load + costs[index], number))
+    return [tuple(rows) for rows in filled]

@@ -1,0 +1,283 @@
+"""Rows ready to train on: token ids, and the reference's log-probs of each answer.
+
+A pool of actors fills bucket by bucket. Reference log-probs come from the trainer's own forward
+pass, without a backward pass and so in larger micro-batches; they lie with the token ids they
+are of. The step's key holds the model, its tokenizer and template, and the limits of length, so
+a change of any computes them again. Training then holds no reference model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import pyarrow.compute as pc
+
+from wrpo_ray.config import (
+    Actors,
+    SftConfig,
+    TrainConfig,
+    WrpoConfig,
+)
+from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
+from wrpo_ray.data.shards import (
+    Bucket,
+    buckets,
+    read_bucket,
+    trying_again,
+    write_failures,
+)
+from wrpo_ray.errors import UserError
+from wrpo_ray.llm.chat import (
+    OWN,
+    Template,
+    end_ids,
+    load_tokenizer,
+)
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.progress import Progress, log
+from wrpo_ray.stages.train.rows import (
+    SUFFIX,
+    Record,
+    Rows,
+    Tokenizing,
+    read_counts,
+    write_rows,
+)
+from wrpo_ray.stages.train.task import SFT_ANSWERS, WRPO_ANSWERS
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+FORMAT = 2
+"""Version of what a prepared row holds: part of the step's key."""
+COMPAT = {"published": "published, with headers"}
+"""What of a way of tokenizing is in the key, where an earlier version did it wrong."""
+DROPPED = "dropped"
+"""Subfolder of the step's failures with the rows that are too long."""
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """The rows of one training run, or of several that differ in their optimization only."""
+
+    kind = "prepare"
+
+    name: str
+    """`sft` or `wrpo`."""
+    rows: Step
+    """Its folder holds the SELECTION (SFT) or PREFERENCE (WRPO) shards."""
+    base: Folder
+    """The model that is trained, and the reference of preference training."""
+    fingerprint: str
+    """What identifies the model, its tokenizer and its template."""
+    config: TrainConfig
+    template: Template = OWN
+    """What replaces the base's own chat template."""
+    own: str | None = None
+    """The model that sampled with the base's tokenizer: its answers keep their token ids, those of
+    all others are tokenized from their text. Null where no answer of the rows is of such a model.
+    """
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The names of a row's answers."""
+        return WRPO_ANSWERS if isinstance(self.config, WrpoConfig) else SFT_ANSWERS
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether SFT takes the y_ws of all prompts, not only of those for SFT."""
+        return isinstance(self.config, SftConfig) and self.config.prompts == "all"
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether log-probs of the reference are stored."""
+        config = self.config
+        if not isinstance(config, WrpoConfig):
+            return False
+        return config.has_reference and config.reference.mode == "stored"
+
+    @property
+    def actors(self) -> Actors:
+        """The pool of workers."""
+        config = self.config
+        if isinstance(config, WrpoConfig) and config.reference.actors:
+            return config.reference.actors
+        plain = Actors(max=config.workers, num_cpus=config.num_cpus)
+        if not self.stores_reference:
+            return plain
+        as_trained = {"num_gpus": config.num_gpus, "resources": config.resources}
+        return plain.model_copy(update=as_trained)
+
+    @cached_property
+    def step(self) -> Step:
+        """The step; what optimization alone depends on is not in its key."""
+        config = self.config
+        key = {
+            "answers": self.answers,
+            "base": self.fingerprint,
+            "max_length": config.max_length,
+            "max_prompt_length": config.max_prompt_length,
+            "overflow": config.overflow,
+            "compat": COMPAT.get(config.compat, config.compat),
+            "reference": config.precision if self.stores_reference else None,
+            "format": FORMAT,
+        } | ({"prompts": "all"} if self.takes_all else {})
+        if self.answers == WRPO_ANSWERS and self.own is None and config.compat != "published":
+            key |= {"own": None}
+        return Step(f"rows-{self.name}", key, (self.rows,))
+
+
+def run(run: Run, jobs: list[Prepare]) -> None:
+    """Do each job; those with equal actors share a pool, one after another.
+
+    Raises:
+        UserError: no row is left to train on.
+        FailureLimitError: more rows failed than `failure_limit` allows.
+    """
+    pools: dict[str, list[Prepare]] = {}
+    for job in jobs:
+        pools.setdefault(job.actors.model_dump_json(), []).append(job)
+    for pool in pools.values():
+        _prepare(run, pool)
+
+
+def _prepare(run: Run, jobs: list[Prepare]) -> None:
+    actors, indices = jobs[0].actors, [bucket.index for bucket in buckets(run.buckets)]
+    rows = [{"job": number, "bucket": index} for number in range(len(jobs)) for index in indices]
+    started = [time.time()] * len(jobs)
+    counts = [Counter[str]() for _ in jobs]
+    left = Counter({number: len(indices) for number in range(len(jobs))})
+    progress = Progress(jobs[0].step.name, len(rows))
+    env = thread_env(actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
+    pool = Pool(jobs[0].step.name, actors, env)
+    for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
+        number, job = result["job"], jobs[result["job"]]
+        counts[number].update({k: v for k, v in result.items() if k not in ("job", "bucket")})
+        progress.add(result["rows"])
+        run.spend(
+            job.step, job.step.name, result["seconds"], idle=result["idle"],
+            gpus=actors.num_gpus, rows=result["rows"], failed=result["failed"],
+        )  # fmt: skip
+        left[number] -= 1
+        if not left[number]:
+            _finish(run, job, counts[number], started[number])
+            started[number + 1 :] = [time.time()] * (len(jobs) - number - 1)
+
+
+def _finish(run: Run, job: Prepare, counts: Counter[str], started: float) -> None:
+    totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}
+    run.check_failures(job.step, totals["failed"], totals["rows"])
+    _check_some(job, totals)
+    job.step.finish(run.root, totals, started)
+    log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in totals.items()))
+
+
+def _check_some(job: Prepare, counts: dict[str, int]) -> None:
+    if counts["rows"]:
+        return
+    if counts["dropped"]:
+        most = job.config.max_prompt_length
+        raise UserError(
+            f"{job.name}: no row is left to train on: {counts['dropped']} rows have more than "
+            f"{job.config.max_length} tokens in prompt and answer"
+            + (f" or {most} in the prompt" if most else "")
+            + f"; raise {job.name}.max_length"
+        )
+    raise UserError(
+        f"{job.name}: {job.rows.folder} holds no row to train on; give more prompts, or another "
+        f"`split.sft`"
+    )
+
+
+class Preparer:
+    """The actor, with the model of one job at a time; what it returns are counts only."""
+
+    def __init__(self, run: Run, jobs: list[Prepare]):
+        self.run, self.jobs = run, jobs
+        self.job = jobs[0]
+
+    @cached_property
+    def tokenizing(self) -> Tokenizing:
+        """How records become rows."""
+        base = self.job.base.local(self.job.fingerprint)
+        tokenizer = load_tokenizer(base, self.job.template)
+        ends = end_ids(tokenizer, base)
+        return Tokenizing(tokenizer, ends, self.job.answers, self.job.config, self.job.own)
+
+    @cached_property
+    def reference(self) -> Any:
+        """The function from rows to the same rows with the reference's log-probs."""
+        from wrpo_ray.stages.train.model import Reference
+
+        return Reference(
+            self.job.base.local(self.job.fingerprint), self.job.config, self.job.actors.num_gpus > 0
+        )
+
+    def _turn_to(self, job: Prepare) -> None:
+        """Let go of what belongs to the job before."""
+        if job is not self.job:
+            self.job = job
+            for name in ("tokenizing", "reference"):
+                self.__dict__.pop(name, None)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Fill one bucket of one job, unless it is there without a fault."""
+        self._turn_to(self.jobs[row["job"]])
+        bucket = Bucket(row["bucket"], self.run.buckets)
+        folder = self.run.root / self.job.step.folder
+        name = f"{bucket.index:05d}-of-{bucket.count:05d}{SUFFIX}"
+        counts = read_counts(folder, name)
+        if counts is None or counts["failed"]:
+            rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
+            self._add_reference(rows)
+            self._keep_left_out(rows, bucket)
+            counts = _counts(rows)
+            write_rows(folder, name, rows.kept, counts)
+        return row | counts
+
+    def _keep_left_out(self, rows: Rows, bucket: Bucket) -> None:
+        """Rows that are too long lie apart from faults, which count against `failure_limit`."""
+        failures = self.job.step.failures(self.run.root)
+        for folder, part in ((failures, rows.faults), (failures / DROPPED, rows.too_long)):
+            with trying_again(folder, bucket) as earlier:
+                write_failures(folder, bucket, part, "rows", earlier)
+
+    def _add_reference(self, rows: Rows) -> None:
+        """Give rows their reference log-probs; one whose are not finite has failed."""
+        if not rows.kept or not self.job.stores_reference:
+            return
+        kept, rows.kept = self.reference(rows.kept), []
+        for row in kept:
+            pairs = zip(self.job.answers, row.reference, strict=True)
+            wrong = [f"{name} {value}" for name, value in pairs if not math.isfinite(value)]
+            if not wrong:
+                rows.kept.append(row)
+                continue
+            error = ValueError(f"log-probs under the reference are not finite: {', '.join(wrong)}")
+            rows.failed.append(failure(self.job.step.name, error, prompt_id=row.prompt_id))
+
+    def _records(self, bucket: Bucket) -> list[Record]:
+        """Of SELECTION records those for SFT, or all; PREFERENCE records have no split."""
+        folder = self.run.root / self.job.rows.folder
+        columns = ["prompt_id", "messages", *self.job.answers]
+        if self.job.answers == WRPO_ANSWERS:
+            return read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
+        table = read_bucket(folder, bucket, SELECTION, [*columns, "split"])
+        is_for_sft = pc.equal(table["split"], "sft")
+        return (table if self.job.takes_all else table.filter(is_for_sft)).to_pylist()
+
+
+def _counts(rows: Rows) -> dict[str, int]:
+    return {
+        "rows": len(rows.kept),
+        "dropped": len(rows.too_long),
+        "failed": len(rows.faults),
+        "cut": rows.cut,
+        "tokens": sum(sum(row.lengths) for row in rows.kept),
+    }

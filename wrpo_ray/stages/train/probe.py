@@ -1,0 +1,174 @@
+"""Whether a model's packed log-probs are its own: a probe before anything is computed with it.
+
+The probe is longer than every window and chunk that the config names, as far as rows may be: an
+attention that keeps them by a mask of its own, which packed rows do not have, shows only there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wrpo_ray.config import TrainConfig
+from wrpo_ray.errors import UserError
+from wrpo_ray.stages.train.packing import pack, pad
+from wrpo_ray.stages.train.rows import Row
+
+if TYPE_CHECKING:
+    from wrpo_ray.stages.train.model import Policy
+
+SPANS = re.compile(r"window|chunk|local|block|span|top_?k|stride|floor_scale")
+"""What a config's key says that holds a number of tokens which attention depends on."""
+PROMPT, ANSWERS = 4, (2, 3, 7)
+"""Tokens of the shortest probe."""
+NO_MEMORY = "can't allocate memory"
+"""What torch says of the CPU's, by an error without a type of its own."""
+UNPACKED, NOT_HERE = "set packing: false", "it cannot be trained here"
+
+
+def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> None:
+    """Compare our log-probs of a probe with those of the model's own logits.
+
+    Raises:
+        UserError: the architecture computes something else, such as scaled logits, or cannot
+            share prompts, such as one with a recurrent state; or what it computes is not finite;
+            or there is too little memory to tell.
+    """
+    settings = policy.model.config.get_text_config()
+    _check_rope(settings, config.max_length)
+    probe = _probe(settings, config.max_length)
+    with torch.no_grad():
+        window = max(_reachable(settings, config.max_length), default=0)
+        failing = refusing(settings.model_type, "its own forward pass fails", NOT_HERE)
+        with failing, _fitting(settings.model_type, window):
+            plain = _plain_logps(policy, probe, device)
+        _check_finite(policy, plain)
+        remedy = UNPACKED if config.packing else NOT_HERE
+        failing = refusing(settings.model_type, "it cannot be given rows in this form", remedy)
+        with failing, _fitting(settings.model_type, window):
+            own = policy((pack if config.packing else pad)([probe]).to(device))
+    if not _agree(own, plain.to(own.dtype), config):
+        raise UserError(
+            f"{settings.model_type}: its log-probs of {'packed' if config.packing else 'padded'} "
+            f"rows differ from those of its own logits "
+            f"({own.tolist()} against {plain.tolist()}); {remedy}"
+        )
+
+
+@contextlib.contextmanager
+def refusing(kind: str, what: str, remedy: str) -> Iterator[None]:
+    """Tells whatever a model's code raises as a UserError in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # it may raise anything
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{kind}: {what} ({told}); {remedy}") from error
+
+
+@contextlib.contextmanager
+def _fitting(kind: str, window: int) -> Iterator[None]:
+    """Tells that memory is too small for a probe longer than `window`, which 0 says there is not.
+
+    The model's own forward pass holds a square of attention weights, in eager code.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError) or NO_MEMORY in str(error)
+        if not (is_memory and window):
+            raise
+        raise UserError(
+            f"{kind}: too little memory for the probe of its window of {window} tokens; set "
+            f"max_length to at most {window}"
+        ) from error
+
+
+def _agree(own: Tensor, plain: Tensor, config: TrainConfig) -> bool:
+    tolerance = 2e-2 if config.precision == "bf16" else 1e-4
+    return own.shape == plain.shape and torch.allclose(own, plain, rtol=tolerance, atol=tolerance)
+
+
+def _check_finite(policy: Policy, plain: Tensor) -> None:
+    if bool(torch.isfinite(plain).all()):
+        return
+    for name, parameter in policy.model.named_parameters():
+        part = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this worker's share
+        if not bool(torch.isfinite(part.detach()).all()):
+            cause = f"the weight {name} is not finite"
+            break
+    else:
+        cause = "its weights are finite, so this precision is too narrow for it"
+    kind = policy.model.config.get_text_config().model_type
+    raise UserError(f"{kind}: its log-probs are not finite ({plain.tolist()}): {cause}")
+
+
+def _check_rope(settings: Any, max_length: int) -> None:
+    """Refuse positions whose meaning depends on the longest row in company.
+
+    transformers 5.23 chooses the scaling of these kinds by a forward pass's greatest position.
+    """
+    rope = getattr(settings, "rope_parameters", None) or {}
+    for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if kind.get("rope_type") not in ("longrope", "dynamic"):
+            continue
+        original = kind.get("original_max_position_embeddings") or settings.max_position_embeddings
+        if max_length > original:
+            raise UserError(
+                f"{settings.model_type}: rows above {original} tokens would change the log-probs "
+                f"of others in their micro-batch ({kind['rope_type']} positions); set max_length "
+                f"to {original}"
+            )
+
+
+def _probe(settings: Any, max_length: int) -> Row:
+    """A row whose prompt is longer than all spans that rows can exceed, and short answers."""
+    longest, answer = max(PROMPT, max_length - max(ANSWERS)), max(ANSWERS)
+    reachable = _reachable(settings, max_length)
+    prompt = min(longest, max([PROMPT, *(span + answer for span in reachable)]))
+    ids = (np.arange(1, prompt + sum(ANSWERS) + 1, dtype=np.int32) * 7) % settings.vocab_size
+    parts = np.split(ids, np.cumsum([prompt, *ANSWERS])[:-1])
+    return Row("probe", parts[0], tuple(parts[1:]))
+
+
+def _reachable(settings: Any, max_length: int) -> list[int]:
+    """The spans that rows can exceed, in tokens."""
+    return [span for span in _spans(settings.to_dict()) if span < max_length]
+
+
+def _spans(settings: Any, key: str = "") -> Iterator[int]:
+    """Numbers of a config whose key, or that of what they lie in, names a span of tokens."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from _spans(value, f"{key}.{name}")
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from _spans(value, key)
+    elif isinstance(settings, int) and not isinstance(settings, bool) and SPANS.search(key):
+        yield settings
+
+
+def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
+    """The model's own forward pass, an answer at a time; the head is itself meanwhile."""
+    head = policy._parts["head"]
+    replaced = head.__dict__.pop("forward")
+    implementation = policy.model.config._attn_implementation
+    policy.model.set_attn_implementation("eager")
+    try:
+        return torch.stack([_plain_logp(policy.model, row.prompt, a, device) for a in row.answers])
+    finally:
+        policy.model.set_attn_implementation(implementation)
+        head.forward = replaced
+
+
+def _plain_logp(model: Any, prompt: Any, answer: Any, device: torch.device) -> Tensor:
+    ids = torch.tensor([[*prompt, *answer]], device=device)
+    table = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    return table.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()

@@ -1,0 +1,322 @@
+"""Training on Ray: one TorchTrainer run a job, watched from the driver.
+
+The one module of this package that speaks Ray on the driver's side. torch and ray are imported
+when a run starts, so that the config can be checked without them.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from wrpo_ray.config import TrainConfig
+from wrpo_ray.errors import WrpoError
+from wrpo_ray.llm.chat import OWN, Template
+from wrpo_ray.runtime import metrics
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.failures import readable
+from wrpo_ray.runtime.ledger import Spent
+from wrpo_ray.runtime.placement import (
+    check_room,
+    is_own_ray,
+    room_for,
+    thread_env,
+)
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+EVERY = 5.0
+"""Seconds between lines of progress."""
+DRIVER_ENV = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished or lost worker is seen
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # an elastic run asks for its old size first, as Ray sees a lost node only every 20 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
+}
+"""Ray Train's settings that its controller takes from the driver, unless they are set."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """One model to train."""
+
+    kind = "train"
+
+    step: Step
+    """Its result is the folder `model` in the step's folder."""
+    rows: Step
+    """Its folder holds the prepared rows (`prepare`)."""
+    base: Folder
+    """The model folder to start from, and the reference of preference training."""
+    fingerprint: str
+    """What identifies the base."""
+    config: TrainConfig
+    """A WrpoConfig makes it preference training, else it is SFT."""
+    seed: int
+    """Decides the order of the rows."""
+    template: Template = OWN
+    """What replaces the base's own chat template, and goes with the trained model."""
+    in_series: bool = False
+    """Whether its workers may train other models before and after: their start takes longer than
+    a short training."""
+
+
+def run(run: Run, jobs: list[Train]) -> None:
+    """Train the jobs, as many at once as there is room for, and write each one's manifest.
+
+    Raises:
+        UserError: nothing to train on, or not enough room for the workers.
+        WrpoError: the workers failed more often than `max_failures` allows.
+    """
+    most = min(room_for(_needs(job, job.config.workers)) for job in jobs)
+    series = [part for alike in _by_workers(jobs) for part in _dealt(alike, most)]
+    side_by_side([partial(_train, run, part) for part in series], most)
+
+
+def _by_workers(jobs: list[Train]) -> list[list[Train]]:
+    """Jobs that can be trained by the same workers."""
+    found: dict[Any, list[Train]] = {}
+    for job in jobs:
+        config = job.config
+        needs = (config.workers, config.min_workers, tuple(sorted(_needs(job, 1).items())))
+        how = (config.zero_stage, config.offload, config.precision)
+        found.setdefault((needs, how) if job.in_series else job.step.key, []).append(job)
+    return list(found.values())
+
+
+def _dealt(jobs: list[Train], most: int) -> list[list[Train]]:
+    """The jobs in at most so many series."""
+    return [part for first in range(most) if (part := jobs[first::most])]
+
+
+def _train(run: Run, jobs: list[Train]) -> None:
+    """Train a series, whose checkpoints lie with its first model."""
+    started = time.time()
+    _check_room(jobs[0])
+    tasks = [_task(run, job) for job in jobs]
+    checkpoints = tasks[0].folder / CHECKPOINTS
+    try:
+        fitted = _fit(tasks, checkpoints)
+    except WrpoError:
+        for job, task in zip(jobs, tasks, strict=True):  # what was trained before the fault
+            if task.folder.exists(TRAINED):
+                _finish(run, job, task, task.folder.read_json(TRAINED))
+        raise
+    for job, task, counts in zip(jobs, tasks, fitted, strict=True):
+        _finish(run, job, task, counts, started if len(jobs) == 1 else None)
+    tasks[0].folder.delete(CHECKPOINTS)
+
+
+def _finish(
+    run: Run, job: Train, task: Task, counts: dict[str, Any], started: float | None = None
+) -> None:
+    """Write the manifest of a trained model, which began at `started`, or took its own time."""
+    _tell(task, counts)
+    own = counts.pop("seconds")
+    job.step.finish(run.root, counts, started or time.time() - own)
+    task.folder.delete(TRAINED)
+
+
+def _task(run: Run, job: Train) -> Task:
+    rows = run.root / job.rows.folder
+    return Task(run, job.step, rows, job.base, job.fingerprint, job.config, job.seed, job.template)
+
+
+def _check_room(job: Train) -> None:
+    config = job.config
+    workers = config.min_workers or config.workers
+    check_room(job.step.name, workers, "workers", _needs(job, 1))
+
+
+def _needs(job: Train, workers: int) -> dict[str, float]:
+    """Resources of so many workers."""
+    config = job.config
+    each = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)} | config.resources
+    return {name: workers * n for name, n in each.items()}
+
+
+# --- one run ---------------------------------------------------------------------------------
+
+
+def _fit(tasks: list[Task], checkpoints: Folder) -> list[dict[str, Any]]:
+    """Run the workers to the end; returns what the first counted of each model."""
+    from wrpo_ray.stages.train import checkpoint
+    from wrpo_ray.stages.train.metrics import check_trackers
+
+    for task in tasks:
+        check_trackers(task)
+    for name, value in DRIVER_ENV.items():
+        os.environ.setdefault(name, value)
+    if is_own_ray():  # its node is never preempted: one process less
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    label = tasks[0].step.name
+    checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)
+    models = f" for {len(tasks)} models" if len(tasks) > 1 else ""
+    log(f"{label}: starting {tasks[0].config.workers} workers{models}")
+    trainer = _trainer(tasks, checkpoints)
+    result = _watch(tasks, trainer, checkpoints)
+    if isinstance(result, WrpoError):
+        raise result
+    return result
+
+
+def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
+    from ray import train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from wrpo_ray.stages.train.checkpoint import LAYOUT
+
+    config = tasks[0].config
+    is_elastic = config.min_workers not in (None, config.workers)
+    resources = {"CPU": config.num_cpus} | ({"GPU": 1} if config.num_gpus else {})
+    resources |= config.resources
+    return TorchTrainer(
+        _work,
+        train_loop_config={"tasks": tasks},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if config.num_gpus else "gloo"),
+        scaling_config=train.ScalingConfig(
+            num_workers=(config.min_workers, config.workers) if is_elastic else config.workers,
+            resources_per_worker=resources,
+            use_gpu=config.num_gpus > 0,
+        ),
+        run_config=train.RunConfig(
+            name=LAYOUT,
+            storage_path=checkpoints.path,
+            storage_filesystem=checkpoints.filesystem,
+            failure_config=train.FailureConfig(max_failures=config.max_failures),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            worker_runtime_env={"env_vars": _worker_env(config)},
+        ),
+    )
+
+
+def _worker_env(config: TrainConfig) -> dict[str, str]:
+    env = thread_env(config.num_cpus)
+    if config.num_gpus:
+        return env
+    # DeepSpeed's import compiles an optimizer that is not used: more than a second a worker
+    return env | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+
+
+def _work(config: dict[str, Any]) -> Any:
+    """Runs on each worker."""
+    from wrpo_ray.stages.train import loop
+
+    return loop.work(config["tasks"])
+
+
+def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
+    """Fit in a thread, and tell progress meanwhile.
+
+    In the main thread Ray Train would take over SIGINT for good; so Ctrl-C is the caller's.
+    """
+    from wrpo_ray.stages.train.checkpoint import committed
+
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            outcome["value"] = trainer.fit().return_value
+        except BaseException as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    waiting = list(tasks)
+    task, ledger = waiting.pop(0), tasks[0].run.ledger
+    shown, held = _progress(task, None), committed(checkpoints)
+    while thread.is_alive():
+        started = time.monotonic()
+        thread.join(EVERY)
+        _count(task, time.monotonic() - started)
+        shown = _progress(task, shown)
+        while waiting and _has_ended(task):
+            task = waiting.pop(0)
+            shown = _progress(task, -1)
+        if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
+            ledger.check()  # here nothing is lost
+    if "error" in outcome:
+        raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
+    return outcome["value"]
+
+
+def _has_ended(task: Task) -> bool:
+    """Whether a series' model is trained, so that its workers are at the next."""
+    return task.folder.exists(TRAINED)
+
+
+def _count(task: Task, seconds: float) -> None:
+    """Workers may be fewer after a loss; they are counted as they were asked for."""
+    held = seconds * task.config.workers
+    gpu_seconds = held * task.config.num_gpus
+    metrics.count(task.step, actor_seconds=held, gpu_seconds=gpu_seconds)
+    if task.run.ledger:
+        spent = Spent(actor_seconds=held, gpu_seconds=gpu_seconds)
+        task.run.ledger.add(task.step, task.step.name, spent)
+
+
+def _progress(task: Task, shown: int | None) -> int:
+    """Tell the last step in the metrics, and Prometheus, unless it is `shown`; returns it, or -1.
+
+    With None it says nothing: what is there is of an earlier, interrupted run.
+    """
+    from wrpo_ray.stages.train.metrics import read_metrics
+
+    records = read_metrics(task.folder)
+    last = records[-1] if records else {"step": -1}
+    if shown is None or last["step"] in (shown, -1):
+        return last["step"]
+    _export(task, last, [record for record in records if record["step"] > shown])
+    accuracy = last.get("rewards/accuracies")
+    log(
+        f"{task.step.name}  step {last['step'] + 1}/{last['steps']}  loss {last['loss']:.4f}"
+        + ("" if accuracy is None else f"  accuracy {accuracy:.2f}")
+        + f"  {last['tokens_per_s']:,.0f} tokens/s"
+    )
+    return last["step"]
+
+
+def _export(task: Task, last: dict[str, Any], new: list[dict[str, Any]]) -> None:
+    rows, tokens = (sum(record[name] for record in new) for name in ("rows", "tokens"))
+    metrics.count(task.step, rows=rows, tokens=tokens)
+    metrics.show(
+        task.step,
+        train_step=last["step"] + 1,
+        train_steps=last["steps"],
+        train_loss=last["loss"],
+        train_accuracy=last.get("rewards/accuracies"),
+        train_alpha=last.get("alpha"),
+        train_learning_rate=last["lr"],
+        train_grad_norm=last["grad_norm"],
+        train_tokens_per_second=last["tokens_per_s"],
+    )
+
+
+def _tell(task: Task, counts: dict[str, Any]) -> None:
+    label = task.step.name
+    if counts["resumed_at"]:
+        log(f"{label}: resumed at step {counts['resumed_at']}")
+    log(f"{label}: {counts['steps']} steps on {counts['rows']:,} rows")
+    if lost := counts.get("lost_in_bf16"):
+        log(f"{label}: {_rounded(task.config, lost)}")
+
+
+def _rounded(config: TrainConfig, lost: float) -> str:
+    """What bf16 does to a trained model, in words."""
+    if config.lora:
+        return (
+            f"its weights are in fp32, as in bf16 {lost:.1%} of those that changed would be as "
+            "before; so it is with what computes in bf16 from here"
+        )
+    return (
+        f"its weights are in bf16, as they were trained; {lost:.1%} of those that the optimizer "
+        "changed, in fp32, show no change there (precision: fp32 trains with all)"
+    )

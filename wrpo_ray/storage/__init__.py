@@ -1,0 +1,1 @@
+"""Folders on disks and object stores, steps and their manifests, the node cache, the hub."""

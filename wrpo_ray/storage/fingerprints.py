@@ -1,0 +1,80 @@
+"""What tells one input from another: hashes of model folders and of data files."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyarrow as pa
+
+from wrpo_ray.storage.folder import HUB, Folder
+
+WHOLE = 64 * 2**20
+"""Weights up to this many bytes are hashed whole; larger ones by their size and samples."""
+SAMPLES, SAMPLE = 64, 2**20
+TEMPLATE = "chat_template.jinja"
+
+
+def model_fingerprint(folder: Folder) -> str:
+    """16 hex digits over the files of a model folder; of a model on the hub its commit.
+
+    Weights of many GB are told apart by their size and 64 samples of 1 MiB, which any
+    training step changes; reading them whole would take minutes at every start.
+    """
+    if folder.uri.startswith(HUB):
+        return folder.uri.partition("@")[2]
+    names = [n for n in folder.files() if not n.startswith(".")]
+    found = digest([[name, _digest(folder / name, _samples)] for name in names], 16)
+    return unmarked(found, folder / TEMPLATE) if TEMPLATE in names else found
+
+
+def unmarked(key: str, template: Folder) -> str:
+    """The key of what has a chat template; another one where this has a byte-order mark.
+
+    Such a mark was once part of every prompt, and what was made with it is not used again.
+    """
+    with template.filesystem.open_input_file(template.path) as stream:
+        return digest([key, "unmarked"], 16) if stream.read(3) == codecs.BOM_UTF8 else key
+
+
+def data_fingerprint(uris: Iterable[str]) -> str:
+    """16 hex digits over data files, so that an edited file is a new input."""
+    files = [Folder(uri) for uri in uris]
+    return digest([[str(f).rsplit("/", 1)[-1], _digest(f, _whole)] for f in files], 16)
+
+
+def _digest(file: Folder, parts: Callable[[pa.NativeFile], Iterable[bytes]]) -> str:
+    with file.filesystem.open_input_file(file.path) as stream:
+        sha = hashlib.sha256(str(stream.size()).encode())
+        for part in parts(stream):
+            sha.update(part)
+    return sha.hexdigest()
+
+
+def _whole(stream: pa.NativeFile) -> Iterable[bytes]:
+    while part := stream.read(16 * SAMPLE):
+        yield part
+
+
+def _samples(stream: pa.NativeFile) -> Iterable[bytes]:
+    size = stream.size()
+    if size <= WHOLE:
+        yield from _whole(stream)
+        return
+    for index in range(SAMPLES):
+        stream.seek(index * (size - SAMPLE) // (SAMPLES - 1))
+        yield stream.read(SAMPLE)
+
+
+def digest(value: Any, length: int = 32) -> str:
+    """Hex SHA-256 of a JSON-ready value, keys sorted, cut to `length` characters."""
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def unit_interval(*parts: Any) -> float:
+    """A hash of `parts` as a number in [0, 1): for splits, limits and ties."""
+    return int(digest(parts, 13), 16) / 16**13

@@ -1,0 +1,256 @@
+"""Names, types and shapes of a model folder's tensors, from the headers of its files alone.
+
+Of each file a few kB are read, in an object store too. So a file that is missing, cut off, or a
+pointer in place of weights is told before any work. Not covered: the numbers themselves.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from wrpo_ray.errors import UserError
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.weight_files import weight_files
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+"""A model in one file; in several, `<name>.index.json` says which tensor lies in which."""
+POINTER = b"version https://git-lfs"
+"""What git-lfs leaves in place of a file that it has not fetched."""
+LARGEST_HEADER = 100_000_000
+"""Bytes; the limit of the safetensors library."""
+BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "I16": 16, "U16": 16,
+    "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
+    "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+"""Bits of an element, by safetensors' names of types."""
+STORAGES = {
+    "Float": "F32", "Double": "F64", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
+    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL",
+}  # fmt: skip
+"""The same of torch's pickled storages, such as `torch.FloatStorage`."""
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file's header says of a tensor."""
+
+    file: str
+    dtype: str
+    """By safetensors' names, such as `BF16`."""
+    shape: tuple[int, ...]
+
+
+Tensors = dict[str, TensorHeader]
+
+
+def read_tensors(folder: Folder) -> Tensors | None:
+    """The tensors of a model folder by name; None where its form has no header (old pickles).
+
+    What is wrong is told by the files' names, without the folder's.
+
+    Raises:
+        UserError: a file is missing, cut off or no weights, or the index says otherwise.
+    """
+    names = folder.files()
+    files, index = parts(folder, names)
+    if not (index or folder.is_remote):  # of remote ones only the files meant are copied
+        _check_no_others(files, names)
+    found: Tensors = {}
+    for file in files:
+        tensors = read_file(folder, file)
+        if tensors is None:
+            return None
+        if twice := found.keys() & tensors:
+            name = min(twice)
+            raise UserError(f"{name} is in both {found[name].file} and {file}; {AGAIN}")
+        found |= tensors
+    for name, file in index.items():
+        if name not in found or found[name].file != file:
+            raise UserError(f"{file}: has no {name}, which its index says is there; {AGAIN}")
+    if not found:
+        raise UserError(f"{files[0]}: holds no tensors; {AGAIN}")
+    return found
+
+
+def _check_no_others(files: list[str], names: list[str]) -> None:
+    others = [n for n in names if n.endswith(".safetensors") and n not in files]
+    if others:
+        raise UserError(
+            f"{others[0]} lies beside {files[0]}, and vLLM reads both, transformers only the "
+            f"latter; delete what is not meant"
+        )
+
+
+BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
+"""What a file that is not what it was can raise."""
+AGAIN = "download the folder again, or save the model anew"
+
+
+def parts(folder: Folder, names: Collection[str]) -> tuple[list[str], dict[str, str]]:
+    """The files that hold the weights, and {tensor: file} where there is an index.
+
+    `names` are those of the model's files, of which `folder` may have the small ones only.
+
+    Raises:
+        UserError: a file is missing, or engines would read different ones.
+    """
+    for single in (SAFETENSORS, PICKLED):
+        table = f"{single}.index.json"
+        index = _read_index(folder, table) if table in names else {}
+        files = sorted(set(index.values()))
+        if single in names and files and files != [single]:
+            raise UserError(
+                f"it has both {single} and {table} of other files, of which transformers "
+                f"reads the one and vLLM the other; delete what is not meant"
+            )
+        if lacking := [file for file in files if file not in names]:
+            raise UserError(f"{table} names {lacking[0]}, which is missing; {AGAIN}")
+        if single in names or files:
+            return files or [single], index
+    if shards := weight_files(names):
+        start = SAFETENSORS if shards[0].endswith(".safetensors") else PICKLED
+        raise UserError(
+            f"it has neither {start} nor {start}.index.json beside {shards[0]}; {AGAIN}"
+        )
+    raise UserError("has no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def _read_index(folder: Folder, name: str) -> dict[str, str]:
+    index = read_json(folder, name).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(map(_is_name, index.values())):
+        raise UserError(f"{name}: its weight_map does not name files; {AGAIN}")
+    return index
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and "/" not in file
+
+
+def read_json(folder: Folder, name: str) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    data = folder.read(name)
+    check_no_pointer(data, name)
+    try:
+        value = json.loads(data.decode())  # of bytes it would take UTF-16 too, as no engine does
+    except ValueError as error:
+        raise UserError(
+            f"{name}: no JSON in UTF-8 without a byte-order mark ({error}); {AGAIN}"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{name}: no JSON object; {AGAIN}")
+    return value
+
+
+def check_no_pointer(start: bytes, file: str) -> None:
+    """Raise UserError where a file is what git-lfs leaves in place of one."""
+    if start.startswith(POINTER):
+        raise UserError(f"{file}: a git-lfs pointer in place of the file; run `git lfs pull`")
+
+
+def read_file(folder: Folder, name: str) -> Tensors | None:
+    """The tensors of one file; None where its form has no header.
+
+    Raises:
+        UserError: it is cut off, or no weights.
+    """
+    with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
+        check_no_pointer(stream.read(len(POINTER)), name)
+        stream.seek(0)
+        try:
+            if name.endswith(".safetensors"):
+                return dict(_safetensors(stream, name))
+            return _pickled(stream, name)
+        except (*BROKEN, zipfile.BadZipFile) as error:
+            raise UserError(f"{name}: cut off, or no weights ({error}); {AGAIN}") from None
+        except pickle.UnpicklingError as error:
+            raise UserError(f"{name}: holds more than tensors ({error}); {AGAIN}") from None
+
+
+# --- safetensors -------------------------------------------------------------------------------
+
+
+def _safetensors(stream: pa.NativeFile, file: str) -> Iterator[tuple[str, TensorHeader]]:
+    """A file is 8 bytes with the header's length, the header in JSON, and the tensors' bytes."""
+    size = stream.size()
+    length = int.from_bytes(stream.read(8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+        raise ValueError(f"it has {size:,} bytes, which are too few for its header")
+    header = json.loads(stream.read(length))
+    header.pop("__metadata__", None)
+    end = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        kind, shape = entry["dtype"], tuple(entry["shape"])
+        start, end_of_this = entry["data_offsets"]
+        if start != end or (end_of_this - start) * 8 != math.prod(shape) * BITS[kind]:
+            raise ValueError(f"{name} does not lie where its header says")
+        end = end_of_this
+        yield name, TensorHeader(file, kind, shape)
+    if 8 + length + end != size:
+        raise ValueError(f"it has {size:,} bytes in place of {8 + length + end:,}")
+
+
+# --- torch's pickles ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Storage:
+    dtype: str
+    key: str
+
+
+def _pickled(stream: pa.NativeFile, file: str) -> Tensors | None:
+    """The tensors of what `torch.save` wrote, without torch; only their table is unpickled."""
+    if stream.read(4) != b"PK\x03\x04":
+        if stream.size() < 1000 or stream.seek(0) or stream.read(1) != b"\x80":
+            raise ValueError("it is not what torch.save writes")
+        return None  # of torch before 1.6: tensors follow one another without a table
+    stream.seek(0)
+    with zipfile.ZipFile(stream) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        (table,) = (name for name in sizes if name.endswith("/data.pkl"))
+        found = _Unpickler(io.BytesIO(archive.read(table))).load()
+        folder = table.removesuffix("data.pkl")
+        return {name: _described(tensor, file, sizes, folder) for name, tensor in found.items()}
+
+
+def _described(tensor: Any, file: str, sizes: dict[str, int], folder: str) -> TensorHeader:
+    storage, shape = tensor
+    if 8 * sizes[f"{folder}data/{storage.key}"] < math.prod(shape) * BITS[storage.dtype]:
+        raise ValueError(f"the bytes of a tensor of shape {shape} are not there")
+    return TensorHeader(file, storage.dtype, tuple(shape))
+
+
+class _Table(dict[str, Any]):
+    """A dict that takes attributes, as that of a model has its `_metadata`."""
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes (storage, shape) of each tensor, and nothing else but plain containers."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch._utils" and name == "_rebuild_tensor_v2":
+            return lambda storage, offset, shape, *_: (storage, shape)
+        if module == "torch._utils" and name == "_rebuild_parameter":
+            return lambda tensor, *_: tensor
+        if module == "collections" and name == "OrderedDict":
+            return _Table
+        if module == "torch" and name.removesuffix("Storage") in STORAGES:
+            return STORAGES[name.removesuffix("Storage")]
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, key: Any) -> _Storage:
+        return _Storage(key[1], key[2])
