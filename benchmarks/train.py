@@ -27,9 +27,8 @@ import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from report import Cell, Measured, Report, machine, versions
 from torch import Tensor, nn
 
-from wrpo_ray.config import WrpoConfig
 from wrpo_ray.stages.train import attention
-from wrpo_ray.stages.train.loss import Answers, preference_loss
+from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import FORWARD_TOKENS, Policy
 from wrpo_ray.stages.train.packing import costs, deal, pack
 from wrpo_ray.stages.train.rows import Row
@@ -38,7 +37,7 @@ PAD, END = 0, 1
 MICRO_ROWS = 2
 """Rows of a micro-batch, the published script's."""
 ALPHA = 0.1
-LOSS = WrpoConfig()
+LOSS = Wrpo(beta=0.01)
 RATIOS = (0.4, 1.6, 4.0, 6.0)
 EQUAL_RATIOS = (0.4, 4.0)
 """Prompt/answer ratios that are also measured with all lengths equal, so without padding."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -26,6 +26,11 @@ class LoraConfig(Section):
 
 class TrainConfig(Section):
     """One fine-tuning run on Ray Train and DeepSpeed."""
+
+    answers: ClassVar[tuple[str, ...]] = ("source_chosen",)
+    """Names of a row's answers, in the order in which they are tokenized and stacked."""
+    is_preference: ClassVar[bool] = False
+    """Whether a row compares answers; else it is SFT on y_ws."""
 
     epochs: int = Field(1, ge=1)
     """Passes over the rows."""
@@ -99,9 +104,24 @@ class TrainConfig(Section):
         return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
 
     @property
+    def takes_all_prompts(self) -> bool:
+        """Whether the rows are those of all prompts, not only of those for SFT."""
+        return False
+
+    @property
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
         return False
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether log-probs under the reference are computed once, before training."""
+        return False
+
+    @property
+    def reference_actors(self) -> Actors | None:
+        """The pool that is configured for log-probs under the reference."""
+        return None
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -127,6 +147,11 @@ class SftConfig(TrainConfig):
     prompts: Literal["split", "all"] = "split"
     """Whose y_ws: those of the prompts for SFT, or `all`, as plain distillation has them, which
     leaves none unseen for preferences."""
+
+    @property
+    def takes_all_prompts(self) -> bool:
+        """Whether the rows are those of all prompts, not only of those for SFT."""
+        return self.prompts == "all"
 
     @model_validator(mode="after")
     def _is_ours(self) -> SftConfig:
@@ -164,6 +189,9 @@ class ReferenceConfig(Section):
 class WrpoConfig(TrainConfig):
     """Preference training (paper, equations 4 to 6)."""
 
+    answers: ClassVar[tuple[str, ...]] = ("source_chosen", "target_chosen", "rejected")
+    is_preference: ClassVar[bool] = True
+
     learning_rate: float = Field(3e-7, gt=0, le=1)
     """Peak learning rate."""
     objective: Literal["wrpo", "ipo", "simpo"] = "wrpo"
@@ -185,6 +213,16 @@ class WrpoConfig(TrainConfig):
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
         return self.objective != "simpo"
+
+    @property
+    def stores_reference(self) -> bool:
+        """Whether log-probs under the reference are computed once, before training."""
+        return self.has_reference and self.reference.mode == "stored"
+
+    @property
+    def reference_actors(self) -> Actors | None:
+        """The pool that is configured for log-probs under the reference."""
+        return self.reference.actors
 
     @model_validator(mode="after")
     def _fits_objective(self) -> WrpoConfig:

@@ -14,7 +14,6 @@ from wrpo_ray.config import (
     RewardConfig,
     Section,
     TrainConfig,
-    WrpoConfig,
     serving,
 )
 from wrpo_ray.errors import UserError
@@ -85,8 +84,8 @@ def _of_pool(pool: Pool) -> Request:
 def _of_training(name: str, config: TrainConfig) -> Iterator[Request]:
     worker = _given({"CPU": config.num_cpus, "GPU": config.num_gpus} | config.resources)
     yield Request(name, (worker,) * (config.min_workers or config.workers))
-    if isinstance(config, WrpoConfig) and config.reference.actors:
-        yield _of_pool(Pool(f"{name}'s reference", config.reference.actors))
+    if config.reference_actors:
+        yield _of_pool(Pool(f"{name}'s reference", config.reference_actors))
 
 
 def _given(needs: Needs) -> Needs:

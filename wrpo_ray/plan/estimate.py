@@ -182,7 +182,7 @@ class _Estimator:
 
     def _prepare(self, job: Prepare) -> Work:
         guess = rates.MOST
-        if job.stores_reference:
+        if job.config.stores_reference:
             guess = self._power(job.actors).forward_rate(self._size(job.name, job.base))
         rate = self._rate(job.step.name, None, guess)
         work = self._tokens(job.step, self._rows(job.step), len(job.answers), rate)
@@ -239,7 +239,7 @@ class _Estimator:
     def _rows(self, step: Step) -> int:
         """Rows of a step's result: of its manifest, or at most so many."""
         job = self.jobs[step.key]
-        if isinstance(job, Prepare) and job.name == "sft" and not job.takes_all:
+        if isinstance(job, Prepare) and job.name == "sft" and not job.config.takes_all_prompts:
             return round(self._rows(job.rows) * self.config.split.sft)
         if step.is_done(self.root):
             return step.read_manifest(self.root)["counts"]["rows"]

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from wrpo_ray.config import WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.train import model
+from wrpo_ray.stages.train.objectives import Objective
 from wrpo_ray.stages.train.rows import Row
-from wrpo_ray.stages.train.task import SFT_ANSWERS, WRPO_ANSWERS
 
 if TYPE_CHECKING:
     from wrpo_ray.stages.train.loop import Trainer
@@ -32,12 +31,12 @@ def told(numbers: Mapping[str, float]) -> str:
     return next((f"{n} is {v}" for n, v in numbers.items() if not math.isfinite(v)), "")
 
 
-def find(trainer: Trainer, parts: Parts, alpha: float | None) -> str:
+def find(trainer: Trainer, parts: Parts, objective: Objective) -> str:
     """The cause, and what to do about it: the first of any worker."""
     looks = (
         lambda: _weight(trainer),
-        lambda: _first(_row(trainer, rows, alpha) for rows, _ in parts),
-        lambda: _first(_gradient(trainer, rows, alpha) for rows, _ in parts),
+        lambda: _first(_row(trainer, rows, objective) for rows, _ in parts),
+        lambda: _first(_gradient(trainer, rows, objective) for rows, _ in parts),
     )
     for look in looks:
         if cause := _of_any_worker(look()):
@@ -74,31 +73,29 @@ def _weight(trainer: Trainer) -> str:
     return ""
 
 
-def _row(trainer: Trainer, rows: list[Row], alpha: float | None) -> str:
+def _row(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
     """The first row with a log-prob or loss that is not finite, and which."""
-    config, names = trainer.task.config, WRPO_ANSWERS if alpha is not None else SFT_ANSWERS
+    config = trainer.task.config
     with torch.no_grad():
         batch = model.collate(rows, config).to(trainer.device)
         logps = trainer.policy(batch)
-        reference = torch.zeros_like(logps)
-        if isinstance(config, WrpoConfig):
-            reference = trainer.reference_logps(rows, batch, logps, config.reference.mode)
-        losses = trainer.losses(rows, alpha)[0]
-    is_stored = isinstance(config, WrpoConfig) and config.reference.mode == "stored"
-    again = f"; delete {trainer.task.rows} and run again" if is_stored else "; look at the row"
+        reference = trainer.reference_logps(rows, batch, logps)
+        losses = trainer.losses(rows, objective)[0]
+    stored = f"; delete {trainer.task.rows} and run again"
+    again = stored if config.stores_reference else "; look at the row"
     for what, values, remedy in (
         ("log-prob of {} under the reference", reference, again),
         ("log-prob of {}", logps, "; lower learning_rate"),
         ("loss", losses, "; lower learning_rate"),
     ):
         for row, found in zip(rows, values.reshape(len(rows), -1).tolist(), strict=True):
-            for name, value in zip(names, found, strict=False):
+            for name, value in zip(objective.answers, found, strict=False):
                 if not math.isfinite(value):
                     return f"the {what.format(name)} of prompt {row.prompt_id} is {value}{remedy}"
     return ""
 
 
-def _gradient(trainer: Trainer, rows: list[Row], alpha: float | None) -> str:
+def _gradient(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
     """The first tensor, from the loss on, whose gradient by these rows is not finite."""
     found: list[str] = []
 
@@ -112,7 +109,7 @@ def _gradient(trainer: Trainer, rows: list[Row], alpha: float | None) -> str:
     trained = [(n, p) for n, p in trainer.policy.module.named_parameters() if p.requires_grad]
     hooks = [p.register_hook(look_at(name.removeprefix("model."))) for name, p in trained]
     trainer.policy.set_gradient_accumulation_boundary(False)
-    trainer.policy.backward(trainer.losses(rows, alpha)[0].sum(), scale_wrt_gas=False)
+    trainer.policy.backward(trainer.losses(rows, objective)[0].sum(), scale_wrt_gas=False)
     for hook in hooks:
         hook.remove()
     if not found:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from wrpo_ray.config import WrpoConfig
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.chat import load_tokenizer
 from wrpo_ray.stages.train import (
@@ -31,7 +30,6 @@ from wrpo_ray.stages.train import (
     probe,
     schedule,
 )
-from wrpo_ray.stages.train.loss import Answers, preference_loss, row_metrics
 from wrpo_ray.stages.train.metrics import (
     MetricsFile,
     Sums,
@@ -39,6 +37,7 @@ from wrpo_ray.stages.train.metrics import (
     peak_memory,
     trackers,
 )
+from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
 from wrpo_ray.stages.train.order import Order
 from wrpo_ray.stages.train.packing import Batch
 from wrpo_ray.stages.train.rows import PreparedRows, Row
@@ -50,8 +49,6 @@ from wrpo_ray.stages.train.task import (
 )
 
 Counts = dict[str, Any]
-Losses = tuple[Tensor, dict[str, Tensor]]
-"""The loss of each row (B,), and metrics, each (B,)."""
 
 
 def work(tasks: Sequence[Task]) -> list[Counts] | WrpoError:
@@ -177,20 +174,23 @@ class Trainer:
         batch = self.train_rows[list(self.order.batch(step))]
         rate = schedule.learning_rate_at(config, step, steps)
         deepspeed.set_learning_rate(self.policy, rate)
-        alpha, divisor = self._alpha(step), self._divisor(batch)
+        objective = training_objective(config).at(self.order.consumed(step))
+        divisor = objective.divisor(self.rows.lengths[batch])
         scale = dist.get_world_size() / divisor  # DeepSpeed averages over workers
         parts = self._micro_batches(batch)
         norm = 0.0
         for number, (part, is_real) in enumerate(parts, start=1):
             is_last = number == len(parts)
             self.policy.set_gradient_accumulation_boundary(is_last)
-            losses, metrics = self.losses(part, alpha)
+            losses, metrics = self.losses(part, objective)
             self.policy.backward(losses.sum() * (is_real * scale), scale_wrt_gas=False)
             norm = deepspeed.act(self.policy, is_last=is_last)
             sums.add(metrics | {"loss": losses}, is_real)
         totals, seconds = sums.reduce(), time.monotonic() - started
         loss = totals.pop("loss") / divisor
-        self._check({"the loss": loss, "the gradient's norm": norm} | totals, step, parts, alpha)
+        self._check(
+            {"the loss": loss, "the gradient's norm": norm} | totals, step, parts, objective
+        )
         tokens, size = totals.pop("tokens"), totals.pop("size")
         return {
             "step": step,
@@ -199,7 +199,7 @@ class Trainer:
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            **({} if alpha is None else {"alpha": alpha}),
+            **objective.coefficients,
             **{name: total / len(batch) for name, total in totals.items()},
             "tokens": round(tokens),
             "tokens_per_s": round(tokens / seconds, 1),
@@ -240,11 +240,11 @@ class Trainer:
     # --- inside
 
     def _check(
-        self, numbers: dict[str, float], step: int, parts: faults.Parts, alpha: float | None
+        self, numbers: dict[str, float], step: int, parts: faults.Parts, objective: Objective
     ) -> None:
         """Raise UserError with the cause, on all workers, where a number is not finite."""
         if what := faults.told(numbers):
-            cause = faults.find(self, parts, alpha)
+            cause = faults.find(self, parts, objective)
             raise UserError(f"{self.task.step.name}: {what} at step {step}: {cause}")
 
     def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
@@ -262,49 +262,22 @@ class Trainer:
             for part in dealt[dist.get_rank()]
         ]
 
-    def _divisor(self, batch: np.ndarray) -> int:
-        """What the summed losses of a step are divided by: its rows, or answer tokens in SFT."""
-        if self.task.is_preference:
-            return len(batch)
-        return max(1, int(self.rows.lengths[batch, 1].sum()))
-
-    def _alpha(self, step: int) -> float | None:
-        config = self.task.config
-        if not isinstance(config, WrpoConfig):
-            return None
-        return schedule.alpha_at(config.alpha, self.order.consumed(step))
-
-    def losses(self, rows: Sequence[Row], alpha: float | None) -> Losses:
-        """The losses of a micro-batch, at an alpha or, without one, of SFT, with metrics."""
+    def losses(self, rows: Sequence[Row], objective: Objective) -> Losses:
+        """The losses of a micro-batch, with metrics."""
         batch = model.collate(rows, self.task.config).to(self.device)
         logps = self.policy(batch)  # (A,)
-        if alpha is None:
-            losses = -logps
-            metrics = {"logps/source_chosen": logps, "lengths/source_chosen": batch.lengths}
-        else:
-            losses, metrics = self._preference(rows, batch, logps, alpha)
+        reference = self.reference_logps(rows, batch, logps)
+        losses, metrics = objective.losses(logps, reference, batch.lengths)
         sizes = {"tokens": batch.tokens, "size": batch.size}
         return losses, metrics | {
             n: torch.tensor([float(v)], device=self.device) for n, v in sizes.items()
         }
 
-    def _preference(self, rows: Sequence[Row], batch: Batch, logps: Tensor, alpha: float) -> Losses:
-        config = self.task.config
-        assert isinstance(config, WrpoConfig)
-        reference = self.reference_logps(rows, batch, logps, config.reference.mode)
-        of_policy, of_reference, lengths = (
-            Answers(*t.reshape(-1, 3).unbind(1)) for t in (logps, reference, batch.lengths)
-        )
-        losses = preference_loss(of_policy, of_reference, lengths, config, alpha)
-        return losses, row_metrics(of_policy, of_reference, lengths, config, alpha)
-
-    def reference_logps(
-        self, rows: Sequence[Row], batch: Batch, logps: Tensor, mode: str
-    ) -> Tensor:
-        """The log-probs of the batch's answers under the reference, (A,)."""
+    def reference_logps(self, rows: Sequence[Row], batch: Batch, logps: Tensor) -> Tensor:
+        """The log-probs of the batch's answers under the reference, (A,); 0 without one."""
         if not self.task.config.has_reference:
             return torch.zeros_like(logps)
-        if mode == "stored":
+        if self.task.config.stores_reference:
             stored = [value for row in rows for value in row.reference]
             return torch.tensor(stored, dtype=logps.dtype, device=logps.device)
         with torch.no_grad():
@@ -318,16 +291,16 @@ class Trainer:
         config, is_last = self.task.config, step == self.order.steps - 1
         if not len(self.held_rows) or not (is_last or (step + 1) % config.holdout_every == 0):
             return {}
-        sums, alpha = Sums(), config.alpha.end if isinstance(config, WrpoConfig) else None
+        sums, objective = Sums(), training_objective(config).at(1)
         parts = self._micro_batches(self.held_rows)
         with torch.no_grad():
             for part, is_real in parts:
-                losses, metrics = self.losses(part, alpha)
+                losses, metrics = self.losses(part, objective)
                 sums.add(metrics | {"loss": losses}, is_real)
         totals, rows = sums.reduce(), len(self.held_rows)
-        loss = totals.pop("loss") / self._divisor(self.held_rows)
-        self._check({"the loss of the rows held out": loss} | totals, step, parts, alpha)
+        loss = totals.pop("loss") / objective.divisor(self.rows.lengths[self.held_rows])
+        self._check({"the loss of the rows held out": loss} | totals, step, parts, objective)
         measures = {"holdout/loss": loss}
-        if alpha is not None:
+        if "rewards/accuracies" in totals:
             measures["holdout/accuracies"] = totals["rewards/accuracies"] / rows
         return measures

@@ -1,14 +1,21 @@
-"""The objectives of preference training as one pure function of log-probs and lengths.
+"""The preference losses, as pure functions of log-probs and lengths.
 
-WRPO (arXiv 2412.03187, equations 4 and 5), DPO (arXiv 2305.18290: WRPO with alpha 0), IPO
-(arXiv 2310.12036), SimPO (arXiv 2405.14734), each with y_ws and y_wt weighed by alpha, and an
-optional SFT term on y_ws. So baselines and WRPO differ in nothing else. B is the number of rows.
-Not covered: where the log-probs come from (`logprobs`), how alpha moves (`schedule`),
-averaging over rows (`loop`).
+One row is a preference: y_ws (the best answer of the source models), y_wt (the best answer of the
+target) and y_l (the rejected answer). With the implicit reward r of an answer and
+m = alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l), an objective says what r is and what a row
+costs at m:
+
+- `Wrpo` (arXiv 2412.03187, equations 4 and 5); with alpha 0 it is DPO (arXiv 2305.18290)
+- `Ipo` (arXiv 2310.12036)
+- `Simpo` (arXiv 2405.14734)
+
+B is the number of rows. Not covered: the log-probs (`logprobs`), the schedule of alpha
+(`schedule`), SFT and the sum over a batch (`objectives`).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
@@ -25,42 +32,98 @@ class Answers(NamedTuple):
     target_chosen: Tensor  # of y_wt
     rejected: Tensor  # of y_l
 
+    @classmethod
+    def of(cls, values: Tensor) -> Answers:
+        """Values (3 * B,), row by row, as the three columns (B,)."""
+        return cls(*values.reshape(-1, 3).unbind(1))
 
-class Settings(Protocol):
-    """What of a `WrpoConfig` the loss depends on."""
 
-    @property
-    def objective(self) -> str:
-        """`wrpo`, `ipo` or `simpo`."""
-
-    @property
-    def beta(self) -> float:
-        """Scale of the implicit reward."""
-
-    @property
-    def label_smoothing(self) -> float:
-        """Probability that a preference is the wrong way round."""
-
-    @property
-    def margin(self) -> float:
-        """SimPO's gamma, the least difference of rewards."""
+class PreferenceObjective(Protocol):
+    """The reward of an answer, and the loss of a row by its margin m."""
 
     @property
     def sft_weight(self) -> float:
-        """Weight of the SFT term."""
+        """Weight of the SFT term: the negative log-prob of y_ws per answer token."""
+
+    def reward(self, policy: Tensor, reference: Tensor, length: Tensor) -> Tensor:
+        """The implicit rewards (B,) of answers with log-probs (B,) and lengths (B,)."""
+
+    def loss_at(self, margin: Tensor) -> Tensor:
+        """The losses (B,) of rows with margins m (B,)."""
 
 
-def rewards(policy: Answers, reference: Answers, lengths: Answers, settings: Settings) -> Answers:
-    """The implicit rewards of the three answers, each (B,).
+@dataclass(frozen=True, slots=True)
+class Wrpo:
+    """r = beta * log(pi / pi_ref); the loss is -log sigmoid(m)."""
 
-    `wrpo`: beta * (log pi - log pi_ref). `ipo`: the same an answer token. `simpo`: beta * log pi
-    an answer token, without a reference.
-    """
-    rewards = []
-    for own, ref, length in zip(policy, reference, lengths, strict=True):
-        gain = own if settings.objective == "simpo" else own - ref
-        rewards.append(settings.beta * (gain if settings.objective == "wrpo" else gain / length))
-    return Answers(*rewards)
+    beta: float = 0.01
+    """Scale of the implicit reward; 0.01 is the paper's."""
+    label_smoothing: float = 0.0
+    """Probability s that a preference is the wrong way round, which makes the loss
+    -(1 - s) * log sigmoid(m) - s * log sigmoid(-m)."""
+    sft_weight: float = 0.0
+    """Weight of the SFT term."""
+
+    def reward(self, policy: Tensor, reference: Tensor, length: Tensor) -> Tensor:
+        """The rewards (B,); `length` does not matter."""
+        return self.beta * (policy - reference)
+
+    def loss_at(self, margin: Tensor) -> Tensor:
+        """The losses (B,)."""
+        return _log_sigmoid_loss(margin, self.label_smoothing)
+
+
+@dataclass(frozen=True, slots=True)
+class Ipo:
+    """r = beta * log(pi / pi_ref) / length; the loss is (m / beta - 1 / (2 * beta))^2."""
+
+    beta: float
+    """Strength of the regularization towards the reference."""
+    sft_weight: float = 0.0
+    """Weight of the SFT term."""
+
+    def reward(self, policy: Tensor, reference: Tensor, length: Tensor) -> Tensor:
+        """The rewards (B,) per answer token."""
+        return self.beta * ((policy - reference) / length)
+
+    def loss_at(self, margin: Tensor) -> Tensor:
+        """The losses (B,)."""
+        return (margin / self.beta - 1 / (2 * self.beta)) ** 2
+
+
+@dataclass(frozen=True, slots=True)
+class Simpo:
+    """r = beta * log(pi) / length; the loss is -log sigmoid(m - margin)."""
+
+    beta: float
+    """Scale of the reward."""
+    margin: float = 0.0
+    """SimPO's gamma: by how much the chosen reward should exceed the rejected one."""
+    label_smoothing: float = 0.0
+    """Probability that a preference is the wrong way round, as for `Wrpo`."""
+    sft_weight: float = 0.0
+    """Weight of the SFT term."""
+
+    def reward(self, policy: Tensor, reference: Tensor, length: Tensor) -> Tensor:
+        """The rewards (B,) per answer token; `reference` does not matter."""
+        return self.beta * (policy / length)
+
+    def loss_at(self, margin: Tensor) -> Tensor:
+        """The losses (B,)."""
+        return _log_sigmoid_loss(margin - self.margin, self.label_smoothing)
+
+
+def _log_sigmoid_loss(margin: Tensor, smoothing: float) -> Tensor:
+    if smoothing == 0:
+        return -F.logsigmoid(margin)
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+def rewards(
+    policy: Answers, reference: Answers, lengths: Answers, objective: PreferenceObjective
+) -> Answers:
+    """The implicit rewards of the three answers, each (B,)."""
+    return Answers(*map(objective.reward, policy, reference, lengths))
 
 
 def weighted_chosen(reward: Answers, alpha: float) -> Tensor:
@@ -73,46 +136,57 @@ def weighted_chosen(reward: Answers, alpha: float) -> Tensor:
 
 
 def preference_loss(
-    policy: Answers, reference: Answers, lengths: Answers, settings: Settings, alpha: float
+    policy: Answers,
+    reference: Answers,
+    lengths: Answers,
+    objective: PreferenceObjective,
+    alpha: float,
 ) -> Tensor:
-    """The loss of each row, (B,).
+    """The loss of each row, (B,), in the precision of the log-probs.
 
-    With m = alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l) and smoothing s:
-    `wrpo`: -(1 - s) * log sigmoid(m) - s * log sigmoid(-m), ln 2 where policy and reference agree;
-    `simpo`: the same with m - margin; `ipo`: (m / beta - 1 / (2 * beta))^2.
-    The SFT term adds sft_weight times the negative log-prob of y_ws an answer token.
+    The paper's equation 5, with r = beta * log(pi / pi_ref):
+    -log sigmoid(alpha * r(y_ws) + (1 - alpha) * r(y_wt) - r(y_l)). It is ln 2 where policy and
+    reference agree. An SFT term adds sft_weight * -log pi(y_ws) / length(y_ws).
+
+    Args:
+        policy: log-probs of the three answers under the trained model, each (B,).
+        reference: the same under the reference model; `Simpo` ignores it.
+        lengths: answer tokens; `Wrpo` without an SFT term ignores them.
+        objective: `Wrpo`, `Ipo` or `Simpo`.
+        alpha: weight of y_ws against y_wt, in [0, 1].
+
+    Example, one row with beta 0.5 and alpha 0.25:
+    r(y_ws) = 0.5 * (-10 + 14) = 2, r(y_wt) = 0.5 * (-4 + 6) = 1, r(y_l) = 0.5 * (-6 + 5) = -0.5;
+    m = 0.25 * 2 + 0.75 * 1 + 0.5 = 1.75; the loss is ln(1 + e^-1.75) = 0.1602.
+
+        >>> from torch import tensor
+        >>> policy = Answers(tensor([-10.0]), tensor([-4.0]), tensor([-6.0]))
+        >>> reference = Answers(tensor([-14.0]), tensor([-6.0]), tensor([-5.0]))
+        >>> lengths = Answers(tensor([8]), tensor([2]), tensor([1]))
+        >>> preference_loss(policy, reference, lengths, Wrpo(beta=0.5), alpha=0.25)
+        tensor([0.1602])
     """
-    reward = rewards(policy, reference, lengths, settings)
-    margin = weighted_chosen(reward, alpha) - reward.rejected
-    if settings.objective == "ipo":
-        loss = (margin / settings.beta - 1 / (2 * settings.beta)) ** 2
-    else:
-        loss = _smoothed(margin - _least_margin(settings), settings.label_smoothing)
-    if settings.sft_weight:
-        loss = loss - settings.sft_weight * policy.source_chosen / lengths.source_chosen
+    reward = rewards(policy, reference, lengths, objective)
+    loss = objective.loss_at(weighted_chosen(reward, alpha) - reward.rejected)
+    if objective.sft_weight:
+        loss = loss - objective.sft_weight * policy.source_chosen / lengths.source_chosen
     return loss
 
 
-def _least_margin(settings: Settings) -> float:
-    return settings.margin if settings.objective == "simpo" else 0.0
-
-
-def _smoothed(margin: Tensor, smoothing: float) -> Tensor:
-    if smoothing == 0:
-        return -F.logsigmoid(margin)
-    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
-
-
 def row_metrics(
-    policy: Answers, reference: Answers, lengths: Answers, settings: Settings, alpha: float
+    policy: Answers,
+    reference: Answers,
+    lengths: Answers,
+    objective: PreferenceObjective,
+    alpha: float,
 ) -> dict[str, Tensor]:
-    """What to watch of each row, all (B,) and without gradient.
+    """Metrics of each row, all (B,) and without gradient.
 
     `accuracies` is 1 where the weighted reward lies above the rejected answer's, and
     `margins` is their difference; `*_source` and `*_target` take y_ws or y_wt alone.
     """
     policy = Answers(*(value.detach() for value in policy))
-    reward = rewards(policy, reference, lengths, settings)
+    reward = rewards(policy, reference, lengths, objective)
     weighted = weighted_chosen(reward, alpha)
     own = {f"logps/{name}": value for name, value in policy._asdict().items()}
     own |= {f"lengths/{name}": value for name, value in lengths._asdict().items()}

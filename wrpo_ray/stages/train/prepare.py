@@ -19,9 +19,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import (
     Actors,
-    SftConfig,
     TrainConfig,
-    WrpoConfig,
 )
 from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
 from wrpo_ray.data.shards import (
@@ -50,7 +48,6 @@ from wrpo_ray.stages.train.rows import (
     read_counts,
     write_rows,
 )
-from wrpo_ray.stages.train.task import SFT_ANSWERS, WRPO_ANSWERS
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -87,29 +84,16 @@ class Prepare:
     @property
     def answers(self) -> tuple[str, ...]:
         """The names of a row's answers."""
-        return WRPO_ANSWERS if isinstance(self.config, WrpoConfig) else SFT_ANSWERS
-
-    @property
-    def takes_all(self) -> bool:
-        """Whether SFT takes the y_ws of all prompts, not only of those for SFT."""
-        return isinstance(self.config, SftConfig) and self.config.prompts == "all"
-
-    @property
-    def stores_reference(self) -> bool:
-        """Whether log-probs of the reference are stored."""
-        config = self.config
-        if not isinstance(config, WrpoConfig):
-            return False
-        return config.has_reference and config.reference.mode == "stored"
+        return self.config.answers
 
     @property
     def actors(self) -> Actors:
         """The pool of workers."""
         config = self.config
-        if isinstance(config, WrpoConfig) and config.reference.actors:
-            return config.reference.actors
+        if config.reference_actors:
+            return config.reference_actors
         plain = Actors(max=config.workers, num_cpus=config.num_cpus)
-        if not self.stores_reference:
+        if not config.stores_reference:
             return plain
         as_trained = {"num_gpus": config.num_gpus, "resources": config.resources}
         return plain.model_copy(update=as_trained)
@@ -125,10 +109,10 @@ class Prepare:
             "max_prompt_length": config.max_prompt_length,
             "overflow": config.overflow,
             "compat": COMPAT.get(config.compat, config.compat),
-            "reference": config.precision if self.stores_reference else None,
+            "reference": config.precision if config.stores_reference else None,
             "format": FORMAT,
-        } | ({"prompts": "all"} if self.takes_all else {})
-        if self.answers == WRPO_ANSWERS and self.own is None and config.compat != "published":
+        } | ({"prompts": "all"} if config.takes_all_prompts else {})
+        if config.is_preference and self.own is None and config.compat != "published":
             key |= {"own": None}
         return Step(f"rows-{self.name}", key, (self.rows,))
 
@@ -250,7 +234,7 @@ class Preparer:
 
     def _add_reference(self, rows: Rows) -> None:
         """Give rows their reference log-probs; one whose are not finite has failed."""
-        if not rows.kept or not self.job.stores_reference:
+        if not rows.kept or not self.job.config.stores_reference:
             return
         kept, rows.kept = self.reference(rows.kept), []
         for row in kept:
@@ -266,11 +250,13 @@ class Preparer:
         """Of SELECTION records those for SFT, or all; PREFERENCE records have no split."""
         folder = self.run.root / self.job.rows.folder
         columns = ["prompt_id", "messages", *self.job.answers]
-        if self.job.answers == WRPO_ANSWERS:
+        if self.job.config.is_preference:
             return read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
         table = read_bucket(folder, bucket, SELECTION, [*columns, "split"])
         is_for_sft = pc.equal(table["split"], "sft")
-        return (table if self.job.takes_all else table.filter(is_for_sft)).to_pylist()
+        return (
+            table if self.job.config.takes_all_prompts else table.filter(is_for_sft)
+        ).to_pylist()
 
 
 def _counts(rows: Rows) -> dict[str, int]:

@@ -1,10 +1,9 @@
 """Training rows: from Parquet records to token ids within the limits of length, and back.
 
-A row is a prompt with its answers, in the order of `names` (`task.SFT_ANSWERS`,
-`task.WRPO_ANSWERS`). Prepared rows lie in Arrow files, a bucket each, which workers map into
-memory: a node holds the data set once, whatever the number of its workers, and reads a row
-when it trains on it. Rows are indexed by the order of their prompt_id, whatever shards they
-came through.
+A row is a prompt with its answers, in the order of `TrainConfig.answers`. Prepared rows lie in
+Arrow files, one per bucket, which workers map into memory: a node holds the data set once, whatever
+the number of its workers, and reads a row when it trains on it. Rows are indexed in the order of
+their prompt_id, whatever shards they came through.
 """
 
 from __future__ import annotations

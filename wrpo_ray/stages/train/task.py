@@ -19,11 +19,9 @@ CHECKPOINTS = "checkpoints"
 TRAINED = "trained.json"
 """Counts of a model that is trained while others of its series are not yet."""
 METRICS = "metrics.jsonl"
-"""One JSON record an optimizer step."""
+"""One JSON record per optimizer step."""
 
-SFT_ANSWERS = ("source_chosen",)
-WRPO_ANSWERS = ("source_chosen", "target_chosen", "rejected")
-"""The answers of a row in the order in which they are tokenized and stacked."""
+SFT_ANSWERS, WRPO_ANSWERS = TrainConfig.answers, WrpoConfig.answers
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,7 @@ class Task:
         return self.run.root / self.step.folder
 
     @property
-    def is_preference(self) -> bool:
-        """Whether this is preference training; else it is SFT."""
-        return isinstance(self.config, WrpoConfig)
-
-    @property
     def has_second_model(self) -> bool:
         """Whether workers hold the reference; with LoRA it is the policy without adapters."""
         config = self.config
-        if not isinstance(config, WrpoConfig) or config.lora or not config.has_reference:
-            return False
-        return config.reference.mode == "live"
+        return config.has_reference and not config.stores_reference and config.lora is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from support.tiny_models import make_model, make_tokenizer
 
-from wrpo_ray.config import AlphaConfig, WrpoConfig
+from wrpo_ray.config import AlphaConfig, TrainConfig, WrpoConfig
+from wrpo_ray.stages.train import loss as losses
 from wrpo_ray.stages.train.loss import (
     Answers,
+    Ipo,
+    Simpo,
+    Wrpo,
     preference_loss,
     rewards,
     row_metrics,
 )
 from wrpo_ray.stages.train.model import Policy
+from wrpo_ray.stages.train.objectives import preference_objective, training_objective
 from wrpo_ray.stages.train.packing import pad
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.stages.train.schedule import alpha_at
@@ -75,31 +81,31 @@ def test_wrpo_worked_by_hand(schedule, consumed, margin, expected):
     loss = ln(1 + e^-margin), such as ln(1 + e^-1.75) = ln(1.173774) = 0.160224
     """
     alpha = alpha_at(AlphaConfig(end=0.25, schedule=schedule), consumed)
-    loss = preference_loss(POLICY, REFERENCE, LENGTHS, WrpoConfig(beta=0.5), alpha)
+    loss = preference_loss(POLICY, REFERENCE, LENGTHS, Wrpo(beta=0.5), alpha)
     assert loss.shape == (1,)
     assert loss.item() == pytest.approx(math.log(1 + math.exp(-margin)), abs=1e-12)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("objective", "expected"),
     [
         # 0.9 * 0.160224 + 0.1 * (0.160224 + 1.75), as -log s(-m) = m - log s(m)
-        ({"beta": 0.5, "label_smoothing": 0.1}, 0.335224),
+        (Wrpo(beta=0.5, label_smoothing=0.1), 0.335224),
         # 0.160224 + 0.2 * 10 / 8
-        ({"beta": 0.5, "sft_weight": 0.2}, 0.410224),
+        (Wrpo(beta=0.5, sft_weight=0.2), 0.410224),
         # gains a token 4/8, 2/2, -1/1: 0.25 * 0.5 + 0.75 * 1 + 1 = 1.875; (1.875 - 1 / (2 * 0.5))^2
-        ({"objective": "ipo", "beta": 0.5}, 0.765625),
+        (Ipo(beta=0.5), 0.765625),
         # log-probs a token -1.25, -2, -6, times 2: 0.25 * -2.5 + 0.75 * -4 + 12 = 8.375;
         # less 7 it is 1.375: ln(1 + e^-1.375)
-        ({"objective": "simpo", "beta": 2.0, "margin": 7.0}, 0.225413),
+        (Simpo(beta=2.0, margin=7.0), 0.225413),
         # the same, smoothed: 0.225413 + 0.2 * 1.375
-        ({"objective": "simpo", "beta": 2.0, "margin": 7.0, "label_smoothing": 0.2}, 0.500413),
+        (Simpo(beta=2.0, margin=7.0, label_smoothing=0.2), 0.500413),
     ],
 )
-def test_other_objectives_worked_by_hand(settings, expected):
+def test_other_objectives_worked_by_hand(objective, expected):
     """The same row with answers of 8, 2 and 1 tokens, alpha 0.25."""
-    loss = preference_loss(POLICY, REFERENCE, LENGTHS, WrpoConfig(**settings), 0.25)
+    loss = preference_loss(POLICY, REFERENCE, LENGTHS, objective, 0.25)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -115,7 +121,9 @@ def test_gradient_by_hand(kind, alpha):
     """
     config = OBJECTIVES[kind]
     policy, reference, lengths = drawn(seed=1, rows=8)
-    preference_loss(policy, reference, lengths, config, alpha).sum().backward()
+    preference_loss(
+        policy, reference, lengths, preference_objective(config), alpha
+    ).sum().backward()
     weights = (alpha, 1 - alpha, -1.0)
     with torch.no_grad():
         scales = [1 / n if config.objective != "wrpo" else torch.ones(8) for n in lengths]
@@ -137,13 +145,12 @@ def test_gradient_by_hand(kind, alpha):
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_gradcheck(kind):
+    objective = preference_objective(OBJECTIVES[kind])
     policy, reference, lengths = drawn(seed=2, rows=4)
     inputs = (*policy, *(value.requires_grad_() for value in reference))
 
     def loss(*values: torch.Tensor) -> torch.Tensor:
-        return preference_loss(
-            Answers(*values[:3]), Answers(*values[3:]), lengths, OBJECTIVES[kind], 0.3
-        )
+        return preference_loss(Answers(*values[:3]), Answers(*values[3:]), lengths, objective, 0.3)
 
     assert torch.autograd.gradcheck(loss, inputs)
 
@@ -164,7 +171,7 @@ def test_ends_of_alpha_are_dpo_exactly(alpha, chosen, dtype):
     policy, reference = (Answers(*(v.to(dtype) for v in a)) for a in (policy, reference))
     own, ref = getattr(policy, chosen), getattr(reference, chosen)
     expected = dpo(own, policy.rejected, ref, reference.rejected, 0.1)
-    loss = preference_loss(policy, reference, lengths, WrpoConfig(beta=0.1), alpha)
+    loss = preference_loss(policy, reference, lengths, Wrpo(beta=0.1), alpha)
     assert torch.equal(loss, expected)
 
 
@@ -172,22 +179,21 @@ def test_ends_of_alpha_are_dpo_exactly(alpha, chosen, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_equal_models_give_ln_2(dtype, smoothing):
     policy = answers([-300.0, -1.0], [-50.0, -2.0], [-80.0, -3.0], dtype=dtype)
-    config = WrpoConfig(label_smoothing=smoothing)
-    loss = preference_loss(policy, policy, policy, config, 0.1)
+    objective = Wrpo(label_smoothing=smoothing)
+    loss = preference_loss(policy, policy, policy, objective, 0.1)
     assert loss.dtype == dtype
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(2)), rtol=4e-3, atol=0)
 
 
 def test_equal_models_give_ipo_its_squared_target():
     """(0 - 1 / (2 * 0.1))^2 = 25."""
-    config = WrpoConfig(objective="ipo", beta=0.1)
-    assert preference_loss(POLICY, POLICY, LENGTHS, config, 0.5).item() == pytest.approx(25)
+    assert preference_loss(POLICY, POLICY, LENGTHS, Ipo(beta=0.1), 0.5).item() == pytest.approx(25)
 
 
 def test_simpo_knows_no_reference():
-    config = OBJECTIVES["simpo"]
-    losses = [preference_loss(POLICY, ref, LENGTHS, config, 0.3) for ref in (POLICY, REFERENCE)]
-    assert torch.equal(*losses)
+    simpo = Simpo(beta=2.0, margin=0.6)
+    got = [preference_loss(POLICY, ref, LENGTHS, simpo, 0.3) for ref in (POLICY, REFERENCE)]
+    assert torch.equal(*got)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +205,7 @@ def test_large_margins_stay_finite(kind, expected):
     far = torch.tensor([1e4, -1e4])
     policy = Answers(*(far.clone().requires_grad_() for _ in range(2)), -far)
     zero, one = Answers(*torch.zeros(3, 2)), Answers(*torch.ones(3, 2))
-    loss = preference_loss(policy, zero, one, OBJECTIVES[kind], 0.5)
+    loss = preference_loss(policy, zero, one, preference_objective(OBJECTIVES[kind]), 0.5)
     assert loss.tolist() == pytest.approx(expected, rel=1e-4)
     loss.sum().backward()
     assert torch.isfinite(policy.source_chosen.grad).all()
@@ -210,7 +216,7 @@ def test_large_margins_stay_finite(kind, expected):
 
 def test_metrics_worked_by_hand():
     """The row from above: rewards 2, 1, -0.5, of which 0.25 * 2 + 0.75 * 1 = 1.25 is weighed."""
-    metrics = row_metrics(POLICY, REFERENCE, LENGTHS, WrpoConfig(beta=0.5), 0.25)
+    metrics = row_metrics(POLICY, REFERENCE, LENGTHS, Wrpo(beta=0.5), 0.25)
     assert {name: value.item() for name, value in metrics.items()} == {
         "logps/source_chosen": -10.0,
         "logps/target_chosen": -4.0,
@@ -233,10 +239,9 @@ def test_metrics_worked_by_hand():
 
 def test_rewards_of_each_objective():
     """Gains 4, 2, -1 and log-probs -10, -4, -6 over 8, 2 and 1 tokens; beta 0.5."""
-    expected = {"wrpo": [2, 1, -0.5], "ipo": [0.25, 0.5, -0.5], "simpo": [-0.625, -1, -3]}
-    for objective, values in expected.items():
-        config = WrpoConfig(objective=objective, beta=0.5)
-        got = rewards(POLICY, REFERENCE, LENGTHS, config)
+    expected = {Wrpo: [2, 1, -0.5], Ipo: [0.25, 0.5, -0.5], Simpo: [-0.625, -1, -3]}
+    for kind, values in expected.items():
+        got = rewards(POLICY, REFERENCE, LENGTHS, kind(beta=0.5))
         assert [value.item() for value in got] == values
 
 
@@ -244,7 +249,7 @@ def test_metrics_are_per_row():
     """Three rows: each is compared with its own rejected answer alone, and a tie is no win."""
     policy = answers([1.0, -3.0, 0.0], [2.0, -1.0, 0.0], [0.0, 0.0, 0.0])
     zero, one = answers(*[[0.0] * 3] * 3), answers(*[[1.0] * 3] * 3)
-    metrics = row_metrics(policy, zero, one, WrpoConfig(beta=1.0), 0.5)
+    metrics = row_metrics(policy, zero, one, Wrpo(beta=1.0), 0.5)
     assert metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.0]
     assert metrics["rewards/margins"].tolist() == [1.5, -2.0, 0.0]
     assert all(value.shape == (3,) for value in metrics.values())
@@ -253,8 +258,54 @@ def test_metrics_are_per_row():
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_metrics_have_no_gradient(kind):
     policy, reference, lengths = drawn(seed=3, rows=4)
-    metrics = row_metrics(policy, reference, lengths, OBJECTIVES[kind], 0.3)
+    metrics = row_metrics(policy, reference, lengths, preference_objective(OBJECTIVES[kind]), 0.3)
     assert not any(value.requires_grad for value in metrics.values())
+
+
+# --- the training loop's interface ------------------------------------------------------------
+
+
+def test_each_name_of_the_config_has_its_objective():
+    settings = {"beta": 0.3, "sft_weight": 0.2}
+    smoothed = settings | {"label_smoothing": 0.1}
+    expected = {
+        "wrpo": Wrpo(**smoothed),
+        "ipo": Ipo(**settings),
+        "simpo": Simpo(**smoothed, margin=0.6),
+    }
+    given = {"wrpo": smoothed, "ipo": settings, "simpo": smoothed | {"margin": 0.6}}
+    for name, keys in given.items():
+        assert preference_objective(WrpoConfig(objective=name, **keys)) == expected[name]
+
+
+def test_sft_is_a_mean_over_answer_tokens_and_preferences_over_rows():
+    """Two rows of 3 + 2 and 4 + 5 tokens: SFT divides by 2 + 5."""
+    sft, wrpo = training_objective(TrainConfig()), training_objective(WrpoConfig())
+    assert sft.divisor(np.array([[3, 2], [4, 5]])) == 7
+    assert wrpo.divisor(np.array([[3, 2, 1, 1], [4, 5, 1, 1]])) == 2
+    assert (sft.answers, wrpo.answers) == (NAMES[:1], NAMES)
+    logps = torch.tensor([-1.5, -2.0])
+    got, metrics = sft.at(0.5).losses(logps, torch.zeros(2), torch.tensor([2, 5]))
+    assert torch.equal(got, -logps)
+    assert metrics["lengths/source_chosen"].tolist() == [2, 5]
+    assert sft.coefficients == {}
+
+
+def test_preferences_have_the_alpha_of_their_step():
+    """Dynamic to 0.25: at half of the way 0.125, as in the table above (margin 1.625)."""
+    config = WrpoConfig(beta=0.5, alpha=AlphaConfig(end=0.25))
+    objective = training_objective(config).at(0.5)
+    assert objective.coefficients == {"alpha": 0.125}
+    assert training_objective(config).at(1).coefficients == {"alpha": 0.25}
+    row = (torch.cat(list(three)) for three in (POLICY, REFERENCE, LENGTHS))
+    got, metrics = objective.losses(*row)
+    assert got.item() == pytest.approx(0.179745, abs=1e-6)
+    assert metrics["rewards/margins"].item() == 1.625
+
+
+def test_the_docstring_example():
+    found = doctest.testmod(losses)
+    assert (found.attempted, found.failed) == (5, 0)
 
 
 # --- TRL --------------------------------------------------------------------------------------
@@ -302,7 +353,7 @@ def own_loss(row: Row, config: WrpoConfig, alpha: float) -> float:
         logps = [Policy(make_model(seed).eval())(pad([row])) for seed in (0, 1)]
     policy, reference = (Answers(*values.reshape(-1, 3).unbind(1)) for values in logps)
     lengths = Answers(*(torch.tensor([len(answer)]) for answer in row.answers))
-    return preference_loss(policy, reference, lengths, config, alpha).item()
+    return preference_loss(policy, reference, lengths, preference_objective(config), alpha).item()
 
 
 def check_against_dpo_trainer(trainer: Any, config: WrpoConfig) -> None:

@@ -11,10 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wrpo_ray.config import WrpoConfig
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.logprobs import token_logps
-from wrpo_ray.stages.train.loss import Answers, preference_loss
+from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import Policy, without_dropout
 from wrpo_ray.stages.train.packing import (
     Block,
@@ -108,7 +107,7 @@ def loss_and_gradients(model, logps: torch.Tensor, rows: list[Row]):
     three = Answers(*logps.reshape(-1, 3).unbind(1))
     reference = Answers(*(t.detach() - 0.3 * i for i, t in enumerate(three)))
     lengths = Answers(*torch.tensor([[len(a) for a in r.answers] for r in rows]).unbind(1))
-    loss = preference_loss(three, reference, lengths, WrpoConfig(beta=0.5), 0.3).mean()
+    loss = preference_loss(three, reference, lengths, Wrpo(beta=0.5), 0.3).mean()
     loss.backward()
     return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 

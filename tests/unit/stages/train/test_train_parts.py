@@ -144,7 +144,6 @@ def test_placement_is_no_part_of_a_trained_model():
 def test_which_models_a_task_needs(folder, config, has_reference, has_second_model):
     got = task(folder, config)
     assert (got.config.has_reference, got.has_second_model) == (has_reference, has_second_model)
-    assert got.is_preference == isinstance(config, WrpoConfig)
 
 
 # --- metrics ----------------------------------------------------------------------------------

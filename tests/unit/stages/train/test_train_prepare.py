@@ -136,7 +136,7 @@ def test_no_reference_is_stored_and_no_model_loaded(root, tmp_path, update):
     """The base folder has a tokenizer and no weights."""
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
     without = job(tmp_path / "tokenizer", WRPO.model_copy(update=update))
-    assert not without.stores_reference
+    assert not without.config.stores_reference
     fill(root, without)
     rows = read(root, without)
     assert {rows[i].reference for i in range(len(rows))} == {()}
