@@ -17,8 +17,8 @@ from parts import Part
 from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
+from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.records import RESPONSE, prompt_id
-from wrpo_ray.data.shards import buckets
 from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.stages.generate import stage

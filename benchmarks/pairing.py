@@ -35,14 +35,9 @@ import results
 
 from wrpo_ray.config import AnswersConfig, ClusterConfig, PairConfig
 from wrpo_ray.data import records
+from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.data.records import prompt_id
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    buckets,
-    write_shard,
-)
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.pair.stage import Answers, Pair, Select
 from wrpo_ray.stages.pair.stage import run as run_jobs

@@ -14,8 +14,8 @@ from parts import Part
 from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
+from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.data.records import RESPONSE, SCORED, prompt_id
-from wrpo_ray.data.shards import buckets, write_shard
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.stages.score import stage
 from wrpo_ray.stages.score.base import Item

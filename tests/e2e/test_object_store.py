@@ -5,7 +5,7 @@ from support.harness import ROOT
 
 from wrpo_ray.cli.entry import main
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import Bucket, read_bucket
+from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.storage.folder import Folder
 
 SOURCE = "llama-bytes"

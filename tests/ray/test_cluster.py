@@ -18,7 +18,7 @@ from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.runtime import cluster
 from wrpo_ray.runtime import pool as pools
 from wrpo_ray.runtime.placement import Pool
-from wrpo_ray.runtime.tasks import MOST_TASKS, map_tasks
+from wrpo_ray.runtime.tasks import MAX_TASKS, map_tasks
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -174,11 +174,11 @@ def test_orphans_of_this_output_are_ended_and_others_are_not(local_ray, tmp_path
         env = os.environ | {cluster.OUTPUT: output, cluster.SESSION: session}
         return subprocess.Popen(["sleep", "60"], env=env)
 
-    mine = sleeper(cluster.mark(root), "now")
+    mine = sleeper(cluster.output_mark(root), "now")
     foreign = sleeper(digest("elsewhere"), "before")
-    orphan = sleeper(cluster.mark(root), "before")
+    orphan = sleeper(cluster.output_mark(root), "before")
     try:
-        cluster.end_orphans(root, "now")
+        cluster.kill_orphans(root, "now")
         assert orphan.wait(10) == -9
         assert mine.poll() is None
         assert foreign.poll() is None
@@ -218,9 +218,9 @@ def test_a_lost_actor_is_replaced_and_its_rows_are_done(local_ray, tmp_path):
 
 
 def test_a_lost_task_is_tried_again(local_ray, tmp_path):
-    rows = ({"row": i} for i in range(2 * MOST_TASKS))
+    rows = ({"row": i} for i in range(2 * MAX_TASKS))
     done = map_tasks("test", rows, Dies(str(tmp_path)))
-    assert sorted(r["row"] for r in done) == list(range(2 * MOST_TASKS))
+    assert sorted(r["row"] for r in done) == list(range(2 * MAX_TASKS))
     assert (tmp_path / "died-3").exists()
 
 
@@ -350,19 +350,19 @@ class Doubles:
 def test_rows_of_a_feed_are_worked_on_as_they_become_ready(local_ray):
     """Two calls in hand at once; a step that nobody follows adds nothing."""
     followed, other = Step("followed"), Step("other")
-    feed = pools.Feed([other, followed])
+    ready_queue = pools.ReadyQueue([other, followed])
     pool = Pool("test", Actors(), threads=2)
     rows = [{"job": 1, "bucket": b} for b in range(4)]
-    results = pools.map_rows(pool, rows, Doubles, {}, feed)
+    results = pools.map_rows(pool, rows, Doubles, {}, ready_queue)
     done = []
     taker = threading.Thread(target=lambda: done.extend(results))
     taker.start()
-    feed.add(Step("nobody's"), 7)
+    ready_queue.add(Step("nobody's"), 7)
     for bucket in (3, 1):
-        feed.add(followed, bucket)
+        ready_queue.add(followed, bucket)
     wait_for(lambda: len(done) == 2)  # none waits for those that are not there yet
     for bucket in (0, 2):
-        feed.add(followed, bucket)
+        ready_queue.add(followed, bucket)
     taker.join(60)
     assert {d["twice"] for d in done[:2]} == {2, 6}
     assert sorted((d["job"], d["bucket"]) for d in done) == [(1, b) for b in range(4)]

@@ -10,9 +10,9 @@ from support.tiny_models import write_model
 
 from wrpo_ray import config as configs
 from wrpo_ray.cli.entry import main
-from wrpo_ray.data.published import messages_of
+from wrpo_ray.data.buckets import buckets, write_shard
+from wrpo_ray.data.published import parse_messages
 from wrpo_ray.data.records import RESPONSE, prompt_id
-from wrpo_ray.data.shards import buckets, write_shard
 from wrpo_ray.pipeline.chain import Chain
 
 
@@ -28,7 +28,7 @@ def answer(settings: configs.Config, prompts: list[str]) -> None:
     stages = {stage.name: stage for stage in Chain(settings, "select").build()}
     (step,), root = stages["generate"].steps, Chain(settings).root
     for index, prompt in enumerate(prompts):
-        key = prompt_id(messages_of(prompt))
+        key = prompt_id(parse_messages(prompt))
         bucket = next(bucket for bucket in buckets(2) if key in bucket)
         row = {"prompt_id": key, "source": "a", "sample": 0, "text": f"answer {index}"}
         write_shard(root / step.folder, bucket, RESPONSE, [row], key)

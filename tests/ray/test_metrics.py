@@ -9,12 +9,8 @@ import pytest
 
 from wrpo_ray.config import Actors, RewardConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    write_shard,
-)
+from wrpo_ray.data.buckets import Bucket, write_shard
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.score import stage
 from wrpo_ray.stages.score.stage import Score

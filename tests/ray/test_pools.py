@@ -12,7 +12,7 @@ from wrpo_ray.errors import WrpoError
 from wrpo_ray.runtime import cluster
 from wrpo_ray.runtime import pool as pools
 from wrpo_ray.runtime.placement import Pool
-from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -53,7 +53,7 @@ def run_side_by_side(*mapped: tuple[Pool, list[dict]]) -> list[list[dict]]:
         pool, rows = mapped[number]
         done[number] += pools.map_rows(pool, rows, Sleeper, {})
 
-    side_by_side([lambda n=n: work(n) for n in range(len(mapped))])
+    run_in_threads([lambda n=n: work(n) for n in range(len(mapped))])
     return done
 
 
@@ -93,7 +93,7 @@ def test_a_pool_that_comes_later_goes_before_others_growth():
             time.sleep(0.1)
         came.extend(pools.map_rows(late, sleeps(2, 0.5), Sleeper, {}))
 
-    side_by_side(
+    run_in_threads(
         [
             lambda: list(pools.map_rows(blocks, sleeps(1, 8), Sleeper, {})),
             lambda: grows.extend(pools.map_rows(pool, sleeps(30, 0.5), Sleeper, {})),
@@ -121,17 +121,17 @@ def wait_for(is_true) -> None:
 def test_a_pool_that_waits_for_rows_shrinks_and_grows_again(monkeypatch):
     monkeypatch.setattr(pools, "IDLE", 1.0)
     followed, done = Step("followed"), []
-    feed, pool = pools.Feed([followed]), Pool("follows", Actors(max=3))
+    ready_queue, pool = pools.ReadyQueue([followed]), Pool("follows", Actors(max=3))
     rows = [{"job": 0, "bucket": n} for n in range(61)]
-    results = pools.map_rows(pool, rows, Waits, {}, feed)
+    results = pools.map_rows(pool, rows, Waits, {}, ready_queue)
     taker = threading.Thread(target=lambda: done.extend(results))
     taker.start()
     for first in (0, 30):
         for bucket in range(first, first + 30):
-            feed.add(followed, bucket)
+            ready_queue.add(followed, bucket)
         wait_for(lambda: alive("follows") == 3)
         wait_for(lambda: alive("follows") == 1)
-    feed.add(followed, 60)
+    ready_queue.add(followed, 60)
     taker.join(60)
     assert sorted(r["bucket"] for r in done) == list(range(61))
     wait_for(lambda: not alive("follows"))

@@ -96,10 +96,10 @@ def rows(output: Path, step: str, *columns: str) -> list[tuple]:
 
 def processes_of(output: str | Path) -> set[int]:
     """Live processes that work for an output folder."""
-    from wrpo_ray.runtime.cluster import OUTPUT, mark
+    from wrpo_ray.runtime.cluster import OUTPUT, output_mark
     from wrpo_ray.storage.folder import Folder
 
-    wanted, found = f"{OUTPUT}={mark(Folder(str(output)))}".encode(), set()
+    wanted, found = f"{OUTPUT}={output_mark(Folder(str(output)))}".encode(), set()
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and wanted in (folder / "environ").read_bytes().split(b"\0"):

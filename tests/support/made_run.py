@@ -17,8 +17,9 @@ import numpy as np
 import pyarrow as pa
 
 from wrpo_ray.data import records
+from wrpo_ray.data.buckets import Bucket, buckets
+from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.outline import Outline, StepOutline
-from wrpo_ray.data.shards import Bucket, buckets, write_failures
 from wrpo_ray.storage.folder import Folder
 
 SENTENCE = "the a model learns from answers that others give and rewards say which is better"

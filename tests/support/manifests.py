@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from wrpo_ray.kubernetes.schema import Schemas
-from wrpo_ray.text.documents import QUICK
+from wrpo_ray.text.documents import FAST_LOADER
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -68,7 +68,7 @@ def crds() -> Schemas:
 
 @cache
 def _read(path: str) -> Body:
-    return yaml.load((CLUSTER / path).read_text(), QUICK)
+    return yaml.load((CLUSTER / path).read_text(), FAST_LOADER)
 
 
 def ray_objects() -> dict[str, Body]:

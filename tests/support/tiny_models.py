@@ -6,8 +6,8 @@ import random
 from pathlib import Path
 from typing import Any
 
+from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.data.records import PREFERENCE, SELECTION
-from wrpo_ray.data.shards import buckets, write_shard
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wrpo_ray.text.addresses import Address, problem
+from wrpo_ray.text.addresses import Address, address_problem
 
 STAGE_HELP = {
     "prompts": "read prompts, or existing answers, into records",
@@ -58,7 +58,7 @@ def positive(text: str) -> int:
 
 def local_path(text: str) -> Path:
     """A folder on this machine."""
-    if Address.of(text) or problem(text):
+    if Address.of(text) or address_problem(text):
         raise argparse.ArgumentTypeError("give a folder on this machine")
     return Path(text)
 

@@ -33,7 +33,7 @@ from wrpo_ray.cli.study import add_study
 from wrpo_ray.cli.submit import add_submit
 from wrpo_ray.cli.zoo import add_zoo
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.text.addresses import shown
+from wrpo_ray.text.addresses import redact
 
 COMMANDS = (
     *(add_fuse, add_study, add_submit, add_fetch, add_plan, add_export, add_report, add_status),
@@ -73,7 +73,7 @@ class _Parser(argparse.ArgumentParser):
     """Tells what it does not take without secrets; parsers of commands are of its class too."""
 
     def error(self, message: str) -> NoReturn:
-        super().error(shown(message))
+        super().error(redact(message))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,7 +8,7 @@ import sys
 import traceback
 
 from wrpo_ray.errors import BudgetError, RegressionError, UserError, WrpoError
-from wrpo_ray.text.addresses import shown
+from wrpo_ray.text.addresses import redact
 
 CODES: dict[type[WrpoError], int] = {UserError: 2, BudgetError: 3, RegressionError: 4}
 """Exit codes by error; any other is 1."""
@@ -18,7 +18,7 @@ INTERRUPTED, TERMINATED = 130, 143
 def print_trace() -> None:
     """The traceback of the current error, if WRPO_DEBUG asks for it."""
     if os.environ.get("WRPO_DEBUG"):
-        print(shown(traceback.format_exc()), file=sys.stderr, end="")
+        print(redact(traceback.format_exc()), file=sys.stderr, end="")
 
 
 class Terminated(SystemExit):
@@ -38,6 +38,6 @@ def code_of(error: WrpoError) -> int:
 
 def fail(reason: object, code: int) -> int:
     """Print the reason without secrets, and return the code."""
-    for line in shown(str(reason)).splitlines():
+    for line in redact(str(reason)).splitlines():
         print(f"wrpo: error: {line}", file=sys.stderr)
     return code

@@ -36,12 +36,12 @@ def add_submit(commands: Any) -> None:
 
 def _submit(arguments: argparse.Namespace) -> int:
     from wrpo_ray import config
-    from wrpo_ray.runtime.submission import Job, submission
+    from wrpo_ray.runtime.submission import SubmittedJob, prepare_submission
 
     settings = config.load(arguments.config, arguments.overrides)
     rest = [f"--set={override}" for override in arguments.overrides]
     rest.append(f"--until={arguments.until}")
-    job = Job(submission(arguments.config, rest, settings, arguments.address))
+    job = SubmittedJob(prepare_submission(arguments.config, rest, settings, arguments.address))
     told = f"`ray job logs --follow {job.id}` shows it, `ray job stop {job.id}` ends it"
     print(f"job {job.id} is submitted; {told}", file=sys.stderr)
     if arguments.detach:

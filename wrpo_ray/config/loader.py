@@ -17,8 +17,8 @@ from wrpo_ray.config.root import Config
 from wrpo_ray.config.serving import ServeConfig
 from wrpo_ray.config.study import StudyConfig
 from wrpo_ray.errors import UserError
-from wrpo_ray.text.addresses import Address, public, shown
-from wrpo_ray.text.documents import KeyTwiceError, read_yaml, yaml_problem
+from wrpo_ray.text.addresses import Address, redact, without_secrets
+from wrpo_ray.text.documents import DuplicateKeyError, describe_yaml_error, read_yaml
 from wrpo_ray.text.files import read_text
 
 
@@ -99,20 +99,20 @@ def _validated(kind: type[S], tree: Any, where: str) -> S:
         return kind.model_validate(tree)
     except ValidationError as error:
         lines = [explain(kind, e) for e in error.errors()]
-        raise UserError("\n".join(f"{where}{shown(line)}" for line in lines)) from None
+        raise UserError("\n".join(f"{where}{redact(line)}" for line in lines)) from None
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
     if Address.of(str(path)):
-        raise UserError(f"{shown(str(path))}: a config is a file on this machine; copy it here")
+        raise UserError(f"{redact(str(path))}: a config is a file on this machine; copy it here")
     if not Path(path).exists():
         raise UserError(f"{path}: no such config file; see jobs/ for examples")
     try:
         tree = read_yaml(read_text(path, "config"))
-    except KeyTwiceError as error:
+    except DuplicateKeyError as error:
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {yaml_problem(error)}") from None
+        raise UserError(f"{path}: not valid YAML: {describe_yaml_error(error)}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys (got {type(tree).__name__})")
     return tree
@@ -121,10 +121,10 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
 def _override(tree: Any, override: str) -> None:
     dotted, equals, text = override.partition("=")
     if not equals or not dotted:
-        raise UserError(f"--set {shown(override)}: write it as a.b=value")
+        raise UserError(f"--set {redact(override)}: write it as a.b=value")
     try:
         value = read_yaml(text)
-    except KeyTwiceError as error:
+    except DuplicateKeyError as error:
         raise UserError(f"--set {dotted}: {error}") from None
     except yaml.YAMLError:
         raise UserError(f"--set {dotted}: the value is not valid YAML") from None
@@ -144,7 +144,7 @@ def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
 
 def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
     """A problem of a section in one line, as `path: problem (got value)`."""
-    where = ".".join(str(public(part)) for part in error["loc"])
+    where = ".".join(str(without_secrets(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(kind, error['loc'])}"
     if error["type"] == "missing":
@@ -152,7 +152,7 @@ def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
-    return f"{where}: {message[0].lower()}{message[1:]} (got {public(error['input'])!r})"
+    return f"{where}: {message[0].lower()}{message[1:]} (got {without_secrets(error['input'])!r})"
 
 
 def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from wrpo_ray.text.addresses import problem, public
+from wrpo_ray.text.addresses import address_problem, without_secrets
 from wrpo_ray.text.documents import PlainNumber
 
 
@@ -21,7 +21,7 @@ class _NoNumber:
     def __repr__(self) -> str:
         is_quoted = isinstance(self.value, str) and bool(_NUMBER.fullmatch(self.value))
         remedy = ", a text; write it without quotes, as 1.0e-3" if is_quoted else ""
-        return f"{public(self.value)!r}{remedy}"
+        return f"{without_secrets(self.value)!r}{remedy}"
 
 
 _WORDS = {False: ("off", "no"), True: ("on", "yes")}
@@ -78,7 +78,7 @@ def _text_or_number(value: Any, kinds: set[Any]) -> Any:
         raise ValueError(f"holds {value}, and a number has to be finite")
     if isinstance(value, PlainNumber):
         return str(value) if str in kinds else float(value)
-    if isinstance(value, str) and kinds <= {str, type(None)} and (reason := problem(value)):
+    if isinstance(value, str) and kinds <= {str, type(None)} and (reason := address_problem(value)):
         raise ValueError(reason)
     return value
 

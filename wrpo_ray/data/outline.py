@@ -84,11 +84,11 @@ class Outline:
     def write(self, root: Folder) -> None:
         """Write `chain.json`, unless it says the same."""
         record = self.record()
-        if not root.says(FILE, _plain(record)):
+        if not root.holds_json(FILE, _plain(record)):
             root.write_json(FILE, record)
 
 
-def read(root: Folder) -> Outline:
+def read_outline(root: Folder) -> Outline:
     """The outline of an output.
 
     Raises:

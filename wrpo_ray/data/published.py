@@ -44,7 +44,7 @@ class RowError(ValueError):
     """A row of the user's that cannot be used; its text is the reason."""
 
 
-def messages_of(prompt: Any) -> list[Message]:
+def parse_messages(prompt: Any) -> list[Message]:
     """A prompt as a conversation: from a string, a {role, content} record, or a list of them.
 
     Raises:
@@ -67,12 +67,12 @@ def messages_of(prompt: Any) -> list[Message]:
         check_text(turn["content"])
     if not turns[-1]["content"].strip():
         raise RowError("the prompt is empty")
-    if fault := asks_nothing([turn["role"] for turn in turns]):
+    if fault := why_unanswerable([turn["role"] for turn in turns]):
         raise RowError(f"the prompt {fault}")
     return [{key: turn[key] for key in TEXT_KEYS} for turn in turns]
 
 
-def asks_nothing(roles: Sequence[str]) -> str | None:
+def why_unanswerable(roles: Sequence[str]) -> str | None:
     """Why nothing in a conversation of these roles is to be answered; None where something is."""
     if roles[-1] not in ASKING:
         article = "an" if roles[-1][0] in "ao" else "a"
@@ -113,7 +113,7 @@ def from_published(row: Row) -> Row:
     Raises:
         RowError: a part is missing or of another form.
     """
-    messages = messages_of(row.get("prompt"))
+    messages = parse_messages(row.get("prompt"))
     chosen, rejected = row.get("chosen"), row.get("rejected")
     if not isinstance(chosen, list) or len(chosen) != 2:
         raise RowError("`chosen` has to be a list of two answers, [y_ws, y_wt]")

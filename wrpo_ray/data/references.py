@@ -6,24 +6,24 @@ import json
 
 Reference = str | list[str]
 """The right answer, or right answers."""
-MARK = "\N{INFORMATION SEPARATOR TWO}"
+JSON_MARK = "\N{INFORMATION SEPARATOR TWO}"
 """In front of JSON; a reference of one answer is that answer itself."""
 
 
-def packed(reference: Reference) -> str:
+def pack_reference(reference: Reference) -> str:
     """As a record's `reference`."""
-    if isinstance(reference, str) and not reference.startswith(MARK):
+    if isinstance(reference, str) and not reference.startswith(JSON_MARK):
         return reference
-    return MARK + json.dumps(reference, ensure_ascii=False)
+    return JSON_MARK + json.dumps(reference, ensure_ascii=False)
 
 
-def unpacked(text: str | None) -> Reference | None:
+def unpack_reference(text: str | None) -> Reference | None:
     """What `packed` was given; None of None."""
-    if text is None or not text.startswith(MARK):
+    if text is None or not text.startswith(JSON_MARK):
         return text
-    return json.loads(text.removeprefix(MARK))
+    return json.loads(text.removeprefix(JSON_MARK))
 
 
-def shown(reference: Reference | None) -> str | None:
+def show_reference(reference: Reference | None) -> str | None:
     """One text for those who read: several answers on lines of their own, with `or` between."""
     return "\nor\n".join(reference) if isinstance(reference, list) else reference

@@ -27,7 +27,7 @@ from wrpo_ray.export.card import (
 from wrpo_ray.export.weights import Weights
 from wrpo_ray.llm.architecture import Use
 from wrpo_ray.llm.model_folder import check_model_folder
-from wrpo_ray.storage.folder import TEMPORARY, Folder
+from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
 from wrpo_ray.storage.weight_files import TEMPLATES, weight_files
 
 CARD = "README.md"
@@ -277,5 +277,5 @@ def _cells(estimate: Row, scale: int) -> tuple[str, str, str]:
 
 def check_place(to: Folder) -> None:
     """Raise UserError where the folder is a file's name."""
-    if str(to).endswith((".jsonl", ".parquet", TEMPORARY)):
+    if str(to).endswith((".jsonl", ".parquet", TEMPORARY_PREFIX)):
         raise UserError(f"export: --to {to}: a model goes into a folder")

@@ -29,7 +29,7 @@ from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.stages.train.task import ADAPTERS
-from wrpo_ray.storage.folder import HUB, Folder, check_writable
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder, check_writable
 from wrpo_ray.storage.hub import HubModel
 from wrpo_ray.storage.steps import Step
 from wrpo_ray.storage.weight_files import weight_files
@@ -128,8 +128,8 @@ def _required_target(config: Config) -> Folder:
 def _config_of(model: Folder) -> Row:
     """The config.json of a model; empty where it cannot be had."""
     try:
-        if model.uri.startswith(HUB):
-            model = Folder(str(HubModel.at(model.uri).look()))
+        if model.uri.startswith(HUB_SCHEME):
+            model = Folder(str(HubModel.at(model.uri).fetch_metadata()))
         return model.read_json("config.json")
     except (UserError, OSError):
         return {}
@@ -163,11 +163,11 @@ def _export_adapters(
     (to / ADAPTERS).delete("")
     (to / ADAPTERS).upload(adapters.local())
     settings = adapters.read_json(ADAPTER_CONFIG)
-    is_target = job.base.uri == _required_target(config).uri and job.base.uri.startswith(HUB)
-    name = job.base.uri.removeprefix(HUB).partition("@")[0] if is_target else BASE
+    is_target = job.base.uri == _required_target(config).uri and job.base.uri.startswith(HUB_SCHEME)
+    name = job.base.uri.removeprefix(HUB_SCHEME).partition("@")[0] if is_target else BASE
     (to / ADAPTERS).write_json(ADAPTER_CONFIG, settings | {"base_model_name_or_path": name})
     base = job.base
-    if base.uri.startswith(HUB):
+    if base.uri.startswith(HUB_SCHEME):
         base = Folder(str(base.local(job.fingerprint)))
     return model_export.copy(base, to / BASE, Weights(PRECISIONS[job.config.precision]))
 
@@ -180,7 +180,9 @@ def _made(config: Config, chain: Chain, jobs: list[Job], facts: Facts, to: Folde
     return Made(
         name=_last(str(to)),
         base=next(m for m in facts.models if m.role == "target"),
-        hub_id=target.removeprefix(HUB).partition("@")[0] if target.startswith(HUB) else None,
+        hub_id=target.removeprefix(HUB_SCHEME).partition("@")[0]
+        if target.startswith(HUB_SCHEME)
+        else None,
         training={name: _without_paths(section) for name, section in settings.items()},
         evaluation=(chain.root / done[0].folder).read_json("table.json") if done else None,
     )
@@ -213,7 +215,7 @@ def _models(config: Config, jobs: list[Job]) -> Iterator[Model]:
     answering = [("source", m) for m in config.sources]
     answering += [("target", config.target)] if config.target else []
     for role, m in answering:
-        is_folder = not m.endpoint and not m.model.startswith(HUB)
+        is_folder = not m.endpoint and not m.model.startswith(HUB_SCHEME)
         terms = license_of(m.name, m.license, Folder(m.model).absolute() if is_folder else None)
         yield Model(role, m.name, _last(m.model), weights.get(m.name, ""), terms)
     if config.reward:

@@ -132,7 +132,7 @@ def _write_parquet(to: Folder, name: str, form: Form, batches: Iterator[pa.Recor
     """A prompt is always a list of messages here, because a Parquet column has one type."""
     count = 0
     with (
-        to.writing(name) as stream,
+        to.open_output(name) as stream,
         pq.ParquetWriter(stream, form.schema, compression="zstd") as file,
     ):
         for batch in batches:
@@ -152,7 +152,7 @@ def _write_jsonl(
     type.
     """
     count = 0
-    with to.writing(name) as stream:
+    with to.open_output(name) as stream:
         for batch in batches:
             rows = form.of(batch).to_pylist()
             for row in rows:

@@ -14,8 +14,8 @@ from typing import Any
 import yaml
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.text.addresses import Address, shown
-from wrpo_ray.text.documents import read_documents, yaml_problem
+from wrpo_ray.text.addresses import Address, redact
+from wrpo_ray.text.documents import describe_yaml_error, read_documents
 from wrpo_ray.text.files import decode, read_text
 
 Body = dict[str, Any]
@@ -110,7 +110,7 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
                 for document in documents:
                     json.dumps(document, default=str)  # to the end, and without a circle
             except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-                problems.append(Problem(file, "", "yaml", yaml_problem(error)))
+                problems.append(Problem(file, "", "yaml", describe_yaml_error(error)))
                 continue
             for item in (item for document in documents for item in _items(document)):
                 if wrong := _no_object(item):
@@ -154,7 +154,7 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
         yield "stdin", decode(sys.stdin.buffer.read(), "stdin")
         return
     if Address.of(path):
-        raise UserError(f"{shown(path)}: manifests are files on this machine; copy them here")
+        raise UserError(f"{redact(path)}: manifests are files on this machine; copy them here")
     place = Path(path)
     if (place / "kustomization.yaml").exists():
         yield path, _kustomize(place)

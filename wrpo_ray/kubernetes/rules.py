@@ -14,7 +14,7 @@ import yaml
 
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem
 from wrpo_ray.kubernetes.objects import RayObject
-from wrpo_ray.text.documents import read_document, yaml_problem
+from wrpo_ray.text.documents import describe_yaml_error, read_document
 
 LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
 """KubeRay appends to names, which may then have 63 characters."""
@@ -297,7 +297,7 @@ def _runtime_env(found: RayObject) -> Found:
     try:
         given = read_document(found.job.runtime_env)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = f"is not valid YAML: {yaml_problem(error)}"
+        text = f"is not valid YAML: {describe_yaml_error(error)}"
         yield found.problem(field, "runtime-env", text)
         return
     yield from _runtime_env_keys(found, field, given)

@@ -11,7 +11,7 @@ from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.manifests import Problem
 from wrpo_ray.kubernetes.objects import RayObject, path_text
-from wrpo_ray.text.documents import read_document, yaml_problem
+from wrpo_ray.text.documents import describe_yaml_error, read_document
 
 FIELD = "spec.serveConfigV2"
 OWN = "wrpo_ray.serve.app:build"
@@ -32,7 +32,7 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
         lines = [(path_text((*e["loc"],)), e["msg"]) for e in error.errors()]
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
     except Exception as error:  # of YAML, or of a validator that takes other types for granted
-        return None, [found.problem(FIELD, "serve-config", yaml_problem(error))]
+        return None, [found.problem(FIELD, "serve-config", describe_yaml_error(error))]
     told = [*_unknown(given), *_own_arguments(given)]
     return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in told]
 

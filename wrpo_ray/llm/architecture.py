@@ -20,7 +20,7 @@ from typing import Any
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import (
-    AGAIN,
+    SAVE_AGAIN,
     TensorHeader,
     Tensors,
     read_json,
@@ -117,7 +117,9 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
         problems = compare(found, config, tensors)
         has_two_heads = not problems and _has_two_heads(found, config, folder, tensors)
     except Exception as error:  # a config can make a model's constructor raise anything
-        raise UserError(f"its config.json makes no model ({_one_line(error)}); {AGAIN}") from None
+        raise UserError(
+            f"its config.json makes no model ({_one_line(error)}); {SAVE_AGAIN}"
+        ) from None
     if use.is_reward:
         problems = [problem for problem in problems if not HEAD.search(problem.split()[0])]
     refuse(problems, found.__name__)
@@ -169,7 +171,9 @@ def load_config(folder: Path, use: Use) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:  # each architecture checks its own values
-        raise UserError(f"its config.json cannot be read ({_one_line(error)}); {AGAIN}") from None
+        raise UserError(
+            f"its config.json cannot be read ({_one_line(error)}); {SAVE_AGAIN}"
+        ) from None
 
 
 def _class_of(config: Any, use: Use) -> Any:

@@ -38,12 +38,12 @@ from wrpo_ray.llm.chat import (
 )
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
-from wrpo_ray.storage.folder import HUB, Folder
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.tensors import (
-    AGAIN,
+    SAVE_AGAIN,
     Tensors,
     check_no_pointer,
-    parts,
+    list_weight_files,
     read_json,
     read_tensors,
 )
@@ -119,7 +119,7 @@ def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
     Raises:
         UserError: a file is missing, cut off, or something else.
     """
-    if not folder.uri.startswith(HUB):
+    if not folder.uri.startswith(HUB_SCHEME):
         if not folder.exists("config.json"):
             lack = "has no config.json" if folder.exists() else "no such model folder"
             raise UserError(f"{lack}; give a Hugging Face model folder or hub id")
@@ -127,7 +127,7 @@ def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
         return folder, read_tensors(folder)
     there, names = _on_hub(folder)
     _check_no_adapter(names)
-    is_here = set(parts(there, names)[0]) <= set(there.files())
+    is_here = set(list_weight_files(there, names)[0]) <= set(there.files())
     return there, read_tensors(there) if is_here else None
 
 
@@ -145,14 +145,14 @@ def small_files(folder: Folder) -> Folder:
     Raises:
         UserError: the hub does not give them.
     """
-    return _on_hub(folder)[0] if folder.uri.startswith(HUB) else folder
+    return _on_hub(folder)[0] if folder.uri.startswith(HUB_SCHEME) else folder
 
 
 def _on_hub(folder: Folder) -> tuple[Folder, list[str]]:
     """A copy of a model's small files, and the names of all."""
     from wrpo_ray.storage.hub import HubModel  # its client takes a moment to import
 
-    found, names = HubModel.at(folder.uri).look()
+    found, names = HubModel.at(folder.uri).fetch_metadata()
     return Folder(str(found)), names
 
 
@@ -161,7 +161,7 @@ def _check_architecture(config: dict[str, Any], use: Use) -> None:
     if use.is_reward:
         return
     if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise UserError(f"config.json: names no architecture; {AGAIN}")
+        raise UserError(f"config.json: names no architecture; {SAVE_AGAIN}")
     if any(part in names[0] for part in NO_ANSWERS):
         raise UserError(f"its architecture {names[0]} gives no answers; {LANGUAGE_MODEL}")
     if use is Use.TRAINED:
@@ -185,16 +185,16 @@ def _check_with(check: Callable[[dict[str, Any]], None], config: dict[str, Any])
     try:
         check(config)
     except (TypeError, AttributeError, KeyError, IndexError) as error:  # values of other types
-        raise UserError(f"config.json: cannot be read ({error}); {AGAIN}") from None
+        raise UserError(f"config.json: cannot be read ({error}); {SAVE_AGAIN}") from None
 
 
 def _check_template_file(folder: Folder, template: Template) -> None:
     """Whether there is a template at all; `_check_turns` finds out what it does."""
     if not folder.exists(TOKENIZER):
-        raise UserError(f"has no {TOKENIZER}; {AGAIN}")
+        raise UserError(f"has no {TOKENIZER}; {SAVE_AGAIN}")
     settings = read_json(folder, TOKENIZER)
     if not settings:  # transformers would guess the kind of tokenizer from the model's
-        raise UserError(f"{TOKENIZER}: is empty; {AGAIN}")
+        raise UserError(f"{TOKENIZER}: is empty; {SAVE_AGAIN}")
     if template.file is not None:
         if not Path(template.file).is_file():
             raise UserError(f"no such chat template file: {template.file}")
@@ -273,7 +273,7 @@ def _check_closely(
     except Exception as error:  # files of a tokenizer can be broken in any way
         told = " ".join(str(error).split())[:300]
         raise UserError(
-            f"its tokenizer cannot be loaded ({type(error).__name__}: {told}); {AGAIN}"
+            f"its tokenizer cannot be loaded ({type(error).__name__}: {told}); {SAVE_AGAIN}"
         ) from None
     reached = _check_turns(tokenizer, folder, use)
     _check_ids(tokenizer, folder, reached, use)

@@ -25,7 +25,7 @@ from wrpo_ray.config import (
     SftConfig,
 )
 from wrpo_ray.config.base import required
-from wrpo_ray.data.shards import Prompts, Samples
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.chat import OWN, Template
 from wrpo_ray.llm.model_folder import small_files

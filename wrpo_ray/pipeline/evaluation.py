@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.config import EvaluateConfig, ModelConfig, SamplingConfig
-from wrpo_ray.data.shards import Prompts, Samples
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.evaluate.answers import Answers
 from wrpo_ray.stages.evaluate.benchmarks import (

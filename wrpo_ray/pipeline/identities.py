@@ -11,7 +11,7 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.config.base import required
 from wrpo_ray.stages.score.verifiers import VERSIONS
-from wrpo_ray.storage.fingerprints import data_fingerprint, digest, unmarked
+from wrpo_ray.storage.fingerprints import data_fingerprint, digest, distinguish_bom
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.files import read_text
 
@@ -49,7 +49,7 @@ def template_fingerprint(path: str) -> str:
     """
     content = data_fingerprint([path])
     read_text(path, "chat_template")
-    return unmarked(content, Folder(path))
+    return distinguish_bom(content, Folder(path))
 
 
 def scorer_fingerprint(part: ScoreConfig) -> str:

@@ -16,8 +16,8 @@ from wrpo_ray.llm.architecture import Use
 from wrpo_ray.llm.chat import Template
 from wrpo_ray.llm.model_folder import check_model_folder
 from wrpo_ray.stages.score.check import check_reward_folder
-from wrpo_ray.storage.folder import HUB, Folder
-from wrpo_ray.storage.hub import address
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
+from wrpo_ray.storage.hub import resolve_address
 
 
 def pinned(config: Config) -> Config:
@@ -64,7 +64,7 @@ def _pinned(what: str, model: Any) -> Any:
     """The section with a hub id at the commit that it is at now."""
     with naming_key(what):
         return model.model_copy(
-            update={"model": address(model.model, model.revision), "revision": None}
+            update={"model": resolve_address(model.model, model.revision), "revision": None}
         )
 
 
@@ -72,7 +72,7 @@ def checked_model(what: str, model: Any) -> Any:
     """The pinned section, once it holds a model that can be talked to."""
     found = _pinned(what, model)
     folder = Folder(found.model)
-    name = model.model if folder.uri.startswith(HUB) else ""
+    name = model.model if folder.uri.startswith(HUB_SCHEME) else ""
     if isinstance(model, ScoreConfig):
         check_reward_folder(folder, model, what, name)
     else:

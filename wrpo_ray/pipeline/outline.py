@@ -11,13 +11,13 @@ from typing import Any
 
 from wrpo_ray.config import Config
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
-from wrpo_ray.data.shards import Samples
+from wrpo_ray.data.samples import Samples
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.stage import SOURCES, TARGET, IngestResponses
 from wrpo_ray.stages.pair.stage import Pair, Select
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.text.addresses import public
+from wrpo_ray.text.addresses import without_secrets
 
 Row = dict[str, Any]
 Job = tuple[str, Any]
@@ -26,7 +26,7 @@ Job = tuple[str, Any]
 
 def outline(config: Config, until: str, jobs: list[Job], models: dict[str, str]) -> Outline:
     """The chain as those see it who have only the output."""
-    tree = public(config.model_dump(mode="json", by_alias=True))
+    tree = without_secrets(config.model_dump(mode="json", by_alias=True))
     steps = tuple(_step(stage, job) for stage, job in jobs)
     return Outline(until, config.storage.buckets, tree, models, steps)
 

@@ -24,7 +24,7 @@ from wrpo_ray.report.status import (
     status,
 )
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.text.addresses import shown
+from wrpo_ray.text.addresses import redact
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -39,7 +39,7 @@ def find(place: str, overrides: Sequence[str] = ()) -> tuple[Folder, Outline]:
         if overrides:
             raise UserError("--set: changes a config; an output is as it was run")
         root = Folder(place).absolute()
-        return root, outlines.read(root)
+        return root, outlines.read_outline(root)
     settings = pinned(configs.load(place, overrides))
     has_input = settings.prompts or settings.existing
     without_target = "pair" if settings.existing else "select"
@@ -64,7 +64,7 @@ def report(place: str, overrides: Sequence[str] = (), to: str | None = None) -> 
         text = page.render(gather(root, outline))
         _write(to, text)
     except OSError as error:
-        raise UserError(f"report: {' '.join(shown(str(error)).split())}") from None
+        raise UserError(f"report: {' '.join(redact(str(error)).split())}") from None
     return str(Folder(to))
 
 

@@ -20,7 +20,7 @@ from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input
 from wrpo_ray.stages.pair.answers import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
-from wrpo_ray.text.addresses import shown
+from wrpo_ray.text.addresses import redact
 
 
 def preflight(config: Config) -> Config:
@@ -39,7 +39,7 @@ def preflight(config: Config) -> Config:
         except UserError as error:
             problems.append(str(error))
         except (OSError, ValueError) as error:  # a store that does not answer, a broken JSON file
-            problems.append(f"cannot be read: {' '.join(shown(str(error)).split())}")
+            problems.append(f"cannot be read: {' '.join(redact(str(error)).split())}")
         return None
 
     config = map_models(config, lambda what, model: told(checked_model, what, model) or model)

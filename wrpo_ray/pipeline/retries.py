@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wrpo_ray.config import Config
-from wrpo_ray.data.shards import failed_by_error
+from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import RETRIES, Chain
 from wrpo_ray.pipeline.models import pinned

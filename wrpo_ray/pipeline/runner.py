@@ -14,9 +14,9 @@ from typing import Any
 from wrpo_ray.config import (
     Config,
 )
+from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
-from wrpo_ray.data.shards import buckets
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.outline import keep_plan, outline
 from wrpo_ray.pipeline.preflight import preflight
@@ -27,8 +27,8 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.ledger import Ledger
 from wrpo_ray.runtime.placement import fit_together
 from wrpo_ray.runtime.progress import log
-from wrpo_ray.runtime.ready_queue import Feed
-from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.runtime.ready_queue import ReadyQueue
+from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.stages.generate import stage as generate
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score import stage as score
@@ -62,7 +62,7 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
             _run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
     write_comparison(root, summary)
-    if not root.says(SUMMARY, summary):
+    if not root.holds_json(SUMMARY, summary):
         root.write_json(SUMMARY, summary)
     if not root.exists(OUTLINE):
         _begin(chain, told, None)
@@ -96,7 +96,7 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
         cluster.connect(config.cluster, root, run.session)
         try:
             cluster.check_reachable(Folder(config.output))
-            cluster.end_orphans(root, run.session)
+            cluster.kill_orphans(root, run.session)
             yield replace(run, ledger=ledger)
         finally:
             cluster.disconnect()
@@ -185,13 +185,15 @@ def _can_follow(jobs: list[Any], following: list[Any]) -> bool:
 
 def _run_together(run: Run, jobs: list[Generate], scores: list[Score]) -> None:
     """Generate, and score each bucket as soon as it is filled."""
-    feed = Feed([job.answers.step for job in scores])
+    ready_queue = ReadyQueue([job.answers.step for job in scores])
     made = {job.step.key for job in jobs}
     for job in scores:
         if job.answers.step.key not in made:  # made before
             for bucket in buckets(run.buckets):
-                feed.add(job.answers.step, bucket.index)
-    side_by_side([lambda: generate.run(run, jobs, feed), lambda: score.run(run, scores, feed)])
+                ready_queue.add(job.answers.step, bucket.index)
+    run_in_threads(
+        [lambda: generate.run(run, jobs, ready_queue), lambda: score.run(run, scores, ready_queue)]
+    )
 
 
 def runner(job: Any) -> Any:

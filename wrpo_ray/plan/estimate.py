@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.dataset as ds
 
 from wrpo_ray.config import Actors, Config, ModelConfig
-from wrpo_ray.data.shards import Prompts
+from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import (
     DPO,
@@ -314,7 +314,7 @@ class _Estimator:
         """`unit` an actor's second, by the ledger."""
         for name in self._names(pool):
             spent = [
-                e.spent for f, e in self._ledger.items() if e.pool == name and f.startswith(kind)
+                e.usage for f, e in self._ledger.items() if e.pool == name and f.startswith(kind)
             ]
             held = sum(s.actor_seconds for s in spent)
             if held and (made := sum(getattr(s, unit) for s in spent)):

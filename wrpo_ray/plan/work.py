@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wrpo_ray.config import PricesConfig
-from wrpo_ray.runtime.ledger import Spent
+from wrpo_ray.runtime.ledger import Usage
 
 SUMS = (
     "rows", "done", "prompts", "prompt_tokens", "output_tokens", "actor_seconds", "units", "startup"
@@ -69,7 +69,7 @@ class Work:
     def money(self, prices: PricesConfig) -> float:
         """GPU-hours and tokens at their prices."""
         gpu_seconds = self.gpu_seconds
-        spent = Spent(0, self.prompt_tokens, self.output_tokens, 0, gpu_seconds)
+        spent = Usage(0, self.prompt_tokens, self.output_tokens, 0, gpu_seconds)
         return spent.money(self.pool, prices)
 
 

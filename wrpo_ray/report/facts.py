@@ -16,12 +16,12 @@ from functools import partial
 from typing import Any
 
 from wrpo_ray.config import PricesConfig
+from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
-from wrpo_ray.data.shards import failed_by_error
 from wrpo_ray.errors import UserError
 from wrpo_ray.report import sample
 from wrpo_ray.report.sample import Distributions
-from wrpo_ray.runtime.ledger import Entry, Spent, read_ledger
+from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 
@@ -96,7 +96,7 @@ def _finished(record: Row) -> Row:
 
 
 def _spent(entry: Entry, prices: PricesConfig) -> Row:
-    spent: Spent = entry.spent
+    spent: Usage = entry.usage
     return {
         "prompt_tokens": spent.prompt_tokens,
         "output_tokens": spent.output_tokens,

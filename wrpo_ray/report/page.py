@@ -35,7 +35,7 @@ def write(root: Folder, outline: Outline, *, is_running: bool = False) -> bool:
     facts = gather(root, outline, is_running=is_running)
     state = {"facts": digest(facts), "page": digest(_source())}
     kept = root / KEPT
-    if root.exists(FILE) and kept.says(STATE, state):
+    if root.exists(FILE) and kept.holds_json(STATE, state):
         return False
     root.write(FILE, render(facts).encode())
     kept.write_json(STATE, state)

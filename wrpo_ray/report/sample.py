@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wrpo_ray.data.shards import Bucket
+from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.report.histogram import Histogram
 from wrpo_ray.storage.folder import Folder
 

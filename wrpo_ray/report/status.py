@@ -22,12 +22,12 @@ from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.runtime import lease
 from wrpo_ray.runtime.ledger import (
     Entry,
-    Spent,
+    Usage,
     read_ledger,
     read_seconds,
 )
-from wrpo_ray.runtime.progress import pace
-from wrpo_ray.storage.folder import TEMPORARY, Folder
+from wrpo_ray.runtime.progress import format_rate
+from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
 
 Row = dict[str, Any]
 RECENT = 300.0
@@ -112,12 +112,12 @@ def _spent(root: Folder, outline: Outline) -> Row:
     prices = PricesConfig.model_validate(outline.config.get("prices") or {})
     budget = BudgetConfig.model_validate(outline.config.get("budget") or {})
     entries = read_ledger(root).values()
-    total = sum((e.spent for e in entries), Spent())
+    total = sum((e.usage for e in entries), Usage())
     seconds = read_seconds(root)
     return {
         "output tokens": (total.output_tokens, budget.output_tokens),
         "GPU-hours": (total.gpu_seconds / 3600, None),
-        "money": (sum(e.spent.money(e.pool, prices) for e in entries), budget.money),
+        "money": (sum(e.usage.money(e.pool, prices) for e in entries), budget.money),
         "hours": (seconds / 3600, budget.hours),
     }
 
@@ -182,7 +182,7 @@ class _Look:
         entry = self.ledger.get(step.folder)
         if step.kind in ("generate", "score") and entry:
             total = self._total(step)
-            done = entry.spent.rows if total is None else min(entry.spent.rows, total)
+            done = entry.usage.rows if total is None else min(entry.usage.rows, total)
             return done, total, "rows", _rate(times, done), changed
         filled = len({name.partition("-")[0] for name, _ in files})
         return filled, self.outline.buckets, "buckets", _rate(times, filled), changed
@@ -192,7 +192,11 @@ def _files(folder: Folder) -> Iterator[tuple[str, float | None]]:
     """Name and time of change of the finished shards right in a folder."""
     found = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
     for info in found:
-        if info.is_file and "-of-" in info.base_name and not info.base_name.startswith(TEMPORARY):
+        if (
+            info.is_file
+            and "-of-" in info.base_name
+            and not info.base_name.startswith(TEMPORARY_PREFIX)
+        ):
             yield info.base_name, info.mtime_ns / 1e9 if info.mtime_ns else None
 
 
@@ -287,7 +291,7 @@ def _cells(step: StepStatus) -> tuple[str, str, str, str]:
     if step.state == WAITING:
         return total, "", "", ""
     done = f"{step.done:,}/{total}{unit}" if total else f"{step.done:,}{unit}"
-    rate = pace(step.rate) if step.rate and step.state == ACTIVE else ""
+    rate = format_rate(step.rate) if step.rate and step.state == ACTIVE else ""
     return done, rate, "" if step.left is None else f"{_clock(step.left)} left", failed
 
 

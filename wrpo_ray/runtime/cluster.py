@@ -20,14 +20,14 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.connection import CONNECTION
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.temporary import shorten_temporary_folders
-from wrpo_ray.storage.cache import LIMIT
+from wrpo_ray.storage.cache import LIMIT_VARIABLE
 from wrpo_ray.storage.fingerprints import digest
-from wrpo_ray.storage.folder import TEMPORARY, Folder
-from wrpo_ray.text.addresses import shown
+from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
+from wrpo_ray.text.addresses import redact
 
 OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
 """Environment of every process that works for a run: which output, and which driver."""
-UNDERSTOOD = ("Progress bars disabled",)
+IGNORED_WARNINGS = ("Progress bars disabled",)
 """Warnings of Ray Data, by their beginnings, that tell a user nothing: progress is told here."""
 
 
@@ -39,18 +39,18 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
-    marks = {OUTPUT: mark(root), SESSION: session, "PYTHONPATH": _python_path()}
+    marks = {OUTPUT: output_mark(root), SESSION: session, "PYTHONPATH": _python_path()}
     if cluster.cache_gb is not None:
-        marks[LIMIT] = str(cluster.cache_gb)
+        marks[LIMIT_VARIABLE] = str(cluster.cache_gb)
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":
-        check_answers(address)
+        check_listening(address)
         try:
             with keeping_sigterm():
                 ray.init(address=address, runtime_env={"env_vars": marks}, **quiet)
         except ConnectionError as error:
-            raise UserError(f"cluster.address: {shown(f'{address}: {error}')}") from None
+            raise UserError(f"cluster.address: {redact(f'{address}: {error}')}") from None
     else:
         shorten_temporary_folders()
         os.environ |= marks
@@ -72,7 +72,7 @@ def _quiet_ray_data() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith(UNDERSTOOD)
+    return not record.getMessage().startswith(IGNORED_WARNINGS)
 
 
 @contextmanager
@@ -84,12 +84,12 @@ def keeping_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, ours)
 
 
-def mark(root: Folder) -> str:
+def output_mark(root: Folder) -> str:
     """What the processes of an output's runs are known by, however its path was written."""
     return digest(root.absolute().uri.rstrip("/"))
 
 
-def check_answers(address: str) -> None:
+def check_listening(address: str) -> None:
     """Ray waits for minutes, and ends the process, where nothing listens.
 
     Raises:
@@ -102,7 +102,7 @@ def check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise UserError(
-            f"cluster.address: nothing answers at {shown(address)} ({error}); start the cluster, "
+            f"cluster.address: nothing answers at {redact(address)} ({error}); start the cluster, "
             f"or correct the address (RAY_ADDRESS)"
         ) from None
 
@@ -150,7 +150,7 @@ def check_reachable(root: Folder) -> None:
         raise UserError(
             f"output: {root} is relative, on a cluster of {len(nodes())} nodes; {remedy}"
         )
-    probe = f"{TEMPORARY}probe-{uuid.uuid4().hex[:8]}"
+    probe = f"{TEMPORARY_PREFIX}probe-{uuid.uuid4().hex[:8]}"
     root.write(probe, b"")
     try:
         blind = _on_every_node(_sees, root, probe).count(False)
@@ -164,13 +164,13 @@ def _sees(root: Folder, name: str) -> bool:
     return root.exists(name)
 
 
-def end_orphans(root: Folder, session: str) -> None:
+def kill_orphans(root: Folder, session: str) -> None:
     """End what an earlier, dead driver of this output left running on any node.
 
     The lease has to be held: then every process marked with this output and another session
     is an orphan.
     """
-    ended = sum(_on_every_node(_end_orphans, mark(root), session))
+    ended = sum(_on_every_node(_end_orphans, output_mark(root), session))
     if ended:
         log(f"ended {ended} processes that an interrupted run had left behind")
 

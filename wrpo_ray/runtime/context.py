@@ -7,7 +7,7 @@ from typing import Any
 
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
-from wrpo_ray.runtime.ledger import Ledger, Spent
+from wrpo_ray.runtime.ledger import Ledger, Usage
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -30,7 +30,7 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
 
-    def spend(
+    def record_usage(
         self,
         step: Step,
         pool: str,
@@ -50,12 +50,12 @@ class Run:
         Raises:
             BudgetError: the budget is spent.
         """
-        metrics.count(
+        metrics.add_counts(
             step, rows=rows, failures=failed, tokens=output_tokens, prompt_tokens=prompt_tokens,
             actor_seconds=seconds, idle_seconds=idle, gpu_seconds=seconds * gpus,
         )  # fmt: skip
         if self.ledger:
-            spent = Spent(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
+            spent = Usage(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
             self.ledger.add(step, pool, spent)
             self.ledger.check()
 

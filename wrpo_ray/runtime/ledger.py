@@ -29,7 +29,7 @@ TOKENS = pa.schema(
 
 
 @dataclass(frozen=True)
-class Spent:
+class Usage:
     """Sums; those of two parts are added."""
 
     rows: int = 0
@@ -40,8 +40,8 @@ class Spent:
     """Held by actors or workers, with their engines' starts."""
     gpu_seconds: float = 0.0
 
-    def __add__(self, other: Spent) -> Spent:
-        return Spent(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 
     def money(self, pool: str, prices: PricesConfig) -> float:
         """What it cost a pool."""
@@ -52,7 +52,7 @@ class Spent:
         return tokens + self.gpu_seconds / 3600 * prices.pools.get(pool, prices.gpu_hour)
 
 
-def _values(spent: Spent) -> tuple[Any, ...]:
+def _values(spent: Usage) -> tuple[Any, ...]:
     return tuple(asdict(spent).values())
 
 
@@ -62,7 +62,7 @@ class Entry:
 
     pool: str
     """The model, reward or step by whose price it is paid."""
-    spent: Spent
+    usage: Usage
 
 
 def read_ledger(root: Folder) -> dict[str, Entry]:
@@ -73,7 +73,7 @@ def read_ledger(root: Folder) -> dict[str, Entry]:
     """
     steps = _read(root)["steps"]
     try:
-        return {f: Entry(e.pop("pool"), Spent(**e)) for f, e in steps.items()}
+        return {f: Entry(e.pop("pool"), Usage(**e)) for f, e in steps.items()}
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{root}/{FILE}: was changed; put it back from a copy") from None
 
@@ -115,20 +115,20 @@ class Ledger:
         return (self._before + time.monotonic() - self._started) / 3600
 
     @property
-    def total(self) -> Spent:
+    def total(self) -> Usage:
         """Over all steps."""
-        return sum((e.spent for e in self._now()), Spent())
+        return sum((e.usage for e in self._now()), Usage())
 
     @property
     def money(self) -> float:
         """Over all steps, by the prices of today."""
-        return sum(e.spent.money(e.pool, self.prices) for e in self._now())
+        return sum(e.usage.money(e.pool, self.prices) for e in self._now())
 
-    def add(self, step: Step, pool: str, spent: Spent) -> None:
+    def add(self, step: Step, pool: str, spent: Usage) -> None:
         """Add to what a step has cost."""
         with self._lock:
-            held = self.entries.get(step.folder, Entry(pool, Spent()))
-            self.entries[step.folder] = Entry(pool, held.spent + spent)
+            held = self.entries.get(step.folder, Entry(pool, Usage()))
+            self.entries[step.folder] = Entry(pool, held.usage + spent)
             if time.monotonic() - self._written >= EVERY:
                 self._write(is_open=True)
 
@@ -160,7 +160,7 @@ class Ledger:
 
     def _write(self, *, is_open: bool) -> None:
         self._written = time.monotonic()
-        steps = {f: {"pool": e.pool} | asdict(e.spent) for f, e in sorted(self.entries.items())}
+        steps = {f: {"pool": e.pool} | asdict(e.usage) for f, e in sorted(self.entries.items())}
         seconds = round(self.hours * 3600, 1)
         self.root.write_json(FILE, {"seconds": seconds, "open": is_open, "steps": steps})
 
@@ -168,22 +168,22 @@ class Ledger:
         """Tokens of answers that lie in the stores and that nobody could tell the ledger."""
         for folder in (f for f in self.root.folders() if f.startswith("generate-")):
             pool = folder.removeprefix("generate-").rpartition("-")[0]
-            held = self.entries.get(folder, Entry(pool, Spent()))
+            held = self.entries.get(folder, Entry(pool, Usage()))
             there = stored_tokens(self.root / folder)
-            if there.output_tokens > held.spent.output_tokens:
-                seconds = Spent(0, 0, 0, held.spent.actor_seconds, held.spent.gpu_seconds)
+            if there.output_tokens > held.usage.output_tokens:
+                seconds = Usage(0, 0, 0, held.usage.actor_seconds, held.usage.gpu_seconds)
                 self.entries[folder] = Entry(held.pool, there + seconds)
 
 
-def stored_tokens(folder: Folder, most: int | None = None) -> Spent:
+def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
     """Rows and tokens of a store's answers; of about `most` of its shards, evenly, where given.
 
     Two columns are read by pyarrow's threads, batch by batch.
     """
-    sums = Spent()
+    sums = Usage()
     for batch in _shards(folder, most).to_batches():
         first = batch.filter(pa.compute.equal(batch["sample"], 0))
-        sums += Spent(batch.num_rows, _sum(first["prompt_tokens"]), _sum(batch["output_tokens"]))
+        sums += Usage(batch.num_rows, _sum(first["prompt_tokens"]), _sum(batch["output_tokens"]))
     return sums
 
 

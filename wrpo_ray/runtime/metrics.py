@@ -35,19 +35,19 @@ GAUGES = {
 LABELS = ("stage", "source")
 
 
-def exported() -> set[str]:
+def exported_names() -> set[str]:
     """The names under which Prometheus finds them."""
     return {f"ray_wrpo_{n}_total" for n in COUNTERS} | {f"ray_wrpo_{n}" for n in GAUGES}
 
 
-def count(step: Step, **amounts: float) -> None:
+def add_counts(step: Step, **amounts: float) -> None:
     """Add to the step's counters, by name."""
     for name, amount in amounts.items():
         if amount > 0:  # Ray refuses 0
             _metric("Counter", name, COUNTERS[name]).inc(amount, _labels(step))
 
 
-def show(step: Step, **values: float | None) -> None:
+def set_gauges(step: Step, **values: float | None) -> None:
     """Set the step's gauges, by name; what is null stays as it is."""
     for name, value in values.items():
         if value is not None:

@@ -62,7 +62,7 @@ def fit_together(pools: list[Pool]) -> bool:
     return False
 
 
-def room_for(needs: dict[str, float]) -> int:
+def capacity_for(needs: dict[str, float]) -> int:
     """How many that `need` so much the cluster has room for as it is; 1 if for none yet."""
     import ray
 
@@ -71,7 +71,7 @@ def room_for(needs: dict[str, float]) -> int:
     return max(1, min(fitting, default=1))
 
 
-def check_room(what: str, count: int, kind: str, needs: dict[str, float]) -> None:
+def check_capacity(what: str, count: int, kind: str, needs: dict[str, float]) -> None:
     """Refuse what a Ray of this machine can never place; a cluster may still grow.
 
     Raises:

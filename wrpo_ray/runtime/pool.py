@@ -22,15 +22,15 @@ from typing import Any
 
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.runtime.connection import CONNECTION, ClosedError
-from wrpo_ray.runtime.failures import guarded, own_error, readable
 from wrpo_ray.runtime.placement import (
     Pool,
-    check_room,
+    capacity_for,
+    check_capacity,
     is_own_ray,
-    room_for,
 )
 from wrpo_ray.runtime.progress import log
-from wrpo_ray.runtime.ready_queue import Feed, Row
+from wrpo_ray.runtime.ready_queue import ReadyQueue, Row
+from wrpo_ray.runtime.worker_errors import capture_error, restore_error, summarize_error
 
 TICK = 0.2
 """Seconds between looks at how many actors a pool should have, where nothing else happens."""
@@ -54,7 +54,7 @@ def map_rows(
     rows: list[Row],
     worker: type,
     arguments: dict[str, Any],
-    feed: Feed | None = None,
+    ready_queue: ReadyQueue | None = None,
 ) -> Iterator[Row]:
     """Map rows across a pool of `worker` actors; results come as they finish.
 
@@ -62,8 +62,8 @@ def map_rows(
     and `idle`: for how many of them it had no row.
 
     The rows of a lost actor or node are tried again, so a worker has to commit its own results
-    and pass over what is committed. With a `feed` the rows are taken from it, as many as `rows`
-    has, when they are there.
+    and pass over what is committed. With a `ready_queue` the rows are taken
+    from it as they become ready, as many as `rows` has.
 
     Raises:
         WrpoError: as raised by the worker, or one that names the pool and the cause.
@@ -71,18 +71,18 @@ def map_rows(
     import ray
 
     made = {"what": pool.what, "worker": worker, "arguments": arguments}
-    running = _RunningPool(pool, len(rows), made, feed or Feed.of(rows))
-    check_room(pool.what, running.least, "actors", pool.needs)
+    running = _RunningPool(pool, len(rows), made, ready_queue or ReadyQueue.of(rows))
+    check_capacity(pool.what, running.least, "actors", pool.needs)
     try:
         while running.left:
             with CONNECTION.in_use():
                 results = running.advance()
             for result in results:
                 if "error" in result:
-                    raise own_error(result)
+                    raise restore_error(result)
                 yield result
     except ray.exceptions.RayError as error:
-        raise readable(error, pool.what) from error
+        raise summarize_error(error, pool.what) from error
     finally:
         running.end()
 
@@ -149,18 +149,18 @@ class _Member:
 class _RunningPool:
     """A pool at work."""
 
-    def __init__(self, pool: Pool, count: int, made: dict[str, Any], feed: Feed):
+    def __init__(self, pool: Pool, count: int, made: dict[str, Any], ready_queue: ReadyQueue):
         import ray
 
-        self.pool, self.made, self.feed = pool, made, feed
+        self.pool, self.made, self.ready_queue = pool, made, ready_queue
         self.needs = {name: n for name, n in pool.needs.items() if n}
-        most = min(pool.actors.max, room_for(pool.needs)) if is_own_ray() else pool.actors.max
+        most = min(pool.actors.max, capacity_for(pool.needs)) if is_own_ray() else pool.actors.max
         self.least = min(pool.actors.min, count)
         self.most = max(self.least, min(most, count))
         self.left = count
         """Rows without a result."""
         self.to_come = count
-        """Rows that the feed did not give yet."""
+        """Rows that the ready_queue did not give yet."""
         self.queue: deque[Row] = deque()
         self.members: list[_Member] = []
         self.begins_until = math.inf
@@ -179,7 +179,7 @@ class _RunningPool:
     def advance(self) -> list[Row]:
         """Take what is ready, start and end actors, give them rows; the results that came in."""
         self._check_connection()
-        taken = list(self.feed.take())
+        taken = list(self.ready_queue.take())
         self.queue += taken
         self.to_come -= len(taken)
         self._resize()
@@ -418,7 +418,7 @@ class _Guarded:
     def work(self, row: Row) -> Row:
         """The worker's result, or what went wrong."""
         self._clock.begin()
-        return guarded(self.what, self._work, row) | self._clock.end()
+        return capture_error(self.what, self._work, row) | self._clock.end()
 
     def _work(self, row: Row) -> Row:
         with self._making:

@@ -12,7 +12,7 @@ import time
 from functools import cached_property
 from typing import Any
 
-from wrpo_ray.text.addresses import shown
+from wrpo_ray.text.addresses import redact
 
 EVERY = 5.0
 """Seconds between lines of one step, where there is no table."""
@@ -20,14 +20,14 @@ EVERY = 5.0
 
 def log(text: str) -> None:
     """One line to stderr, with the time of day; addresses in it are shown without secrets."""
-    line = f"{time.strftime('%H:%M:%S')}  {shown(text)}"
+    line = f"{time.strftime('%H:%M:%S')}  {redact(text)}"
     if _TABLE.is_shown:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
         print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once: threads log, too
 
 
-def pace(rate: float, one: str = "one", many: str = "") -> str:
+def format_rate(rate: float, one: str = "one", many: str = "") -> str:
     """`310 rows/s`, or `a row each 4.2 s` where there are fewer; empty for a rate of 0."""
     if rate <= 0:
         return ""
@@ -69,17 +69,17 @@ class Progress:
         _TABLE.update(self, is_finished)
         if is_finished or (not _TABLE.is_shown and now - self._shown >= EVERY):
             self._shown = now
-            log("  ".join([self.label, *self.told().values()]))
+            log("  ".join([self.label, *self.columns().values()]))
 
-    def told(self) -> dict[str, str]:
+    def columns(self) -> dict[str, str]:
         """What there is to tell, in words, by column."""
         passed = max(time.monotonic() - self._started, 1e-9)
         told = {
             "done": f"{self.done:,}/{self.total:,} {self.unit}",
             "rows": f"{self.rows:,} rows",
             "failed": f"{self.failed:,} failed" if self.failed else "",
-            "rate": pace(self.rows / passed, "a row", "rows"),
-            "tokens": pace(self.tokens / passed, "a token", "tokens"),
+            "rate": format_rate(self.rows / passed, "a row", "rows"),
+            "tokens": format_rate(self.tokens / passed, "a token", "tokens"),
             "left": f"{_clock(passed / self.done * (self.total - self.done))} left"
             if 0 < self.done < self.total
             else "",
@@ -136,7 +136,7 @@ class _Table:
         from rich.table import Table
 
         steps = list(self._steps.values())
-        cells = [step.told() for step in steps]
+        cells = [step.columns() for step in steps]
         columns = dict.fromkeys(name for told in cells for name in told)
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
         for step, told in zip(steps, cells, strict=True):

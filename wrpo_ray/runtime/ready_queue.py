@@ -11,7 +11,7 @@ from wrpo_ray.storage.steps import Step
 Row = dict[str, Any]
 
 
-class Feed:
+class ReadyQueue:
     """Rows for a pool that follows another one, in the order in which they become ready.
 
     `steps` are those that are followed; row {"job": i, "bucket": b} says that bucket b of the
@@ -23,7 +23,7 @@ class Feed:
         self._rows: deque[Row] = deque()
 
     @classmethod
-    def of(cls, rows: list[Row]) -> Feed:
+    def of(cls, rows: list[Row]) -> ReadyQueue:
         """Rows that are ready."""
         feed = cls([])
         feed._rows.extend(rows)

@@ -20,11 +20,11 @@ from typing import Any
 from wrpo_ray import __version__
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.runtime.cluster import check_answers, mark
+from wrpo_ray.runtime.cluster import check_listening, output_mark
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.text.addresses import shown
-from wrpo_ray.text.documents import read_document, yaml_problem
+from wrpo_ray.text.addresses import redact
+from wrpo_ray.text.documents import describe_yaml_error, read_document
 from wrpo_ray.text.files import read_text
 
 RUNTIME_ENV = "jobs/runtime_env.yaml"
@@ -62,7 +62,7 @@ class Submission:
         return names | {"config": self.path, "output": str(Folder(self.output))}
 
 
-def submission(
+def prepare_submission(
     path: str, arguments: Sequence[str], config: Config, address: str | None = None
 ) -> Submission:
     """Check what can be checked here.
@@ -108,13 +108,13 @@ def _runtime_env() -> dict[str, Any]:
         RuntimeEnv(**given)
     except Exception as error:  # of YAML; and Ray's checks do not look at all that they use
         raise UserError(
-            f"{RUNTIME_ENV}: {yaml_problem(error)[:300]}; it holds a mapping of Ray's "
+            f"{RUNTIME_ENV}: {describe_yaml_error(error)[:300]}; it holds a mapping of Ray's "
             f"runtime_env, such as env_vars"
         ) from None
     return given | {"working_dir": "."}
 
 
-class Job:
+class SubmittedJob:
     """A submitted job.
 
     Raises:
@@ -128,7 +128,7 @@ class Job:
         self.id = self._submitted()
 
     def _submitted(self) -> str:
-        name = f"wrpo-{mark(Folder(self.given.output))[:12]}-"
+        name = f"wrpo-{output_mark(Folder(self.given.output))[:12]}-"
         jobs = [j for j in self.client.list_jobs() if (j.submission_id or "").startswith(name)]
         for job in jobs:
             self._check_ended(job)
@@ -234,7 +234,7 @@ def _client(address: str) -> Any:
     Raises:
         UserError: no cluster answers there.
     """
-    check_answers(address)
+    check_listening(address)
     from ray.job_submission import JobSubmissionClient
 
     os.environ[API] = address
@@ -243,8 +243,8 @@ def _client(address: str) -> Any:
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"no Jobs API at {shown(address)}: {_first_line(error)}") from None
+        raise UserError(f"no Jobs API at {redact(address)}: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:
-    return shown(str(error).strip().splitlines()[-1][:500])
+    return redact(str(error).strip().splitlines()[-1][:500])

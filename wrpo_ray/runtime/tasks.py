@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from wrpo_ray.runtime.failures import guarded, own_error, readable
+from wrpo_ray.runtime.worker_errors import capture_error, restore_error, summarize_error
 
-MOST_TASKS = 1024
+MAX_TASKS = 1024
 """Tasks under way at once: more than most clusters have CPUs."""
 
 
@@ -25,18 +25,18 @@ def map_tasks(
     """
     import ray
 
-    task = ray.remote(num_cpus=1)(guarded).options(name=what)
+    task = ray.remote(num_cpus=1)(capture_error).options(name=what)
     shared = ray.put(function)
     under_way: list[Any] = []
     try:
         for row in rows:
             under_way.append(task.remote(what, shared, row))
-            if len(under_way) == MOST_TASKS:
+            if len(under_way) == MAX_TASKS:
                 yield _result(under_way)
         while under_way:
             yield _result(under_way)
     except ray.exceptions.RayError as error:
-        raise readable(error, what) from error
+        raise summarize_error(error, what) from error
     finally:
         for left in under_way:
             ray.cancel(left)
@@ -49,11 +49,11 @@ def _result(under_way: list[Any]) -> dict[str, Any]:
     (done,), under_way[:] = ray.wait(under_way)
     result = ray.get(done)
     if "error" in result:
-        raise own_error(result)
+        raise restore_error(result)
     return result
 
 
-def side_by_side(calls: list[Callable[[], None]], most: int | None = None) -> None:
+def run_in_threads(calls: list[Callable[[], None]], most: int | None = None) -> None:
     """Make each call in a thread, `most` at once; the first error is raised at once.
 
     After it, or after Ctrl-C, nobody waits for the others: they end with the connection to Ray.

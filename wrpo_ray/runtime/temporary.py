@@ -19,7 +19,7 @@ VARIABLES = ("RAY_TMPDIR", "TMPDIR", "TEMP", "TMP")
 """That name a temporary folder: the first two for Ray, the last three for Python."""
 SOCKET = "/ray/session_2026-11-29_12-00-00_123456_4194304/sockets/plasma_store"
 """What Ray puts after it, at the most."""
-LONGEST = 107 - len(SOCKET)
+MAX_PATH_BYTES = 107 - len(SOCKET)
 """Bytes of a folder's path."""
 PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 """Where a link may lie."""
@@ -58,7 +58,7 @@ def _check_writable(name: str, value: str) -> None:
 
 def _short(name: str, folder: Path) -> str:
     """A short path that leads to the folder: its own, or that of a link."""
-    if len(os.fsencode(folder)) <= LONGEST:
+    if len(os.fsencode(folder)) <= MAX_PATH_BYTES:
         return str(folder)
     for place in PLACES:
         with suppress(OSError):
@@ -69,5 +69,5 @@ def _short(name: str, folder: Path) -> str:
             return str(link)
     raise UserError(
         f"{name}: {folder} has {len(os.fsencode(folder))} bytes, and Ray's sockets leave room for "
-        f"{LONGEST}; set RAY_TMPDIR and TMPDIR to a folder with a shorter path"
+        f"{MAX_PATH_BYTES}; set RAY_TMPDIR and TMPDIR to a folder with a shorter path"
     )

@@ -14,7 +14,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import first_of, telling_of
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import (
-    AGAIN,
+    SAVE_AGAIN,
     Tensors,
     read_file,
     read_json,
@@ -38,10 +38,10 @@ def check_adapter(folder: Folder, base: Folder, base_tensors: Tensors | None) ->
     with telling_of(str(folder)):
         config = read_json(folder, CONFIG)
     if config.get("peft_type") != "LORA" or not isinstance(config.get("r"), int):
-        raise UserError(f"{folder}: {CONFIG}: is not of a LoRA; {AGAIN}")
+        raise UserError(f"{folder}: {CONFIG}: is not of a LoRA; {SAVE_AGAIN}")
     file = next((name for name in WEIGHTS if folder.exists(name)), None)
     if file is None:
-        raise UserError(f"{folder} has no {WEIGHTS[0]}; {AGAIN}")
+        raise UserError(f"{folder} has no {WEIGHTS[0]}; {SAVE_AGAIN}")
     with telling_of(str(folder)):
         tensors = read_file(folder, file)
     if tensors is None:

@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from wrpo_ray.config import ServeConfig
-from wrpo_ray.data.published import asks_nothing, unknown_key
+from wrpo_ray.data.published import unknown_key, why_unanswerable
 from wrpo_ray.serve.errors import ClientError
 
 M = TypeVar("M", bound=BaseModel)
@@ -192,7 +192,7 @@ class Message(_Part):
 
 
 def _asking(messages: list[Message]) -> list[Message]:
-    if fault := asks_nothing([message.role for message in messages]):
+    if fault := why_unanswerable([message.role for message in messages]):
         raise PydanticCustomError("asks_nothing", "the conversation {fault}", {"fault": fault})
     return messages
 
@@ -366,7 +366,7 @@ def to_score(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
     if answer.role != "assistant" or not isinstance(answer.content, str):
         message = "messages: the last one is the answer to be scored: of `assistant`, with a text"
         raise ClientError(400, message, param="messages")
-    if fault := asks_nothing([message.role for message in messages]):
+    if fault := why_unanswerable([message.role for message in messages]):
         raise ClientError(400, f"messages: the conversation {fault}", param="messages")
     if any(message.tool_calls for message in (*messages, answer)):
         text = "messages: a reward reads texts alone; leave out `tool_calls`"

@@ -20,7 +20,7 @@ from wrpo_ray.serve.keys import ENVIRONMENT, Keys
 from wrpo_ray.stages.score.check import check_reward_folder
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.hub import address
+from wrpo_ray.storage.hub import resolve_address
 
 
 def checked(settings: ServeConfig) -> ServeConfig:
@@ -56,13 +56,13 @@ def _part(part: ScoreConfig) -> ScoreConfig:
         raise UserError("serve: reward: a verifier needs a reference, which no client has")
     if part.model is None:
         return part
-    folder = Folder(address(part.model, part.revision))
+    folder = Folder(resolve_address(part.model, part.revision))
     check_reward_folder(folder, part, "serve: reward", part.model)
     return part.model_copy(update={"model": folder.absolute().uri, "revision": None})
 
 
 def _checked(model: ServedModel) -> ServedModel:
-    folder = Folder(address(model.model, model.revision))
+    folder = Folder(resolve_address(model.model, model.revision))
     what = f"serve: {model.name}"
     check_model_folder(folder, what, Use.ANSWERS, Template.of(model), model.model)
     adapters = {name: Folder(place) for name, place in model.adapters.items()}

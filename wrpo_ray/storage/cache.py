@@ -28,7 +28,7 @@ from filelock import FileLock
 
 from wrpo_ray.errors import UserError
 
-LIMIT = "WRPO_CACHE_GB"
+LIMIT_VARIABLE = "WRPO_CACHE_GB"
 """Environment variable: GB (10^9 bytes) that all copies of a node may take."""
 SPARE = 10**9
 """Bytes of the disk left free for Ray and the engines."""
@@ -116,7 +116,7 @@ class NodeCache:
         return by_disk if self.limit is None else max(by_disk, by_limit)
 
     def _refusal(self, what: str, need: int, held: list[_Entry]) -> str:
-        limit = "" if self.limit is None else f"may hold {_gb(self.limit)} ({LIMIT}) and "
+        limit = "" if self.limit is None else f"may hold {_gb(self.limit)} ({LIMIT_VARIABLE}) and "
         return (
             f"{what} takes {_gb(need)} and does not fit: the cache {self.folder} {limit}has "
             f"{_gb(shutil.disk_usage(self.folder).free)} of disk left, and "
@@ -204,11 +204,11 @@ def node_cache() -> NodeCache:
     default = Path(tempfile.gettempdir()) / f"wrpo-cache-{os.getuid()}"
     folder = Path(os.environ.get("WRPO_CACHE", default)).expanduser().absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    limit = os.environ.get(LIMIT)
+    limit = os.environ.get(LIMIT_VARIABLE)
     try:
         return NodeCache(folder, int(float(limit) * 10**9) if limit else None)
     except (ValueError, OverflowError):  # infinity is no number of bytes
-        raise UserError(f"{LIMIT}={limit}: not a number of GB") from None
+        raise UserError(f"{LIMIT_VARIABLE}={limit}: not a number of GB") from None
 
 
 def plain_path(folder: Path) -> Path:

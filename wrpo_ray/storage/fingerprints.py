@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from wrpo_ray.storage.folder import HUB, Folder
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 
 WHOLE = 64 * 2**20
 """Weights up to this many bytes are hashed whole; larger ones by their size and samples."""
@@ -24,14 +24,14 @@ def model_fingerprint(folder: Folder) -> str:
     Weights of many GB are told apart by their size and 64 samples of 1 MiB, which any
     training step changes; reading them whole would take minutes at every start.
     """
-    if folder.uri.startswith(HUB):
+    if folder.uri.startswith(HUB_SCHEME):
         return folder.uri.partition("@")[2]
     names = [n for n in folder.files() if not n.startswith(".")]
     found = digest([[name, _digest(folder / name, _samples)] for name in names], 16)
-    return unmarked(found, folder / TEMPLATE) if TEMPLATE in names else found
+    return distinguish_bom(found, folder / TEMPLATE) if TEMPLATE in names else found
 
 
-def unmarked(key: str, template: Folder) -> str:
+def distinguish_bom(key: str, template: Folder) -> str:
     """The key of what has a chat template; another one where this has a byte-order mark.
 
     Such a mark was once part of every prompt, and what was made with it is not used again.

@@ -27,16 +27,16 @@ from wrpo_ray.storage.cache import node_cache, plain_path
 from wrpo_ray.storage.weight_files import engine_files
 from wrpo_ray.text.addresses import (
     Address,
-    problem,
-    public,
-    shown,
+    address_problem,
+    redact,
+    without_secrets,
 )
 
-TEMPORARY = ".part-"
+TEMPORARY_PREFIX = ".part-"
 """Prefix of files that are being written; readers pass over them."""
-HUB = "hf://"
+HUB_SCHEME = "hf://"
 """Where the address of a model on the Hugging Face hub begins (`hub`)."""
-STREAMS = 8
+MAX_STREAMS = 8
 """Files that are copied from an object store at once."""
 
 
@@ -55,8 +55,8 @@ class Folder:
     uri: str
 
     def __post_init__(self) -> None:
-        if reason := problem(self.uri):
-            raise UserError(f"{public(self.uri)}: {reason}")
+        if reason := address_problem(self.uri):
+            raise UserError(f"{without_secrets(self.uri)}: {reason}")
 
     @cached_property
     def _address(self) -> Address | None:
@@ -70,9 +70,9 @@ class Folder:
         try:
             filesystem, path = pafs.FileSystem.from_uri(quoted.whole)
         except pa.ArrowInvalid as error:
-            raise UserError(f"{self}: not a storage address: {shown(str(error))}") from None
+            raise UserError(f"{self}: not a storage address: {redact(str(error))}") from None
         except OSError as error:
-            reason = " ".join(shown(str(error)).split())
+            reason = " ".join(redact(str(error)).split())
             raise UserError(
                 f"{self}: the store does not open ({reason}); check the address, the network, and "
                 f"the credentials in the environment"
@@ -140,7 +140,7 @@ class Folder:
         """Names of the finished files right in the subfolder `name`, sorted."""
         selector = pafs.FileSelector(self._at(name), allow_not_found=True)
         found = [i.base_name for i in self.filesystem.get_file_info(selector) if i.is_file]
-        return sorted(n for n in found if n.endswith(suffix) and not n.startswith(TEMPORARY))
+        return sorted(n for n in found if n.endswith(suffix) and not n.startswith(TEMPORARY_PREFIX))
 
     def folders(self) -> list[str]:
         """Names of the folders right in this one, sorted."""
@@ -155,11 +155,11 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a whole file; it appears at once."""
-        with self.writing(name) as stream:
+        with self.open_output(name) as stream:
             stream.write(data)
 
     @contextmanager
-    def writing(self, name: str) -> Iterator[pa.NativeFile]:
+    def open_output(self, name: str) -> Iterator[pa.NativeFile]:
         """A stream into a file, which appears when the block ends."""
         with self._publish(name) as path, self.filesystem.open_output_stream(path) as stream:
             yield stream
@@ -190,7 +190,7 @@ class Folder:
                 raise self._broken(name, f"has no right `{key}`")
         return value
 
-    def says(self, name: str, value: Any) -> bool:
+    def holds_json(self, name: str, value: Any) -> bool:
         """Whether a JSON file is there and has this value."""
         try:
             return bool(self.read_json(name) == value)
@@ -269,7 +269,7 @@ class Folder:
         """
         if not self.is_remote:
             return plain_path(Path(self.path))
-        if self.uri.startswith(HUB):
+        if self.uri.startswith(HUB_SCHEME):
             from wrpo_ray.storage.hub import HubModel  # its client takes a moment to import
 
             return HubModel.at(self.uri).local()
@@ -318,7 +318,7 @@ class _Publication:
         self.is_local = isinstance(filesystem, pafs.LocalFileSystem)
         folder, _, name = path.rpartition("/")
         self.folder = folder
-        unique = f"{folder}/{TEMPORARY}{uuid.uuid4().hex[:8]}-{name}"
+        unique = f"{folder}/{TEMPORARY_PREFIX}{uuid.uuid4().hex[:8]}-{name}"
         self.partial = unique if self.is_local else path
 
     def __enter__(self) -> str:
@@ -354,10 +354,10 @@ class _Remote:
 
     def fetch(self, sizes: dict[str, int], to: Path) -> None:
         """Copy files that are not there; several at a time."""
-        for left in to.rglob(f"{TEMPORARY}*"):  # of an interrupted copy
+        for left in to.rglob(f"{TEMPORARY_PREFIX}*"):  # of an interrupted copy
             left.unlink()
         missing = [name for name in sizes if not (to / name).is_file()]
-        with ThreadPoolExecutor(STREAMS) as threads:
+        with ThreadPoolExecutor(MAX_STREAMS) as threads:
             for done in [threads.submit(self._fetch, name, to) for name in missing]:
                 done.result()
 
@@ -378,12 +378,12 @@ def check_writable(folder: Folder, what: str = "output") -> None:
     Raises:
         UserError: naming the folder and what the system said.
     """
-    probe = f"{TEMPORARY}probe-{uuid.uuid4().hex[:8]}"
+    probe = f"{TEMPORARY_PREFIX}probe-{uuid.uuid4().hex[:8]}"
     try:
         folder.write(probe, b"")
         folder.delete(probe)
     except OSError as error:
-        reason = " ".join(shown(str(error)).split())
+        reason = " ".join(redact(str(error)).split())
         raise UserError(
             f"{what}: {folder} is not writable ({reason}); set `{what}` to a folder you can write"
         ) from None

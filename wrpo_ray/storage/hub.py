@@ -36,10 +36,12 @@ from huggingface_hub.utils import disable_progress_bars
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.cache import node_cache
-from wrpo_ray.storage.folder import HUB
+from wrpo_ray.storage.folder import HUB_SCHEME
 from wrpo_ray.storage.weight_files import engine_files, weight_files
 
-ID = re.compile(rf"(?P<scheme>{HUB})?(?P<repo>\w[\w.-]*/[\w.-]+)(?(scheme)(?:@(?P<at>[\w.-]+))?)")
+ID = re.compile(
+    rf"(?P<scheme>{HUB_SCHEME})?(?P<repo>\w[\w.-]*/[\w.-]+)(?(scheme)(?:@(?P<at>[\w.-]+))?)"
+)
 """`org/name`, `hf://org/name` or `hf://org/name@revision`."""
 STREAMS = 8
 """Files downloaded or hashed at once."""
@@ -59,15 +61,17 @@ class HubModel:
         Raises:
             UserError: the address is another.
         """
-        repo, _, commit = uri.removeprefix(HUB).partition("@")
+        repo, _, commit = uri.removeprefix(HUB_SCHEME).partition("@")
         if not re.fullmatch("[0-9a-f]{40}", commit):
-            raise UserError(f"{uri}: not a model at a commit, such as {HUB}org/name@<40 digits>")
+            raise UserError(
+                f"{uri}: not a model at a commit, such as {HUB_SCHEME}org/name@<40 digits>"
+            )
         return cls(repo, commit)
 
     @property
     def uri(self) -> str:
         """Its address."""
-        return f"{HUB}{self.repo}@{self.commit}"
+        return f"{HUB_SCHEME}{self.repo}@{self.commit}"
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
@@ -81,7 +85,7 @@ class HubModel:
         key = uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
         return self._in_users_cache() or node_cache().copy(key, self)
 
-    def look(self) -> tuple[Path, list[str]]:
+    def fetch_metadata(self) -> tuple[Path, list[str]]:
         """A folder with all that an engine needs but the weights, some MB, and all files' names.
 
         Where the user's own cache has the weights, they are there too.
@@ -157,7 +161,7 @@ def is_hub_id(model: str) -> bool:
     return ID.fullmatch(model) is not None and not os.path.isdir(model)
 
 
-def address(model: str, revision: str | None) -> str:
+def resolve_address(model: str, revision: str | None) -> str:
     """Where a config's model lies: of a hub id its address at the commit it is at now, else itself.
 
     Without a network a commit is taken as it is, and a branch or tag at the commit seen last.

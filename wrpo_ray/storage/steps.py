@@ -17,7 +17,7 @@ from typing import Any
 
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.text.addresses import public
+from wrpo_ray.text.addresses import without_secrets
 
 FORMAT = 2
 """Version of the schemas of all records (`data.records`); part of every step's key."""
@@ -83,7 +83,7 @@ class Step:
         record = {
             "step": self.name,
             "key": self.key,
-            "config": public(self.config),
+            "config": without_secrets(self.config),
             "inputs": [step.folder for step in self.inputs],
             "counts": counts,
             "seconds": round(time.time() - started, 2),

@@ -62,7 +62,7 @@ def read_tensors(folder: Folder) -> Tensors | None:
         UserError: a file is missing, cut off or no weights, or the index says otherwise.
     """
     names = folder.files()
-    files, index = parts(folder, names)
+    files, index = list_weight_files(folder, names)
     if not (index or folder.is_remote):  # of remote ones only the files meant are copied
         _check_no_others(files, names)
     found: Tensors = {}
@@ -72,13 +72,13 @@ def read_tensors(folder: Folder) -> Tensors | None:
             return None
         if twice := found.keys() & tensors:
             name = min(twice)
-            raise UserError(f"{name} is in both {found[name].file} and {file}; {AGAIN}")
+            raise UserError(f"{name} is in both {found[name].file} and {file}; {SAVE_AGAIN}")
         found |= tensors
     for name, file in index.items():
         if name not in found or found[name].file != file:
-            raise UserError(f"{file}: has no {name}, which its index says is there; {AGAIN}")
+            raise UserError(f"{file}: has no {name}, which its index says is there; {SAVE_AGAIN}")
     if not found:
-        raise UserError(f"{files[0]}: holds no tensors; {AGAIN}")
+        raise UserError(f"{files[0]}: holds no tensors; {SAVE_AGAIN}")
     return found
 
 
@@ -93,10 +93,10 @@ def _check_no_others(files: list[str], names: list[str]) -> None:
 
 BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
 """What a file that is not what it was can raise."""
-AGAIN = "download the folder again, or save the model anew"
+SAVE_AGAIN = "download the folder again, or save the model anew"
 
 
-def parts(folder: Folder, names: Collection[str]) -> tuple[list[str], dict[str, str]]:
+def list_weight_files(folder: Folder, names: Collection[str]) -> tuple[list[str], dict[str, str]]:
     """The files that hold the weights, and {tensor: file} where there is an index.
 
     `names` are those of the model's files, of which `folder` may have the small ones only.
@@ -114,13 +114,13 @@ def parts(folder: Folder, names: Collection[str]) -> tuple[list[str], dict[str, 
                 f"reads the one and vLLM the other; delete what is not meant"
             )
         if lacking := [file for file in files if file not in names]:
-            raise UserError(f"{table} names {lacking[0]}, which is missing; {AGAIN}")
+            raise UserError(f"{table} names {lacking[0]}, which is missing; {SAVE_AGAIN}")
         if single in names or files:
             return files or [single], index
     if shards := weight_files(names):
         start = SAFETENSORS if shards[0].endswith(".safetensors") else PICKLED
         raise UserError(
-            f"it has neither {start} nor {start}.index.json beside {shards[0]}; {AGAIN}"
+            f"it has neither {start} nor {start}.index.json beside {shards[0]}; {SAVE_AGAIN}"
         )
     raise UserError("has no weights (*.safetensors or pytorch_model*.bin)")
 
@@ -128,7 +128,7 @@ def parts(folder: Folder, names: Collection[str]) -> tuple[list[str], dict[str, 
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
     index = read_json(folder, name).get("weight_map")
     if not isinstance(index, dict) or not index or not all(map(_is_name, index.values())):
-        raise UserError(f"{name}: its weight_map does not name files; {AGAIN}")
+        raise UserError(f"{name}: its weight_map does not name files; {SAVE_AGAIN}")
     return index
 
 
@@ -148,10 +148,10 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
         value = json.loads(data.decode())  # of bytes it would take UTF-16 too, as no engine does
     except ValueError as error:
         raise UserError(
-            f"{name}: no JSON in UTF-8 without a byte-order mark ({error}); {AGAIN}"
+            f"{name}: no JSON in UTF-8 without a byte-order mark ({error}); {SAVE_AGAIN}"
         ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{name}: no JSON object; {AGAIN}")
+        raise UserError(f"{name}: no JSON object; {SAVE_AGAIN}")
     return value
 
 
@@ -175,9 +175,9 @@ def read_file(folder: Folder, name: str) -> Tensors | None:
                 return dict(_safetensors(stream, name))
             return _pickled(stream, name)
         except (*BROKEN, zipfile.BadZipFile) as error:
-            raise UserError(f"{name}: cut off, or no weights ({error}); {AGAIN}") from None
+            raise UserError(f"{name}: cut off, or no weights ({error}); {SAVE_AGAIN}") from None
         except pickle.UnpicklingError as error:
-            raise UserError(f"{name}: holds more than tensors ({error}); {AGAIN}") from None
+            raise UserError(f"{name}: holds more than tensors ({error}); {SAVE_AGAIN}") from None
 
 
 # --- safetensors -------------------------------------------------------------------------------

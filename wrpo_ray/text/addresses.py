@@ -21,7 +21,7 @@ OPTIONS = (
     *("dfs_storage_authority", "replication", "buffer_size", "default_block_size", "kerb_ticket"),
 )
 """What an address may say of a store to pyarrow; none of it opens anything."""
-MARK = "?&"
+OPTIONS_MARK = "?&"
 """Begins the options, of which there may be none, behind a name that reads as if it had some."""
 HIDDEN = "..."
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
@@ -95,8 +95,8 @@ class Address:
     def whole(self) -> str:
         """The address again."""
         base, given = f"{self.scheme}://{self.authority}{self.name}", self.options.lstrip("&")
-        if _LIKE_OPTION.search(self.name) or self.name.endswith(MARK):
-            return f"{base}{MARK}{given}"
+        if _LIKE_OPTION.search(self.name) or self.name.endswith(OPTIONS_MARK):
+            return f"{base}{OPTIONS_MARK}{given}"
         return f"{base}?{given}" if given else base
 
     @property
@@ -113,7 +113,7 @@ class Address:
                 f"the address has the option {_option(strange[0])}, and a store's are "
                 f"{', '.join(OPTIONS[:3])} and others of pyarrow; credentials are for the "
                 f"environment of every node (such as AWS_ACCESS_KEY_ID), and a name with such a "
-                f"part ends with {MARK}"
+                f"part ends with {OPTIONS_MARK}"
             )
         return None
 
@@ -160,27 +160,27 @@ def _option(name: str) -> str:
     return f"{name!r}{hint}" if is_like_one else HIDDEN
 
 
-def problem(text: str) -> str | None:
+def address_problem(text: str) -> str | None:
     """Why a text is not taken as an address, without what it holds; None where it may be one."""
     if found := Address.of(text):
         return found.problem
     return _CREDENTIALS if _MISTYPED.match(text) else None
 
 
-def shown(text: str) -> str:
+def redact(text: str) -> str:
     """A text, such as an error of a library, whose addresses hold neither options nor secrets."""
     text = _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
     return _MISTYPED_IN_TEXT.sub(HIDDEN, text)
 
 
-def public(value: Any) -> Any:
+def without_secrets(value: Any) -> Any:
     """JSON, such as a config's, without what opens an address: options and credentials."""
     if isinstance(value, dict):
-        return {public(name): public(part) for name, part in value.items()}
+        return {without_secrets(name): without_secrets(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [public(part) for part in value]
+        return [without_secrets(part) for part in value]
     if not isinstance(value, str):
         return value
     if address := Address.of(value):
         return str(address)
-    return HIDDEN if _MISTYPED.match(value) else shown(value)
+    return HIDDEN if _MISTYPED.match(value) else redact(value)

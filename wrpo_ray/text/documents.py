@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-QUICK: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 """libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
 EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 MERGE = "tag:yaml.org,2002:merge"
@@ -24,7 +24,7 @@ COMPARED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "nu
 """Kinds of keys that can be written in several ways, such as 1 and 0x1."""
 
 
-class KeyTwiceError(ValueError):
+class DuplicateKeyError(ValueError):
     """A mapping has a key twice."""
 
 
@@ -42,7 +42,7 @@ def read_yaml(text: str | bytes) -> Any:
 
     Raises:
         yaml.YAMLError: it is no YAML document.
-        KeyTwiceError: keys are given twice, with the lines.
+        DuplicateKeyError: keys are given twice, with the lines.
     """
     return _read(text, _Loader, yaml.load)
 
@@ -63,12 +63,12 @@ def _read(text: str | bytes, loader: type, read: Callable[..., Any]) -> Any:
     except RecursionError:
         raise yaml.YAMLError(TOO_DEEP) from None
     except (ValueError, OverflowError) as error:  # such as the date 2020-13-45
-        if isinstance(error, KeyTwiceError):
+        if isinstance(error, DuplicateKeyError):
             raise
         raise yaml.YAMLError(str(error)) from None
 
 
-def yaml_problem(error: Exception) -> str:
+def describe_yaml_error(error: Exception) -> str:
     """What is wrong and where, in one line and without the text around it."""
     if isinstance(error, RecursionError):
         return TOO_DEEP
@@ -91,7 +91,7 @@ class _Loader(_Checked, yaml.SafeLoader):
     """For configs."""
 
 
-class _QuickLoader(_Checked, QUICK):
+class _QuickLoader(_Checked, FAST_LOADER):
     """For manifests, of which there may be many; dates stay texts, as for Kubernetes."""
 
     yaml_implicit_resolvers: ClassVar = {
@@ -112,7 +112,7 @@ def _with_keys_once(root: Any) -> Any:
     """The node of a document, unless a mapping in it has a key twice."""
     found = [told for node in _mappings(root) for told in _given_twice(node)]
     if found:
-        raise KeyTwiceError("; ".join(found))
+        raise DuplicateKeyError("; ".join(found))
     return root
 
 
@@ -174,12 +174,12 @@ def read_row(
     Raises:
         ValueError: it is none, or it or an object in one of the columns has a key twice.
     """
-    twice: list[tuple[Any, KeyTwiceError]] = []
+    twice: list[tuple[Any, DuplicateKeyError]] = []
 
     def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         try:
             return _object(pairs)
-        except KeyTwiceError as error:
+        except DuplicateKeyError as error:
             twice.append((dict(pairs), error))
             return twice[-1][0]
 
@@ -205,5 +205,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise KeyTwiceError(f"the key {twice!r} is given twice")
+        raise DuplicateKeyError(f"the key {twice!r} is given twice")
     return found

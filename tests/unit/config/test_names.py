@@ -20,7 +20,7 @@ from wrpo_ray.stages.ingest.readers import (
 )
 from wrpo_ray.storage.fingerprints import data_fingerprint, model_fingerprint
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.text.addresses import MARK
+from wrpo_ray.text.addresses import OPTIONS_MARK
 
 SPECIAL = [*(set(string.punctuation) - {"/"}), " "]
 OTHERS = [*"äßéñ¿“„–…", *"λЖ中日本語한", "e\u0301", "\u00a0", "\u2028", "🙂"]
@@ -130,11 +130,11 @@ def test_a_local_path_has_neither_options_nor_credentials(tmp_path, monkeypatch)
 
 def test_options_are_what_follows_the_last_question_mark():
     given = "?endpoint_override=h:1&scheme=http"
-    for name in ("a?b", "a?b=c", f"a{MARK}"):
+    for name in ("a?b", "a?b=c", f"a{OPTIONS_MARK}"):
         folder = Folder(f"s3://b/r{given}") / name
         assert str(folder) == f"s3://b/r/{name}"
         assert (folder / "x").path == f"b/r/{name}/x"
-    assert Folder(f"s3://b/what?x=1{MARK}scheme=http&region=r").path == "b/what?x=1"
+    assert Folder(f"s3://b/what?x=1{OPTIONS_MARK}scheme=http&region=r").path == "b/what?x=1"
     with pytest.raises(UserError, match="the option 'x', and"):
         Folder("s3://b/what?x=1")
     with pytest.raises(UserError, match=r"'regoin' \(did you mean 'region'\?\)"):

@@ -19,16 +19,16 @@ from wrpo_ray import config
 from wrpo_ray.cli.entry import main
 from wrpo_ray.config import loader
 from wrpo_ray.errors import UserError
-from wrpo_ray.runtime.cluster import check_answers
+from wrpo_ray.runtime.cluster import check_listening
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.submission import Submission
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 from wrpo_ray.text.addresses import (
     Address,
-    problem,
-    public,
-    shown,
+    address_problem,
+    redact,
+    without_secrets,
 )
 
 CANARY = "Xyzzy0Plugh"
@@ -224,22 +224,22 @@ def test_no_command_shows_a_secret(arguments, tmp_path, capfd, monkeypatch):
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_no_part_of_the_system_shows_a_secret(secret, tmp_path, capfd):
-    assert problem(secret)
-    assert CANARY not in problem(secret)
+    assert address_problem(secret)
+    assert CANARY not in address_problem(secret)
     assert CANARY not in str(Address.of(secret))
-    assert CANARY not in shown(f"cannot open '{secret}': no") + shown(f"<{secret}>, {secret}")
+    assert CANARY not in redact(f"cannot open '{secret}': no") + redact(f"<{secret}>, {secret}")
     with pytest.raises(UserError) as caught:
         Folder(secret)
     assert CANARY not in str(caught.value)
     tree = {"engine": {"download_dir": secret, "more": [secret]}}
-    assert CANARY not in json.dumps(public(tree))
+    assert CANARY not in json.dumps(without_secrets(tree))
     root = Folder(str(tmp_path))
     Step("generate", tree).finish(root, {}, 0.0)
     assert CANARY not in (next(tmp_path.glob("*/manifest.json"))).read_text()
     log(f"reading {secret}")
     if "host" in secret:
         with pytest.raises(UserError) as caught:
-            check_answers(secret.replace("host", "127.0.0.1").partition("/v1")[0] + ":1")
+            check_listening(secret.replace("host", "127.0.0.1").partition("/v1")[0] + ":1")
         assert CANARY not in str(caught.value)
     assert CANARY not in "".join(capfd.readouterr())
 
@@ -303,10 +303,10 @@ def test_a_store_that_refuses_is_told_in_lines(arguments, refusing, tmp_path, ca
 
 
 def test_an_option_is_named_only_if_it_is_like_one():
-    assert "'access_key'" in problem("s3://b/run?access_key=x")
-    assert CANARY not in problem(f"s3://b/run?{CANARY}=")
-    assert "'x-amz-signature'" in problem("s3://b/run?region=us&x-amz-signature=x")
-    assert "'region'" not in problem("s3://b/run?region=us&x@y&b=")
+    assert "'access_key'" in address_problem("s3://b/run?access_key=x")
+    assert CANARY not in address_problem(f"s3://b/run?{CANARY}=")
+    assert "'x-amz-signature'" in address_problem("s3://b/run?region=us&x-amz-signature=x")
+    assert "'region'" not in address_problem("s3://b/run?region=us&x@y&b=")
 
 
 def test_a_key_in_a_text_is_hidden_whatever_is_in_it():
@@ -314,8 +314,8 @@ def test_a_key_in_a_text_is_hidden_whatever_is_in_it():
     for key in (f"KEY:a {CANARY}", f"KEY:a'{CANARY}", f'KEY:"{CANARY}', f"KEY:1 <{CANARY}>/x"):
         address = f"s3://{key}@bucket/run"
         for text in (address, f"cannot open '{address}': no", f"<{address}>", repr(address)):
-            assert CANARY not in shown(text), text
-            assert "no" not in text or shown(text).endswith("no")
+            assert CANARY not in redact(text), text
+            assert "no" not in text or redact(text).endswith("no")
     for text in (
         "http://host:8265/v1 is down, ask a@b",
         "s3://bucket/run: not found, ask a@b",
@@ -324,7 +324,7 @@ def test_a_key_in_a_text_is_hidden_whatever_is_in_it():
         "u:p@h",
         "//server/a@b:c",
     ):
-        assert shown(text) == text
+        assert redact(text) == text
 
 
 def test_a_pattern_is_no_address():
@@ -347,7 +347,7 @@ def test_what_holds_no_secret_stays_as_it_is():
         "http://127.0.0.1:8000/v1": "http://127.0.0.1:8000/v1",
         "ray://head:10001": "ray://head:10001",
     }.items():
-        assert problem(address) is None
+        assert address_problem(address) is None
         assert str(Address.of(address)) == text
     folder = Folder(f"s3://bucket/run?{options}")
     assert repr(folder / "a") == "Folder('s3://bucket/run/a')"
@@ -355,4 +355,8 @@ def test_what_holds_no_secret_stays_as_it_is():
     given = Submission("c.yaml", (), folder.uri, "http://head:8265", {})
     assert given.metadata["output"] == "s3://bucket/run"
     given = {"output": folder.uri, "n": [{"url": "https://h/v1"}], "s": 1}
-    assert public(given) == {"output": "s3://bucket/run", "n": [{"url": "https://h/v1"}], "s": 1}
+    assert without_secrets(given) == {
+        "output": "s3://bucket/run",
+        "n": [{"url": "https://h/v1"}],
+        "s": 1,
+    }

@@ -25,10 +25,10 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.data.published import RowError
 from wrpo_ray.data.references import (
-    MARK,
-    packed,
-    shown,
-    unpacked,
+    JSON_MARK,
+    pack_reference,
+    show_reference,
+    unpack_reference,
 )
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.report.text import _example
@@ -53,7 +53,7 @@ def read(path) -> list[Any]:
         (placed,) = _placed(job, place, row, 4)
         record = json.loads(placed["record"])
         assert placed["good"] or record["error"] in ("RowError", "ValueError", "OverflowError")
-        found.append(unpacked(record["reference"]) if placed["good"] else BAD)
+        found.append(unpack_reference(record["reference"]) if placed["good"] else BAD)
     return found
 
 
@@ -206,17 +206,17 @@ def test_groups_are_named_by_the_same_rules(tmp_path, cell, name):
 
 @given(st.text() | st.lists(st.text()))
 def test_packed_and_back(reference):
-    assert unpacked(packed(reference)) == reference
-    if isinstance(reference, str) and not reference.startswith(MARK):
-        assert packed(reference) == reference  # as records have had it
-    assert unpacked(None) is shown(None) is None
+    assert unpack_reference(pack_reference(reference)) == reference
+    if isinstance(reference, str) and not reference.startswith(JSON_MARK):
+        assert pack_reference(reference) == reference  # as records have had it
+    assert unpack_reference(None) is show_reference(None) is None
 
 
 # --- what sees them ----------------------------------------------------------------------------
 
 
 def item(text: str, reference: Any) -> Item:
-    return Item([{"role": "user", "content": "q"}], text, packed(reference))
+    return Item([{"role": "user", "content": "q"}], text, pack_reference(reference))
 
 
 ANY = {
@@ -252,7 +252,7 @@ def sees(messages: Any, response: str, reference: Any) -> float:
 
 def test_a_function_gets_the_text_or_the_list():
     reward = load_reward(RewardConfig(function=f"{__name__}:sees"), [None])
-    items = [item("", "a"), item("", ["a", "b"]), item("", ["a"]), item("", MARK)]
+    items = [item("", "a"), item("", ["a", "b"]), item("", ["a"]), item("", JSON_MARK)]
     assert reward.score([*items, Item([], "", None)]) == [0.0, 2.0, 1.0, 0.0, -1.0]
 
 

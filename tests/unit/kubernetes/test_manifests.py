@@ -23,8 +23,8 @@ from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
 from wrpo_ray.kubernetes.objects import RayObject, typed
 from wrpo_ray.kubernetes.schema import Schemas
-from wrpo_ray.runtime.metrics import exported
-from wrpo_ray.text.documents import QUICK
+from wrpo_ray.runtime.metrics import exported_names
+from wrpo_ray.text.documents import FAST_LOADER
 
 JOBS = {"overlays/demo": ROOT / "jobs" / "demo.yaml"}
 """The config that an overlay runs, where it is another than the job's."""
@@ -109,7 +109,7 @@ def pods(body: Any) -> list[dict[str, Any]]:
 
 @cache
 def all_objects() -> list[dict[str, Any]]:
-    return [body for o in OVERLAYS for body in yaml.load_all(rendered(o), QUICK)]
+    return [body for o in OVERLAYS for body in yaml.load_all(rendered(o), FAST_LOADER)]
 
 
 def test_every_pod_runs_without_root_and_without_more_privileges():
@@ -244,7 +244,7 @@ def test_the_dashboard_asks_for_metrics_that_are_exported():
     asked = {m for p in panels for t in p["targets"] for m in metrics(t["expr"])}
     own = {name for name in asked if name.startswith("ray_wrpo_")}
     assert {f"ray_wrpo_{name}_total" for name in ("rows", "tokens", "failures")} <= own
-    assert own <= exported()
+    assert own <= exported_names()
     assert asked - own <= metrics_of_ray()
 
 

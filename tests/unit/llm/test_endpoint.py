@@ -31,14 +31,9 @@ from wrpo_ray.config import (
     load,
 )
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    read_bucket,
-    write_failures,
-    write_shard,
-)
+from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
+from wrpo_ray.data.failures import write_failures
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm import completion
 from wrpo_ray.llm import endpoint as core

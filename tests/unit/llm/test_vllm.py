@@ -3,7 +3,7 @@
 import pytest
 
 from wrpo_ray.llm import vllm
-from wrpo_ray.runtime.failures import guarded
+from wrpo_ray.runtime.worker_errors import capture_error
 
 RAISED = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 PRINTED = """:actor_name:generate qwen
@@ -47,7 +47,7 @@ def test_the_root_cause_is_told_in_place_of_that_there_is_one(outputs, logged, p
     def fail(row):
         raise RuntimeError(RAISED)
 
-    result = guarded("generate qwen", fail, {})
+    result = capture_error("generate qwen", fail, {})
     assert result["message"].startswith(f"generate qwen failed: EngineProcessError: {cause}; put")
     assert RAISED in result["trace"]
 

@@ -93,11 +93,11 @@ def test_a_record_is_an_object_with_its_fields_or_an_error_that_names_the_file(t
     with pytest.raises(UserError, match=r"a\.json: .*put it back") as caught:
         folder.read_record("a.json", counts=dict)
     assert len(str(caught.value)) < 600
-    assert not folder.says("a.json", {"counts": {}})
+    assert not folder.holds_json("a.json", {"counts": {}})
     folder.write_json("a.json", {"counts": {}})
     assert folder.read_record("a.json", counts=dict) == {"counts": {}}
-    assert folder.says("a.json", {"counts": {}})
-    assert not folder.says("absent.json", None)
+    assert folder.holds_json("a.json", {"counts": {}})
+    assert not folder.holds_json("absent.json", None)
 
 
 # --- configs -----------------------------------------------------------------------------------

@@ -6,8 +6,9 @@ import time
 import pytest
 
 from wrpo_ray.config import Config
+from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.records import failure
-from wrpo_ray.data.shards import Bucket, write_failures
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.retries import failures, plan_retry, retry

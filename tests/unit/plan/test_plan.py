@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from wrpo_ray.config import Config, PricesConfig, RewardConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import Bucket, buckets, write_shard
+from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.identities import scorer_fingerprint

@@ -14,8 +14,8 @@ from support.in_browser import look
 from support.made_run import MadeRun
 
 from wrpo_ray import cli
-from wrpo_ray.data.outline import read
-from wrpo_ray.data.shards import Bucket
+from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.outline import read_outline
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import outputs as reports
 from wrpo_ray.report import compare_runs as comparing
@@ -84,7 +84,7 @@ def made(tmp_path_factory) -> MadeRun:
 
 
 def test_what_is_read_is_the_same_each_time_and_bounded(made, monkeypatch):
-    store = next(s.folder for s in read(made.root).steps if s.kind == "score")
+    store = next(s.folder for s in read_outline(made.root).steps if s.kind == "score")
     whole = sample.answers(made.root / store, made.buckets)
     assert whole.rows == 240 * 2
     assert whole.series["llama"]["reward"].n == 480
@@ -98,7 +98,7 @@ def test_what_is_read_is_the_same_each_time_and_bounded(made, monkeypatch):
 
 
 def test_rows_to_browse_have_the_texts_of_all_candidates(made):
-    rows = gather(made.root, read(made.root))["rows"]
+    rows = gather(made.root, read_outline(made.root))["rows"]
     assert len(rows) == sample.ROWS
     assert {row["kind"] for row in rows} == {"pair", "selection"}
     pairs = [row for row in rows if row["kind"] == "pair"]
@@ -150,7 +150,7 @@ class Scripts(HTMLParser):
 
 
 def test_the_page_has_all_sections_and_loads_nothing(made):
-    assert page.write(made.root, read(made.root))
+    assert page.write(made.root, read_outline(made.root))
     text = (Path(made.folder) / page.FILE).read_text()
     for name in ("chain", "wins", "rewards", "margins", "training", "evaluation", "failures"):
         assert f'<section id="{name}"' in text
@@ -170,20 +170,20 @@ def test_the_page_has_all_sections_and_loads_nothing(made):
 
 
 def test_a_page_is_not_written_again_when_nothing_changed(made):
-    page.write(made.root, read(made.root))
+    page.write(made.root, read_outline(made.root))
     before = (Path(made.folder) / page.FILE).stat().st_mtime_ns
-    assert not page.write(made.root, read(made.root))
+    assert not page.write(made.root, read_outline(made.root))
     assert (Path(made.folder) / page.FILE).stat().st_mtime_ns == before
     metrics = next(Path(made.folder).glob("wrpo-*/metrics.jsonl"))
     last = metrics.read_text().splitlines()[-1]
     metrics.write_text(metrics.read_text() + last.replace('"step": 899', '"step": 900') + "\n{")
-    assert page.write(made.root, read(made.root))
+    assert page.write(made.root, read_outline(made.root))
 
 
 def test_what_models_wrote_is_only_text(tmp_path):
     run = MadeRun(tmp_path, rows=40, buckets=2, sources=(HOSTILE[0], "b"), texts=HOSTILE)
     run.write()
-    page.write(run.root, read(run.root))
+    page.write(run.root, read_outline(run.root))
     text = (tmp_path / page.FILE).read_text()
     found = Scripts(text)
     assert [t for t, _ in found.tags].count("script") == 2  # rows, and the page's own
@@ -208,7 +208,7 @@ def test_a_title_of_a_plot_is_escaped():
 
 
 def test_rows_are_as_many_as_fit_and_long_texts_are_cut(made):
-    rows = gather(made.root, read(made.root))["rows"]
+    rows = gather(made.root, read_outline(made.root))["rows"]
     long = [row | {"y_ws": row["y_ws"] | {"text": "x" * 10**6}} for row in rows]
     kept = page.fitting(long, 500_000)
     assert 0 < len(kept) < len(rows)
@@ -291,7 +291,7 @@ def test_runs_compared(made, tmp_path):
     assert lines["wrpo: rewards/margins at the end"].endswith("≠")
     assert not lines["accuracy of fused"].endswith("≠")
     assert "wrpo.beta" in page_.read_text()
-    same = comparing.compare([gather(made.root, read(made.root))] * 2)
+    same = comparing.compare([gather(made.root, read_outline(made.root))] * 2)
     assert "Config" not in same.tables
 
 

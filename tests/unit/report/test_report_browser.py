@@ -7,7 +7,7 @@ import pytest
 from support.made_run import MadeRun
 from test_report import HOSTILE
 
-from wrpo_ray.data.outline import read
+from wrpo_ray.data.outline import read_outline
 from wrpo_ray.report import compare_runs as comparing
 from wrpo_ray.report import page
 from wrpo_ray.report.facts import gather
@@ -22,7 +22,7 @@ def made(tmp_path_factory) -> MadeRun:
     texts = (*HOSTILE, *(f"some word{i}" for i in range(40)))
     run = MadeRun(tmp_path_factory.mktemp("made"), rows=64, sources=sources, texts=texts)
     run.write()
-    page.write(run.root, read(run.root))
+    page.write(run.root, read_outline(run.root))
     return run
 
 
@@ -77,7 +77,7 @@ def test_axe_finds_nothing_in_the_report(opened: Any, scheme: str):
 
 
 def test_axe_finds_nothing_where_runs_are_compared(opened: Any, made: MadeRun, tmp_path):
-    facts = gather(made.root, read(made.root))
+    facts = gather(made.root, read_outline(made.root))
     other = facts | {"output": "other", "config": facts["config"] | {"seed": 7}}
     (tmp_path / "compare.html").write_text(comparing.html(comparing.compare([facts, other])))
     opened.goto(f"file://{tmp_path}/compare.html")

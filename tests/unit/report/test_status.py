@@ -12,8 +12,8 @@ from rich.console import Console
 from support.made_run import MadeRun
 
 from wrpo_ray import cli
-from wrpo_ray.data.outline import Outline, StepOutline, read
-from wrpo_ray.data.shards import Bucket
+from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.outline import Outline, StepOutline, read_outline
 from wrpo_ray.report.status import LAST, screen, status
 from wrpo_ray.runtime import lease
 from wrpo_ray.runtime.lease import Lease
@@ -144,7 +144,7 @@ def test_no_rows_are_read(tmp_path, monkeypatch):
     run = MadeRun(tmp_path, rows=16, buckets=2)
     run.write()
     monkeypatch.setattr(Folder, "read_table", None)
-    found = status(run.root, read(run.root), time.time())
+    found = status(run.root, read_outline(run.root), time.time())
     assert {s.state for s in found.steps} == {"done"}
 
 

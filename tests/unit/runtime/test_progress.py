@@ -43,8 +43,8 @@ def test_lines_tell_what_is_done_failed_and_left(capsys):
     ],
 )  # fmt: skip
 def test_any_rate_says_something(rate, told):
-    assert progress.pace(rate, "a row", "rows") == told
-    assert progress.pace(rate) == told.replace("a row", "one").replace(" rows", "")
+    assert progress.format_rate(rate, "a row", "rows") == told
+    assert progress.format_rate(rate) == told.replace("a row", "one").replace(" rows", "")
 
 
 @pytest.mark.parametrize("rows", [1, 3, 20, 400, 10_000])

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from wrpo_ray.runtime.cluster import UNDERSTOOD, _quiet_ray_data
+from wrpo_ray.runtime.cluster import IGNORED_WARNINGS, _quiet_ray_data
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_a_warning_that_nobody_has_named_is_told(name, level, terminal):
 
 @pytest.mark.parametrize("name", LOGGERS)
 def test_what_is_understood_and_what_is_told_in_passing_is_left_out(name, terminal):
-    for beginning in UNDERSTOOD:
+    for beginning in IGNORED_WARNINGS:
         logging.getLogger(name).warning(f"{beginning} and more")
     logging.getLogger(name).info("Starting execution of Dataset")
     assert terminal.getvalue() == ""

@@ -12,14 +12,14 @@ import pytest
 from wrpo_ray.cli.entry import main
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import buckets, write_shard
+from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.errors import BudgetError
 from wrpo_ray.pipeline import runner
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.ledger import (
     FILE,
     Ledger,
-    Spent,
+    Usage,
     read_ledger,
     stored_rows,
     stored_tokens,
@@ -45,7 +45,7 @@ def run(root: Folder, held: Ledger) -> Run:
 
 
 def test_money_is_tokens_and_gpu_hours_at_the_pools_prices():
-    spent = Spent(prompt_tokens=2_000_000, output_tokens=500_000, gpu_seconds=1800)
+    spent = Usage(prompt_tokens=2_000_000, output_tokens=500_000, gpu_seconds=1800)
     assert spent.money("a", PRICES) == 1.0
     assert spent.money("b", PRICES) == 2 * 1 + 0.5 * 10 + 0.5 * 4
 
@@ -57,7 +57,7 @@ def test_totals_are_read_while_pools_add(root):
 
         def add() -> None:
             for step in steps:
-                held.add(step, "a", Spent(output_tokens=1))
+                held.add(step, "a", Usage(output_tokens=1))
 
         adding = threading.Thread(target=add)
         adding.start()
@@ -70,22 +70,22 @@ def test_totals_are_read_while_pools_add(root):
 def test_a_budget_stops_and_a_higher_one_goes_on(root):
     with ledger(root, output_tokens=100) as held:
         asked = run(root, held)
-        asked.spend(STEP, "a", 5.0, gpus=2, rows=3, output_tokens=60)
+        asked.record_usage(STEP, "a", 5.0, gpus=2, rows=3, output_tokens=60)
         with pytest.raises(
             BudgetError, match=r"output_tokens: 110 of 100 is spent; .* raise budget"
         ):
-            asked.spend(STEP, "a", 5.0, gpus=2, rows=3, output_tokens=50)
+            asked.record_usage(STEP, "a", 5.0, gpus=2, rows=3, output_tokens=50)
     with pytest.raises(BudgetError), ledger(root, output_tokens=100) as held:
         held.check()  # the same command stops at once
     with ledger(root, output_tokens=200) as held:
         held.check()
-        run(root, held).spend(STEP, "a", 1.0, output_tokens=20)
-    assert read_ledger(root)[STEP.folder].spent == Spent(6, 0, 130, 11.0, 20.0)
+        run(root, held).record_usage(STEP, "a", 1.0, output_tokens=20)
+    assert read_ledger(root)[STEP.folder].usage == Usage(6, 0, 130, 11.0, 20.0)
 
 
 def test_money_and_hours_are_bounds_too(root):
     with ledger(root, money=1.0) as held, pytest.raises(BudgetError, match=r"budget.money: 1 of 1"):
-        run(root, held).spend(STEP, "a", 900.0, gpus=2)
+        run(root, held).record_usage(STEP, "a", 900.0, gpus=2)
     record = root.read_json(FILE)
     root.write_json(FILE, record | {"seconds": 7200.0})
     with ledger(root, hours=2) as held, pytest.raises(BudgetError, match=r"budget.hours: 2.* of 2"):
@@ -98,11 +98,11 @@ def test_what_a_killed_call_did_not_tell_is_counted_in_the_stores(root):
     """It held 3 x 2 answers of 10 tokens and had told of 20 tokens when it was killed."""
     held = ledger(root)
     held.__enter__()
-    held.add(STEP, "a", Spent(rows=2, output_tokens=20, actor_seconds=7, gpu_seconds=7))
+    held.add(STEP, "a", Usage(rows=2, output_tokens=20, actor_seconds=7, gpu_seconds=7))
     held._write(is_open=True)  # at most a second later
     write_answers(root)
     with ledger(root) as after:
-        assert after.entries[STEP.folder].spent == Spent(6, 3 * 5, 60, 7, 7)
+        assert after.entries[STEP.folder].usage == Usage(6, 3 * 5, 60, 7, 7)
         assert after.entries[STEP.folder].pool == "a"
     assert not json.loads(root.read(FILE))["open"]
 
@@ -113,7 +113,7 @@ def test_what_was_in_hand_when_a_budget_stopped_is_counted_too(root):
         stack.enter_context(pytest.raises(BudgetError))
         held = stack.enter_context(ledger(root, output_tokens=20))
         write_answers(root)
-        run(root, held).spend(STEP, "a", 7.0, rows=2, output_tokens=20)
+        run(root, held).record_usage(STEP, "a", 7.0, rows=2, output_tokens=20)
     with ledger(root) as after:
         assert after.total.output_tokens == 60
 
@@ -121,7 +121,7 @@ def test_what_was_in_hand_when_a_budget_stopped_is_counted_too(root):
 def test_a_spent_budget_ends_the_command_with_3(root, tmp_path, monkeypatch, capsys):
     def fuse(*_: object) -> None:
         with ledger(root, output_tokens=1) as held:
-            run(root, held).spend(STEP, "a", 1.0, output_tokens=5)
+            run(root, held).record_usage(STEP, "a", 1.0, output_tokens=5)
 
     monkeypatch.setattr(runner, "fuse", fuse)
     config = {"output": "out", "prompts": {"path": "p"}, "sources": [{"name": "a", "model": "m"}]}
@@ -141,7 +141,7 @@ def test_a_ledger_that_was_closed_is_believed(root):
         pass
     write_answers(root)
     with ledger(root) as held:
-        assert held.total == Spent()
+        assert held.total == Usage()
 
 
 def write_answers(root: Folder) -> None:
@@ -157,7 +157,7 @@ def write_answers(root: Folder) -> None:
 
 def test_stores_are_counted_by_footers_and_by_some_shards(root):
     assert stored_rows(root / STEP.folder) == 0
-    assert stored_tokens(root / STEP.folder) == Spent()
+    assert stored_tokens(root / STEP.folder) == Usage()
     write_answers(root)
     assert stored_rows(root / STEP.folder) == 6
     some = stored_tokens(root / STEP.folder, most=1)
@@ -175,6 +175,6 @@ def test_seconds_of_several_calls_add_up(root):
 def test_workers_get_a_run_without_a_ledger(root):
     with ledger(root, output_tokens=1) as held:
         worker = pickle.loads(pickle.dumps(run(root, held)))
-    worker.spend(STEP, "a", 1.0, output_tokens=5)
+    worker.record_usage(STEP, "a", 1.0, output_tokens=5)
     assert worker.ledger is None
     assert worker.root == root

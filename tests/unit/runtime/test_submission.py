@@ -12,7 +12,7 @@ import pytest
 from wrpo_ray import cli, config
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.runtime import submission as submit
-from wrpo_ray.runtime.submission import Job, Submission, submission
+from wrpo_ray.runtime.submission import Submission, SubmittedJob, prepare_submission
 
 GIVEN = Submission("jobs/demo.yaml", (), "/shared/run", "http://head:8265", {})
 NO_AGENT = RuntimeError("Request failed: No available agent to submit job, please try again later.")
@@ -92,9 +92,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return clock
 
 
-def job(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> Job:
+def job(monkeypatch: pytest.MonkeyPatch, cluster: Cluster) -> SubmittedJob:
     monkeypatch.setattr(submit, "_client", lambda address: cluster)
-    return Job(GIVEN)
+    return SubmittedJob(GIVEN)
 
 
 def test_it_waits_for_an_agent(monkeypatch, no_waiting):
@@ -174,7 +174,9 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Cluster:
     """A cluster whose job is followed until Ctrl-C."""
     cluster = Cluster(status=["STOPPED"])
     monkeypatch.setattr(submit, "_client", lambda address: cluster)
-    monkeypatch.setattr(Job, "follow", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        SubmittedJob, "follow", lambda self: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     return cluster
 
 
@@ -224,7 +226,7 @@ def test_what_a_job_would_not_find_is_told_before(
     monkeypatch.delenv(submit.API, raising=False)
     settings = config.load("jobs/demo.yaml", [f"output={output}"])
     with pytest.raises(UserError, match=told):
-        submission(path, [], settings, address)
+        prepare_submission(path, [], settings, address)
 
 
 def test_a_dead_address_is_told():

@@ -10,9 +10,9 @@ import pytest
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime import temporary
-from wrpo_ray.runtime.temporary import LONGEST, VARIABLES, shorten_temporary_folders
+from wrpo_ray.runtime.temporary import MAX_PATH_BYTES, VARIABLES, shorten_temporary_folders
 
-LENGTHS = (LONGEST - 1, LONGEST, LONGEST + 1, 100, 107, 108, 250, 900)
+LENGTHS = (MAX_PATH_BYTES - 1, MAX_PATH_BYTES, MAX_PATH_BYTES + 1, 100, 107, 108, 250, 900)
 
 
 @pytest.fixture(autouse=True)
@@ -50,8 +50,8 @@ def test_a_folder_of_any_length_has_a_path_for_sockets(name, length, letter, sho
     monkeypatch.setenv(name, folder)
     shorten_temporary_folders()
     used = os.environ[name]
-    assert (used == folder) == (length <= LONGEST)
-    assert len(os.fsencode(used)) <= LONGEST
+    assert (used == folder) == (length <= MAX_PATH_BYTES)
+    assert len(os.fsencode(used)) <= MAX_PATH_BYTES
     assert len(os.fsencode(used + temporary.SOCKET)) <= 107
     Path(used, "file").write_text("here")
     assert Path(folder, "file").read_text() == "here"
@@ -71,7 +71,7 @@ def test_links_go_with_the_process(short):
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
     link = Path(result.stdout.strip())
-    assert len(str(link)) < LONGEST
+    assert len(str(link)) < MAX_PATH_BYTES
     assert not link.parent.exists()
     assert Path(folder, "kept").exists()
 

@@ -13,25 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wrpo_ray.data import records
-from wrpo_ray.data.published import messages_of
+from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
+from wrpo_ray.data.failures import retrying_failures, write_failures
+from wrpo_ray.data.published import parse_messages
 from wrpo_ray.data.records import FAILURE, failure
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    buckets,
-    read_bucket,
-    trying_again,
-    write_failures,
-    write_shard,
-)
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import BrokenFileError, LeaseError, UserError
 from wrpo_ray.report.status import is_running
 from wrpo_ray.runtime import lease
-from wrpo_ray.runtime.cluster import mark
+from wrpo_ray.runtime.cluster import output_mark
 from wrpo_ray.runtime.lease import Lease
 from wrpo_ray.storage.fingerprints import data_fingerprint
-from wrpo_ray.storage.folder import TEMPORARY, Folder, check_writable
+from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder, check_writable
 from wrpo_ray.storage.steps import Step
 
 IDS = st.text("0123456789abcdef", min_size=32, max_size=32)
@@ -118,7 +111,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     publication = folder._publish("a.parquet")
     folder.filesystem.open_output_stream(publication.__enter__()).write(b"half")
     publication.__exit__(RuntimeError)
-    (tmp_path / f"{TEMPORARY}1234-b.parquet").write_bytes(b"half")
+    (tmp_path / f"{TEMPORARY_PREFIX}1234-b.parquet").write_bytes(b"half")
     assert folder.files() == []
 
 
@@ -135,7 +128,7 @@ def test_folder_addresses():
     "look",
     [
         lambda folder: folder.read_json("x.json"),
-        lambda folder: folder.says("x.json", {}),
+        lambda folder: folder.holds_json("x.json", {}),
         is_running,
     ],
 )
@@ -150,7 +143,7 @@ def test_a_broken_file_is_none_of_a_store(tmp_path):
     folder = Folder(str(tmp_path))
     for name in ("x.json", lease.FILE):
         folder.write(name, b"{")
-    assert not folder.says("x.json", {})
+    assert not folder.holds_json("x.json", {})
     assert not is_running(folder)
     with pytest.raises(BrokenFileError, match="delete it"):
         folder.read_json("x.json")
@@ -273,13 +266,13 @@ def test_a_lease_survives_a_moment_without_its_store(tmp_path, monkeypatch):
 def test_an_output_is_known_by_one_mark_however_it_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = ("out", "./out/", str(tmp_path / "out"), f"{tmp_path}/x/../out/")
-    assert len({mark(Folder(name)) for name in names}) == 1
-    assert mark(Folder("other")) != mark(Folder("out"))
+    assert len({output_mark(Folder(name)) for name in names}) == 1
+    assert output_mark(Folder("other")) != output_mark(Folder("out"))
 
 
 def test_half_a_surrogate_pair_is_a_bad_row():
     with pytest.raises(ValueError, match="no Unicode at character 3"):
-        messages_of("abc\ud83d")
+        parse_messages("abc\ud83d")
 
 
 def test_any_change_of_data_is_a_new_input(tmp_path):
@@ -302,18 +295,18 @@ def test_a_crash_while_failed_rows_are_tried_again_forgets_no_attempt(tmp_path):
         for key in ("lasting", "passing")
     }
     write_failures(folder, bucket, list(rows.values()), "first")
-    with pytest.raises(KeyboardInterrupt), trying_again(folder, bucket, 3):
+    with pytest.raises(KeyboardInterrupt), retrying_failures(folder, bucket, 3):
         raise KeyboardInterrupt
     for attempts in (2, 3):
-        with trying_again(folder, bucket, 3) as earlier:
+        with retrying_failures(folder, bucket, 3) as earlier:
             assert earlier.attempts["lasting", "a", 0] == attempts - 1
             assert not earlier.given_up
             write_failures(folder, bucket, [rows["lasting"]], "again", earlier)
         (kept,) = read_bucket(folder, bucket, FAILURE).to_pylist()
         assert (kept["prompt_id"], kept["attempts"]) == ("lasting", attempts)
     for _ in range(2):
-        with trying_again(folder, bucket, 3) as earlier:
+        with retrying_failures(folder, bucket, 3) as earlier:
             assert earlier.given_up == {("lasting", 0)}
-    with trying_again(folder, bucket) as earlier:
+    with retrying_failures(folder, bucket) as earlier:
         assert earlier.attempts == {("lasting", "a", 0): 3}
     assert folder.files(suffix=".parquet") == []

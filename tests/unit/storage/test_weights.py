@@ -154,9 +154,9 @@ def test_what_is_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     assert not hubs.is_hub_id("org/name")
     assert hubs.is_hub_id("hf://org/name")
-    assert hubs.address("org/name", None) == "org/name"
+    assert hubs.resolve_address("org/name", None) == "org/name"
     with pytest.raises(UserError, match="org/name is a folder; only a hub id"):
-        hubs.address("org/name", "main")
+        hubs.resolve_address("org/name", "main")
 
 
 def test_a_revision_is_known_by_its_commit(hub, model, tmp_path):

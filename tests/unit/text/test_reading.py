@@ -16,7 +16,7 @@ from wrpo_ray.kubernetes import manifests
 from wrpo_ray.runtime import submission as submit
 from wrpo_ray.stages.ingest.readers import read_rows
 from wrpo_ray.text import documents as reading
-from wrpo_ray.text.documents import KeyTwiceError, PlainNumber
+from wrpo_ray.text.documents import DuplicateKeyError, PlainNumber
 
 ROOT = Path(__file__).parents[3]
 
@@ -42,16 +42,20 @@ TWICE = {
 @pytest.mark.parametrize("read", [reading.read_yaml, reading.read_document, reading.read_documents])
 @pytest.mark.parametrize("text", TWICE.values(), ids=TWICE)
 def test_a_key_given_twice_is_refused_with_both_lines(read, text):
-    with pytest.raises(KeyTwiceError, match=r"is given twice, in (lines \d+ and \d+)"):
+    with pytest.raises(DuplicateKeyError, match=r"is given twice, in (lines \d+ and \d+)"):
         read(text)
 
 
 def test_the_lines_are_those_of_the_file():
-    with pytest.raises(KeyTwiceError, match="'wrpo' is given twice, in lines 1 and 3; keep one"):
+    with pytest.raises(
+        DuplicateKeyError, match="'wrpo' is given twice, in lines 1 and 3; keep one"
+    ):
         reading.read_yaml(TWICE["sections"])
-    with pytest.raises(KeyTwiceError, match="'e' is given twice, in lines 5 and 6; keep one"):
+    with pytest.raises(DuplicateKeyError, match="'e' is given twice, in lines 5 and 6; keep one"):
         reading.read_yaml(TWICE["nested"])
-    with pytest.raises(KeyTwiceError, match="'a' is given twice, in line 1; .*'b' .* in line 2"):
+    with pytest.raises(
+        DuplicateKeyError, match="'a' is given twice, in line 1; .*'b' .* in line 2"
+    ):
         reading.read_yaml("x: {a: 1, a: 1}\ny: {b: 1, b: 1}")
 
 
@@ -135,7 +139,7 @@ def test_a_key_twice_in_what_is_not_read_does_no_harm(tmp_path, deep):
     assert [row["prompt"] for _, row in read_rows(str(file), ["prompt"])] == ["x"]
     told = [str(row) for _, row in read_rows(str(file), ["prompt", "meta"])]
     assert told == ["the key 'a' is given twice"]
-    with pytest.raises(KeyTwiceError):
+    with pytest.raises(DuplicateKeyError):
         reading.read_json(file.read_text())
 
 

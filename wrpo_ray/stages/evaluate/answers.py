@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.records import RESPONSE, SCORED
-from wrpo_ray.data.shards import Bucket, Samples
+from wrpo_ray.data.samples import Samples
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
+from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.data.records import ITEM
-from wrpo_ray.data.shards import Bucket, buckets, write_shard
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.tasks import map_tasks

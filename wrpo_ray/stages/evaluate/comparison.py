@@ -16,13 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 
+from wrpo_ray.data.buckets import buckets, read_bucket
 from wrpo_ray.data.records import JUDGMENT, SCORED
-from wrpo_ray.data.shards import (
-    Prompts,
-    Samples,
-    buckets,
-    read_bucket,
-)
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.alpaca_eval import alpaca_eval, read_reference

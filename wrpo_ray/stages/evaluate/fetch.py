@@ -12,7 +12,7 @@ import urllib.request
 from pathlib import Path
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.storage.folder import TEMPORARY
+from wrpo_ray.storage.folder import TEMPORARY_PREFIX
 
 SUMS = "SHA256SUMS"
 _ALPACA = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/{}/{}"
@@ -105,7 +105,7 @@ def fetch(name: str, folder: Path, pinned: dict[str, str] | None = None) -> dict
                 f"--sha256 {file}=..."
             )
         if not path.exists():
-            partial = path.with_name(TEMPORARY + file)
+            partial = path.with_name(TEMPORARY_PREFIX + file)
             partial.write_bytes(data)
             partial.replace(path)
     lines = [f"{digest}  {file}\n" for file, digest in sorted(found.items())]

@@ -9,13 +9,9 @@ from typing import Any
 
 from wrpo_ray.config import Actors
 from wrpo_ray.data import records
-from wrpo_ray.data.references import unpacked
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    buckets,
-)
+from wrpo_ray.data.buckets import Bucket, buckets
+from wrpo_ray.data.references import unpack_reference
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool
@@ -89,7 +85,7 @@ def run(run: Run, jobs: list[Evaluate]) -> None:
             min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
         )
         rows_compared = sums[_measures(job)[0], _first(job), ALL].n
-        metrics.count(job.step, rows=rows_compared)
+        metrics.add_counts(job.step, rows=rows_compared)
         job.step.finish(run.root, {"rows": rows_compared}, started)
 
 
@@ -207,7 +203,7 @@ class Summer:
             {
                 "prompt_id": key,
                 "messages": prompt["messages"],
-                "reference": unpacked(prompt["reference"]),
+                "reference": unpack_reference(prompt["reference"]),
                 "answers": answers,
                 "told_apart": bool(won),
             }

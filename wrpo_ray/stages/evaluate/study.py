@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from wrpo_ray.data.buckets import Bucket, buckets
 from wrpo_ray.data.records import SCORED
-from wrpo_ray.data.shards import Bucket, Samples, buckets
+from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.stage import Entrant

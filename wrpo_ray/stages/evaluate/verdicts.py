@@ -14,15 +14,10 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.config import Actors
+from wrpo_ray.data.buckets import Bucket, buckets, write_shard
+from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import JUDGMENT, failure
-from wrpo_ray.data.shards import (
-    Bucket,
-    Samples,
-    buckets,
-    trying_again,
-    write_failures,
-    write_shard,
-)
+from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
@@ -147,7 +142,7 @@ class Reader:
                     told = failure("judge", error, **key)
                     failed.append(told | (said.get(item["prompt_id"], {}).get("failure") or {}))
                 judged.append(record)
-        with trying_again(kept, bucket):
+        with retrying_failures(kept, bucket):
             if judged:
                 write_shard(root / job.step.folder, bucket, JUDGMENT, judged, "all")
             write_failures(kept, bucket, failed, "all")

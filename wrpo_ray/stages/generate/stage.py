@@ -18,26 +18,17 @@ from typing import Any
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import (
-    Bucket,
-    Earlier,
-    Prompts,
-    Samples,
-    buckets,
-    read_bucket,
-    sample_keys,
-    trying_again,
-    write_failures,
-    write_shard,
-)
+from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
+from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
+from wrpo_ray.data.samples import Prompts, Samples, sample_keys
 from wrpo_ray.llm.vllm import engine_env
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress, log
-from wrpo_ray.runtime.ready_queue import Feed
+from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
-from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.stages.generate.endpoint import EndpointEngine
 from wrpo_ray.stages.generate.engine import (
     Answers,
@@ -100,10 +91,10 @@ class Generate:
         return Samples(self.step, self.prompts, self.sampling.samples)
 
 
-def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
+def run(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -> None:
     """Do each job; the jobs of one model, or family, share engines; pools run side by side.
 
-    `feed` is told of each finished bucket; of a job's last one when the whole job is done.
+    Each finished bucket is added to `ready_queue`; a job's last one when the whole job is done.
 
     Raises:
         FailureLimitError: too many rows failed.
@@ -111,7 +102,7 @@ def run(run: Run, jobs: list[Generate], feed: Feed | None = None) -> None:
     pools: dict[str, list[Generate]] = defaultdict(list)
     for job in jobs:
         pools[job.engines.model_dump_json()].append(job)
-    side_by_side([partial(_run_pool, run, pool, feed) for pool in pools.values()])
+    run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
 
 
 def pool_of(model: ModelConfig) -> Pool:
@@ -123,7 +114,7 @@ def pool_of(model: ModelConfig) -> Pool:
     return Pool(f"generate {model.name}", model.actors, env, threads=IN_HAND, parts=model.parts)
 
 
-def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
+def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
     pool = pool_of(jobs[0].engines)
     log(f"{pool.what}: starting engines")
     rows = _rows(jobs, buckets(run.buckets))
@@ -132,14 +123,14 @@ def _run_pool(run: Run, jobs: list[Generate], feed: Feed | None) -> None:
     for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
         progress.add(result["new"], result["failed"], result["output_tokens"])
         tallies[result["job"]].add(result)
-        run.spend(
+        run.record_usage(
             jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
             idle=result["idle"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
             prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
         )  # fmt: skip
-        if feed:
-            feed.add(jobs[result["job"]].step, result["bucket"])
+        if ready_queue:
+            ready_queue.add(jobs[result["job"]].step, result["bucket"])
 
 
 def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
@@ -175,7 +166,7 @@ class Generator:
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
         done = asked = said = 0
-        with trying_again(kept, bucket, self.run.max_attempts) as earlier:
+        with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
             held, failed, requests = self._missing(job, bucket, earlier)
             for rows, failures in self._answers(job, requests):
                 self._commit(bucket, job, rows, failures, earlier)
@@ -212,7 +203,7 @@ class Generator:
         return Voice(job.model.name, job.seed, folder)
 
     def _missing(
-        self, job: Generate, bucket: Bucket, earlier: Earlier
+        self, job: Generate, bucket: Bucket, earlier: EarlierFailures
     ) -> tuple[int, int, list[Request]]:
         """How many wanted answers are held, how many given up, and requests for the others."""
         store = self.run.root / job.step.folder
@@ -236,7 +227,7 @@ class Generator:
         job: Generate,
         rows: list[dict],
         failures: list[dict],
-        earlier: Earlier,
+        earlier: EarlierFailures,
     ) -> None:
         key = sorted([r["prompt_id"], r["sample"]] for r in rows + failures)
         if rows:

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from wrpo_ray.data.published import RowError, check_text
 from wrpo_ray.data.references import Reference
-from wrpo_ray.storage.folder import STREAMS, Folder
+from wrpo_ray.storage.folder import MAX_STREAMS, Folder
 
 EXACT = 2**53
 """Whole numbers up to here are exact as floats."""
@@ -187,7 +187,7 @@ def beginnings_are(
 def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
     """Whether it is so of any file; several are read at once, and the answer is kept by `key`."""
     if key not in _KNOWN:
-        threads = ThreadPoolExecutor(STREAMS)
+        threads = ThreadPoolExecutor(MAX_STREAMS)
         try:
             _KNOWN[key] = any(threads.map(check, map(Folder, uris)))
         finally:

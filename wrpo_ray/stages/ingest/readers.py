@@ -15,9 +15,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from wrpo_ray.config import Columns, ImportConfig, ResponseColumns
-from wrpo_ray.data.published import RowError, check_text, messages_of
+from wrpo_ray.data.published import RowError, check_text, parse_messages
 from wrpo_ray.data.records import prompt_id
-from wrpo_ray.data.references import packed
+from wrpo_ray.data.references import pack_reference
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.ingest.cells import (
     JsonFloat,
@@ -171,7 +171,7 @@ def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: in
         "prompt_id": key,
         "messages": messages,
         "split": _split(key, splits, seed),
-        "reference": packed(reference_of(_cell(row, name), name)) if name else None,
+        "reference": pack_reference(reference_of(_cell(row, name), name)) if name else None,
         "group": group_of(row.get(columns.group), columns.group) if columns.group else None,
     }
 
@@ -221,7 +221,7 @@ def _scored(text: Any, reward: Any, columns: ResponseColumns, shared: Row) -> Ro
 
 
 def _messages(row: Row, columns: Columns) -> list[dict[str, str]]:
-    return messages_of(_cell(row, columns.prompt))
+    return parse_messages(_cell(row, columns.prompt))
 
 
 def _cell(row: Row, column: str) -> Any:

@@ -19,19 +19,16 @@ import pyarrow as pa
 
 from wrpo_ray.config import ImportConfig, PromptsConfig
 from wrpo_ray.data import records
+from wrpo_ray.data.buckets import Bucket, write_shard
+from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.published import RowError, from_published
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    write_failures,
-    write_shard,
-)
+from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.failures import readable
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
+from wrpo_ray.runtime.worker_errors import summarize_error
 from wrpo_ray.stages.ingest.readers import (
     check_columns,
     input_files,
@@ -172,7 +169,7 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
         totals = next(map_tasks(what, iter([task]), _ingest_here))
     else:
         totals = _shuffled(run, job, files, limit)
-    metrics.count(job.step, rows=totals["rows"], failures=totals["failed"])
+    metrics.add_counts(job.step, rows=totals["rows"], failures=totals["failed"])
     failures = job.step.failures(run.root)
     run.check_failures(job.step, totals["failed"], totals["read"] - totals["failed"])
     if not totals["rows"]:
@@ -216,7 +213,7 @@ def _shuffled(run: Run, job: Ingest, files: list[str], limit: int | None) -> dic
         dataset.set_name(job.step.name)
         done = dataset.sum(list(COUNTS))
     except ray.exceptions.RayError as error:
-        raise readable(error, job.step.name) from error
+        raise summarize_error(error, job.step.name) from error
     return {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
 
 

@@ -11,14 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.records import ANSWER, CANDIDATES, SCORED
-from wrpo_ray.data.shards import (
-    KEY,
-    Bucket,
-    Found,
-    Samples,
-    ranks,
-)
+from wrpo_ray.data.samples import ANSWER_KEY, RowSelection, Samples, dense_ranks
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
 
@@ -30,7 +25,7 @@ DECIDING = ["reward", "finish_reason", "text"]
 class Candidates:
     """N answers to P prompts, sorted by (prompt, source, sample)."""
 
-    stores: tuple[Found, ...]
+    stores: tuple[RowSelection, ...]
     table: pa.Table
     """KEY and DECIDING of all rows of the stores, which lie end to end, in no order."""
     rows: np.ndarray
@@ -54,7 +49,7 @@ class Candidates:
     @cached_property
     def groups(self) -> np.ndarray:
         """Which of the bucket's G pairs of prompt and source, in order, (N,)."""
-        sources = ranks(self.table["source"])[self.rows].astype(np.int64)
+        sources = dense_ranks(self.table["source"])[self.rows].astype(np.int64)
         keys = self.prompts * (sources.max(initial=0) + 1) + sources
         return np.cumsum(np.diff(keys, prepend=keys[:1]) != 0)
 
@@ -73,7 +68,7 @@ class Candidates:
 
     def ties(self, of: np.ndarray) -> np.ndarray:
         """The place in [0, 1) of each of these answers among those of equal reward."""
-        keys = self.table.select(KEY).take(self.rows[of]).to_pylist()
+        keys = self.table.select(ANSWER_KEY).take(self.rows[of]).to_pylist()
         return np.array([unit_interval("tie", *key.values()) for key in keys])
 
     def by_source(self, of: np.ndarray) -> dict[str, int]:
@@ -120,14 +115,14 @@ def read_candidates(
     rows = np.concatenate([s.rows + start for s, start in zip(stores, starts, strict=False)])
     prompts = pc.index_in(table["prompt_id"], value_set=prompt_ids).fill_null(-1).to_numpy()
     rows = rows[prompts[rows] >= 0]
-    columns = [prompts, ranks(table["source"]), table["sample"].to_numpy()]
+    columns = [prompts, dense_ranks(table["source"]), table["sample"].to_numpy()]
     rows = rows[np.lexsort([column[rows] for column in columns[::-1]])]
     return Candidates(stores, table, rows, prompts[rows].astype(np.int64))
 
 
-def _deciding(store: Found) -> pa.Table:
+def _deciding(store: RowSelection) -> pa.Table:
     table = store.read_all(DECIDING)
-    for name in KEY:
+    for name in ANSWER_KEY:
         table = table.append_column(store.schema.field(name), store.keys[name])
     return table
 
@@ -150,11 +145,11 @@ def read_verdicts(
     verifiable: np.ndarray,
 ) -> Verdicts:
     """What the verifier said; `verifiable` tells of which prompts it can, (P,)."""
-    columns = [*KEY, "reward"]
+    columns = [*ANSWER_KEY, "reward"]
     said = pa.concat_tables([s.read(root, bucket, SCORED, columns) for s in samples])
-    keys = candidates.table.select(KEY).take(candidates.rows)
+    keys = candidates.table.select(ANSWER_KEY).take(candidates.rows)
     keys = keys.append_column("row", pa.array(np.arange(len(candidates))))
-    joined = keys.join(said, list(KEY), join_type="left outer").sort_by("row")
+    joined = keys.join(said, list(ANSWER_KEY), join_type="left outer").sort_by("row")
     values = joined["reward"].combine_chunks().fill_null(np.nan).to_numpy()
     either = ~verifiable[candidates.prompts]
     return Verdicts(either | (values == 1), either | (values < 1))

@@ -14,14 +14,8 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    buckets,
-    read_bucket,
-    write_shard,
-)
+from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.progress import log
@@ -374,7 +368,7 @@ def run(run: Run, jobs: Sequence[Job]) -> None:
         rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
         for counts in map_tasks(job.step.name, rows, partial(_fill, run, job)):
             totals.update(counts)
-            metrics.count(job.step, rows=counts["rows"])
+            metrics.add_counts(job.step, rows=counts["rows"])
         record = job.step.finish(run.root, dict(sorted(totals.items())), started)
         told = ", ".join(f"{name} {count:,}" for name, count in _told(record["counts"]).items())
         log(f"{job.step.name}  {told}")

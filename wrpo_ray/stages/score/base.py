@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from wrpo_ray.data.records import Message
-from wrpo_ray.data.references import Reference, unpacked
+from wrpo_ray.data.references import Reference, unpack_reference
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Item:
     @property
     def right(self) -> Reference | None:
         """The right answer; of a list any is right."""
-        return unpacked(self.reference)
+        return unpack_reference(self.reference)
 
 
 Outcome = float | Exception

@@ -8,7 +8,7 @@ from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from wrpo_ray.config import JudgeConfig
-from wrpo_ray.data.references import shown
+from wrpo_ray.data.references import show_reference
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.completion import Completion
 from wrpo_ray.llm.endpoint import Body, Endpoint
@@ -91,7 +91,7 @@ class Question:
         return self.template.render(
             messages=item.messages,
             answer=item.text,
-            reference=shown(item.right),
+            reference=show_reference(item.right),
             worst=f"{self.config.worst:g}",
             best=f"{self.config.best:g}",
         )

@@ -16,24 +16,15 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import (
-    Bucket,
-    Earlier,
-    Samples,
-    buckets,
-    chunks,
-    read_bucket,
-    sample_keys,
-    trying_again,
-    write_failures,
-    write_shard,
-)
+from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket, write_shard
+from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
+from wrpo_ray.data.samples import Samples, sample_keys
 from wrpo_ray.llm.vllm import engine_env
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress
-from wrpo_ray.runtime.ready_queue import Feed
+from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
 from wrpo_ray.stages.score.base import Item, Reward
 from wrpo_ray.stages.score.rewards import load_reward
@@ -86,17 +77,17 @@ class Score:
         return Samples(self.step, self.answers.prompts, self.answers.count)
 
 
-def run(run: Run, jobs: list[Score], feed: Feed | None = None) -> None:
+def run(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> None:
     """Do each job; the jobs of one reward share its actors.
 
-    A `feed` tells which buckets of the jobs' answers can be read, while others are still made;
+    A `ready_queue` gives the buckets of the jobs' answers that can be read, while others are made;
     the jobs have one reward then.
 
     Raises:
         FailureLimitError: too many answers could not be scored.
     """
     for _, group in groupby(jobs, key=lambda job: job.reward):
-        _run_pool(run, list(group), feed)
+        _run_pool(run, list(group), ready_queue)
 
 
 def pool_of(reward: RewardConfig) -> Pool:
@@ -107,15 +98,15 @@ def pool_of(reward: RewardConfig) -> Pool:
     return Pool(f"score with {reward.name}", reward.actors, env)
 
 
-def _run_pool(run: Run, jobs: list[Score], feed: Feed | None) -> None:
+def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
     pool = pool_of(jobs[0].reward)
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
     shown = [_Shown(job, run.buckets) for job in jobs]
     tallies = [Tally(run, job.step) for job in jobs]
-    for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, feed):
+    for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, ready_queue):
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
-        run.spend(
+        run.record_usage(
             jobs[result["job"]].step, jobs[0].reward.name, result["seconds"],
             idle=result["idle"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
@@ -164,7 +155,7 @@ class Scorer:
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
         done, reward = 0, 0.0
-        with trying_again(kept, bucket, self.run.max_attempts) as earlier:
+        with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
             held, failed, missing = self._missing(job, bucket, earlier)
             prompts = self._prompts(job, bucket) if missing else {}
             for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
@@ -198,7 +189,9 @@ class Scorer:
             for joined in (table.join(most, "prompt_id") for table in best)
         ]
 
-    def _missing(self, job: Score, bucket: Bucket, earlier: Earlier) -> tuple[int, int, list[Row]]:
+    def _missing(
+        self, job: Score, bucket: Bucket, earlier: EarlierFailures
+    ) -> tuple[int, int, list[Row]]:
         """How many wanted answers are scored, how many given up, and the others."""
         store = job.samples.folder(self.run.root)
         done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
@@ -240,7 +233,7 @@ class Scorer:
         rows: list[Row],
         good: list[Row],
         failed: list[Row],
-        earlier: Earlier,
+        earlier: EarlierFailures,
     ) -> None:
         key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in rows)
         if good:

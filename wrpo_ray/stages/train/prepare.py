@@ -21,14 +21,9 @@ from wrpo_ray.config import (
     Actors,
     TrainConfig,
 )
+from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
+from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
-from wrpo_ray.data.shards import (
-    Bucket,
-    buckets,
-    read_bucket,
-    trying_again,
-    write_failures,
-)
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.chat import (
     OWN,
@@ -144,7 +139,7 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
         number, job = result["job"], jobs[result["job"]]
         counts[number].update({k: v for k, v in result.items() if k not in ("job", "bucket")})
         progress.add(result["rows"])
-        run.spend(
+        run.record_usage(
             job.step, job.step.name, result["seconds"], idle=result["idle"],
             gpus=actors.num_gpus, rows=result["rows"], failed=result["failed"],
         )  # fmt: skip
@@ -229,7 +224,7 @@ class Preparer:
         """Rows that are too long lie apart from faults, which count against `failure_limit`."""
         failures = self.job.step.failures(self.run.root)
         for folder, part in ((failures, rows.faults), (failures / DROPPED, rows.too_long)):
-            with trying_again(folder, bucket) as earlier:
+            with retrying_failures(folder, bucket) as earlier:
                 write_failures(folder, bucket, part, "rows", earlier)
 
     def _add_reference(self, rows: Rows) -> None:

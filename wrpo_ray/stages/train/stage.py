@@ -18,16 +18,16 @@ from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.chat import OWN, Template
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.failures import readable
-from wrpo_ray.runtime.ledger import Spent
+from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.runtime.placement import (
-    check_room,
+    capacity_for,
+    check_capacity,
     is_own_ray,
-    room_for,
     thread_env,
 )
 from wrpo_ray.runtime.progress import log
-from wrpo_ray.runtime.tasks import side_by_side
+from wrpo_ray.runtime.tasks import run_in_threads
+from wrpo_ray.runtime.worker_errors import summarize_error
 from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -76,9 +76,9 @@ def run(run: Run, jobs: list[Train]) -> None:
         UserError: nothing to train on, or not enough room for the workers.
         WrpoError: the workers failed more often than `max_failures` allows.
     """
-    most = min(room_for(_needs(job, job.config.workers)) for job in jobs)
+    most = min(capacity_for(_needs(job, job.config.workers)) for job in jobs)
     series = [part for alike in _by_workers(jobs) for part in _dealt(alike, most)]
-    side_by_side([partial(_train, run, part) for part in series], most)
+    run_in_threads([partial(_train, run, part) for part in series], most)
 
 
 def _by_workers(jobs: list[Train]) -> list[list[Train]]:
@@ -133,7 +133,7 @@ def _task(run: Run, job: Train) -> Task:
 def _check_room(job: Train) -> None:
     config = job.config
     workers = config.min_workers or config.workers
-    check_room(job.step.name, workers, "workers", _needs(job, 1))
+    check_capacity(job.step.name, workers, "workers", _needs(job, 1))
 
 
 def _needs(job: Train, workers: int) -> dict[str, float]:
@@ -244,7 +244,7 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
         if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
             ledger.check()  # here nothing is lost
     if "error" in outcome:
-        raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
+        raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     return outcome["value"]
 
 
@@ -257,9 +257,9 @@ def _count(task: Task, seconds: float) -> None:
     """Workers may be fewer after a loss; they are counted as they were asked for."""
     held = seconds * task.config.workers
     gpu_seconds = held * task.config.num_gpus
-    metrics.count(task.step, actor_seconds=held, gpu_seconds=gpu_seconds)
+    metrics.add_counts(task.step, actor_seconds=held, gpu_seconds=gpu_seconds)
     if task.run.ledger:
-        spent = Spent(actor_seconds=held, gpu_seconds=gpu_seconds)
+        spent = Usage(actor_seconds=held, gpu_seconds=gpu_seconds)
         task.run.ledger.add(task.step, task.step.name, spent)
 
 
@@ -286,8 +286,8 @@ def _progress(task: Task, shown: int | None) -> int:
 
 def _export(task: Task, last: dict[str, Any], new: list[dict[str, Any]]) -> None:
     rows, tokens = (sum(record[name] for record in new) for name in ("rows", "tokens"))
-    metrics.count(task.step, rows=rows, tokens=tokens)
-    metrics.show(
+    metrics.add_counts(task.step, rows=rows, tokens=tokens)
+    metrics.set_gauges(
         task.step,
         train_step=last["step"] + 1,
         train_steps=last["steps"],

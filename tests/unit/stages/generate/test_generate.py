@@ -7,14 +7,9 @@ import pytest
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    failed_by_error,
-    read_bucket,
-    write_shard,
-)
+from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
+from wrpo_ray.data.failures import failed_by_error
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.generate.engine import Request, Voice, failures

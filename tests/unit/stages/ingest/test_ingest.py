@@ -18,7 +18,7 @@ from wrpo_ray.data.published import (
     ROLES,
     RowError,
     from_published,
-    messages_of,
+    parse_messages,
 )
 from wrpo_ray.data.records import FAILURE, PROMPT, SCORED
 from wrpo_ray.stages.ingest.readers import prompt_record, read_rows, scored_records
@@ -123,7 +123,7 @@ NESTED = st.recursive(
 @given(NESTED)
 def test_any_prompt_is_a_conversation_or_a_row_error(prompt):
     try:
-        messages = messages_of(prompt)
+        messages = parse_messages(prompt)
     except RowError:
         return
     pa.array([messages], PROMPT.field("messages").type)
@@ -261,10 +261,10 @@ def test_a_prompt_asks_something(before, last):
     roles = [*before, last]
     turns = [{"role": role, "content": "x"} for role in roles]
     if last in ("user", "tool") and "user" in roles:
-        assert messages_of(turns) == turns
+        assert parse_messages(turns) == turns
         return
     with pytest.raises(RowError, match="so that nothing is asked"):
-        messages_of(turns)
+        parse_messages(turns)
 
 
 def test_a_prompt_of_a_system_message_alone_is_kept_with_its_reason(tmp_path):
@@ -298,7 +298,7 @@ def test_what_would_be_lost_of_a_message_fails_its_row(key, content):
     asked = {"role": "user", "content": "x"}
     turn = {"role": "assistant", "content": content, key: HELD[key]}
     with pytest.raises(RowError, match=f"a message has `{key}`"):
-        messages_of([asked, turn, asked])
+        parse_messages([asked, turn, asked])
     answer = {"role": "assistant", "content": "x"}
     row = {"prompt": asked, "chosen": [answer, turn], "rejected": [answer]}
     with pytest.raises(RowError, match=f"a message has `{key}`"):
@@ -312,12 +312,16 @@ def test_a_thought_that_a_template_would_write_fails_its_row(key):
     turn, thinks = ({"role": "assistant", "content": "a"} | more for more in ({}, {key: "hm"}))
     for before in ([], [asked, turn], [asked, turn, result, turn]):
         kept = [*before, asked, turn, asked]
-        assert messages_of([*before, asked, thinks, asked]) == kept
-        assert messages_of([*before, asked, thinks, result, asked]) == [*kept[:-1], result, asked]
+        assert parse_messages([*before, asked, thinks, asked]) == kept
+        assert parse_messages([*before, asked, thinks, result, asked]) == [
+            *kept[:-1],
+            result,
+            asked,
+        ]
         for behind in ([result], [result, turn, result]):
-            assert messages_of([*before, asked, turn | {key: ""}, *behind])
+            assert parse_messages([*before, asked, turn | {key: ""}, *behind])
             with pytest.raises(RowError, match=f"^a message has `{key}`, which no prompt"):
-                messages_of([*before, asked, thinks, *behind])
+                parse_messages([*before, asked, thinks, *behind])
 
 
 def test_what_is_no_part_of_a_message_is_passed_over():
@@ -325,6 +329,6 @@ def test_what_is_no_part_of_a_message_is_passed_over():
     metadata = {"id": 3, "timestamp": "2024", "language": "English", "toxic": True, "weight": 1}
     empty = {"tool_calls": None, "function_call": {}, "images": [], "name": "", "prefix": False}
     turn = {"role": "user", "content": "x"}
-    assert messages_of([turn | metadata | empty]) == [turn]
+    assert parse_messages([turn | metadata | empty]) == [turn]
     result = {"role": "tool", "content": "3"}
-    assert messages_of([turn, result | {"name": "f", "tool_call_id": "1"}]) == [turn, result]
+    assert parse_messages([turn, result | {"name": "f", "tool_call_id": "1"}]) == [turn, result]

@@ -16,15 +16,10 @@ from support.plain_pairing import select as plain_select
 
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.published import from_published, messages_of, to_published
+from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
+from wrpo_ray.data.published import from_published, parse_messages, to_published
 from wrpo_ray.data.records import prompt_id
-from wrpo_ray.data.shards import (
-    Bucket,
-    Prompts,
-    Samples,
-    read_bucket,
-    write_shard,
-)
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.pair.answers import check_patterns
@@ -496,4 +491,4 @@ def test_malformed_published_rows_are_refused(broken):
 )
 def test_what_is_no_prompt_is_refused(prompt):
     with pytest.raises(ValueError, match="prompt|message"):
-        messages_of(prompt)
+        parse_messages(prompt)

@@ -23,7 +23,7 @@ from wrpo_ray.config import (
     TrainConfig,
     WrpoConfig,
 )
-from wrpo_ray.data.shards import buckets
+from wrpo_ray.data.buckets import buckets
 from wrpo_ray.errors import FailureLimitError, UserError
 from wrpo_ray.llm import chat
 from wrpo_ray.runtime.context import Run

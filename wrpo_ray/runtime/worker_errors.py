@@ -11,14 +11,16 @@ from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.vllm import with_root_cause
 
 
-def guarded(
+def capture_error(
     what: str, function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[str, Any]
 ) -> dict[str, Any]:
-    """The function's result, or what went wrong, for `own_error`."""
+    """The function's result, or what went wrong, for `restore_error`."""
     try:
         return function(row)
     except Exception as error:  # whatever it is, the driver tells it
-        own = error if isinstance(error, WrpoError) else readable(with_root_cause(error), what)
+        own = (
+            error if isinstance(error, WrpoError) else summarize_error(with_root_cause(error), what)
+        )
         return {
             "error": type(own).__name__,
             "message": str(own),
@@ -26,7 +28,7 @@ def guarded(
         }
 
 
-def own_error(result: dict[str, Any]) -> WrpoError:
+def restore_error(result: dict[str, Any]) -> WrpoError:
     """The error that a result of `guarded` tells of."""
     kind: type[WrpoError] = getattr(errors, result["error"])
     error = kind(result["message"])
@@ -34,7 +36,7 @@ def own_error(result: dict[str, Any]) -> WrpoError:
     return error
 
 
-def readable(error: BaseException, what: str) -> WrpoError:
+def summarize_error(error: BaseException, what: str) -> WrpoError:
     """The project's own error inside one of Ray's, or one line that names the first cause."""
     causes = list(_causes(error))
     own = next((cause for cause in causes if isinstance(cause, WrpoError)), None)

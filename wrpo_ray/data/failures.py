@@ -1,0 +1,99 @@
+"""Failed rows: kept with their reasons and attempts, and retried by later runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+
+from wrpo_ray.data.buckets import Bucket, write_shard
+from wrpo_ray.data.records import FAILURE
+from wrpo_ray.storage.folder import Folder
+
+EARLIER = "earlier"
+"""Key of the shard with the failures of earlier runs."""
+SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
+
+
+@dataclass(frozen=True)
+class EarlierFailures:
+    """Failed rows of a bucket in earlier runs, known by (prompt_id, source, sample)."""
+
+    attempts: dict[tuple[Any, ...], int]
+    """How often each was tried."""
+    given_up: frozenset[tuple[str, int]]
+    """Those that are not tried again, by (prompt_id, sample); they stay where they are kept."""
+
+
+def write_failures(
+    folder: Folder,
+    bucket: Bucket,
+    rows: list[dict[str, Any]],
+    key: Any,
+    earlier: EarlierFailures | None = None,
+) -> None:
+    """Keep failed rows, with their attempts in all runs; `folder` is the step's `failures`."""
+    before = earlier.attempts if earlier else {}
+    counted = [r | {"attempts": r["attempts"] + before.get(_failed_key(r), 0)} for r in rows]
+    if counted:
+        write_shard(folder, bucket, FAILURE, counted, key)
+
+
+@contextmanager
+def retrying_failures(
+    folder: Folder, bucket: Bucket, max_attempts: int | None = None
+) -> Iterator[EarlierFailures]:
+    """A bucket's failed rows of earlier runs, while those in the block are tried again.
+
+    At its end they are forgotten, but for those with `max_attempts` or more. Until then, and
+    after a crash in the block, they lie in a shard of their own: no attempt is lost, and what is
+    written in the block is beside them.
+    """
+    rows = _take_together(folder, bucket)
+    kept = [r for r in rows.values() if max_attempts and r["attempts"] >= max_attempts]
+    attempts = {key: row["attempts"] for key, row in rows.items()}
+    yield EarlierFailures(attempts, frozenset((row["prompt_id"], row["sample"]) for row in kept))
+    if kept and len(kept) < len(rows):
+        write_failures(folder, bucket, kept, EARLIER)
+    elif rows and not kept:
+        folder.delete(bucket.shard(EARLIER))
+
+
+def _take_together(folder: Folder, bucket: Bucket) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Put a bucket's failed rows into one shard, each as it is with the most attempts."""
+    shard = f"{bucket.index:05d}-of-{bucket.count:05d}-"
+    names = [name for name in folder.files(suffix=".parquet") if name.startswith(shard)]
+    found = [row for name in names for row in folder.read_table(name).to_pylist()]
+    rows = {_failed_key(row): row for row in sorted(found, key=lambda row: row["attempts"])}
+    if names != [bucket.shard(EARLIER)]:
+        write_failures(folder, bucket, list(rows.values()), EARLIER)
+    for name in names:
+        if name != bucket.shard(EARLIER):
+            folder.delete(name)
+    return rows
+
+
+def _failed_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["prompt_id"], row["source"], row["sample"]
+
+
+def failed_by_error(folder: Folder, most: int | None = None) -> list[dict[str, Any]]:
+    """{error, rows, attempts (most), where, prompt_id, message (of one)} by type of error.
+
+    Of `most` shards at the most, where that is given.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    shown = ["where", "prompt_id", "message"]
+    for name in folder.files(suffix=".parquet")[:most]:
+        table = folder.read_table(name, ["error", "attempts", *shown])
+        firsts = [(column, "first", SKIP_NO_NULL) for column in shown]
+        counts = [("attempts", "max"), ([], "count_all"), *firsts]
+        for found in table.group_by("error", use_threads=False).aggregate(counts).to_pylist():
+            example = {column: found[f"{column}_first"] for column in shown}
+            one = groups.setdefault(found["error"], {"rows": 0, "attempts": 0} | example)
+            one["rows"] += found["count_all"]
+            one["attempts"] = max(one["attempts"], found["attempts_max"])
+    return [{"error": e} | groups[e] for e in sorted(groups, key=lambda e: -groups[e]["rows"])]
