@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,6 +30,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.failures import readable
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.ingest.readers import (
@@ -51,10 +52,10 @@ SMALL = 32_000_000
 
 
 @dataclass(frozen=True)
-class IngestPrompts:
+class IngestPrompts(BaseJob):
     """Prompts into PROMPT shards: each prompt once, with its split."""
 
-    kind = "ingestprompts"
+    kind = JobKind.INGEST_PROMPTS
 
     step: Step
     input: PromptsConfig | ImportConfig
@@ -69,6 +70,16 @@ class IngestPrompts:
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.columns.of_prompt
+
+    @property
+    def row_source(self) -> PromptsConfig | ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[IngestPrompts]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """One PROMPT record."""
@@ -85,10 +96,10 @@ class IngestPrompts:
 
 
 @dataclass(frozen=True)
-class IngestResponses:
+class IngestResponses(BaseJob):
     """Existing scored answers into SCORED shards, the target's apart from the sources'."""
 
-    kind = "ingestresponses"
+    kind = JobKind.INGEST_RESPONSES
 
     step: Step
     input: ImportConfig
@@ -99,6 +110,21 @@ class IngestResponses:
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.needed
+
+    @property
+    def row_source(self) -> ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Both parts of its folder."""
+        return tuple(f"{self.step.folder}/{part}" for part in (SOURCES, TARGET))
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[IngestResponses]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """SCORED records: one, or one for each of the row's answers."""
@@ -118,10 +144,10 @@ class IngestResponses:
 
 
 @dataclass(frozen=True)
-class IngestPreferences:
+class IngestPreferences(BaseJob):
     """Published preference rows into PREFERENCE shards."""
 
-    kind = "ingestpreferences"
+    kind = JobKind.INGEST_PREFERENCES
 
     step: Step
     input: ImportConfig
@@ -132,6 +158,16 @@ class IngestPreferences:
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.needed
+
+    @property
+    def row_source(self) -> ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[IngestPreferences]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """One PREFERENCE record."""
@@ -145,7 +181,7 @@ class IngestPreferences:
 Ingest = IngestPrompts | IngestResponses | IngestPreferences
 
 
-def run(run: Run, jobs: list[Ingest]) -> None:
+def run(run: Run, jobs: Sequence[Ingest]) -> None:
     """Do each job; finished ones are not given.
 
     Raises:
