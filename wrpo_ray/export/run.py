@@ -22,7 +22,8 @@ from wrpo_ray.export.write import is_file, write_file, write_folder
 from wrpo_ray.llm.rounding import Tensors
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.models import pinned
-from wrpo_ray.pipeline.retries import Job, Row, failures_of, jobs_of
+from wrpo_ray.pipeline.retries import Row, StageJob, failures_of, jobs_of
+from wrpo_ray.runtime.job import JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.stage import Score
@@ -172,8 +173,8 @@ def _export_adapters(
     return model_export.copy(base, to / BASE, Weights(PRECISIONS[job.config.precision]))
 
 
-def _made(config: Config, chain: Chain, jobs: list[Job], facts: Facts, to: Folder) -> Made:
-    done = [j.step for _, j in jobs if j.step.name == "evaluate" and j.step.is_done(chain.root)]
+def _made(config: Config, chain: Chain, jobs: list[StageJob], facts: Facts, to: Folder) -> Made:
+    done = [j.step for _, j in jobs if j.kind is JobKind.EVALUATE and j.step.is_done(chain.root)]
     target = config.target.model if config.target else ""
     trained = {job.step.name: job.config for _, job in jobs if isinstance(job, Train)}
     settings = {name: trained[name].identity() for name in ("sft", "wrpo") if name in trained}
@@ -188,7 +189,7 @@ def _made(config: Config, chain: Chain, jobs: list[Job], facts: Facts, to: Folde
     )
 
 
-def _facts(config: Config, root: Folder, jobs: list[Job]) -> Facts:
+def _facts(config: Config, root: Folder, jobs: list[StageJob]) -> Facts:
     done = [job.step for _, job in jobs if job.step.is_done(root)]
     records = [step.read_manifest(root) for step in done]
     settings: Row = {"seed": config.seed}
@@ -204,7 +205,7 @@ def _facts(config: Config, root: Folder, jobs: list[Job]) -> Facts:
     )
 
 
-def _models(config: Config, jobs: list[Job]) -> Iterator[Model]:
+def _models(config: Config, jobs: list[StageJob]) -> Iterator[Model]:
     """The sources, the target and the reward model, as far as the config has them."""
     weights = {job.model.name: job.fingerprint for _, job in jobs if isinstance(job, Generate)}
     for _, job in jobs:

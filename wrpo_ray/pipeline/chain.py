@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 
@@ -38,6 +38,7 @@ from wrpo_ray.pipeline.identities import (
 )
 from wrpo_ray.pipeline.models import naming_key
 from wrpo_ray.pipeline.stage import STAGES, Compared, Stage, by_phase
+from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import (
     Entrant,
     Evaluate,
@@ -71,6 +72,16 @@ from wrpo_ray.storage.steps import Step
 RETRIES = "retries.json"
 """{key of a step: how often its failed rows were given new attempts}"""
 SFT, DPO, FUSED = "target-sft", "target-dpo", "fused"
+Retryable = TypeVar("Retryable", Generate, Score)
+
+
+class Trained(NamedTuple):
+    """A model that the chain trains."""
+
+    model: ModelConfig
+    """Served by vLLM with the target's own settings."""
+    folder: Folder
+    step: Step
 
 
 @dataclass
@@ -88,12 +99,18 @@ class Chain:
     fingerprints: dict[str, str] = field(default_factory=dict)
     """Those of given models by folder, which chains over the same models share."""
     stages: list[Stage] = field(default_factory=list)
-    _trained_models: dict[str, tuple[ModelConfig, Folder, str]] = field(default_factory=dict)
+    trained: dict[str, Trained] = field(default_factory=dict)
+    """Models that the chain trains, by name."""
 
     @cached_property
     def root(self) -> Folder:
         """The output folder."""
         return Folder(self.config.output).absolute()
+
+    @property
+    def fused(self) -> Trained | None:
+        """The model after preference training, if the chain goes so far."""
+        return self.trained.get(FUSED)
 
     def build(self) -> list[Stage]:
         """All stages, in order."""
@@ -137,7 +154,7 @@ class Chain:
     def _wants(self, stage: str) -> bool:
         return STAGES.index(stage) <= STAGES.index(self.until)
 
-    def _add(self, name: str, *phases: tuple[Any, ...]) -> None:
+    def _add(self, name: str, *phases: Sequence[Job]) -> None:
         """Add a stage; jobs that an earlier stage has are left to it."""
         if not self._wants(name):
             return
@@ -241,8 +258,8 @@ class Chain:
     @property
     def _start_of_preferences(self) -> Folder:
         """target-SFT, or the target itself where there is no SFT."""
-        if SFT in self._trained_models:
-            return self._trained_models[SFT][1]
+        if SFT in self.trained:
+            return self.trained[SFT].folder
         return Folder(self._target.model).absolute()
 
     @property
@@ -255,7 +272,7 @@ class Chain:
         settings = self._target.model_copy(update={"name": name, "model": folder.uri})
         if job.config.lora and settings.dtype == "auto":  # bf16 would round what was learnt away
             settings = settings.model_copy(update={"dtype": "float32"})
-        self._trained_models[name] = settings, folder, job.step.key
+        self.trained[name] = Trained(settings, folder, job.step)
 
     def _prepare_job(
         self, name: str, rows: Step, base: Folder, key: str, config: Any, own: str | None = None
@@ -286,10 +303,10 @@ class Chain:
 
     def _own_answers(self) -> Answers:
         """What target-SFT, or without SFT the target, answers to the preference prompts."""
-        model = self._trained_models[SFT][0] if SFT in self._trained_models else self._target
+        model = self.trained[SFT].model if SFT in self.trained else self._target
         own = self._generate(model, self._preference_prompts)
         held_out = self._held_out(model) if model is not self._target else []
-        return self._scored("sample", own, before=((own, *held_out),))
+        return self._scored("sample", own, before=(own, *held_out))
 
     def _source_answers(self, selection: Select) -> Answers:
         """What the sources answer to the preference prompts."""
@@ -302,16 +319,14 @@ class Chain:
 
     def _train(self, rows: Step, base: Folder) -> None:
         """WRPO from target-SFT, and plain DPO to compare with, on the same prepared rows."""
-        if self._trained_models:
-            key = self._trained_models[SFT][2]
-        else:
-            key = self._fingerprint(base, self._target)
+        sft = self.trained.get(SFT)
+        key = sft.step.key if sft else self._fingerprint(base, self._target)
         plain = self.config.wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})
         configs = {FUSED: self.config.wrpo}
         is_dpo = not self.config.wrpo.alpha.end
         if self.config.evaluate and self.config.evaluate.dpo_baseline and not is_dpo:
             configs = {DPO: plain} | configs
-        sampled = SFT if SFT in self._trained_models else self._target.name
+        sampled = SFT if SFT in self.trained else self._target.name
         own = None if self._samples_sources else sampled
         prepared = self._prepare_job("wrpo", rows, base, key, self.config.wrpo, own)
         jobs = {
@@ -338,12 +353,12 @@ class Chain:
     # --- answers and rewards
 
     def _generate(self, model: ModelConfig, prompts: Prompts, sampling: Any = None) -> Generate:
-        trained = self._trained_models.get(model.name)
-        folder = trained[1] if trained else Folder(model.model).absolute()
+        trained = self.trained.get(model.name)
+        folder = trained.folder if trained else Folder(model.model).absolute()
         if model.endpoint:
             identity = digest([model.endpoint.url, model.model], 16)  # its weights are not seen
         else:
-            identity = trained[2] if trained else self._fingerprint(folder, model)
+            identity = trained.step.key if trained else self._fingerprint(folder, model)
         model = model.model_copy(update={"chat_template": Template.of(model).file})
         if model.dtype == "auto" and not model.actors.num_gpus and not model.endpoint:
             model = model.model_copy(update={"dtype": "float32"})  # it decides the answers
@@ -355,18 +370,18 @@ class Chain:
     def _family(self, model: ModelConfig) -> str:
         """Of the target and what is trained from it, which differ in their weights only."""
         target = self.config.target
-        if not target or model.name not in (target.name, *self._trained_models):
+        if not target or model.name not in (target.name, *self.trained):
             return ""
         key = self._fingerprint(Folder(target.model).absolute(), target)
         return f"{target.name} {key[:6]} and its kin"
 
-    def _scored(self, stage: str, *answers: Generate, before: tuple[Any, ...] = ()) -> Answers:
+    def _scored(self, stage: str, *answers: Generate, before: Sequence[Job] = ()) -> Answers:
         """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
         scores = tuple(self._score(job.samples) for job in answers)
         verify = self.config.pair.verifier
         reward = verifier_reward(verify) if verify else None
         checks = tuple(self._score(job.samples, reward) for job in answers) if reward else ()
-        self._add(stage, *before, scores, checks)
+        self._add(stage, before, scores, checks)
         verdicts = tuple(job.samples for job in checks)
         return self._answers(*(job.samples for job in scores), verdicts=verdicts)
 
@@ -396,7 +411,7 @@ class Chain:
             is_read_elsewhere = can_end_with_padding(small_files(folder))
         return digest([weights, "last token"], 16) if is_read_elsewhere else weights
 
-    def _retried(self, job: Any) -> Any:
+    def _retried(self, job: Retryable) -> Retryable:
         """The job as another request to its store, if its failed rows were given new attempts."""
         times = (self.retries or {}).get(job.step.key, 0)
         return replace(job, retry=times) if times else job
@@ -452,7 +467,7 @@ class Chain:
         return found
 
     def _evaluate(self) -> None:
-        trained = [m for m, _, _ in self._trained_models.values()]
+        trained = [t.model for t in self.trained.values()]
         models = [*self._given_models, *trained]
         if self._evaluation.prompts and (self.config.reward or self._evaluation.verifier):
             self._compare_rewards(models)
@@ -485,7 +500,7 @@ class Chain:
         Raises:
             UserError: the chain has no such model, or nothing to compare by.
         """
-        models = [*self._given_models, *(m for m, _, _ in self._trained_models.values())]
+        models = [*self._given_models, *(t.model for t in self.trained.values())]
         model = next((m for m in models if m.name == name), None)
         if model is None:
             there = ", ".join(m.name for m in models)
@@ -497,7 +512,7 @@ class Chain:
 
     def _contrasts(self) -> Iterator[tuple[str, str]]:
         """Paired differences worth knowing: the fused model's first."""
-        own = self._trained_models
+        own = self.trained
         if FUSED not in own:
             return
         target = self._target.name

@@ -11,33 +11,28 @@ from typing import Any
 
 from wrpo_ray.config import Config
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
-from wrpo_ray.data.samples import Samples
-from wrpo_ray.stages.generate.stage import Generate
-from wrpo_ray.stages.ingest.stage import SOURCES, TARGET, IngestResponses
-from wrpo_ray.stages.pair.stage import Pair, Select
-from wrpo_ray.stages.score.stage import Score
+from wrpo_ray.runtime.job import Job
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.addresses import without_secrets
 
 Row = dict[str, Any]
-Job = tuple[str, Any]
-"""The stage's name, and the job."""
 
 
-def outline(config: Config, until: str, jobs: list[Job], models: dict[str, str]) -> Outline:
+def outline(
+    config: Config, until: str, jobs: list[tuple[str, Job]], models: dict[str, str]
+) -> Outline:
     """The chain as those see it who have only the output."""
     tree = without_secrets(config.model_dump(mode="json", by_alias=True))
     steps = tuple(_step(stage, job) for stage, job in jobs)
     return Outline(until, config.storage.buckets, tree, models, steps)
 
 
-def _step(stage: str, job: Any) -> StepOutline:
+def _step(stage: str, job: Job) -> StepOutline:
     step = job.step
     asked: Row = {}
-    if isinstance(job, Generate):
-        asked = {"samples": job.sampling.samples} | _prompts(job)
-    elif isinstance(job, Score):
-        asked = {"samples": job.answers.count} | _prompts(job.answers)
+    if samples := job.samples:
+        prompts = samples.prompts
+        asked = {"samples": samples.count, "prompts": prompts.step.key, "splits": prompts.splits}
     return StepOutline(
         stage=stage,
         name=step.name,
@@ -46,31 +41,9 @@ def _step(stage: str, job: Any) -> StepOutline:
         manifest=step.manifest,
         kind=job.kind,
         source=step.source,
-        stores=tuple(dict.fromkeys(_stores(job))),
+        stores=tuple(dict.fromkeys(job.stores)),
         **asked,
     )
-
-
-def _prompts(asked: Any) -> Row:
-    return {"prompts": asked.prompts.step.key, "splits": asked.prompts.splits}
-
-
-def _stores(job: Any) -> list[str]:
-    """Folders of scored answers: those that it makes, or chooses from."""
-    if isinstance(job, Score):
-        return [job.step.folder]
-    if isinstance(job, IngestResponses):
-        return [f"{job.step.folder}/{part}" for part in (SOURCES, TARGET)]
-    if isinstance(job, Select):
-        return [_store(samples) for samples in job.sources.samples]
-    if isinstance(job, Pair):
-        return [*_stores(job.select), *(_store(samples) for samples in job.answers.samples)]
-    return []
-
-
-def _store(samples: Samples) -> str:
-    folder = samples.step.folder
-    return f"{folder}/{samples.part}" if samples.part else folder
 
 
 def keep_plan(root: Folder, planned: dict[str, Row]) -> None:

@@ -13,14 +13,14 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import RETRIES, Chain
 from wrpo_ray.pipeline.models import pinned
 from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.lease import Lease
 from wrpo_ray.stages.train.prepare import DROPPED
-from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 Row = dict[str, Any]
-Job = tuple[str, Any]
+StageJob = tuple[str, Job]
 """The stage's name, and the job."""
 
 
@@ -38,12 +38,12 @@ def failures(config: Config, only: str | None = None) -> list[Row]:
     return failures_of(chain.root, _named(jobs_of(chain), only))
 
 
-def failures_of(root: Folder, jobs: list[Job]) -> list[Row]:
+def failures_of(root: Folder, jobs: list[StageJob]) -> list[Row]:
     """Failed rows of the jobs' steps, grouped by stage, step and error."""
     found = []
     for stage, job in jobs:
         step: Step = job.step
-        told = {"stage": stage, "done": step.is_done(root), "can_retry": hasattr(job, "retry")}
+        told = {"stage": stage, "done": step.is_done(root), "can_retry": job.is_retryable}
         folder = step.failures(root)
         for name, part in ((step.name, folder), (f"{step.name} {DROPPED}", folder / DROPPED)):
             groups = failed_by_error(part)
@@ -80,15 +80,15 @@ def plan_retry(config: Config, only: str | None = None) -> Retry:
     retries = dict(chain.retries or {})
     for stage, job in _named(now, only):
         failed = failures_of(chain.root, [(stage, job)])
-        if failed and hasattr(job, "retry"):
+        if failed and job.is_retryable:
             rows[job.step.name] += sum(group["rows"] for group in failed)
-            retries[replace(job, retry=0).step.key] = job.retry + 1
+            retries[replace(job.step, retry=0).key] = job.step.retry + 1
     if not rows:
         raise UserError("failures: there is no failed answer or score to retry")
     after = {job.step.key for _, job in jobs_of(_chain(config, retries))}
     again = [j for _, j in now if j.step.key not in after and j.step.is_done(chain.root)]
     names = list(dict.fromkeys(job.step.name for job in again))
-    trained = [job.step.name for job in again if isinstance(job, Train)]
+    trained = [job.step.name for job in again if job.kind is JobKind.TRAIN]
     return Retry(rows, names, trained, retries)
 
 
@@ -109,12 +109,12 @@ def _chain(config: Config, retries: dict[str, int] | None = None) -> Chain:
     return Chain(pinned(config), STAGES[-1] if config.target else without_target, retries)
 
 
-def jobs_of(chain: Chain) -> list[Job]:
+def jobs_of(chain: Chain) -> list[StageJob]:
     """All jobs of the chain, in order."""
-    return [(s.name, job) for s in chain.build() for phase in s.phases for job in phase]
+    return [(stage.name, job) for stage in chain.build() for job in stage.jobs]
 
 
-def _named(jobs: list[Job], only: str | None) -> list[Job]:
+def _named(jobs: list[StageJob], only: str | None) -> list[StageJob]:
     """Those of the stage or step `only`; all, where it is null.
 
     Raises:

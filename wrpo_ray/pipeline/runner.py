@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -24,15 +23,12 @@ from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.pipeline.summary import model_addresses, summarise, write_comparison
 from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import Job
 from wrpo_ray.runtime.ledger import Ledger
 from wrpo_ray.runtime.placement import fit_together
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tasks import run_in_threads
-from wrpo_ray.stages.generate import stage as generate
-from wrpo_ray.stages.generate.stage import Generate
-from wrpo_ray.stages.score import stage as score
-from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -104,7 +100,7 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
 
 def outline_of(chain: Chain) -> Outline:
     """What a built chain is to do, for those who have only its output."""
-    jobs = [(s.name, job) for s in chain.stages for phase in s.phases for job in phase]
+    jobs = [(stage.name, job) for stage in chain.stages for job in stage.jobs]
     return outline(chain.config, chain.until, jobs, model_addresses(chain.config))
 
 
@@ -144,7 +140,7 @@ def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None
         number, phase = phases.pop(0)
         jobs = missing(run, phase)
         following = missing(run, phases[0][1]) if jobs and phases else []
-        if following and _can_follow(jobs, following):
+        if following and _can_stream(jobs, following):
             number, _ = phases.pop(0)
         else:
             following = []
@@ -156,49 +152,51 @@ def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None
         log(f"{label}: {', '.join(names)}")
         tell_resumed(run, jobs + following)
         if following:
-            _run_together(run, jobs, following)
+            _stream(run, jobs, following)
         else:
-            runner(jobs[0])(run, jobs)
+            jobs[0].run(run, jobs)
         log(f"{label}: finished in {time.time() - started:.0f} s")
         tell()
 
 
-def missing(run: Run, jobs: Sequence[Any]) -> list[Any]:
+def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
     """The jobs whose steps are not done."""
     return [job for job in jobs if not job.step.is_done(run.root)]
 
 
-def tell_resumed(run: Run, jobs: list[Any]) -> None:
+def tell_resumed(run: Run, jobs: list[Job]) -> None:
     """Log what is there already of stores that the jobs fill."""
     for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
         if found := len((run.root / step.folder).files(suffix=".parquet")):
             log(f"{step.name}: {found:,} shards are there; what they hold is passed over")
 
 
-def _can_follow(jobs: list[Any], following: list[Any]) -> bool:
-    """Whether answers can be scored while others are generated: there has to be room for both."""
-    if not isinstance(jobs[0], Generate) or not isinstance(following[0], Score):
+def _can_stream(jobs: list[Job], following: list[Job]) -> bool:
+    """Whether `following` can take the buckets of `jobs` meanwhile: there has to be room for both.
+
+    The reward's actors are those of the first job that follows; all of a phase share them.
+    """
+    producers = [job.stream for job in jobs if job.stream and not job.stream.source]
+    consumers = [job.stream for job in following if job.stream and job.stream.source]
+    if len(producers) < len(jobs) or len(consumers) < len(following):
         return False
-    pools = [generate.pool_of(job.model) for job in jobs]
-    return all(fit_together([pool, score.pool_of(following[0].reward)]) for pool in pools)
+    return all(fit_together([stream.pool, consumers[0].pool]) for stream in producers)
 
 
-def _run_together(run: Run, jobs: list[Generate], scores: list[Score]) -> None:
-    """Generate, and score each bucket as soon as it is filled."""
-    ready_queue = ReadyQueue([job.answers.step for job in scores])
-    made = {job.step.key for job in jobs}
-    for job in scores:
-        if job.answers.step.key not in made:  # made before
+def _stream(run: Run, jobs: list[Job], following: list[Job]) -> None:
+    """Run two phases at once: each bucket is taken up as soon as it is filled."""
+    sources = [job.stream.source for job in following if job.stream and job.stream.source]
+    queue, made = ReadyQueue(sources), {job.step.key for job in jobs}
+    for step in sources:
+        if step.key not in made:  # made before
             for bucket in buckets(run.buckets):
-                ready_queue.add(job.answers.step, bucket.index)
-    run_in_threads(
-        [lambda: generate.run(run, jobs, ready_queue), lambda: score.run(run, scores, ready_queue)]
-    )
+                queue.add(step, bucket.index)
+    run_in_threads([partial(_with_queue, run, phase, queue) for phase in (jobs, following)])
 
 
-def runner(job: Any) -> Any:
-    """The `run` function of the stage module that defines the job."""
-    return importlib.import_module(type(job).__module__).run
+def _with_queue(run: Run, jobs: list[Job], queue: ReadyQueue) -> None:
+    assert jobs[0].stream is not None
+    jobs[0].stream.run(run, jobs, queue)
 
 
 def plan(config: Config, until: str = STAGES[-1]) -> list[tuple[str, Step, bool]]:

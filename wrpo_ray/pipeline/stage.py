@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
+from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import (
     Entrant,
 )
@@ -21,12 +21,17 @@ class Stage:
     """A name to stop after, and phases of jobs that run one after another."""
 
     name: str
-    phases: tuple[tuple[Any, ...], ...]
+    phases: tuple[tuple[Job, ...], ...]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The jobs of all phases."""
+        return [job for phase in self.phases for job in phase]
 
     @property
     def steps(self) -> list[Step]:
         """The steps of all jobs."""
-        return [job.step for phase in self.phases for job in phase]
+        return [job.step for job in self.jobs]
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,8 @@ class Compared:
         return Entrant(self.name, *found)
 
 
-def by_phase(models: list[Compared]) -> Iterator[tuple[Any, ...]]:
+def by_phase(models: list[Compared]) -> Iterator[tuple[Job, ...]]:
     """Jobs that can run together: answers, rewards, checks."""
-    for part in ("answers", "rewards", "checks"):
-        yield tuple(job for model in models if (job := getattr(model, part)))
+    yield tuple(model.answers for model in models)
+    yield tuple(model.rewards for model in models if model.rewards)
+    yield tuple(model.checks for model in models if model.checks)

@@ -17,12 +17,12 @@ from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.runner import (
     missing,
-    runner,
     session,
     tell_resumed,
 )
 from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.evaluate.study import TABLE, Competitor, StudyTable
 from wrpo_ray.storage.folder import Folder
@@ -80,7 +80,7 @@ def chosen(settings: StudyConfig, only: Sequence[str]) -> list[str]:
 class Path:
     """The phases of one chain that are left, in their order."""
 
-    phases: list[tuple[int, tuple[Any, ...]]]
+    phases: list[tuple[int, tuple[Job, ...]]]
     """(number of the stage in the chain, jobs of one kind)"""
 
     @staticmethod
@@ -89,7 +89,7 @@ class Path:
         return Path([(STAGES.index(s.name), jobs) for s in stages for jobs in s.phases])
 
     @property
-    def jobs(self) -> list[Any]:
+    def jobs(self) -> list[Job]:
         """All jobs."""
         return [job for _, jobs in self.phases for job in jobs]
 
@@ -99,7 +99,7 @@ class Path:
             self.phases.pop(0)
 
 
-def next_wave(paths: Sequence[Path]) -> list[Any]:
+def next_wave(paths: Sequence[Path]) -> list[Job]:
     """The jobs to run now: of the path that is least far its next, and their like of the others.
 
     Whatever is next in a path can be run, as a path's phases build upon each other.
@@ -112,9 +112,9 @@ def next_wave(paths: Sequence[Path]) -> list[Any]:
     return list({job.step.key: job for jobs in alike for job in jobs}.values())
 
 
-def _kind(jobs: Sequence[Any]) -> tuple[Any, ...]:
-    """Jobs of one kind are given to their stage together; those that score, by reward."""
-    return type(jobs[0]), getattr(jobs[0], "reward", None)
+def _kind(jobs: Sequence[Job]) -> tuple[JobKind, object]:
+    """Phases for which this is equal can run as one."""
+    return jobs[0].kind, jobs[0].batch_key
 
 
 def run_waves(run: Run, paths: Sequence[Path]) -> None:
@@ -127,9 +127,9 @@ def run_waves(run: Run, paths: Sequence[Path]) -> None:
             return
         jobs = missing(run, wave)
         left = len({job.step.key for path in paths for job in path.jobs})
-        log(f"{type(jobs[0]).__name__}: {len(jobs)} jobs of {left} that are left")
+        log(f"{jobs[0].kind}: {len(jobs)} of {left} remaining jobs")
         tell_resumed(run, jobs)
-        runner(jobs[0])(run, jobs)
+        jobs[0].run(run, jobs)
 
 
 # --- cases -------------------------------------------------------------------------------------
@@ -181,5 +181,5 @@ class Case:
             with session(self.config, self.root) as run:
                 run_waves(run, self.paths)
                 log(f"{step.name}: comparing {len(self.table.competitors)} models")
-                runner(self.table)(run, [self.table])
+                self.table.run(run, [self.table])
         return (self.root / step.folder).read_json(TABLE)

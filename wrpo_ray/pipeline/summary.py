@@ -13,6 +13,7 @@ from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.models import map_models
 from wrpo_ray.pipeline.stage import Stage
 from wrpo_ray.report import benchmark_table as comparison
+from wrpo_ray.runtime.job import JobKind
 from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON
 from wrpo_ray.stages.evaluate.pairwise import shortfall
 from wrpo_ray.stages.evaluate.stage import (
@@ -33,17 +34,21 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
         "models": model_addresses(chain.config),
         "steps": [_step_summary(root, s.name, step) for s in stages for step in s.steps],
     }
-    for stage in stages:
-        for step in stage.steps:
-            if step.name == "evaluate" and step.is_done(root):
-                summary["evaluation"] = (root / step.folder).read_json(TABLE)
-                summary["example"] = (root / step.folder).read_json(EXAMPLE)
-            if step.name == "comparison" and step.is_done(root):
-                summary["comparison"] = (root / step.folder).read_json(COMPARISON)
-                summary["comparison_folder"] = str(root / step.folder)
-            if step.name == "wrpo" and step.is_done(root):
-                summary["fused_model"] = str(root / step.folder / "model")
+    for job in (job for stage in stages for job in stage.jobs if job.step.is_done(root)):
+        summary |= _results(job.kind, root / job.step.folder)
+    fused = chain.fused
+    if fused and fused.step.is_done(root):
+        summary["fused_model"] = str(root / fused.step.folder / "model")
     return summary
+
+
+def _results(kind: JobKind, folder: Folder) -> dict[str, Any]:
+    """What a finished step adds to the summary."""
+    if kind is JobKind.EVALUATE:
+        return {"evaluation": folder.read_json(TABLE), "example": folder.read_json(EXAMPLE)}
+    if kind is JobKind.COMPARE:
+        return {"comparison": folder.read_json(COMPARISON), "comparison_folder": str(folder)}
+    return {}
 
 
 def write_comparison(root: Folder, summary: dict[str, Any]) -> None:

@@ -8,17 +8,17 @@ can hold answers to prompts that are not asked for here.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean, median
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow.dataset as ds
 
-from wrpo_ray.config import Actors, Config, ModelConfig
+from wrpo_ray.config import Actors, Config, ImportConfig, ModelConfig, PromptsConfig
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import (
@@ -31,6 +31,7 @@ from wrpo_ray.pipeline.models import pinned
 from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.plan import rates
 from wrpo_ray.plan.work import Plan, Work, share
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import (
     Entry,
     read_ledger,
@@ -54,6 +55,7 @@ KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds
 BLOCK = 16 * 2**20
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
+J = TypeVar("J")
 Origin = tuple[float, str]
 """A number, and where it comes from."""
 
@@ -77,7 +79,7 @@ def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dic
     """What each step of a built chain is to take, by its key; of finished ones nothing."""
     works = list(_Estimator(config, root, stages).works())
     record = Plan(works, config.prices).record()
-    steps = [job.step for s in stages for phase in s.phases for job in phase]
+    steps = [step for stage in stages for step in stage.steps]
     return {
         step.key: {name: work[name] for name in KEPT}
         for step, work in zip(steps, record["works"], strict=True)
@@ -108,19 +110,22 @@ class _Estimator:
                 for job in phase:
                     work = self._work(job)
                     # only models answer side by side; all requests to one share its engines
-                    name = f"{number}" if isinstance(job, Generate) else f"{number} {work.pool}"
+                    name = f"{number}" if job.kind is JobKind.GENERATE else f"{number} {work.pool}"
                     startup = 0.0 if work.pool in started else work.startup
                     started.add(work.pool)
                     yield replace(work, stage=stage.name, phase=name, startup=startup)
 
-    def _work(self, job: Any) -> Work:
-        kinds: dict[type, Callable[[Any], Work]] = {
-            Generate: self._generate,
-            Score: self._score,
-            Prepare: self._prepare,
-            Train: self._train,
-        }
-        return kinds.get(type(job), self._plain)(job)
+    def _work(self, job: Job) -> Work:
+        match job:
+            case Generate():
+                return self._generate(job)
+            case Score():
+                return self._score(job)
+            case Prepare():
+                return self._prepare(job)
+            case Train():
+                return self._train(job)
+        return self._plain(job)
 
     # --- kinds of jobs
 
@@ -133,7 +138,7 @@ class _Estimator:
         guess = self._power(actors).decode_rate(size)
         if job.model.endpoint:
             guess = job.model.endpoint.concurrency * rates.STREAM
-        rate = self._rate(name, self._told(name, "output_tokens", "generate-"), guess)
+        rate = self._rate(name, self._told(name, "output_tokens", JobKind.GENERATE), guess)
         tokens = round(left * lengths.output)
         startup = self.config.plan.startup.get(name, rates.startup(size, actors.num_gpus))
         return self._pool(
@@ -154,8 +159,8 @@ class _Estimator:
         )
 
     def _score(self, job: Score) -> Work:
-        reward, answers = job.reward, self.jobs.get(job.answers.step.key)
-        lengths = self._lengths(answers)
+        reward, made = job.reward, self._of(Generate).get(job.answers.step.key)
+        lengths = self._lengths(made)
         prompts = self._count(job.answers.prompts)
         rows = prompts * (job.answers.count or 1)
         done = self._stored(job.step, rows)
@@ -164,7 +169,7 @@ class _Estimator:
         if folders:
             size = sum(self._size(reward.name, folder) for folder in folders)
             guess = self._power(reward.actors).forward_rate(size) / tokens
-        rate = self._rate(reward.name, self._told(reward.name, "rows", "score-"), guess)
+        rate = self._rate(reward.name, self._told(reward.name, "rows", JobKind.SCORE), guess)
         return self._pool(
             Work(
                 step=job.step.name,
@@ -195,7 +200,7 @@ class _Estimator:
             self._size(job.step.name, job.base), checkpointing=config.gradient_checkpointing
         )
         rate = self._rate(job.step.name, self._trained_rate, guess)
-        answers = len(self.jobs[job.rows.key].answers)
+        answers = len(self._of(Prepare)[job.rows.key].answers)
         work = self._tokens(job.step, self._rows(job.rows), answers, rate, config.epochs)
         return replace(self._pool(work, actors), units=config.workers)
 
@@ -214,7 +219,7 @@ class _Estimator:
             rate=rate[1],
         )
 
-    def _plain(self, job: Any) -> Work:
+    def _plain(self, job: Job) -> Work:
         """Ingesting, selecting, pairing, tables: not estimated, CPUs do it in passing."""
         rows = self._rows(job.step)
         done = rows if job.step.is_done(self.root) else 0
@@ -227,9 +232,13 @@ class _Estimator:
     # --- counts
 
     @cached_property
-    def jobs(self) -> dict[str, Any]:
+    def jobs(self) -> dict[str, Job]:
         """All jobs, by their step's key."""
-        return {job.step.key: job for s in self.stages for phase in s.phases for job in phase}
+        return {job.step.key: job for stage in self.stages for job in stage.jobs}
+
+    def _of(self, kind: type[J]) -> dict[str, J]:
+        """The jobs of one class, by their step's key."""
+        return {key: job for key, job in self.jobs.items() if isinstance(job, kind)}
 
     def _count(self, prompts: Prompts) -> int:
         shares = {"sft": self.config.split.sft, "preference": 1 - self.config.split.sft}
@@ -243,19 +252,24 @@ class _Estimator:
             return round(self._rows(job.rows) * self.config.split.sft)
         if step.is_done(self.root):
             return step.read_manifest(self.root)["counts"]["rows"]
-        if isinstance(job, Prepare):
-            return self._rows(job.rows)
-        if hasattr(job, "count"):
-            return job.count
-        return self._count(job.prompts) if hasattr(job, "prompts") else self._read(job)
+        match job.row_source:
+            case int(rows):
+                return rows
+            case Prompts() as prompts:
+                return self._count(prompts)
+            case Step() as other:
+                return self._rows(other)
+            case PromptsConfig() | ImportConfig() as given:
+                return self._read(given, step.name)
+        raise ValueError(f"{step.name}: nothing tells how many rows it has")
 
-    def _read(self, job: Any) -> int:
+    def _read(self, given: PromptsConfig | ImportConfig, step: str) -> int:
         """Rows of the input, which is counted once."""
-        given = job.input
         if given.path not in self._inputs:
-            self._inputs[given.path] = self._count_input(given.path, job.step.name)
+            self._inputs[given.path] = self._count_input(given.path, step)
         rows = self._inputs[given.path]
-        return min(rows, getattr(given, "limit", None) or rows)
+        limit = given.limit if isinstance(given, PromptsConfig) else None
+        return min(rows, limit or rows)
 
     @cached_property
     def _inputs(self) -> dict[str, int]:
@@ -294,14 +308,13 @@ class _Estimator:
     def _measured(self) -> dict[str, _Lengths]:
         """By store, of some of its shards."""
         found = {}
-        for job in self.jobs.values():
-            if isinstance(job, Generate):
-                sums = stored_tokens(self.root / job.step.folder, SHARDS)
-                if sums.rows:
-                    prompts = sums.rows / job.sampling.samples
-                    found[job.step.folder] = _Lengths(
-                        sums.prompt_tokens / prompts, sums.output_tokens / sums.rows, MEASURED
-                    )
+        for job in self._of(Generate).values():
+            sums = stored_tokens(self.root / job.step.folder, SHARDS)
+            if sums.rows:
+                prompts = sums.rows / job.sampling.samples
+                found[job.step.folder] = _Lengths(
+                    sums.prompt_tokens / prompts, sums.output_tokens / sums.rows, MEASURED
+                )
         return found
 
     def _rate(self, pool: str, measured: float | None, guess: float) -> Origin:
@@ -310,11 +323,13 @@ class _Estimator:
         choices = [(n, GIVEN) for n in given if n] + ([(measured, MEASURED)] if measured else [])
         return (*choices, (guess, GUESS))[0]
 
-    def _told(self, pool: str, unit: str, kind: str) -> float | None:
-        """`unit` an actor's second, by the ledger."""
+    def _told(self, pool: str, unit: str, kind: JobKind) -> float | None:
+        """`unit` an actor's second, by the ledger; its folders' names begin with their kind."""
         for name in self._names(pool):
             spent = [
-                e.usage for f, e in self._ledger.items() if e.pool == name and f.startswith(kind)
+                e.usage
+                for f, e in self._ledger.items()
+                if e.pool == name and f.startswith(f"{kind}-")
             ]
             held = sum(s.actor_seconds for s in spent)
             if held and (made := sum(getattr(s, unit) for s in spent)):
@@ -333,9 +348,9 @@ class _Estimator:
     @cached_property
     def _trained_rate(self) -> float | None:
         """Tokens/s a worker, as the metrics of a training run in the output tell it."""
-        for job in self.jobs.values():
+        for job in self._of(Train).values():
             folder = self.root / job.step.folder
-            if isinstance(job, Train) and folder.exists(METRICS):
+            if folder.exists(METRICS):
                 records = folder.read_records(METRICS)
                 if told := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
                     return median(told) / job.config.workers

@@ -13,6 +13,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import study
 from wrpo_ray.pipeline.study import Path, chosen, next_wave
 from wrpo_ray.report.study_table import study_text
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.stages.evaluate.stage import Entrant
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
@@ -174,18 +175,19 @@ def test_only_some_variants_in_the_studys_order():
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a path is made of."""
+class Cook(BaseJob):
+    """One kind of job."""
 
     step: Step
+    kind = JobKind.SELECT
 
 
-class Cook(Job):
-    """One kind of it."""
-
-
-class Serve(Job):
+@dataclass(frozen=True)
+class Serve(BaseJob):
     """Another."""
+
+    step: Step
+    kind = JobKind.PAIR
 
 
 def job(kind, name):

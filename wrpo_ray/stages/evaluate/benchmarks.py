@@ -17,6 +17,7 @@ from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.data.records import ITEM
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.protocols import (
     AlpacaEvalJudging,
@@ -171,10 +172,10 @@ _JUDGINGS = {
 
 
 @dataclass(frozen=True)
-class ReadBenchmark:
+class ReadBenchmark(BaseJob):
     """A benchmark's questions into ITEM shards."""
 
-    kind = "readbenchmark"
+    kind = JobKind.READ_BENCHMARK
 
     name: str
     folder: Folder
@@ -195,9 +196,14 @@ class ReadBenchmark:
         return Step(f"benchmark-{self.name}", {"content": self.version})
 
     @property
-    def count(self) -> int:
-        """Questions."""
+    def row_source(self) -> int:
+        """The number of questions."""
         return len(self.items)
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[ReadBenchmark]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[ReadBenchmark]) -> None:

@@ -20,6 +20,7 @@ from wrpo_ray.data.buckets import buckets, read_bucket
 from wrpo_ray.data.records import JUDGMENT, SCORED
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.alpaca_eval import alpaca_eval, read_reference
 from wrpo_ray.stages.evaluate.arena_hard import (
@@ -61,10 +62,10 @@ class RewardPair:
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(BaseJob):
     """The table of a run."""
 
-    kind = "compare"
+    kind = JobKind.COMPARE
 
     verdicts: tuple[Verdicts, ...]
     reward_pairs: tuple[RewardPair, ...]
@@ -87,9 +88,14 @@ class Compare:
         return Step("comparison", config, once(inputs))
 
     @property
-    def count(self) -> int:
-        """Rows of the table."""
+    def row_source(self) -> int:
+        """The rows of the table."""
         return len(self.verdicts) + len(self.reward_pairs)
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Compare]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def benchmarks(self) -> dict[str, list[Verdicts]]:
         """The verdicts on models, by benchmark."""
@@ -116,7 +122,7 @@ def run(run: Run, jobs: list[Compare]) -> None:
             "pairs": [r["pair"] for r in results if "pair" in r],
         }
         (run.root / job.step.folder).write_json(FILE, _without_nan(table))
-        job.step.finish(run.root, {"rows": job.count}, started)
+        job.step.finish(run.root, {"rows": job.row_source}, started)
 
 
 def _figures(task: Row) -> Row:

@@ -14,6 +14,7 @@ from wrpo_ray.data.references import unpack_reference
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.stages.evaluate.statistics import (
@@ -40,10 +41,10 @@ class Entrant:
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(BaseJob):
     """Compare models on held-out prompts."""
 
-    kind = "evaluate"
+    kind = JobKind.EVALUATE
 
     prompts: Prompts
     entrants: tuple[Entrant, ...]
@@ -58,6 +59,16 @@ class Evaluate:
             inputs += [s.step for s in (entrant.rewarded, entrant.verified) if s]
         config = {"models": [e.name for e in self.entrants], "contrasts": self.contrasts}
         return Step("evaluate", config, tuple(inputs))
+
+    @property
+    def row_source(self) -> Prompts:
+        """The held-out prompts."""
+        return self.prompts
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Evaluate]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[Evaluate]) -> None:

@@ -13,6 +13,7 @@ from wrpo_ray.data.buckets import Bucket, buckets
 from wrpo_ray.data.records import SCORED
 from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.stage import Entrant
 from wrpo_ray.stages.evaluate.statistics import (
@@ -43,10 +44,10 @@ class Competitor:
 
 
 @dataclass(frozen=True)
-class StudyTable:
+class StudyTable(BaseJob):
     """Compare variants on the same held-out prompts."""
 
-    kind = "studytable"
+    kind = JobKind.STUDY_TABLE
 
     competitors: tuple[Competitor, ...]
     contrasts: tuple[tuple[str, str], ...]
@@ -74,6 +75,11 @@ class StudyTable:
         for competitor in self.competitors:
             found.setdefault(competitor.variant, []).append(competitor.seed)
         return found
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[StudyTable]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[StudyTable]) -> None:

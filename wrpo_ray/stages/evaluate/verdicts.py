@@ -19,6 +19,7 @@ from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import JUDGMENT, failure
 from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import log
@@ -59,10 +60,10 @@ class Game:
 
 
 @dataclass(frozen=True)
-class Verdicts:
+class Verdicts(BaseJob):
     """The verdicts on one model, or one pair."""
 
-    kind = "verdicts"
+    kind = JobKind.VERDICTS
 
     judging: Judging
     model: str
@@ -91,6 +92,16 @@ class Verdicts:
         names = {"models": pair, "judge": self.judge}
         name = "-".join(["verdicts", self.judging.name, *pair])
         return Step(name, config | names, once([self.prompts.step, *inputs]))
+
+    @property
+    def row_source(self) -> Questions:
+        """The judge's questions."""
+        return self.prompts
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Verdicts]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[Verdicts]) -> None:

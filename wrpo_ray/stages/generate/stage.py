@@ -23,6 +23,7 @@ from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_fai
 from wrpo_ray.data.samples import Prompts, Samples, sample_keys
 from wrpo_ray.llm.vllm import engine_env
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress, log
@@ -46,10 +47,11 @@ more of an endpoint, whose limit of calls in flight is to be reached with small 
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(BaseJob):
     """Answers of one model to some prompts."""
 
-    kind = "generate"
+    kind = JobKind.GENERATE
+    is_retryable = True
 
     model: ModelConfig
     folder: Folder
@@ -89,6 +91,16 @@ class Generate:
     def samples(self) -> Samples:
         """What the step is done for, as later stages read it."""
         return Samples(self.step, self.prompts, self.sampling.samples)
+
+    @property
+    def stream(self) -> Stream:
+        """Finished buckets can be scored while others are generated."""
+        return Stream(run, pool_of(self.model))
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Generate]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.runtime.worker_errors import summarize_error
@@ -48,10 +49,10 @@ SMALL = 32_000_000
 
 
 @dataclass(frozen=True)
-class IngestPrompts:
+class IngestPrompts(BaseJob):
     """Prompts into PROMPT shards: each prompt once, with its split."""
 
-    kind = "ingestprompts"
+    kind = JobKind.INGEST_PROMPTS
 
     step: Step
     input: PromptsConfig | ImportConfig
@@ -66,6 +67,16 @@ class IngestPrompts:
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.columns.of_prompt
+
+    @property
+    def row_source(self) -> PromptsConfig | ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[IngestPrompts]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """One PROMPT record."""
@@ -82,10 +93,10 @@ class IngestPrompts:
 
 
 @dataclass(frozen=True)
-class IngestResponses:
+class IngestResponses(BaseJob):
     """Existing scored answers into SCORED shards, the target's apart from the sources'."""
 
-    kind = "ingestresponses"
+    kind = JobKind.INGEST_RESPONSES
 
     step: Step
     input: ImportConfig
@@ -96,6 +107,21 @@ class IngestResponses:
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.needed
+
+    @property
+    def row_source(self) -> ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Both parts of its folder."""
+        return tuple(f"{self.step.folder}/{part}" for part in (SOURCES, TARGET))
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[IngestResponses]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """SCORED records: one, or one for each of the row's answers."""
@@ -115,10 +141,10 @@ class IngestResponses:
 
 
 @dataclass(frozen=True)
-class IngestPreferences:
+class IngestPreferences(BaseJob):
     """Published preference rows into PREFERENCE shards."""
 
-    kind = "ingestpreferences"
+    kind = JobKind.INGEST_PREFERENCES
 
     step: Step
     input: ImportConfig
@@ -129,6 +155,16 @@ class IngestPreferences:
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.needed
+
+    @property
+    def row_source(self) -> ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[IngestPreferences]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """One PREFERENCE record."""
@@ -142,7 +178,7 @@ class IngestPreferences:
 Ingest = IngestPrompts | IngestResponses | IngestPreferences
 
 
-def run(run: Run, jobs: list[Ingest]) -> None:
+def run(run: Run, jobs: Sequence[Ingest]) -> None:
     """Do each job; finished ones are not given.
 
     Raises:

@@ -18,6 +18,7 @@ from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.pair import overlap
@@ -49,10 +50,10 @@ WHOLE = Bucket(0, 1)
 
 
 @dataclass(frozen=True)
-class EvalNgrams:
+class EvalNgrams(BaseJob):
     """The distinct n-grams of the evaluation prompts, in one shard: there are few such prompts."""
 
-    kind = "evalngrams"
+    kind = JobKind.EVAL_NGRAMS
 
     prompts: Prompts
     ngram: int
@@ -70,6 +71,16 @@ class EvalNgrams:
         """The units of work."""
         return [WHOLE]
 
+    @property
+    def row_source(self) -> Prompts:
+        """At most one row a prompt."""
+        return self.prompts
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[EvalNgrams]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
+
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the NGRAMS shard, sorted."""
         texts = _texts(self.prompts.read(run.root, bucket))
@@ -80,10 +91,10 @@ class EvalNgrams:
 
 
 @dataclass(frozen=True)
-class Contamination:
+class Contamination(BaseJob):
     """How much of each training prompt evaluation prompts have, too."""
 
-    kind = "contamination"
+    kind = JobKind.CONTAMINATION
 
     prompts: Prompts
     ngrams: EvalNgrams
@@ -97,6 +108,16 @@ class Contamination:
     def buckets(self, run: Run) -> list[Bucket]:
         """The units of work."""
         return buckets(run.buckets)
+
+    @property
+    def row_source(self) -> Prompts:
+        """At most one row a prompt."""
+        return self.prompts
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Contamination]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's OVERLAP shard."""
@@ -144,6 +165,11 @@ class Answers:
         """The steps that made them."""
         return tuple(s.step for s in (*self.samples, *self.verdicts))
 
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Names of the folders with the scored answers."""
+        return tuple(f"{s.step.folder}/{s.part}".rstrip("/") for s in self.samples)
+
     def read(self, run: Run, bucket: Bucket, prompts: pa.Table) -> tuple[Candidates, Eligible]:
         """The candidates of these prompts (sorted; with `reference`), and what each may be."""
         ids = prompts["prompt_id"].combine_chunks()
@@ -161,10 +187,10 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Select:
+class Select(BaseJob):
     """y_ws of every prompt: the source-selection table, and the rows of SFT."""
 
-    kind = "select"
+    kind = JobKind.SELECT
 
     prompts: Prompts
     sources: Answers
@@ -184,6 +210,21 @@ class Select:
     def buckets(self, run: Run) -> list[Bucket]:
         """The units of work."""
         return buckets(run.buckets)
+
+    @property
+    def row_source(self) -> Prompts:
+        """At most one row a prompt."""
+        return self.prompts
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Those of the sources."""
+        return self.sources.stores
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Select]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's SELECTION shard and count wins by source."""
@@ -221,10 +262,10 @@ class Select:
 
 
 @dataclass(frozen=True)
-class Pair:
+class Pair(BaseJob):
     """(x, y_ws, y_wt, y_l) of the preference prompts."""
 
-    kind = "pair"
+    kind = JobKind.PAIR
 
     select: Select
     answers: Answers
@@ -249,6 +290,21 @@ class Pair:
     def buckets(self, run: Run) -> list[Bucket]:
         """The units of work."""
         return buckets(run.buckets)
+
+    @property
+    def row_source(self) -> Prompts:
+        """At most one row a prompt."""
+        return self.prompts
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Those of the sources, and of the answers that y_wt and y_l are among."""
+        return self.select.stores + self.answers.stores
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Pair]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's PREFERENCE shard and count what was dropped and why."""
@@ -358,10 +414,10 @@ def _dropped(outcomes: Outcomes, prompts: np.ndarray, count: int) -> dict[str, i
 
 # --- running -----------------------------------------------------------------------------------
 
-Job = EvalNgrams | Contamination | Select | Pair
+BucketJob = EvalNgrams | Contamination | Select | Pair
 
 
-def run(run: Run, jobs: Sequence[Job]) -> None:
+def run(run: Run, jobs: Sequence[BucketJob]) -> None:
     """Do each job; the driver sees counts only."""
     for job in jobs:
         started, totals = time.time(), Counter[str]()
@@ -374,7 +430,7 @@ def run(run: Run, jobs: Sequence[Job]) -> None:
         log(f"{job.step.name}  {told}")
 
 
-def _fill(run: Run, job: Job, row: dict[str, int]) -> dict[str, int]:
+def _fill(run: Run, job: BucketJob, row: dict[str, int]) -> dict[str, int]:
     return job.fill(run, Bucket(**row))
 
 

@@ -21,6 +21,7 @@ from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_fai
 from wrpo_ray.data.samples import Samples, sample_keys
 from wrpo_ray.llm.vllm import engine_env
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress
@@ -38,10 +39,11 @@ bucket's call reads two columns of each source, so in all of them it would grow 
 
 
 @dataclass(frozen=True)
-class Score:
+class Score(BaseJob):
     """The rewards of some answers."""
 
-    kind = "score"
+    kind = JobKind.SCORE
+    is_retryable = True
 
     answers: Samples
     reward: RewardConfig
@@ -75,6 +77,26 @@ class Score:
     def samples(self) -> Samples:
         """The same answers with their rewards (records SCORED), as later stages read them."""
         return Samples(self.step, self.answers.prompts, self.answers.count)
+
+    @property
+    def batch_key(self) -> RewardConfig:
+        """Jobs with one reward share its actors."""
+        return self.reward
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Its own."""
+        return (self.step.folder,)
+
+    @property
+    def stream(self) -> Stream:
+        """It can score the buckets of answers that are generated meanwhile."""
+        return Stream(run, pool_of(self.reward), self.answers.step)
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Score]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> None:

@@ -32,6 +32,7 @@ from wrpo_ray.llm.chat import (
     load_tokenizer,
 )
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress, log
@@ -55,10 +56,10 @@ DROPPED = "dropped"
 
 
 @dataclass(frozen=True)
-class Prepare:
+class Prepare(BaseJob):
     """The rows of one training run, or of several that differ in their optimization only."""
 
-    kind = "prepare"
+    kind = JobKind.PREPARE
 
     name: str
     """`sft` or `wrpo`."""
@@ -110,6 +111,16 @@ class Prepare:
         if config.is_preference and self.own is None and config.compat != "published":
             key |= {"own": None}
         return Step(f"rows-{self.name}", key, (self.rows,))
+
+    @property
+    def row_source(self) -> Step:
+        """At most the rows that it reads."""
+        return self.rows
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Prepare]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[Prepare]) -> None:

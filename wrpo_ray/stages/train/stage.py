@@ -18,6 +18,7 @@ from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.chat import OWN, Template
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.runtime.placement import (
     capacity_for,
@@ -45,10 +46,10 @@ DRIVER_ENV = {
 
 
 @dataclass(frozen=True)
-class Train:
+class Train(BaseJob):
     """One model to train."""
 
-    kind = "train"
+    kind = JobKind.TRAIN
 
     step: Step
     """Its result is the folder `model` in the step's folder."""
@@ -67,6 +68,11 @@ class Train:
     in_series: bool = False
     """Whether its workers may train other models before and after: their start takes longer than
     a short training."""
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Train]) -> None:
+        """Run the jobs together."""
+        run(context, jobs)
 
 
 def run(run: Run, jobs: list[Train]) -> None:

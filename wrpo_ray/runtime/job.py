@@ -1,0 +1,127 @@
+"""Jobs: the units that a chain consists of, as the runner, the planner and the reports see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, ClassVar, Protocol, Self
+
+from wrpo_ray.config import ImportConfig, PromptsConfig
+from wrpo_ray.data.shards import Prompts, Samples
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.ready_queue import ReadyQueue
+from wrpo_ray.storage.steps import Step
+
+
+class JobKind(StrEnum):
+    """The kinds of jobs; the values are kept in `chain.json`, so they never change."""
+
+    INGEST_PROMPTS = "ingestprompts"
+    INGEST_RESPONSES = "ingestresponses"
+    INGEST_PREFERENCES = "ingestpreferences"
+    READ_BENCHMARK = "readbenchmark"
+    EVAL_NGRAMS = "evalngrams"
+    CONTAMINATION = "contamination"
+    GENERATE = "generate"
+    SCORE = "score"
+    SELECT = "select"
+    PAIR = "pair"
+    PREPARE = "prepare"
+    TRAIN = "train"
+    EVALUATE = "evaluate"
+    VERDICTS = "verdicts"
+    COMPARE = "compare"
+    STUDY_TABLE = "studytable"
+
+
+RowSource = int | Prompts | Step | PromptsConfig | ImportConfig
+"""A number of rows, or the prompts, step or input files that have as many."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How a job passes on buckets through a ready queue, or takes them from it."""
+
+    run: Callable[[Run, list[Any], ReadyQueue], None]
+    """Runs jobs of this kind with the queue."""
+    pool: Pool
+    """The actors, for which there must be room beside those of the other jobs."""
+    source: Step | None = None
+    """The step whose buckets the job takes; None: it passes on its own."""
+
+
+class Job(Protocol):
+    """A frozen specification of work whose result lies in the folder of its step."""
+
+    @property
+    def kind(self) -> JobKind:
+        """The kind; jobs of one kind run together."""
+
+    @property
+    def step(self) -> Step:
+        """The step; the job is done when its manifest is there."""
+
+    @classmethod
+    def run(cls, context: Run, jobs: list[Self]) -> None:
+        """Run jobs of this kind whose steps are not done, and finish their steps.
+
+        Raises:
+            WrpoError: a job failed; what is finished is kept.
+        """
+
+    @property
+    def is_retryable(self) -> bool:
+        """Whether failed rows can get new attempts after the step is done."""
+
+    @property
+    def batch_key(self) -> object:
+        """Jobs of one kind with equal keys can be given to one call of `run`."""
+
+    @property
+    def row_source(self) -> RowSource | None:
+        """What tells the number of rows of the result, before it is there; None if nothing does."""
+
+    @property
+    def samples(self) -> Samples | None:
+        """The answers that the job makes or scores."""
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """Folders of the scored answers that the job makes or chooses from."""
+
+    @property
+    def stream(self) -> Stream | None:
+        """How it runs side by side with the phase before or after it; None if it cannot."""
+
+
+class BaseJob:
+    """What holds for most jobs."""
+
+    is_retryable: ClassVar[bool] = False
+
+    @property
+    def batch_key(self) -> object:
+        """All jobs of the kind run together."""
+        return None
+
+    @property
+    def row_source(self) -> RowSource | None:
+        """Unknown."""
+        return None
+
+    @property
+    def samples(self) -> Samples | None:
+        """No answers."""
+        return None
+
+    @property
+    def stores(self) -> tuple[str, ...]:
+        """No scored answers."""
+        return ()
+
+    @property
+    def stream(self) -> Stream | None:
+        """Whole phases only."""
+        return None
