@@ -17,7 +17,7 @@ from wrpo_ray.data.shards import (
 )
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.generate.engine import Request, Voice, failures
+from wrpo_ray.stages.generate.engine import Request, SamplingIdentity, failures
 from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -33,8 +33,10 @@ class FakeEngine:
         self.asked: list[Request] = []
         self.calls, self.dies_at, self.refuses = 0, dies_at, refuses
 
-    def answers(self, requests: list[Request], sampling: SamplingConfig, voice: Voice):
-        assert voice == Voice("m", 0, Path("m").absolute())
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, identity: SamplingIdentity
+    ):
+        assert identity == SamplingIdentity("m", 0, Path("m").absolute())
         for request in requests:
             self.calls += 1
             if self.calls == self.dies_at:
