@@ -16,24 +16,24 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.stages.generate.engine import Request, VllmEngine, Voice
+from wrpo_ray.stages.generate.engine import Request, VllmEngine, SamplingIdentity
 
 folder, prompts, start = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[4])
 engine = VllmEngine(ModelConfig(name="m", model=str(start), dtype="float32"), start, seed=0)
-voices = [Voice("m", 0, folder), Voice("m", 0, start)]
+identities = [SamplingIdentity("m", 0, folder), SamplingIdentity("m", 0, start)]
 asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
 requests = [Request(f"{i:032x}", messages, 0, 1) for i, messages in enumerate(asked)]
 sampling = SamplingConfig(samples=1, temperature=0, top_p=1, max_tokens=20)
 
-def answers(part, voice):  # two buckets in hand, as in an actor
-    return list(engine.answers(part, sampling, voice))
+def answers(part, identity):  # two buckets in hand, as in an actor
+    return list(engine.answers(part, sampling, identity))
 
 halves = requests[::2], requests[1::2]
-parts = [(half, voice) for voice in dict.fromkeys(voices) for half in halves]
+parts = [(half, identity) for identity in dict.fromkeys(identities) for half in halves]
 with ThreadPoolExecutor(4) as threads:  # of both weights at once
     done = list(threads.map(answers, *zip(*parts)))
 assert not any(failed for part in done for _, failed in part)
-rows = [row for part in done[:2] for rows, _ in part for row in rows]  # of the first voice
+rows = [row for part in done[:2] for rows, _ in part for row in rows]  # of the first identity
 rows.sort(key=lambda row: row["prompt_id"])
 Path(sys.argv[3]).write_text(json.dumps([r["token_ids"] for r in rows]))
 
@@ -41,7 +41,7 @@ Path(sys.argv[3]).write_text(json.dumps([r["token_ids"] for r in rows]))
 sampling = SamplingConfig(samples=4, max_tokens=20)
 def drawn(first, count):
     asked = [Request(r.prompt_id, r.messages, first, count) for r in requests[:5]]
-    rows = [row for rows, _ in engine.answers(asked, sampling, voices[0]) for row in rows]
+    rows = [row for rows, _ in engine.answers(asked, sampling, identities[0]) for row in rows]
     return {(r["prompt_id"], r["sample"]): (r["seed"], r["token_ids"]) for r in rows}
 together, apart = drawn(0, 4), drawn(0, 1) | drawn(1, 3)
 assert together == apart and len(together) == 20

@@ -11,7 +11,7 @@ from support.tiny_models import write_model
 
 from wrpo_ray.config import Actors, ModelConfig, SamplingConfig
 from wrpo_ray.llm.vllm import engine_env
-from wrpo_ray.stages.generate.engine import Request, VllmEngine, Voice
+from wrpo_ray.stages.generate.engine import Request, SamplingIdentity, VllmEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
@@ -43,8 +43,8 @@ def asked(first: int = 0, count: int = 3) -> list[Request]:
     return [Request(w, [{"role": "user", "content": w}], first, count) for w in words]
 
 
-def ids(engine: VllmEngine, voice: Voice | None = None, **which: int) -> dict:
-    rows = [r for rows, _ in engine.answers(asked(**which), SAMPLING, voice) for r in rows]
+def ids(engine: VllmEngine, identity: SamplingIdentity | None = None, **which: int) -> dict:
+    rows = [r for rows, _ in engine.answers(asked(**which), SAMPLING, identity) for r in rows]
     return {(r["prompt_id"], r["sample"]): r["token_ids"] for r in rows}
 
 
@@ -67,6 +67,6 @@ def test_samples_can_be_asked_for_one_at_a_time(engine):
 
 
 def test_models_of_one_shape_take_turns(engine, folders):
-    first, other = ids(engine), ids(engine, Voice("m", 0, folders[1]))
+    first, other = ids(engine), ids(engine, SamplingIdentity("m", 0, folders[1]))
     assert alike(first, other) < 0.3
     assert alike(first, ids(engine)) > 0.7

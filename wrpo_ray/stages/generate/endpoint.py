@@ -18,7 +18,7 @@ from wrpo_ray.stages.generate.engine import (
     Answers,
     Request,
     Row,
-    Voice,
+    SamplingIdentity,
     seed_base,
 )
 
@@ -31,57 +31,66 @@ class EndpointEngine:
 
     def __init__(self, model: ModelConfig, seed: int):
         assert model.endpoint is not None
-        self.voice = Voice(model.name, seed)
+        self.identity = SamplingIdentity(model.name, seed)
         self.endpoint = Endpoint(model.endpoint, model.model)
 
     def answers(
-        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+        self,
+        requests: list[Request],
+        sampling: SamplingConfig,
+        identity: SamplingIdentity | None = None,
     ) -> Iterator[Answers]:
         """The answers of one request after another, as they finish; threads may call at once.
 
         Raises:
             UserError: no call can be answered; see `Endpoint`.
         """
-        voice = voice or self.voice
+        identity = identity or self.identity
         asked = [(r, sample) for r, request in enumerate(requests) for sample in request.samples]
-        bodies = (self._body(requests[r], sample, sampling, voice) for r, sample in asked)
+        bodies = (self._body(requests[r], sample, sampling, identity) for r, sample in asked)
         gathered: defaultdict[int, Answers] = defaultdict(lambda: ([], []))
         for index, answer in self.endpoint.complete_all(bodies):
             r, sample = asked[index]
             rows, failed = gathered[r]
             if isinstance(answer, EndpointError):
-                failed.append(self._failure(requests[r], sample, answer, voice))
+                failed.append(self._failure(requests[r], sample, answer, identity))
             else:
-                rows.append(self._row(requests[r], sample, answer, voice))
+                rows.append(self._row(requests[r], sample, answer, identity))
             if len(rows) + len(failed) == requests[r].count:
                 yield gathered.pop(r)
 
-    def _body(self, request: Request, sample: int, sampling: SamplingConfig, voice: Voice) -> Body:
+    def _body(
+        self, request: Request, sample: int, sampling: SamplingConfig, identity: SamplingIdentity
+    ) -> Body:
         settings = sampling.model_dump(exclude={"samples", "logprobs"})
         if sampling.logprobs:
             settings |= {"logprobs": True, "top_logprobs": sampling.logprobs}
         settings = {n: value for n, value in settings.items() if NEUTRAL.get(n) != value}
-        return {"messages": request.messages, "seed": _seed(request, sample, voice)} | settings
+        return {"messages": request.messages, "seed": _seed(request, sample, identity)} | settings
 
-    def _row(self, request: Request, sample: int, answer: Completion, voice: Voice) -> Row:
+    def _row(
+        self, request: Request, sample: int, answer: Completion, identity: SamplingIdentity
+    ) -> Row:
         return {
             "prompt_id": request.prompt_id,
-            "source": voice.name,
+            "source": identity.name,
             "sample": sample,
             "text": answer.text,
             "token_ids": None,
             "finish_reason": answer.finish_reason,
             "prompt_tokens": answer.prompt_tokens,
             "output_tokens": answer.output_tokens,
-            "seed": _seed(request, sample, voice),
+            "seed": _seed(request, sample, identity),
             "engine": f"openai {self.endpoint.host}/{answer.model}",
             "logprobs": answer.logprobs,
         }
 
-    def _failure(self, request: Request, sample: int, error: EndpointError, voice: Voice) -> Row:
-        key = {"prompt_id": request.prompt_id, "source": voice.name, "sample": sample}
+    def _failure(
+        self, request: Request, sample: int, error: EndpointError, identity: SamplingIdentity
+    ) -> Row:
+        key = {"prompt_id": request.prompt_id, "source": identity.name, "sample": sample}
         return failure("generate", error, attempts=error.attempts, **key)
 
 
-def _seed(request: Request, sample: int, voice: Voice) -> int:
-    return (seed_base(voice.seed, voice.name, request.prompt_id) + sample) % INT32
+def _seed(request: Request, sample: int, identity: SamplingIdentity) -> int:
+    return (seed_base(identity.seed, identity.name, request.prompt_id) + sample) % INT32

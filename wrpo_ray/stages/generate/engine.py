@@ -51,7 +51,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Voice:
+class SamplingIdentity:
     """Who answers: what samples are drawn by, and the weights, of a model on vLLM."""
 
     name: str
@@ -63,11 +63,14 @@ class Engine(Protocol):
     """Whatever answers: a model on vLLM, or an endpoint."""
 
     def answers(
-        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+        self,
+        requests: list[Request],
+        sampling: SamplingConfig,
+        identity: SamplingIdentity | None = None,
     ) -> Iterator[Answers]:
         """The answers of one request after another, as they finish; threads may call at once.
 
-        Without a `voice` it is the one that the engine was made with.
+        Without a `identity` it is the one that the engine was made with.
         """
         ...
 
@@ -96,18 +99,18 @@ class _Asked:
     request: Request
     ids: list[int]
     sampling: SamplingConfig
-    voice: Voice
+    identity: SamplingIdentity
     out: SimpleQueue[Answers | Exception]
 
 
 class VllmEngine:
     """A model that is loaded in the engine's thread; errors of loading are raised here.
 
-    Other voices have other weights of the same shape, and the same tokenizer and template.
+    Other identities have other weights of the same shape, and the same tokenizer and template.
     """
 
     def __init__(self, model: ModelConfig, folder: Path, seed: int):
-        self.voice = Voice(model.name, seed, folder)
+        self.identity = SamplingIdentity(model.name, seed, folder)
         self._loaded: Path | None = folder
         self.tokenizer = load_tokenizer(folder, Template.of(model))
         self.ends = sorted(end_ids(self.tokenizer, folder))
@@ -121,17 +124,20 @@ class VllmEngine:
             raise error
 
     def answers(
-        self, requests: list[Request], sampling: SamplingConfig, voice: Voice | None = None
+        self,
+        requests: list[Request],
+        sampling: SamplingConfig,
+        identity: SamplingIdentity | None = None,
     ) -> Iterator[Answers]:
         """The answers of one request after another, as they finish; threads may call at once."""
-        voice = voice or self.voice
+        identity = identity or self.identity
         out: SimpleQueue[Answers | Exception] = SimpleQueue()
         for request in requests:
             try:
-                ids = self._prompt_ids(request, voice.name)
-                self._inbox.put(_Asked(request, ids, sampling, voice, out))
+                ids = self._prompt_ids(request, identity.name)
+                self._inbox.put(_Asked(request, ids, sampling, identity, out))
             except Exception as error:  # a template can raise anything; the row is kept with it
-                out.put(failures(voice.name, request, error))
+                out.put(failures(identity.name, request, error))
         for _ in requests:
             answers = out.get()
             if isinstance(answers, Exception):
@@ -191,10 +197,10 @@ class VllmEngine:
         """
         while self._held or not self._inbox.empty() or not self._asked:
             self._held = self._held or self._inbox.get()
-            if self._held.voice.folder != self._loaded:
+            if self._held.identity.folder != self._loaded:
                 if self._asked:
                     break
-                self._load_weights(self._held.voice.folder)
+                self._load_weights(self._held.identity.folder)
             self._add(self._held)
             self._held = None
         for output in self.engine.step():
@@ -216,7 +222,7 @@ class VllmEngine:
             prompt = {"prompt_token_ids": asked.ids}
             self.engine.add_request(key, prompt, self._parameters(asked))
         except ValueError as error:  # how vLLM refuses a request
-            asked.out.put(failures(asked.voice.name, asked.request, error))
+            asked.out.put(failures(asked.identity.name, asked.request, error))
         else:
             self._asked[key] = asked
 
@@ -224,7 +230,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        request, sampling, voice = asked.request, asked.sampling, asked.voice
+        request, sampling, identity = asked.request, asked.sampling, asked.identity
         return SamplingParams(
             n=request.count,
             temperature=sampling.temperature,
@@ -234,18 +240,18 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             logprobs=sampling.logprobs or None,
             max_tokens=sampling.max_tokens,
-            seed=seed_base(voice.seed, voice.name, request.prompt_id) + request.first,
+            seed=seed_base(identity.seed, identity.name, request.prompt_id) + request.first,
             stop_token_ids=self.ends,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
     def _rows(self, asked: _Asked, output: Any) -> list[Row]:
-        request, voice = asked.request, asked.voice
-        base = seed_base(voice.seed, voice.name, request.prompt_id)
+        request, identity = asked.request, asked.identity
+        base = seed_base(identity.seed, identity.name, request.prompt_id)
         return [
             {
                 "prompt_id": request.prompt_id,
-                "source": voice.name,
+                "source": identity.name,
                 "sample": sample,
                 "text": answer.text.removeprefix(self.separator),
                 "token_ids": list(answer.token_ids),

@@ -35,8 +35,8 @@ from wrpo_ray.stages.generate.engine import (
     Answers,
     Engine,
     Request,
+    SamplingIdentity,
     VllmEngine,
-    Voice,
 )
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -201,7 +201,7 @@ class Generator:
             engine = self.engine
         rows, failed = [], []
         for count, answers in enumerate(
-            engine.answers(requests, job.sampling, self._voice(job)), start=1
+            engine.answers(requests, job.sampling, self._identity(job)), start=1
         ):
             rows += answers[0]
             failed += answers[1]
@@ -209,10 +209,10 @@ class Generator:
                 yield rows, failed
                 rows, failed = [], []
 
-    def _voice(self, job: Generate) -> Voice:
+    def _identity(self, job: Generate) -> SamplingIdentity:
         is_here = job.model.endpoint is None
         folder = job.folder.local(job.fingerprint) if is_here else None
-        return Voice(job.model.name, job.seed, folder)
+        return SamplingIdentity(job.model.name, job.seed, folder)
 
     def _missing(
         self, job: Generate, bucket: Bucket, earlier: EarlierFailures

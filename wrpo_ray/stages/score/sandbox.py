@@ -20,10 +20,10 @@ from pathlib import Path
 
 from wrpo_ray.config import CodeConfig
 from wrpo_ray.errors import UserError
-from wrpo_ray.stages.score import jail
+from wrpo_ray.stages.score import sandbox_process
 
 SLACK = 10.0
-"""Seconds beyond the limit after which the jail itself is taken to hang."""
+"""Seconds beyond the limit after which the sandbox process itself counts as hung."""
 
 
 class SandboxError(RuntimeError):
@@ -50,7 +50,9 @@ class Sandbox:
             BadTestsError: they do not compile.
             SandboxError: the program could not be run.
         """
-        with tempfile.TemporaryDirectory(prefix="wrpo-jail-", ignore_cleanup_errors=True) as root:
+        with tempfile.TemporaryDirectory(
+            prefix="wrpo-sandbox-", ignore_cleanup_errors=True
+        ) as root:
             os.chmod(root, 0o1777)
             task = {
                 "program": program,
@@ -63,15 +65,15 @@ class Sandbox:
                 "prefix": self.prefix,
             }
             code, told = self._run(marshal.dumps(task))
-        if code == jail.BAD_TESTS:
+        if code == sandbox_process.BAD_TESTS:
             raise BadTestsError(f"the reference is no Python code: {told}")
-        if code not in (jail.PASSED, jail.NOT_PASSED):
-            raise SandboxError(told or f"the jail ended with {code}")
-        return code == jail.PASSED
+        if code not in (sandbox_process.PASSED, sandbox_process.NOT_PASSED):
+            raise SandboxError(told or f"the sandbox process exited with code {code}")
+        return code == sandbox_process.PASSED
 
     def _run(self, task: bytes) -> tuple[int, str]:
         process = subprocess.Popen(
-            [self.python, "-I", "-S", str(Path(jail.__file__))],
+            [self.python, "-I", "-S", str(Path(sandbox_process.__file__))],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -83,7 +85,7 @@ class Sandbox:
         except subprocess.TimeoutExpired:
             process.kill()  # and with it the guard
             process.communicate()
-            raise SandboxError("the jail did not end") from None
+            raise SandboxError("the sandbox process did not end in time") from None
         return process.returncode, " ".join(told.decode(errors="replace").split())
 
     def check(self) -> None:

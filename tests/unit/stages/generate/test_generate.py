@@ -12,7 +12,7 @@ from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.generate.engine import Request, Voice, failures
+from wrpo_ray.stages.generate.engine import Request, SamplingIdentity, failures
 from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -28,8 +28,10 @@ class FakeEngine:
         self.asked: list[Request] = []
         self.calls, self.dies_at, self.refuses = 0, dies_at, refuses
 
-    def answers(self, requests: list[Request], sampling: SamplingConfig, voice: Voice):
-        assert voice == Voice("m", 0, Path("m").absolute())
+    def answers(
+        self, requests: list[Request], sampling: SamplingConfig, identity: SamplingIdentity
+    ):
+        assert identity == SamplingIdentity("m", 0, Path("m").absolute())
         for request in requests:
             self.calls += 1
             if self.calls == self.dies_at:

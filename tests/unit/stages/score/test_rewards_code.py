@@ -135,7 +135,7 @@ def test_a_program_is_ended_with_all_that_it_started(program):
 
 
 def left() -> list[int]:
-    """Processes that came out of a jail and still run."""
+    """Processes that escaped the sandbox and still run."""
     return [
         p.pid
         for p in psutil.process_iter(["cmdline", "status"])
@@ -204,8 +204,8 @@ def test_tests_that_are_no_python_are_the_references_fault():
         BOX.passes("x = 1", "\0")
 
 
-def test_a_jail_that_cannot_be_made_is_not_the_answers_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.jail, "__file__", str(tmp_path / "none.py"))
+def test_a_sandbox_that_cannot_be_made_is_not_the_answers_fault(tmp_path, monkeypatch):
+    monkeypatch.setattr(module.sandbox_process, "__file__", str(tmp_path / "none.py"))
     with pytest.raises(SandboxError, match="No such file"):
         BOX.passes("x = 1", "assert x")
     with pytest.raises(UserError, match="isolation: limits"):

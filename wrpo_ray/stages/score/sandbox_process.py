@@ -1,6 +1,6 @@
 """The inside of `sandbox`: a script that shuts a program in, runs its tests, and says how it went.
 
-Run as `python -I -S jail.py` with a marshalled task on stdin, once an answer: it imports little.
+Run as `python -I -S sandbox_process.py`, task on stdin, once an answer: it imports little.
 It starts a guard, which is process 1 of its own namespaces, and the guard starts the program: when
 the guard ends, the kernel ends all that the program left. The program is another user in an empty
 root folder with Python and the system's libraries, read only, and a small `/tmp` in memory.
