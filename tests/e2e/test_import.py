@@ -9,8 +9,9 @@ import pytest
 import yaml
 from support.harness import ROOT, Wrpo
 from support.in_browser import look
+from support.shared_data import DATA
 
-REAL = ROOT.parent / "shared" / "data" / "gsm8k_real_responses.parquet"
+REAL = DATA / "gsm8k_real_responses.parquet"
 TARGET = "Meta-Llama-3-8B-Instruct"
 
 

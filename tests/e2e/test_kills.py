@@ -16,8 +16,9 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from support.harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
+from support.shared_data import DATA
 
-GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_real_responses.parquet"
+GSM8K = DATA / "gsm8k_real_responses.parquet"
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
 DONE = ("generate-*/*.parquet", "score-*/*.parquet")
 """The shards that a crash must not cost."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from support.shared_data import CRDS
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.text.documents import FAST_LOADER
 
@@ -28,31 +31,28 @@ OVERLAYS = (
     "overlays/demo",
     "dashboards",
 )
-CRDS = ROOT.parent / "shared" / "kuberay-crds"
 FUSION = CLUSTER / "overlays" / "job" / "fusion.yaml"
 Body = dict[str, Any]
 
 
 @cache
-def _kubectl() -> str | None:
-    """Why kustomize cannot be run; None where it can."""
-    if not shutil.which("kubectl"):
-        return "kubectl is not here"
-    told = subprocess.run(
-        ["kubectl", "version", "--client", "--output=json"], capture_output=True, text=True
-    )
-    version = json.loads(told.stdout)["clientVersion"] if told.returncode == 0 else {}
-    minor = int(re.match(r"\d*", version.get("minor", "")).group() or 0)
-    return None if minor >= 27 else f"kubectl is 1.{minor}; the overlays need 1.27"
+def kubectl() -> str:
+    """The kubectl of this environment, or else the one on PATH; skips the test without one."""
+    found = shutil.which("kubectl", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if not found:
+        pytest.skip("kubectl is not installed; requirements-dev.txt has it")
+    command = [found, "version", "--client", "--output=json"]
+    version = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    minor = int(re.match(r"\d+", version["clientVersion"]["minor"]).group())
+    if minor < 27:
+        pytest.skip(f"kubectl is 1.{minor}; the overlays need 1.27")
+    return found
 
 
 @cache
 def rendered(overlay: str) -> str:
-    """What `kubectl kustomize` makes of an overlay; skips the test where it cannot be run."""
-    reason = _kubectl()
-    if reason:
-        pytest.skip(reason)
-    command = ["kubectl", "kustomize", str(CLUSTER / overlay)]
+    """The output of `kubectl kustomize` for an overlay; skips the test without kubectl."""
+    command = [kubectl(), "kustomize", str(CLUSTER / overlay)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -62,7 +62,7 @@ def rendered(overlay: str) -> str:
 def crds() -> Schemas:
     """KubeRay's schemas; skips the test where they are absent."""
     if not CRDS.is_dir():
-        pytest.skip(f"KubeRay's schemas are not in {CRDS.relative_to(ROOT.parent)}")
+        pytest.skip(f"KubeRay's schemas are not in {CRDS}; WRPO_TEST_DATA may name their place")
     return Schemas(str(CRDS))
 
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.shared_data import DATA
 
 
 @pytest.fixture
 def shared() -> Path:
     """The folder of real data; a test that needs it is skipped without."""
-    beside = Path(__file__).parents[3] / "shared" / "data"
-    folder = Path(os.environ.get("WRPO_TEST_DATA", beside))
-    if not folder.is_dir():
+    if not DATA.is_dir():
         pytest.skip("no real data beside the repository, nor named by WRPO_TEST_DATA")
-    return folder
+    return DATA
 
 
 @pytest.fixture

@@ -1,11 +1,12 @@
-"""The image's Dockerfile: the image is unbuilt, for want of a container engine.
+"""The image's Dockerfile. No container engine is available here, so the image is not built.
 
-What its RUN lines do is run as far as it goes without root: the CPU image's versions against this
-environment, and (`make soak`) the lines themselves in a clean one.
+The tests run what its RUN lines do without root: they compare the CPU image's versions with this
+environment, and `make soak` runs pip and the lines themselves, the latter in a clean environment.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from support.manifests import CLUSTER, ROOT, ray_objects
 
 DOCKERFILE = CLUSTER / "Dockerfile"
@@ -61,7 +63,20 @@ def test_its_lines_are_right_bash():
         assert done.returncode == 0, done.stderr
 
 
-def test_the_cpu_image_has_this_environments_versions():
+def test_the_cpu_image_has_this_environments_versions(tmp_path: Path):
+    given = pip_arguments("cpu", tmp_path)
+    assert given == ["install", "--no-deps", "-r", "requirements-cpu.txt"]
+    lines = (ROOT / given[-1]).read_text().splitlines()
+    wanted = [Requirement(line) for line in lines if re.match(r"\w", line)]
+    assert len(wanted) > 100
+    for each in wanted:
+        if each.marker is None or each.marker.evaluate():
+            installed = importlib.metadata.version(each.name)
+            assert each.specifier.contains(installed, prereleases=True), (str(each), installed)
+
+
+@pytest.mark.soak
+def test_pip_finds_every_version_of_the_cpu_image_installed():
     # pip's own dry run, without an index: every pin has to be met by what is installed here.
     environment = path_of(Path(sys.executable).parent) | {"PIP_DRY_RUN": "1", "PIP_NO_INDEX": "1"}
     done = run_script("cpu", environment)
@@ -70,13 +85,8 @@ def test_the_cpu_image_has_this_environments_versions():
 
 
 def test_the_gpu_image_takes_the_same_versions_but_for_torch_and_vllm(tmp_path: Path):
-    # pip is replaced by a program that keeps what it is given: the real one downloads for minutes.
-    pip = tmp_path / "pip"
-    pip.write_text(f'#!/bin/sh\ncp "$3" "$5" {tmp_path}\n')
-    pip.chmod(0o755)
-    os.symlink(sys.executable, tmp_path / "python")
-    done = run_script("gpu", path_of(tmp_path))
-    assert done.returncode == 0, done.stderr
+    given = pip_arguments("gpu", tmp_path)
+    assert given[:2] == ["install", "--constraint"]
     pins = dict(line.split("==") for line in (tmp_path / "pins.txt").read_text().split())
     wanted = (tmp_path / "wanted.txt").read_text().splitlines()
     assert {"vllm==0.29.0", "torch==2.13.0", "ray[data,train,serve]==2.60.0"} <= set(wanted)
@@ -89,6 +99,21 @@ def test_a_device_that_is_none_is_refused():
     done = run_script("tpu", path_of(Path(sys.executable).parent))
     assert done.returncode == 2
     assert "give cpu or gpu (got 'tpu')" in done.stderr
+
+
+def pip_arguments(device: str, folder: Path) -> list[str]:
+    """The arguments that the script gives to pip; files among them are copied to `folder`.
+
+    A program that records them takes the place of pip, which would download for minutes.
+    """
+    pip, record = folder / "pip", folder / "arguments"
+    copy = f'for file; do if [ -f "$file" ]; then cp "$file" {folder}; fi; done'
+    pip.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {record}\n{copy}\n')
+    pip.chmod(0o755)
+    os.symlink(sys.executable, folder / "python")
+    done = run_script(device, path_of(folder))
+    assert done.returncode == 0, done.stderr
+    return record.read_text().splitlines()
 
 
 def path_of(folder: Path) -> dict[str, str]:
