@@ -9,13 +9,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waiting import wait_until
 
 ROOT = Path(__file__).parents[1]
 _HOME = tempfile.TemporaryDirectory(prefix="wrpo-home-")
@@ -27,9 +27,15 @@ os.environ |= {
     "WRPO_CACHE": f"{_HOME.name}/wrpo-cache",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else whatever runs beside a test starves its actors
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "NO_PROXY": "*",
+    "AWS_ACCESS_KEY_ID": "test",  # of the S3 server of the tests' own, also for workers
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "ray", ROOT / "tests"))),
     # workers import actors that tests define, and what these use
 }
@@ -52,17 +58,11 @@ def zoo() -> Path:
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """An S3 server of the tests' own, with one bucket: the address of a folder in it."""
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        _wait_for(f"http://127.0.0.1:{port}/moto-api/")
+        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/moto-api/"), server)
         import boto3
 
         boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="wrpo")
@@ -70,14 +70,27 @@ def bucket() -> Iterator[str]:
         server.terminate()
 
 
-def _wait_for(url: str) -> None:
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError(url)
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url).close()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Any]:
+    """A running cluster of one node with two CPUs (`support.ray_head.RayHead`)."""
+    from support.ray_head import RayHead
+
+    with RayHead(2) as head:
+        yield head
+
+
+@pytest.fixture
+def on_cluster(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test connect to the running cluster, which spares the start of Ray."""
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
 
 
 @pytest.fixture(scope="module")

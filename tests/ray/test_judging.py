@@ -59,9 +59,7 @@ class World(Server):
         return f"[[{'A' if a > b else 'B' if a < b else 'C'}]]"
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "*")
+pytestmark = pytest.mark.usefixtures("on_cluster")
 
 
 def config(tmp_path: Path, url: str, **evaluate: Any) -> Path:
