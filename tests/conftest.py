@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from support.waiting import wait_until
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parents[1]
 _HOME = tempfile.TemporaryDirectory(prefix="wrpo-home-")
@@ -40,6 +41,23 @@ os.environ |= {
     # workers import actors that tests define, and what these use
 }
 os.environ.pop("RAY_ADDRESS", None)
+
+
+class Lanes(LoadFileScheduling):
+    """One process runs all tests with a cluster or an engine; files of unit tests go beside them.
+
+    So those of one process share what takes long to start (`head`, `fused`), and two engines
+    never take the same cores.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return file if file.startswith("tests/unit/") else "engines"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    """The scheduler of `pytest -n 2 --dist loadfile`."""
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
