@@ -132,8 +132,8 @@ ELSEWHERE = {
     "submit": "test_submit.py",
     "serve": "test_serving.py",
     "study": "test_studies.py",
-    "fetch": "../unit/test_protocols.py",
-    "cluster": "../unit/test_manifests.py",
+    "fetch": "../unit/stages/evaluate/test_protocols.py",
+    "cluster": "../unit/kubernetes/test_manifests.py",
     "zoo": "../conftest.py",
 }
 """Commands that do not look at the output of a run, and what runs them."""
