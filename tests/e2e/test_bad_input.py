@@ -149,12 +149,3 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reasons(wrpo, tmp_path):
     assert [place for place, _ in reasons] == ["2", "3", "4", "5", "6"]
     assert "'reference' is null" in reasons[1][1]
     assert "the prompt is empty" in reasons[2][1]
-
-
-def test_a_prompt_longer_than_the_context_is_a_kept_failure(wrpo, tmp_path):
-    rows = [PROMPT, PROMPT | {"prompt": "Reverse " + "abc " * 2000}]
-    result = wrpo(rows=rows, failure_limit=0.6).here("generate")
-    assert result.returncode == 0, result.stderr
-    (row,) = failures(tmp_path / "out")
-    assert (row["stage"], row["error"]) == ("generate", "PromptTooLongError")
-    assert "the context of a" in row["message"]

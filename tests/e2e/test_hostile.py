@@ -38,6 +38,8 @@ def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_toke
     assert {"RowError", "JSONDecodeError", "UnicodeDecodeError", "RecursionError"} <= {*unread}
     unanswered = {row["prompt_id"]: row["error"] for row in failed if row["stage"] == "generate"}
     assert "PromptTooLongError" in unanswered.values()
+    too_long = [row["message"] for row in failed if row["error"] == "PromptTooLongError"]
+    assert all("the context of bytes" in message for message in too_long)
     answered = dict(rows(output, "generate-bytes", "prompt_id", "prompt_tokens"))
     asked = {r["prompt_id"]: r["messages"] for r in shard_rows(output, "prompts")}
     assert len(answered) > 300
