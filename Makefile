@@ -1,4 +1,5 @@
-# make demo: the whole system on tiny models.  make test: lint and all tests.
+# make demo: the whole system on tiny models.
+# make check: lint and unit tests.  make test: all tests but the long trials of make soak.
 # make bench: training, generation, scoring, pairing and serving against other code, a simulated
 # cluster, into benchmarks/.
 # make docs: the documentation as a site in build/site, with every link checked.
@@ -8,15 +9,20 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
 OUT ?= out/demo
 
-.PHONY: demo test lint format docs soak bench clean
+.PHONY: demo check test lint format docs soak bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.cpu
 	@$(BIN)/wrpo zoo .cache/zoo
 	@$(BIN)/wrpo fuse jobs/demo.yaml --set output=$(OUT)
 
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+check: lint
+	@$(PYTEST) -m "not soak" tests/unit --durations=5
+
 test: lint
-	@$(BIN)/python -m pytest -m "not soak" -n 2 --dist loadfile --no-loadscope-reorder --durations=25
+	@$(PYTEST) -m "not soak" --durations=10
 
 lint: .venv/.dev
 	@$(BIN)/ruff check .

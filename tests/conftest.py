@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.waiting import wait_until
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parents[1]
 _HOME = tempfile.TemporaryDirectory(prefix="wrpo-home-")
@@ -27,13 +28,36 @@ os.environ |= {
     "WRPO_CACHE": f"{_HOME.name}/wrpo-cache",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else whatever runs beside a test starves its actors
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "NO_PROXY": "*",
+    "AWS_ACCESS_KEY_ID": "test",  # of the S3 server of the tests' own, also for workers
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
     "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "ray", ROOT / "tests"))),
     # workers import actors that tests define, and what these use
 }
 os.environ.pop("RAY_ADDRESS", None)
+
+
+class Lanes(LoadFileScheduling):
+    """One process runs all tests with a cluster or an engine; files of unit tests go beside them.
+
+    So those of one process share what takes long to start (`head`, `fused`), and two engines
+    never take the same cores.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return file if file.startswith("tests/unit/") else "engines"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
+    """The scheduler of `pytest -n 2 --dist loadfile`."""
+    return Lanes(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -52,17 +76,11 @@ def zoo() -> Path:
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """An S3 server of the tests' own, with one bucket: the address of a folder in it."""
-    os.environ |= {
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-    }
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        _wait_for(f"http://127.0.0.1:{port}/moto-api/")
+        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/moto-api/"), server)
         import boto3
 
         boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="wrpo")
@@ -70,14 +88,27 @@ def bucket() -> Iterator[str]:
         server.terminate()
 
 
-def _wait_for(url: str) -> None:
-    for _ in range(120):
-        try:
-            urllib.request.urlopen(url, timeout=1)
-            return
-        except OSError:
-            time.sleep(0.25)
-    raise TimeoutError(url)
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url).close()
+        return True
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Any]:
+    """A running cluster of one node with two CPUs (`support.ray_head.RayHead`)."""
+    from support.ray_head import RayHead
+
+    with RayHead(2) as head:
+        yield head
+
+
+@pytest.fixture
+def on_cluster(head: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test connect to the running cluster, which spares the start of Ray."""
+    monkeypatch.setenv("RAY_ADDRESS", head.address)
 
 
 @pytest.fixture(scope="module")

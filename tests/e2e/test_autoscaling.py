@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support.harness import ROOT, shards, wait_until
+from support.harness import ROOT, shards
 from support.ray_head import RayHead
+from support.waiting import LIMIT, wait_until
 
 NODES = {
     "cpu": {"resources": {"CPU": 2}, "max_workers": 1},
@@ -90,16 +91,16 @@ def draw(changes: dict[float, dict[str, int]], to: Path) -> None:
     figure.savefig(to)
 
 
-def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
+def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, tmp_path):
     """From no node to those of generation, to none of them and those of training, to none."""
     output, log = tmp_path / "run", tmp_path / "log"
     of = {"resources": {"generate": 1}}
-    source = {"name": "llama-bytes", "model": str(ROOT / ".cache/zoo/sources/llama-bytes")}
+    source = {"name": "llama-bytes", "model": str(zoo / "sources" / "llama-bytes")}
     config = demo(
         output,
-        prompts={"path": str(ROOT / ".cache/zoo/prompts.jsonl"), "limit": 1200},
+        prompts={"path": str(zoo / "prompts.jsonl"), "limit": 800},
         sources=[source | {"actors": of | {"max": 2}}],
-        reward={"model": str(ROOT / ".cache/zoo/reward"), "actors": of},
+        reward={"model": str(zoo / "reward"), "actors": of},
         storage={"buckets": 64, "chunk": 8},
         evaluate=None,
     )
@@ -113,6 +114,8 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
                 "sft.resources={train: 1}",
                 "--set",
                 "sft.workers=2",
+                "--set",
+                "sft.epochs=1",
             ),
             cwd=ROOT,
             env=os.environ | {"RAY_ADDRESS": head.address},
@@ -122,18 +125,18 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, tmp_path):
 
         def lose(kind: str, is_time: Callable[[], object]) -> None:
             """One of the nodes dies as soon as it is time."""
-            wait_until(lambda: is_time() or driver.poll() is not None, 240)
-            assert driver.poll() is None, log.read_text()
+            wait_until(is_time, driver)
             head.kill_node(watch.ids[kind][0])
 
         try:
             answers = "generate-*/*.parquet"
             lose("generate", lambda: watch.engines == 2 and len(shards(output, answers)) > 3)
             lose("train", lambda: list(output.glob("sft-*/metrics.jsonl")))
-            assert driver.wait(300) == 0, log.read_text()
+            assert driver.wait(LIMIT) == 0
         finally:
             driver.kill()
-        wait_until(lambda: not any(watch.ids.values()), 60)
+            print(log.read_text())
+        wait_until(lambda: not any(watch.ids.values()))
     changes = watch.changes()
     print(changes)
     if folder := os.environ.get("WRPO_PLOTS"):

@@ -1,4 +1,7 @@
-"""Bad input: one line that names the cause and the remedy, exit code 2; or a kept failure row."""
+"""Bad input: one line that names the cause and the remedy, exit code 2; or a kept failure row.
+
+One run for each exit code is a process of its own, as a user starts it.
+"""
 
 import json
 import shutil
@@ -11,6 +14,9 @@ import yaml
 from support.harness import Wrpo, failures
 
 PROMPT = {"prompt": "Reverse abc.", "reference": "cba", "skill": "reverse"}
+
+
+pytestmark = pytest.mark.usefixtures("on_cluster")
 
 
 @pytest.fixture
@@ -50,16 +56,18 @@ def test_unknown_key(wrpo):
 
 
 def test_wrong_type(wrpo):
-    refused(wrpo(seed="many")("fuse"), "seed: input should be a valid integer", "'many'")
+    refused(wrpo(seed="many").here("fuse"), "seed: input should be a valid integer", "'many'")
 
 
 def test_missing_file(wrpo, tmp_path):
     gone = str(tmp_path / "gone.jsonl")
-    refused(wrpo(prompts={"path": gone})("fuse"), "no such file", gone, "give a JSONL or Parquet")
+    refused(
+        wrpo(prompts={"path": gone}).here("fuse"), "no such file", gone, "give a JSONL or Parquet"
+    )
 
 
 def test_zero_sources(wrpo):
-    refused(wrpo(sources=[])("fuse"), "zero sources", "add at least one")
+    refused(wrpo(sources=[]).here("fuse"), "zero sources", "add at least one")
 
 
 def test_model_folder_without_chat_template(wrpo, zoo, tmp_path):
@@ -70,7 +78,9 @@ def test_model_folder_without_chat_template(wrpo, zoo, tmp_path):
     config.pop("chat_template", None)
     (model / "tokenizer_config.json").write_text(json.dumps(config))
     sources = [{"name": "a", "model": str(model)}]
-    refused(wrpo(sources=sources)("fuse"), "sources.a", "no chat template", "set `chat_template`")
+    refused(
+        wrpo(sources=sources).here("fuse"), "sources.a", "no chat template", "set `chat_template`"
+    )
 
 
 @pytest.mark.parametrize("case", ["no weights", "a pointer", "another tensor", "a classifier"])
@@ -91,28 +101,28 @@ def test_model_that_cannot_be_used_stops_a_dry_run(wrpo, zoo, tmp_path, case):
     if case == "another tensor":
         weights.write_bytes(weights.read_bytes().replace(b'norm.weight"', b'norm.weighs"', 1))
     target = {"name": "t", "model": str(model)}
-    refused(wrpo(target=target)("fuse", "--dry-run"), f"target: {model}: ", told)
+    refused(wrpo(target=target).here("fuse", "--dry-run"), f"target: {model}: ", told)
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 def test_output_that_cannot_be_written(wrpo, tmp_path):
     (tmp_path / "file").write_text("")
     output = str(tmp_path / "file" / "out")
-    refused(wrpo(output=output)("fuse"), output, "is not writable", "set `output`")
+    refused(wrpo(output=output).here("fuse"), output, "is not writable", "set `output`")
 
 
 def test_missing_column(wrpo, tmp_path):
     path = tmp_path / "p.parquet"
     pq.write_table(pa.table({"question": ["x"]}), path)
-    refused(wrpo(prompts={"path": str(path)})("fuse"), "no column 'prompt'", "it has question")
+    refused(wrpo(prompts={"path": str(path)}).here("fuse"), "no column 'prompt'", "it has question")
 
 
 def test_function_that_cannot_be_imported(wrpo):
-    refused(wrpo(reward={"function": "nowhere:f"})("fuse"), "nowhere:f", "cannot be imported")
+    refused(wrpo(reward={"function": "nowhere:f"}).here("fuse"), "nowhere:f", "cannot be imported")
 
 
 def test_empty_prompts(wrpo):
-    refused(wrpo(rows=[])("prompts"), "has no rows", "give a file with at least one")
+    refused(wrpo(rows=[]).here("prompts"), "has no rows", "give a file with at least one")
 
 
 def test_malformed_line_is_kept_and_the_run_stops_above_the_limit(wrpo, tmp_path):
@@ -139,12 +149,3 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reasons(wrpo, tmp_path):
     assert [place for place, _ in reasons] == ["2", "3", "4", "5", "6"]
     assert "'reference' is null" in reasons[1][1]
     assert "the prompt is empty" in reasons[2][1]
-
-
-def test_a_prompt_longer_than_the_context_is_a_kept_failure(wrpo, tmp_path):
-    rows = [PROMPT, PROMPT | {"prompt": "Reverse " + "abc " * 2000}]
-    result = wrpo(rows=rows, failure_limit=0.6)("generate")
-    assert result.returncode == 0, result.stderr
-    (row,) = failures(tmp_path / "out")
-    assert (row["stage"], row["error"]) == ("generate", "PromptTooLongError")
-    assert "the context of a" in row["message"]

@@ -1,17 +1,18 @@
-"""An evaluation on real engines, judge and all, that is killed while it judges."""
+"""A judge on a real engine that is killed while it judges the answers of a finished run."""
 
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from support.harness import Wrpo, shards
+from support.harness import HELD_OUT, Wrpo, shards
 
-PROMPTS = 48
 TEMPLATE = "{{ first }} {{ second }}?"
 
 
@@ -39,55 +40,38 @@ def biased_judge(folder: Path) -> Path:
 
 
 @pytest.fixture
-def wrpo(zoo: Path, tmp_path: Path) -> Wrpo:
+def wrpo(demo: Callable[..., Wrpo], fused: Path, tmp_path: Path) -> Wrpo:
+    """Asks a judge about two models' answers of a finished run, in a copy of its output."""
     template = tmp_path / "pair.jinja"
     template.write_text(TEMPLATE)
-    judge = biased_judge(tmp_path / "judge")
-    tree = {
-        "output": str(tmp_path / "out"),
-        "evaluate": {
-            "prompts": {"path": str(zoo / "eval.jsonl"), "limit": PROMPTS},
-            "sampling": {"samples": 1, "temperature": 0, "top_p": 1, "max_tokens": 20},
-            "models": [
-                {"name": "bytes", "model": str(zoo / "sources" / "llama-bytes")},
-                {"name": "target", "model": str(zoo / "target")},
-            ],
-            "judge": {"name": "judge", "model": str(judge)},
-            "pairwise": {
-                "pairs": [["bytes", "target"]],
-                "template": str(template),
-                "max_tokens": 8,
-            },
-        },
-        "storage": {"buckets": 8, "chunk": 2},
-        "failure_limit": 0.2,
-    }
-    path = tmp_path / "job.yaml"
-    path.write_text(yaml.safe_dump({"report": False} | tree))
-    return Wrpo(path)
+    output = shutil.copytree(fused, tmp_path / "out")
+    evaluate = yaml.safe_load(demo(output).config.read_text())["evaluate"]
+    pairwise = {"pairs": [["llama-bytes", "target"]], "template": str(template), "max_tokens": 8}
+    judge = {"name": "judge", "model": str(biased_judge(tmp_path / "judge"))}
+    return demo(output, evaluate=evaluate | {"judge": judge, "pairwise": pairwise})
 
 
 def table_of(store: Path) -> pa.Table:
     return pa.concat_tables(pq.read_table(file) for file in store.glob("*.parquet"))
 
 
-def test_a_judge_on_vllm_is_killed_and_asked_nothing_twice(wrpo, tmp_path):
+def test_a_judge_on_vllm_is_killed_and_asked_nothing_twice(wrpo, on_cluster, tmp_path):
     """A judge that always says A contradicts itself when positions are swapped: all are ties."""
     output, judged = tmp_path / "out", "generate-judge-*/*.parquet"
     wrpo.killed_when(lambda: len(shards(output, judged)) >= 2, "evaluate")
     before = shards(output, "generate-*/*.parquet")
 
-    result = wrpo("evaluate", "--fail-below", "0.4")
+    result = wrpo.here("evaluate", "--fail-below", "0.4")
     assert result.returncode == 0, result.stderr
     assert before.items() <= shards(output, "generate-*/*.parquet").items()
-    assert "generate bytes: starting engines" not in result.stderr
+    assert "generate llama-bytes: starting engines" not in result.stderr
     games = [table_of(game).to_pylist() for game in output.glob("generate-judge-*")]
     assert len(games) == 2
     for judgments in games:
-        assert len({row["prompt_id"] for row in judgments}) == len(judgments) == PROMPTS
+        assert len({row["prompt_id"] for row in judgments}) == len(judgments) == HELD_OUT
         assert {row["text"] for row in judgments} == {"[[A]]"}
 
     (file,) = output.glob("comparison-*/comparison.json")
     (pair,) = json.loads(file.read_text())["pairs"]
     assert (pair["tie"]["mean"], pair["win_rate"]["mean"], pair["failed"]) == (1.0, 0.5, 0)
-    assert "bytes - target" in result.stdout
+    assert "llama-bytes - target" in result.stdout

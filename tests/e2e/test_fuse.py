@@ -3,14 +3,14 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
+from support.harness import HELD_OUT, PROMPTS, ROOT, SOURCES, Wrpo, processes_of, rows, shards
 from support.in_browser import look
+from support.openai_server import Server, serving
+from support.waiting import wait_until
 
 from wrpo_ray.cli.entry import main
 from wrpo_ray.config import load
@@ -26,52 +26,49 @@ from wrpo_ray.stages.train.rows import PreparedRows
 from wrpo_ray.stages.train.task import WRPO_ANSWERS
 
 KEY = ("prompt_id", "source", "sample")
-SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
 
 
-@pytest.fixture(scope="module")
-def undisturbed(demo, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("undisturbed")
-    result = demo(output, report=True)("fuse")
-    assert result.returncode == 0, result.stderr
-    assert "not written" not in result.stderr
-    assert "Verifier accuracy on held-out prompts" in result.stdout
-    assert "Fused model:" in result.stdout
-    return output
+def test_a_run_tells_its_results_and_status_follows_it_to_the_end(finished):
+    assert "not written" not in finished.stderr
+    assert "Verifier accuracy on held-out prompts" in finished.stdout
+    assert "Fused model:" in finished.stdout
+    assert f"process {finished.process}, heartbeat" in finished.status
+    assert finished.status.rpartition("lease: ")[2].startswith("nobody")
+    wait_until(lambda: not processes_of(finished.output))
 
 
-def test_summary_tells_every_step_and_compares_every_model(undisturbed):
-    summary = json.loads((undisturbed / "summary.json").read_text())
+def test_summary_tells_every_step_and_compares_every_model(fused):
+    summary = json.loads((fused / "summary.json").read_text())
     assert {step["state"] for step in summary["steps"]} == {"done"}
     assert all(step["rows_out"] > 0 for step in summary["steps"])
     accuracy = summary["evaluation"]["accuracy"]["models"]
     assert set(accuracy) == {*SOURCES, "target", "target-sft", "target-dpo", "fused"}
-    assert accuracy["fused"]["all"]["n"] == 200
+    assert accuracy["fused"]["all"]["n"] == HELD_OUT
     assert accuracy["fused"]["all"]["low"] > accuracy["target"]["all"]["high"]
 
 
-def test_every_prompt_has_its_answers_once_and_every_score_is_kept(undisturbed):
-    summary = json.loads((undisturbed / "summary.json").read_text())
+def test_every_prompt_has_its_answers_once_and_every_score_is_kept(fused):
+    summary = json.loads((fused / "summary.json").read_text())
     counts = {s["step"]: s["counts"] for s in summary["steps"] if s["stage"] == "select"}["select"]
-    assert counts["rows"] == 360
-    assert counts["candidates"] == 360 * 5 * len(SOURCES)
-    pairs = rows(undisturbed, "pair", "prompt_id", "candidates")
+    assert counts["rows"] == PROMPTS
+    assert counts["candidates"] == PROMPTS * 5 * len(SOURCES)
+    pairs = rows(fused, "pair", "prompt_id", "candidates")
     assert all(text.count("'reward'") == 5 * (len(SOURCES) + 1) for _, text in pairs)
 
 
-def test_trained_models_are_ordinary_folders(undisturbed):
+def test_trained_models_are_ordinary_folders(fused):
     """vLLM has loaded it for the evaluation; transformers loads it here."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (folder,) = undisturbed.glob("wrpo-*/model")
+    (folder,) = fused.glob("wrpo-*/model")
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert model.config.vocab_size >= len(tokenizer)
     assert tokenizer.chat_template
 
 
-def test_training_starts_at_ln_2_and_alpha_ends_at_its_end(undisturbed):
-    (file,) = undisturbed.glob("wrpo-*/metrics.jsonl")
+def test_training_starts_at_ln_2_and_alpha_ends_at_its_end(fused):
+    (file,) = fused.glob("wrpo-*/metrics.jsonl")
     steps = [json.loads(line) for line in file.read_text().splitlines()]
     assert [s["step"] for s in steps] == list(range(len(steps)))
     assert steps[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
@@ -79,22 +76,22 @@ def test_training_starts_at_ln_2_and_alpha_ends_at_its_end(undisturbed):
     assert steps[-1]["alpha"] == 0.5
 
 
-def test_the_output_alone_tells_of_the_run(demo, undisturbed, capsys):
+def test_the_output_alone_tells_of_the_run(demo, fused, capsys):
     """The report, `wrpo status`, and the exported model need neither Ray nor the config's file."""
-    page = (undisturbed / "report.html").read_text()
+    page = (fused / "report.html").read_text()
     for name in ("wins", "rewards-pairs", "training-wrpo", "evaluation-accuracy"):
         assert f'id="{name}-title"' in page
     data = json.loads(page.split('id="data">')[1].split("</script>")[0])
     assert all(c[3] is not None for row in data["rows"] for c in row["candidates"])
-    assert main(["status", str(undisturbed)]) == 0
-    steps = json.loads((undisturbed / "chain.json").read_text())["steps"]
+    assert main(["status", str(fused)]) == 0
+    steps = json.loads((fused / "chain.json").read_text())["steps"]
     assert f"{len(steps)} of {len(steps)} steps done" in capsys.readouterr().out
 
 
-def test_its_report_in_a_browser(undisturbed, browser):
+def test_its_report_in_a_browser(fused, browser):
     look(
         browser,
-        undisturbed / "report.html",
+        fused / "report.html",
         "report",
         "main",
         "figure:has(#training-wrpo-title)",
@@ -102,13 +99,13 @@ def test_its_report_in_a_browser(undisturbed, browser):
     )
 
 
-def test_a_second_call_does_nothing(demo, undisturbed):
-    before = shards(undisturbed, "**/*")
-    result = demo(undisturbed, report=True)("fuse")
+def test_a_second_call_does_nothing(demo, fused):
+    before = shards(fused, "**/*")
+    result = demo(fused, report=True).here("fuse")
     assert result.returncode == 0
     assert "all steps are done" in result.stderr
     assert "Verifier accuracy" in result.stdout
-    assert shards(undisturbed, "**/*") == before
+    assert shards(fused, "**/*") == before
 
 
 FINISHED = {
@@ -136,17 +133,17 @@ ELSEWHERE = {
     "submit": "test_submit.py",
     "serve": "test_serving.py",
     "study": "test_studies.py",
-    "fetch": "../unit/test_protocols.py",
-    "cluster": "../unit/test_manifests.py",
+    "fetch": "../unit/stages/evaluate/test_protocols.py",
+    "cluster": "../unit/kubernetes/test_manifests.py",
     "zoo": "../conftest.py",
 }
 """Commands that do not look at the output of a run, and what runs them."""
 
 
 @pytest.fixture(scope="module")
-def finished(undisturbed, tmp_path_factory) -> Path:
+def copy(fused, tmp_path_factory) -> Path:
     """A copy, as commands that stop early write a summary of their own."""
-    return Path(shutil.copytree(undisturbed, tmp_path_factory.mktemp("finished") / "output"))
+    return Path(shutil.copytree(fused, tmp_path_factory.mktemp("finished") / "output"))
 
 
 def commands_of_readme() -> set[str]:
@@ -169,12 +166,12 @@ def test_each_command_of_the_readme_is_run_on_an_output_or_elsewhere():
     ("command", "arguments"), [(name, given) for name, cases in FINISHED.items() for given in cases]
 )
 def test_a_command_of_the_readme_on_a_finished_output(
-    demo, finished, tmp_path, monkeypatch, capfd, command, arguments
+    demo, copy, tmp_path, monkeypatch, capfd, command, arguments
 ):
     """None runs anything again, and none ends in a trace or leaves something unwritten."""
-    config = demo(finished, report=(command, arguments) == ("fuse", "")).config
-    before = shards(finished, "*-*/*")
-    place = {"config": [], "status": [finished], "report": [finished]}.get(command, [config])
+    config = demo(copy, report=(command, arguments) == ("fuse", "")).config
+    before = shards(copy, "*-*/*")
+    place = {"config": [], "status": [copy], "report": [copy]}.get(command, [config])
     if arguments == "--compare":
         place *= 2
     monkeypatch.chdir(tmp_path)
@@ -183,19 +180,19 @@ def test_a_command_of_the_readme_on_a_finished_output(
     assert FINISHED[command][arguments] in out
     assert "not written" not in err
     assert "Traceback" not in err
-    assert shards(finished, "*-*/*") == before
+    assert shards(copy, "*-*/*") == before
 
 
 @pytest.mark.parametrize("policy", ["wrpo", "fusechat3"])
-def test_rows_are_the_answers_in_the_targets_vocabulary(demo, undisturbed, tmp_path, policy):
+def test_rows_are_the_answers_in_the_targets_vocabulary(demo, fused, on_cluster, tmp_path, policy):
     """Of three vocabularies: the target's own answers as sampled, all others by their text."""
-    made, output = demo(undisturbed), undisturbed
+    made, output = demo(fused), fused
     if policy == "fusechat3":
         output = tmp_path / "out"
-        shutil.copytree(undisturbed, output)
+        shutil.copytree(fused, output)
         wrpo = {"alpha": {"end": 0}, "reference": {"mode": "live"}}
         made = demo(output, pair={"policy": policy, "max_margin": 1000}, wrpo=wrpo)
-        result = made("pair")
+        result = made.here("pair")
         assert result.returncode == 0, result.stderr
         assert "generate" not in result.stderr.replace("generate: done before", "")
     job, run = wrpo_rows(made)
@@ -238,42 +235,12 @@ def has_checkpoint(output: Path) -> bool:
     return any('"checkpoint_dir_name"' in file.read_text() for file in lists)
 
 
-def test_killed_in_training_the_same_command_goes_on(demo, undisturbed, tmp_path):
-    """SIGKILL of the driver in mid-training of WRPO; test_kills.py has those before it.
-
-    `wrpo status --watch` looks on while training goes on, to the end.
-    """
-    output = tmp_path / "killed"
-    shutil.copytree(undisturbed, output)
-    for folder in (*output.glob("wrpo-*"), *output.glob("dpo-*")):
-        shutil.rmtree(folder)
-    before = shards(output, "**/*.parquet")
-    wrpo = demo(output)
-    log = wrpo.killed_when(lambda: has_checkpoint(output), "fuse", "--until", "train")
-    assert "pair: done before" in log
-    with subprocess.Popen(
-        wrpo.arguments("fuse", "--until", "train"), cwd=ROOT, stderr=subprocess.PIPE, text=True
-    ) as run:
-        told = ""
-        while not re.search(r"train: (dpo, )?wrpo\n", told):
-            line = run.stderr.readline()
-            assert line, told
-            told += line
-        watch = [sys.executable, "-m", "wrpo_ray", "status", str(output), "--watch", "--every", "1"]
-        watched = subprocess.run(watch, capture_output=True, text=True, timeout=600)
-        told += run.stderr.read()
-    assert run.returncode == 0, told
-    assert "wrpo: resumed at step" in told
-    assert watched.returncode == 0, watched.stderr
-    assert f"process {run.pid}, heartbeat" in watched.stdout
-    assert watched.stdout.rpartition("lease: ")[2].startswith("nobody")
-    assert shards(output, "**/*.parquet") == before
-    wait_until(lambda: not processes_of(output))
-
-
 @pytest.mark.soak
-def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed, tmp_path):
-    """SIGKILL of the driver in mid-generation and in mid-training of WRPO."""
+def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, fused, tmp_path):
+    """SIGKILL of the driver in mid-generation and in mid-training of WRPO.
+
+    In short: test_kills.py, and tests/ray/test_train.py for training.
+    """
     output = tmp_path / "killed"
     wrpo = demo(output)
 
@@ -295,20 +262,25 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, undisturbed
     for source in (*SOURCES, "target-sft"):
         for step in (f"generate-{source}", f"score-reward-{source}"):
             killed = rows(output, step, *KEY)
-            assert killed == rows(undisturbed, step, *KEY)
+            assert killed == rows(fused, step, *KEY)
             assert len(killed) == len(set(killed))
     for step in ("select", "pair"):
-        assert rows(output, step, "prompt_id") == rows(undisturbed, step, "prompt_id")
+        assert rows(output, step, "prompt_id") == rows(fused, step, "prompt_id")
 
 
-def test_a_fourth_source_is_all_that_is_generated(demo, undisturbed, zoo, tmp_path):
-    """Of a finished run with three: their answers and scores stay, shard by shard."""
+def test_a_fourth_source_is_all_that_is_generated(demo, fused, on_cluster, zoo, tmp_path):
+    """Of a finished run with three: their answers and scores stay, shard by shard.
+
+    It is an endpoint, which answers at once.
+    """
     output = tmp_path / "four"
-    shutil.copytree(undisturbed, output)
+    shutil.copytree(fused, output)
     before = shards(output, "generate-*/*.parquet") | shards(output, "score-*/*.parquet")
     sources = [{"name": n, "model": str(zoo / "sources" / n)} for n in SOURCES]
-    sources.append({"name": "fourth", "model": str(zoo / "target")})
-    result = demo(output, sources=sources, evaluate=None)("fuse", "--until", "select")
+    with serving(Server()) as server:
+        endpoint = {"url": server.url}
+        sources.append({"name": "fourth", "model": "served", "endpoint": endpoint})
+        result = demo(output, sources=sources, evaluate=None).here("fuse", "--until", "select")
     assert result.returncode == 0, result.stderr
     after = shards(output, "generate-*/*.parquet") | shards(output, "score-*/*.parquet")
     assert before.items() <= after.items()
@@ -316,8 +288,7 @@ def test_a_fourth_source_is_all_that_is_generated(demo, undisturbed, zoo, tmp_pa
         "generate-fourth",
         "score-reward-fourth",
     }
-    assert "generate fourth: starting engines" in result.stderr
     assert not any(f"generate {name}: starting" in result.stderr for name in SOURCES)
     folders = sorted(output.glob("select-*"), key=lambda f: f.stat().st_mtime)
     counts = json.loads((folders[-1] / "manifest.json").read_text())["counts"]
-    assert counts["candidates"] == 360 * 5 * 4
+    assert counts["candidates"] == PROMPTS * 5 * 4

@@ -10,7 +10,9 @@ from support.hostile import hostile_lines
 COUNT = 1000
 
 
-def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_token(zoo, tmp_path):
+def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_token(
+    zoo, on_cluster, tmp_path
+):
     """That the engine saw the ids of `prompt_ids` is known by their number for each prompt."""
     from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
 
@@ -28,7 +30,7 @@ def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_toke
         "failure_limit": 1.0,
     }
     config.write_text(yaml.safe_dump({"report": False} | tree))
-    result = Wrpo(config)("generate")
+    result = Wrpo(config).here("generate")
     assert result.returncode == 0, result.stderr
 
     failed = failures(output)
@@ -36,6 +38,8 @@ def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_toke
     assert {"RowError", "JSONDecodeError", "UnicodeDecodeError", "RecursionError"} <= {*unread}
     unanswered = {row["prompt_id"]: row["error"] for row in failed if row["stage"] == "generate"}
     assert "PromptTooLongError" in unanswered.values()
+    too_long = [row["message"] for row in failed if row["error"] == "PromptTooLongError"]
+    assert all("the context of bytes" in message for message in too_long)
     answered = dict(rows(output, "generate-bytes", "prompt_id", "prompt_tokens"))
     asked = {r["prompt_id"]: r["messages"] for r in shard_rows(output, "prompts")}
     assert len(answered) > 300

@@ -32,14 +32,22 @@ def config(tmp_path: Path, **tree: object) -> Wrpo:
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory) -> Path:
+def imported(head, tmp_path_factory) -> Path:
     """The output of jobs/import-real.yaml over the real responses."""
     if not REAL.exists():
-        pytest.skip("the real GSM8K responses are not beside the project")
+        pytest.skip("no real data beside the repository, nor named by WRPO_TEST_DATA")
     output = tmp_path_factory.mktemp("imported") / "gsm8k-answers"
     wrpo = Wrpo(ROOT / "jobs" / "import-real.yaml")
-    result = wrpo(
-        "fuse", "--set", f"import.path={REAL}", "--set", f"output={output}", "--until", "pair"
+    result = wrpo.here(
+        "fuse",
+        "--set",
+        f"import.path={REAL}",
+        "--set",
+        f"output={output}",
+        "--until",
+        "pair",
+        "--set",
+        f"cluster.address={head.address}",
     )
     assert result.returncode == 0, result.stderr
     return output
@@ -99,7 +107,9 @@ def all_answers_of_a_model_in_a_row(question: str) -> list[dict]:
     ("form", "rows_of"),
     [("responses", one_answer_a_row), ("candidates", all_answers_of_a_model_in_a_row)],
 )
-def test_two_target_answers_make_preference_rows_and_columns_are_mapped(tmp_path, form, rows_of):
+def test_two_target_answers_make_preference_rows_and_columns_are_mapped(
+    on_cluster, tmp_path, form, rows_of
+):
     rows = [row for i in range(8) for row in rows_of(f"Question {i}?")]
     data = tmp_path / "answers.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -109,7 +119,7 @@ def test_two_target_answers_make_preference_rows_and_columns_are_mapped(tmp_path
         split={"sft": 0.0},
         **{"import": {"path": str(data), "format": form, "columns": columns, "target": "T"}},
     )
-    result = wrpo("fuse", "--until", "pair")
+    result = wrpo.here("fuse", "--until", "pair")
     assert result.returncode == 0, result.stderr
     pairs = table(tmp_path / "out", "pair")
     assert len(pairs) == 8
@@ -120,14 +130,14 @@ def test_two_target_answers_make_preference_rows_and_columns_are_mapped(tmp_path
         assert len(row["candidates"]) == 4
 
     exported = tmp_path / "published.jsonl"
-    assert wrpo("export", "--to", str(exported)).returncode == 0
+    assert wrpo.here("export", "--to", str(exported)).returncode == 0
     published = [json.loads(line) for line in exported.read_text().splitlines()]
     assert len(published) == 8
     assert all([a["content"] for a in p["chosen"]] == ["A 0", "T 0"] for p in published)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_published_rows_survive_import_and_export(tmp_path, kind):
+def test_published_rows_survive_import_and_export(on_cluster, tmp_path, kind):
     rows = [
         {
             "prompt_id": str(i),
@@ -145,9 +155,9 @@ def test_published_rows_survive_import_and_export(tmp_path, kind):
 
         pq.write_table(pa.Table.from_pylist(rows), data)
     wrpo = config(tmp_path, **{"import": {"path": str(data), "format": "preferences"}})
-    assert wrpo("fuse", "--until", "pair").returncode == 0
+    assert wrpo.here("fuse", "--until", "pair").returncode == 0
     out = tmp_path / f"again.{kind}"
-    result = wrpo("export", "--to", str(out))
+    result = wrpo.here("export", "--to", str(out))
     assert result.returncode == 0, result.stderr
     if kind == "jsonl":
         again = [json.loads(line) for line in out.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Drivers, actors and nodes killed at random moments: the rows are those of an undisturbed run."""
+"""Actors, nodes and drivers are killed: the rows are those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -6,22 +6,26 @@ import json
 import os
 import random
 import subprocess
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from support.harness import ROOT, Wrpo, processes_of, rows, shards, wait_until
+from support.harness import ROOT, SOURCES, Wrpo, greedy, processes_of, rows, shards
 from support.shared_data import DATA
+from support.waiting import LIMIT, wait_until
 
 GSM8K = DATA / "gsm8k_real_responses.parquet"
-SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
 DONE = ("generate-*/*.parquet", "score-*/*.parquet")
 """The shards that a crash must not cost."""
+KINDS = ("generate", "score", "node", "driver")
+"""What is killed: an actor that generates, one that scores, a node with all it runs, the driver."""
+Kill = tuple[int, str | None]
+"""After how many shards are finished, and of which kind; None draws one of those that are there."""
 
 
 class Nodes:
@@ -36,10 +40,25 @@ class Nodes:
         self.workers = [self.cluster.add_node(**node) for _ in range(2)]
 
     def replace_one(self, rng: random.Random) -> None:
-        """A node dies with all that runs on it, and another one takes its place."""
-        lost = self.workers.pop(rng.randrange(len(self.workers)))
+        """A node dies with all that runs on it, one with an engine rather than another."""
+        busy = [node for node in self.workers if _engines(node)] or self.workers
+        lost = rng.choice(busy)
+        self.workers.remove(lost)
         self.cluster.remove_node(lost, allow_graceful=False)
         self.workers.append(self.cluster.add_node(**self.node))
+
+
+def _engines(node: Any) -> list[psutil.Process]:
+    """The engines on a node of `ray.cluster_utils.Cluster`."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    return [p for p in raylet.children(recursive=True) if _is_actor(p, "generate")]
+
+
+def _is_actor(process: psutil.Process, kind: str) -> bool:
+    """Whether it is an actor of the pools of one stage."""
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline()).startswith(f"ray::{kind} ")
+    return False
 
 
 @pytest.fixture(scope="module")
@@ -59,20 +78,15 @@ class Trial:
         self.logs = output.parent / f"{output.name}-logs"
         self.logs.mkdir()
 
-    def run(self, kills: list[int]) -> None:
-        """Kill at each of these numbers of finished shards, then run to the end."""
+    def run(self, kills: Sequence[Kill] = ()) -> None:
+        """Kill at each of these moments, then run to the end."""
         driver = self._start()
-        for moment in kills:
-            self._wait(driver, moment)
-            time.sleep(self.rng.uniform(0, 1))
+        for moment, kind in kills:
+            wait_until(lambda moment=moment: self._made() >= moment, driver)
             finished = shards(self.output, "**/*.parquet")
-            driver = self._kill(driver)
+            driver = self._kill(driver, kind)
             assert finished.keys() <= shards(self.output, "**/*.parquet").keys()
-        assert driver.wait(900) == 0, self._log()
-
-    def _wait(self, driver: subprocess.Popen, shards: int) -> None:
-        wait_until(lambda: self._made() >= shards or driver.poll() is not None, 600)
-        assert driver.poll() is None, self._log()
+        assert driver.wait(LIMIT) == 0, self._log()
 
     def _made(self) -> int:
         return sum(len(shards(self.output, pattern)) for pattern in DONE)
@@ -91,10 +105,11 @@ class Trial:
     def _log(self) -> str:
         return max(self.logs.iterdir()).read_text()[-3000:]
 
-    def _kill(self, driver: subprocess.Popen) -> subprocess.Popen:
-        victims = {name: self._actors(name) for name in ("Generator", "Scorer")}
-        kinds = ["driver", "node", *(name for name, found in victims.items() if found)]
-        kind = self.rng.choice(kinds)
+    def _kill(self, driver: subprocess.Popen, kind: str | None) -> subprocess.Popen:
+        if kind in ("generate", "score"):
+            wait_until(lambda: self._actors(kind), driver)
+        there = [k for k in KINDS if k in ("node", "driver") or self._actors(k)]
+        kind = kind or self.rng.choice(there)
         self.killed[kind] += 1
         if kind == "node":
             self.nodes.replace_one(self.rng)
@@ -103,36 +118,15 @@ class Trial:
             driver.wait()
             return self._start()
         else:
-            self.rng.choice(victims[kind]).kill()
+            self.rng.choice(self._actors(kind)).kill()
         return driver
 
-    def _actors(self, name: str) -> list[psutil.Process]:
+    def _actors(self, kind: str) -> list[psutil.Process]:
         found = []
         for pid in processes_of(self.output):
-            try:
-                process = psutil.Process(pid)
-                if f"Map({name})" in " ".join(process.cmdline()):
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return found
-
-
-def greedy(demo: Any, output: Path, prompts: dict[str, Any], sources: Sequence[str]) -> Wrpo:
-    """The demo's sources and reward on these prompts; each answer is decided by its prompt."""
-    long = {"engine": {"hf_overrides": {"max_position_embeddings": 2048}, "max_model_len": 2048}}
-    return demo(
-        output,
-        prompts=prompts,
-        sources=[
-            {"name": name, "model": str(ROOT / ".cache/zoo/sources" / name), **long}
-            for name in sources
-        ],
-        sampling={"samples": 1, "temperature": 0, "max_tokens": 16},
-        reward={"model": str(ROOT / ".cache/zoo/reward"), "overflow": "cut_prompt"},
-        storage={"buckets": 16, "chunk": 4},
-        evaluate=None,
-    )
+            with suppress(psutil.Error):
+                found.append(psutil.Process(pid))
+        return [process for process in found if _is_actor(process, kind)]
 
 
 def check(trial: Trial, undisturbed: Path, count: int, sources: Sequence[str]) -> None:
@@ -151,24 +145,29 @@ def check(trial: Trial, undisturbed: Path, count: int, sources: Sequence[str]) -
     wait_until(lambda: not processes_of(trial.output))
 
 
-@pytest.mark.parametrize(
-    ("kills", "count"), [(3, 120), pytest.param(25, 1319, marks=pytest.mark.soak)]
-)
-def test_killed_at_random_moments(demo, zoo, nodes, tmp_path, kills, count):
-    """The long form takes the real GSM8K questions, the short one the demo's and two sources."""
-    sources = SOURCES if kills > 10 else SOURCES[:2]
-    prompts = {"path": str(zoo / "prompts.jsonl"), "limit": count}
-    if kills > 10:
-        if not GSM8K.exists():
-            pytest.skip(f"needs {GSM8K}")
-        prompts = {"path": str(questions(tmp_path / "questions.jsonl"))}
+def test_a_kill_of_each_kind_costs_no_row(demo, zoo, greedy_run, nodes, tmp_path):
+    """Of a driver: test_object_store.py and test_evaluate.py; in training: test_train.py."""
+    output, kinds = tmp_path / "killed", ("generate", "score", "node")
+    trial = Trial(greedy(demo, zoo, output), output, nodes, seed=0)
+    trial.run(list(zip((4, 12, 20), kinds, strict=True)))  # of 32 shards
+    assert trial.killed == dict.fromkeys(kinds, 1)
+    check(trial, greedy_run, 120, SOURCES[:1])
+
+
+@pytest.mark.soak
+def test_killed_at_random_moments(demo, zoo, nodes, tmp_path):
+    """25 times, on the real GSM8K questions."""
+    if not GSM8K.exists():
+        pytest.skip(f"needs {GSM8K}")
+    prompts = {"path": str(questions(tmp_path / "questions.jsonl"))}
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    first = Trial(greedy(demo, undisturbed, prompts, sources), undisturbed, nodes, 0)
-    first.run([])
-    trial = Trial(greedy(demo, killed, prompts, sources), killed, nodes, kills)
-    trial.run(sorted(trial.rng.sample(range(1, first._made() * 9 // 10), kills)))
-    print(f"killed {dict(trial.killed)} at {kills} moments")
-    check(trial, undisturbed, count, sources)
+    first = Trial(greedy(demo, zoo, undisturbed, prompts, SOURCES), undisturbed, nodes, 0)
+    first.run()
+    trial = Trial(greedy(demo, zoo, killed, prompts, SOURCES), killed, nodes, 25)
+    moments = sorted(trial.rng.sample(range(1, first._made() * 9 // 10), 25))
+    trial.run([(moment, None) for moment in moments])
+    print(f"killed {dict(trial.killed)}")
+    check(trial, undisturbed, 1319, SOURCES)
 
 
 def questions(to: Path) -> Path:

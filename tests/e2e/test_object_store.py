@@ -1,19 +1,14 @@
 """The data part of the demo in an S3 store, killed once: the same rows as on local disk."""
 
 import pyarrow as pa
-from support.harness import ROOT
+from support.harness import SOURCES, greedy
 
 from wrpo_ray.cli.entry import main
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.storage.folder import Folder
 
-SOURCE = "llama-bytes"
-SMALL = {
-    "sampling": {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": 20},
-    "sources": [{"name": SOURCE, "model": str(ROOT / ".cache/zoo/sources" / SOURCE)}],
-    "evaluate": None,
-}
+SOURCE = SOURCES[0]
 
 
 def tables(output: Folder, step: str, schema: pa.Schema) -> pa.Table:
@@ -28,12 +23,9 @@ def tables(output: Folder, step: str, schema: pa.Schema) -> pa.Table:
 KEY = ("prompt_id", "source", "sample")
 
 
-def test_same_rows_as_on_disk_after_a_kill(demo, bucket, tmp_path):
+def test_same_rows_as_on_disk_after_a_kill(demo, zoo, bucket, greedy_run, on_cluster):
     """Greedy, so that answers can be compared by content."""
-    local = demo(tmp_path / "local", **SMALL)
-    assert local("fuse", "--until", "select").returncode == 0
-
-    store, remote = Folder(bucket), demo(bucket, **SMALL)
+    store, remote = Folder(bucket), greedy(demo, zoo, bucket)
 
     def is_generating() -> bool:
         names = [
@@ -52,11 +44,11 @@ def test_same_rows_as_on_disk_after_a_kill(demo, bucket, tmp_path):
         )
 
     remote.killed_when(is_generating, "fuse", "--until", "select")
-    result = remote("fuse", "--until", "select")
+    result = remote.here("fuse", "--until", "select")
     assert result.returncode == 0, result.stderr
     assert "rows were there" in result.stderr
 
-    disk = Folder(str(tmp_path / "local"))
+    disk = Folder(str(greedy_run))
     ours = tables(store, f"score-reward-{SOURCE}", records.SCORED).drop_columns("reward")
     theirs = tables(disk, f"score-reward-{SOURCE}", records.SCORED).drop_columns("reward")
     assert ours.equals(theirs)
@@ -65,12 +57,12 @@ def test_same_rows_as_on_disk_after_a_kill(demo, bucket, tmp_path):
     assert ours.equals(tables(disk, "select", records.SELECTION).select(columns))
 
 
-def test_training_from_and_to_an_object_store(demo, bucket, tmp_path, capsys):
+def test_training_from_and_to_an_object_store(demo, zoo, bucket, on_cluster, tmp_path, capsys):
     """SFT reads its shards from the store, puts its model there, and vLLM loads it from there.
 
     Status and report of the run need no more than its address.
     """
-    result = demo(bucket, **SMALL)("fuse", "--until", "sample")
+    result = greedy(demo, zoo, bucket).here("fuse", "--until", "sample")
     assert result.returncode == 0, result.stderr
     store = Folder(bucket)
     (sft,) = [

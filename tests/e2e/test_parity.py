@@ -1,7 +1,4 @@
-"""Greedy answers of vLLM equal those of transformers, for each generative model of the zoo.
-
-The target's are those of an engine that was started with other weights and has both in turn.
-"""
+"""Greedy answers of vLLM equal those of transformers, for each model that a run evaluates."""
 
 import json
 import os
@@ -9,7 +6,9 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
+from support.harness import SOURCES
 
 SCRIPT = """
 import json, sys
@@ -46,7 +45,6 @@ def drawn(first, count):
 together, apart = drawn(0, 4), drawn(0, 1) | drawn(1, 3)
 assert together == apart and len(together) == 20
 """
-MODELS = ("sources/llama-bytes", "sources/qwen3-bpe", "sources/gemma2-chars", "target")
 
 
 def transformers_answers(folder, prompts: list[str]) -> list[list[int]]:
@@ -81,21 +79,43 @@ def upside_down(folder, other):
     return other
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_greedy_vllm_equals_transformers(zoo, tmp_path, model):
+def questions(zoo) -> list[str]:
+    lines = (zoo / "eval.jsonl").read_text().splitlines()[:20]
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+@pytest.mark.parametrize("name", [*SOURCES, "target", "target-sft", "fused"])
+def test_the_answers_of_an_evaluation_are_those_of_transformers(fused, zoo, name):
+    prompts = questions(zoo)
+    asked = {r["prompt_id"]: r["messages"] for r in table(fused, "eval-prompts")}
+    of_prompt = {messages[0]["content"]: key for key, messages in asked.items()}
+    said = {r["prompt_id"]: r["token_ids"] for r in table(fused, f"generate-{name}")}
+    folders = {"target-sft": "sft-*/model", "fused": "wrpo-*/model"}
+    if name in folders:
+        (folder,) = fused.glob(folders[name])
+    else:
+        folder = zoo / "sources" / name if name in SOURCES else zoo / name
+    assert [said[of_prompt[p]] for p in prompts] == transformers_answers(folder, prompts)
+
+
+def table(output, step: str) -> list[dict]:
+    files = output.glob(f"{step}-????????????/*.parquet")
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+def test_an_engine_answers_with_two_sets_of_weights_in_turn(zoo, tmp_path):
+    """Started with weights of another model, it answers by both at the same time."""
     from wrpo_ray.llm.vllm import engine_env
 
-    lines = (zoo / "eval.jsonl").read_text().splitlines()[:20]
-    prompts = [json.loads(line)["prompt"] for line in lines]
-    out = tmp_path / "ids.json"
-    start = upside_down(zoo / model, tmp_path / "other") if model == "target" else zoo / model
-    arguments = [str(zoo / model), json.dumps(prompts), str(out), str(start)]
+    model, prompts, out = zoo / "target", questions(zoo), tmp_path / "ids.json"
+    start = upside_down(model, tmp_path / "other")
+    arguments = [str(model), json.dumps(prompts), str(out), str(start)]
     command = [sys.executable, "-c", SCRIPT, *arguments]
     result = subprocess.run(
         command, env=os.environ | engine_env(on_gpu=False), capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr
-    assert json.loads(out.read_text()) == transformers_answers(zoo / model, prompts)
+    assert json.loads(out.read_text()) == transformers_answers(model, prompts)
 
 
 PLAIN = """

@@ -29,6 +29,7 @@ import yaml
 from support.harness import ROOT
 from support.in_browser import picture
 from support.request_values import TAKEN, TOOL, VALUES, is_taken
+from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
@@ -39,7 +40,7 @@ SECRET = "xyzzyplugh"
 SETTINGS = {
     "max_tokens": 240,
     "read_timeout": 2,
-    "timeout": 120,
+    "timeout": LIMIT,
     "requests_per_minute": 1_000_000,
     "concurrent": 200,
     "ongoing": 24,
@@ -60,7 +61,7 @@ class Server:
 
     def client(self, **changes: Any) -> openai.OpenAI:
         settings = {"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0}
-        return openai.OpenAI(**settings | {"timeout": 180} | changes)
+        return openai.OpenAI(**settings | {"timeout": LIMIT} | changes)
 
     def children(self) -> list[psutil.Process]:
         """All its processes but the first."""
@@ -128,7 +129,7 @@ def server(zoo: Path) -> Iterator[Server]:
             server = Server(process, f"http://127.0.0.1:{port}", found[1], Path(folder))
             yield server
             process.terminate()
-            process.wait(120)
+            process.wait(LIMIT)
 
 
 def messages(prompt: str) -> list[Any]:
@@ -194,13 +195,13 @@ def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):
 def _score(server: Server, chat: list[Any]) -> httpx.Response:
     headers = {"Authorization": f"Bearer {server.key}"}
     return httpx.post(
-        f"{server.url}/v1/score", json={"messages": chat}, headers=headers, timeout=180
+        f"{server.url}/v1/score", json={"messages": chat}, headers=headers, timeout=LIMIT
     )
 
 
 def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Server, browser: Any):
     page = browser.new_page(viewport={"width": 1000, "height": 560})
-    page.set_default_timeout(120_000)  # tests beside it take the cores
+    page.set_default_timeout(1000 * LIMIT)
     page.goto(server.url)
     page.fill("#key", server.key)
     page.keyboard.press("Enter")
@@ -267,7 +268,7 @@ def test_what_the_engine_takes_or_refuses_of_every_field_names_the_field(server:
         ("chat", "n", {"n": 2, "temperature": 0}),
     ]
     headers, wrong = {"Authorization": f"Bearer {server.key}"}, []
-    with httpx.Client(base_url=f"{server.url}/v1", headers=headers, timeout=180) as http:
+    with httpx.Client(base_url=f"{server.url}/v1", headers=headers, timeout=LIMIT) as http:
         for call, field, fields in asked + refused:
             prompt = {"messages": messages("a")} if call == "chat" else {"prompt": "a"}
             sent = {"model": "target", "max_tokens": 1} | prompt | fields
@@ -284,7 +285,7 @@ def test_what_the_engine_takes_or_refuses_of_every_field_names_the_field(server:
 def test_a_client_too_slow_with_its_body_is_told_so(server: Server):
     host, port = server.url.removeprefix("http://").split(":")
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.key}\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as slow:
+    with socket.create_connection((host, int(port)), timeout=LIMIT) as slow:
         head += "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
         slow.sendall(head.encode())
         assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
@@ -328,7 +329,7 @@ class Asker(threading.Thread):
 
     def run(self) -> None:
         prompts = list(self.right)
-        with httpx.Client(timeout=180) as http:
+        with httpx.Client(timeout=LIMIT) as http:
             while not self.stop.is_set():
                 prompt = prompts[(self.number + self.outcomes.total()) % len(prompts)]
                 try:
@@ -376,12 +377,13 @@ class Asker(threading.Thread):
 
 
 @pytest.mark.parametrize(
-    ("clients", "seconds", "kills"),
-    [(6, 4, 1), pytest.param(64, 60, 2, marks=pytest.mark.soak)],
+    ("clients", "rounds", "kills"),
+    [(6, 1, 1), pytest.param(64, 4, 2, marks=pytest.mark.soak)],
 )
 def test_a_killed_replica_breaks_answers_off_but_never_spoils_one(
-    server: Server, clients: int, seconds: float, kills: int
+    server: Server, clients: int, rounds: int, kills: int
 ):
+    """Each client has so many whole answers, on average, before a kill and after it."""
     create = server.client().chat.completions.create
     right = {}
     for prompt in ("Vowels in jaf:", "Say wetib 2 times over.", "First and last letter of omo?"):
@@ -393,20 +395,26 @@ def test_a_killed_replica_breaks_answers_off_but_never_spoils_one(
     askers = [Asker(server, i, right, stop, refusals) for i in range(clients)]
     for asker in askers:
         asker.start()
-    for _ in range(kills):
-        time.sleep(seconds / (kills + 1))
-        while not any(asker.is_reading for asker in askers):
-            time.sleep(0.01)
-        _kill_all(server.replicas())
-    time.sleep(seconds / (kills + 1))
-    stop.set()
-    for asker in askers:
-        asker.join()
+    try:
+        for number in range(kills):
+            wait_until(lambda n=number: _count(askers, "whole") >= (n + 1) * rounds * clients)
+            wait_until(lambda: any(asker.is_reading for asker in askers))
+            _kill_all(server.replicas())
+            wait_until(lambda n=number: _count(askers, "broken") > n)
+        wait_until(lambda: _count(askers, "whole") >= (kills + 1) * rounds * clients)
+    finally:
+        stop.set()
+        for asker in askers:
+            asker.join()
     outcomes = sum((asker.outcomes for asker in askers), Counter())
     print(dict(outcomes))
     assert not [name for name in outcomes if name.startswith("wrong")]
     assert outcomes["whole"] >= clients
     assert outcomes["broken"] >= 1
+
+
+def _count(askers: list[Asker], outcome: str) -> int:
+    return sum(asker.outcomes[outcome] for asker in askers)
 
 
 def _kill_all(replicas: list[psutil.Process]) -> None:
@@ -416,21 +424,27 @@ def _kill_all(replicas: list[psutil.Process]) -> None:
 
 
 def test_a_client_that_leaves_makes_room_at_once(server: Server):
-    """As many streams as a replica takes, read to their ends, then left after their first words."""
-    count = SETTINGS["ongoing"]
+    """Of as many streams as a replica takes one is left: a further request has its place.
+
+    It is answered before any of the others has ended.
+    """
+    count, ended = SETTINGS["ongoing"], []
     ask = {"model": "target", "messages": messages("Vowels in jaf:"), "stream": True}
     ask |= {"extra_body": {"ignore_eos": True}}  # of `max_tokens` tokens
     create = server.client().chat.completions.create
-    seconds = {}
-    for leaves in (False, True):
-        begun = time.monotonic()
-        with ThreadPoolExecutor(count) as pool:
-            streams = list(pool.map(lambda _: create(**ask), range(count)))
-            for answer in streams:
-                answer.close() if leaves else list(answer)
+
+    def read(stream: Any) -> None:
+        list(stream)
+        ended.append(stream)
+
+    with ThreadPoolExecutor(count) as pool:
+        left, *others = pool.map(lambda _: create(**ask), range(count))
+        read_to_their_ends = [pool.submit(read, stream) for stream in others]
+        left.close()
         create(**ask | {"stream": False, "max_tokens": 1})
-        seconds[leaves] = time.monotonic() - begun
-    assert seconds[True] < 0.6 * seconds[False], seconds
+        assert not ended
+        for reading in read_to_their_ends:
+            reading.result()
 
 
 def test_when_stopped_it_finishes_what_is_in_hand_and_has_logged_no_secret(server: Server):
@@ -445,8 +459,8 @@ def test_when_stopped_it_finishes_what_is_in_hand_and_has_logged_no_secret(serve
     beside = _texts(own)
     server.process.terminate()
     assert list(chunks)[-1].choices[0].finish_reason == "length"
-    assert server.process.wait(120) == 143
-    assert not psutil.wait_procs(children, timeout=30)[1]
+    assert server.process.wait(LIMIT) == 143
+    assert not psutil.wait_procs(children, timeout=LIMIT)[1]
     assert not own.exists()
     assert not [p for p in psutil.process_iter() if str(own) in " ".join(_words(p))]
     texts = _texts(server.logs) | beside

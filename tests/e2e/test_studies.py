@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import yaml
-from support.harness import ROOT, shards
+from support.harness import shards
+
+from wrpo_ray.cli.entry import main
 
 VARIANTS = {
     "sft": {"model": "target-sft"},
@@ -17,23 +18,11 @@ VARIANTS = {
 }
 
 
-def test_variants_share_what_they_have_in_common(zoo, tmp_path):
-    source = {"name": "llama-bytes", "model": str(zoo / "sources" / "llama-bytes")}
-    small = {
-        "sources": [source],
-        "prompts.path": str(zoo / "prompts.jsonl"),
-        "prompts.limit": 240,
-        "evaluate.prompts.path": str(zoo / "eval.jsonl"),
-        "evaluate.prompts.limit": 90,
-        "target.model": str(zoo / "target"),
-        "reward.model": str(zoo / "reward"),
-        "sft.batch_size": 16,
-        "wrpo.batch_size": 16,
-        "sft.workers": 1,
-        "wrpo.workers": 1,
-        "storage.buckets": 4,
-    }
-    case = {"config": str(ROOT / "jobs" / "demo.yaml"), "set": small}
+def test_variants_share_what_they_have_in_common(demo, fused, on_cluster, tmp_path):
+    """In the output of a finished run, so that all that is left is what one variant changes."""
+    output = Path(shutil.copytree(fused, tmp_path / "study" / "near"))
+    before = shards(output, "**/*.parquet")
+    case = {"config": str(demo(output).config)}
     tree = {
         "output": str(tmp_path / "study"),
         "cases": {"near": case},
@@ -43,13 +32,13 @@ def test_variants_share_what_they_have_in_common(zoo, tmp_path):
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(tree))
 
-    output = tmp_path / "study" / "near"
     study(file, "--only=wrpo")
     assert not (tmp_path / "study" / "study.json").exists()  # it is of all variants
     (table,) = output.glob("study-*/table.json")
     first = json.loads(table.read_text())["accuracy"]["variants"]
     assert set(first) == {"wrpo"}
     finished = shards(output, "**/*.parquet")
+    assert before.items() <= finished.items()
     study(file)
     result = json.loads((tmp_path / "study" / "study.json").read_text())
     whole = result["cases"]["near"]["accuracy"]
@@ -63,6 +52,4 @@ def test_variants_share_what_they_have_in_common(zoo, tmp_path):
 
 def study(file: Path, *options: str) -> None:
     """Run `wrpo study`."""
-    command = [sys.executable, "-m", "wrpo_ray", "study", str(file), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert main(["study", str(file), *options]) == 0

@@ -6,39 +6,31 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import pytest
 from ray.job_submission import JobSubmissionClient
 from ray.util.state import list_nodes
-from support.harness import ROOT, processes_of, shards, submit_command, wait_until
+from support.harness import ROOT, processes_of, shards, submit_command
 from support.ray_head import RayHead
+from support.waiting import LIMIT, wait_until
 
 ONE_SOURCE = "[{name: llama-bytes, model: .cache/zoo/sources/llama-bytes}]"
 SMALL = {
-    "prompts.limit": 360,
+    "prompts.limit": 96,
     "sources": ONE_SOURCE,
     "evaluate": "null",
-    "sft.epochs": 2,
+    "sft.epochs": 1,
     "sft.batch_size": 16,
-    "wrpo.batch_size": 16,
-    "wrpo.checkpoint_every": 5,
+    "sft.workers": 1,
 }
 """The demo with one source, fewer prompts and no evaluation."""
 
 
-@pytest.fixture(scope="module")
-def head(zoo: Path) -> Iterator[RayHead]:
-    with RayHead(2) as head:
-        yield head
-
-
 def submitted(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=900
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=LIMIT
     )
 
 
@@ -48,12 +40,13 @@ def working_for(output: Path) -> list[str]:
     for pid in processes_of(output):
         with suppress(psutil.Error):
             found.append(" ".join(psutil.Process(pid).cmdline()))
-    return [name for name in found if "Map(" in name or "Train" in name or "wrpo fuse" in name]
+    kinds = ("ray::generate", "ray::score", "Train", "wrpo fuse")
+    return [name for name in found if any(kind in name for kind in kinds)]
 
 
-def test_a_stopped_job_is_submitted_again_and_goes_on(head, tmp_path):
+def test_a_stopped_job_is_submitted_again_and_goes_on(head, zoo, tmp_path):
     output = tmp_path / "run"
-    command = submit_command(head.api, output, SMALL, "--until=train")
+    command = submit_command(head.api, output, SMALL, "--until=sft")
     first = subprocess.Popen(
         [*command, "--on-interrupt=stop"],
         cwd=ROOT,
@@ -63,29 +56,29 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(head, tmp_path):
         # which a shell takes away from what it runs in the background
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    wait_until(lambda: shards(output, "generate-*/*.parquet") or first.poll() is not None, 120)
+    wait_until(lambda: shards(output, "generate-*/*.parquet"), first)
     other = submitted(command)
     assert other.returncode == 2
     assert f"output: {output} is worked on by the job wrpo-" in other.stderr
     first.send_signal(signal.SIGINT)
-    _, error = first.communicate(timeout=120)  # others take the cores
+    _, error = first.communicate(timeout=LIMIT)
     assert first.returncode == 130, error
     assert "the job is stopped; submit it again to go on" in error
     client = JobSubmissionClient(head.api)
-    (job,) = client.list_jobs()
+    (job,) = (j for j in client.list_jobs() if j.type == "SUBMISSION")
     assert job.status == "STOPPED"
     told = client.get_job_logs(job.submission_id)
     assert "terminated; run the same command again to go on" in told  # the driver had the time
     assert not (output / "lease.json").exists()
-    wait_until(lambda: not working_for(output), 30)
+    wait_until(lambda: not working_for(output))
 
     finished = shards(output, "**/*.parquet")
     again = submitted(command)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr
     assert finished.items() <= shards(output, "**/*.parquet").items()  # none was made again
     assert "shards are there; what they hold is passed over" in again.stdout
-    assert (next(output.glob("wrpo-*")) / "model" / "config.json").exists()
-    wait_until(lambda: not working_for(output), 30)
+    assert (next(output.glob("sft-*")) / "model" / "config.json").exists()
+    wait_until(lambda: not working_for(output))
 
 
 def test_a_job_passes_its_exit_code_on(head, tmp_path):

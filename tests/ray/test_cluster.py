@@ -7,11 +7,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from support.ray_head import free_ports
+from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.errors import UserError, WrpoError
@@ -104,7 +105,8 @@ def test_an_output_that_one_node_does_not_see_is_refused(tmp_path, monkeypatch):
     """The second node has an empty file system of its own over the output's folder."""
     output = tmp_path / "local-to-a-node"
     output.mkdir()
-    address = f"127.0.0.1:{6399}"
+    (port,) = free_ports(1)
+    address = f"127.0.0.1:{port}"
     ray = str(Path(sys.executable).parent / "ray")
     folder = tempfile.mkdtemp(prefix="wrpo-")  # sockets in it have a path of 107 bytes at most
     common = ["--num-cpus=1", "--block", "--disable-usage-stats", f"--temp-dir={folder}"]
@@ -112,7 +114,7 @@ def test_an_output_that_one_node_does_not_see_is_refused(tmp_path, monkeypatch):
         ray,
         "start",
         "--head",
-        "--port=6399",
+        f"--port={port}",
         "--node-ip-address=127.0.0.1",
         "--include-dashboard=false",
         *common,
@@ -136,10 +138,10 @@ def test_an_output_that_one_node_does_not_see_is_refused(tmp_path, monkeypatch):
                     start_new_session=True,
                 )
             )
-            time.sleep(5)
+            wait_until(lambda: answers(address), started[-1])
         root = Folder(str(output))
         cluster.connect(ClusterConfig(address=address), root, "test")
-        wait_for(lambda: len(cluster.nodes()) == 2)
+        wait_until(lambda: len(cluster.nodes()) == 2)
         with pytest.raises(UserError, match="is not seen by 1 of 2 nodes; use an object store"):
             cluster.check_reachable(root)
         assert list(output.iterdir()) == []
@@ -150,12 +152,13 @@ def test_an_output_that_one_node_does_not_see_is_refused(tmp_path, monkeypatch):
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def wait_for(is_true) -> None:
-    for _ in range(120):
-        if is_true():
-            return
-        time.sleep(0.5)
-    raise TimeoutError
+def answers(address: str) -> bool:
+    """Whether a cluster listens there."""
+    try:
+        cluster.check_listening(address)
+    except UserError:
+        return False
+    return True
 
 
 def end_tree(process: subprocess.Popen) -> None:
@@ -164,7 +167,7 @@ def end_tree(process: subprocess.Popen) -> None:
         for member in tree:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.kill()
-    process.wait(20)
+    process.wait(LIMIT)
 
 
 def test_orphans_of_this_output_are_ended_and_others_are_not(local_ray, tmp_path):
@@ -172,14 +175,14 @@ def test_orphans_of_this_output_are_ended_and_others_are_not(local_ray, tmp_path
 
     def sleeper(output: str, session: str) -> subprocess.Popen:
         env = os.environ | {cluster.OUTPUT: output, cluster.SESSION: session}
-        return subprocess.Popen(["sleep", "60"], env=env)
+        return subprocess.Popen(["sleep", str(LIMIT)], env=env)
 
     mine = sleeper(cluster.output_mark(root), "now")
     foreign = sleeper(digest("elsewhere"), "before")
     orphan = sleeper(cluster.output_mark(root), "before")
     try:
         cluster.kill_orphans(root, "now")
-        assert orphan.wait(10) == -9
+        assert orphan.wait(LIMIT) == -9
         assert mine.poll() is None
         assert foreign.poll() is None
     finally:
@@ -343,7 +346,7 @@ class Doubles:
         self.both = threading.Barrier(2)
 
     def __call__(self, row: dict) -> dict:
-        self.both.wait(30)
+        self.both.wait(LIMIT)
         return row | {"twice": 2 * row["bucket"]}
 
 
@@ -360,9 +363,9 @@ def test_rows_of_a_feed_are_worked_on_as_they_become_ready(local_ray):
     ready_queue.add(Step("nobody's"), 7)
     for bucket in (3, 1):
         ready_queue.add(followed, bucket)
-    wait_for(lambda: len(done) == 2)  # none waits for those that are not there yet
+    wait_until(lambda: len(done) == 2)  # none waits for those that are not there yet
     for bucket in (0, 2):
         ready_queue.add(followed, bucket)
-    taker.join(60)
+    taker.join(LIMIT)
     assert {d["twice"] for d in done[:2]} == {2, 6}
     assert sorted((d["job"], d["bucket"]) for d in done) == [(1, b) for b in range(4)]

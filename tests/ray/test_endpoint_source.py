@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.openai_server import Call, Server, serving
+from support.waiting import LIMIT
 
 ROOT = Path(__file__).parents[2]
 KEY = "sk-trial-3f8a91c2d7e64b05"
@@ -32,10 +33,10 @@ def generate(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "wrpo_ray", "generate", str(config)],
         cwd=ROOT,
-        env=os.environ | {"TRIAL_KEY": KEY, "NO_PROXY": "*", "RAY_TMPDIR": str(folder)},
+        env=os.environ | {"TRIAL_KEY": KEY, "RAY_TMPDIR": str(folder)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
 
 

@@ -35,7 +35,7 @@ def answer(settings: configs.Config, prompts: list[str]) -> None:
     step.finish(root, {"rows": len(prompts)}, time.time())
 
 
-def test_failed_scores_are_told_and_tried_again(tmp_path, capsys):
+def test_failed_scores_are_told_and_tried_again(on_cluster, tmp_path, capsys):
     model, here = tmp_path / "model", tmp_path / "judge-is-here"
     write_model(model)
     capsys.readouterr()

@@ -14,6 +14,7 @@ import yaml
 from support import benchmark_files
 from support.grades import grade
 from support.openai_server import Call, Server, serving
+from support.waiting import LIMIT
 
 from wrpo_ray.cli.entry import main
 
@@ -59,14 +60,12 @@ class World(Server):
         return f"[[{'A' if a > b else 'B' if a < b else 'C'}]]"
 
 
-@pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_PROXY", "*")
+pytestmark = pytest.mark.usefixtures("on_cluster")
 
 
-def config(tmp_path: Path, url: str, **evaluate: Any) -> Path:
+def config(tmp_path: Path, url: str, timeout: float = LIMIT, **evaluate: Any) -> Path:
     def model(name: str) -> dict[str, Any]:
-        endpoint = {"url": url, "attempts": 2, "timeout": 2}
+        endpoint = {"url": url, "attempts": 2, "timeout": timeout}
         return {"name": name, "model": name, "endpoint": endpoint}
 
     rows = [json.dumps({"prompt": f"own {i}?"}) for i in range(20)]
@@ -171,7 +170,7 @@ def test_junk_refusals_and_silence_are_kept_with_their_reasons_and_the_figures_s
     with serving(World(plan, judge=junk)) as server:
         path = config(
             tmp_path, server.url, benchmarks=benchmarks, prompts=own(tmp_path),
-            pairwise={"pairs": [["good", "bad"]]}, judged=["good"],
+            pairwise={"pairs": [["good", "bad"]]}, judged=["good"], timeout=5,
         )  # fmt: skip
         assert main(["evaluate", str(path)]) == 0
         again = [c for c in server.calls if "final verdict label" in c.prompt]

@@ -4,8 +4,11 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.errors import WrpoError
@@ -26,12 +29,20 @@ def _eight_cpus():
         cluster.disconnect()
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch):
+    """A pool leaves rows for actors that have room, however long a busy machine starts them."""
+    monkeypatch.setattr(pools, "SOON", LIMIT)
+
+
 class Sleeper:
-    """An actor that takes its time for a row, and tells which process it is."""
+    """An actor that takes its time for a row, or waits for a file, and tells who it is."""
 
     def __call__(self, row: dict) -> dict:
         began = time.time()
-        time.sleep(row["sleeps"])
+        time.sleep(row.get("sleeps", 0))
+        if "until" in row:
+            wait_until(Path(row["until"]).exists)
         return row | {"actor": os.getpid(), "began": began, "ended": time.time()}
 
 
@@ -67,41 +78,79 @@ def actors_before(results: list[dict], moment: float) -> int:
 
 
 @pytest.mark.parametrize("calls", [1, 2])
-def test_every_pool_has_its_first_actor_before_another_grows(calls):
-    """Room for three actors and three pools of up to three: the two that go on grow later."""
-    actors = Actors(max=3, num_cpus=2.5)
+def test_every_pool_has_its_first_actor_before_another_grows(calls, tmp_path):
+    """Room for three actors and three pools of up to three: the two that go on grow later.
+
+    Each of the two has rows that end when one of them has a second actor.
+    """
+    actors, grown = Actors(max=3, num_cpus=2.5), tmp_path / "grown"
     made = [Pool(name, actors, threads=calls) for name in ("short", "long", "longer")]
+    rows = sleeps(4 * calls, 0.5) + held(4 * calls, grown)
+    after(lambda: max(alive("long"), alive("longer")) > 1, grown.touch)
     short, *others = run_side_by_side(
-        (made[0], sleeps(4 * calls, 0.5)), *((p, sleeps(16 * calls, 0.5)) for p in made[1:])
+        (made[0], sleeps(4 * calls, 0.5)), (made[1], rows), (made[2], rows)
     )
     ended = max(r["ended"] for r in short)
     assert {actors_before(results, ended) for results in others} == {1}
-    assert ended - min(r["began"] for r in short) < 10  # no row is left for actors without room
+    assert ended - min(r["began"] for r in short) < LIMIT  # no row waits for actors without room
     assert max(len({r["actor"] for r in results}) for results in others) > 1
 
 
-def test_a_pool_that_comes_later_goes_before_others_growth():
-    """Two CPUs are left, which a growing pool has asked for: the one that comes then gets them."""
-    blocks, grows = Pool("blocks", Actors(num_cpus=3)), []
-    pool = Pool("grows", Actors(max=2, num_cpus=4))
-    late = Pool("late", Actors(num_cpus=4))
-    came: list[dict] = []
+def test_a_pool_that_comes_later_goes_before_others_growth(tmp_path):
+    """A CPU is left of what a growing pool has asked for: one that comes then gets the next."""
+    end_blocks, end_grows = tmp_path / "blocks", tmp_path / "grows"
+    pools_of = {
+        "blocks": Pool("blocks", Actors(num_cpus=3)),
+        "grows": Pool("grows", Actors(max=2, num_cpus=4)),
+        "late": Pool("late", Actors(num_cpus=4)),
+    }
+    done: dict[str, list[dict]] = {name: [] for name in pools_of}
+
+    def work(name: str, rows: list[dict]) -> None:
+        for result in pools.map_rows(pools_of[name], rows, Sleeper, {}):
+            done[name].append(result)
 
     def come() -> None:
-        """As soon as two rows are done, so that the second actor is asked for and waits."""
-        while len(grows) < 2:
-            time.sleep(0.1)
-        came.extend(pools.map_rows(late, sleeps(2, 0.5), Sleeper, {}))
+        """When two rows are done, so that the second actor is asked for and waits."""
+        wait_until(lambda: len(done["grows"]) >= 2)
+        after(lambda: pools._MINIMUMS._waiting and not states("grows") - ENDS, end_blocks.touch)
+        work("late", sleeps(2, 0.5))
+        end_grows.touch()
 
     run_in_threads(
         [
-            lambda: list(pools.map_rows(blocks, sleeps(1, 8), Sleeper, {})),
-            lambda: grows.extend(pools.map_rows(pool, sleeps(30, 0.5), Sleeper, {})),
+            lambda: work("blocks", held(1, end_blocks)),
+            lambda: work("grows", sleeps(4, 0.5) + held(4, end_grows)),
             come,
         ]
     )
-    assert actors_before(grows, min(r["began"] for r in came)) == 1
-    assert len(came) == 2
+    assert actors_before(done["grows"], min(r["began"] for r in done["late"])) == 1
+    assert len(done["late"]) == 2
+
+
+def held(count: int, until: Path) -> list[dict]:
+    """Rows that end when a file is there."""
+    return [{"n": n, "until": str(until)} for n in range(count)]
+
+
+def after(is_true: Callable[[], object], then: Callable[[], object]) -> None:
+    """Do something, in a thread, as soon as a condition holds."""
+
+    def work() -> None:
+        wait_until(is_true)
+        then()
+
+    threading.Thread(target=work, daemon=True).start()
+
+
+ENDS = {"ALIVE", "DEAD"}
+"""States of an actor that does not wait for room."""
+
+
+def states(pool: str) -> set[str]:
+    from ray._private.state import actors
+
+    return {a["State"] for a in actors().values() if a["ActorClassName"] == pool}
 
 
 def alive(pool: str) -> int:
@@ -109,13 +158,6 @@ def alive(pool: str) -> int:
     from ray._private.state import actors
 
     return sum(a["ActorClassName"] == pool and a["State"] == "ALIVE" for a in actors().values())
-
-
-def wait_for(is_true) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def test_a_pool_that_waits_for_rows_shrinks_and_grows_again(monkeypatch):
@@ -129,12 +171,12 @@ def test_a_pool_that_waits_for_rows_shrinks_and_grows_again(monkeypatch):
     for first in (0, 30):
         for bucket in range(first, first + 30):
             ready_queue.add(followed, bucket)
-        wait_for(lambda: alive("follows") == 3)
-        wait_for(lambda: alive("follows") == 1)
+        wait_until(lambda: alive("follows") == 3)
+        wait_until(lambda: alive("follows") == 1)
     ready_queue.add(followed, 60)
-    taker.join(60)
+    taker.join(LIMIT)
     assert sorted(r["bucket"] for r in done) == list(range(61))
-    wait_for(lambda: not alive("follows"))
+    wait_until(lambda: not alive("follows"))
 
 
 class Waits:
@@ -169,15 +211,17 @@ def test_a_row_that_ends_every_actor_ends_the_pool(monkeypatch, capfd):
     assert "dies: an actor was lost" in capfd.readouterr().err
 
 
-def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, capfd):
-    """Another pool holds all CPUs for a while."""
+def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, tmp_path):
+    """Another pool holds all CPUs until that is said."""
+    said: list[str] = []
     monkeypatch.setattr(pools, "WAITING", 1.0)
+    monkeypatch.setattr(pools, "log", said.append)
+    after(lambda: said, (tmp_path / "end").touch)
     run_side_by_side(
-        (Pool("holds", Actors(num_cpus=8)), sleeps(1, 6)),
+        (Pool("holds", Actors(num_cpus=8)), held(1, tmp_path / "end")),
         (Pool("waits", Actors(num_cpus=8)), sleeps(1, 0)),
     )
-    told = capfd.readouterr().err
-    assert ": waiting for its first actor, which needs 8 CPU" in told
+    assert said[0] == "waits: waiting for its first actor, which needs 8 CPU"
 
 
 class Unreadable:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import psutil
 import pytest
 import torch
 from support.tiny_models import preference_rows, write_model, write_preferences, write_selection
+from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import (
     AlphaConfig,
@@ -46,6 +48,7 @@ SETTINGS = {
     "checkpoint_every": 1000,
 }
 WRPO = WrpoConfig(**SETTINGS, beta=0.5, alpha=AlphaConfig(end=0.5))
+STEPS, KILLED_AT = 60, 28
 LONG = WRPO.model_copy(update={"epochs": 10, "batch_size": 4, "micro_batch_tokens": 40,
                                "checkpoint_every": 5, "holdout": 0.0})  # fmt: skip
 
@@ -169,10 +172,47 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_agrees_with_a_plain_loop(local_ray, root, name):
-    config = CASES[name]
-    step = train(root, name, config)
+LORA = LoraConfig(rank=4, alpha=8)
+MATRIX = [(lora, zero) for lora in (None, LORA) for zero in (1, 3)]
+BETAS = (0.1, 2.0)
+
+
+def with_reference(mode: str, lora: LoraConfig | None, zero: int) -> WrpoConfig:
+    """The learning rate is high, so that a reference that moved would show."""
+    change = {"lora": lora, "zero_stage": zero, "learning_rate": 1e-2, "holdout": 0.2}
+    return WRPO.model_copy(update=change | {"reference": ReferenceConfig(mode=mode)})
+
+
+def name_of(mode: str, lora: LoraConfig | None, zero: int) -> str:
+    return f"{mode}-{zero}-{bool(lora)}"
+
+
+@pytest.fixture(scope="module")
+def trained(local_ray, root) -> dict[str, Train]:
+    """Every undisturbed training of this module, by its name.
+
+    Those of two workers are trained in series: two groups for each ZeRO stage train one model
+    after another, as the start of a group takes longer than a training.
+    """
+    configs = CASES | {"undisturbed": LONG}
+    configs |= {f"beta-{beta}": WRPO.model_copy(update={"beta": beta}) for beta in BETAS}
+    for mode in ("stored", "live"):
+        configs |= {name_of(mode, *case): with_reference(mode, *case) for case in MATRIX}
+    jobs = {}
+    for name, config in configs.items():
+        rows = prepared(root, config)
+        step, in_series = step_of(name, rows, config), config.workers == 2
+        jobs[name] = Train(
+            step, rows.step, root / "base", "base", config, SEED, in_series=in_series
+        )
+    run(Run(root, 4), [job for job in jobs.values() if job.in_series])
+    run(Run(root, 4), [job for job in jobs.values() if not job.in_series])
+    return jobs
+
+
+@pytest.mark.parametrize("name", [*CASES, *(f"beta-{beta}" for beta in BETAS)])
+def test_agrees_with_a_plain_loop(trained, root, name):
+    step, config = trained[name].step, trained[name].config
     expected, expected_losses, norms = plain(root, config)
     assert_close(weights(root, step), expected)
     lines = metrics(root, step)
@@ -182,52 +222,25 @@ def test_agrees_with_a_plain_loop(local_ray, root, name):
     manifest = step.read_manifest(root)
     assert manifest["counts"]["steps"] == len(lines)
     assert manifest["counts"]["final_loss"] == lines[-1]["loss"]
-    assert not (root / step.folder).exists("checkpoints")
+    assert not any((root / step.folder).exists(left) for left in ("checkpoints", "trained.json"))
     assert (lines[0]["padding"] > 0) == (name == "wrpo-padded")
     if isinstance(config, WrpoConfig):
         assert lines[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
         assert (lines[0]["alpha"], lines[-1]["alpha"]) == (0, 0.5)
 
 
-LORA = LoraConfig(rank=4, alpha=8)
-MATRIX = [(lora, zero) for lora in (None, LORA) for zero in (1, 3)]
-
-
 @pytest.mark.parametrize(("lora", "zero"), MATRIX, ids=lambda v: "lora" if v is LORA else str(v))
-def test_a_live_reference_gives_the_losses_of_a_stored_one(local_ray, root, lora, zero):
-    """{full, LoRA} x {ZeRO-1, ZeRO-3} x {stored, live} on two workers, measured on rows held out.
-
-    The learning rate is high, so that a reference that moved would show.
-    """
-    change = {"lora": lora, "zero_stage": zero, "learning_rate": 1e-2, "holdout": 0.2}
+def test_a_live_reference_gives_the_losses_of_a_stored_one(trained, root, lora, zero):
+    """{full, LoRA} x {ZeRO-1, ZeRO-3} x {stored, live}, two workers, measured on rows held out."""
     found = {}
     for mode in ("stored", "live"):
-        config = WRPO.model_copy(update=change | {"reference": ReferenceConfig(mode=mode)})
-        step = train(root, f"{mode}-{zero}-{bool(lora)}", config)
+        step = trained[name_of(mode, lora, zero)].step
         found[mode] = step, losses(root, step)
         assert 0 < metrics(root, step)[-1]["holdout/loss"] < 2
         assert metrics(root, step)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert found["live"][1] == pytest.approx(found["stored"][1], abs=1e-5)
     assert found["stored"][1][-1] != pytest.approx(0.6931472, abs=1e-3)
     assert_close(weights(root, found["live"][0]), weights(root, found["stored"][0]))
-
-
-def test_a_series_of_models_agrees_with_a_plain_loop(local_ray, root):
-    """Three models by two groups of workers, of which one trains two, one after the other."""
-    jobs = {}
-    for beta in (0.5, 0.1, 2.0):
-        config = WRPO.model_copy(update={"beta": beta})
-        rows = prepared(root, config)
-        step = step_of("series", rows, config)
-        job = Train(step, rows.step, root / "base", "base", config, SEED, in_series=True)
-        jobs[beta] = job
-    run(Run(root, 4), list(jobs.values()))
-    for job in jobs.values():
-        expected, expected_losses, _ = plain(root, job.config)
-        assert_close(weights(root, job.step), expected)
-        assert losses(root, job.step) == pytest.approx(expected_losses, abs=1e-5)
-        left = {"checkpoints", "trained.json"}
-        assert not any((root / job.step.folder).exists(name) for name in left)
 
 
 def test_too_few_rows_and_workers_are_told_clearly(local_ray, root):
@@ -252,23 +265,18 @@ def test_too_few_rows_and_workers_are_told_clearly(local_ray, root):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(local_ray, root) -> Step:
-    step = train(root, "undisturbed", LONG)
-    assert len(metrics(root, step)) == 60
+def undisturbed(trained, root) -> Step:
+    step = trained["undisturbed"].step
+    assert len(metrics(root, step)) == STEPS
     return step
 
 
-def wait_for_steps(
-    root: Folder, step: Step, count: int, since: float = 0, seconds: float = 90
-) -> None:
-    """Until so many steps are in the metrics, of a run that wrote there after `since`."""
+def has_steps(root: Folder, step: Step, count: int, since: float = 0) -> bool:
+    """Whether so many steps are in the metrics, of a run that wrote there after `since`."""
     path = root.local() / step.folder / "metrics.jsonl"
-    deadline = time.monotonic() + seconds
-    while (
-        not path.exists() or path.stat().st_mtime < since or path.read_bytes().count(b"\n") < count
-    ):
-        assert time.monotonic() < deadline, f"no {count} steps within {seconds} s"
-        time.sleep(0.005)
+    if not path.exists() or path.stat().st_mtime < since:
+        return False
+    return path.read_bytes().count(b"\n") >= count
 
 
 def check_resumed(root: Folder, step: Step, undisturbed: Step) -> None:
@@ -276,7 +284,7 @@ def check_resumed(root: Folder, step: Step, undisturbed: Step) -> None:
     resumed_at = step.read_manifest(root)["counts"]["resumed_at"]
     assert resumed_at > 0
     assert resumed_at % 5 == 0
-    assert [line["step"] for line in metrics(root, step)] == list(range(60))
+    assert [line["step"] for line in metrics(root, step)] == list(range(STEPS))
     assert losses(root, step) == losses(root, undisturbed)
     assert_same(weights(root, step), weights(root, undisturbed))
 
@@ -286,10 +294,10 @@ def test_a_killed_worker_is_replaced(local_ray, root, undisturbed):
     killed = []
 
     def kill() -> None:
-        wait_for_steps(root, step, 28)
-        workers = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
-        workers[-1].kill()
-        killed.append(workers[-1].pid)
+        wait_until(lambda: has_steps(root, step, KILLED_AT))
+        victim = workers()[-1]
+        victim.kill()
+        killed.append(victim.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -297,6 +305,11 @@ def test_a_killed_worker_is_replaced(local_ray, root, undisturbed):
     killer.join()
     assert killed
     check_resumed(root, step, undisturbed)
+
+
+def workers() -> list[psutil.Process]:
+    """The Ray Train workers of this module's Ray."""
+    return [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
 
 
 def _is_worker(process: psutil.Process) -> bool:
@@ -308,8 +321,14 @@ def _is_worker(process: psutil.Process) -> bool:
 
 
 def start_driver(root: Folder, name: str, *nodes: str) -> subprocess.Popen:
-    """This module as a driver of its own, with a Ray of its own."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    """This module as a driver of its own: on the module's Ray, or with nodes of its own."""
+    import ray
+
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
+    }
     return subprocess.Popen(
         [sys.executable, __file__, str(root), name, *nodes],
         env=environment,
@@ -320,11 +339,12 @@ def start_driver(root: Folder, name: str, *nodes: str) -> subprocess.Popen:
 def test_a_killed_driver_goes_on(root, undisturbed):
     step = step_of("driver-killed", prepared(root, LONG), LONG)
     first = start_driver(root, "driver-killed")
-    wait_for_steps(root, step, 28)
+    wait_until(lambda: has_steps(root, step, KILLED_AT), first)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
     assert not step.is_done(root)
-    assert start_driver(root, "driver-killed").wait(timeout=120) == 0
+    wait_until(lambda: not workers())  # Ray ends them when it sees that their driver is gone
+    assert start_driver(root, "driver-killed").wait(LIMIT) == 0
     check_resumed(root, step, undisturbed)
 
 
@@ -335,15 +355,15 @@ def test_five_kills_at_random_moments(root, undisturbed):
     step = step_of(name, prepared(root, LONG), LONG)
     for number, moment in enumerate(sorted(rng.sample(range(6, 40), 5))):
         started, driver = time.time(), start_driver(root, name)
-        wait_for_steps(root, step, moment, since=started)
-        tree = psutil.Process(driver.pid).children(recursive=True)
+        wait_until(partial(has_steps, root, step, moment, started), driver)
+        tree = workers()
         if number % 2:
-            rng.choice([p for p in tree if _is_worker(p)]).kill()
-            time.sleep(2)
+            rng.choice(tree).kill()
+            wait_until(lambda tree=tree: not set(tree) & set(workers()), driver)
         driver.kill()
         driver.wait()
-        psutil.wait_procs(tree, timeout=60)  # they write on until they see that it is dead
-    assert start_driver(root, name).wait(timeout=120) == 0
+        wait_until(lambda: not workers())  # they write on until they see that it is dead
+    assert start_driver(root, name).wait(LIMIT) == 0
     check_resumed(root, step, undisturbed)
 
 
@@ -353,7 +373,7 @@ ELASTIC = LONG.model_copy(update={"min_workers": 1})
 def test_a_lost_node_leaves_a_smaller_run_with_the_same_losses(root, undisturbed):
     """Two nodes with one CPU each; the second is lost in mid-run and does not come back."""
     step = step_of("node-lost", prepared(root, ELASTIC), ELASTIC)
-    assert start_driver(root, "node-lost", "two-nodes").wait(timeout=240) == 0
+    assert start_driver(root, "node-lost", "two-nodes").wait(LIMIT) == 0
     counts = step.read_manifest(root)["counts"]
     assert counts["workers"] == 1
     assert counts["resumed_at"] > 0
@@ -372,7 +392,7 @@ def lose_a_node(root: Folder, name: str) -> None:
     step = step_of(name, prepared(root, ELASTIC), ELASTIC)
 
     def lose() -> None:
-        wait_for_steps(root, step, 28)
+        wait_until(lambda: has_steps(root, step, KILLED_AT))
         cluster.remove_node(second, allow_graceful=False)
 
     threading.Thread(target=lose, daemon=True).start()
@@ -387,6 +407,6 @@ if __name__ == "__main__":
     if sys.argv[3:]:
         lose_a_node(Folder(sys.argv[1]), sys.argv[2])
     else:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False)
         train(Folder(sys.argv[1]), sys.argv[2], LONG)
         ray.shutdown()

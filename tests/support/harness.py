@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from support.waiting import LIMIT, wait_until
+
 ROOT = Path(__file__).parents[2]
+SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
+PROMPTS, HELD_OUT = 240, 120
+"""How many of the zoo's prompts the demo is run on."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +37,19 @@ class Wrpo:
         return [sys.executable, "-m", "wrpo_ray", command, str(self.config), *rest]
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run to the end."""
+        """Run to the end in a process of its own."""
         return subprocess.run(
-            self.arguments(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=900
+            self.arguments(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT
         )
+
+    def here(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run to the end in this process, which spares the seconds that imports take."""
+        from wrpo_ray.cli.entry import main
+
+        command, *rest = arguments
+        with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()) as err:
+            code = main([command, str(self.config), *rest])
+        return subprocess.CompletedProcess(list(arguments), code, out.getvalue(), err.getvalue())
 
     def killed_when(self, is_time: Callable[[], bool], *arguments: str) -> str:
         """Run until `is_time`, then kill -9 the driver; returns what it logged."""
@@ -45,13 +60,11 @@ class Wrpo:
             stdout=subprocess.DEVNULL,
             text=True,
         ) as process:
-            deadline = time.monotonic() + 600
-            while not is_time():
-                assert process.poll() is None, (
-                    f"ended before it was killed: {process.stderr.read()}"
-                )
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
+            try:
+                wait_until(is_time, process)
+                assert process.poll() is None, "it ended before it was killed"
+            except AssertionError as error:
+                raise AssertionError(f"{error}: {process.stderr.read()}") from None
             process.send_signal(signal.SIGKILL)
             return process.stderr.read()
 
@@ -65,9 +78,9 @@ def demo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., W
             (ROOT / "jobs" / "demo.yaml").read_text().replace(".cache/zoo", str(zoo))
         )
         tree["output"] = str(output)
-        tree["report"] = False  # it takes seconds; test_fuse and test_import have it
-        tree["prompts"]["limit"] = 360
-        tree["evaluate"]["prompts"]["limit"] = 200
+        tree["report"] = False  # it takes seconds; `fused` and test_import have it
+        tree["prompts"]["limit"] = PROMPTS
+        tree["evaluate"]["prompts"]["limit"] = HELD_OUT
         for training in (tree["sft"], tree["wrpo"]):  # as many steps on fewer prompts
             # tests/ray/test_train.py and test_autoscaling.py have several workers
             training |= {"batch_size": 8, "checkpoint_every": 10, "workers": 1}
@@ -78,6 +91,26 @@ def demo(zoo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., W
         return Wrpo(path)
 
     return make
+
+
+def greedy(
+    demo: Callable[..., Wrpo],
+    zoo: Path,
+    output: str | Path,
+    prompts: dict[str, Any] | None = None,
+    sources: Sequence[str] = SOURCES[:1],
+) -> Wrpo:
+    """The demo with one answer to a prompt, which is decided by it, in 16 shards of each source."""
+    long = {"engine": {"hf_overrides": {"max_position_embeddings": 2048}, "max_model_len": 2048}}
+    return demo(
+        output,
+        prompts=prompts or {"path": str(zoo / "prompts.jsonl"), "limit": 120},
+        sources=[{"name": name, "model": str(zoo / "sources" / name), **long} for name in sources],
+        sampling={"samples": 1, "temperature": 0, "max_tokens": 16},
+        reward={"model": str(zoo / "reward"), "overflow": "cut_prompt"},
+        storage={"buckets": 16, "chunk": 4},
+        evaluate=None,
+    )
 
 
 def shards(output: Path, pattern: str) -> dict[str, int]:
@@ -107,14 +140,6 @@ def processes_of(output: str | Path) -> set[int]:
         except OSError:
             continue
     return found - {os.getpid()}
-
-
-def wait_until(is_true: Callable[[], bool], seconds: float = 60) -> None:
-    """Wait for what takes a moment, such as processes that are ending."""
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
 
 
 def failures(output: Path) -> list[dict[str, Any]]:

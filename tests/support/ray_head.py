@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import psutil
 from ray.autoscaler._private.fake_multi_node.node_provider import FakeMultiNodeProvider
+
+from support.waiting import LIMIT, wait_until
 
 MARK, NODE = "WRPO_TEST_CLUSTER", "RAY_CLOUD_INSTANCE_ID"
 """Environment of each of a cluster's processes, and of those of one autoscaled node."""
@@ -105,11 +106,11 @@ class RayHead:
         return path
 
     def __enter__(self) -> RayHead:
-        deadline = time.monotonic() + 120
-        while not self._answers():
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            assert time.monotonic() < deadline, (self.folder / "log").read_text()
-            time.sleep(0.2)
+        try:
+            wait_until(self._answers, self.process)
+        except (AssertionError, TimeoutError):
+            print((self.folder / "log").read_text())
+            raise
         return self
 
     def _answers(self) -> bool:
@@ -126,7 +127,7 @@ class RayHead:
         for process in marked(MARK, self.name):  # nodes of the autoscaler outlive their head
             with suppress(psutil.Error):
                 process.kill()
-        self.process.wait(30)
+        self.process.wait(LIMIT)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def add_node(self, num_cpus: int) -> None:

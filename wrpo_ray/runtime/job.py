@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
 
 from wrpo_ray.config import ImportConfig, PromptsConfig
-from wrpo_ray.data.shards import Prompts, Samples
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.ready_queue import ReadyQueue

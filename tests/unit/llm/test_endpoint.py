@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.openai_server import NO_COMPLETION, NO_JSON, Call, Server, in_seconds, serving
 from support.tiny_models import make_tokenizer
+from support.waiting import wait_until
 
 from wrpo_ray.config import (
     AnswersConfig,
@@ -851,7 +852,4 @@ def test_an_endpoint_ends_with_its_last_user():
     endpoint = Endpoint(EndpointConfig(url="http://127.0.0.1:9/v1"), "m")
     assert threading.active_count() == before + 1
     del endpoint
-    deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    wait_until(lambda: threading.active_count() == before)

@@ -16,7 +16,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.stages.score import sandbox as module
 from wrpo_ray.stages.score.sandbox import BadTestsError, Sandbox, SandboxError
 
-BOX = Sandbox(CodeConfig(timeout=10))
+BOX = Sandbox(CodeConfig(timeout=50))
 QUICK = Sandbox(CodeConfig(timeout=0.5))
 SYSTEM = Path("/usr/bin/python3")
 
