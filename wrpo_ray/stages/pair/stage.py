@@ -53,8 +53,8 @@ class EvalNgrams:
     prompts: Prompts
     ngram: int
     unspaced: bool = False
-    """Whether these prompts, or the training prompts, have text in scripts without spaces, where each
-    letter counts as a word."""
+    """Whether these prompts, or the training prompts, have text in scripts without spaces, where
+    each letter counts as a word."""
 
     @property
     def step(self) -> Step:
@@ -199,7 +199,7 @@ class Select:
 
 @dataclass(frozen=True)
 class Pair:
-    """Choose y_wt and y_l, the best and the worst of the target's answers, of preference prompts."""
+    """Choose y_wt and y_l, the best and the worst of the target's answers, of each prompt."""
 
     kind = "pair"
 
