@@ -48,6 +48,8 @@ def judged(rows: list[Row], config: AnswersConfig, prompts: dict[str, Row]) -> l
 
 
 def _policy(row: Row, config: AnswersConfig) -> str | None:
+    if row["reward"] is None:
+        return "no_reward"
     if config.empty == "drop" and not row["text"].strip():
         return "empty"
     text = row["text"].replace("’", "'")

@@ -1,4 +1,4 @@
-"""Which answers may be chosen or rejected: the policies of `answers`, and right and wrong ones."""
+"""Which answers may be chosen or rejected, by the config's section `answers` and a verifier."""
 
 from __future__ import annotations
 
@@ -12,36 +12,39 @@ import pyarrow.compute as pc
 from wrpo_ray.config import AnswersConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts
+from wrpo_ray.stages.pair.select import Bools
 
 
 @dataclass(frozen=True)
 class Eligible:
-    """What each of N candidates may be, (N,) each, and how many fell under which policy."""
+    """Which of N candidates may be chosen and which rejected, (N,) each."""
 
-    chosen: np.ndarray
-    rejected: np.ndarray
+    chosen: Bools
+    rejected: Bools
     counts: Counter[str]
-    """`answers.<policy>.<source>`, for answers that are dropped or may only be rejected."""
+    """`answers.<policy>.<source>`: answers that a policy drops, or that may only be rejected."""
 
 
-def judge(
+def eligible_answers(
     candidates: Candidates, config: AnswersConfig, verdicts: Verdicts | None = None
 ) -> Eligible:
-    """Apply the policies, each to what the ones before it left.
+    """Apply the policies one after another, each to the answers that no earlier one matched.
 
-    Of what is left only right answers may be chosen, and only wrong ones rejected.
+    Of the answers left, only right ones may be chosen and only wrong ones rejected. An answer
+    without a reward is never used.
     """
-    chosen = np.ones(len(candidates), bool)
+    chosen: Bools = np.ones(len(candidates), bool)
     rejected = chosen.copy()
     counts: Counter[str] = Counter()
 
-    def restrict(policy: str, hit: np.ndarray, *, drop: bool = True) -> None:
+    def restrict(policy: str, hit: Bools, *, drop: bool = True) -> None:
         hit = hit & chosen & rejected
         chosen[hit] = False
         rejected[hit] = not drop
         for source, count in candidates.by_source(np.flatnonzero(hit)).items():
             counts[f"answers.{policy}.{source}"] += count
 
+    restrict("no_reward", np.isnan(candidates.rewards))
     if config.empty == "drop":
         restrict("empty", candidates.mask(_is_blank(candidates.table["text"])))
     if config.refusals == "drop":
@@ -68,7 +71,7 @@ def _is_refusal(texts: pa.ChunkedArray, patterns: tuple[str, ...]) -> pa.Chunked
     return pc.match_substring_regex(straight, any_of or "$.", ignore_case=True)
 
 
-def _is_repeated(candidates: Candidates, among: np.ndarray) -> np.ndarray:
+def _is_repeated(candidates: Candidates, among: Bools) -> Bools:
     """Whether an earlier sample of the same prompt and source has the same text, (N,)."""
     places = np.flatnonzero(among)
     texts = candidates.texts(places).combine_chunks().dictionary_encode()
@@ -84,7 +87,7 @@ def check_patterns(patterns: tuple[str, ...]) -> None:
     """Compile each pattern.
 
     Raises:
-        UserError: one is no regular expression of RE2's.
+        UserError: a pattern is not a valid RE2 expression.
     """
     for pattern in patterns:
         try:

@@ -1,4 +1,4 @@
-"""A bucket's scored answers as columns, of which only what decides is read at first."""
+"""Scored answers as columns. Token ids are read only for the answers that are chosen."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import pyarrow.compute as pc
 from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.records import ANSWER, CANDIDATES, SCORED
 from wrpo_ray.data.samples import ANSWER_KEY, RowSelection, Samples, dense_ranks
+from wrpo_ray.stages.pair.select import Bools, Floats, Ints
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
 
 DECIDING = ["reward", "finish_reason", "text"]
-"""What selection and pairing look at; `token_ids` are read when the answers are chosen."""
+"""The columns that selection and pairing need; `token_ids` are read after the choice."""
 
 
 @dataclass(frozen=True)
@@ -27,62 +28,66 @@ class Candidates:
 
     stores: tuple[RowSelection, ...]
     table: pa.Table
-    """KEY and DECIDING of all rows of the stores, which lie end to end, in no order."""
-    rows: np.ndarray
-    """Which row of the table each answer is, (N,)."""
-    prompts: np.ndarray
-    """Which of the P prompts each answer is to, (N,)."""
+    """The columns ANSWER_KEY and DECIDING of all rows of the stores, concatenated, in no order.
+    Without stores, such as in a notebook, the column `token_ids` too."""
+    rows: Ints
+    """The row of each answer in the table, (N,)."""
+    prompts: Ints
+    """The prompt of each answer, 0 to P - 1, (N,)."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @cached_property
-    def rewards(self) -> np.ndarray:
-        """(N,)."""
-        return self.table["reward"].to_numpy()[self.rows]
+    def rewards(self) -> Floats:
+        """The reward of each answer, (N,)."""
+        rewards: Floats = self.table["reward"].to_numpy()[self.rows]
+        return rewards
 
     @cached_property
-    def cut_off(self) -> np.ndarray:
-        """Whether an answer was, (N,); one whose finish is not known was not."""
+    def cut_off(self) -> Bools:
+        """Whether each answer was cut off, (N,); false where the finish reason is unknown."""
         return self.mask(pc.equal(self.table["finish_reason"], "length"))
 
     @cached_property
-    def groups(self) -> np.ndarray:
-        """Which of the bucket's G pairs of prompt and source, in order, (N,)."""
+    def groups(self) -> Ints:
+        """The group of each answer, (N,): G groups of the same prompt and source, in order."""
         sources = dense_ranks(self.table["source"])[self.rows].astype(np.int64)
         keys = self.prompts * (sources.max(initial=0) + 1) + sources
         return np.cumsum(np.diff(keys, prepend=keys[:1]) != 0)
 
     @cached_property
-    def group_prompts(self) -> np.ndarray:
-        """Which of the P prompts each group is of, (G,)."""
+    def group_prompts(self) -> Ints:
+        """The prompt of each group, (G,)."""
         return self.prompts[np.flatnonzero(np.diff(self.groups, prepend=-1))]
 
-    def mask(self, of_table: pa.ChunkedArray) -> np.ndarray:
+    def mask(self, of_table: pa.ChunkedArray) -> Bools:
         """A condition on the table's rows as one on the answers, (N,); null is false."""
-        return of_table.fill_null(False).to_numpy()[self.rows]
+        mask: Bools = of_table.fill_null(False).to_numpy()[self.rows]
+        return mask
 
-    def texts(self, of: np.ndarray) -> pa.ChunkedArray:
+    def texts(self, of: Ints) -> pa.ChunkedArray:
         """The texts of these answers."""
         return self.table["text"].take(self.rows[of])
 
-    def ties(self, of: np.ndarray) -> np.ndarray:
-        """The place in [0, 1) of each of these answers among those of equal reward."""
+    def ties(self, of: Ints) -> Floats:
+        """A number in [0, 1) for each of these answers that orders those of equal reward."""
         keys = self.table.select(ANSWER_KEY).take(self.rows[of]).to_pylist()
         return np.array([unit_interval("tie", *key.values()) for key in keys])
 
-    def by_source(self, of: np.ndarray) -> dict[str, int]:
-        """How many of these answers are of each source."""
+    def by_source(self, of: Ints) -> dict[str, int]:
+        """How many of these answers each source gave."""
         counts = pc.value_counts(self.table["source"].take(self.rows[of])).to_pylist()
         return {count["values"]: count["counts"] for count in counts}
 
-    def answers(self, of: np.ndarray) -> pa.StructArray:
+    def answers(self, of: Ints) -> pa.StructArray:
         """The ANSWER records of these answers, with their token ids."""
         table = self.table.take(self.rows[of])
-        table = table.append_column("token_ids", self._token_ids(self.rows[of]))
+        if self.stores:
+            table = table.append_column("token_ids", self._token_ids(self.rows[of]))
         return _structs(table, list(ANSWER))
 
-    def _token_ids(self, rows: np.ndarray) -> pa.ChunkedArray:
+    def _token_ids(self, rows: Ints) -> pa.ChunkedArray:
         lengths = [store.keys.num_rows for store in self.stores]
         ends = np.cumsum(lengths)
         of_store = np.searchsorted(ends, rows, side="right")
@@ -93,7 +98,7 @@ class Candidates:
         return pa.concat_tables(parts)["token_ids"].take(np.argsort(order))
 
     def scores(self, count: int) -> pa.ListArray:
-        """The CANDIDATES records of P = `count` prompts: every answer's score."""
+        """The CANDIDATES records of P = `count` prompts: the reward of every answer."""
         fields = list(CANDIDATES.value_type)
         values = _structs(self.table.select([f.name for f in fields]).take(self.rows), fields)
         offsets = np.searchsorted(self.prompts, np.arange(count + 1)).astype(np.int32)
@@ -108,11 +113,18 @@ def _structs(table: pa.Table, fields: list[pa.Field]) -> pa.StructArray:
 def read_candidates(
     samples: Sequence[Samples], root: Folder, bucket: Bucket, prompt_ids: pa.Array
 ) -> Candidates:
-    """The bucket's answers to these prompts, whose ids are sorted."""
+    """Read the bucket's answers to these prompts, whose ids are sorted."""
     stores = tuple(s.find(root, bucket, SCORED) for s in samples)
     table = pa.concat_tables([_deciding(store) for store in stores])
     starts = np.cumsum([0, *(store.keys.num_rows for store in stores)])
     rows = np.concatenate([s.rows + start for s, start in zip(stores, starts, strict=False)])
+    return candidates_of(stores, table, rows, prompt_ids)
+
+
+def candidates_of(
+    stores: tuple[RowSelection, ...], table: pa.Table, rows: Ints, prompt_ids: pa.Array
+) -> Candidates:
+    """The answers in `rows` of the table to these prompts, whose ids are sorted."""
     prompts = pc.index_in(table["prompt_id"], value_set=prompt_ids).fill_null(-1).to_numpy()
     rows = rows[prompts[rows] >= 0]
     columns = [prompts, dense_ranks(table["source"]), table["sample"].to_numpy()]
@@ -128,13 +140,14 @@ def _deciding(store: RowSelection) -> pa.Table:
 
 
 class Verdicts(NamedTuple):
-    """Which candidates may count as right and which as wrong, (N,) each.
+    """Which candidates count as right and which as wrong, (N,) each.
 
-    Both where the prompt has nothing to verify by; neither where the verifier failed.
+    An answer to a prompt without a reference counts as both, one that the verifier failed on as
+    neither.
     """
 
-    right: np.ndarray
-    wrong: np.ndarray
+    right: Bools
+    wrong: Bools
 
 
 def read_verdicts(
@@ -142,14 +155,14 @@ def read_verdicts(
     root: Folder,
     bucket: Bucket,
     candidates: Candidates,
-    verifiable: np.ndarray,
+    verifiable: Bools,
 ) -> Verdicts:
-    """What the verifier said; `verifiable` tells of which prompts it can, (P,)."""
+    """Read the verifier's outcomes; `verifiable` (P,): whether a prompt has a reference."""
     columns = [*ANSWER_KEY, "reward"]
-    said = pa.concat_tables([s.read(root, bucket, SCORED, columns) for s in samples])
+    outcomes = pa.concat_tables([s.read(root, bucket, SCORED, columns) for s in samples])
     keys = candidates.table.select(ANSWER_KEY).take(candidates.rows)
     keys = keys.append_column("row", pa.array(np.arange(len(candidates))))
-    joined = keys.join(said, list(ANSWER_KEY), join_type="left outer").sort_by("row")
+    joined = keys.join(outcomes, list(ANSWER_KEY), join_type="left outer").sort_by("row")
     values = joined["reward"].combine_chunks().fill_null(np.nan).to_numpy()
-    either = ~verifiable[candidates.prompts]
-    return Verdicts(either | (values == 1), either | (values < 1))
+    both = ~verifiable[candidates.prompts]
+    return Verdicts(both | (values == 1), both | (values < 1))

@@ -1,4 +1,4 @@
-"""How much texts have in common: prompts with evaluation prompts, answers with each other."""
+"""Overlap of texts: of training prompts with evaluation prompts, and of answers with each other."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import hashlib
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from wrpo_ray.stages.pair.select import Floats, Ints
+
+Hashes = NDArray[np.uint64]
 
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 """An odd number whose powers spread the words of an n-gram over 64 bits."""
@@ -21,15 +26,15 @@ _UNSPACED = "".join(rf"\p{{{script}}}" for script in SCRIPTS)
 
 
 def are_unspaced(texts: pa.Array) -> pa.Array:
-    """Whether each text has anything in a script without spaces."""
+    """Whether each text has a character of a script without spaces."""
     return pc.match_substring_regex(texts, f"[{_UNSPACED}]")
 
 
-def ngrams(texts: pa.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """64-bit hashes of all n-grams of words, and which text each is from; both (K,).
+def ngrams(texts: pa.Array, n: int) -> tuple[Hashes, Ints]:
+    """Return 64-bit hashes of the texts' K word n-grams, and the text of each n-gram; both (K,).
 
-    Words are runs of letters and digits, regardless of case; in scripts without spaces each letter
-    and vowel sign is one. A text with fewer than n words is one n-gram, one without words none.
+    Words are runs of letters and digits, in lower case; in scripts without spaces each letter and
+    vowel sign is a word. A text of fewer than n words is one n-gram; one without words has none.
     The hashes are the same in every process.
     """
     plain = pc.replace_substring_regex(pc.utf8_lower(texts), r"[^\pL\pN\pM]+", " ")
@@ -57,13 +62,14 @@ def _hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest())
 
 
-def overlaps(texts: pa.Array, n: int, known: np.ndarray) -> np.ndarray:
-    """The share of each text's n-grams that are among `known` (sorted), (B,); 0 without any."""
+def overlaps(texts: pa.Array, n: int, known: Hashes) -> Floats:
+    """The share of each of B texts' n-grams that `known` (sorted) has, (B,); 0 without n-grams."""
     grams, owners = ngrams(texts, n)
     places = np.minimum(np.searchsorted(known, grams), len(known) - 1)
     hits = known[places] == grams if len(known) else np.zeros(len(grams), bool)
     counts = np.bincount(owners, minlength=len(texts))
-    return np.bincount(owners[hits], minlength=len(texts)) / np.maximum(counts, 1)
+    shares: Floats = np.bincount(owners[hits], minlength=len(texts)) / np.maximum(counts, 1)
+    return shares
 
 
 def similarity(one: str, other: str, n: int = 5) -> float:

@@ -1,41 +1,53 @@
-"""Which answers become y_ws, y_wt and y_l: pure functions of arrays.
+"""The choice of the best and the worst answers: pure functions of arrays.
 
-N candidates, sorted by (prompt, source, sample), lie in G groups: a prompt's, or those of a
-prompt and source. Equal rewards are told apart by a hash of (prompt_id, source, sample), so
-that no source wins all ties and the same candidates always give the same choice.
+N candidates, sorted by (prompt, source, sample), lie in G groups. A group holds the answers to one
+prompt, or those of one source to one prompt. Equal rewards are ordered by a hash of (prompt_id,
+source, sample): no source wins all ties, and the same candidates always give the same choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-Ties = Callable[[np.ndarray], np.ndarray]
-"""Gives each of some candidates its place in [0, 1) among those of equal reward."""
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Ints = NDArray[np.integer[Any]]
+"""Numbers of candidates, groups or prompts."""
+Ties = Callable[[Ints], Floats]
+"""Maps candidates to numbers in [0, 1) that order those of equal reward."""
 
 REASONS = (
-    "too_few",  # than two answers that may be used
-    "none_chosen",  # all may only be rejected: cut off, or wrong
-    "none_rejected",  # all are right
-    "equal_reward",  # says nothing about which is better
-    "margin",  # outside min_margin to max_margin, or the worse is rewarded more
+    "too_few",  # fewer than two answers may be used
+    "none_chosen",  # no answer may be chosen: all are cut off or wrong
+    "none_rejected",  # no answer may be rejected: all are right
+    "equal_reward",  # the best and the worst have the same reward
+    "margin",  # outside min_margin to max_margin, or the worse has the higher reward
     "same_text",
     "similar_text",
     "source_below_target",
 )
-"""Why a group has no pair, in the order in which it is looked at."""
+"""Why a group has no pair, in the order of the checks."""
 FOUND = len(REASONS)
 NONE = -1
-"""No candidate, in place of its number."""
+"""In place of a candidate's number: there is no candidate."""
 
 
-def best_of(
-    values: np.ndarray, eligible: np.ndarray, groups: np.ndarray, count: int, ties: Ties
-) -> np.ndarray:
-    """The eligible candidate of greatest value in each of `count` groups, (G,); NONE without one.
+def best_of(values: Floats, eligible: Bools, groups: Ints, count: int, ties: Ties) -> Ints:
+    """Return the eligible candidate of greatest value in each group; NONE where there is none.
 
-    Of equal values the one whose tie is greatest wins. `values`, `eligible`, `groups` are (N,).
+    Args:
+        values: (N,) the rewards.
+        eligible: (N,) which candidates may be returned.
+        groups: (N,) the group of each candidate, 0 to G - 1.
+        count: G.
+        ties: orders candidates of equal value; the greatest wins.
+
+    Returns:
+        (G,) numbers of candidates.
     """
     rows = np.flatnonzero(eligible)
     top = np.full(count, -np.inf)
@@ -46,52 +58,54 @@ def best_of(
     places[tied] = ties(rows[tied])
     rows = rows[np.lexsort((places, groups[rows]))]
     found = np.full(count, NONE)
-    found[groups[rows]] = rows  # of a group's rows the last stays
+    found[groups[rows]] = rows  # the last of a group's rows stays
     return found
 
 
-def is_tied(
-    values: np.ndarray, eligible: np.ndarray, groups: np.ndarray, best: np.ndarray
-) -> np.ndarray:
-    """Whether more than one eligible candidate of a group has its best one's value, (G,)."""
+def is_tied(values: Floats, eligible: Bools, groups: Ints, best: Ints) -> Bools:
+    """Whether several eligible candidates of a group have the value of its best one, (G,)."""
     equal = groups[eligible & (values == at(values, best)[groups])]
-    return np.bincount(equal, minlength=len(best)) > 1
+    tied: Bools = np.bincount(equal, minlength=len(best)) > 1
+    return tied
 
 
-def at(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The values of rows, NaN for NONE."""
-    return np.append(values, np.nan)[rows]
+def at(values: Floats, rows: Ints) -> Floats:
+    """The values of the rows, NaN for NONE."""
+    found: Floats = np.append(values, np.nan)[rows]
+    return found
 
 
 class Outcomes:
-    """What becomes of each of G groups: FOUND, or the number of the first reason it failed by."""
+    """The outcome of each of G groups: FOUND, or the number of the first check that it failed."""
 
     def __init__(self, count: int):
         self.codes = np.full(count, FOUND)
 
-    def fail(self, reason: str, failing: np.ndarray) -> None:
-        """Groups that were found until now and fail by this reason; `failing` is (G,)."""
+    def fail(self, reason: str, failing: Bools) -> None:
+        """Record the reason for the groups in `failing` (G,) that have not failed before."""
         self.codes[(self.codes == FOUND) & failing] = REASONS.index(reason)
 
     @property
-    def found(self) -> np.ndarray:
+    def found(self) -> Bools:
         """Groups that have not failed, (G,)."""
-        return self.codes == FOUND
+        found: Bools = self.codes == FOUND
+        return found
 
 
-def pair(
-    rewards: np.ndarray,
-    chosen: np.ndarray,
-    rejected: np.ndarray,
-    groups: np.ndarray,
+def best_and_worst(
+    rewards: Floats,
+    chosen: Bools,
+    rejected: Bools,
+    groups: Ints,
     count: int,
     ties: Ties,
     margins: tuple[float, float],
-) -> tuple[np.ndarray, np.ndarray, Outcomes]:
-    """The best and the worst candidate of each group, and which groups have a pair by rewards.
+) -> tuple[Ints, Ints, Outcomes]:
+    """Return the best and the worst candidate of each group, and the outcomes by reward.
 
-    `chosen` and `rejected` (N,) tell which candidates may be either; `margins` are the least and
-    the greatest difference of their rewards.
+    `chosen` and `rejected` (N,) say which candidates may be the best and which the worst;
+    `margins` are the least and the greatest difference of the two rewards. The other arguments are
+    as for `best_of`.
     """
     best = best_of(rewards, chosen, groups, count, ties)
     worst = best_of(-rewards, rejected, groups, count, lambda rows: -ties(rows))

@@ -1,4 +1,4 @@
-"""Selection and pairing, bucket by bucket: all of a prompt's candidates lie in one bucket."""
+"""Jobs of selection and pairing, bucket by bucket: a bucket holds all answers to its prompts."""
 
 from __future__ import annotations
 
@@ -21,29 +21,19 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
-from wrpo_ray.stages.pair import overlap
-from wrpo_ray.stages.pair.answers import Eligible, judge
+from wrpo_ray.stages.pair import overlap, pairs
+from wrpo_ray.stages.pair.answers import Eligible, eligible_answers
 from wrpo_ray.stages.pair.candidates import (
     Candidates,
     Verdicts,
     read_candidates,
     read_verdicts,
 )
-from wrpo_ray.stages.pair.select import (
-    FOUND,
-    NONE,
-    REASONS,
-    Outcomes,
-    at,
-    best_of,
-    is_tied,
-    pair,
-)
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 WHOLE = Bucket(0, 1)
-"""The bucket that all others lie in."""
+"""One bucket of all prompts."""
 
 
 # --- contamination -----------------------------------------------------------------------------
@@ -58,17 +48,17 @@ class EvalNgrams(BaseJob):
     prompts: Prompts
     ngram: int
     unspaced: bool = False
-    """Whether these prompts, or those compared with them, have text in scripts without spaces, of
-    which each letter is a word."""
+    """Whether these prompts, or the training prompts, have text in scripts without spaces, where
+    each letter counts as a word."""
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         key = {"ngram": self.ngram} | ({"unspaced": "letters"} if self.unspaced else {})
         return Step("eval-ngrams", key, (self.prompts.step,))
 
     def buckets(self, run: Run) -> list[Bucket]:
-        """The units of work."""
+        """The buckets that `fill` is called for."""
         return [WHOLE]
 
     @property
@@ -82,7 +72,7 @@ class EvalNgrams(BaseJob):
         run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
-        """Write the NGRAMS shard, sorted."""
+        """Write the NGRAMS shard, sorted by hash."""
         texts = _texts(self.prompts.read(run.root, bucket))
         known = np.unique(overlap.ngrams(texts, self.ngram)[0])
         table = pa.table([known], schema=records.NGRAMS)
@@ -92,7 +82,7 @@ class EvalNgrams(BaseJob):
 
 @dataclass(frozen=True)
 class Contamination(BaseJob):
-    """How much of each training prompt evaluation prompts have, too."""
+    """The share of each training prompt's n-grams that evaluation prompts have too."""
 
     kind = JobKind.CONTAMINATION
 
@@ -101,12 +91,12 @@ class Contamination(BaseJob):
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         config = {"splits": list(self.prompts.splits)}
         return Step("contamination", config, (self.prompts.step, self.ngrams.step))
 
     def buckets(self, run: Run) -> list[Bucket]:
-        """The units of work."""
+        """The buckets that `fill` is called for."""
         return buckets(run.buckets)
 
     @property
@@ -129,24 +119,25 @@ class Contamination(BaseJob):
         return {"rows": len(shares), "contaminated": int((shares > 0).sum())}
 
     def without(self, run: Run, bucket: Bucket, prompts: pa.Table) -> pa.Table:
-        """The bucket's prompts but for those that share anything."""
+        """The bucket's prompts without those that share an n-gram with an evaluation prompt."""
         table = read_bucket(run.root / self.step.folder, bucket, records.OVERLAP)
         shared = table.filter(pc.greater(table["overlap"], 0))["prompt_id"].combine_chunks()
         return prompts.filter(pc.invert(pc.is_in(prompts["prompt_id"], shared)))
 
 
 def _texts(prompts: pa.Table) -> pa.Array:
-    """What the users say in each prompt; a system prompt is no one's own."""
-    said = [
+    """The user messages of each prompt; many prompts share one system message."""
+    texts = [
         " ".join(m["content"] for m in messages if m["role"] == "user")
         for messages in prompts["messages"].to_pylist()
     ]
-    return pa.array(said, pa.string())
+    return pa.array(texts, pa.string())
 
 
 @cache
-def _read_ngrams(folder: Folder) -> np.ndarray:
-    return read_bucket(folder, WHOLE, records.NGRAMS)["hash"].to_numpy()
+def _read_ngrams(folder: Folder) -> overlap.Hashes:
+    hashes: overlap.Hashes = read_bucket(folder, WHOLE, records.NGRAMS)["hash"].to_numpy()
+    return hashes
 
 
 # --- y_ws --------------------------------------------------------------------------------------
@@ -154,7 +145,7 @@ def _read_ngrams(folder: Folder) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Answers:
-    """Scored answers, which of them may be used, and what a verifier said of them, if one did."""
+    """Scored answers, the policies on which of them may be used, and a verifier's outcomes."""
 
     samples: tuple[Samples, ...]
     policies: AnswersConfig
@@ -162,7 +153,7 @@ class Answers:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The steps that made them."""
+        """The steps that wrote the scores and the outcomes."""
         return tuple(s.step for s in (*self.samples, *self.verdicts))
 
     @property
@@ -171,11 +162,11 @@ class Answers:
         return tuple(f"{s.step.folder}/{s.part}".rstrip("/") for s in self.samples)
 
     def read(self, run: Run, bucket: Bucket, prompts: pa.Table) -> tuple[Candidates, Eligible]:
-        """The candidates of these prompts (sorted; with `reference`), and what each may be."""
+        """The candidates of these prompts (sorted, with `reference`), and which may be used."""
         ids = prompts["prompt_id"].combine_chunks()
         candidates = read_candidates(self.samples, run.root, bucket, ids)
         verdicts = self._verdicts(run, bucket, prompts, candidates)
-        return candidates, judge(candidates, self.policies, verdicts)
+        return candidates, eligible_answers(candidates, self.policies, verdicts)
 
     def _verdicts(
         self, run: Run, bucket: Bucket, prompts: pa.Table, candidates: Candidates
@@ -188,18 +179,18 @@ class Answers:
 
 @dataclass(frozen=True)
 class Select(BaseJob):
-    """y_ws of every prompt: the source-selection table, and the rows of SFT."""
+    """Choose y_ws, the best answer of all sources, of every prompt; these are the rows of SFT."""
 
     kind = JobKind.SELECT
 
     prompts: Prompts
     sources: Answers
     contamination: Contamination | None = None
-    """What to leave out."""
+    """Leaves out contaminated prompts; null keeps them."""
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         config = {
             "splits": list(self.prompts.splits),
             "answers": self.sources.policies.identity(),
@@ -208,7 +199,7 @@ class Select(BaseJob):
         return Step("select", config, (self.prompts.step, *self.sources.steps, *left_out))
 
     def buckets(self, run: Run) -> list[Bucket]:
-        """The units of work."""
+        """The buckets that `fill` is called for."""
         return buckets(run.buckets)
 
     @property
@@ -227,35 +218,15 @@ class Select(BaseJob):
         run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
-        """Write the bucket's SELECTION shard and count wins by source."""
+        """Write the bucket's SELECTION shard; return its counts, such as `wins.<source>`."""
         prompts = self.prompts.read(run.root, bucket).sort_by("prompt_id")
         given = len(prompts)
         if self.contamination:
             prompts = self.contamination.without(run, bucket, prompts)
-        count = len(prompts)
         candidates, eligible = self.sources.read(run, bucket, prompts)
-        rewards, groups = candidates.rewards, candidates.prompts
-        best = best_of(rewards, eligible.chosen, groups, count, candidates.ties)
-        found = np.flatnonzero(best != NONE)
-        kept = prompts.take(found)
-        columns = {name: kept[name] for name in ("prompt_id", "messages", "split")} | {
-            "source_chosen": candidates.answers(best[found]),
-            "candidates": candidates.scores(count).take(found),
-        }
-        table = pa.table(columns, schema=records.SELECTION)
+        table, counts = pairs.source_selection(prompts, candidates, eligible)
         write_shard(run.root / self.step.folder, bucket, records.SELECTION, table, "all")
-        wins = candidates.by_source(best[found])
-        splits = pc.value_counts(kept["split"]).to_pylist()
-        return {
-            **eligible.counts,
-            **{f"wins.{source}": won for source, won in wins.items()},
-            **{f"{split['values']}_rows": split["counts"] for split in splits},
-            "rows": len(found),
-            "candidates": len(candidates),
-            "ties": int(is_tied(rewards, eligible.chosen, groups, best).sum()),
-            "without_answer": count - len(found),
-            **({"contaminated": given - count} if self.contamination else {}),
-        }
+        return counts | ({"contaminated": given - len(prompts)} if self.contamination else {})
 
 
 # --- y_wt and y_l ------------------------------------------------------------------------------
@@ -263,13 +234,13 @@ class Select(BaseJob):
 
 @dataclass(frozen=True)
 class Pair(BaseJob):
-    """(x, y_ws, y_wt, y_l) of the preference prompts."""
+    """Choose y_wt and y_l, the best and the worst of the target's answers, of each prompt."""
 
     kind = JobKind.PAIR
 
     select: Select
     answers: Answers
-    """Those that y_wt and y_l are among: the target's own, or for `fusechat3` the sources'."""
+    """The answers to choose from: the target's own, or for `fusechat3` the sources'."""
     config: PairConfig
 
     @property
@@ -279,7 +250,7 @@ class Pair(BaseJob):
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         config = {
             "pair": self.config.identity() | {"contamination": None},  # done by `select`
             "answers": self.answers.policies.identity(),
@@ -288,7 +259,7 @@ class Pair(BaseJob):
         return Step("pair", config, (self.select.step, *self.answers.steps))
 
     def buckets(self, run: Run) -> list[Bucket]:
-        """The units of work."""
+        """The buckets that `fill` is called for."""
         return buckets(run.buckets)
 
     @property
@@ -307,30 +278,12 @@ class Pair(BaseJob):
         run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
-        """Write the bucket's PREFERENCE shard and count what was dropped and why."""
+        """Write the bucket's PREFERENCE shard; return its counts, such as `dropped.<reason>`."""
         selection = self._selection(run, bucket)
-        count = len(selection)
         candidates, eligible = self.answers.read(run, bucket, selection)
-        groups, prompts = candidates.groups, candidates.group_prompts
-        best, worst, outcomes = pair(
-            candidates.rewards, eligible.chosen, eligible.rejected, groups,
-            len(prompts), candidates.ties, self.config.margins,
-        )  # fmt: skip
-        self._check_texts(outcomes, candidates, best, worst)
-        if self.config.source_below_target == "drop":
-            source = _field(selection, "source_chosen", "reward")
-            outcomes.fail("source_below_target", source[prompts] < at(candidates.rewards, best))
-        winners = best_of(
-            at(candidates.rewards, best), outcomes.found, prompts, count,
-            lambda found: candidates.ties(best[found]),
-        )  # fmt: skip
-        found = np.flatnonzero(winners != NONE)
-        best, worst = best[winners[found]], worst[winners[found]]
-        table = self._rows(selection, candidates, found, best, worst)
+        table, counts = pairs.preference_rows(selection, candidates, eligible, self.config)
         write_shard(run.root / self.step.folder, bucket, records.PREFERENCE, table, "all")
-        below = int((table["source_margin"].to_numpy() < 0).sum())
-        numbers = {"prompts": count, "rows": len(found), "source_below_target": below}
-        return {**eligible.counts, **_dropped(outcomes, prompts, count), **numbers}
+        return counts
 
     def _selection(self, run: Run, bucket: Bucket) -> pa.Table:
         """The bucket's preference prompts that have a y_ws, with their references."""
@@ -344,73 +297,6 @@ class Pair(BaseJob):
         places = pc.index_in(table["prompt_id"], value_set=given["prompt_id"].combine_chunks())
         return table.append_column("reference", given["reference"].take(places))
 
-    def _check_texts(
-        self, outcomes: Outcomes, candidates: Candidates, best: np.ndarray, worst: np.ndarray
-    ) -> None:
-        """Fail pairs of equal or too similar texts."""
-        found = np.flatnonzero(outcomes.found)
-        chosen, rejected = candidates.texts(best[found]), candidates.texts(worst[found])
-        failing = np.zeros(len(best), bool)
-        failing[found] = pc.equal(chosen, rejected).to_numpy()
-        outcomes.fail("same_text", failing)
-        limit = self.config.max_similarity
-        if limit is not None:
-            pairs = zip(chosen.to_pylist(), rejected.to_pylist(), strict=True)
-            failing[found] = [overlap.similarity(*texts) > limit for texts in pairs]
-            outcomes.fail("similar_text", failing)
-
-    def _rows(
-        self,
-        selection: pa.Table,
-        candidates: Candidates,
-        found: np.ndarray,
-        best: np.ndarray,
-        worst: np.ndarray,
-    ) -> pa.Table:
-        """The PREFERENCE records of the prompts `found`, with these chosen and rejected answers."""
-        kept, answers = selection.take(found), candidates.answers(np.append(best, worst))
-        chosen, rejected = answers[: len(best)], answers[len(best) :]
-        is_wrpo = self.config.policy == "wrpo"
-        source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
-        scores = kept["candidates"].combine_chunks()
-        own = candidates.scores(len(selection)).take(found)
-        rewards = candidates.rewards
-        columns = {
-            "prompt_id": kept["prompt_id"],
-            "messages": kept["messages"],
-            "source_chosen": source,
-            "target_chosen": chosen,
-            "rejected": rejected,
-            "source_margin": source.field("reward").to_numpy() - rewards[best],
-            "target_margin": rewards[best] - rewards[worst],
-            "candidates": _joined(scores, own) if is_wrpo else scores,
-        }
-        return pa.table(columns, schema=records.PREFERENCE)
-
-
-def _field(table: pa.Table, column: str, name: str) -> np.ndarray:
-    return table[column].combine_chunks().field(name).to_numpy()
-
-
-def _joined(first: pa.ListArray, second: pa.ListArray) -> pa.ListArray:
-    """Lists of the first with the elements of the second's behind them."""
-    lengths = np.stack([pc.list_value_length(x).to_numpy() for x in (first, second)], axis=1)
-    values = pa.concat_arrays([first.flatten(), second.flatten()])
-    starts = (np.cumsum(lengths.T) - lengths.T.ravel()).reshape(2, -1).T.ravel()
-    counts = lengths.ravel()
-    shifts = starts - (np.cumsum(counts) - counts)
-    order = np.arange(len(values)) + np.repeat(shifts, counts)
-    offsets = np.append(0, np.cumsum(lengths.sum(axis=1))).astype(np.int32)
-    return pa.ListArray.from_arrays(offsets, values.take(pa.array(order)), type=first.type)
-
-
-def _dropped(outcomes: Outcomes, prompts: np.ndarray, count: int) -> dict[str, int]:
-    """How many of `count` prompts have no pair, by the last reason that one of its groups met."""
-    codes = np.full(count, REASONS.index("too_few"))
-    np.maximum.at(codes, prompts, outcomes.codes)
-    numbers = np.bincount(codes, minlength=FOUND)
-    return {f"dropped.{r}": int(n) for r, n in zip(REASONS, numbers, strict=False) if n}
-
 
 # --- running -----------------------------------------------------------------------------------
 
@@ -418,7 +304,7 @@ BucketJob = EvalNgrams | Contamination | Select | Pair
 
 
 def run(run: Run, jobs: Sequence[BucketJob]) -> None:
-    """Do each job; the driver sees counts only."""
+    """Run each job; its tasks return only counts to the driver."""
     for job in jobs:
         started, totals = time.time(), Counter[str]()
         rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
@@ -426,19 +312,19 @@ def run(run: Run, jobs: Sequence[BucketJob]) -> None:
             totals.update(counts)
             metrics.add_counts(job.step, rows=counts["rows"])
         record = job.step.finish(run.root, dict(sorted(totals.items())), started)
-        told = ", ".join(f"{name} {count:,}" for name, count in _told(record["counts"]).items())
-        log(f"{job.step.name}  {told}")
+        shown = _without_sources(record["counts"]).items()
+        log(f"{job.step.name}  {', '.join(f'{name} {count:,}' for name, count in shown)}")
 
 
 def _fill(run: Run, job: BucketJob, row: dict[str, int]) -> dict[str, int]:
     return job.fill(run, Bucket(**row))
 
 
-def _told(totals: dict[str, int]) -> dict[str, int]:
-    """The counts without those by source: no wins, and answers by policy only."""
-    told: Counter[str] = Counter()
+def _without_sources(totals: dict[str, int]) -> dict[str, int]:
+    """The counts for the log: no wins by source, and one count of answers for each policy."""
+    shown: Counter[str] = Counter()
     for name, count in totals.items():
         kind, _, rest = name.partition(".")
         if kind != "wins":
-            told[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
-    return told
+            shown[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
+    return shown

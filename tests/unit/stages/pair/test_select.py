@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import doctest
+import math
 import tempfile
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +24,10 @@ from wrpo_ray.data.records import prompt_id
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.pair import pairs as pairs_module
 from wrpo_ray.stages.pair.answers import check_patterns
 from wrpo_ray.stages.pair.overlap import ngrams, similarity
+from wrpo_ray.stages.pair.pairs import select_pairs
 from wrpo_ray.stages.pair.stage import (
     Answers,
     Contamination,
@@ -107,7 +111,8 @@ class Store:
         prompts = Prompts(self.prompt_step, ("sft", "preference"))
         self._write(Step(name), records.SCORED, rows)
         verdicts = [r | {"reward": float(r["right"])} for r in rows if r.get("right") is not None]
-        self._write(Step(f"verified-{name}"), records.SCORED, verdicts)
+        if verdicts:
+            self._write(Step(f"verified-{name}"), records.SCORED, verdicts)
         return Samples(Step(name), prompts, None), Samples(Step(f"verified-{name}"), prompts, None)
 
     def _joined(self, parts: tuple[tuple[Samples, Samples], ...]) -> Answers:
@@ -344,7 +349,7 @@ def test_a_broken_pattern_is_told():
 # --- against the plain reference -----------------------------------------------------------------
 
 PROMPTS = st.lists(st.sampled_from("pqrs"), unique=True, max_size=4)
-REWARDS = st.sampled_from([0.0, 0.04, 0.05, 0.1, 0.5, 1.0])
+REWARDS = st.sampled_from([0.0, 0.04, 0.05, 0.1, 0.5, 1.0, None])
 TEXTS = st.sampled_from(["", " ", "x", "X", "y", "a longer text", "I'm sorry, I can't"])
 ANSWERS = st.builds(
     AnswersConfig,
@@ -366,9 +371,26 @@ PAIRS = st.one_of(
 )
 
 
+@dataclass
+class Given:
+    """Prompts and scored answers, as `Store` and the plain reference take them."""
+
+    prompts: list[Row]
+    sources: list[Row]
+    own: list[Row]
+    policies: AnswersConfig
+    config: PairConfig
+
+    def expected(self) -> tuple[list[Row], list[Row], collections.Counter[str]]:
+        """The plain reference's SELECTION and PREFERENCE rows, and reasons of dropped prompts."""
+        selection = plain_select(self.prompts, self.sources, self.policies)
+        rows = self.sources if self.config.policy == "fusechat3" else self.own
+        return selection, *plain_pair(self.prompts, selection, rows, self.policies, self.config)
+
+
 @st.composite
-def stores(draw: Any) -> Store:
-    """Stores of few prompts with many ties, equal texts, nulls and gaps."""
+def given_answers(draw: Any) -> Given:
+    """Answers to few prompts with many ties, equal texts, nulls and gaps."""
     prompts = [
         prompt(t, draw(st.sampled_from(["sft", "preference"])), draw(st.sampled_from([None, "4"])))
         for t in draw(PROMPTS)
@@ -388,19 +410,92 @@ def stores(draw: Any) -> Store:
         return rows
 
     sources = [row for source in draw(st.sets(st.sampled_from("abc"))) for row in answers(source)]
-    return Store(prompts, sources, answers("t"), draw(ANSWERS), draw(PAIRS))
+    return Given(prompts, sources, answers("t"), draw(ANSWERS), draw(PAIRS))
 
 
-@settings(max_examples=60, deadline=None)
-@given(stores())
-def test_columns_and_rows_give_the_same(store):
-    selection, _ = store.selected()
-    assert selection == plain_select(store.prompts, store.sources, store.policies)
-    pairs, counts = store.paired()
-    rows = store.sources if store.config.policy == "fusechat3" else store.own
-    expected, dropped = plain_pair(store.prompts, selection, rows, store.policies, store.config)
-    assert pairs == expected
+@settings(max_examples=25, deadline=None)
+@given(given_answers())
+def test_columns_and_rows_give_the_same(answers):
+    store = Store(answers.prompts, answers.sources, answers.own, answers.policies, answers.config)
+    selection, pairs, dropped = answers.expected()
+    assert store.selected()[0] == selection
+    found, counts = store.paired()
+    assert found == pairs
     assert collections.Counter(reasons(counts)) == dropped
+
+
+# --- a table in memory -------------------------------------------------------------------------
+
+
+def answers_of(given: Given) -> pa.Table:
+    """The answers as a table for `select_pairs`, in reverse order."""
+    by_id = {p["prompt_id"]: p for p in given.prompts}
+    rows = []
+    for row in [*given.sources, *given.own]:
+        if asked := by_id.get(row["prompt_id"]):
+            correct = row.get("right") if asked["reference"] is not None else None
+            rows.append(row | {"messages": asked["messages"], "correct": correct})
+    names = [*records.SCORED.names, "messages", "correct"]
+    types = {"messages": records.MESSAGES, "correct": pa.bool_()}
+    schema = pa.schema([(n, types.get(n) or records.SCORED.field(n).type) for n in names])
+    return pa.Table.from_pylist(rows[::-1], schema=schema)
+
+
+def all_verdicts_known(given: Given) -> bool:
+    """Whether no prompt with a reference has an answer that the verifier failed on."""
+    asked = {p["prompt_id"] for p in given.prompts if p["reference"] is not None}
+    rows = [r for r in [*given.sources, *given.own] if r["prompt_id"] in asked]
+    return all(r.get("right", True) is not None for r in rows)
+
+
+@settings(max_examples=100, deadline=None)
+@given(given_answers().filter(all_verdicts_known))
+def test_select_pairs_gives_the_rows_of_a_run(answers):
+    table = answers_of(answers)
+    options = {"pair": answers.config, "answers_config": answers.policies}
+    expected = answers.expected()[1]
+    is_missing = len(table) > 0 and "t" not in table["source"].to_pylist()
+    if answers.config.policy == "wrpo" and is_missing:
+        with pytest.raises(UserError, match="no answer has the source 't'"):
+            select_pairs(table, target="t", **options)
+    else:
+        assert select_pairs(table, target="t", **options).to_pylist() == expected
+
+
+def test_select_pairs_takes_a_pandas_frame_and_numbers_the_samples():
+    rewards = {"a": (2.0, math.nan), "t": (0.5, None, 1.5)}
+    rows = [candidate(s, i, r) for s, given in rewards.items() for i, r in enumerate(given)]
+    frame = pa.Table.from_pylist(rows).drop_columns(["sample", "token_ids"]).to_pandas()
+    (row,) = select_pairs(frame, target="t").to_pylist()
+    (stored,), _ = Store([prompt()], rows[:2], rows[2:]).paired()
+    names = ("source_chosen", "target_chosen", "rejected")
+    assert [(row[n]["source"], row[n]["sample"]) for n in names] == [("a", 0), ("t", 2), ("t", 0)]
+    for name in names:
+        assert row[name] == stored[name] | {"token_ids": None}
+    assert (row["source_margin"], row["target_margin"]) == (0.5, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "error"),
+    [
+        (own(1.0, 0.0), {}, "no answer has the source 'target'"),
+        ([{"prompt_id": "p", "source": "t", "text": "x"}], {}, "no column reward"),
+        ([candidate("t", 0, 1.0) | {"text": None}], {}, "text has a null"),
+        (own(1.0) * 2, {}, "same prompt_id, source and sample"),
+        ([candidate("t", 0, 1.0) | {"text": ["x"]}], {}, "the column text"),
+        (own(1.0), {"pair": PairConfig(verifier="a:b")}, "calls no verifier"),
+        (own(1.0), {"pair": PairConfig(contamination={"action": "drop"})}, "contaminated"),
+    ],
+)
+def test_select_pairs_names_the_problem(rows, options, error):
+    with pytest.raises(UserError, match=error):
+        select_pairs(pa.Table.from_pylist(rows), **options)
+
+
+def test_the_example_of_select_pairs():
+    result = doctest.testmod(pairs_module)
+    assert result.attempted
+    assert not result.failed
 
 
 # --- overlap ---------------------------------------------------------------------------------

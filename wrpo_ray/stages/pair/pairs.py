@@ -1,0 +1,311 @@
+"""Preference rows from scored answers: pure functions of Arrow tables.
+
+The stages call `source_selection` and `preference_rows` for one bucket at a time. `select_pairs`
+calls both for a table in memory, such as in a notebook.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wrpo_ray.config import AnswersConfig, PairConfig
+from wrpo_ray.data.records import ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
+from wrpo_ray.errors import UserError
+from wrpo_ray.stages.pair.answers import Eligible, eligible_answers
+from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, candidates_of
+from wrpo_ray.stages.pair.overlap import similarity
+from wrpo_ray.stages.pair.select import (
+    FOUND,
+    NONE,
+    REASONS,
+    Bools,
+    Floats,
+    Ints,
+    Outcomes,
+    at,
+    best_and_worst,
+    best_of,
+    is_tied,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REQUIRED = ("prompt_id", "source", "text", "reward")
+COLUMNS = {name: SCORED.field(name).type for name in (*REQUIRED, *ANSWER.names)} | {
+    "messages": MESSAGES,
+    "correct": pa.bool_(),
+}
+"""Columns of the answers that `select_pairs` takes, with their types."""
+
+
+def select_pairs(
+    answers: pa.Table | pd.DataFrame,
+    *,
+    target: str = "target",
+    pair: PairConfig | None = None,
+    answers_config: AnswersConfig | None = None,
+) -> pa.Table:
+    """Choose y_ws, y_wt and y_l of each prompt, as a run with the same config does.
+
+    y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the
+    target's own (section 3.2 of the WRPO paper, arXiv 2412.03187); `pair.policy: fusechat3` takes
+    all from the sources. Equal rewards are ordered by a hash of (prompt_id, source, sample).
+
+    Args:
+        answers: one row for each scored answer. Required columns: `prompt_id`, `source` (the
+            model that answered), `text`, `reward` (higher is better; an answer with a null or NaN
+            reward is never used). Optional columns: `sample` (number of the answer among those
+            of its source to the prompt; by default in the order of the rows), `finish_reason`
+            ("length" for an answer cut off at the token limit), `token_ids`, `messages` (the
+            prompt, copied to the result), `correct` (whether the answer is right: only right
+            answers are then chosen and only wrong ones rejected; null where that is not known).
+        target: the name in `source` of the model to train. The other names are sources.
+        pair: the margins, the policy and the other options of the config's section `pair`.
+        answers_config: which answers may be used, as in the config's section `answers`.
+
+    Returns:
+        One row for each prompt that has a pair, sorted by `prompt_id`: `source_chosen` (y_ws),
+        `target_chosen` (y_wt) and `rejected` (y_l), each {text, token_ids, finish_reason, source,
+        sample, reward}; `source_margin` = r(y_ws) - r(y_wt); `target_margin` = r(y_wt) - r(y_l);
+        `candidates`, the reward of every answer. The schema is `PREFERENCE` of
+        `wrpo_ray.data.records`.
+
+    Raises:
+        UserError: a required column or value is missing, an answer occurs twice, no answer is the
+            target's, or `pair` asks for more than the columns can tell (a verifier, or to drop
+            contaminated prompts).
+
+    Example:
+        >>> import pandas as pd
+        >>> answers = pd.DataFrame(
+        ...     [
+        ...         ("p1", "gemma", "Paris.", 0.9),
+        ...         ("p1", "qwen", "In France.", 0.4),
+        ...         ("p1", "target", "It is Paris", 0.7),
+        ...         ("p1", "target", "London", 0.1),
+        ...     ],
+        ...     columns=["prompt_id", "source", "text", "reward"],
+        ... )
+        >>> (row,) = select_pairs(answers).to_pylist()
+        >>> [row[name]["text"] for name in ("source_chosen", "target_chosen", "rejected")]
+        ['Paris.', 'It is Paris', 'London']
+        >>> round(row["source_margin"], 2), round(row["target_margin"], 2)
+        (0.2, 0.6)
+    """
+    pair, answers_config = pair or PairConfig(), answers_config or AnswersConfig()
+    _check_options(pair)
+    if not isinstance(answers, pa.Table):
+        answers = pa.Table.from_pandas(answers, preserve_index=False)
+    table = _checked(answers)
+    is_target = pc.equal(table["source"], target)
+    if pair.policy == "wrpo" and len(table) and not pc.any(is_target).as_py():
+        raise UserError(f"select_pairs: no answer has the source {target!r}; set `target`")
+    sources, own = table.filter(pc.invert(is_target)), table.filter(is_target)
+    prompts = _prompts(table)
+    selection, _ = source_selection(prompts, *_eligible(sources, prompts, answers_config))
+    pool = own if pair.policy == "wrpo" else sources
+    return preference_rows(selection, *_eligible(pool, selection, answers_config), pair)[0]
+
+
+def _check_options(pair: PairConfig) -> None:
+    if pair.verifier is not None:
+        raise UserError("select_pairs: calls no verifier; give a column `correct` instead")
+    if pair.contamination.action == "drop":
+        raise UserError("select_pairs: knows no evaluation prompts; drop contaminated rows before")
+
+
+def _checked(table: pa.Table) -> pa.Table:
+    """The answers with all columns in their types; an optional one that is missing is null."""
+    missing = [name for name in REQUIRED if name not in table.column_names]
+    if missing:
+        raise UserError(f"select_pairs: the answers have no column {', '.join(missing)}")
+    columns = {}
+    for name, type_ in COLUMNS.items():
+        given = table[name] if name in table.column_names else pa.nulls(len(table), type_)
+        try:
+            columns[name] = given.cast(type_)
+        except pa.ArrowException as error:
+            raise UserError(f"select_pairs: the column {name} is no {type_}: {error}") from None
+        if name in REQUIRED and name != "reward" and columns[name].null_count:
+            raise UserError(f"select_pairs: the column {name} has a null")
+    if "sample" not in table.column_names:
+        columns["sample"] = _numbered(columns["prompt_id"], columns["source"])
+    checked = pa.table(columns)
+    keys = checked.group_by(["prompt_id", "source", "sample"]).aggregate([])
+    if len(keys) < len(checked):
+        raise UserError("select_pairs: two answers have the same prompt_id, source and sample")
+    return checked
+
+
+def _numbered(prompt_ids: pa.ChunkedArray, sources: pa.ChunkedArray) -> pa.Array:
+    """The number of each row among those of its prompt and source, from 0, (N,)."""
+    seen: dict[tuple[str, str], int] = {}
+    samples = []
+    for key in zip(prompt_ids.to_pylist(), sources.to_pylist(), strict=True):
+        samples.append(seen.get(key, 0))
+        seen[key] = samples[-1] + 1
+    return pa.array(samples, pa.int32())
+
+
+def _prompts(table: pa.Table) -> pa.Table:
+    """Each prompt once, sorted, with the messages of its first answer."""
+    found = table.group_by("prompt_id", use_threads=False).aggregate([([], "count_all")])
+    first = pc.index_in(found["prompt_id"], value_set=table["prompt_id"].combine_chunks())
+    prompts = table.select(["prompt_id", "messages"]).take(first)
+    split = pa.array(["preference"] * len(prompts), pa.string())
+    return prompts.append_column("split", split).sort_by("prompt_id")
+
+
+def _eligible(
+    table: pa.Table, prompts: pa.Table, config: AnswersConfig
+) -> tuple[Candidates, Eligible]:
+    ids = prompts["prompt_id"].combine_chunks()
+    candidates = candidates_of((), table, np.arange(len(table)), ids)
+    correct, known = table["correct"], pc.is_valid(table["correct"])
+    right = candidates.mask(correct) | ~candidates.mask(known)
+    wrong = ~candidates.mask(correct)
+    return candidates, eligible_answers(candidates, config, Verdicts(right, wrong))
+
+
+# --- y_ws --------------------------------------------------------------------------------------
+
+
+def source_selection(
+    prompts: pa.Table, candidates: Candidates, eligible: Eligible
+) -> tuple[pa.Table, dict[str, int]]:
+    """Choose y_ws of each prompt: the best of all sources' answers.
+
+    Args:
+        prompts: P prompts (prompt_id, messages, split), sorted by `prompt_id`.
+        candidates: the sources' N answers to them.
+        eligible: which of the answers may be chosen.
+
+    Returns:
+        SELECTION records of the prompts that have a y_ws, and counts: `wins.<source>`, rows, ties.
+    """
+    rewards, groups, count = candidates.rewards, candidates.prompts, len(prompts)
+    best = best_of(rewards, eligible.chosen, groups, count, candidates.ties)
+    found = np.flatnonzero(best != NONE)
+    kept = prompts.take(found)
+    columns = {name: kept[name] for name in ("prompt_id", "messages", "split")} | {
+        "source_chosen": candidates.answers(best[found]),
+        "candidates": candidates.scores(count).take(found),
+    }
+    splits = pc.value_counts(kept["split"]).to_pylist()
+    return pa.table(columns, schema=SELECTION), {
+        **eligible.counts,
+        **{f"wins.{name}": won for name, won in candidates.by_source(best[found]).items()},
+        **{f"{split['values']}_rows": split["counts"] for split in splits},
+        "rows": len(found),
+        "candidates": len(candidates),
+        "ties": int(is_tied(rewards, eligible.chosen, groups, best).sum()),
+        "without_answer": count - len(found),
+    }
+
+
+# --- y_wt and y_l ------------------------------------------------------------------------------
+
+
+def preference_rows(
+    selection: pa.Table, candidates: Candidates, eligible: Eligible, config: PairConfig
+) -> tuple[pa.Table, dict[str, int]]:
+    """Choose y_wt and y_l of each prompt that has a y_ws.
+
+    Args:
+        selection: SELECTION records of P prompts, sorted by `prompt_id`.
+        candidates: the N answers to choose from: the target's own, or for `fusechat3` the
+            sources'.
+        eligible: which of them may be chosen and which rejected.
+        config: margins and policy.
+
+    Returns:
+        PREFERENCE records, and counts: rows, and `dropped.<reason>` of the other prompts.
+    """
+    prompts, count = candidates.group_prompts, len(selection)
+    best, worst, outcomes = best_and_worst(
+        candidates.rewards, eligible.chosen, eligible.rejected, candidates.groups,
+        len(prompts), candidates.ties, config.margins,
+    )  # fmt: skip
+    _check_texts(outcomes, candidates, best, worst, config.max_similarity)
+    rewards = at(candidates.rewards, best)  # (G,)
+    if config.source_below_target == "drop":
+        source = selection["source_chosen"].combine_chunks().field("reward").to_numpy()
+        outcomes.fail("source_below_target", source[prompts] < rewards)
+    winners = best_of(
+        rewards, outcomes.found, prompts, count, lambda found: candidates.ties(best[found])
+    )
+    found = np.flatnonzero(winners != NONE)
+    best, worst = best[winners[found]], worst[winners[found]]
+    table = _rows(selection, candidates, found, best, worst, is_wrpo=config.policy == "wrpo")
+    below = int((table["source_margin"].to_numpy() < 0).sum())
+    numbers = {"prompts": count, "rows": len(found), "source_below_target": below}
+    return table, {**eligible.counts, **_dropped(outcomes, prompts, count), **numbers}
+
+
+def _check_texts(
+    outcomes: Outcomes, candidates: Candidates, best: Ints, worst: Ints, limit: float | None
+) -> None:
+    """Fail pairs of equal texts, and those whose similarity is above the limit."""
+    found = np.flatnonzero(outcomes.found)
+    chosen, rejected = candidates.texts(best[found]), candidates.texts(worst[found])
+    failing: Bools = np.zeros(len(best), bool)
+    failing[found] = pc.equal(chosen, rejected).to_numpy()
+    outcomes.fail("same_text", failing)
+    if limit is not None:
+        pairs = zip(chosen.to_pylist(), rejected.to_pylist(), strict=True)
+        failing[found] = [similarity(*texts) > limit for texts in pairs]
+        outcomes.fail("similar_text", failing)
+
+
+def _rows(
+    selection: pa.Table,
+    candidates: Candidates,
+    found: Ints,
+    best: Ints,
+    worst: Ints,
+    *,
+    is_wrpo: bool,
+) -> pa.Table:
+    """PREFERENCE records of the prompts `found`, with these chosen and rejected answers."""
+    kept, answers = selection.take(found), candidates.answers(np.append(best, worst))
+    chosen, rejected = answers[: len(best)], answers[len(best) :]
+    source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
+    scores = kept["candidates"].combine_chunks()
+    own = candidates.scores(len(selection)).take(found)
+    rewards: Floats = candidates.rewards
+    columns = {
+        "prompt_id": kept["prompt_id"],
+        "messages": kept["messages"],
+        "source_chosen": source,
+        "target_chosen": chosen,
+        "rejected": rejected,
+        "source_margin": source.field("reward").to_numpy() - rewards[best],
+        "target_margin": rewards[best] - rewards[worst],
+        "candidates": _joined(scores, own) if is_wrpo else scores,
+    }
+    return pa.table(columns, schema=PREFERENCE)
+
+
+def _joined(first: pa.ListArray, second: pa.ListArray) -> pa.ListArray:
+    """Each list of the first, followed by the same list of the second."""
+    lengths = np.stack([pc.list_value_length(x).to_numpy() for x in (first, second)], axis=1)
+    values = pa.concat_arrays([first.flatten(), second.flatten()])
+    starts = (np.cumsum(lengths.T) - lengths.T.ravel()).reshape(2, -1).T.ravel()
+    counts = lengths.ravel()
+    shifts = starts - (np.cumsum(counts) - counts)
+    order = np.arange(len(values)) + np.repeat(shifts, counts)
+    offsets = np.append(0, np.cumsum(lengths.sum(axis=1))).astype(np.int32)
+    return pa.ListArray.from_arrays(offsets, values.take(pa.array(order)), type=first.type)
+
+
+def _dropped(outcomes: Outcomes, prompts: Ints, count: int) -> dict[str, int]:
+    """How many of `count` prompts have no pair, by the last check that one of its groups failed."""
+    codes = np.full(count, REASONS.index("too_few"))
+    np.maximum.at(codes, prompts, outcomes.codes)
+    numbers = np.bincount(codes, minlength=FOUND)
+    return {f"dropped.{r}": int(n) for r, n in zip(REASONS, numbers, strict=False) if n}
