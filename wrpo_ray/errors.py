@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each says in one line what is wrong and what to do."""
+"""The project's own errors. Each message says in one line what is wrong and what to do."""
 
 
 class WrpoError(Exception):
@@ -6,11 +6,11 @@ class WrpoError(Exception):
 
 
 class UserError(WrpoError, ValueError):
-    """Something in the config, the data or the surroundings that the user can put right."""
+    """A problem in the config, the data or the environment that the user can fix."""
 
 
 class BrokenFileError(UserError):
-    """A file of a run does not hold what a run writes there."""
+    """A file of a run is damaged, or was changed after the run wrote it."""
 
 
 class FailureLimitError(WrpoError, RuntimeError):
@@ -22,7 +22,7 @@ class LeaseError(WrpoError, RuntimeError):
 
 
 class TemplateError(UserError):
-    """A chat template refuses a conversation, or fails on it."""
+    """A chat template rejects a conversation, or fails on it."""
 
 
 class TokenizeError(UserError):
@@ -30,12 +30,12 @@ class TokenizeError(UserError):
 
 
 class SpelledTokenError(UserError):
-    """A text spells a special token, and this tokenizer cannot keep it text."""
+    """A text contains a special token's spelling, and this tokenizer cannot encode it as text."""
 
 
 class RegressionError(WrpoError, RuntimeError):
-    """A model does worse than `wrpo evaluate --fail-below` allows."""
+    """A model scores lower than `wrpo evaluate --fail-below` allows."""
 
 
 class BudgetError(WrpoError, RuntimeError):
-    """The budget is spent; all that is finished is kept, and a higher budget goes on."""
+    """The budget is spent. Finished work is kept; a run with a higher budget continues."""

@@ -161,7 +161,7 @@ def alive(pool: str) -> int:
 
 
 def test_a_pool_that_waits_for_rows_shrinks_and_grows_again(monkeypatch):
-    monkeypatch.setattr(pools, "IDLE", 1.0)
+    monkeypatch.setattr(pools, "IDLE_TIMEOUT", 1.0)
     followed, done = Step("followed"), []
     ready_queue, pool = pools.ReadyQueue([followed]), Pool("follows", Actors(max=3))
     rows = [{"job": 0, "bucket": n} for n in range(61)]

@@ -1,1 +1,1 @@
-"""What runs on Ray: connection, actors, tasks, progress, the ledger and the lease of an output."""
+"""Ray: connection, actor pools, tasks, progress, metrics, the ledger and the output's lease."""

@@ -1,4 +1,4 @@
-"""The Ray cluster: connecting, checking where data lies, ending orphans, room, tasks."""
+"""The Ray cluster: connect, check that nodes see the output, kill orphaned processes."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
 from wrpo_ray.text.addresses import redact
 
 OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"
-"""Environment of every process that works for a run: which output, and which driver."""
+"""Environment variables of every process of a run: its output, and its driver."""
 IGNORED_WARNINGS = ("Progress bars disabled",)
-"""Warnings of Ray Data, by their beginnings, that tell a user nothing: progress is told here."""
+"""Beginnings of Ray Data's warnings that are not shown: progress is reported here."""
 
 
 def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
     """Connect to the cluster, or start Ray on this machine, and mark the run's processes."""
-    # Ray's C++ core writes warnings to stderr that say nothing to a user; errors still rise.
+    # Ray's C++ core writes warnings to stderr that do not help a user; errors still rise.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    # After a failure a thread that still waits for Ray Data must not start a Ray of its own.
+    # After a failure a thread that still waits for Ray Data must not start another Ray.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     import ray
 
@@ -61,23 +61,23 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
 
 
 def _quiet_ray_data() -> None:
-    """Leave out what Ray Data tells in passing; other warnings and errors reach the terminal."""
+    """Hide Ray Data's progress bars and `IGNORED_WARNINGS`; other warnings stay."""
     import ray
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     logger = logging.getLogger("ray.data")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:
-        handler.addFilter(_is_news)
+        handler.addFilter(_is_useful)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _is_useful(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith(IGNORED_WARNINGS)
 
 
 @contextmanager
 def keeping_sigterm() -> Iterator[None]:
-    """Ray puts handlers of its own for SIGTERM that end the process with another exit code."""
+    """Restore SIGTERM's handler at the end: Ray's own handler exits with another code."""
     ours = signal.getsignal(signal.SIGTERM)
     yield
     if threading.current_thread() is threading.main_thread():
@@ -85,19 +85,19 @@ def keeping_sigterm() -> Iterator[None]:
 
 
 def output_mark(root: Folder) -> str:
-    """What the processes of an output's runs are known by, however its path was written."""
+    """A hash that marks the processes of an output's runs; the same for every way to write it."""
     return digest(root.absolute().uri.rstrip("/"))
 
 
 def check_listening(address: str) -> None:
-    """Ray waits for minutes, and ends the process, where nothing listens.
+    """Check that a server listens; without one, Ray waits for minutes and ends the process.
 
     Raises:
-        UserError: nothing does.
+        UserError: the address refuses connections.
     """
     host, _, port = address.rpartition("/")[2].rpartition(":")
     if not port.isdigit():
-        return  # such as `auto`
+        return  # no host:port, such as `auto`
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
@@ -108,20 +108,20 @@ def check_listening(address: str) -> None:
 
 
 def _python_path() -> str:
-    """The driver's folder first, so that functions named in the config are found by workers."""
+    """PYTHONPATH with the driver's folder first: workers import functions that a config names."""
     paths = [os.getcwd(), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     return os.pathsep.join(dict.fromkeys(p for p in paths if p))
 
 
 def nodes() -> list[str]:
-    """Ids of the live nodes."""
+    """Ids of the nodes that are alive."""
     import ray
 
     return [n["NodeID"] for n in ray.nodes() if n["Alive"]]
 
 
 def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Results of a call on each node; one that was lost just now, and is still listed, has none."""
+    """Results of a call on each node, but for nodes that were lost a moment ago."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
 
@@ -138,10 +138,10 @@ def _on_every_node(function: Callable[..., Any], *args: Any) -> list[Any]:
 
 
 def check_reachable(root: Folder) -> None:
-    """Check that every node sees the output folder.
+    """Check that every node can read the output folder.
 
     Raises:
-        UserError: the path is relative, or local to a node, on more than one node.
+        UserError: on several nodes, the path is relative or on one node's own disk.
     """
     if root.is_remote or len(nodes()) == 1:
         return
@@ -165,28 +165,28 @@ def _sees(root: Folder, name: str) -> bool:
 
 
 def kill_orphans(root: Folder, session: str) -> None:
-    """End what an earlier, dead driver of this output left running on any node.
+    """Kill the processes that an earlier, dead driver of this output left on any node.
 
-    The lease has to be held: then every process marked with this output and another session
-    is an orphan.
+    The caller has to hold the lease: then every process that is marked with this output and
+    another session is an orphan.
     """
-    ended = sum(_on_every_node(_end_orphans, output_mark(root), session))
+    ended = sum(_on_every_node(_kill_local_orphans, output_mark(root), session))
     if ended:
         log(f"ended {ended} processes that an interrupted run had left behind")
 
 
-def _end_orphans(output: str, session: str) -> int:
+def _kill_local_orphans(output: str, session: str) -> int:
     orphans = [p for p in psutil.process_iter() if _is_orphan(p, output, session)]
     for process in orphans:
         process.kill()
     deadline = time.monotonic() + 30
-    while any(map(_runs, orphans)) and time.monotonic() < deadline:
+    while any(map(_is_running, orphans)) and time.monotonic() < deadline:
         time.sleep(0.1)
     return len(orphans)
 
 
-def _runs(process: psutil.Process) -> bool:
-    """Whether it still does; one that waits only for its parent to take notice does not."""
+def _is_running(process: psutil.Process) -> bool:
+    """Whether a process runs; a zombie does not."""
     try:
         return process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -202,9 +202,9 @@ def _is_orphan(process: psutil.Process, output: str, session: str) -> bool:
 
 
 def disconnect() -> None:
-    """Leave the cluster; a Ray that `connect` started ends.
+    """Leave the cluster; a Ray that `connect` started is shut down.
 
-    What other threads still had under way ends with it, and has nothing more to tell.
+    Calls of other threads end with it; their errors are not logged.
     """
     import ray
 

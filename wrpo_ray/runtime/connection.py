@@ -1,4 +1,4 @@
-"""Whether the connection to Ray is open, for threads that call it."""
+"""Guards Ray calls of threads against the end of the connection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from wrpo_ray.errors import WrpoError
 
 
 class ClosedError(WrpoError):
-    """The connection to Ray is closed, or is another one: the run has come to its end."""
+    """The connection to Ray was closed, because the run ends."""
 
 
 class _Connection:
-    """Whether threads may call Ray: in the midst of a call they must not lose it.
+    """Counts the calls of Ray under way: the connection is closed between calls only.
 
-    Ray waits for a minute then, and ends the process.
+    A call that loses its connection waits for a minute, and Ray then ends the process.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class _Connection:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Calls of Ray that end within seconds.
+        """Keep the connection open for a block of calls that take seconds at most.
 
         Raises:
             ClosedError: the connection was closed.
@@ -41,11 +41,11 @@ class _Connection:
                 self._changed.notify_all()
 
     def open(self) -> None:
-        """It is there."""
+        """Allow calls."""
         self._is_closed = False
 
     def close(self, seconds: float) -> None:
-        """No more calls; those under way are waited for so long."""
+        """Refuse new calls, and wait so long for those under way."""
         with self._changed:
             self._is_closed = True
             self._changed.wait_for(lambda: not self._calls, seconds)

@@ -1,4 +1,4 @@
-"""What a stage is given beside its jobs: the output, limits, and how its counts are summed."""
+"""Run context: the output, limits and ledger that every stage of a run shares."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from wrpo_ray.storage.steps import Step
 
 @dataclass(frozen=True)
 class Run:
-    """One call of the pipeline."""
+    """Settings of one run, passed to every stage and worker."""
 
     root: Folder
     buckets: int
     chunk: int = 64
     failure_limit: float = 0.01
     session: str = ""
-    """Marks the processes of this driver, so that a later one can tell them from its own."""
+    """Id of this driver, in the environment of its processes."""
     max_attempts: int = 3
-    """How often a row is tried in all runs together before it stays failed."""
+    """Attempts over all runs after which a failed row is not retried."""
     ledger: Ledger | None = None
-    """The driver's; workers have none."""
+    """None in workers: only the driver writes it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
@@ -43,9 +43,9 @@ class Run:
         prompt_tokens: int = 0,
         output_tokens: int = 0,
     ) -> None:
-        """Count what an actor of `gpus` GPUs took and made; the driver calls it.
+        """Add an actor's usage to the ledger and to the Prometheus metrics; for the driver.
 
-        Of the seconds it was `idle` for some. Goes to the ledger and to Prometheus.
+        The actor has `gpus` GPUs, held them for `seconds`, and was `idle` for some of these.
 
         Raises:
             BudgetError: the budget is spent.
@@ -55,12 +55,12 @@ class Run:
             actor_seconds=seconds, idle_seconds=idle, gpu_seconds=seconds * gpus,
         )  # fmt: skip
         if self.ledger:
-            spent = Usage(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
-            self.ledger.add(step, pool, spent)
+            usage = Usage(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
+            self.ledger.add(step, pool, usage)
             self.ledger.check()
 
     def check_failures(self, step: Step, failed: int, done: int) -> None:
-        """Raise FailureLimitError when more than `failure_limit` of the rows failed."""
+        """Raise FailureLimitError if more than `failure_limit` of the rows failed."""
         if failed and failed > self.failure_limit * (failed + done):
             raise FailureLimitError(
                 f"{step.name}: {failed} of {failed + done} rows failed, above failure_limit "

@@ -1,9 +1,9 @@
-"""A lease on the output folder keeps two runs apart.
+"""A lease on the output folder prevents two runs from writing to it at once.
 
-The holder writes a heartbeat. Another run on the same host sees at once whether the holder
-still lives; from another host it watches for `EXPIRES` seconds, by its own clock, whether the
-heartbeat moves. Not covered: object stores have no compare-and-swap here, so two runs that
-start within the same second can both believe to hold it; the read-back makes that unlikely.
+The holder writes a heartbeat. Another run on the same host checks whether the holder's process is
+alive; on another host it watches the heartbeat for `EXPIRES` seconds by its own clock. Not
+covered: object stores have no compare-and-swap here, so two runs that start within the same second
+can both take the lease; reading it back makes that unlikely.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ EXPIRES = 30.0
 
 
 class Lease:
-    """Held within a `with` block.
+    """The lease, held within a `with` block.
 
     Raises:
         LeaseError: another run holds the folder.
@@ -49,7 +49,7 @@ class Lease:
             )
         self._write(0)
         if (self._read() or {}).get("session") != self.session:
-            raise LeaseError(f"output: {self.folder}: another run took it just now")
+            raise LeaseError(f"output: {self.folder}: another run has just taken it")
         self._thread.start()
         return self
 
@@ -65,7 +65,7 @@ class Lease:
 
     def _is_beating(self, held: dict[str, Any]) -> bool:
         if held["host"] == socket.gethostname():
-            return True  # its process lives
+            return True  # `is_dead` has checked its process
         deadline = time.monotonic() + self.expires
         while time.monotonic() < deadline:
             time.sleep(min(self.beat, self.expires / 10))
@@ -77,7 +77,7 @@ class Lease:
         count, beaten = 0, time.monotonic()
         while not self._stop.wait(self.beat):
             held = self._read()
-            if held and held["session"] == self.session and self._beats(count := count + 1):
+            if held and held["session"] == self.session and self._beat(count := count + 1):
                 beaten = time.monotonic()
             is_taken = held is not None and held["session"] != self.session
             if is_taken or time.monotonic() - beaten > self.expires:
@@ -85,8 +85,8 @@ class Lease:
                 _thread.interrupt_main()
                 return
 
-    def _beats(self, count: int) -> bool:
-        """Whether the heart could beat; a store may fail for a moment."""
+    def _beat(self, count: int) -> bool:
+        """Write a heartbeat; return False if the store fails for a moment."""
         try:
             self._write(count)
         except OSError:
@@ -117,14 +117,14 @@ def read(folder: Folder) -> dict[str, Any]:
     """The lease of a folder.
 
     Raises:
-        FileNotFoundError: nobody holds it.
+        FileNotFoundError: no run holds it.
         BrokenFileError: the file holds no lease.
     """
     return folder.read_record(FILE, session=str, host=str, pid=int, started=(int, float))
 
 
 def is_dead(held: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this host and is no more."""
+    """Whether the holder was a process of this host and has ended."""
     if held["host"] != socket.gethostname():
         return False
     try:

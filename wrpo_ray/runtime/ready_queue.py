@@ -1,4 +1,4 @@
-"""Rows for a pool that follows another one, in the order in which they become ready."""
+"""A queue between two pools: buckets that one has finished and the other can read."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ Row = dict[str, Any]
 class ReadyQueue:
     """Rows for a pool that follows another one, in the order in which they become ready.
 
-    `steps` are those that are followed; row {"job": i, "bucket": b} says that bucket b of the
-    step number i can be read. Threads add rows and take them.
+    Row {"job": i, "bucket": b} says that bucket b of `steps[i]` can be read. Thread-safe.
     """
 
     def __init__(self, steps: list[Step]):
@@ -24,17 +23,17 @@ class ReadyQueue:
 
     @classmethod
     def of(cls, rows: list[Row]) -> ReadyQueue:
-        """Rows that are ready."""
-        feed = cls([])
-        feed._rows.extend(rows)
-        return feed
+        """A queue with rows that are ready."""
+        queue = cls([])
+        queue._rows.extend(rows)
+        return queue
 
     def add(self, step: Step, bucket: int) -> None:
-        """Tell that a bucket can be read; steps that nobody follows are passed over."""
+        """Add a bucket that can be read; buckets of other steps are ignored."""
         if step.key in self._jobs:
             self._rows.append({"job": self._jobs[step.key], "bucket": bucket})
 
     def take(self) -> Iterator[Row]:
-        """The rows that are ready and were not taken."""
+        """Remove and yield the rows that are ready."""
         while self._rows:
             yield self._rows.popleft()

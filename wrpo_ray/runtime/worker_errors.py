@@ -1,4 +1,4 @@
-"""Errors of workers and of Ray as one line that names the first cause."""
+"""Errors of workers and of Ray, as one line that names the root cause."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from wrpo_ray.llm.vllm import with_root_cause
 def capture_error(
     what: str, function: Callable[[dict[str, Any]], dict[str, Any]], row: dict[str, Any]
 ) -> dict[str, Any]:
-    """The function's result, or what went wrong, for `restore_error`."""
+    """Return the function's result, or its error as a row for `restore_error`."""
     try:
         return function(row)
-    except Exception as error:  # whatever it is, the driver tells it
+    except Exception as error:  # of any kind: the driver reports it
         own = (
             error if isinstance(error, WrpoError) else summarize_error(with_root_cause(error), what)
         )
@@ -29,7 +29,7 @@ def capture_error(
 
 
 def restore_error(result: dict[str, Any]) -> WrpoError:
-    """The error that a result of `guarded` tells of."""
+    """The error that `capture_error` returned as a row."""
     kind: type[WrpoError] = getattr(errors, result["error"])
     error = kind(result["message"])
     error.__cause__ = RuntimeError(result["trace"])  # shown with WRPO_DEBUG
@@ -37,7 +37,7 @@ def restore_error(result: dict[str, Any]) -> WrpoError:
 
 
 def summarize_error(error: BaseException, what: str) -> WrpoError:
-    """The project's own error inside one of Ray's, or one line that names the first cause."""
+    """The WrpoError inside an error of Ray; without one, a WrpoError that names the root cause."""
     causes = list(_causes(error))
     own = next((cause for cause in causes if isinstance(cause, WrpoError)), None)
     if own is not None:
@@ -50,7 +50,7 @@ def summarize_error(error: BaseException, what: str) -> WrpoError:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it wraps, outermost first."""
+    """The error and the errors that it wraps, outermost first."""
     while error is not None:
         yield error
         failures = list(getattr(error, "worker_failures", {}).values())

@@ -19,14 +19,14 @@ GONE = [
 ]
 
 
-class Pooled(pools._RunningPool):
+class Pooled(pools.RunningPool):
     """A pool without a cluster, so that each kind of loss can be told to it."""
 
     def __init__(self) -> None:
         self.pool, self.losses, self.lost_starts = Pool("pool", Actors()), Counter(), 0
         self.queue, self.members = deque(), []
 
-    def _release(self, member: pools._Member) -> None:
+    def _release(self, member: pools.Member) -> None:
         self.members.remove(member)
 
 
@@ -39,7 +39,7 @@ def test_a_row_goes_to_others_until_too_many_were_lost_with_it(error, monkeypatc
     monkeypatch.setattr(ray, "get", get)
     pool, rows = Pooled(), [{"n": 0}, {"n": 1}]
     for lost in range(pools.ROW_LOSSES + 1):
-        member = pools._Member(None, None, rows={n: (row, 0.0) for n, row in enumerate(rows)})
+        member = pools.Member(None, None, rows={n: (row, 0.0) for n, row in enumerate(rows)})
         pool.members, pool.queue = [member], deque()
         if lost == pools.ROW_LOSSES:
             with pytest.raises(type(error)):

@@ -1,0 +1,107 @@
+"""The actors of a pool: starting them, ending them, and the errors that mean that one is lost."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from wrpo_ray.errors import WrpoError
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.pool_worker import ErrorCapturingWorker
+from wrpo_ray.runtime.ready_queue import Row
+
+REMOVAL_TIMEOUT = 60.0
+"""Seconds to wait until Ray has removed a pool's placement groups."""
+
+
+@dataclass(eq=False)
+class Member:
+    """An actor of a pool, from the request for it on."""
+
+    handle: Any
+    starting: Any
+    """Ray object that is ready when the actor answers for the first time; None after that."""
+    group: Any = None
+    """The actor's own placement group, if it has one."""
+    has_room: bool = True
+    """Whether the cluster had room for it at the request."""
+    since: float = field(default_factory=time.monotonic)
+    """Time of the request, of the first answer, or of the last finished row."""
+    rows: dict[Any, tuple[Row, float]] = field(default_factory=dict)
+    """{Ray object of the result: (row, time of assignment)} of unfinished rows."""
+    assigned: int = 0
+    """Number of rows assigned so far."""
+
+
+def start_member(pool: Pool, arguments: dict[str, Any], groups: str, *, has_room: bool) -> Member:
+    """Request an actor from Ray; `groups` begins the names of the pool's placement groups."""
+    import ray
+    from ray.util import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
+
+    actors, group = pool.actors, None
+    where: dict[str, Any] = {
+        "num_gpus": actors.num_gpus or None,
+        "resources": actors.resources or None,
+        "scheduling_strategy": "SPREAD",
+    }
+    if pool.parts > 1:  # vLLM starts its own workers in the placement group of its actor
+        group = placement_group(pool.bundles, name=f"{groups}{uuid.uuid4().hex}")
+        where = {"scheduling_strategy": InGroup(group, 0, True)}
+    handle = (
+        ray.remote(type(pool.what, (ErrorCapturingWorker,), {}))  # the name in Ray's dashboard
+        .options(
+            num_cpus=actors.num_cpus,
+            max_concurrency=pool.threads,
+            runtime_env={"env_vars": pool.env},
+            **where,
+        )
+        .remote(**arguments)
+    )
+    return Member(handle, handle.answers.remote(), group, has_room)
+
+
+def end_member(member: Member) -> None:
+    """End an actor; an idle one ends by itself when its handle is dropped."""
+    import ray
+    from ray.util import remove_placement_group
+
+    if member.group:
+        remove_placement_group(member.group)
+    elif member.rows or member.starting is not None:
+        ray.kill(member.handle)
+
+
+def remove_groups(prefix: str) -> None:
+    """Remove the placement groups of this name prefix, and wait until their resources are free.
+
+    Raises:
+        WrpoError: Ray still lists some after `REMOVAL_TIMEOUT`.
+    """
+    from ray.util import get_placement_group, placement_group_table, remove_placement_group
+
+    deadline = time.monotonic() + REMOVAL_TIMEOUT
+    while True:
+        found = [g for g in placement_group_table().values() if g["name"].startswith(prefix)]
+        left = [g for g in found if g["state"] != "REMOVED"]
+        if not left:
+            return
+        if time.monotonic() > deadline:
+            raise WrpoError(
+                f"{len(left)} placement groups could not be removed within {REMOVAL_TIMEOUT:g} s"
+            )
+        for entry in left:
+            with suppress(ValueError):  # removed in the meantime
+                remove_placement_group(get_placement_group(entry["name"]))
+        time.sleep(0.1)
+
+
+def loss_errors() -> tuple[type[Exception], ...]:
+    """The errors that Ray raises when an actor, or its result, is lost."""
+    from ray import exceptions as ray
+
+    lost = (ray.RayActorError, ray.WorkerCrashedError, ray.NodeDiedError)
+    return (*lost, ray.OutOfMemoryError, ray.ObjectLostError)
