@@ -1,4 +1,4 @@
-"""Values of every type for every field of a request, and which of them a field takes."""
+"""Values of every type for every field of a request, and which of them each field accepts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ COMMON: dict[str, list[Any]] = {
     "ignore_eos": [None, True, False],
     "skip_special_tokens": [None, True, False],
 }
-TAKEN: dict[str, dict[str, list[Any]]] = {
+ACCEPTED: dict[str, dict[str, list[Any]]] = {
     "chat": COMMON
     | {
         "model": [],
@@ -86,7 +86,7 @@ TAKEN: dict[str, dict[str, list[Any]]] = {
     },
     "score": {"messages": []},
 }
-"""Of `VALUES`, by call and field: what the endpoint passes on; all others it refuses."""
+"""The `VALUES` that the endpoint accepts, by call and field; it rejects all others."""
 TOOL = {
     "type": "function",
     "function": {"name": "f", "description": "d", "parameters": {"type": "object"}, "strict": True},
@@ -119,17 +119,17 @@ NESTED: dict[str, Any] = {
     "tools": [TOOL],
     "tool_choice": {"type": "function", "function": {"name": "f"}},
 }
-"""A chat with something at every place that a request has."""
+"""A chat that uses every field."""
 
 
-def is_taken(call: str, field: str, value: Any) -> bool:
-    """Whether the endpoint passes a value on; True is not 1, and 1 is not 1.0."""
-    taken = TAKEN[call][field]
-    return any(type(value) is type(each) and value == each for each in taken)
+def is_accepted(call: str, field: str, value: Any) -> bool:
+    """Whether the endpoint accepts a value; True is not 1, and 1 is not 1.0."""
+    accepted = ACCEPTED[call][field]
+    return any(type(value) is type(each) and value == each for each in accepted)
 
 
 def places(value: Any, path: tuple[int | str, ...] = ()) -> list[tuple[int | str, ...]]:
-    """The paths of a tree's nodes below its root."""
+    """Return the paths of all nodes below the root of a tree."""
     items: list[tuple[int | str, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())
@@ -139,7 +139,7 @@ def places(value: Any, path: tuple[int | str, ...] = ()) -> list[tuple[int | str
 
 
 def replaced(tree: Any, path: tuple[int | str, ...], value: Any) -> Any:
-    """A tree with another value at a path."""
+    """Return a tree with another value at a path."""
     if not path:
         return value
     key, *rest = path

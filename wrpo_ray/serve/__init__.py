@@ -1,1 +1,1 @@
-"""Models behind an OpenAI-compatible endpoint: Ray Serve LLM, with keys and limits before it."""
+"""An OpenAI-compatible server on Ray Serve LLM, with API keys and limits."""

@@ -1,7 +1,7 @@
-"""Whether a LoRA adapter is one of the model that it is served with, told from headers.
+"""Checks that a LoRA adapter belongs to the model it is served with, by the headers of its files.
 
-vLLM lets go of what fits no layer of the model, and takes a rank from the adapter's config. So an
-adapter of another model, or without some of its tensors, would answer, but not as it was trained.
+vLLM ignores tensors that fit no layer of the model, and takes the rank from the adapter's config.
+So an adapter of another model, or an incomplete one, would answer, but not as it was trained.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 SPECIAL = ("layers_to_transform", "layers_pattern", "exclude_modules", "rank_pattern")
-"""Settings of peft with which not every layer has an adapter, or not of the same rank."""
+"""Settings of peft with which some layers have no adapter, or one of another rank."""
 
 
 def check_adapter(folder: Folder, base: Folder, base_tensors: Tensors | None) -> None:
-    """Check an adapter's files against the tensors of its model, where these are known.
+    """Check an adapter's files against the tensors of its model, if these are known.
 
     Raises:
         UserError: a file is missing or broken, or a tensor is missing or of another shape.
@@ -45,9 +45,9 @@ def check_adapter(folder: Folder, base: Folder, base_tensors: Tensors | None) ->
     with telling_of(str(folder)):
         tensors = read_file(folder, file)
     if tensors is None:
-        return  # of torch before 1.6, which does not tell its tensors
+        return  # the format of torch before 1.6, which has no header
     is_text = not {"text_config", "vision_config"} & read_json(base, "config.json").keys()
-    known = base_tensors if is_text else None  # others have other names in files than in vLLM
+    known = base_tensors if is_text else None  # names of other models differ between files and vLLM
     problems = list(_problems(tensors, config, known))
     if problems:
         raise UserError(
@@ -67,15 +67,15 @@ def _problems(tensors: Tensors, config: dict[str, Any], base: Tensors | None) ->
     for module, shapes in modules.items():
         for part in {"A", "B"} - shapes.keys():
             yield f"base_model.model.{module}.lora_{part}.weight is missing"
-        yield from _misfits(module, shapes, None if config.get("rank_pattern") else rank, base)
-    for module in sorted(set(_wanted(config, base)) - modules.keys()):
+        yield from _mismatches(module, shapes, None if config.get("rank_pattern") else rank, base)
+    for module in sorted(set(_expected_modules(config, base)) - modules.keys()):
         yield f"base_model.model.{module}.lora_A.weight is missing"
 
 
-def _misfits(
+def _mismatches(
     module: str, shapes: dict[str, tuple[int, ...]], rank: Any, base: Tensors | None
 ) -> Iterator[str]:
-    """What of a module's A (rank, in) and B (out, rank) does not fit its weight (out, in)."""
+    """Yield the mismatches between A (rank, in), B (out, rank) and the weight (out, in)."""
     if base is not None and f"{module}.weight" not in base:
         yield f"the model has no {module}.weight"
         return
@@ -87,8 +87,8 @@ def _misfits(
             yield f"base_model.model.{module}.lora_{part}.weight has shape {shape}"
 
 
-def _wanted(config: dict[str, Any], base: Tensors | None) -> Iterator[str]:
-    """The modules that peft gave adapters by the config, as far as that can be told."""
+def _expected_modules(config: dict[str, Any], base: Tensors | None) -> Iterator[str]:
+    """Yield the modules that have adapters by the config, if it determines them."""
     targets = config.get("target_modules")
     if base is None or not targets or targets == "all-linear" or any(map(config.get, SPECIAL)):
         return
@@ -98,8 +98,8 @@ def _wanted(config: dict[str, Any], base: Tensors | None) -> Iterator[str]:
         if module == name or len(header.shape) != 2:
             continue
         if isinstance(targets, str):
-            is_meant = re.fullmatch(targets, module) is not None
+            is_target = re.fullmatch(targets, module) is not None
         else:
-            is_meant = module in ends or any(module.endswith(f".{end}") for end in ends)
-        if is_meant:
+            is_target = module in ends or any(module.endswith(f".{end}") for end in ends)
+        if is_target:
             yield module

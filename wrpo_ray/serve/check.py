@@ -1,4 +1,4 @@
-"""What can be told of a server's settings before anything starts."""
+"""Checks of a server's settings before anything starts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from wrpo_ray.storage.hub import resolve_address
 
 
 def checked(settings: ServeConfig) -> ServeConfig:
-    """The settings, with absolute paths and hub ids at the commits that they are at now.
+    """Return the settings with absolute paths, and hub ids pinned to their current commits.
 
     Raises:
         UserError: a model, an adapter or the keys cannot be used.
@@ -41,7 +41,7 @@ def checked(settings: ServeConfig) -> ServeConfig:
 
 
 def _reward(reward: RewardConfig | None) -> RewardConfig | None:
-    """The reward, with its weights where any replica finds them."""
+    """Return the reward with addresses of its weights that every replica can resolve."""
     if reward is None:
         return None
     parts = [_part(part) for part in reward.parts]
@@ -69,7 +69,7 @@ def _checked(model: ServedModel) -> ServedModel:
     for name, adapter in adapters.items():
         with telling_of(f"serve: {name}"):
             check_adapter(adapter, *opened(folder))
-    found = {  # replicas have working directories of their own
+    found = {  # replicas have other working directories
         "model": folder.absolute().uri,
         "revision": None,
         "chat_template": _absolute(model.chat_template),
@@ -83,10 +83,10 @@ def _absolute(path: str | None) -> str | None:
 
 
 def check_free(host: str, port: int) -> None:
-    """Check that nothing listens at an address of this machine.
+    """Check that an address of this machine is free.
 
     Raises:
-        UserError: something does, or the address is another machine's.
+        UserError: a process listens at it, or it is not an address of this machine.
     """
     try:
         socket.create_server((host, port)).close()
@@ -95,5 +95,5 @@ def check_free(host: str, port: int) -> None:
 
 
 def lines(settings: ServeConfig) -> str | None:
-    """The lines of keys in the environment, where no file has them."""
+    """Return the key lines of the environment, unless `keys` names a file."""
     return None if settings.keys else os.environ.get(ENVIRONMENT)

@@ -1,18 +1,19 @@
-"""What a client is told when it gets no answer, in OpenAI's form."""
+"""Errors that clients get, in OpenAI's format."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 OTHER_NAMES = {"input_tokens": "prompt", "input_text": "prompt"}
-"""What vLLM calls fields that clients know by other names."""
+"""vLLM's names of fields that clients know by other names."""
 
 
 class ClientError(Exception):
     """A request that ends without an answer: an HTTP status and OpenAI's error record.
 
-    Its text is for the client alone. It may quote the request, so it never goes to a log.
+    Its text is only for the client. It may quote the request, so it is never logged.
     """
 
     def __init__(
@@ -39,28 +40,34 @@ class ClientError(Exception):
         return {"error": error}
 
 
+def model_not_found(name: str, param: str | None = None) -> ClientError:
+    """The error for a model that is not served."""
+    message = f"the model {name!r} does not exist"
+    return ClientError(404, message, code="model_not_found", param=param)
+
+
 def unavailable() -> ClientError:
-    """The answer when a model's replicas are lost, and another try did not help."""
+    """The error when all replicas that were asked are lost."""
     message = "the model is not available at the moment; try again"
     return ClientError(503, message, code="unavailable", retry_after=5)
 
 
 def overloaded() -> ClientError:
-    """The answer when the queue is full."""
+    """The error when a model's queue is full."""
     message = "too many requests wait for this model; try again later"
     return ClientError(429, message, code="overloaded", retry_after=2)
 
 
 def too_slow(seconds: float) -> ClientError:
-    """The answer when the time for one has passed."""
+    """The error when an answer takes longer than `timeout`."""
     return ClientError(504, f"no whole answer in {seconds:g} seconds", code="timeout")
 
 
-def name_field(message: str, param: str | None, body: dict[str, Any]) -> tuple[str, str]:
-    """An engine's refusal of a request as (message that names the field, the field).
+def name_field(message: str, param: str | None, body: Mapping[str, Any]) -> tuple[str, str]:
+    """Return an engine's message as (message that names the field, the field).
 
-    Engines do not always tell the field: then it is the one of the request that the message
-    mentions first, or else the one that constrains the answer, or that holds the prompt.
+    Engines do not always name it. Then it is the field of the request that the message mentions
+    first, or else `response_format` if it is given, or the field of the prompt.
     """
     text = re.sub(r" \((?:parameter|value)=.*\)$", "", message, flags=re.DOTALL)
     prompt = "messages" if "messages" in body else "prompt"
@@ -70,11 +77,11 @@ def name_field(message: str, param: str | None, body: dict[str, Any]) -> tuple[s
     return (text if field in text else f"{field}: {text}"), field
 
 
-def _mentioned(text: str, body: dict[str, Any]) -> str | None:
-    """The field of a request that a text names first."""
+def _mentioned(text: str, body: Mapping[str, Any]) -> str | None:
+    """Return the field of a request that a text mentions first."""
     places = {
         name: found.start()
-        for name in body.keys() - {"model"}  # it is mentioned for what it cannot take
+        for name in body.keys() - {"model"}  # messages mention the model, but it is never at fault
         if (found := re.search(rf"\b{re.sub('_', '[_ ]', re.escape(name))}\b", text))
     }
     return min(places, key=places.__getitem__) if places else None

@@ -1,7 +1,7 @@
-"""API keys: their hashes in a file or in the environment, and who a key belongs to.
+"""API keys: their hashes in a file or in the environment, and their owners.
 
-A key has 256 random bits, so one round of SHA-256 is enough: there is nothing to guess. The key
-itself is in no file, log or message.
+A key has 256 random bits and cannot be guessed, so one round of SHA-256 is enough. The key itself
+is in no file, log or message.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.text.files import BOM, read_text
 
 ENVIRONMENT = "WRPO_SERVE_KEYS"
-LOOK_AGAIN = 5.0
-"""Seconds between looks at a file of keys, which makes revoking one take effect."""
+CHECK_INTERVAL = 5.0
+"""Seconds between checks of the key file; a revoked key is rejected after at most this time."""
 LOG = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
 class Key:
-    """Whose key it is, and until when."""
+    """The hash of a key, its owner and when it expires."""
 
     name: str
     digest: bytes
     expires: float | None = None
-    """Seconds since the epoch; null never."""
+    """Seconds since the epoch; None for never."""
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """A new key, and the line for the file of keys."""
+    """Return a new key, and its line for the key file."""
     key = f"wrpo-{secrets.token_urlsafe(32)}"
     return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
 
 
 def parse(text: str, where: str) -> tuple[Key, ...]:
-    """The keys of a text: `NAME SHA256 [EXPIRES]` a line; `#` begins a comment.
+    """Return the keys of a text with `NAME SHA256 [EXPIRES]` a line; `#` begins a comment.
 
     Raises:
-        UserError: a line is something else, a name has two keys, or there is no key.
+        UserError: a line has another form, a name has two keys, or there is no key.
     """
     lines = [line.partition("#")[0].split() for line in text.removeprefix(BOM).splitlines()]
     keys = [_key(words, f"{where}: line {i}") for i, words in enumerate(lines, 1) if words]
@@ -73,44 +73,44 @@ def _key(words: list[str], where: str) -> Key:
 
 
 class Keys:
-    """The keys that are accepted, read again when their file changes."""
+    """The accepted keys, read again when their file changes."""
 
     def __init__(
         self, text: str | None, path: str | None = None, now: Callable[[], float] = time.time
     ):
         self._path, self._now = Path(path) if path else None, now
-        self._looked, self._changed = now(), self._change()
+        self._checked_at, self._file_version = now(), self._version()
         self._keys = parse(self._read() if text is None else text, path or ENVIRONMENT)
 
     def _read(self) -> str:
         assert self._path is not None
         return read_text(self._path, "keys")
 
-    def _change(self) -> tuple[int, int] | None:
-        """What tells one content of the file from another."""
+    def _version(self) -> tuple[int, int] | None:
+        """Return the file's modification time and inode, which change with its content."""
         try:
             stat = self._path.stat() if self._path else None
         except OSError:
             return None
         return (stat.st_mtime_ns, stat.st_ino) if stat else None
 
-    def _look(self) -> None:
-        if self._path is None or self._now() < self._looked + LOOK_AGAIN:
+    def _reload(self) -> None:
+        if self._path is None or self._now() < self._checked_at + CHECK_INTERVAL:
             return
-        self._looked, changed = self._now(), self._change()
-        if changed is None or changed == self._changed:
+        self._checked_at, version = self._now(), self._version()
+        if version is None or version == self._file_version:
             return
         try:
-            self._keys, self._changed = parse(self._read(), str(self._path)), changed
+            self._keys, self._file_version = parse(self._read(), str(self._path)), version
         except UserError as error:
             LOG.error("the old keys stay in use: %s", error)
 
     def owner(self, given: str) -> str | None:
-        """The name that a key belongs to; null for none, or one that has expired.
+        """Return the owner of a key; None for an unknown or an expired one.
 
-        Takes the same time whichever key it is compared with.
+        Takes the same time for every key, so that timing reveals nothing.
         """
-        self._look()
+        self._reload()
         digest = hashlib.sha256(given.encode("utf-8", "replace")).digest()
         found = None
         for key in self._keys:

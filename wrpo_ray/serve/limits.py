@@ -1,4 +1,4 @@
-"""How much a key may ask: requests in any minute, and in hand at once."""
+"""Limits of each key: requests a minute, and concurrent requests."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from contextlib import contextmanager
 from wrpo_ray.serve.errors import ClientError
 
 WINDOW = 60.0
-"""Seconds."""
+"""Seconds of the sliding window."""
 
 
 class Limits:
-    """Counts the requests of each key; for one event loop."""
+    """Counts the requests of each key; not thread-safe, for one event loop."""
 
     def __init__(self, per_minute: int, concurrent: int, now: Callable[[], float] = time.monotonic):
         self.per_minute, self.concurrent, self._now = per_minute, concurrent, now
         self._begun: defaultdict[str, deque[float]] = defaultdict(deque)
-        self._in_hand: Counter[str] = Counter()
+        self._running: Counter[str] = Counter()
 
     @contextmanager
     def admit(self, key: str) -> Iterator[None]:
-        """Hold a place for one request of a key.
+        """Reserve a slot for one request of a key.
 
         Raises:
-            ClientError: 429, with the seconds after which a place is free. A refused request
-                does not count.
+            ClientError: 429, with the seconds until a slot is free. A rejected request does not
+                count.
         """
         begun, now = self._begun[key], self._now()
         while begun and begun[0] <= now - WINDOW:
@@ -37,12 +37,12 @@ class Limits:
             wait = max(1, math.ceil(begun[0] + WINDOW - now))
             message = f"more than {self.per_minute} requests in a minute"
             raise ClientError(429, message, code="rate_limit_exceeded", retry_after=wait)
-        if self._in_hand[key] >= self.concurrent:
+        if self._running[key] >= self.concurrent:
             message = f"more than {self.concurrent} requests at once"
             raise ClientError(429, message, code="concurrency_limit_exceeded", retry_after=1)
         begun.append(now)
-        self._in_hand[key] += 1
+        self._running[key] += 1
         try:
             yield
         finally:
-            self._in_hand[key] -= 1
+            self._running[key] -= 1

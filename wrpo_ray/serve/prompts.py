@@ -1,9 +1,9 @@
-"""Chats to prompts by `core.chat`, so that a model reads what it was trained to read.
+"""Renders chats with `llm.chat`, so that a model reads the same tokens as in training.
 
-Token ids go to vLLM in the field by which one of its servers hands a prompt on to another
-(`kv_transfer_params`); it then renders nothing. Chats with tools are left to vLLM, which knows
-how templates take them: there, text that spells a special token becomes that token. What the
-template leaves out of a chat is refused, with tools or without.
+Token ids are passed to vLLM in `kv_transfer_params`, the field by which one vLLM server passes a
+prompt to another; vLLM then renders nothing. vLLM renders chats with tools itself: there, text that
+spells a special token becomes that token. A chat is rejected if the template leaves out a part of
+it, with tools or without.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from wrpo_ray.llm.chat import (
 
 
 class Prompts:
-    """Renders chats, one at a time and beside the event loop: a long one takes a while."""
+    """Renders chats in a thread, so that a long one does not block the event loop."""
 
     def __init__(self, tokenizer: Any, ends: Collection[int] = ()):
         self._tokenizer, self._thread = tokenizer, ThreadPoolExecutor(1, "prompts")
         self._ends = sorted(ends)
 
     def stopping(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body of a request, with every token id that ends a turn; vLLM knows some of them."""
+        """Return the body with every token id that ends a turn; vLLM knows only some of them."""
         return body if body.get("ignore_eos") else body | {"stop_token_ids": self._ends}
 
     async def add(self, body: dict[str, Any]) -> dict[str, Any]:
-        """The body of a chat, with its prompt's token ids where no tools are in it.
+        """Return the body of a chat, with the token ids of its prompt if it has no tools.
 
         Raises:
-            UserError: the template or the tokenizer cannot write the messages.
+            UserError: the template or the tokenizer cannot render the messages.
         """
         loop, messages = asyncio.get_running_loop(), body["messages"]
         tools = body.get("tools") if body.get("tool_choice") != "none" else None
-        if body.get("tools") or any(_has_tools(message) for message in messages):
+        if body.get("tools") or any(_uses_tools(message) for message in messages):
             shapes = tuple(_shape(message) for message in messages)
             check = partial(_check_shapes, self._tokenizer, shapes, bool(tools))
             await loop.run_in_executor(self._thread, check)
@@ -53,22 +53,22 @@ class Prompts:
         return body | {"kv_transfer_params": {"prompt_token_ids": ids}}
 
 
-def _has_tools(message: dict[str, Any]) -> bool:
+def _uses_tools(message: dict[str, Any]) -> bool:
     return message["role"] == "tool" or bool(message.get("tool_calls"))
 
 
 def plain(message: dict[str, Any]) -> Message:
-    """A message with one text; parts are put together as vLLM does it."""
+    """Return a message with one text; parts are joined as in vLLM."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "\n".join(part["text"] for part in content)
     return {"role": message["role"], "content": content}
 
 
-# --- what a template leaves out of a chat with tools ---------------------------------------------
+# --- chats with tools: does the template render everything? --------------------------------------
 
 Shape = tuple[str, bool, int]
-"""A message's role, whether it has a text, and how many calls of tools."""
+"""A message's role, whether it has text, and its number of tool calls."""
 
 
 def _shape(message: dict[str, Any]) -> Shape:
@@ -77,18 +77,18 @@ def _shape(message: dict[str, Any]) -> Shape:
 
 
 def _check_shapes(tokenizer: Any, shapes: tuple[Shape, ...], has_tools: bool) -> None:
-    """Check that the template writes the texts and calls of such messages, and the tools.
+    """Check that the template renders the texts and calls of such messages, and the tools.
 
     Raises:
-        TemplateError: it does not; what it refuses itself is left to vLLM to tell.
+        TemplateError: it leaves something out. Errors of the template itself are reported by vLLM.
     """
-    if lost := _lost(tokenizer, shapes, has_tools):
-        raise TemplateError(f"chat template: leaves out {lost}; {UNWRITTEN}")
+    if missing := _left_out(tokenizer, shapes, has_tools):
+        raise TemplateError(f"chat template: leaves out {missing}; {UNWRITTEN}")
 
 
 @lru_cache(maxsize=1024)
-def _lost(tokenizer: Any, shapes: tuple[Shape, ...], has_tools: bool) -> str | None:
-    """What is not written of messages of these shapes with texts that are known."""
+def _left_out(tokenizer: Any, shapes: tuple[Shape, ...], has_tools: bool) -> str | None:
+    """Render probe texts in messages of these shapes, and return what the template leaves out."""
     probes = [_probe(i, shape) for i, shape in enumerate(shapes)]
     try:
         text = render(tokenizer, probes, prompt=True, tools=[TOOL] if has_tools else None)
@@ -115,7 +115,7 @@ TOOL: dict[str, Any] = {
 
 
 def _probe(index: int, shape: Shape) -> dict[str, Any]:
-    """A message of this shape; ids have the nine characters that Mistral's templates ask for."""
+    """Return a probe of this shape; ids have nine characters, as Mistral's templates require."""
     role, has_text, calls = shape
     message: dict[str, Any] = {"role": role, "content": f"{PROBE}{index}." if has_text else ""}
     if calls:

@@ -158,7 +158,7 @@ def test_ray_is_closed_to_other_pods_and_asks_for_its_token():
 
 
 def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
-    from wrpo_ray.serve.app import PROXY
+    from wrpo_ray.serve.proxy import PROXY
 
     services = [body for body in all_objects() if body["kind"] == "RayService"]
     assert len(services) >= 2

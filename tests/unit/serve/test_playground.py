@@ -11,7 +11,8 @@ from test_report_browser import findings
 from test_serve import DONE, KEY, LINES, Noted, Rewarded, Scripted, chunk, usage
 
 from wrpo_ray import config
-from wrpo_ray.serve.api import LostError, create
+from wrpo_ray.serve.api import create
+from wrpo_ray.serve.backends import LostError
 from wrpo_ray.serve.keys import Keys
 
 NAMES = ("one", "two", "three", "four")

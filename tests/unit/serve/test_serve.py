@@ -1,4 +1,4 @@
-"""The endpoint without Ray: who may ask, what is refused, and how answers end."""
+"""The endpoint without Ray: keys, limits, rejected requests, and the ends of answers."""
 
 import asyncio
 import hashlib
@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from support.request_values import (
+    ACCEPTED,
     NESTED,
-    TAKEN,
     TOOL,
     VALUES,
-    is_taken,
+    is_accepted,
     path_text,
     places,
     replaced,
@@ -32,17 +32,13 @@ from support.tiny_models import write_model
 from wrpo_ray import cli, config
 from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.llm.chat import prompt_ids
-from wrpo_ray.serve import api, body
-from wrpo_ray.serve.api import (
-    DONE,
-    LostError,
-    Refusal,
-    create,
-)
+from wrpo_ray.serve import endpoint, requests, validation
+from wrpo_ray.serve.api import create
+from wrpo_ray.serve.backends import DONE, LostError, Rejection
 from wrpo_ray.serve.check import checked
 from wrpo_ray.serve.errors import ClientError, overloaded
 from wrpo_ray.serve.keys import (
-    LOOK_AGAIN,
+    CHECK_INTERVAL,
     Keys,
     new_key,
     parse,
@@ -61,10 +57,10 @@ CHAT, COMPLETIONS, SCORE = "/v1/chat/completions", "/v1/completions", "/v1/score
 
 @pytest.fixture(autouse=True)
 def heard(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """Ray Serve, which other tests import, keeps its logger to itself."""
-    monkeypatch.setattr(api.LOG, "disabled", False)
-    monkeypatch.setattr(api.LOG, "propagate", True)
-    caplog.set_level(logging.DEBUG, api.LOG.name)
+    """Let the logger propagate: Ray Serve, which other tests import, turns that off."""
+    monkeypatch.setattr(endpoint.LOG, "disabled", False)
+    monkeypatch.setattr(endpoint.LOG, "propagate", True)
+    caplog.set_level(logging.DEBUG, endpoint.LOG.name)
 
 
 def user_says(content: Any) -> dict[str, Any]:
@@ -118,12 +114,12 @@ class Scripted:
 
 
 class Rewarded:
-    """A reward that is always the same."""
+    """A reward with a constant outcome."""
 
-    def __init__(self, outcome: float | Refusal | Exception):
+    def __init__(self, outcome: float | Rejection | Exception):
         self.outcome, self.asked = outcome, []
 
-    async def score(self, messages: list[Any], text: str) -> float | Refusal:
+    async def score(self, messages: list[Any], text: str) -> float | Rejection:
         self.asked.append((messages, text))
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -131,7 +127,7 @@ class Rewarded:
 
 
 class Noted:
-    """What was recorded."""
+    """A recorder that keeps what it is given."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[tuple[str, str]] = Counter()
@@ -140,7 +136,7 @@ class Noted:
     def finished(self, model: str, outcome: str, seconds: float) -> None:
         self.outcomes[model, outcome] += 1
 
-    def first(self, model: str, seconds: float) -> None:
+    def first_token(self, model: str, seconds: float) -> None:
         pass
 
     def tokens(self, model: str, prompt: int, answer: int) -> None:
@@ -166,7 +162,7 @@ class Client:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "PAUSE", 0.0)
+    monkeypatch.setattr(endpoint, "RETRY_DELAY", 0.0)
 
 
 # --- keys ------------------------------------------------------------------------------------
@@ -197,11 +193,11 @@ def test_a_changed_file_takes_effect_and_a_broken_one_does_not(tmp_path: Path):
     (tmp_path / "new").write_text(OLD_LINE)
     (tmp_path / "new").rename(file)
     assert keys.owner(KEY) == "alice", "looked at again only after a while"
-    now[0] += LOOK_AGAIN
+    now[0] += CHECK_INTERVAL
     assert (keys.owner(KEY), keys.owner(OLD)) == (None, "bob")
     (tmp_path / "new").write_text("nonsense")
     (tmp_path / "new").rename(file)
-    now[0] += LOOK_AGAIN
+    now[0] += CHECK_INTERVAL
     assert keys.owner(OLD) == "bob"
 
 
@@ -295,7 +291,7 @@ def test_only_known_fields_go_on_to_the_engine():
     assert client.model.asked == [{"model": "m", "messages": HI, "top_p": 0.5}]
 
 
-@pytest.mark.parametrize("lost", [[LostError()], [Refusal(503, "x")], []])
+@pytest.mark.parametrize("lost", [[LostError()], [Rejection(503, "x")], []])
 @pytest.mark.parametrize("stream", [False, True])
 def test_before_the_first_byte_another_replica_is_asked(lost: list[Any], stream: bool):
     whole = [[chunk("a"), DONE]] if stream else [[WHOLE, DONE]]
@@ -307,10 +303,10 @@ def test_before_the_first_byte_another_replica_is_asked(lost: list[Any], stream:
     answer = client.post(stream=stream)
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
     assert answer.json()["error"]["code"] == "unavailable"
-    assert len(client.model.asked) == api.TRIES
+    assert len(client.model.asked) == endpoint.MAX_ATTEMPTS
 
 
-@pytest.mark.parametrize("end", [[LostError()], [Refusal(503, "x")], []])
+@pytest.mark.parametrize("end", [[LostError()], [Rejection(503, "x")], []])
 def test_after_the_first_byte_a_lost_replica_is_an_error_event_without_done(end: list[Any]):
     client = Client(Scripted([[chunk("a")], *end]))
     answer = client.post(stream=True)
@@ -331,7 +327,7 @@ def test_a_full_queue_is_429_and_is_not_asked_again():
 
 
 def test_a_prompt_beyond_the_context_is_the_clients_fault():
-    client = Client(Scripted([Refusal(400, "too long", "messages")]))
+    client = Client(Scripted([Rejection(400, "too long", "messages")]))
     answer = client.post(stream=True)
     assert answer.status_code == 400
     error = {"message": "messages: too long", "type": "invalid_request_error", "code": None}
@@ -339,7 +335,7 @@ def test_a_prompt_beyond_the_context_is_the_clients_fault():
 
 
 def test_what_an_engine_fails_at_is_not_tried_on_others():
-    client = Client(Scripted([Refusal(500, "failed")]))
+    client = Client(Scripted([Rejection(500, "failed")]))
     answer = client.post()
     assert (answer.status_code, answer.json()["error"]["type"]) == (500, "server_error")
     assert len(client.model.asked) == 1
@@ -417,7 +413,7 @@ def test_a_body_has_to_arrive_in_time():
     tree = {"models": [{"name": "m", "model": "f"}], "read_timeout": 0.05}
     headers = {"content-type": "application/json"}
     with pytest.raises(ClientError) as told:
-        asyncio.run(body.read(slow(), headers, config.serving(tree)))
+        asyncio.run(validation.read(slow(), headers, config.serving(tree)))
     assert told.value.status == 408
 
 
@@ -604,8 +600,8 @@ def test_hostile_requests_each_get_their_status_and_no_model_is_asked(
 
 # --- fields ----------------------------------------------------------------------------------
 
-CALLS = {"chat": (CHAT, body.Chat), "completions": (COMPLETIONS, body.Completion)}
-CALLS |= {"score": (SCORE, body.Score)}
+CALLS = {"chat": (CHAT, requests.Chat), "completions": (COMPLETIONS, requests.Completion)}
+CALLS |= {"score": (SCORE, requests.Score)}
 
 
 @pytest.fixture(scope="module")
@@ -629,15 +625,17 @@ def refusal(client: Client, path: str, fields: dict[str, Any]) -> dict[str, Any]
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_every_value_of_every_field_is_taken_or_refused_with_its_field(call: str, patient: Client):
+def test_every_value_of_every_field_is_accepted_or_rejected_with_its_field(
+    call: str, patient: Client
+):
     path, kind = CALLS[call]
-    assert TAKEN[call].keys() == kind.model_fields.keys(), "every field has its values"
+    assert ACCEPTED[call].keys() == kind.model_fields.keys(), "every field has its values"
     good = {"chat": GOOD_CHAT, "completions": GOOD, "score": {"messages": [*HI, SAID]}}[call]
     wrong = []
-    for field, value in itertools.product(TAKEN[call], VALUES):
+    for field, value in itertools.product(ACCEPTED[call], VALUES):
         error = refusal(patient, path, good | {field: value})
         is_named = error and error["param"].startswith(field) and error["param"] in error["message"]
-        if not (error is None if is_taken(call, field, value) else is_named):
+        if not (error is None if is_accepted(call, field, value) else is_named):
             wrong.append((field, value, error))
     assert not wrong
     for field in good:
@@ -650,7 +648,7 @@ OTHERS = {"stop": (str,), "content": (str, list)}
 NEVER_NULL = ("role", "type", "text", "id", "function", "arguments", "json_schema", "schema")
 
 
-def test_a_value_of_another_type_anywhere_in_a_request_is_refused_with_its_place(patient: Client):
+def test_a_value_of_another_type_anywhere_in_a_request_is_rejected_with_its_path(patient: Client):
     """Only what a JSON schema holds is free."""
     whole = GOOD_CHAT | NESTED
     assert refusal(patient, CHAT, whole) is None
@@ -696,7 +694,7 @@ def test_a_value_of_another_type_anywhere_in_a_request_is_refused_with_its_place
         ({"logit_bias": {"word": 1}}, "logit_bias.word", "pattern"),
         ({"logit_bias": {"x" * 5000: 1}}, "logit_bias.xxx", "pattern"),
         ({"messages": [user_says([{"type": "image_url", "image_url": {"url": "http://h"}}])]},
-         "messages[0].content[0]", "a part of type 'image_url' is not taken, only `text` is"),
+         "messages[0].content[0]", "a part of type 'image_url' is not accepted, only `text` is"),
         ({"messages": [user_says([{"type": "text"}])]}, "messages[0].content[0].text", "required"),
         ({"messages": [*HI, {"role": "assistant", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{"}}]}]},
@@ -732,7 +730,7 @@ def test_what_is_wrong_is_told_with_its_place_and_reason(
 def test_an_engines_refusal_names_a_field(
     told: str, param: str | None, fields: dict[str, Any], expected: str
 ):
-    client = Client(Scripted([Refusal(400, told, param)]))
+    client = Client(Scripted([Rejection(400, told, param)]))
     error = refusal(client, COMPLETIONS if "prompt" in fields else CHAT, GOOD_CHAT | fields)
     assert error
     assert error["param"] == expected
@@ -747,7 +745,7 @@ REWARD = {"name": "helpful", "model": "folder"}
 
 
 def scored(
-    outcome: float | Refusal | Exception | None, key: str | None = KEY, **body: Any
+    outcome: float | Rejection | Exception | None, key: str | None = KEY, **body: Any
 ) -> tuple[int, dict[str, Any]]:
     scorer = None if outcome is None else Rewarded(outcome)
     client = Client(Scripted([[WHOLE, DONE]]), scorer, reward=scorer and REWARD)
@@ -775,8 +773,8 @@ def test_an_answer_is_scored():
         (0.5, {"messages": [SAID, *HI]}, 400),
         (0.5, {"messages": [*HI, {"role": "assistant"}]}, 400),
         (None, {}, 404),
-        (Refusal(400, "too long"), {}, 400),
-        (Refusal(500, "failed"), {}, 500),
+        (Rejection(400, "too long"), {}, 400),
+        (Rejection(500, "failed"), {}, 500),
         (overloaded(), {}, 429),
         (LostError(), {}, 503),
     ],
@@ -904,7 +902,7 @@ def test_a_conversation_that_asks_nothing_is_refused(role: str):
         check({"messages": UNASKED[role]})
     assert (told.value.status, told.value.param) == (400, "messages")
     with pytest.raises(ClientError, match=f"messages: the conversation .* {role} message"):
-        body.to_score({"messages": [*UNASKED[role], ASSISTANT]})
+        validation.to_score({"messages": [*UNASKED[role], ASSISTANT]})
 
 
 CALL_OF_TOOL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
@@ -913,10 +911,10 @@ CALL_OF_TOOL = {"id": "1", "type": "function", "function": {"name": "f", "argume
 @pytest.mark.parametrize("place", [1, 3])
 def test_calls_of_tools_are_not_scored(place: int):
     said = [*HI, ASSISTANT, *HI, ASSISTANT]
-    body.to_score({"messages": said})
+    validation.to_score({"messages": said})
     said[place] = {**ASSISTANT, "tool_calls": [CALL_OF_TOOL]}
     with pytest.raises(ClientError, match="leave out `tool_calls`"):
-        body.to_score({"messages": said})
+        validation.to_score({"messages": said})
 
 
 LOST = {
@@ -942,17 +940,17 @@ def test_what_would_be_lost_of_a_message_is_named(key: str):
                 check({"messages": [{**message, key: empty}, *HI]})
 
 
-def test_what_clients_send_back_of_an_answer_is_taken():
+def test_what_clients_send_back_of_an_answer_is_accepted():
     """As OpenAI's client has it, with what vLLM adds."""
     sent = {"refusal": None, "annotations": [], "audio": None, "function_call": None}
     sent |= {"tool_calls": [], "reasoning": "hm", "reasoning_content": "hm", "id": "x"}
     ask = check({"messages": [*HI, {**ASSISTANT, **sent}, *HI]})
-    assert body.to_engine(ask)["messages"][1] == {**ASSISTANT, "tool_calls": []}
+    assert validation.to_engine(ask)["messages"][1] == {**ASSISTANT, "tool_calls": []}
 
 
 def check(fields: dict[str, Any]) -> Any:
     settings = config.serving({"models": [{"name": "m", "model": "folder"}]})
-    return body.check(body.Chat, {"model": "m", **fields}, settings)
+    return validation.check(requests.Chat, {"model": "m", **fields}, settings)
 
 
 # --- settings --------------------------------------------------------------------------------

@@ -1,0 +1,223 @@
+"""Replicas of a model and of the reward: the processes behind the endpoint, on Ray Serve LLM."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ray import serve
+from ray.serve.llm import LLMConfig, LLMServer
+
+from wrpo_ray.config import RewardConfig, ServedModel
+from wrpo_ray.errors import UserError
+from wrpo_ray.llm.architecture import Use, check_weights
+from wrpo_ray.llm.chat import Template, end_ids, load_tokenizer
+from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.runtime.placement import thread_env
+from wrpo_ray.serve.backends import DONE, Call, Rejection, Replies
+from wrpo_ray.serve.prompts import Prompts
+from wrpo_ray.serve.validation import problem_of
+from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
+from wrpo_ray.stages.score.rewards import load_reward
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.text.files import read_text
+
+NO_PROMPT_LOGS = {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
+"""Ray Serve LLM writes prompts into its logs otherwise."""
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Maximum LoRA ranks that vLLM offers."""
+MAX_BATCH = 32
+"""Answers that a replica of the reward scores in one batch."""
+FAILED = "the engine failed"
+LOG = logging.getLogger("ray.serve")
+
+
+# --- a model ---------------------------------------------------------------------------------
+
+
+class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
+    """A replica of a model: Ray's LLMServer with dictionaries as input and JSON texts as output.
+
+    So the ingress does not import vLLM, and JSON is parsed and written here, where there are many
+    processes for it.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, llm_config: LLMConfig, model: ServedModel, max_tokens: int
+    ):
+        own = await asyncio.to_thread(_on_this_node, model, max_tokens)
+        folder = Path(own.model_loading_config.model_source)
+        tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
+        if model.chat_template:  # vLLM takes it for chats with tools, too
+            tokenizer.chat_template = tokenizer.get_chat_template()
+        self._prompts = Prompts(tokenizer, end_ids(tokenizer, folder))
+        is_one = model.parts == 1 and not model.actors.num_gpus
+        await super().__init__(own, engine_cls=_engine_of_one() if is_one else None)
+
+    async def answer(self, call: Call, body: dict[str, Any]) -> Replies:
+        """Answer as `Backend.ask` does; every error is a `Rejection`."""
+        try:
+            async for reply in self._answer(call, body):
+                yield reply
+        except Exception as error:  # its text may quote the prompt, and Serve would log it
+            LOG.error("the engine failed: %s", type(error).__name__)
+            is_dead = type(error).__name__ == "EngineDeadError"
+            yield Rejection(503 if is_dead else 500, FAILED)
+
+    async def _answer(self, call: Call, body: dict[str, Any]) -> Replies:
+        from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
+
+        kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
+        try:
+            if call == "chat":
+                body = await self._prompts.add(body)
+            request = kind.model_validate(self._prompts.stopping(body))
+        except Exception as error:  # some of vLLM's checks fail on what they do not expect
+            yield _invalid(error, body)
+            return
+        ask = self.chat if call == "chat" else self.completions
+        async for reply in await ask(request):
+            items = reply if isinstance(reply, list) else [reply]
+            if not isinstance(items[0], str):  # a whole answer, or vLLM's record of an error
+                refused = getattr(items[0], "error", None)
+                yield (
+                    _rejection(**refused.model_dump())
+                    if refused
+                    else [items[0].model_dump_json(), DONE]
+                )
+                return
+            texts = [text.removeprefix("data: ").strip() for text in items]
+            if broken := [text for text in texts if text.startswith('{"error"')]:
+                # vLLM goes on with [DONE] after it, as if the answer were whole.
+                yield _rejection(**json.loads(broken[0])["error"], otherwise=503)
+                return
+            yield texts
+
+
+def _engine_of_one() -> Any:
+    """Return the engine class for one CPU, which runs the model in its own process.
+
+    `vllm serve` does so too. Ray Serve LLM starts another process for the model, and the two
+    busy-wait.
+    """
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine  # it imports vLLM
+
+    class EngineOfOne(VLLMEngine):  # type: ignore[misc]
+        def _start_async_llm_engine(self, args: Any, config: Any, *rest: Any) -> Any:
+            config.parallel_config.distributed_executor_backend = "uni"
+            return super()._start_async_llm_engine(args, config, *rest)
+
+    return EngineOfOne
+
+
+def _invalid(error: Exception, body: dict[str, Any]) -> Rejection:
+    """Explain why vLLM rejects a request, without the given values."""
+    from vllm.exceptions import VLLMClientError
+
+    if isinstance(error, ValidationError):
+        where, problem = problem_of(error, body)
+        return Rejection(400, f"{where}: {problem}" if where else problem, where or None)
+    if isinstance(error, VLLMClientError):  # no ValueError
+        return Rejection(400, str(error.args[0]), getattr(error, "parameter", None))
+    return Rejection(400, str(error) if isinstance(error, ValueError) else "vLLM cannot read it")
+
+
+def _rejection(
+    code: int, message: str, param: str | None = None, otherwise: int = 500, **_: Any
+) -> Rejection:
+    """Convert vLLM's error record; details of errors that the client did not cause are hidden."""
+    is_clients = 400 <= code < 500
+    return Rejection(code, message, param) if is_clients else Rejection(otherwise, FAILED)
+
+
+def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
+    """Return the engine's settings, with the model's files copied to this node if needed."""
+    folders = {name: Folder(uri).local() for name, uri in model.adapters.items()}
+    source = Folder(model.model).local()
+    check_weights(source, Use.ANSWERS)
+    return engine_settings(model, max_tokens, str(source), adapters=_adapters(folders, model))
+
+
+def engine_settings(
+    model: ServedModel,
+    max_tokens: int,
+    source: str,
+    *,
+    adapters: dict[str, Any] | None = None,
+    deployment: dict[str, Any] | None = None,
+) -> LLMConfig:
+    """Return Ray Serve LLM's settings of a model whose files are at `source`."""
+    actors = model.actors
+    on_cpu = not actors.num_gpus
+    engine: dict[str, Any] = {
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "max_model_len": model.max_model_len,
+        "tensor_parallel_size": model.tensor_parallel,
+        "pipeline_parallel_size": model.pipeline_parallel,
+        "chat_template": model.chat_template and read_text(model.chat_template, "chat_template"),
+        "default_chat_template_kwargs": model.chat_template_args or None,
+        # An upper bound for requests without one.
+        "override_generation_config": {"max_new_tokens": max_tokens},
+        "enable_log_requests": False,
+        **(CPU_ENGINE if on_cpu else {}),
+        **(adapters or {}),
+    }
+    chosen = {name: value for name, value in engine.items() if value is not None}
+    bundle = {"CPU": actors.num_cpus, "GPU": actors.num_gpus, **actors.resources}
+    env = engine_env(on_gpu=not on_cpu) | NO_PROMPT_LOGS | thread_env(actors.num_cpus)
+    return LLMConfig(
+        model_loading_config={"model_id": model.name, "model_source": source},
+        engine_kwargs=chosen | model.engine,
+        placement_group_config={"bundle_per_worker": {k: n for k, n in bundle.items() if n}},
+        runtime_env={"env_vars": env},
+        deployment_config=deployment or {},
+    )
+
+
+def _adapters(folders: dict[str, Path], model: ServedModel) -> dict[str, Any]:
+    """Return vLLM's settings of LoRA adapters, named as clients name them.
+
+    On the CPU, vLLM 0.29 applies the adapter of the last slot to a request without an adapter if
+    it shares a batch with others; so one more slot is reserved and stays empty there.
+    """
+    if not folders:
+        return {}
+    from vllm.entrypoints.openai.models.protocol import LoRAModulePath
+
+    ranks = [json.loads((f / "adapter_config.json").read_bytes())["r"] for f in folders.values()]
+    return {
+        "enable_lora": True,
+        "max_loras": len(folders) + (not model.actors.num_gpus),
+        "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= max(ranks)),
+        "lora_modules": [LoRAModulePath(name=n, path=str(f)) for n, f in folders.items()],
+    }
+
+
+# --- the reward ------------------------------------------------------------------------------
+
+
+class Reward:
+    """A replica of the reward, which scores answers in batches."""
+
+    def __init__(self, reward: RewardConfig):
+        folders = [Folder(part.model).local() if part.model else None for part in reward.parts]
+        self._reward = load_reward(reward, folders)
+
+    @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.01)  # type: ignore[untyped-decorator]
+    async def score(self, items: list[Item]) -> list[float | Rejection]:
+        """Return a reward for each answer; one that cannot be scored is a `Rejection`."""
+        outcomes = await asyncio.to_thread(self._reward.score, items)
+        return [_not_scored(o) if isinstance(o, Exception) else o for o in outcomes]
+
+
+def _not_scored(error: Exception) -> Rejection:
+    """Convert an error; the text of one that is not ours may hold anything, so it is hidden."""
+    if isinstance(error, TooLongError | MissingReferenceError | UserError):
+        return Rejection(400, str(error))
+    LOG.error("an answer could not be scored: %s", type(error).__name__)
+    return Rejection(500, "the answer could not be scored")
