@@ -12,7 +12,7 @@ from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.runtime import cluster
+from wrpo_ray.runtime import cluster, pool_minimums
 from wrpo_ray.runtime import pool as pools
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.tasks import run_in_threads
@@ -32,7 +32,7 @@ def _eight_cpus():
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch):
     """A pool leaves rows for actors that have room, however long a busy machine starts them."""
-    monkeypatch.setattr(pools, "SOON", LIMIT)
+    monkeypatch.setattr(pools, "START_TIME", LIMIT)
 
 
 class Sleeper:
@@ -113,7 +113,9 @@ def test_a_pool_that_comes_later_goes_before_others_growth(tmp_path):
     def come() -> None:
         """When two rows are done, so that the second actor is asked for and waits."""
         wait_until(lambda: len(done["grows"]) >= 2)
-        after(lambda: pools._MINIMUMS._waiting and not states("grows") - ENDS, end_blocks.touch)
+        after(
+            lambda: pool_minimums.MINIMUMS._waiting and not states("grows") - ENDS, end_blocks.touch
+        )
         work("late", sleeps(2, 0.5))
         end_grows.touch()
 
@@ -214,7 +216,7 @@ def test_a_row_that_ends_every_actor_ends_the_pool(monkeypatch, capfd):
 def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, tmp_path):
     """Another pool holds all CPUs until that is said."""
     said: list[str] = []
-    monkeypatch.setattr(pools, "WAITING", 1.0)
+    monkeypatch.setattr(pools, "WAITING_INTERVAL", 1.0)
     monkeypatch.setattr(pools, "log", said.append)
     after(lambda: said, (tmp_path / "end").touch)
     run_side_by_side(

@@ -54,7 +54,7 @@ class MadeRun:
         """All of it; returns the outline."""
         each = -(-self.rows // self.buckets)
         prompts, stores = self._step("prompts", "prompts", "ingestprompts"), []
-        kept = {"prompts": prompts.key, "samples": self.samples}
+        kept = {"prompts": prompts.key, "samples": self.samples, "splits": ("preference",)}
         for name in self.sources:
             self._step("generate", f"generate-{name}", "generate", source=name, **kept)
         for name in self.sources:
@@ -88,9 +88,7 @@ class MadeRun:
         folder = f"{name}-{key}"
         if kind == "score":
             stores = (folder,)
-        step = StepOutline(
-            stage, name, key, folder, "manifest.json", kind, stores=stores, splits=(), **about
-        )
+        step = StepOutline(stage, name, key, folder, "manifest.json", kind, stores=stores, **about)
         self.steps.append(step)
         record = {
             "step": name, "key": key, "config": {}, "inputs": [], "counts": counts,
@@ -162,7 +160,7 @@ class MadeRun:
         return pa.StructArray.from_arrays(list(parts.values()), fields=list(records.ANSWER))
 
     def _shards(self, bucket: Bucket, table: pa.Table, stores: list[str], each: int) -> None:
-        """Preference rows, selection rows (those and half as many), and scored answers."""
+        """Prompts, preference rows, selection rows (half as many more), and scored answers."""
         pair = f"pair-{records.digest(['pair', 'pair'], 12)}"
         (self.root / pair).write_table(bucket.shard("all"), table)
         select = f"select-{records.digest(['select', 'select'], 12)}"
@@ -175,6 +173,10 @@ class MadeRun:
         more = more.set_column(2, "split", pa.array(["sft"] * len(more)))
         both = pa.concat_tables([selection, more.cast(records.SELECTION)])
         (self.root / select).write_table(bucket.shard("all"), both)
+        unknown = pa.nulls(len(both), pa.string())
+        prompts = [*both.select(["prompt_id", "messages", "split"]).columns, unknown, unknown]
+        folder = self.root / f"prompts-{records.digest(['prompts', 'prompts'], 12)}"
+        folder.write_table(bucket.shard("all"), pa.table(prompts, schema=records.PROMPT))
         for number, store in enumerate(stores):
             name = (*self.sources, "target-sft")[number]
             self._store(bucket, table, store, name, number)

@@ -27,11 +27,17 @@ T = TypeVar("T")
 class Section(BaseModel):
     """A part of the tree: frozen, and closed to unknown keys.
 
-    Its numbers are finite and given as numbers, and its addresses hold no credentials.
+    Its numbers are finite and given as numbers, and its addresses hold no credentials. A key that
+    is a Python keyword has an alias in YAML, and is given to the constructor by its field's name.
     """
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        validate_by_alias=True,
     )
 
     @field_validator("*", mode="before")

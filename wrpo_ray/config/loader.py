@@ -96,7 +96,7 @@ def _checked(kind: type[S], tree: Any, overrides: Sequence[str], where: str) -> 
 
 def _validated(kind: type[S], tree: Any, where: str) -> S:
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(tree, by_name=False)
     except ValidationError as error:
         lines = [explain(kind, e) for e in error.errors()]
         raise UserError("\n".join(f"{where}{redact(line)}" for line in lines)) from None

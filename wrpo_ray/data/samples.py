@@ -72,7 +72,7 @@ class Samples:
         inside = pc.is_in(keys["prompt_id"], wanted.combine_chunks()).to_numpy()
         if self.count is not None:
             inside &= keys["sample"].to_numpy() < self.count
-        return RowSelection(folder, tuple(names), schema, keys, _unique(keys, inside))
+        return RowSelection(folder, tuple(names), schema, keys, unique_rows(keys, inside))
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RowSelection:
         return read_shards(self.folder, list(self.shards), self.schema, columns)
 
 
-def _unique(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
+def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
     """Rows of each (prompt, source, sample) inside, the first where it is there twice, in order."""
     columns = [
         dense_ranks(keys["prompt_id"]),

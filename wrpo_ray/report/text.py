@@ -68,15 +68,22 @@ def _tables(evaluation: Row) -> Iterator[list[str]]:
 
 
 def _table(title: str, evaluation: Row, measure: str, scale: int) -> Iterator[str]:
-    groups, models = evaluation["groups"], evaluation[measure]["models"]
+    """A line for each model: the mean over all prompts with its interval, then of each group."""
+    models = evaluation[measure]["models"]
+    groups = [group for group in evaluation["groups"] if group != "all"]
     digits = 1 if scale == 100 else 2
-    width = max(8, *(len(g) + 2 for g in groups))
-    yield f"{title} (all: with 95 % interval)"
-    yield f"{'':16}" + "".join(f"{g:>{width}}" for g in groups)
+    width = max(8, *(len(g) + 2 for g in ("all", *groups)))
+    intervals = {}
     for name, row in models.items():
-        cells = "".join(f"{_scaled(row[g]['mean'], scale, digits):>{width}}" for g in groups)
         low, high = (_scaled(row["all"][end], scale, digits) for end in ("low", "high"))
-        yield f"{name:16}{cells}  [{low}, {high}]"
+        intervals[name] = f"  [{low}, {high}]"
+    room = max(map(len, intervals.values()), default=0)
+    yield f"{title} (all: with 95 % interval)"
+    yield f"{'':16}{'all':>8}{'':{room}}{''.join(f'{g:>{width}}' for g in groups)}".rstrip()
+    for name, row in models.items():
+        every, *cells = (_scaled(row[g]["mean"], scale, digits) for g in ("all", *groups))
+        by_group = "".join(f"{cell:>{width}}" for cell in cells)
+        yield f"{name:16}{every:>8}{intervals[name]:{room}}{by_group}".rstrip()
     for name, difference in evaluation[measure]["contrasts"].items():
         mean, low, high = (
             _scaled(difference[k], scale, digits, "+") for k in ("mean", "low", "high")

@@ -191,12 +191,12 @@ def _evaluation(facts: Row) -> Iterator[tuple[str, Table]]:
             rows = [
                 [
                     name,
-                    *(_scaled(row[g]["mean"], scale) for g in groups),
                     f"{_scaled(row['all']['mean'], scale)} {_interval(row['all'], scale)[5:]}",
+                    *(_scaled(row[g]["mean"], scale) for g in groups),
                 ]
                 for name, row in table[measure]["models"].items()
             ]
-            yield title, [["model", *groups, "all [95 %]"], *rows]
+            yield title, [["model", "all [95 %]", *groups], *rows]
     if "comparison" in facts:
         yield from tables(facts["comparison"])
 

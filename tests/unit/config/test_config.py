@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from wrpo_ray.config import (
     Config,
+    ImportConfig,
     ModelConfig,
     PairConfig,
     Section,
@@ -14,6 +16,7 @@ from wrpo_ray.config import (
     SplitConfig,
     load,
 )
+from wrpo_ray.config.reference import config_text
 from wrpo_ray.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -76,6 +79,22 @@ def test_all_errors_at_once_with_nearest_name(tmp_path):
     assert "sampling.top_p: input should be less than or equal to 1 (got 2)" in text
     assert "seed: input should be a valid integer" in text
     assert "sauces: unknown key; did you mean 'sources'?" in text
+
+
+def test_a_key_that_is_a_python_keyword_is_given_by_the_fields_name(tmp_path):
+    tree = {"output": "out", "import": {"path": "answers.jsonl"}}
+    config = load(write(tmp_path, tree))
+    assert Config(output="out", existing=ImportConfig(path="answers.jsonl")) == config
+    assert Config(**tree) == config
+    assert Config(**config.model_dump()) == config
+    with pytest.raises(ValidationError, match=r"existing\.path\n  Field required"):
+        Config(output="out", existing={})
+    (line,) = problems(tmp_path, {"output": "out", "import": {}})
+    assert line.endswith("import.path: missing; it is required")
+    (line,) = problems(tmp_path, tree | {"existing": {"path": "answers.jsonl"}})
+    assert "existing: unknown key; known here: output, seed, prompts, import, sources," in line
+    assert "import" in config_text("")
+    assert "existing" not in config_text("")
 
 
 def test_unknown_key_in_a_list_element_is_named_with_its_place(tmp_path):
