@@ -62,14 +62,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
 
 @pytest.fixture(scope="session")
 def zoo() -> Path:
-    """The demo's tiny models, trained once and kept in .cache (some minutes the first time)."""
+    """The demo's tiny models, trained once for each version of their recipe and kept in .cache."""
+    from wrpo_ray.errors import UserError
     from wrpo_ray.zoo.build import build_zoo
 
     folder = ROOT / ".cache" / "zoo"
     folder.parent.mkdir(exist_ok=True)
     with (folder.parent / "zoo.lock").open("w") as lock:  # tests run in two processes
         fcntl.flock(lock, fcntl.LOCK_EX)
-        build_zoo(folder)
+        try:
+            build_zoo(folder)
+        except UserError:  # it is of an earlier recipe
+            shutil.rmtree(folder)
+            build_zoo(folder)
     return folder
 
 

@@ -25,41 +25,6 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 POOL = Pool("test", Actors())
-TWO_NODES = """
-import sys
-from ray.cluster_utils import Cluster
-from wrpo_ray.config import ClusterConfig
-from wrpo_ray.runtime import cluster, pool
-from wrpo_ray.storage.folder import Folder
-from wrpo_ray.errors import UserError
-
-nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-nodes.add_node(num_cpus=1)
-for output in sys.argv[1:]:
-    root = Folder(output)
-    cluster.connect(ClusterConfig(address=nodes.address), root, "test")
-    try:
-        cluster.check_reachable(root)
-        print("reachable")
-    except UserError as error:
-        print(error)
-    cluster.disconnect()
-nodes.shutdown()
-"""
-
-
-def test_on_two_nodes_a_relative_output_is_refused_and_a_shared_one_is_not(tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-c", TWO_NODES, "out", str(tmp_path)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    relative, shared = result.stdout.splitlines()
-    assert "output: out is relative, on a cluster of 2 nodes; use an object store" in relative
-    assert shared == "reachable"
-
-
 LONG = """
 import sys, ray
 from wrpo_ray.config import ClusterConfig
@@ -273,7 +238,7 @@ def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):
         cluster.connect(ClusterConfig(address="127.0.0.1:9"), Folder(str(tmp_path)), "test")
 
 
-PARTS = """
+TWO_NODES = """
 import sys
 import ray
 from ray.cluster_utils import Cluster
@@ -281,7 +246,7 @@ from ray.util import get_current_placement_group, placement_group_table
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.runtime import cluster, pool
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.errors import WrpoError
+from wrpo_ray.errors import UserError, WrpoError
 
 
 class Parallel:
@@ -307,7 +272,14 @@ class Part:
 
 nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"chip": 2}})
 nodes.add_node(num_cpus=2, resources={"chip": 2})
-cluster.connect(ClusterConfig(address=nodes.address), Folder(sys.argv[1]), "test")
+shared = Folder(sys.argv[1])
+cluster.connect(ClusterConfig(address=nodes.address), shared, "test")
+for output in (Folder("out"), shared):
+    try:
+        cluster.check_reachable(output)
+        print("2 nodes: reachable")
+    except UserError as error:
+        print("2 nodes:", error)
 for parts, most, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, False)):
     actors = Actors(max=most, num_cpus=0.5, resources={"chip": 1})
     pool = Pool("test", actors, parts=parts)
@@ -325,13 +297,23 @@ nodes.shutdown()
 """
 
 
-def test_engines_with_parts_follow_each_other_and_leave_no_placement_group(tmp_path):
-    """Three shapes on two nodes of two chips: each needs what the one before has to give back."""
+def test_on_two_nodes(tmp_path):
+    """A relative output is refused, and engines with parts leave no placement group behind.
+
+    Three shapes follow each other on two nodes of two chips: each needs what the one before has
+    to give back.
+    """
     result = subprocess.run(
-        [sys.executable, "-c", PARTS, str(tmp_path)], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", TWO_NODES, str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     told = [line for line in result.stdout.splitlines() if line[0].isdigit()]  # none of Ray's own
+    remedy = "use an object store (s3://...) or a folder that every node mounts"
     assert told == [
+        f"2 nodes: output: out is relative, on a cluster of 2 nodes; {remedy}",
+        "2 nodes: reachable",
         "2; 4 rows, nodes 1, bundles 3; {'REMOVED'}; 2",
         "4; 4 rows, nodes 2, bundles 5; {'REMOVED'}; 3",
         "3; an engine was lost; {'REMOVED'}; 4",
