@@ -19,9 +19,8 @@ from wrpo_ray.data import outline as outlines
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
 from wrpo_ray.data.outline import Outline, StepOutline
-from wrpo_ray.data.samples import unique_rows
+from wrpo_ray.data.samples import ANSWER_KEY, unique_rows
 from wrpo_ray.errors import UserError
-from wrpo_ray.kubernetes.grammar import KEY
 from wrpo_ray.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -81,7 +80,7 @@ def read(
         UserError: no run is there, it has no such rows or columns, or a step is not done.
     """
     root = Folder(str(output)).absolute()
-    reading = _Reading(root, outlines.read(root), what, _columns(what, columns), split)
+    reading = _Reading(root, outlines.read_outline(root), what, _columns(what, columns), split)
     steps = reading.steps(step)
     if as_ not in get_args(As):
         raise UserError(f"read: as_={as_!r}: give one of {', '.join(get_args(As))}")
@@ -176,7 +175,7 @@ class _Reading:
     def _bucket(self, step: StepOutline, folder: Folder, bucket: Bucket) -> pa.Table:
         """A bucket's rows of a step."""
         schema = SCHEMAS[self.what]
-        needed = [name for name in (*KEY, "split") if name in schema.names]
+        needed = [name for name in (*ANSWER_KEY, "split") if name in schema.names]
         table = read_bucket(folder, bucket, schema, list(dict.fromkeys([*needed, *self.columns])))
         if "split" in needed:
             return table.filter(pc.is_in(table["split"], pa.array(self.splits)))
