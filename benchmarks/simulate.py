@@ -26,8 +26,8 @@ from simulation import (
 )
 
 from wrpo_ray import config
-from wrpo_ray.plan.estimate import estimate
-from wrpo_ray.plan.work import Plan, Work
+from wrpo_ray.planning.estimate import plan as make_plan
+from wrpo_ray.planning.work import Plan, Work
 
 PREFIX = "simulate."
 HERE = Path(__file__).parent
@@ -129,7 +129,7 @@ class Bench:
         prompts = round(self.settings.plan.prompts * self.share)
         planned = self.settings.plan.model_copy(update={"prompts": prompts})
         changed = self.settings.model_copy(update={"storage": storage, "plan": planned})
-        return estimate(changed, "generate", nodes * GPUS)
+        return make_plan(changed, "generate", nodes * GPUS)
 
     def _source(self, work: Work, setting: Setting, seed: int, nodes: int, parts: int) -> Source:
         sampling = self.settings.sampling

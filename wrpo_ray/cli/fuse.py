@@ -37,7 +37,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
         for stage, step, done in runner.plan(settings, arguments.until):
             print(f"{stage:9} {'done' if done else 'to do':6} {step.folder}")
         return
-    from wrpo_ray.plan.estimate import expected
+    from wrpo_ray.planning.estimate import expected
 
     summary = runner.fuse(settings, arguments.until, expected)
     from wrpo_ray.report.text import summary_text

@@ -78,11 +78,11 @@ def add_failures(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     from wrpo_ray import config
-    from wrpo_ray.plan.estimate import estimate
-    from wrpo_ray.plan.text import plan_text
+    from wrpo_ray.planning.estimate import plan as make_plan
+    from wrpo_ray.planning.text import plan_text
 
     settings = config.load(arguments.config, arguments.overrides)
-    plan = estimate(settings, arguments.until, arguments.gpus)
+    plan = make_plan(settings, arguments.until, arguments.gpus)
     print(json.dumps(plan.record(), indent=1) if arguments.json else plan_text(plan))
 
 

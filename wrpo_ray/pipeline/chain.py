@@ -86,7 +86,13 @@ class Trained(NamedTuple):
 
 @dataclass
 class Chain:
-    """Builds the stages of a config, up to and with `until`."""
+    """Builds the stages of a config, up to and with `until`.
+
+    Example:
+        >>> chain = Chain(load("fusion.yaml"))  # doctest: +SKIP
+        >>> [step.folder for stage in chain.build() for step in stage.steps]  # doctest: +SKIP
+        ['prompts-3f0c8e5b1a2d', 'generate-qwen-90d1c2b7e4f6', ...]
+    """
 
     config: Config
     until: str = STAGES[-1]

@@ -45,6 +45,11 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
 
     Raises:
         WrpoError: see `errors`.
+
+    Example:
+        >>> summary = fuse(load("fusion.yaml"), until="pair")  # doctest: +SKIP
+        >>> [step["step"] for step in summary["steps"]]  # doctest: +SKIP
+        ['prompts', 'generate-qwen', 'score-reward-qwen', 'select', ...]
     """
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root

@@ -11,7 +11,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.plan.estimate import count_rows
+from wrpo_ray.planning.estimate import count_rows
 from wrpo_ray.stages.ingest.readers import (
     check_columns,
     check_some_rows,

@@ -90,6 +90,26 @@ def collate(rows: Sequence[Row], config: TrainConfig) -> Batch:
     return pack(rows) if config.packing else pad(rows)
 
 
+def packed_policy(model: Any) -> Policy:
+    """A transformers causal language model that gives log-probs of packed rows.
+
+    The model itself is changed: attention over packed rows with a shared prompt (see `attention`),
+    no dropout, and a head that gives log-probs in place of logits. So copy a model before, not
+    after: the head of a later copy would still use the weights of the first one.
+
+    Example:
+        >>> policy = packed_policy(model)  # doctest: +SKIP
+        >>> logps = policy(pack(rows)).reshape(len(rows), 3)  # doctest: +SKIP
+
+    Raises:
+        UserError: the head of the model cannot be told apart from its body.
+    """
+    attention.register()
+    model.set_attn_implementation(attention.SHARED_PROMPT)
+    without_dropout(model)
+    return Policy(model)
+
+
 def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Policy:
     """The model of a folder to train, with dropout off and adapters if there are any."""
     model = load(folder, DTYPES[config.precision], packing=config.packing)

@@ -9,6 +9,7 @@ their prompt_id, whatever shards they came through.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wrpo_ray.config import TrainConfig
+from wrpo_ray.config import TrainConfig, WrpoConfig
 from wrpo_ray.data.records import failure
 from wrpo_ray.llm import chat
 from wrpo_ray.stages.train import published
@@ -140,6 +141,32 @@ class Tokenizing:
 
     def _of_text(self, messages: list[Any], text: str, *, closed: bool) -> list[int]:
         return chat.answer_ids(self.tokenizer, messages, text, self.ends, closed=closed)
+
+
+def tokenize_pairs(
+    pairs: pa.Table, tokenizer: Any, config: WrpoConfig | None = None, *, own: str | None = None
+) -> Rows:
+    """Token ids of preference rows, as a run with this config trains on them.
+
+    Args:
+        pairs: rows with `prompt_id`, `messages`, `source_chosen`, `target_chosen` and `rejected`,
+            such as `select_pairs` or `read` give.
+        tokenizer: of the model to train, with a chat template.
+        config: the limits of length; the section `wrpo` of a config.
+        own: the model in `source` whose `token_ids` are of this tokenizer, if one's are; all other
+            answers are tokenized from their text.
+
+    Returns:
+        The rows that fit (`kept`), each with a prompt and three answers (y_ws, y_wt, y_l), and
+        those that do not (`failed`) with their reasons.
+
+    Example:
+        >>> rows = tokenize_pairs(pairs, tokenizer)  # doctest: +SKIP
+        >>> batch = pack(rows.kept)  # doctest: +SKIP
+    """
+    ends = chat.end_ids(tokenizer, Path(tokenizer.name_or_path or os.devnull))
+    tokenizing = Tokenizing(tokenizer, ends, WrpoConfig.answers, config or WrpoConfig(), own)
+    return tokenizing.rows(pairs.to_pylist(), "wrpo")
 
 
 def fit(

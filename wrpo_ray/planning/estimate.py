@@ -29,8 +29,8 @@ from wrpo_ray.pipeline.chain import (
 )
 from wrpo_ray.pipeline.models import pinned
 from wrpo_ray.pipeline.stage import STAGES, Stage
-from wrpo_ray.plan import rates
-from wrpo_ray.plan.work import Plan, Work, share
+from wrpo_ray.planning import rates
+from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import (
     Entry,
@@ -60,13 +60,17 @@ Origin = tuple[float, str]
 """A number, and where it comes from."""
 
 
-def estimate(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Plan:
-    """The plan of a config on so many GPUs; None takes all actors that the config allows.
+def plan(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Plan:
+    """Estimate rows, tokens, GPU-hours, money and time of a config on `gpus` GPUs.
 
-    Nothing is started and nothing written.
+    Nothing is started and nothing written. `gpus=None` takes all actors that the config allows.
 
     Raises:
-        UserError: the prompts cannot be counted and are not given either.
+        UserError: the prompts cannot be counted and `plan.prompts` does not give their number.
+
+    Example:
+        >>> plan(load("fusion.yaml"), gpus=64).seconds()  # doctest: +SKIP
+        16980.0
     """
     with suppress(UserError):  # a plan can be made where the hub is not reached
         config = pinned(config)

@@ -17,10 +17,11 @@ from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.identities import scorer_fingerprint
-from wrpo_ray.plan import rates
-from wrpo_ray.plan.estimate import count_rows, estimate
-from wrpo_ray.plan.text import count, duration, plan_text
-from wrpo_ray.plan.work import (
+from wrpo_ray.planning import rates
+from wrpo_ray.planning.estimate import count_rows
+from wrpo_ray.planning.estimate import plan as make_plan
+from wrpo_ray.planning.text import count, duration, plan_text
+from wrpo_ray.planning.work import (
     Plan,
     Work,
     balance,
@@ -66,7 +67,7 @@ def of(plan: Plan, step: str) -> Work:
 
 def test_the_sum_of_a_config_by_hand(tmp_path):
     """a: 600 x 5 answers x 300 tokens = 900,000, at 1,000/s 900 actor-seconds."""
-    plan = estimate(tree(tmp_path))
+    plan = make_plan(tree(tmp_path))
     a, b = of(plan, "generate-a"), of(plan, "generate-b")
     assert (a.prompts, a.rows, a.done) == (600, 3000, 0)
     assert (a.prompt_tokens, a.output_tokens) == (60_000, 900_000)
@@ -97,13 +98,13 @@ def test_the_sum_of_a_config_by_hand(tmp_path):
 
 def test_on_given_gpus_all_sources_end_together(tmp_path):
     """a has 900 GPU-seconds and b 3,600: of 10 GPUs b gets 4 engines of 2, a two."""
-    plan = estimate(tree(tmp_path), gpus=10)
+    plan = make_plan(tree(tmp_path), gpus=10)
     assert (of(plan, "generate-a").engines, of(plan, "generate-b").engines) == (2, 4)
     busy = (900 + 2 * 60 + 2 * (1800 + 4 * 120)) / 10
     assert plan.seconds("generate") == pytest.approx(busy + 1800 / 64 / 2)
     assert of(plan, "sft").engines == 2  # workers are the config's
     assert plan.seconds("train") == 400 * 1000 / 8000 / 2 + 200  # nobody is beside it
-    assert of(estimate(tree(tmp_path), gpus=1), "sft").engines == 1
+    assert of(make_plan(tree(tmp_path), gpus=1), "sft").engines == 1
 
 
 @given(
@@ -168,7 +169,7 @@ def test_what_is_there_is_skipped_and_measured(tmp_path):
     ledger = {job.step.folder: {"pool": "a", "output_tokens": 30_000, "actor_seconds": 15.0}}
     Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": ledger})
     unknown = config.plan.model_copy(update={"rates": {}})
-    plan = estimate(config.model_copy(update={"plan": unknown}))
+    plan = make_plan(config.model_copy(update={"plan": unknown}))
     a = of(plan, "generate-a")
     assert (a.rows, a.done) == (3000, 750)
     assert a.output_tokens == 2250 * 40  # the mean so far, not the given 300
@@ -177,14 +178,14 @@ def test_what_is_there_is_skipped_and_measured(tmp_path):
     assert (a.lengths, a.rate) == ("measured", "measured")
     b = of(plan, "generate-b")
     assert (b.done, b.output_tokens, b.lengths, b.rate) == (0, 3000 * 40, "measured", "guess")
-    assert of(estimate(config), "generate-a").rate == "given"  # for other hardware
+    assert of(make_plan(config), "generate-a").rate == "given"  # for other hardware
 
 
 def test_a_finished_step_has_nothing_left(tmp_path):
     config = tree(tmp_path)
     job = write_answers(config, "a", 600, 40)
     job.step.finish(Folder(config.output).absolute(), {"rows": 3000}, 0.0)
-    a = of(estimate(config), "generate-a")
+    a = of(make_plan(config), "generate-a")
     assert (a.done, a.output_tokens, a.gpu_seconds, a.seconds) == (3000, 0, 0, 0)
 
 
@@ -207,7 +208,7 @@ def test_training_that_has_begun_tells_its_rate(tmp_path, step, text, rate):
     jobs = [j for s in Chain(config, for_plan=True).build() for p in s.phases for j in p]
     job = next(j for j in jobs if j.step.name == step)
     (Folder(config.output) / job.step.folder).write("metrics.jsonl", text.encode())
-    work = of(estimate(config), step)
+    work = of(make_plan(config), step)
     assert work.rate == ("measured" if rate else "guess")
     if rate:
         tokens = work.prompt_tokens + work.output_tokens
@@ -220,16 +221,16 @@ def test_prompts_are_counted_in_files(tmp_path):
     pq.write_table(pa.table({"prompt": ["x"] * 7}), parquet)
     assert (count_rows(str(jsonl)), count_rows(str(parquet))) == (4, 7)
     config = tree(tmp_path, prompts={"path": str(tmp_path)})
-    assert of(estimate(config), "prompts").rows == 11
+    assert of(make_plan(config), "prompts").rows == 11
     assert (
-        of(estimate(tree(tmp_path, prompts={"path": str(tmp_path), "limit": 5})), "prompts").rows
+        of(make_plan(tree(tmp_path, prompts={"path": str(tmp_path), "limit": 5})), "prompts").rows
         == 5
     )
 
 
 def test_without_prompts_their_number_has_to_be_given(tmp_path):
     with pytest.raises(UserError, match="give its rows as plan.prompts"):
-        estimate(tree(tmp_path, plan={}))
+        make_plan(tree(tmp_path, plan={}))
 
 
 def test_the_command_prints_json_and_starts_nothing(tmp_path):
@@ -253,7 +254,7 @@ def test_the_command_prints_json_and_starts_nothing(tmp_path):
 
 
 def test_the_text_has_a_line_for_each_pool(tmp_path):
-    text = plan_text(estimate(tree(tmp_path)))
+    text = plan_text(make_plan(tree(tmp_path)))
     line = next(x for x in text.splitlines() if x.startswith("generate  a "))
     assert line.split() == [
         "generate", "a", "3,000", "0", "60.0k", "900.0k", "2x1", "0.3", "0.57", "8", "min",
@@ -265,10 +266,10 @@ def test_the_text_has_a_line_for_each_pool(tmp_path):
 
 
 def test_few_buckets_for_many_engines_are_told(tmp_path):
-    text = plan_text(estimate(tree(tmp_path), gpus=200))
+    text = plan_text(make_plan(tree(tmp_path), gpus=200))
     assert "storage.buckets: 64 are few for 64 engines of " in text
     assert "; set 512 before" in text
-    assert "storage.buckets" not in plan_text(estimate(tree(tmp_path), gpus=10))
+    assert "storage.buckets" not in plan_text(make_plan(tree(tmp_path), gpus=10))
 
 
 def test_weights_by_config():
@@ -317,7 +318,7 @@ def test_guesses_on_one_cpu_are_what_was_measured(config, kind, least, most, tmp
         wrpo={"workers": 1, "num_cpus": 1},
         plan={"prompts": 600},
     )
-    plan = estimate(settings)
+    plan = make_plan(settings)
     work = of(plan, "generate-a" if kind == "generate" else "wrpo")
     tokens = work.output_tokens if kind == "generate" else work.prompt_tokens
     assert work.rate == "guess"
