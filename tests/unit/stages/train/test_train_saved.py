@@ -19,7 +19,7 @@ from wrpo_ray.config import AlphaConfig, LoraConfig, WrpoConfig
 from wrpo_ray.llm.rounding import Rounding, Tensors
 from wrpo_ray.stages.train import model, probe
 from wrpo_ray.stages.train.rows import Row, Tokenizing
-from wrpo_ray.stages.train.stage import _rounded
+from wrpo_ray.stages.train.stage import _rounding_note
 from wrpo_ray.stages.train.task import ADAPTERS, MODEL, WRPO_ANSWERS
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_tensors_are_read_from_all_files(tmp_path):
 
 @pytest.mark.parametrize("lora", [LORA, None])
 def test_the_loss_is_told_in_words(lora):
-    assert "96.9%" in _rounded(WRPO.model_copy(update={"lora": lora}), 0.9687)
+    assert "96.9%" in _rounding_note(WRPO.model_copy(update={"lora": lora}), 0.9687)
 
 
 def test_adapters_change_the_key_of_their_training_alone():

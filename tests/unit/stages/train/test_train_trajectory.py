@@ -235,7 +235,7 @@ def test_wrpo_is_the_published_algorithm(tmp_path, base, rows, plain, mode, pack
 
 
 def test_sft_is_cross_entropy_over_answer_tokens(tmp_path, base, rows, plain):
-    """Each step's mean is over the answer tokens of its rows, however they are dealt."""
+    """Each step's mean is over the answer tokens of its rows, however they are assigned."""
     config = TrainConfig(**SETTINGS)
     trainer = train(tmp_path, base, rows[SFT_ANSWERS], config)
     network = copy.deepcopy(plain)
