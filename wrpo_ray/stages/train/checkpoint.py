@@ -76,7 +76,7 @@ def restore(engine: Any, key: str) -> int:
         if json.loads(index.read())["extra"].get("step", key) != key:
             return 0
     with checkpoint.as_directory() as folder:
-        return load_state(engine, Path(folder))["next_step"]
+        return int(load_state(engine, Path(folder))["next_step"])
 
 
 def repair(folder: Folder, label: str) -> None:

@@ -7,7 +7,7 @@ step (`deepspeed.end_micro_batch` keeps them), so a second pass over its rows fi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ def first_not_finite(numbers: Mapping[str, float]) -> str:
 
 def find(trainer: Trainer, parts: Parts, objective: Objective) -> str:
     """Return the first cause that any worker finds, with a remedy."""
-    checks = (
+    checks: tuple[Callable[[], str], ...] = (
         lambda: _weight(trainer),
         lambda: _first(_row(trainer, rows, objective) for rows, _ in parts),
         lambda: _first(_gradient(trainer, rows, objective) for rows, _ in parts),

@@ -47,7 +47,7 @@ def token_logps(
     return _TokenLogps.apply(hidden, weight, bias, targets, softcap, chunk)
 
 
-class _TokenLogps(torch.autograd.Function):
+class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
     """d log p(t) / d logits = onehot(t) - softmax, chunk by chunk."""
 
     @staticmethod

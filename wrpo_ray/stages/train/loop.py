@@ -46,12 +46,11 @@ from wrpo_ray.stages.train.task import (
     MODEL,
     TRAINED,
     Task,
+    TrainedCounts,
 )
 
-Counts = dict[str, Any]
 
-
-def work(tasks: Sequence[Task]) -> list[Counts] | WrpoError:
+def work(tasks: Sequence[Task]) -> list[TrainedCounts] | WrpoError:
     """Train one model after another on this worker.
 
     The project's own errors rise on all workers at once, and a retry would fail again. So they are
@@ -63,9 +62,11 @@ def work(tasks: Sequence[Task]) -> list[Counts] | WrpoError:
         return error
 
 
-def _train(task: Task, *, in_series: bool) -> Counts:
+def _train(task: Task, *, in_series: bool) -> TrainedCounts:
+    counts: TrainedCounts
     if task.folder.exists(TRAINED):  # before the workers were restarted
-        return task.folder.read_json(TRAINED)
+        counts = task.folder.read_json(TRAINED)
+        return counts
     started = time.time()
     torch.set_num_threads(max(1, int(task.config.num_cpus)))
     deepspeed.prepare(task.config)

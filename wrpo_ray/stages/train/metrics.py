@@ -85,7 +85,7 @@ def read_metrics(folder: Folder) -> list[Record]:
 def peak_memory(device: torch.device) -> float:
     """Peak memory of this worker in GB: of the GPU, or of its process on a CPU."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+        return round(float(torch.cuda.max_memory_allocated(device)) / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
 
 

@@ -46,7 +46,7 @@ FORWARD_TOKENS = 4
 """Factor on the micro-batch size of a forward pass without a backward pass."""
 
 
-class Policy(nn.Module):
+class Policy(nn.Module):  # type: ignore[misc]
     """A causal language model that gives the log-probs of answers in place of logits.
 
     Its head's forward is replaced by one from hidden states and tokens to log-probs. So ZeRO-3,
@@ -151,7 +151,7 @@ class Reference:
         self.policy = Policy(model.to(self.device).eval())
         check_forward(self.policy, config, self.device)
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the rows with the log-probs of their answers."""
         lengths = np.array([row.lengths for row in rows])

@@ -69,12 +69,12 @@ class Batch:
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
-        return self.ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return self.size if self.attention_mask is None else int(self.attention_mask.sum())
 
     @property
     def size(self) -> int:
         """Tokens with padding."""
-        return self.ids.numel()
+        return int(self.ids.numel())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -88,7 +88,7 @@ def costs(lengths: np.ndarray, *, packed: bool) -> list[int]:
     Padded, every row costs as much as the longest, whatever rows share its micro-batch.
     """
     if packed:
-        return lengths.sum(1).tolist()
+        return [int(total) for total in lengths.sum(1)]
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     return [longest * (lengths.shape[1] - 1)] * len(lengths)
 

@@ -250,13 +250,15 @@ class Preparer:
         """The bucket's PREFERENCE records, or SELECTION records: those for SFT, or all."""
         folder = self.run.root / self.job.rows.folder
         columns = ["prompt_id", "messages", *self.job.answers]
+        records: list[Record]
         if self.job.config.is_preference:
-            return read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
+            records = read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
+            return records
         table = read_bucket(folder, bucket, SELECTION, [*columns, "split"])
-        is_for_sft = pc.equal(table["split"], "sft")
-        return (
-            table if self.job.config.takes_all_prompts else table.filter(is_for_sft)
-        ).to_pylist()
+        if not self.job.config.takes_all_prompts:
+            table = table.filter(pc.equal(table["split"], "sft"))
+        records = table.to_pylist()
+        return records
 
 
 def _counts(rows: Rows) -> dict[str, int]:

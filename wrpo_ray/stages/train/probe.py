@@ -92,7 +92,9 @@ def _memory_errors(kind: str, window: int) -> Iterator[None]:
 
 def _agree(own: Tensor, plain: Tensor, config: TrainConfig) -> bool:
     tolerance = 2e-2 if config.precision == "bf16" else 1e-4
-    return own.shape == plain.shape and torch.allclose(own, plain, rtol=tolerance, atol=tolerance)
+    if own.shape != plain.shape:
+        return False
+    return bool(torch.allclose(own, plain, rtol=tolerance, atol=tolerance))
 
 
 def _check_finite(policy: Policy, plain: Tensor) -> None:

@@ -83,10 +83,11 @@ def _render(tokenizer: Any, messages: list[Message]) -> str:
     template = tokenizer.get_chat_template()
     template = CLOCK * ("strftime_now" in template) + template
     try:
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     except Exception as error:  # a template can raise anything
         raise TemplateError(f"chat template: {type(error).__name__}: {error}") from error
+    return str(text)
 
 
 def _ids(tokenizer: Any, text: str) -> Ids:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -194,7 +194,8 @@ def read_counts(folder: Folder, name: str) -> dict[str, int] | None:
     if not folder.exists(name):
         return None
     with folder.filesystem.open_input_file((folder / name).path) as file:
-        return json.loads(pa.ipc.open_file(file).schema.metadata[b"counts"])
+        counts: dict[str, int] = json.loads(pa.ipc.open_file(file).schema.metadata[b"counts"])
+    return counts
 
 
 class PreparedRows:
@@ -221,7 +222,7 @@ class PreparedRows:
 
     def prompt_id(self, index: int) -> str:
         """The prompt_id of a row."""
-        return self._ids[int(self._order[index])].as_py()
+        return str(self._ids[int(self._order[index])].as_py())
 
     @cached_property
     def lengths(self) -> np.ndarray:

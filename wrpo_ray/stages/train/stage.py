@@ -28,7 +28,7 @@ from wrpo_ray.runtime.placement import (
 )
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import side_by_side
-from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task
+from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task, TrainedCounts
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -118,12 +118,12 @@ def _train(run: Run, jobs: list[Train]) -> None:
 
 
 def _finish(
-    run: Run, job: Train, task: Task, counts: dict[str, Any], started: float | None = None
+    run: Run, job: Train, task: Task, counts: TrainedCounts, started: float | None = None
 ) -> None:
     """Write the manifest of a trained model; `started` is None for one of a series."""
     _log_result(task, counts)
-    own = counts.pop("seconds")
-    job.step.finish(run.root, counts, started or time.time() - own)
+    kept = {name: value for name, value in counts.items() if name != "seconds"}
+    job.step.finish(run.root, kept, started or time.time() - counts["seconds"])
     task.folder.delete(TRAINED)
 
 
@@ -148,7 +148,7 @@ def _needs(job: Train, workers: int) -> dict[str, float]:
 # --- one run ---------------------------------------------------------------------------------
 
 
-def _fit(tasks: list[Task], checkpoints: Folder) -> list[dict[str, Any]]:
+def _fit(tasks: list[Task], checkpoints: Folder) -> list[TrainedCounts]:
     """Run the workers to the end; returns the first worker's counts of each model."""
     from wrpo_ray.stages.train import checkpoint
     from wrpo_ray.stages.train.metrics import check_trackers
@@ -215,7 +215,7 @@ def _work(config: dict[str, Any]) -> Any:
     return loop.work(config["tasks"])
 
 
-def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
+def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[TrainedCounts] | WrpoError:
     """Fit in a thread, and log progress meanwhile.
 
     In the main thread Ray Train would replace the SIGINT handler for good, and Ctrl-C would not
@@ -248,7 +248,8 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
             ledger.check()  # a checkpoint is complete, so stopping here loses no work
     if "error" in outcome:
         raise readable(outcome["error"], f"{task.step.name}: training") from outcome["error"]
-    return outcome["value"]
+    fitted: list[TrainedCounts] | WrpoError = outcome["value"]
+    return fitted
 
 
 def _has_ended(task: Task) -> bool:
@@ -303,7 +304,7 @@ def _export(task: Task, last: dict[str, Any], new: list[dict[str, Any]]) -> None
     )
 
 
-def _log_result(task: Task, counts: dict[str, Any]) -> None:
+def _log_result(task: Task, counts: TrainedCounts) -> None:
     label = task.step.name
     if counts["resumed_at"]:
         log(f"{label}: resumed at step {counts['resumed_at']}")

@@ -63,7 +63,8 @@ def load_state(engine: Any, folder: Path) -> dict[str, Any]:
         _fill(own.of(own.master), own.start, saved[own.name, WEIGHT])
         _load_moments(engine, own, saved, index["adam_steps"])
     _publish(engine)
-    return index["extra"]
+    extra: dict[str, Any] = index["extra"]
+    return extra
 
 
 # --- the ranges of a worker, in DeepSpeed 0.19.8 --------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from wrpo_ray.config import TrainConfig, WrpoConfig
 from wrpo_ray.llm.chat import OWN, Template
@@ -22,6 +23,25 @@ METRICS = "metrics.jsonl"
 """One JSON record per optimizer step."""
 
 SFT_ANSWERS, WRPO_ANSWERS = TrainConfig.answers, WrpoConfig.answers
+
+
+class TrainedCounts(TypedDict):
+    """Counts of a trained model, for the step's manifest and the log."""
+
+    rows: int
+    """Rows trained on."""
+    held_out: int
+    steps: int
+    final_loss: float | None
+    """The loss of the last step."""
+    lost_in_bf16: float | None
+    """Share of the changed weights whose change is lost in bf16; None if not known."""
+    resumed_at: int
+    """First step after the last resume; 0 without one."""
+    workers: int
+    """World size at the end."""
+    seconds: float
+    """From the start or the last resume; not in the manifest."""
 
 
 @dataclass(frozen=True)
