@@ -226,6 +226,8 @@ class WrpoConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _fits_objective(self) -> WrpoConfig:
+        # not a discriminated union: it would put the objective into the paths of errors and
+        # reject `margin: 0` elsewhere; `loss` has a class with its own fields per objective
         if self.margin and self.objective != "simpo":
             raise ValueError("margin belongs to objective: simpo")
         if self.label_smoothing and self.objective == "ipo":
