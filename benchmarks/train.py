@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import FORWARD_TOKENS, Policy
-from wrpo_ray.stages.train.packing import costs, deal, pack
+from wrpo_ray.stages.train.packing import assign_micro_batches, costs, pack
 from wrpo_ray.stages.train.rows import Row
 
 PAD, END = 0, 1
@@ -169,7 +169,7 @@ class Ours(Contender):
 
     def accumulate(self) -> None:
         """As `loop.Trainer.step` does it."""
-        for part in deal(self.costs, 1, self.budget)[0]:
+        for part in assign_micro_batches(self.costs, 1, self.budget)[0]:
             rows = [self.rows[i] for i in part]
             batch = pack(rows).to(self.device)
             stored = torch.tensor([row.reference for row in rows], device=self.device)
@@ -187,7 +187,7 @@ class Ours(Contender):
         The policy stands in for the reference, which has the same size.
         """
         done = list(self.rows)
-        for part in deal(self.costs, 1, FORWARD_TOKENS * self.budget)[0]:
+        for part in assign_micro_batches(self.costs, 1, FORWARD_TOKENS * self.budget)[0]:
             logps = self.policy(pack([self.rows[i] for i in part]).to(self.device))
             for i, values in zip(part, logps.reshape(-1, 3).tolist(), strict=True):
                 done[i] = replace(self.rows[i], reference=tuple(values))
@@ -197,7 +197,7 @@ class Ours(Contender):
 def least_budget(costs: list[int]) -> int:
     """The least token budget at which micro-batches hold MICRO_ROWS rows on average."""
     budget = max(max(costs), sum(costs) * MICRO_ROWS // len(costs))
-    while len(deal(costs, 1, budget)[0]) * MICRO_ROWS > len(costs):
+    while len(assign_micro_batches(costs, 1, budget)[0]) * MICRO_ROWS > len(costs):
         budget += 1
     return budget
 

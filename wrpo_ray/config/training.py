@@ -35,71 +35,71 @@ class TrainConfig(Section):
     epochs: int = Field(1, ge=1)
     """Passes over the rows."""
     batch_size: int = Field(128, ge=1)
-    """Rows an optimizer step, over all workers."""
+    """Rows per optimizer step, over all workers."""
     learning_rate: float = Field(7e-6, gt=0, le=1)
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after the warm-up."""
+    """Shape of the learning rate after the warm-up."""
     warmup: float = Field(0.1, ge=0, le=1)
-    """Share of the steps in which the rate rises linearly from 0."""
+    """Share of the steps in which the learning rate rises linearly from 0."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decay."""
+    """AdamW's weight decay."""
     clip: float = Field(1.0, ge=0)
-    """Greatest norm of the whole gradient; 0 does not clip."""
+    """Maximum norm of the whole gradient; 0 does not clip."""
     max_length: int = Field(2048, ge=8)
-    """Tokens of prompt and answer together."""
+    """Maximum tokens of prompt and answer together."""
     max_prompt_length: int | None = Field(None, ge=1)
-    """Tokens of the prompt; a row with a longer one is dropped and counted; null is no bound."""
+    """Maximum tokens of the prompt; rows with a longer one are dropped; null is no limit."""
     overflow: Literal["drop", "cut"] = "drop"
-    """What to do with a row whose answers exceed `max_length`: `drop` it, or `cut` each answer
-    that is too long, and only that one, at its end; both are counted."""
+    """If an answer exceeds `max_length`: `drop` the row, or `cut` the end of each answer that is
+    too long. The step's manifest counts both."""
     compat: Literal["none", "published"] = "none"
-    """`published` tokenizes as the method's published script, for replication: all answers from
-    their texts, each with the assistant's header in front and a second end token behind, also one
-    that was cut off; where the longest does not fit, the prompt keeps its last
-    `max_prompt_length` tokens, and then all answers are cut to `max_length - max_prompt_length`."""
+    """`published` tokenizes as the method's published script does, for replication: all answers
+    from their texts, each after the assistant's header and before a second end token, even if it
+    was cut off. If the longest answer does not fit, the prompt keeps its last `max_prompt_length`
+    tokens, and then all answers are cut to `max_length - max_prompt_length`."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Precision of weights and activations; log-probs are always summed in fp32."""
     lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights; they are merged into the result, whose
-    weights are fp32, and kept beside it."""
+    """Train low-rank adapters instead of all weights. They are merged into the trained model, whose
+    weights are fp32, and saved beside it."""
     holdout: float = Field(0.0, ge=0, le=0.5)
-    """Share of the rows, by hash, that are kept from training to measure the loss on."""
+    """Share of the rows, by hash, to measure the loss on instead of training."""
     holdout_every: int = Field(50, ge=1, json_schema_extra=PLACEMENT)
-    """Optimizer steps between measurements on the rows held out; the last step always has one."""
+    """Optimizer steps between measurements on held-out rows; the last step always has one."""
     zero_stage: Literal[0, 1, 2, 3] = Field(3, json_schema_extra=PLACEMENT)
     """DeepSpeed ZeRO stage."""
     offload: Literal["none", "optimizer", "all"] = Field("none", json_schema_extra=PLACEMENT)
-    """What ZeRO keeps in the CPU's memory: the optimizer's state, or (stage 3) weights as well."""
+    """State that ZeRO keeps in CPU memory: the optimizer's, or (at stage 3) weights as well."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=PLACEMENT)
-    """Compute activations again in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass, to save memory."""
     packing: bool = Field(True, json_schema_extra=PLACEMENT)
-    """Compute a row's prompt once for all its answers, and pack rows without padding."""
+    """Compute a row's prompt once for all of its answers, and pack rows without padding."""
     micro_batch_tokens: int = Field(8192, ge=1, json_schema_extra=PLACEMENT)
-    """Tokens a worker holds in one forward pass; a longer row makes a pass of its own."""
+    """Maximum tokens of a micro-batch; a longer row is a micro-batch of its own."""
     workers: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
-    """Ray Train workers."""
+    """Number of Ray Train workers."""
     min_workers: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
-    """Fewest workers to go on with when nodes are lost or not there yet; null needs all."""
+    """Fewest workers to train with if nodes are lost or not ready yet; null needs all."""
     num_cpus: float = Field(1, ge=0, json_schema_extra=PLACEMENT)
-    """CPUs for a worker."""
+    """CPUs per worker."""
     num_gpus: int = Field(0, ge=0, le=1, json_schema_extra=PLACEMENT)
-    """1 trains on GPUs, one a worker; 0 on the CPU (gloo)."""
+    """GPUs per worker; 0 trains on CPUs (gloo)."""
     resources: dict[str, float] = Field({}, json_schema_extra=PLACEMENT)
-    """Custom resources for a worker, such as a node type's: {h100: 1}."""
+    """Custom resources per worker, such as those of a node type: {h100: 1}."""
     checkpoint_every: int = Field(100, ge=1, json_schema_extra=PLACEMENT)
     """Optimizer steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1, json_schema_extra=PLACEMENT)
-    """Newest checkpoints kept until the run is finished."""
+    """Number of newest checkpoints to keep until the run has finished."""
     max_failures: int = Field(3, ge=0, json_schema_extra=PLACEMENT)
-    """How often Ray Train restarts the workers from the last checkpoint."""
+    """Maximum restarts of the workers from the last checkpoint."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
         (), json_schema_extra=PLACEMENT
     )
-    """Where metrics go beside `metrics.jsonl`; each needs its package and its own settings."""
+    """Services that get metrics beside `metrics.jsonl`; each needs its package and settings."""
 
     def identity(self) -> dict[str, Any]:
-        """With LoRA it says how adapters are merged, which was once in bf16."""
+        """With LoRA it includes the precision of merging, which was once bf16."""
         found = super().identity()
         return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
 
@@ -145,8 +145,8 @@ class SftConfig(TrainConfig):
     """SFT of the target on y_ws."""
 
     prompts: Literal["split", "all"] = "split"
-    """Whose y_ws: those of the prompts for SFT, or `all`, as plain distillation has them, which
-    leaves none unseen for preferences."""
+    """Prompts whose y_ws are trained on: those of the SFT split, or `all`, as in plain
+    distillation, which leaves no unseen prompts for preference training."""
 
     @property
     def takes_all_prompts(self) -> bool:
@@ -163,27 +163,27 @@ class SftConfig(TrainConfig):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """Without `prompts`, which the step of the rows has."""
+        """All but `prompts`, which is part of the key of the prepared rows."""
         return {name: value for name, value in super().identity().items() if name != "prompts"}
 
 
 class AlphaConfig(Section):
-    """The weight of the source's answer against the target's (paper, equation 6)."""
+    """The weight alpha of y_ws against y_wt (paper, equation 6)."""
 
     end: float = Field(0.1, ge=0, le=1)
     """alpha at the last step (`dynamic`) or at every step (`static`); 0 is DPO."""
     schedule: Literal["dynamic", "static"] = "dynamic"
-    """`dynamic` grows linearly from 0 with the rows consumed."""
+    """`dynamic` grows linearly from 0 with the rows trained on."""
 
 
 class ReferenceConfig(Section):
     """Log-probs under the reference model, the SFT model."""
 
     mode: Literal["stored", "live"] = Field("stored", json_schema_extra=PLACEMENT)
-    """`stored`: computed once, before training, and kept with the rows. `live`: computed in each
-    step by a second model that the workers hold (with LoRA: by the same without its adapters)."""
+    """`stored`: computed once, before training, and stored with the rows. `live`: computed in each
+    step, by a second model on the workers (with LoRA: by the policy without its adapters)."""
     actors: Actors | None = Field(None, json_schema_extra=PLACEMENT)
-    """The pool that computes them; null takes as many as there are workers, each with as much."""
+    """The pool of actors that computes them; null takes the number and resources of `workers`."""
 
 
 class WrpoConfig(TrainConfig):
@@ -199,15 +199,15 @@ class WrpoConfig(TrainConfig):
     beta: float = Field(0.01, gt=0)
     """Scale of the implicit reward beta * log(pi/pi_ref)."""
     alpha: AlphaConfig = AlphaConfig()
-    """The fusion coefficient."""
+    """The fusion coefficient alpha."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     """Probability that a preference is the wrong way round (not for `ipo`)."""
     margin: float = Field(0.0, ge=0)
     """SimPO's gamma: by how much the chosen reward should exceed the rejected one."""
     sft_weight: float = Field(0.0, ge=0)
-    """Weight of an SFT term: the negative log-prob of y_ws an answer token."""
+    """Weight of an SFT term: the negative log-prob of y_ws per answer token."""
     reference: ReferenceConfig = ReferenceConfig()
-    """Where the log-probs under pi_ref come from."""
+    """Source of the log-probs under the reference model pi_ref."""
 
     @property
     def has_reference(self) -> bool:
@@ -226,6 +226,8 @@ class WrpoConfig(TrainConfig):
 
     @model_validator(mode="after")
     def _fits_objective(self) -> WrpoConfig:
+        # not a discriminated union: it would put the objective into the paths of errors and
+        # reject `margin: 0` elsewhere; `loss` has a class with its own fields per objective
         if self.margin and self.objective != "simpo":
             raise ValueError("margin belongs to objective: simpo")
         if self.label_smoothing and self.objective == "ipo":

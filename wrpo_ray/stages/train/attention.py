@@ -21,7 +21,7 @@ SHARED_PROMPT = "wrpo_shared_prompt"
 
 
 def register() -> None:
-    """Make SHARED_PROMPT known to transformers."""
+    """Register SHARED_PROMPT with transformers."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(SHARED_PROMPT, shared_prompt_attention)
@@ -40,9 +40,11 @@ def shared_prompt_attention(
     softcap: float | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: (1, H, T, D), (1, K, T, D) twice to (1, T, H, D).
+    """The attention function that transformers calls in each layer.
 
-    Dropout is not applied: it is off in training here (see `model.without_dropout`).
+    Takes (1, H, T, D) and twice (1, K, T, D), returns (1, T, H, D).
+
+    Dropout is not applied: it is off in training here (see `model.disable_dropout`).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -60,7 +62,7 @@ def by_blocks(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Block by block; (1, T, H, D)."""
+    """Attention block by block; (1, T, H, D)."""
     # split, unlike a slice for each block, has a backward that touches each token once
     queries, keys, values = (t.split(layout.lengths, dim=2) for t in (query, key, value))
     out = []
@@ -75,7 +77,7 @@ def by_blocks(
 
 
 def _mask(layout: Layout, block: Block, window: int | None, device: torch.device) -> Tensor | None:
-    """(queries, keys), true where a query sees a key; None where it is plainly causal."""
+    """(queries, keys), true where a query attends to a key; None for a plain causal mask."""
     before = layout.prefix_length(block)
     narrow = window is not None and before + block.length > window
     if before == 0 and not narrow:
@@ -115,10 +117,10 @@ def _attend(
 def by_varlen(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, scale: float, window: int | None
 ) -> Tensor:
-    """All blocks in one flash kernel; (1, T, H, D).
+    """Attention of all blocks in one flash kernel; (1, T, H, D).
 
-    Each block is a sequence of its own whose keys are its prompt's and its own. Queries lie at
-    the end of their keys (the kernel aligns causal masks at the bottom right).
+    Each block is one sequence whose keys are its prompt's and its own. Queries are at the end of
+    their keys (the kernel aligns causal masks at the bottom right).
     """
     from torch.nn.attention.varlen import varlen_attn
 
@@ -136,7 +138,7 @@ def by_varlen(
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
-    return out[None]  # type: ignore[index]
+    return out[None]
 
 
 def _sequences(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -151,7 +153,8 @@ def _sequences(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Te
         layout.masks["queries_at"] = _starts(layout.lengths, device)
         layout.masks["keys_at"] = _starts([len(k) for k in keys], device)
     longest = max(layout.prefix_length(b) + b.length for b in layout.blocks)
-    return *(layout.masks[n] for n in ("sequences", "queries_at", "keys_at")), longest  # type: ignore[return-value]
+    masks = layout.masks
+    return masks["sequences"], masks["queries_at"], masks["keys_at"], longest
 
 
 def _starts(lengths: list[int], device: torch.device) -> Tensor:

@@ -1,11 +1,11 @@
-"""Checkpoints of an unfinished run: what Ray Train keeps, and what is in them.
+"""Checkpoints of an unfinished run, saved and resumed through Ray Train.
 
-A checkpoint holds the training state (`state`), a part of each worker, and the next step. The rest
-(order of rows, alpha, learning rate) is a function of the step. So any number of workers goes on
-from it, at any ZeRO stage. Each worker writes its part to a folder of its own; Ray Train copies
-it to the run's storage while training goes on, and lists a checkpoint in its snapshot once all
-parts are there. So a half-written one is never resumed from; what a lost worker had not
-uploaded is trained again from the checkpoint before.
+A checkpoint holds the training state (`state`), one part per worker, and the next step. The rest
+(order of rows, alpha, learning rate) is a function of the step. So any number of workers can
+resume from it, at any ZeRO stage. Each worker writes its part to a local folder; Ray Train uploads
+it to the run's storage while training continues, and lists a checkpoint in its snapshot once all
+parts are uploaded. So a run never resumes from an incomplete checkpoint: if a worker is lost before
+its upload ends, training resumes from the checkpoint before.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 def save(engine: Any, key: str, next_step: int, metrics: dict[str, Any]) -> None:
-    """Write a checkpoint and have Ray Train upload it meanwhile; all workers call it.
+    """Write a checkpoint; Ray Train uploads it in the background. All workers call it.
 
-    `key` is that of the step, as a series of models has one place for checkpoints.
+    `key` is the step's key, as a series of models shares one folder of checkpoints.
 
-    It first waits until the one before is complete, so that no more than one is on the disk.
-    Ray Train deletes it there once it is uploaded, and uploads the last before a run ends.
+    It first waits until the checkpoint before is complete, so that at most one is on the local
+    disk. Ray Train deletes it after the upload, and uploads the last one before a run ends.
     """
     from ray import train
 
@@ -51,7 +51,7 @@ def save(engine: Any, key: str, next_step: int, metrics: dict[str, Any]) -> None
 
 
 def _local_folder() -> Path:
-    """The same for every worker of this rank and run, so that a killed one's is cleared away."""
+    """A path that depends on run and rank alone, so that a killed worker's files are deleted."""
     from ray import train
 
     context = train.get_context()
@@ -62,7 +62,7 @@ def _local_folder() -> Path:
 def restore(engine: Any, key: str) -> int:
     """Load the newest complete checkpoint; returns the step to go on with, 0 without one.
 
-    One of another model of the same series is none.
+    A checkpoint of another model of the same series does not count.
 
     Raises:
         WrpoError: the checkpoint is damaged.
@@ -76,14 +76,14 @@ def restore(engine: Any, key: str) -> int:
         if json.loads(index.read())["extra"].get("step", key) != key:
             return 0
     with checkpoint.as_directory() as folder:
-        return load_state(engine, Path(folder))["next_step"]
+        return int(load_state(engine, Path(folder))["next_step"])
 
 
 def repair(folder: Folder, label: str) -> None:
-    """Before a run starts: put aside a snapshot that a kill cut off in the middle.
+    """Delete a damaged snapshot before a run starts.
 
-    Ray Train writes it in place, and refuses to start with a broken one or one that names a
-    checkpoint that is gone.
+    Ray Train writes it in place, so a kill can truncate it. It does not start with a damaged one,
+    or one that lists a deleted checkpoint.
     """
     if not folder.exists(SNAPSHOT) or _is_whole(folder):
         return
@@ -92,7 +92,7 @@ def repair(folder: Folder, label: str) -> None:
 
 
 def committed(checkpoints: Folder) -> bytes:
-    """Tells one state of a run's complete checkpoints from the next."""
+    """The snapshot of a run's complete checkpoints; it changes with each new one."""
     folder = checkpoints / LAYOUT
     return folder.read(SNAPSHOT) if folder.exists(SNAPSHOT) else b""
 

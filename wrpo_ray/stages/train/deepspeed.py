@@ -1,7 +1,7 @@
 """DeepSpeed engines: the config from ours, the policy with its optimizer, the frozen reference.
 
-DeepSpeed averages gradients over workers; it is told not to divide by accumulation steps. So a
-loss of `workers * own share of the mean` makes the gradient the exact mean (see `loop`).
+DeepSpeed averages gradients over workers; its division by gradient accumulation steps is switched
+off. So a loss of `workers * own share of the mean` makes the gradient the exact mean (see `loop`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ BUCKET = 50_000_000
 
 
 def prepare(config: TrainConfig) -> None:
-    """Let DeepSpeed take the process group that is there, and keep it quiet.
+    """Make DeepSpeed use the existing process group, and log errors only.
 
-    On CPUs it is also kept from compiling operators, which takes half a minute.
+    On CPUs it must not compile operators either, which takes half a minute.
     """
     import deepspeed
 
@@ -37,10 +37,9 @@ def prepare(config: TrainConfig) -> None:
 def engine_config(config: TrainConfig, workers: int) -> dict[str, Any]:
     """DeepSpeed's config dict.
 
-    The number of micro-batches differs from step to step, so the loop tells DeepSpeed which one
-    is the last (`set_gradient_accumulation_boundary`); the sizes here say only that there can be
-    more than one. Stage 0 in bf16 becomes stage 1: without ZeRO there are no fp32 master weights,
-    and small updates vanish.
+    The number of micro-batches differs from step to step, so the loop marks the last one
+    (`set_gradient_accumulation_boundary`); the sizes here only allow more than one. Stage 0 in bf16
+    becomes stage 1: without ZeRO there are no fp32 master weights, and small updates vanish.
     """
     stage = 1 if config.zero_stage == 0 and config.precision == "bf16" else config.zero_stage
     return {
@@ -77,7 +76,7 @@ def _zero(config: TrainConfig, stage: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
-    """Within it `from_pretrained` shards each parameter as it is read, if the stage is 3."""
+    """A context in which `from_pretrained` shards each parameter as it is read, at stage 3."""
     from transformers.integrations import deepspeed as hooks
 
     if settings["zero_optimization"]["stage"] < 3:
@@ -92,7 +91,7 @@ def partitioned_loading(settings: dict[str, Any]) -> Iterator[None]:
 
 
 class _Settings:
-    """What transformers asks a DeepSpeed config (its own class would need `accelerate`)."""
+    """The interface of a DeepSpeed config in transformers, whose class needs `accelerate`."""
 
     def __init__(self, config: dict[str, Any]):
         self.config = config
@@ -124,12 +123,12 @@ def reference_engine(model: Any, settings: dict[str, Any]) -> Any:
     return engine
 
 
-def act(engine: Any, *, is_last: bool) -> float:
-    """End a micro-batch and, where it is the step's last, update the weights.
+def end_micro_batch(engine: Any, *, is_last: bool) -> float:
+    """End a micro-batch; after the last of a step, update the weights.
 
-    Returns the norm of the step's whole gradient before clipping, 0 before its end. Where the norm
-    is not finite the weights stay as they were (0.19.8: with ZeRO an optimizer of DeepSpeed skips
-    the step and tells infinity; without, nothing tells the norm or looks at it).
+    Returns the norm of the step's whole gradient before clipping, and 0 before the last. If the
+    norm is not finite, the weights stay as they were. (DeepSpeed 0.19.8 skips such a step with
+    ZeRO and reports infinity; without ZeRO it neither reports nor checks the norm.)
     """
     if engine.zero_optimization_stage() or not is_last:
         engine.step()
@@ -142,6 +141,6 @@ def act(engine: Any, *, is_last: bool) -> float:
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """The rate of the next optimizer step."""
+    """Set the learning rate of the next optimizer step."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate

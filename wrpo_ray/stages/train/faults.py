@@ -1,13 +1,13 @@
-"""Which weight, row or gradient is not finite, once a loss or gradient norm is not.
+"""Find the weight, row or gradient that is not finite, once a loss or gradient norm is not.
 
-All workers call it alike, and get the same words. The weights are those before the step that
-failed (`deepspeed.act` leaves them), so a second pass over its rows shows what went wrong.
+All workers call it together and get the same text. The weights are still those before the failed
+step (`deepspeed.end_micro_batch` keeps them), so a second pass over its rows finds the cause.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,23 +23,23 @@ if TYPE_CHECKING:
     from wrpo_ray.stages.train.loop import Trainer
 
 Parts = Sequence[tuple[list[Row], bool]]
-"""This worker's micro-batches, and whether each is real and no dummy."""
+"""This worker's micro-batches, and whether each is real and not a dummy."""
 
 
-def told(numbers: Mapping[str, float]) -> str:
-    """The first of some named numbers that is not finite, in words; empty where all are."""
+def first_not_finite(numbers: Mapping[str, float]) -> str:
+    """Describe the first of the named numbers that is not finite; empty if all are finite."""
     return next((f"{n} is {v}" for n, v in numbers.items() if not math.isfinite(v)), "")
 
 
 def find(trainer: Trainer, parts: Parts, objective: Objective) -> str:
-    """The cause, and what to do about it: the first of any worker."""
-    looks = (
+    """Return the first cause that any worker finds, with a remedy."""
+    checks: tuple[Callable[[], str], ...] = (
         lambda: _weight(trainer),
         lambda: _first(_row(trainer, rows, objective) for rows, _ in parts),
         lambda: _first(_gradient(trainer, rows, objective) for rows, _ in parts),
     )
-    for look in looks:
-        if cause := _of_any_worker(look()):
+    for check in checks:
+        if cause := _of_any_worker(check()):
             return cause
     return (
         "computed again it is finite, so a device's memory may be at fault; run again, which goes "
@@ -48,7 +48,7 @@ def find(trainer: Trainer, parts: Parts, objective: Objective) -> str:
 
 
 def check_weights(trainer: Trainer) -> None:
-    """Raise UserError, on all workers, where a weight to be saved is not finite."""
+    """Raise UserError on all workers if a weight to be saved is not finite."""
     if cause := _of_any_worker(_weight(trainer)):
         raise UserError(f"{trainer.task.step.name}: after the last step {cause}")
 
@@ -60,7 +60,7 @@ def _of_any_worker(own: str) -> str:
 
 
 def _first(causes: Iterator[str]) -> str:
-    """The first that is not empty; all are asked for, as each takes the same forward passes."""
+    """The first that is not empty; all are computed, so that workers run equal forward passes."""
     return next(filter(None, list(causes)), "")
 
 
@@ -74,7 +74,7 @@ def _weight(trainer: Trainer) -> str:
 
 
 def _row(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
-    """The first row with a log-prob or loss that is not finite, and which."""
+    """Name the first row with a log-prob or loss that is not finite."""
     config = trainer.task.config
     with torch.no_grad():
         batch = model.collate(rows, config).to(trainer.device)
@@ -96,18 +96,18 @@ def _row(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
 
 
 def _gradient(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
-    """The first tensor, from the loss on, whose gradient by these rows is not finite."""
+    """Name the first tensor, in backward order, whose gradient of these rows is not finite."""
     found: list[str] = []
 
-    def look_at(name: str) -> Any:
-        def look(gradient: Tensor) -> None:
+    def watch(name: str) -> Any:
+        def hook(gradient: Tensor) -> None:
             if not bool(torch.isfinite(gradient).all()):
                 found.append(name)
 
-        return look
+        return hook
 
     trained = [(n, p) for n, p in trainer.policy.module.named_parameters() if p.requires_grad]
-    hooks = [p.register_hook(look_at(name.removeprefix("model."))) for name, p in trained]
+    hooks = [p.register_hook(watch(name.removeprefix("model."))) for name, p in trained]
     trainer.policy.set_gradient_accumulation_boundary(False)
     trainer.policy.backward(trainer.losses(rows, objective)[0].sum(), scale_wrt_gas=False)
     for hook in hooks:

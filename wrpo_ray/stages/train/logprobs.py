@@ -1,8 +1,8 @@
 """Log-probs of answers from hidden states, without logits of all tokens at once.
 
 Only the N positions that predict an answer token go through the head, some of them at a time;
-the backward pass computes their logits again. Sums are in fp32 (float64 models: float64),
-whatever the model's precision: in bf16 they are wrong by up to 2 nats at -400.
+the backward pass recomputes their logits. Sums are in fp32 (for float64 models in float64),
+whatever the model's precision: bf16 sums are wrong by up to 2 nats at -400.
 A answers, H width, V vocabulary.
 """
 
@@ -16,20 +16,20 @@ from torch import Tensor
 from wrpo_ray.stages.train.packing import Batch
 
 CHUNK = 2**24
-"""Logits that exist at once: 64 MB in fp32."""
+"""Most logits in memory at once: 64 MB in fp32."""
 
 
 def answer_logps(hidden: Tensor, head: Any, batch: Batch) -> Tensor:
-    """The summed log-prob of each answer given what is before it, (A,).
+    """The summed log-prob of each answer given its prompt, (A,).
 
     Args:
         hidden: the last hidden states (S, T, H).
         head: called with hidden states (N, H) and tokens (N,), gives their log-probs (N,).
-        batch: what the hidden states are of.
+        batch: the micro-batch of the hidden states.
     """
     chosen = hidden.flatten(0, 1).index_select(0, batch.predict)  # (N, H)
     logps = head(chosen, batch.targets)  # (N,)
-    return logps.new_zeros(batch.spread.shape).masked_scatter(batch.spread, logps).sum(1)
+    return logps.new_zeros(batch.answer_mask.shape).masked_scatter(batch.answer_mask, logps).sum(1)
 
 
 def token_logps(
@@ -47,7 +47,7 @@ def token_logps(
     return _TokenLogps.apply(hidden, weight, bias, targets, softcap, chunk)
 
 
-class _TokenLogps(torch.autograd.Function):
+class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
     """d log p(t) / d logits = onehot(t) - softmax, chunk by chunk."""
 
     @staticmethod
@@ -107,7 +107,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def _of_logits_(logits: Tensor, norms: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient by the logits, gradient * (onehot(targets) - softmax), in their place."""
+    """Overwrite logits by their gradient, gradient * (onehot(targets) - softmax)."""
     of_logits = logits.sub_(norms[:, None]).exp_().mul_(-gradient[:, None])
     return of_logits.scatter_add_(1, targets[:, None], gradient[:, None])
 

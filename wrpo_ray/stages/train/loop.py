@@ -1,8 +1,8 @@
-"""What each Ray Train worker does: rows, engines, optimizer steps, the trained model.
+"""The training loop of each Ray Train worker: rows, engines, optimizer steps, the trained model.
 
 The gradient of a step is the sum of the losses of its rows (preferences) or answer tokens (SFT)
 over all workers, divided by their real number: the same for every number of workers, packing,
-micro-batch and ZeRO stage. Not covered: the driver's side (`stage`).
+micro-batch and ZeRO stage. Not covered: the driver (`stage`).
 """
 
 from __future__ import annotations
@@ -46,26 +46,27 @@ from wrpo_ray.stages.train.task import (
     MODEL,
     TRAINED,
     Task,
+    TrainedCounts,
 )
 
-Counts = dict[str, Any]
 
-
-def work(tasks: Sequence[Task]) -> list[Counts] | WrpoError:
+def work(tasks: Sequence[Task]) -> list[TrainedCounts] | WrpoError:
     """Train one model after another on this worker.
 
-    The project's own errors rise on all workers alike, and another try would meet them again.
-    So they are returned: what is raised makes Ray Train start over.
+    The project's own errors rise on all workers at once, and a retry would fail again. So they are
+    returned: Ray Train restarts the workers after an error that is raised.
     """
     try:
-        return [_train(task, is_one_of_several=len(tasks) > 1) for task in tasks]
+        return [_train(task, in_series=len(tasks) > 1) for task in tasks]
     except WrpoError as error:
         return error
 
 
-def _train(task: Task, *, is_one_of_several: bool) -> Counts:
-    if task.folder.exists(TRAINED):  # before workers were lost
-        return task.folder.read_json(TRAINED)
+def _train(task: Task, *, in_series: bool) -> TrainedCounts:
+    counts: TrainedCounts
+    if task.folder.exists(TRAINED):  # before the workers were restarted
+        counts = task.folder.read_json(TRAINED)
+        return counts
     started = time.time()
     torch.set_num_threads(max(1, int(task.config.num_cpus)))
     deepspeed.prepare(task.config)
@@ -83,8 +84,8 @@ def _train(task: Task, *, is_one_of_several: bool) -> Counts:
         "workers": dist.get_world_size(),
         "seconds": time.time() - started,
     }
-    if is_one_of_several:
-        dist.barrier()  # the model is there
+    if in_series:
+        dist.barrier()  # the model is written
         if dist.get_rank() == 0:
             task.folder.write_json(TRAINED, counts)
         trainer.close()
@@ -104,12 +105,12 @@ class Trainer:
     order: Order
     policy: Any
     reference: Any
-    """A frozen second model; None where log-probs are stored, or adapters are switched off."""
+    """A frozen second model; None if log-probs are stored, or the policy without adapters is it."""
     device: torch.device
 
     @classmethod
     def create(cls, task: Task) -> Trainer:
-        """Load the policy and, for preference training with a live reference, that too.
+        """Load the policy and, if the objective needs a live one, the reference model.
 
         Raises:
             UserError: no row is left to train on.
@@ -137,30 +138,30 @@ class Trainer:
         return cls(task, rows, train_rows, np.flatnonzero(held), order, engine, reference, device)
 
     def run(self, first_step: int) -> float | None:
-        """All steps from `first_step`; returns the last step's loss (on the first worker).
+        """Run all steps from `first_step`; returns the last step's loss on the first worker.
 
         Raises:
-            UserError: the loss or the gradient is no longer finite; the last step is no exception.
+            UserError: the loss or the gradient is not finite, at any step.
         """
         is_first = dist.get_rank() == 0
         file = MetricsFile(self.task.folder, first_step) if is_first else None
-        with ExitStack() as ended:
-            tell = trackers(self.task) if is_first else []
-            for tracker in tell:
-                ended.callback(tracker.close)
-            self._steps(first_step, file, tell)
+        with ExitStack() as stack:
+            active = trackers(self.task) if is_first else []
+            for tracker in active:
+                stack.callback(tracker.close)
+            self._steps(first_step, file, active)
         if file is None:
             return None
         file.flush()
         return file.records[-1]["loss"] if file.records else None
 
-    def _steps(self, first_step: int, file: MetricsFile | None, tell: list[Tracker]) -> None:
+    def _steps(self, first_step: int, file: MetricsFile | None, active: list[Tracker]) -> None:
         for step in range(first_step, self.order.steps):
             record = self.step(step) | self._held_out(step)
             if file:
                 file.append(record)
-            for tracker in tell:
-                tracker.tell(record)
+            for tracker in active:
+                tracker.log(record)
             if (step + 1) % self.task.config.checkpoint_every == 0 and step + 1 < self.order.steps:
                 if file:
                     file.flush()
@@ -184,7 +185,7 @@ class Trainer:
             self.policy.set_gradient_accumulation_boundary(is_last)
             losses, metrics = self.losses(part, objective)
             self.policy.backward(losses.sum() * (is_real * scale), scale_wrt_gas=False)
-            norm = deepspeed.act(self.policy, is_last=is_last)
+            norm = deepspeed.end_micro_batch(self.policy, is_last=is_last)
             sums.add(metrics | {"loss": losses}, is_real)
         totals, seconds = sums.reduce(), time.monotonic() - started
         loss = totals.pop("loss") / divisor
@@ -210,8 +211,8 @@ class Trainer:
     def save(self) -> float | None:
         """Write the trained model; all workers call it.
 
-        Returns the share of the changed weights that bf16 shows, or would show, unchanged; None
-        where that is not known or does not matter.
+        Returns the share of the changed weights whose change is lost in bf16; None if that is not
+        known or does not matter.
 
         Raises:
             UserError: a weight is not finite.
@@ -227,7 +228,7 @@ class Trainer:
         return rounding.share
 
     def close(self) -> None:
-        """Free what the engines hold, for the next model."""
+        """Free the memory of the engines for the next model."""
         for engine in (self.policy, self.reference):
             if hasattr(engine, "destroy"):
                 engine.destroy()
@@ -237,29 +238,29 @@ class Trainer:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
-    # --- inside
-
     def _check(
         self, numbers: dict[str, float], step: int, parts: faults.Parts, objective: Objective
     ) -> None:
-        """Raise UserError with the cause, on all workers, where a number is not finite."""
-        if what := faults.told(numbers):
+        """Raise UserError with the cause, on all workers, if a number is not finite."""
+        if problem := faults.first_not_finite(numbers):
             cause = faults.find(self, parts, objective)
-            raise UserError(f"{self.task.step.name}: {what} at step {step}: {cause}")
+            raise UserError(f"{self.task.step.name}: {problem} at step {step}: {cause}")
 
     def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
-        """This worker's micro-batches, and whether each is real and no dummy.
+        """This worker's micro-batches, and whether each is real and not a dummy.
 
         A dummy keeps the number of forward passes equal on all workers (ZeRO-3 gathers weights
         in each); it adds nothing to loss or gradient.
         """
         config = self.task.config
         costs = packing.costs(self.rows.lengths[batch], packed=config.packing)
-        dealt = packing.deal(costs, dist.get_world_size(), config.micro_batch_tokens)
-        least = int(np.argmin(costs))
+        assigned = packing.assign_micro_batches(
+            costs, dist.get_world_size(), config.micro_batch_tokens
+        )
+        cheapest = int(np.argmin(costs))
         return [
-            ([self.rows[batch[i]] for i in part or (least,)], bool(part))
-            for part in dealt[dist.get_rank()]
+            ([self.rows[batch[i]] for i in part or (cheapest,)], bool(part))
+            for part in assigned[dist.get_rank()]
         ]
 
     def losses(self, rows: Sequence[Row], objective: Objective) -> Losses:
@@ -287,7 +288,7 @@ class Trainer:
                 return self.policy(batch)
 
     def _held_out(self, step: int) -> dict[str, float]:
-        """Loss and accuracy on the rows held out, at the greatest alpha, so that steps compare."""
+        """Loss and accuracy on the rows held out, at the last alpha, so that steps compare."""
         config, is_last = self.task.config, step == self.order.steps - 1
         if not len(self.held_rows) or not (is_last or (step + 1) % config.holdout_every == 0):
             return {}

@@ -28,7 +28,7 @@ class Sums:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, values: Mapping[str, Tensor], is_real: bool) -> None:
-        """Add per-row values, each (B,); of a dummy only their names."""
+        """Add per-row values, each (B,); a dummy adds zeros under the same names."""
         for name, value in values.items():
             total = (
                 value.detach().double().sum() if is_real else torch.zeros((), dtype=torch.double)
@@ -36,7 +36,7 @@ class Sums:
             self._sums[name] = self._sums.get(name, 0.0) + total.to(value.device)
 
     def reduce(self) -> dict[str, float]:
-        """The sums over all workers; each calls it with the same names."""
+        """The sums over all workers, which call it together with the same names."""
         names = sorted(self._sums)
         values = torch.stack([self._sums[name] for name in names])  # (metrics,)
         torch.distributed.all_reduce(values)
@@ -46,8 +46,8 @@ class Sums:
 class MetricsFile:
     """`metrics.jsonl` of a step's folder, written by one worker.
 
-    A local file grows line by line. In an object store it is written again now and then and
-    at each `flush`. Lines of steps that a resumed run does again are dropped.
+    A local file grows line by line. In an object store it is rewritten every `every` seconds and at
+    each `flush`. Lines of steps that a resumed run repeats are dropped.
     """
 
     def __init__(self, folder: Folder, first_step: int, every: float = 15.0):
@@ -56,7 +56,7 @@ class MetricsFile:
         self._write()
 
     def append(self, record: Record) -> None:
-        """One more step."""
+        """Add the record of a step."""
         self.records.append(record)
         if not self.folder.is_remote:
             with (Path(self.folder.path) / METRICS).open("a", encoding="utf-8") as file:
@@ -76,37 +76,37 @@ class MetricsFile:
 
 
 def read_metrics(folder: Folder) -> list[Record]:
-    """The records of a step's folder; a line that a kill cut off is passed over."""
+    """The records of a step's folder; a line cut off by a kill is skipped."""
     if not folder.exists(METRICS):
         return []
     return folder.read_records(METRICS)
 
 
 def peak_memory(device: torch.device) -> float:
-    """GB that this worker has held at the most: of the GPU, or of its process on a CPU."""
+    """Peak memory of this worker in GB: of the GPU, or of its process on a CPU."""
     if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 1e9, 3)
+        return round(float(torch.cuda.max_memory_allocated(device)) / 1e9, 3)
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 3)
 
 
-# --- where else metrics go -----------------------------------------------------------------------
+# --- trackers -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tracker:
-    """Where else a run's metrics go."""
+    """A service that gets a run's metrics beside `metrics.jsonl`."""
 
-    tell: Callable[[Record], None]
+    log: Callable[[Record], None]
     """Called with each step's record."""
     close: Callable[[], Any]
-    """Ends the run there: the same process may train another model."""
+    """Ends the run there; the same process may train another model."""
 
 
 PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow"}
 
 
 def check_trackers(task: Task) -> None:
-    """On the driver, before the workers start: only the first of them would meet the fault.
+    """Check the trackers on the driver, before the workers start.
 
     Raises:
         UserError: a tracker's package is missing, or it cannot write to this output.
@@ -122,13 +122,13 @@ def check_trackers(task: Task) -> None:
 
 
 def trackers(task: Task) -> list[Tracker]:
-    """Those of the config."""
+    """The trackers of the config."""
     makers = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
     return [makers[name](task) for name in task.config.trackers]
 
 
 def _tensorboard(task: Task) -> Tracker:
-    """Each step is written at once: a SummaryWriter queues it, and its flush does not wait."""
+    """Write each step at once: a SummaryWriter queues it, and its flush does not wait."""
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
@@ -137,13 +137,13 @@ def _tensorboard(task: Task) -> Tracker:
     folder.mkdir(parents=True, exist_ok=True)
     writer = EventsWriter(str(folder / "events"))
 
-    def tell(record: Record) -> None:
+    def log(record: Record) -> None:
         values = [Summary.Value(tag=n, simple_value=v) for n, v in _numbers(record).items()]
         summary, step = Summary(value=values), record["step"]
         writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
         writer.flush()
 
-    return Tracker(tell, writer.close)
+    return Tracker(log, writer.close)
 
 
 def _wandb(task: Task) -> Tracker:

@@ -27,30 +27,30 @@ from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
 from wrpo_ray.stages.train.packing import (
     Batch,
+    assign_micro_batches,
     costs,
-    deal,
     pack,
     pad,
 )
 from wrpo_ray.stages.train.probe import (
     NOT_HERE,
     UNPACKED,
+    as_user_error,
     check_forward,
-    refusing,
 )
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.storage.folder import Folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FORWARD_TOKENS = 4
-"""Without a backward pass a micro-batch is so many times larger."""
+"""Factor on the micro-batch size of a forward pass without a backward pass."""
 
 
-class Policy(nn.Module):
+class Policy(nn.Module):  # type: ignore[misc]
     """A causal language model that gives the log-probs of answers in place of logits.
 
-    Its head's forward is replaced: it takes hidden states and tokens, and gives log-probs. So
-    ZeRO-3, which gathers a module's weights around its forward, needs to know nothing of it.
+    Its head's forward is replaced by one from hidden states and tokens to log-probs. So ZeRO-3,
+    which gathers a module's weights around its forward, works unchanged.
     """
 
     def __init__(self, model: nn.Module):
@@ -80,13 +80,13 @@ class Policy(nn.Module):
         return answer_logps(hidden, self._parts["head"], batch)
 
     def without_adapters(self) -> Any:
-        """A context in which a LoRA policy is the model it started from."""
+        """A context in which LoRA adapters are switched off."""
         disabled = getattr(self.model, "disable_adapter", None)
         return disabled() if disabled else nullcontext()
 
 
 def collate(rows: Sequence[Row], config: TrainConfig) -> Batch:
-    """A micro-batch of rows, packed or padded as the config says."""
+    """A micro-batch of rows, packed or padded by `config.packing`."""
     return pack(rows) if config.packing else pad(rows)
 
 
@@ -106,12 +106,12 @@ def packed_policy(model: Any) -> Policy:
     """
     attention.register()
     model.set_attn_implementation(attention.SHARED_PROMPT)
-    without_dropout(model)
+    disable_dropout(model)
     return Policy(model)
 
 
 def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Policy:
-    """The model of a folder to train, with dropout off and adapters if there are any."""
+    """Load a model folder to train, with dropout off and, if configured, adapters."""
     model = load(folder, DTYPES[config.precision], packing=config.packing)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -122,9 +122,9 @@ def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Poli
 
 
 def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
-    """The causal language model of a folder, with dropout off.
+    """Load the causal language model of a folder, with dropout off.
 
-    Unpacked, Gemma 2 takes eager attention, which alone applies its soft cap.
+    Unpacked, Gemma 2 needs eager attention, the only one that applies its soft cap.
 
     Raises:
         UserError: the weights are not those of its architecture.
@@ -137,17 +137,17 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
     plain = {"gemma2": "eager"}.get(model_type, "sdpa")
     kind = attention.SHARED_PROMPT if packing else plain
     remedy = UNPACKED if packing else NOT_HERE
-    with refusing(model_type, "it cannot be loaded to train", remedy):
+    with as_user_error(model_type, "it cannot be loaded to train", remedy):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=kind, output_loading_info=True
         )
     with telling_of(str(folder)):
         check_loaded(loaded, model)
-    without_dropout(model)
+    disable_dropout(model)
     return model
 
 
-def without_dropout(model: nn.Module) -> None:
+def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate of the modules to 0; the model's config keeps its own.
 
     Then the policy equals the reference at the first step, and a resumed run needs no random
@@ -162,7 +162,7 @@ def without_dropout(model: nn.Module) -> None:
 
 
 class Reference:
-    """The frozen model that log-probs are compared with, on an actor of its own."""
+    """The frozen reference model of an actor that prepares rows."""
 
     def __init__(self, folder: Path, config: TrainConfig, on_gpu: bool):
         self.config = config
@@ -171,12 +171,12 @@ class Reference:
         self.policy = Policy(model.to(self.device).eval())
         check_forward(self.policy, config, self.device)
 
-    @torch.inference_mode()
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def __call__(self, rows: list[Row]) -> list[Row]:
-        """The rows with the log-probs of their answers."""
+        """Return the rows with the log-probs of their answers."""
         lengths = np.array([row.lengths for row in rows])
         budget = FORWARD_TOKENS * self.config.micro_batch_tokens
-        (parts,) = deal(costs(lengths, packed=self.config.packing), 1, budget)
+        (parts,) = assign_micro_batches(costs(lengths, packed=self.config.packing), 1, budget)
         done: dict[int, Row] = {}
         for part in filter(None, parts):
             batch = collate([rows[i] for i in part], self.config).to(self.device)
@@ -191,7 +191,7 @@ class Reference:
 
 
 def with_lora(model: Any, config: LoraConfig) -> Any:
-    """The model with trainable adapters on its linear layers, all else frozen.
+    """Add trainable adapters to the linear layers of a model, and freeze all else.
 
     Raises:
         UserError: `targets` names no layer of the model but, at most, its head.
@@ -220,11 +220,11 @@ def with_lora(model: Any, config: LoraConfig) -> Any:
 def gather_weights(
     model: nn.Module, base: Path, *, keep: bool, trained_alone: bool = False
 ) -> tuple[dict[str, Tensor], Rounding]:
-    """The model's whole weights on the CPU, or only the trained ones; empty without `keep`.
+    """Gather the model's weights on the CPU, all or only the trained ones; empty without `keep`.
 
-    They are those of the forward pass. In bf16 the optimizer has them in fp32: which of its changes
-    they do not show is counted. All workers call it: sharded parameters are gathered one at a
-    time. Tied weights come once, under the first of their names.
+    They are the weights of the forward pass. In bf16 the optimizer keeps fp32 master weights; the
+    changes that rounding to bf16 loses are counted. All workers call it: sharded parameters are
+    gathered one at a time. Tied weights are listed once, under the first of their names.
     """
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
@@ -260,11 +260,11 @@ def save(
 ) -> Rounding:
     """Write weights, configs and tokenizer to `to`; all workers call it, `write` on one.
 
-    What is written computes what the policy does: weights as trained, or with LoRA in fp32, as
-    bf16 would round most of the changes away; the adapters themselves go to `adapters`. Its
-    generation_config lists every end of turn, so that whatever generates with it stops there.
-    Returns what bf16 loses or would lose. It is written next to the worker first and uploaded
-    whole. It counts once the step's manifest is there.
+    The saved model computes what the policy does. Weights have the training precision; with LoRA
+    they are merged in fp32, as bf16 would round most of the changes away, and the adapters go to
+    `adapters`. generation_config lists every end of turn, so that generation stops there. The
+    folder is written to a local disk, then uploaded; it is valid once the step's manifest exists.
+    Returns the changes that bf16 loses or would lose.
     """
     alone = config.lora is not None
     weights, rounding = gather_weights(policy.model, base, keep=write, trained_alone=alone)
@@ -277,7 +277,7 @@ def save(
             _upload(adapters, lambda folder: _save_adapters(model, weights, folder))
         model, rounding = _merged(model, Tensors(base), DTYPES[config.precision])
         weights = model.state_dict()
-    _list_ends(model.generation_config, end_ids(tokenizer, base))
+    _add_end_tokens(model.generation_config, end_ids(tokenizer, base))
 
     def save_whole(folder: Path) -> None:
         model.save_pretrained(folder, state_dict=weights)
@@ -294,8 +294,8 @@ def _upload(to: Folder, write: Callable[[Path], None]) -> None:
         to.upload(Path(scratch))
 
 
-def _list_ends(generation: Any, ends: Collection[int]) -> None:
-    """Add token ids that end a turn to those that a generation_config has."""
+def _add_end_tokens(generation: Any, ends: Collection[int]) -> None:
+    """Add token ids that end a turn to a generation_config."""
     listed = generation.eos_token_id
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if missing := sorted(set(ends) - set(listed)):
@@ -303,7 +303,7 @@ def _list_ends(generation: Any, ends: Collection[int]) -> None:
 
 
 def _with_adapters(base: Path, config: TrainConfig, weights: dict[str, Tensor]) -> Any:
-    """The base as it was trained, in fp32 on the CPU, with the adapters of `weights`."""
+    """The base model in fp32 on the CPU, with the adapters of `weights`."""
     assert config.lora is not None
     network = load(base, DTYPES[config.precision], packing=False).float()
     model = with_lora(network, config.lora)
@@ -315,7 +315,7 @@ def _with_adapters(base: Path, config: TrainConfig, weights: dict[str, Tensor]) 
 
 
 def _merged(model: Any, before: Tensors, trained_in: torch.dtype) -> tuple[Any, Rounding]:
-    """The model with its adapters merged in, and what bf16 would lose of it."""
+    """Merge the adapters into the model, and count the changes that bf16 would lose."""
     rounding, merged = Rounding(), model.merge_and_unload()
     for name, parameter in merged.named_parameters():
         rounding.add(parameter.detach(), before.get(name, trained_in), torch.bfloat16)
@@ -323,7 +323,7 @@ def _merged(model: Any, before: Tensors, trained_in: torch.dtype) -> tuple[Any, 
 
 
 def _save_adapters(model: Any, weights: dict[str, Tensor], folder: Path) -> None:
-    """As peft reads them; their base is named by whoever puts them beside it."""
+    """Save adapters for peft, without the path of their base, which is a local one."""
     settings = model.peft_config["default"]
     settings.base_model_name_or_path = ""
     model.save_pretrained(folder, state_dict=weights)

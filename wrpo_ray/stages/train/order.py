@@ -1,7 +1,7 @@
-"""Which rows each optimizer step takes, as pure functions.
+"""The rows of each optimizer step, as pure functions.
 
-The rows of a step depend on (seed, epoch, index) alone, so another number of workers, other
-micro-batches (`packing.deal`) or a resumed run train on the same rows in the same steps.
+The rows of a step depend on (seed, epoch, index) alone. So they are the same for any number of
+workers, any micro-batches (`packing.assign_micro_batches`), and in a resumed run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def permutation(seed: int, epoch: int, rows: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Order:
-    """The order of a whole run over `rows` rows, of which there is at least one."""
+    """The order of a whole run over `rows` rows, at least one."""
 
     rows: int
     epochs: int
@@ -33,7 +33,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch; the last takes the rows that are left."""
+        """Optimizer steps per epoch; the last takes the remaining rows."""
         return math.ceil(self.rows / self.batch_size)
 
     @property
@@ -48,9 +48,9 @@ class Order:
         return permutation(self.seed, epoch, self.rows)[start : start + self.batch_size]
 
     def consumed(self, step: int) -> float:
-        """The share of the way from the first step to the last, in rows consumed; in [0, 1].
+        """Progress from the first step (0) to the last (1), by the rows consumed.
 
-        A run of one step is at its end.
+        A run of one step is at 1.
         """
         last = self._before(self.steps - 1)
         return self._before(step) / last if last else 1.0

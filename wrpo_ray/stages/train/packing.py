@@ -1,8 +1,8 @@
-"""Rows into micro-batches: the prompt of a row once, its answers behind it, without padding.
+"""Packs rows into micro-batches: the prompt of a row once, then its answers, without padding.
 
 A packed micro-batch is one sequence: prompt, answer, answer, answer, prompt, answer, ... An
-answer sees its own row's prompt and itself; its positions go on from the prompt's. `pad` makes
-the plain form of the same micro-batch: one padded sequence of prompt and answer for each answer.
+answer attends to its own row's prompt and to itself; its positions continue the prompt's. `pad`
+makes the usual form of the same micro-batch: a padded sequence of prompt and answer per answer.
 
 R rows, A answers of all rows, S sequences, T tokens, N answer tokens of all answers.
 """
@@ -24,7 +24,7 @@ from wrpo_ray.stages.train.rows import Row
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens that attend, causally, to themselves and to `prefix`, an earlier block, before."""
+    """Tokens that attend causally to themselves, and to all of an earlier block, `prefix`."""
 
     length: int
     prefix: int | None = None
@@ -37,7 +37,7 @@ class Layout:
 
     blocks: tuple[Block, ...]
     masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
-    """What an attention needs of it, made once for all layers."""
+    """Masks and indices of the attention, computed once for all layers."""
 
     @property
     def lengths(self) -> list[int]:
@@ -51,30 +51,30 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A micro-batch, packed or padded; what it computes are log-probs of its A answers."""
+    """A micro-batch, packed or padded, for the log-probs of its A answers."""
 
     ids: Tensor  # (S, T); S is 1 if packed
     positions: Tensor  # (S, T)
     predict: Tensor  # (N,): the flat index of the token that predicts each answer token
     targets: Tensor  # (N,): the answer tokens
-    spread: Tensor  # (A, longest answer): true where an answer has a token
+    answer_mask: Tensor  # (A, longest answer): true on the tokens of each answer
     attention_mask: Tensor | None = None  # (S, T): 1 on tokens, if padded
     layout: Layout | None = None  # if packed
 
     @property
     def lengths(self) -> Tensor:
         """Tokens of each answer, (A,)."""
-        return self.spread.sum(1)
+        return self.answer_mask.sum(1)
 
     @property
     def tokens(self) -> int:
         """Tokens without padding."""
-        return self.ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+        return self.size if self.attention_mask is None else int(self.attention_mask.sum())
 
     @property
     def size(self) -> int:
         """Tokens with padding."""
-        return self.ids.numel()
+        return int(self.ids.numel())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device."""
@@ -83,18 +83,18 @@ class Batch:
 
 
 def costs(lengths: np.ndarray, *, packed: bool) -> list[int]:
-    """Tokens of each row in a forward pass, from (rows, 1 + answers) tokens of prompt and answers.
+    """Tokens of each row in a forward pass, from its (R, 1 + answers) prompt and answer tokens.
 
-    Padded, every row costs as much as the longest: whatever rows it comes together with.
+    Padded, every row costs as much as the longest, whatever rows share its micro-batch.
     """
     if packed:
-        return lengths.sum(1).tolist()
+        return [int(total) for total in lengths.sum(1)]
     longest = int((lengths[:, 0] + lengths[:, 1:].max(1)).max())
     return [longest * (lengths.shape[1] - 1)] * len(lengths)
 
 
 def pack(rows: Sequence[Row]) -> Batch:
-    """One sequence of all rows, each prompt once."""
+    """Pack rows into one sequence, each prompt once."""
     blocks: list[Block] = []
     ids, positions, predict = [], [], []
     start = 0
@@ -115,13 +115,13 @@ def pack(rows: Sequence[Row]) -> Batch:
         _tensor(positions)[None],
         _tensor(predict),
         _tensor([answer for row in rows for answer in row.answers]),
-        _spread([len(answer) for row in rows for answer in row.answers]),
+        _answer_mask([len(answer) for row in rows for answer in row.answers]),
         layout=Layout(tuple(blocks)),
     )
 
 
 def pad(rows: Sequence[Row]) -> Batch:
-    """A padded sequence for each answer; padding lies on the right."""
+    """Pad rows to one sequence per answer; padding is on the right."""
     pairs = [(row.prompt, answer) for row in rows for answer in row.answers]
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
     ids = torch.zeros((len(pairs), longest), dtype=torch.long)
@@ -138,13 +138,13 @@ def pad(rows: Sequence[Row]) -> Batch:
         (mask.cumsum(1) - 1).clamp(min=0),
         _tensor(predict),
         _tensor([answer for _, answer in pairs]),
-        _spread([len(answer) for _, answer in pairs]),
+        _answer_mask([len(answer) for _, answer in pairs]),
         attention_mask=mask,
     )
 
 
 def _predictors(prompt_end: int, start: int, length: int) -> np.ndarray:
-    """Where the tokens of an answer at `start` are predicted: one token before each."""
+    """Indices of the tokens that predict an answer at `start`: one before each of its tokens."""
     return np.array([prompt_end, *range(start, start + length - 1)])[:length]
 
 
@@ -152,18 +152,20 @@ def _tensor(parts: list[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def _spread(lengths: list[int]) -> Tensor:
+def _answer_mask(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
 
 
-# --- which rows go together ------------------------------------------------------------------
+# --- micro-batches ------------------------------------------------------------------
 
 
-def deal(costs: Sequence[int], workers: int, budget: int) -> list[list[tuple[int, ...]]]:
-    """For each worker its micro-batches, as indices into `costs`; a pure function.
+def assign_micro_batches(
+    costs: Sequence[int], workers: int, budget: int
+) -> list[list[tuple[int, ...]]]:
+    """Assign rows to micro-batches: for each worker a list of tuples of indices into `costs`.
 
-    Every worker has the same number, some of them empty where rows are few, and about the same
-    number of tokens. A micro-batch exceeds `budget` only where a single row does.
+    All workers get the same number of micro-batches, some of them empty if rows are few, and about
+    the same number of tokens. A micro-batch exceeds `budget` only if a single row does.
     """
     count = max(1, math.ceil(min(sum(costs) / budget, len(costs)) / workers))
     while True:
@@ -172,15 +174,15 @@ def deal(costs: Sequence[int], workers: int, budget: int) -> list[list[tuple[int
             break
         count += 1
     bins.sort(key=lambda rows: (-sum(costs[i] for i in rows), rows))
-    dealt: list[list[tuple[int, ...]]] = [[] for _ in range(workers)]
-    for number, rows in enumerate(bins):  # there and back, so that loads are even
+    assigned: list[list[tuple[int, ...]]] = [[] for _ in range(workers)]
+    for number, rows in enumerate(bins):  # in alternating order, so that loads are even
         turn, place = divmod(number, workers)
-        dealt[place if turn % 2 == 0 else workers - 1 - place].append(rows)
-    return dealt
+        assigned[place if turn % 2 == 0 else workers - 1 - place].append(rows)
+    return assigned
 
 
 def _fill(costs: Sequence[int], bins: int) -> list[tuple[int, ...]]:
-    """Longest first, each into the bin that is emptiest."""
+    """Longest row first, each into the bin with the fewest tokens."""
     heap = [(0, number) for number in range(bins)]
     filled: list[list[int]] = [[] for _ in range(bins)]
     for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

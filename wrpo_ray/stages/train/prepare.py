@@ -1,9 +1,9 @@
-"""Rows ready to train on: token ids, and the reference's log-probs of each answer.
+"""Prepares rows to train on: token ids, and the reference's log-probs of each answer.
 
-A pool of actors fills bucket by bucket. Reference log-probs come from the trainer's own forward
-pass, without a backward pass and so in larger micro-batches; they lie with the token ids they
-are of. The step's key holds the model, its tokenizer and template, and the limits of length, so
-a change of any computes them again. Training then holds no reference model.
+A pool of actors writes one file per bucket. Reference log-probs come from the trainer's own forward
+pass, in larger micro-batches as there is no backward pass; they are stored beside their token ids.
+The step's key holds the model, its tokenizer and template, and the length limits, so a change of
+any of them recomputes the rows. Training then needs no reference model.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 FORMAT = 2
-"""Version of what a prepared row holds: part of the step's key."""
+"""Version of the format of prepared rows, part of the step's key."""
 COMPAT = {"published": "published, with headers"}
-"""What of a way of tokenizing is in the key, where an earlier version did it wrong."""
+"""Key values of `compat` that differ from its name, as an earlier version had a fault."""
 DROPPED = "dropped"
-"""Subfolder of the step's failures with the rows that are too long."""
+"""Subfolder of the step's failures for rows that are too long."""
 
 
 @dataclass(frozen=True)
 class Prepare(BaseJob):
-    """The rows of one training run, or of several that differ in their optimization only."""
+    """The rows of one training run, or of several that differ only in optimization settings."""
 
     kind = JobKind.PREPARE
 
@@ -68,10 +68,10 @@ class Prepare(BaseJob):
     base: Folder
     """The model that is trained, and the reference of preference training."""
     fingerprint: str
-    """What identifies the model, its tokenizer and its template."""
+    """Fingerprint of the model, its tokenizer and its template."""
     config: TrainConfig
     template: Template = OWN
-    """What replaces the base's own chat template."""
+    """Replacement of the base's own chat template."""
     own: str | None = None
     """The model that sampled with the base's tokenizer: its answers keep their token ids, those of
     all others are tokenized from their text. Null where no answer of the rows is of such a model.
@@ -96,7 +96,7 @@ class Prepare(BaseJob):
 
     @cached_property
     def step(self) -> Step:
-        """The step; what optimization alone depends on is not in its key."""
+        """The step; settings of the optimization are not in its key."""
         config = self.config
         key = {
             "answers": self.answers,
@@ -124,7 +124,7 @@ class Prepare(BaseJob):
 
 
 def run(run: Run, jobs: list[Prepare]) -> None:
-    """Do each job; those with equal actors share a pool, one after another.
+    """Run the jobs; those with equal actors share a pool, one after another.
 
     Raises:
         UserError: no row is left to train on.
@@ -163,12 +163,12 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
 def _finish(run: Run, job: Prepare, counts: Counter[str], started: float) -> None:
     totals = {name: counts[name] for name in ("rows", "dropped", "cut", "failed", "tokens")}
     run.check_failures(job.step, totals["failed"], totals["rows"])
-    _check_some(job, totals)
+    _check_any_row(job, totals)
     job.step.finish(run.root, totals, started)
     log(f"{job.step.name}  " + ", ".join(f"{k} {v:,}" for k, v in totals.items()))
 
 
-def _check_some(job: Prepare, counts: dict[str, int]) -> None:
+def _check_any_row(job: Prepare, counts: dict[str, int]) -> None:
     if counts["rows"]:
         return
     if counts["dropped"]:
@@ -186,7 +186,7 @@ def _check_some(job: Prepare, counts: dict[str, int]) -> None:
 
 
 class Preparer:
-    """The actor, with the model of one job at a time; what it returns are counts only."""
+    """The actor of the pool; it holds the model of one job at a time, and returns counts."""
 
     def __init__(self, run: Run, jobs: list[Prepare]):
         self.run, self.jobs = run, jobs
@@ -202,7 +202,7 @@ class Preparer:
 
     @cached_property
     def reference(self) -> Any:
-        """The function from rows to the same rows with the reference's log-probs."""
+        """Adds the reference's log-probs to rows."""
         from wrpo_ray.stages.train.model import Reference
 
         return Reference(
@@ -226,20 +226,20 @@ class Preparer:
         if counts is None or counts["failed"]:
             rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
             self._add_reference(rows)
-            self._keep_left_out(rows, bucket)
+            self._write_left_out(rows, bucket)
             counts = _counts(rows)
             write_rows(folder, name, rows.kept, counts)
         return row | counts
 
-    def _keep_left_out(self, rows: Rows, bucket: Bucket) -> None:
-        """Rows that are too long lie apart from faults, which count against `failure_limit`."""
+    def _write_left_out(self, rows: Rows, bucket: Bucket) -> None:
+        """Write failure rows; those that are too long do not count against `failure_limit`."""
         failures = self.job.step.failures(self.run.root)
         for folder, part in ((failures, rows.faults), (failures / DROPPED, rows.too_long)):
             with retrying_failures(folder, bucket) as earlier:
                 write_failures(folder, bucket, part, "rows", earlier)
 
     def _add_reference(self, rows: Rows) -> None:
-        """Give rows their reference log-probs; one whose are not finite has failed."""
+        """Add reference log-probs to rows; a row with one that is not finite fails."""
         if not rows.kept or not self.job.config.stores_reference:
             return
         kept, rows.kept = self.reference(rows.kept), []
@@ -253,16 +253,18 @@ class Preparer:
             rows.failed.append(failure(self.job.step.name, error, prompt_id=row.prompt_id))
 
     def _records(self, bucket: Bucket) -> list[Record]:
-        """Of SELECTION records those for SFT, or all; PREFERENCE records have no split."""
+        """The bucket's PREFERENCE records, or SELECTION records: those for SFT, or all."""
         folder = self.run.root / self.job.rows.folder
         columns = ["prompt_id", "messages", *self.job.answers]
+        records: list[Record]
         if self.job.config.is_preference:
-            return read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
+            records = read_bucket(folder, bucket, PREFERENCE, columns).to_pylist()
+            return records
         table = read_bucket(folder, bucket, SELECTION, [*columns, "split"])
-        is_for_sft = pc.equal(table["split"], "sft")
-        return (
-            table if self.job.config.takes_all_prompts else table.filter(is_for_sft)
-        ).to_pylist()
+        if not self.job.config.takes_all_prompts:
+            table = table.filter(pc.equal(table["split"], "sft"))
+        records = table.to_pylist()
+        return records
 
 
 def _counts(rows: Rows) -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Whether a model's packed log-probs are its own: a probe before anything is computed with it.
+"""Check, before training, that a model's packed log-probs equal those of its own logits.
 
-The probe is longer than every window and chunk that the config names, as far as rows may be: an
-attention that keeps them by a mask of its own, which packed rows do not have, shows only there.
+The probe row is longer than every attention window and chunk of the model's config that rows can
+exceed: a model that applies them by its own mask, which packed rows lack, fails only there.
 """
 
 from __future__ import annotations
@@ -24,34 +24,33 @@ if TYPE_CHECKING:
     from wrpo_ray.stages.train.model import Policy
 
 SPANS = re.compile(r"window|chunk|local|block|span|top_?k|stride|floor_scale")
-"""What a config's key says that holds a number of tokens which attention depends on."""
+"""Words in the keys of a config whose numbers limit attention, in tokens."""
 PROMPT, ANSWERS = 4, (2, 3, 7)
 """Tokens of the shortest probe."""
 NO_MEMORY = "can't allocate memory"
-"""What torch says of the CPU's, by an error without a type of its own."""
+"""Text of torch's error when the CPU has no memory left; the error has no type of its own."""
 UNPACKED, NOT_HERE = "set packing: false", "it cannot be trained here"
 
 
 def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> None:
-    """Compare our log-probs of a probe with those of the model's own logits.
+    """Compare our log-probs of a probe row with those of the model's own logits.
 
     Raises:
-        UserError: the architecture computes something else, such as scaled logits, or cannot
-            share prompts, such as one with a recurrent state; or what it computes is not finite;
-            or there is too little memory to tell.
+        UserError: they differ, as with scaled logits or a recurrent state; they are not finite; or
+            memory is too small for the check.
     """
     settings = policy.model.config.get_text_config()
     _check_rope(settings, config.max_length)
     probe = _probe(settings, config.max_length)
     with torch.no_grad():
         window = max(_reachable(settings, config.max_length), default=0)
-        failing = refusing(settings.model_type, "its own forward pass fails", NOT_HERE)
-        with failing, _fitting(settings.model_type, window):
+        failing = as_user_error(settings.model_type, "its own forward pass fails", NOT_HERE)
+        with failing, _memory_errors(settings.model_type, window):
             plain = _plain_logps(policy, probe, device)
         _check_finite(policy, plain)
         remedy = UNPACKED if config.packing else NOT_HERE
-        failing = refusing(settings.model_type, "it cannot be given rows in this form", remedy)
-        with failing, _fitting(settings.model_type, window):
+        failing = as_user_error(settings.model_type, "it cannot be given rows in this form", remedy)
+        with failing, _memory_errors(settings.model_type, window):
             own = policy((pack if config.packing else pad)([probe]).to(device))
     if not _agree(own, plain.to(own.dtype), config):
         raise UserError(
@@ -62,8 +61,8 @@ def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> 
 
 
 @contextlib.contextmanager
-def refusing(kind: str, what: str, remedy: str) -> Iterator[None]:
-    """Tells whatever a model's code raises as a UserError in one line."""
+def as_user_error(kind: str, what: str, remedy: str) -> Iterator[None]:
+    """Raise any error of a model's code as a UserError of one line."""
     try:
         yield
     except UserError:
@@ -74,10 +73,10 @@ def refusing(kind: str, what: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _fitting(kind: str, window: int) -> Iterator[None]:
-    """Tells that memory is too small for a probe longer than `window`, which 0 says there is not.
+def _memory_errors(kind: str, window: int) -> Iterator[None]:
+    """Raise UserError if memory is too small for a probe longer than `window`; 0 is no window.
 
-    The model's own forward pass holds a square of attention weights, in eager code.
+    The model's own eager forward pass holds the whole square of attention weights.
     """
     try:
         yield
@@ -93,7 +92,9 @@ def _fitting(kind: str, window: int) -> Iterator[None]:
 
 def _agree(own: Tensor, plain: Tensor, config: TrainConfig) -> bool:
     tolerance = 2e-2 if config.precision == "bf16" else 1e-4
-    return own.shape == plain.shape and torch.allclose(own, plain, rtol=tolerance, atol=tolerance)
+    if own.shape != plain.shape:
+        return False
+    return bool(torch.allclose(own, plain, rtol=tolerance, atol=tolerance))
 
 
 def _check_finite(policy: Policy, plain: Tensor) -> None:
@@ -111,9 +112,9 @@ def _check_finite(policy: Policy, plain: Tensor) -> None:
 
 
 def _check_rope(settings: Any, max_length: int) -> None:
-    """Refuse positions whose meaning depends on the longest row in company.
+    """Reject position encodings that depend on the longest row of a micro-batch.
 
-    transformers 5.23 chooses the scaling of these kinds by a forward pass's greatest position.
+    transformers 5.23 chooses their scaling by the greatest position of a forward pass.
     """
     rope = getattr(settings, "rope_parameters", None) or {}
     for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
@@ -129,7 +130,7 @@ def _check_rope(settings: Any, max_length: int) -> None:
 
 
 def _probe(settings: Any, max_length: int) -> Row:
-    """A row whose prompt is longer than all spans that rows can exceed, and short answers."""
+    """A row with short answers, whose prompt is longer than all spans that rows can exceed."""
     longest, answer = max(PROMPT, max_length - max(ANSWERS)), max(ANSWERS)
     reachable = _reachable(settings, max_length)
     prompt = min(longest, max([PROMPT, *(span + answer for span in reachable)]))
@@ -144,7 +145,7 @@ def _reachable(settings: Any, max_length: int) -> list[int]:
 
 
 def _spans(settings: Any, key: str = "") -> Iterator[int]:
-    """Numbers of a config whose key, or that of what they lie in, names a span of tokens."""
+    """Numbers of a config whose key, or a parent's key, names a span of tokens."""
     if isinstance(settings, dict):
         for name, value in settings.items():
             yield from _spans(value, f"{key}.{name}")
@@ -156,7 +157,7 @@ def _spans(settings: Any, key: str = "") -> Iterator[int]:
 
 
 def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
-    """The model's own forward pass, an answer at a time; the head is itself meanwhile."""
+    """Log-probs by the model's own head and eager attention, one answer at a time."""
     head = policy._parts["head"]
     replaced = head.__dict__.pop("forward")
     implementation = policy.model.config._attn_implementation

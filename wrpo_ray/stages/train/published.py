@@ -1,13 +1,13 @@
-"""Rows as the method's published script tokenizes them, for replication (`compat: published`).
+"""Tokenizes rows as the method's published script does, for replication (`compat: published`).
 
 Read in scripts/run_wrpo.py and scripts/wrpo_trainer.py of github.com/SLIT-AI/WRPO (commit e6f2867);
-no code is taken from there. The prompt is the conversation without a generation prompt, behind an
-empty system message where the template knows one. An answer is the template's text of a lone
+no code is taken from there. The prompt is the conversation without a generation prompt, after an
+empty system message if the template supports one. An answer is the template's text of a lone
 assistant turn, so its tokens begin with the assistant's header and end with the turn's end, and
 one more end token follows. Text that spells a special token becomes it.
 
-Two things are not the script's: the date that a template may ask for is fixed (`core.chat`), and
-a tokenizer without a BOS, with which it crashes, has none to take away.
+Two things differ from the script: the date that a template may ask for is fixed (`llm.chat`), and
+a tokenizer without a BOS, with which the script crashes, works.
 """
 
 from __future__ import annotations
@@ -83,10 +83,11 @@ def _render(tokenizer: Any, messages: list[Message]) -> str:
     template = tokenizer.get_chat_template()
     template = CLOCK * ("strftime_now" in template) + template
     try:
-        return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     except Exception as error:  # a template can raise anything
         raise TemplateError(f"chat template: {type(error).__name__}: {error}") from error
+    return str(text)
 
 
 def _ids(tokenizer: Any, text: str) -> Ids:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -1,4 +1,4 @@
-"""Training rows: from Parquet records to token ids within the limits of length, and back.
+"""Training rows: from Parquet records to token ids within the length limits, and to disk.
 
 A row is a prompt with its answers, in the order of `TrainConfig.answers`. Prepared rows lie in
 Arrow files, one per bucket, which workers map into memory: a node holds the data set once, whatever
@@ -41,7 +41,7 @@ PREPARED = pa.schema(
 
 
 class RowTooLongError(ValueError):
-    """The prompt, or prompt and longest answer together, exceed the limits of length."""
+    """The prompt, or prompt and longest answer together, exceed the length limits."""
 
     recorded_as = "TooLong"
 
@@ -64,7 +64,7 @@ class Row:
 
 @dataclass
 class Rows:
-    """Tokenized rows, and FAILURE rows of those that are left out."""
+    """Tokenized rows, and FAILURE rows of the records that are left out."""
 
     kept: list[Row] = field(default_factory=list)
     failed: list[Record] = field(default_factory=list)
@@ -73,12 +73,12 @@ class Rows:
 
     @property
     def too_long(self) -> list[Record]:
-        """The failed rows that exceed the limits of length."""
+        """The failed rows that exceed the length limits."""
         return [row for row in self.failed if row["error"] == RowTooLongError.recorded_as]
 
     @property
     def faults(self) -> list[Record]:
-        """The failed rows that have something wrong with them."""
+        """The failed rows with any other error."""
         return [row for row in self.failed if row["error"] != RowTooLongError.recorded_as]
 
 
@@ -87,7 +87,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Tokenizing:
-    """How records become rows."""
+    """Settings that turn records into rows."""
 
     tokenizer: Any
     ends: frozenset[int]
@@ -96,10 +96,10 @@ class Tokenizing:
     """The answers of a row."""
     config: TrainConfig
     own: str | None = None
-    """The model whose sampled token ids are of this tokenizer; null where none's are."""
+    """The model that sampled with this tokenizer, so that its token ids are valid; null if none."""
 
     def rows(self, records: Iterable[Record], stage: str) -> Rows:
-        """Rows of records; one that fails or does not fit becomes a FAILURE row of `stage`."""
+        """Rows of records; a record that fails or is too long becomes a FAILURE row of `stage`."""
         rows = Rows()
         for record in records:
             try:
@@ -128,9 +128,9 @@ class Tokenizing:
         return Row(record["prompt_id"], _ids(prompt), tuple(map(_ids, answers))), cut
 
     def _answer(self, messages: list[Any], answer: Record) -> list[int]:
-        """The own model's answers keep the ids it sampled; others are tokenized from their text.
+        """Token ids of an answer: as sampled by the model `own`, else tokenized from its text.
 
-        Token ids mean nothing to another tokenizer than the one that made them.
+        Token ids are valid only for the tokenizer that made them.
         """
         closed = answer["finish_reason"] != "length"
         if self.own is None or answer["source"] != self.own or not answer["token_ids"]:
@@ -201,7 +201,7 @@ def _ids(values: list[int]) -> np.ndarray:
 
 
 def write_rows(folder: Folder, name: str, rows: list[Row], counts: dict[str, int]) -> None:
-    """Commit a bucket's rows as the file `name`, with its counts."""
+    """Write a bucket's rows and counts to the file `name`."""
     columns = [
         [row.prompt_id for row in rows],
         [np.concatenate([row.prompt, *row.answers]) for row in rows],
@@ -217,11 +217,12 @@ def write_rows(folder: Folder, name: str, rows: list[Row], counts: dict[str, int
 
 
 def read_counts(folder: Folder, name: str) -> dict[str, int] | None:
-    """The counts of a bucket's file; None where it is not there."""
+    """The counts of a bucket's file; None if it does not exist."""
     if not folder.exists(name):
         return None
     with folder.filesystem.open_input_file((folder / name).path) as file:
-        return json.loads(pa.ipc.open_file(file).schema.metadata[b"counts"])
+        counts: dict[str, int] = json.loads(pa.ipc.open_file(file).schema.metadata[b"counts"])
+    return counts
 
 
 class PreparedRows:
@@ -248,7 +249,7 @@ class PreparedRows:
 
     def prompt_id(self, index: int) -> str:
         """The prompt_id of a row."""
-        return self._ids[int(self._order[index])].as_py()
+        return str(self._ids[int(self._order[index])].as_py())
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -257,7 +258,7 @@ class PreparedRows:
         return np.concatenate(parts)[self._order] if parts else np.zeros((0, 2), np.int32)
 
     def held_out(self, share: float) -> np.ndarray:
-        """(rows,), true for about that share of the rows, by hash of their prompts."""
+        """(rows,), true for about that share of the rows, by a hash of their prompt_ids."""
         places = [
             unit_interval("holdout", self.prompt_id(i)) for i in range(len(self) if share else 0)
         ]

@@ -1,4 +1,4 @@
-"""alpha and the learning rate as pure functions of how far a run has come.
+"""alpha and the learning rate as pure functions of a run's progress.
 
 Steps count from 0; `steps` is the number of steps of the whole run.
 """
@@ -11,7 +11,7 @@ from wrpo_ray.config import AlphaConfig, TrainConfig
 
 
 def alpha_at(config: AlphaConfig, consumed: float) -> float:
-    """The fusion coefficient (paper, section 3.3) where a share of the rows is `consumed`.
+    """The fusion coefficient (paper, section 3.3) after the share `consumed` of the rows.
 
     `dynamic` grows linearly from 0 at the first step to exactly `end` at the last, whose
     `consumed` is 1 (`Order.consumed`). `static` is `end` throughout.
@@ -23,9 +23,9 @@ def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
     """The learning rate at a step.
 
     It rises linearly over the first ceil(warmup * steps) steps, and reaches its peak at the
-    step after them. Then `cosine` and `linear` fall towards 0, which the step after the last
-    would have, and `constant` stays. The first step of a warm-up has one part of the rise, not
-    0, so that no step is wasted.
+    step after them. Then `cosine` and `linear` fall towards 0, which a step after the last would
+    have, and `constant` stays. The first step of a warm-up has a rate above 0, so that no step is
+    wasted.
     """
     warmup = math.ceil(config.warmup * steps)
     if step < warmup:

@@ -1,7 +1,7 @@
-"""Training on Ray: one TorchTrainer run a job, watched from the driver.
+"""Training on Ray: the driver starts TorchTrainer runs and reports their progress.
 
-The one module of this package that speaks Ray on the driver's side. torch and ray are imported
-when a run starts, so that the config can be checked without them.
+The only module of this package that uses Ray on the driver. torch and ray are imported when a run
+starts, so that a config can be checked without them.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from wrpo_ray.runtime.placement import (
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error
-from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task
+from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task, TrainedCounts
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-EVERY = 5.0
+PROGRESS_INTERVAL = 5.0
 """Seconds between lines of progress."""
 DRIVER_ENV = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how soon a finished or lost worker is seen
@@ -42,7 +42,7 @@ DRIVER_ENV = {
     # an elastic run asks for its old size first, as Ray sees a lost node only every 20 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
-"""Ray Train's settings that its controller takes from the driver, unless they are set."""
+"""Environment variables of Ray Train's controller, unless the user has set them."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Train(BaseJob):
     base: Folder
     """The model folder to start from, and the reference of preference training."""
     fingerprint: str
-    """What identifies the base."""
+    """Fingerprint of the base."""
     config: TrainConfig
-    """A WrpoConfig makes it preference training, else it is SFT."""
+    """Decides the objective (`objectives.training_objective`)."""
     seed: int
     """Decides the order of the rows."""
     template: Template = OWN
-    """What replaces the base's own chat template, and goes with the trained model."""
+    """Replacement of the base's own chat template, saved with the trained model."""
     in_series: bool = False
     """Whether its workers may train other models before and after: their start takes longer than
     a short training."""
@@ -76,19 +76,21 @@ class Train(BaseJob):
 
 
 def run(run: Run, jobs: list[Train]) -> None:
-    """Train the jobs, as many at once as there is room for, and write each one's manifest.
+    """Train the jobs, as many at once as resources allow, and write each one's manifest.
 
     Raises:
-        UserError: nothing to train on, or not enough room for the workers.
+        UserError: no rows to train on, or not enough resources for the workers.
         WrpoError: the workers failed more often than `max_failures` allows.
     """
     most = min(capacity_for(_needs(job, job.config.workers)) for job in jobs)
-    series = [part for alike in _by_workers(jobs) for part in _dealt(alike, most)]
+    series = [
+        part for alike in _grouped_by_workers(jobs) for part in _split_into_series(alike, most)
+    ]
     run_in_threads([partial(_train, run, part) for part in series], most)
 
 
-def _by_workers(jobs: list[Train]) -> list[list[Train]]:
-    """Jobs that can be trained by the same workers."""
+def _grouped_by_workers(jobs: list[Train]) -> list[list[Train]]:
+    """Group jobs that the same workers can train."""
     found: dict[Any, list[Train]] = {}
     for job in jobs:
         config = job.config
@@ -98,13 +100,13 @@ def _by_workers(jobs: list[Train]) -> list[list[Train]]:
     return list(found.values())
 
 
-def _dealt(jobs: list[Train], most: int) -> list[list[Train]]:
-    """The jobs in at most so many series."""
+def _split_into_series(jobs: list[Train], most: int) -> list[list[Train]]:
+    """Split the jobs into at most `most` series."""
     return [part for first in range(most) if (part := jobs[first::most])]
 
 
 def _train(run: Run, jobs: list[Train]) -> None:
-    """Train a series, whose checkpoints lie with its first model."""
+    """Train a series; its checkpoints are in the folder of the first model."""
     started = time.time()
     _check_room(jobs[0])
     tasks = [_task(run, job) for job in jobs]
@@ -112,7 +114,7 @@ def _train(run: Run, jobs: list[Train]) -> None:
     try:
         fitted = _fit(tasks, checkpoints)
     except WrpoError:
-        for job, task in zip(jobs, tasks, strict=True):  # what was trained before the fault
+        for job, task in zip(jobs, tasks, strict=True):  # models trained before the error
             if task.folder.exists(TRAINED):
                 _finish(run, job, task, task.folder.read_json(TRAINED))
         raise
@@ -122,12 +124,12 @@ def _train(run: Run, jobs: list[Train]) -> None:
 
 
 def _finish(
-    run: Run, job: Train, task: Task, counts: dict[str, Any], started: float | None = None
+    run: Run, job: Train, task: Task, counts: TrainedCounts, started: float | None = None
 ) -> None:
-    """Write the manifest of a trained model, which began at `started`, or took its own time."""
-    _tell(task, counts)
-    own = counts.pop("seconds")
-    job.step.finish(run.root, counts, started or time.time() - own)
+    """Write the manifest of a trained model; `started` is None for one of a series."""
+    _log_result(task, counts)
+    kept = {name: value for name, value in counts.items() if name != "seconds"}
+    job.step.finish(run.root, kept, started or time.time() - counts["seconds"])
     task.folder.delete(TRAINED)
 
 
@@ -143,7 +145,7 @@ def _check_room(job: Train) -> None:
 
 
 def _needs(job: Train, workers: int) -> dict[str, float]:
-    """Resources of so many workers."""
+    """Resources of this number of workers."""
     config = job.config
     each = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)} | config.resources
     return {name: workers * n for name, n in each.items()}
@@ -152,8 +154,8 @@ def _needs(job: Train, workers: int) -> dict[str, float]:
 # --- one run ---------------------------------------------------------------------------------
 
 
-def _fit(tasks: list[Task], checkpoints: Folder) -> list[dict[str, Any]]:
-    """Run the workers to the end; returns what the first counted of each model."""
+def _fit(tasks: list[Task], checkpoints: Folder) -> list[TrainedCounts]:
+    """Run the workers to the end; returns the first worker's counts of each model."""
     from wrpo_ray.stages.train import checkpoint
     from wrpo_ray.stages.train.metrics import check_trackers
 
@@ -161,7 +163,7 @@ def _fit(tasks: list[Task], checkpoints: Folder) -> list[dict[str, Any]]:
         check_trackers(task)
     for name, value in DRIVER_ENV.items():
         os.environ.setdefault(name, value)
-    if is_own_ray():  # its node is never preempted: one process less
+    if is_own_ray():  # its node is never preempted, so one process less
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     label = tasks[0].step.name
     checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)
@@ -213,16 +215,17 @@ def _worker_env(config: TrainConfig) -> dict[str, str]:
 
 
 def _work(config: dict[str, Any]) -> Any:
-    """Runs on each worker."""
+    """The function that Ray Train runs on each worker."""
     from wrpo_ray.stages.train import loop
 
     return loop.work(config["tasks"])
 
 
-def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
-    """Fit in a thread, and tell progress meanwhile.
+def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[TrainedCounts] | WrpoError:
+    """Fit in a thread, and log progress meanwhile.
 
-    In the main thread Ray Train would take over SIGINT for good; so Ctrl-C is the caller's.
+    In the main thread Ray Train would replace the SIGINT handler for good, and Ctrl-C would not
+    reach the caller.
     """
     from wrpo_ray.stages.train.checkpoint import committed
 
@@ -241,26 +244,27 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> Any:
     shown, held = _progress(task, None), committed(checkpoints)
     while thread.is_alive():
         started = time.monotonic()
-        thread.join(EVERY)
+        thread.join(PROGRESS_INTERVAL)
         _count(task, time.monotonic() - started)
         shown = _progress(task, shown)
         while waiting and _has_ended(task):
             task = waiting.pop(0)
             shown = _progress(task, -1)
         if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
-            ledger.check()  # here nothing is lost
+            ledger.check()  # a checkpoint is complete, so stopping here loses no work
     if "error" in outcome:
         raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
-    return outcome["value"]
+    fitted: list[TrainedCounts] | WrpoError = outcome["value"]
+    return fitted
 
 
 def _has_ended(task: Task) -> bool:
-    """Whether a series' model is trained, so that its workers are at the next."""
+    """Whether a model of a series is trained, so that its workers train the next."""
     return task.folder.exists(TRAINED)
 
 
 def _count(task: Task, seconds: float) -> None:
-    """Workers may be fewer after a loss; they are counted as they were asked for."""
+    """Count the seconds of all workers in the config, even if some are lost."""
     held = seconds * task.config.workers
     gpu_seconds = held * task.config.num_gpus
     metrics.add_counts(task.step, actor_seconds=held, gpu_seconds=gpu_seconds)
@@ -270,9 +274,9 @@ def _count(task: Task, seconds: float) -> None:
 
 
 def _progress(task: Task, shown: int | None) -> int:
-    """Tell the last step in the metrics, and Prometheus, unless it is `shown`; returns it, or -1.
+    """Log and export the newest step unless it is `shown`; returns its number, or -1 without one.
 
-    With None it says nothing: what is there is of an earlier, interrupted run.
+    With `shown` None it logs nothing, as the metrics are of an earlier, interrupted run.
     """
     from wrpo_ray.stages.train.metrics import read_metrics
 
@@ -306,17 +310,17 @@ def _export(task: Task, last: dict[str, Any], new: list[dict[str, Any]]) -> None
     )
 
 
-def _tell(task: Task, counts: dict[str, Any]) -> None:
+def _log_result(task: Task, counts: TrainedCounts) -> None:
     label = task.step.name
     if counts["resumed_at"]:
         log(f"{label}: resumed at step {counts['resumed_at']}")
     log(f"{label}: {counts['steps']} steps on {counts['rows']:,} rows")
     if lost := counts.get("lost_in_bf16"):
-        log(f"{label}: {_rounded(task.config, lost)}")
+        log(f"{label}: {_rounding_note(task.config, lost)}")
 
 
-def _rounded(config: TrainConfig, lost: float) -> str:
-    """What bf16 does to a trained model, in words."""
+def _rounding_note(config: TrainConfig, lost: float) -> str:
+    """A sentence on the changes of a trained model that bf16 loses."""
     if config.lora:
         return (
             f"its weights are in fp32, as in bf16 {lost:.1%} of those that changed would be as "

@@ -1,16 +1,16 @@
 """Training state that any number of workers and any ZeRO stage can load.
 
-Kept of each trainable parameter are its fp32 master weights and Adam's moments. DeepSpeed gives a
-worker a flat range of them, whose bounds depend on workers and stage. A worker saves the ranges
-it owns, with their place in the parameter; a loading one reads the ranges it will own, whatever
-files they lie in. Nothing is gathered: a worker holds its own share and one file's copy of it.
+It holds the fp32 master weights and Adam's moments of each trainable parameter. DeepSpeed gives a
+worker a flat range of them, whose bounds depend on world size and stage. A worker saves the ranges
+it owns, with their offset in the parameter; on loading, it reads the ranges it owns from whatever
+files have them. Nothing is gathered: a worker holds its own share and a copy of one file of it.
 
 `part-<worker>-<n>.safetensors` has 1-D fp32 tensors `<parameter>|<kind>|<first element>`, all
 kinds of a range in one file; `state.json` has the count of Adam's steps and the caller's extras.
 
-A run goes on bit by bit where workers, stage and precision are the same. Not covered: frozen
-parameters, which are not saved; a step's gradients before its end; optimizers but torch's AdamW
-(not fused, no amsgrad); optimizer state on NVMe or partly offloaded; fp16 with loss scaling.
+A run resumes bit by bit if world size, stage and precision are the same. Not covered: frozen
+parameters, which are not saved; gradients within a step; optimizers other than torch's AdamW (not
+fused, no amsgrad); optimizer state on NVMe or partly offloaded; fp16 with loss scaling.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ INDEX = "state.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FILE_BYTES = 1 << 30
-"""A file with this many is full."""
+"""Bytes after which a new file begins."""
 
 
 def save_state(engine: Any, folder: Path, extra: dict[str, Any]) -> None:
     """Write this worker's part to `folder`, between two optimizer steps; all workers call it.
 
-    Workers may have different folders: their files together are the state. `extra` is JSON.
+    Workers may write to different folders: the state is all of their files. `extra` is JSON.
     """
     from safetensors.torch import save_file
 
@@ -54,7 +54,7 @@ def load_state(engine: Any, folder: Path) -> dict[str, Any]:
     """Restore a new engine from the files of all workers; all call it. Returns `extra`.
 
     Raises:
-        WrpoError: a trainable parameter is not wholly there or has another size; on all workers.
+        WrpoError: a trainable parameter is incomplete or has another size; on all workers.
     """
     index = json.loads((folder / INDEX).read_text())
     saved = _saved(folder)
@@ -63,15 +63,16 @@ def load_state(engine: Any, folder: Path) -> dict[str, Any]:
         _fill(own.of(own.master), own.start, saved[own.name, WEIGHT])
         _load_moments(engine, own, saved, index["adam_steps"])
     _publish(engine)
-    return index["extra"]
+    extra: dict[str, Any] = index["extra"]
+    return extra
 
 
-# --- what a worker owns, in DeepSpeed 0.19.8 --------------------------------------------------
+# --- the ranges of a worker, in DeepSpeed 0.19.8 --------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Range:
-    """A flat range of a parameter, and where this worker keeps it in fp32."""
+    """A flat range of a parameter, and its place in this worker's fp32 masters."""
 
     name: str
     start: int
@@ -80,7 +81,7 @@ class Range:
     master: Tensor
     """The tensor that the optimizer updates, and keeps moments of the same shape for."""
     offset: int
-    """Where the range begins in `master` and its moments."""
+    """The range's first element in `master` and its moments."""
 
     def of(self, tensor: Tensor) -> Tensor:
         """The range's view (size,) of the master or a moment."""
@@ -88,7 +89,7 @@ class Range:
 
 
 def _trainable(engine: Any) -> Iterator[tuple[str, Any, int]]:
-    """Names, parameters and their whole sizes; tied ones come once."""
+    """Names, parameters and their whole sizes; tied parameters once."""
     for name, parameter in engine.module.named_parameters():
         size = getattr(parameter, "ds_numel", parameter.numel())
         if parameter.requires_grad and size:
@@ -96,7 +97,7 @@ def _trainable(engine: Any) -> Iterator[tuple[str, Any, int]]:
 
 
 def _ranges(engine: Any) -> Iterator[Range]:
-    """The ranges whose masters are on this worker: at stage 0, where all have all, the whole."""
+    """The ranges whose masters are on this worker; at stage 0 every worker has all of them."""
     stage = engine.zero_optimization_stage()
     for name, parameter, size in _trainable(engine):
         if stage == 0:
@@ -106,7 +107,7 @@ def _ranges(engine: Any) -> Iterator[Range]:
 
 
 def _zero12(engine: Any, name: str, parameter: Any) -> Iterator[Range]:
-    """What lies in this worker's partition, one flat tensor a parameter group, also for bf16."""
+    """The part in this worker's partition, a flat tensor per parameter group, also for bf16."""
     place = parameter._hp_mapping
     if place is not None:
         master = engine.basic_optimizer.param_groups[place.param_group_index]["params"][0]
@@ -125,7 +126,7 @@ def _zero3(engine: Any, name: str, parameter: Any) -> Iterator[Range]:
 
 
 def _publish(engine: Any) -> None:
-    """Make the weights of the forward pass from the master weights."""
+    """Copy the master weights to the weights of the forward pass."""
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage in (1, 2):
         zero.update_lp_params()
@@ -140,7 +141,7 @@ def _publish(engine: Any) -> None:
 
 
 def _files(engine: Any) -> Iterator[dict[str, Tensor]]:
-    """This worker's tensors, copied to the CPU, as many as go into one file at a time."""
+    """This worker's tensors, copied to the CPU, one file's at a time."""
     tensors: dict[str, Tensor] = {}
     for own in _ranges(engine):
         tensors |= _tensors(engine, _share(own) if engine.zero_optimization_stage() == 0 else own)
@@ -152,7 +153,7 @@ def _files(engine: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def _share(whole: Range) -> Range:
-    """This worker's equal part of what all workers have."""
+    """This worker's equal part of a range that all workers hold."""
     rank, workers = dist.get_rank(), dist.get_world_size()
     first, end = whole.size * rank // workers, whole.size * (rank + 1) // workers
     return replace(whole, start=first, size=end - first, offset=first)
@@ -177,7 +178,7 @@ def _steps(engine: Any) -> int:
 
 
 class Piece(NamedTuple):
-    """A saved tensor: `size` elements of a parameter from `start` on."""
+    """A saved tensor: `size` elements of a parameter, from `start` on."""
 
     start: int
     size: int
@@ -203,7 +204,7 @@ def _saved(folder: Path) -> Saved:
 
 
 def _check(engine: Any, saved: Saved, folder: Path) -> None:
-    """Look at names and sizes alone, so that all workers see the same fault."""
+    """Check names and sizes alone, so that all workers raise the same error."""
     for name, _, size in _trainable(engine):
         end = 0
         for piece in saved.get((name, WEIGHT), []):
@@ -215,7 +216,7 @@ def _check(engine: Any, saved: Saved, folder: Path) -> None:
 
 
 def _load_moments(engine: Any, own: Range, saved: Saved, steps: int) -> None:
-    """Fill the range's moments; a parameter that had no step yet keeps none, or zeros."""
+    """Fill the range's moments; a parameter without an optimizer step keeps none, or zeros."""
     for kind in MOMENTS:
         if (own.name, kind) in saved:
             state = engine.basic_optimizer.state[own.master]

@@ -1,8 +1,9 @@
-"""What one training run is given, as it travels from the driver to the workers."""
+"""The inputs of one training run, as the driver sends them to the workers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypedDict
 
 from wrpo_ray.config import TrainConfig, WrpoConfig
 from wrpo_ray.llm.chat import OWN, Template
@@ -11,17 +12,36 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 MODEL = "model"
-"""Subfolder of a training step with the trained model."""
+"""Subfolder of a training step that holds the trained model."""
 ADAPTERS = "adapters"
-"""Subfolder with the LoRA adapters that the trained model has merged in."""
+"""Subfolder of the LoRA adapters that are merged into the trained model."""
 CHECKPOINTS = "checkpoints"
-"""Subfolder with what an unfinished run resumes from."""
+"""Subfolder of the checkpoints that an unfinished run resumes from."""
 TRAINED = "trained.json"
-"""Counts of a model that is trained while others of its series are not yet."""
+"""File of counts of a trained model while others of its series are still to be trained."""
 METRICS = "metrics.jsonl"
 """One JSON record per optimizer step."""
 
 SFT_ANSWERS, WRPO_ANSWERS = TrainConfig.answers, WrpoConfig.answers
+
+
+class TrainedCounts(TypedDict):
+    """Counts of a trained model, for the step's manifest and the log."""
+
+    rows: int
+    """Rows trained on."""
+    held_out: int
+    steps: int
+    final_loss: float | None
+    """The loss of the last step."""
+    lost_in_bf16: float | None
+    """Share of the changed weights whose change is lost in bf16; None if not known."""
+    resumed_at: int
+    """First step after the last resume; 0 without one."""
+    workers: int
+    """World size at the end."""
+    seconds: float
+    """From the start or the last resume; not in the manifest."""
 
 
 @dataclass(frozen=True)
@@ -30,17 +50,17 @@ class Task:
 
     run: Run
     step: Step
-    """Whose folder takes the result."""
+    """The step whose folder takes the result."""
     rows: Folder
-    """Holds the prepared rows (`rows`)."""
+    """Folder of the prepared rows (`rows`)."""
     base: Folder
     """The model to start from, which is also the reference of preference training."""
     fingerprint: str
-    """What identifies the base: its copies on nodes are kept under it."""
+    """Fingerprint of the base, under which nodes cache it."""
     config: TrainConfig
     seed: int
     template: Template = OWN
-    """What replaces the base's own chat template."""
+    """Replacement of the base's own chat template."""
 
     @property
     def folder(self) -> Folder:

@@ -124,8 +124,14 @@ def spoil(trainer: Trainer, name: str, steps: int) -> None:
     parameters[name].register_hook(make_nan)
 
 
-@pytest.mark.parametrize("clip", [0, 0.001])
-@pytest.mark.parametrize(("stage", "precision"), STAGES)
+@pytest.mark.parametrize(
+    ("stage", "precision", "clip"),
+    [
+        *((*stage, 0.001) for stage in STAGES),
+        (0, "fp32", 0),
+        *(pytest.param(*stage, 0, marks=pytest.mark.soak) for stage in STAGES[1:]),
+    ],
+)
 def test_every_stage_tells_the_norm_and_none_finishes_on_nan(
     tmp_path, base, rows, stage, precision, clip
 ):
@@ -149,8 +155,25 @@ def test_every_stage_tells_the_norm_and_none_finishes_on_nan(
         assert torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all()
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("answer", WRPO_ANSWERS)
+@pytest.mark.parametrize(
+    ("answer", "value"),
+    [
+        ("source_chosen", math.inf),
+        ("target_chosen", -math.inf),
+        ("rejected", math.nan),
+        *(
+            pytest.param(answer, value, marks=pytest.mark.soak)
+            for answer, value in [
+                ("source_chosen", math.nan),
+                ("source_chosen", -math.inf),
+                ("target_chosen", math.nan),
+                ("target_chosen", math.inf),
+                ("rejected", math.inf),
+                ("rejected", -math.inf),
+            ]
+        ),
+    ],
+)
 def test_a_stored_log_prob_that_is_not_finite_is_named(tmp_path, base, rows, answer, value):
     """It is the stored row that is at fault, and no learning rate.
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.logprobs import token_logps
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
-from wrpo_ray.stages.train.model import Policy, without_dropout
+from wrpo_ray.stages.train.model import Policy, disable_dropout
 from wrpo_ray.stages.train.packing import (
     Block,
+    assign_micro_batches,
     costs,
-    deal,
     pack,
     pad,
 )
@@ -79,7 +79,7 @@ def make(kind: str, implementation: str, dtype: torch.dtype) -> torch.nn.Module:
         torch.set_default_dtype(torch.float32)
     if model.get_output_embeddings().weight.std() < 0.1:
         torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
-    without_dropout(model)
+    disable_dropout(model)
     return model.train()
 
 
@@ -285,18 +285,21 @@ def test_bf16_is_summed_in_fp32():
     st.integers(10, 120),
 )
 def test_rows_are_dealt_once_within_the_budget(costs, workers, budget):
-    dealt = deal(costs, workers, budget)
-    assert len(dealt) == workers
-    assert len({len(part) for part in dealt}) == 1
-    assert len(dealt[0]) <= math.ceil(len(costs) / workers)  # no pass that only dummies fill
-    assert sorted(i for part in dealt for rows in part for i in rows) == list(range(len(costs)))
-    for rows in (rows for part in dealt for rows in part):
+    assigned = assign_micro_batches(costs, workers, budget)
+    assert len(assigned) == workers
+    assert len({len(part) for part in assigned}) == 1
+    assert len(assigned[0]) <= math.ceil(len(costs) / workers)  # no pass that only dummies fill
+    assert sorted(i for part in assigned for rows in part for i in rows) == list(range(len(costs)))
+    for rows in (rows for part in assigned for rows in part):
         assert len(rows) < 2 or sum(costs[i] for i in rows) <= budget
-    assert dealt == deal(costs, workers, budget)
+    assert assigned == assign_micro_batches(costs, workers, budget)
 
 
 def test_loads_are_even():
     rng = random.Random(0)
     costs = [rng.randint(50, 1000) for _ in range(128)]
-    loads = [sum(costs[i] for rows in part for i in rows) for part in deal(costs, 8, 4096)]
+    loads = [
+        sum(costs[i] for rows in part for i in rows)
+        for part in assign_micro_batches(costs, 8, 4096)
+    ]
     assert max(loads) < 1.05 * min(loads)

@@ -249,7 +249,7 @@ def test_tensorboard(folder):
     run = task(folder, TrainConfig(trackers=("tensorboard",)))
     (tracker,) = trackers(run)
     for record in RECORDS:
-        tracker.tell(record)
+        tracker.log(record)
     tracker.close()
     (path,) = (Path(run.folder.path) / "tensorboard").iterdir()
     assert read_events(path) == {
@@ -304,7 +304,7 @@ def test_other_trackers_are_told_numbers_and_steps(folder, monkeypatch, name):
     run = task(folder, TrainConfig(trackers=(name,)))
     (tracker,) = trackers(run)
     for record in RECORDS:
-        tracker.tell(record)
+        tracker.log(record)
     tracker.close()
     assert ended == [name]
     assert told == [
@@ -484,7 +484,7 @@ def test_dropout_is_off_but_stays_in_the_config(tmp_path):
 
 def test_every_kind_of_dropout_is_off():
     layers = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.MultiheadAttention(4, 2, 0.5))
-    model.without_dropout(layers)
+    model.disable_dropout(layers)
     assert (layers[0].p, layers[1].dropout) == (0.0, 0.0)
 
 

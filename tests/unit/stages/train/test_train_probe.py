@@ -107,7 +107,15 @@ def test_the_remedy_is_one(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])
-@pytest.mark.parametrize("span", [13, 20, 50, *range(LENGTH - 8, LENGTH - 2)])
+@pytest.mark.parametrize(
+    "span",
+    [
+        20,
+        LENGTH - 8,
+        LENGTH - 3,
+        *(pytest.param(n, marks=pytest.mark.soak) for n in (13, 50, *range(93, 97))),
+    ],
+)
 def test_every_span_below_the_longest_row_is_probed(tmp_path, kind, span):
     """Rows that no window cuts are right even there."""
     folder = write(tmp_path, kind, sliding_window=span)

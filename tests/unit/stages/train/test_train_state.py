@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import socket
 from collections import defaultdict
@@ -204,10 +205,16 @@ def damaged(folder: Path) -> None:
 
 
 def spawn(work: Any, workers: int, *args: Any) -> None:
+    """Start workers as forks of one process that has imported the libraries, some seconds' work."""
+    multiprocessing.set_forkserver_preload(
+        ["deepspeed", "transformers.models.llama.modeling_llama", "wrpo_ray.stages.train.loop"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(ending, (work, workers, port, *args), nprocs=workers)
+    torch.multiprocessing.start_processes(
+        ending, (work, workers, port, *args), nprocs=workers, start_method="forkserver"
+    )
 
 
 def ending(rank: int, work: Any, *args: Any) -> None:

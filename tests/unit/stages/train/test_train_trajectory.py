@@ -213,8 +213,15 @@ def check_weights(trainer: Trainer, want: Any, start: Any) -> None:
 # --- tests ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["stored", "live"])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "mode"),
+    [
+        (True, "stored"),
+        (False, "live"),
+        pytest.param(True, "live", marks=pytest.mark.soak),
+        pytest.param(False, "stored", marks=pytest.mark.soak),
+    ],
+)
 def test_wrpo_is_the_published_algorithm(tmp_path, base, rows, plain, mode, packing):
     """20 steps in float64: losses and weights to 1e-8."""
     config = WRPO.model_copy(
@@ -235,7 +242,7 @@ def test_wrpo_is_the_published_algorithm(tmp_path, base, rows, plain, mode, pack
 
 
 def test_sft_is_cross_entropy_over_answer_tokens(tmp_path, base, rows, plain):
-    """Each step's mean is over the answer tokens of its rows, however they are dealt."""
+    """Each step's mean is over the answer tokens of its rows, however they are assigned."""
     config = TrainConfig(**SETTINGS)
     trainer = train(tmp_path, base, rows[SFT_ANSWERS], config)
     network = copy.deepcopy(plain)
@@ -263,8 +270,16 @@ def curve(tmp_path_factory, base, rows) -> list[float]:
     return [record["loss"] for record in records(trainer)]
 
 
-@pytest.mark.parametrize("budget", [1, 60, 150, 10**6])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "budget"),
+    [
+        (True, 60),
+        (True, 10**6),
+        (False, 150),
+        pytest.param(True, 150, marks=pytest.mark.soak),
+        *(pytest.param(False, budget, marks=pytest.mark.soak) for budget in (1, 60, 10**6)),
+    ],
+)
 def test_micro_batches_and_packing_change_nothing(tmp_path, base, rows, curve, packing, budget):
     config = WRPO.model_copy(update={"micro_batch_tokens": budget, "packing": packing})
     trainer = train(tmp_path, base, rows[WRPO_ANSWERS], config)
