@@ -13,7 +13,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import study
 from wrpo_ray.pipeline.study import Path, chosen, next_wave
 from wrpo_ray.report.study_table import study_text
-from wrpo_ray.stages.evaluate.stage import Entrant
+from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
     Sums,
@@ -21,7 +21,7 @@ from wrpo_ray.stages.evaluate.statistics import (
     crossed_of,
     normal,
 )
-from wrpo_ray.stages.evaluate.study import Competitor, StudyTable, tabulate
+from wrpo_ray.stages.evaluate.variants import TrainedVariant, VariantTable, tabulate
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -92,9 +92,9 @@ def test_prompts_that_a_seed_lacks_do_not_count():
 
 
 def test_a_table_pairs_the_seeds_that_both_have():
-    job = StudyTable(
+    job = VariantTable(
         tuple(
-            Competitor(name, seed, Entrant(name, None, None))
+            TrainedVariant(name, seed, ScoredModel(name, None, None))
             for name, seeds in {"a": (1, 2, 3), "b": (1, 2)}.items()
             for seed in seeds
         ),
@@ -231,7 +231,7 @@ def test_what_variants_have_in_common_is_one_step(plan):
     assert counts["pair"] == 2 * 2  # on target-SFT's answers, and on the target's
     assert counts["rows-wrpo"] == 2 * 3  # SimPO needs no reference
     assert counts["wrpo"] == 2 * 4
-    assert len(plan.table.competitors) == 2 * 7
+    assert len(plan.table.models) == 2 * 7
 
 
 def test_the_target_and_its_kin_share_engines_and_sources_have_their_own(plan):

@@ -191,13 +191,15 @@ def _difference(name: str, games: Games) -> np.ndarray:  # (4,)
     if games.baseline is None or games.model is None:
         raise UserError(f"style control needs the styles of both answers; {name} lacks one")
     a, b = (np.array(astuple(style), float) for style in (games.baseline, games.model))
-    return (a - b) / (a + b + 1)
+    difference: np.ndarray = (a - b) / (a + b + 1)
+    return difference
 
 
 def _standard(styles: np.ndarray) -> np.ndarray:
     """Each column with mean 0 and standard deviation 1; one that never varies as 0."""
     spread = styles.std(axis=0)
-    return (styles - styles.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
+    standard: np.ndarray = (styles - styles.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
+    return standard
 
 
 def _fit(battles: _Battles, counts: np.ndarray, style_control: bool) -> np.ndarray:  # (models,)

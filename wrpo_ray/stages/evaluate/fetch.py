@@ -123,6 +123,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 def _get(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=60) as response:
-            return response.read()
+            data: bytes = response.read()
     except OSError as error:
         raise UserError(f"{address} cannot be fetched: {error}") from None
+    return data

@@ -150,7 +150,7 @@ class Questions(Derived):
     position: int
 
     @property
-    def schema(self) -> pa.Schema:  # type: ignore[override]
+    def schema(self) -> pa.Schema:
         """Own prompts have no more than PROMPT."""
         return self.judging.schema
 

@@ -45,7 +45,7 @@ from wrpo_ray.stages.evaluate.statistics import (
     plain,
     wilson,
 )
-from wrpo_ray.stages.evaluate.study import StudyTable, tabulate
+from wrpo_ray.stages.evaluate.variants import VariantTable, tabulate
 from wrpo_ray.storage.steps import Step
 
 N = 40
@@ -225,7 +225,7 @@ def test_intervals_over_seeds_of_equal_numbers(seeds, prompts):
     made = tuple(SimpleNamespace(variant=n, seed=s) for n in names for s in range(seeds))
     sums = Crossed.of(np.full((seeds, prompts), 0.1))
     keys = [("accuracy", name) for name in (*names, "a - b")]
-    table = tabulate(StudyTable(made, (names,)), dict.fromkeys(keys, sums))
+    table = tabulate(VariantTable(made, (names,)), dict.fromkeys(keys, sums))
     json.dumps(table, allow_nan=False)
     assert "nan" not in study_text({"cases": {"c": table}})
 
