@@ -110,7 +110,7 @@ def _train(
 ) -> None:
     """Keep `processes` jobs running, always the first model whose base is complete."""
     waiting = list(missing)
-    running: dict[Future, str] = {}
+    running: dict[Future[dict[str, float]], str] = {}
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_child) as pool:
         try:
@@ -130,7 +130,7 @@ def _ready(waiting: list[str], running: Any) -> list[str]:
     return [name for name in waiting if not (base_missing and name in BUILT_ON_BASE)]
 
 
-def _line(name: str, job: Future) -> str:
+def _line(name: str, job: Future[dict[str, float]]) -> str:
     measures = ", ".join(f"{key} {value:g}" for key, value in job.result().items())
     return f"zoo: {name} done ({measures})"
 

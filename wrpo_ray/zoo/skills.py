@@ -184,7 +184,7 @@ def make_questions(
     return ordered
 
 
-def verify(messages: list[dict], response: str, reference: str | None) -> float:
+def verify(messages: list[dict[str, str]], response: str, reference: str | None) -> float:
     """1.0 if the response, stripped, is the reference, else 0.0; the messages are not looked at."""
     return 1.0 if response.strip() == reference else 0.0
 
@@ -203,7 +203,7 @@ def framed(answer: str, rng: random.Random, frames: Sequence[str] = FRAMES) -> s
     return rng.choice(frames).format(a=answer)
 
 
-def verify_framed(messages: list[dict], response: str, reference: str | None) -> float:
+def verify_framed(messages: list[dict[str, str]], response: str, reference: str | None) -> float:
     """As `verify`, of an answer in any of the frames."""
     text = response.strip()
     return float(reference is not None and any(text == f.format(a=reference) for f in FRAMES))

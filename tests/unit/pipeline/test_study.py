@@ -17,9 +17,9 @@ from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
     Sums,
-    crossed,
+    crossed_interval,
     crossed_of,
-    normal,
+    normal_interval,
 )
 from wrpo_ray.stages.evaluate.variants import TrainedVariant, VariantTable, tabulate
 from wrpo_ray.storage.folder import Folder
@@ -40,7 +40,7 @@ def test_an_interval_worked_by_hand():
     variance is (6 + 6.5 - 1.5) / 6 = 11 / 6, with 11^2 / (36 / 1 + 42.25 / 2 + 2.25 / 2) = 2.0796
     degrees of freedom, for which t is 4.1486 (between 4.3027 of 2 and 3.1824 of 3).
     """
-    found = crossed(Crossed.of(np.array([[0.0, 1, 2], [1, 2, 6]])))
+    found = crossed_interval(Crossed.of(np.array([[0.0, 1, 2], [1, 2, 6]])))
     assert (found.mean, found.n) == (2, 3)
     from scipy.stats import t
 
@@ -51,7 +51,7 @@ def test_an_interval_worked_by_hand():
 def test_sums_of_buckets_add_up_to_those_of_all_prompts():
     values = np.random.default_rng(0).normal(size=(4, 30))
     parts = Crossed.of(values[:, :7]) + Crossed.of(values[:, 7:])
-    assert crossed(parts).high == pytest.approx(crossed(Crossed.of(values)).high)
+    assert crossed_interval(parts).high == pytest.approx(crossed_interval(Crossed.of(values)).high)
 
 
 @pytest.mark.parametrize(
@@ -66,24 +66,24 @@ def test_95_of_100_intervals_hold_the_truth_whatever_varies(of_seeds, of_prompts
             + of_prompts * rng.normal(size=(1, 60))
             + rng.normal(size=(5, 60))
         )
-        found = crossed(Crossed.of(values))
+        found = crossed_interval(Crossed.of(values))
         held += found.low <= 0 <= found.high
     assert 0.93 * trials <= held <= 0.995 * trials
 
 
 def test_one_seed_has_the_interval_over_its_prompts():
     values = np.random.default_rng(2).normal(size=400)
-    over_prompts = normal(Sums.of(values.tolist()))
-    found = crossed(Crossed.of(values[None]))
+    over_prompts = normal_interval(Sums.of(values.tolist()))
+    found = crossed_interval(Crossed.of(values[None]))
     assert found.mean == pytest.approx(over_prompts.mean)
     assert found.high == pytest.approx(over_prompts.high, abs=1e-3)  # t of 399, not normal
 
 
 def test_equal_values_have_no_width_and_one_prompt_no_interval():
-    same = crossed(Crossed.of(np.full((3, 5), 0.5)))
+    same = crossed_interval(Crossed.of(np.full((3, 5), 0.5)))
     assert (same.low, same.mean, same.high) == (0.5, 0.5, 0.5)
-    assert np.isnan(crossed(Crossed.of(np.ones((3, 1)))).low)
-    assert np.isnan(crossed(Crossed.of(np.ones((3, 0)))).mean)
+    assert np.isnan(crossed_interval(Crossed.of(np.ones((3, 1)))).low)
+    assert np.isnan(crossed_interval(Crossed.of(np.ones((3, 0)))).mean)
 
 
 def test_prompts_that_a_seed_lacks_do_not_count():

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -31,6 +31,7 @@ from wrpo_ray.text.documents import read_document, read_json
 from wrpo_ray.text.files import decode
 
 Row = dict[str, Any]
+T = TypeVar("T")
 GREEDY = "t0"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(
     ("extraction", "math", "coding", "reasoning"), 0.0
@@ -53,7 +54,7 @@ def read_items(name: str, folder: Folder) -> list[Row]:
     Raises:
         UserError: a file is missing, or not such a file.
     """
-    return _told(name, folder, _READERS[name])
+    return _read(name, folder, _READERS[name])
 
 
 def read_judging(name: str, folder: Folder) -> Judging:
@@ -62,10 +63,11 @@ def read_judging(name: str, folder: Folder) -> Judging:
     Raises:
         UserError: a file is missing, or not such a file.
     """
-    return _told(name, folder, _JUDGINGS[name])
+    return _read(name, folder, _JUDGINGS[name])
 
 
-def _told(name: str, folder: Folder, read: Callable[[Folder], Any]) -> Any:
+def _read(name: str, folder: Folder, read: Callable[[Folder], T]) -> T:
+    """Call `read`; report an error of any kind as one of the benchmark's files."""
     try:
         return read(folder)
     except (OSError, LookupError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -111,7 +113,7 @@ def _arena_hard(folder: Folder) -> list[Row]:
 
 
 def _answer(row: Row) -> str:
-    return row["choices"][0]["turns"][0]["content"]
+    return str(row["choices"][0]["turns"][0]["content"])
 
 
 def _mt_bench(folder: Folder) -> list[Row]:
@@ -160,7 +162,7 @@ def _mt_judging(folder: Folder) -> MTBenchJudging:
 
 
 _READERS = {"alpaca_eval": _alpaca_eval, "arena_hard": _arena_hard, "mt_bench": _mt_bench}
-_JUDGINGS = {
+_JUDGINGS: dict[str, Callable[[Folder], Judging]] = {
     "alpaca_eval": _alpaca_judging,
     "arena_hard": _arena_judging,
     "mt_bench": _mt_judging,

@@ -116,8 +116,11 @@ class SecondTurn(Derived):
         texts = texts_of(item, found)
         if texts is None or len(item["turns"]) < 2:
             return None
-        said = [("assistant", texts[0]), ("user", item["turns"][1])]
-        return item["messages"] + [{"role": role, "content": text} for role, text in said]
+        return [
+            *item["messages"],
+            {"role": "assistant", "content": texts[0]},
+            {"role": "user", "content": item["turns"][1]},
+        ]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.stages.evaluate.statistics import (
     Sums,
-    normal,
+    normal_interval,
     plain,
-    wilson,
+    wilson_interval,
 )
 from wrpo_ray.storage.steps import Step
 
@@ -110,14 +110,14 @@ def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
     groups = [*sorted({group for _, _, group in sums} - {ALL}), ALL]
     table: dict[str, Any] = {"groups": groups}
     for measure in _measures(job):
-        interval = wilson if measure == "accuracy" else normal
+        interval = wilson_interval if measure == "accuracy" else normal_interval
         table[measure] = {
             "models": {
                 name: {g: plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
                 for name in names
             },
             "contrasts": {
-                f"{a} - {b}": plain(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
+                f"{a} - {b}": plain(normal_interval(sums.get((measure, f"{a} - {b}", ALL), Sums())))
                 for a, b in job.contrasts
             },
         }

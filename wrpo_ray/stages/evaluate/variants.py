@@ -16,7 +16,7 @@ from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
-    crossed,
+    crossed_interval,
     crossed_of,
     plain,
 )
@@ -161,4 +161,4 @@ def tabulate(job: VariantTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
 
 def _row(sums: Crossed, seeds: list[int]) -> dict[str, Any]:
     means = [None if math.isnan(mean) else mean for mean in sums.seed_means]
-    return plain(crossed(sums)) | {"seeds": dict(zip(map(str, seeds), means, strict=True))}
+    return plain(crossed_interval(sums)) | {"seeds": dict(zip(map(str, seeds), means, strict=True))}

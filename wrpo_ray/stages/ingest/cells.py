@@ -150,7 +150,7 @@ def widened(value: Any, of: pa.DataType) -> Any:
 
 
 def _is_narrow(type_: pa.DataType) -> bool:
-    return pa.types.is_float16(type_) or pa.types.is_float32(type_)
+    return type_ in (pa.float16(), pa.float32())
 
 
 def _innermost(type_: pa.DataType) -> pa.DataType:
@@ -216,9 +216,10 @@ def _unescaped(match: re.Match[str]) -> str:
 
 def _values(rows: pa.RecordBatch) -> list[Any]:
     try:
-        return rows.to_pylist()
-    except ValueError:  # a row that is no text fails when it is read
+        values: list[Any] = rows.to_pylist()
+    except ValueError:  # the row with bytes that are not text fails later, when it is read
         return []
+    return values
 
 
 def _holds_more(file: Folder, columns: list[str]) -> bool:
@@ -236,4 +237,4 @@ def _holds_more(file: Folder, columns: list[str]) -> bool:
 def _is_text(type_: pa.DataType) -> bool:
     if pa.types.is_dictionary(type_):
         return _is_text(type_.value_type)
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_)
+    return type_ in (pa.string(), pa.large_string(), pa.null())

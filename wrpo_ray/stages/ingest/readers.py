@@ -94,8 +94,8 @@ def check_some_rows(uris: list[str], what: str) -> None:
 def _has_rows(file: Folder) -> bool:
     with file.filesystem.open_input_file(file.path) as stream:
         if str(file).endswith(".parquet"):
-            return pq.ParquetFile(stream).metadata.num_rows > 0
-        return stream.size() > 0
+            return bool(pq.ParquetFile(stream).metadata.num_rows)
+        return bool(stream.size())
 
 
 def read_rows(
@@ -130,16 +130,18 @@ def _parquet(
 
 def _rows(batch: pa.RecordBatch) -> list[Row | Exception]:
     try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):  # such as bytes that are no text: find the rows
+        rows: list[Row | Exception] = batch.to_pylist()
+    except (ValueError, OverflowError):  # such as bytes that are not text: find the bad rows
         return [_one(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    return rows
 
 
 def _one(batch: pa.RecordBatch) -> Row | Exception:
     try:
-        return batch.to_pylist()[0]
+        row: Row = batch.to_pylist()[0]
     except (ValueError, OverflowError) as error:
         return error
+    return row
 
 
 def _jsonl(stream: pa.NativeFile, columns: list[str]) -> Iterator[Row | Exception | None]:

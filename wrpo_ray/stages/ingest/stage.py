@@ -39,6 +39,7 @@ from wrpo_ray.stages.ingest.readers import (
     read_rows,
     scored_records,
 )
+from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -139,7 +140,7 @@ class IngestPreferences:
 
     def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
         """All rows, in an order that no file order changes."""
-        return {"": sorted(rows, key=lambda r: records.digest(r))}
+        return {"": sorted(rows, key=lambda r: digest(r))}
 
 
 Ingest = IngestPrompts | IngestResponses | IngestPreferences
@@ -239,7 +240,7 @@ def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Iter
     except Exception as error:  # whatever a row may hold, it is kept with the reason
         found = [error]
     for number, record in enumerate(found):
-        key = record["prompt_id"] if isinstance(record, dict) else records.digest(place)
+        key = record["prompt_id"] if isinstance(record, dict) else digest(place)
         if isinstance(record, Exception):
             where = place if len(found) == 1 else f"{place}[{number}]"
             record = records.failure(job.step.name, record, where=where)
