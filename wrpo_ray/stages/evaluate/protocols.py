@@ -93,7 +93,7 @@ class Judging(Protocol):
         """Everything that determines the judge's prompts, for step keys."""
 
     @property
-    def reading(self) -> int:
+    def parser_version(self) -> int:
         """The version of the parser, for step keys."""
 
     def question(self, item: Item, texts: list[str], position: int) -> list[Message]:
@@ -133,7 +133,7 @@ class AlpacaEvalJudging:
     """(role, text) of each message."""
 
     name = "alpaca_eval"
-    reading = 1
+    parser_version = 1
     schema = ITEM
     positions = (1,)
     asks_again = False
@@ -178,7 +178,7 @@ class ArenaHardJudging:
     template: str
 
     name = "arena_hard"
-    reading = 1
+    parser_version = 1
     schema = ITEM
     positions = (1, 2)
     asks_again = True
@@ -219,7 +219,7 @@ class MTBenchJudging:
     """(name, system, template): single-v1, single-math-v1, and both with -multi-turn."""
 
     name = "mt_bench"
-    reading = 2
+    parser_version = 2
     schema = ITEM
     positions = (1, 2)
     asks_again = False
@@ -287,7 +287,7 @@ class PairJudging:
     max_tokens: int = 1024
 
     name = "pairwise"
-    reading = 2
+    parser_version = 2
     schema = PROMPT
     positions = (1, 2)
     asks_again = False

@@ -92,7 +92,9 @@ class Verdicts:
         inputs += [step for answers in self.answers for step in answers.steps]
         pair = [self.model] + ([self.against] if self.against else [])
         config = {"judging": self.judging.identity, "splits": self.prompts.splits}
-        config |= {"reading": self.judging.reading} if self.judging.reading > 1 else {}
+        config |= (
+            {"reading": self.judging.parser_version} if self.judging.parser_version > 1 else {}
+        )
         names = {"models": pair, "judge": self.judge}
         name = "-".join(["verdicts", self.judging.name, *pair])
         return Step(name, config | names, once([self.prompts.step, *inputs]))

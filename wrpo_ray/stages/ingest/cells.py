@@ -175,13 +175,15 @@ def hold_more_than_text(uris: Sequence[str], columns: list[str], content: str) -
 
 
 def beginnings_are(
-    are_so: Callable[[pa.Array], pa.Array], uris: Sequence[str], column: str, content: str
+    condition: Callable[[pa.Array], pa.Array], uris: Sequence[str], column: str, content: str
 ) -> bool:
     """Whether the condition holds for the beginning of a file (of one column of a Parquet file).
 
     It must be false for ASCII text. `content` is as for `hold_more_than_text`.
     """
-    return _holds((are_so, content, column), lambda file: _is_so(are_so, file, column), uris)
+    return _holds(
+        (condition, content, column), lambda file: _beginning_matches(condition, file, column), uris
+    )
 
 
 def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
@@ -195,7 +197,9 @@ def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) 
     return _KNOWN[key]
 
 
-def _is_so(are_so: Callable[[pa.Array], pa.Array], file: Folder, column: str) -> bool:
+def _beginning_matches(
+    condition: Callable[[pa.Array], pa.Array], file: Folder, column: str
+) -> bool:
     with file.filesystem.open_input_file(file.path) as stream:
         if str(file).endswith(".parquet"):
             rows = next(pq.ParquetFile(stream).iter_batches(ROWS, columns=[column]), None)
@@ -205,7 +209,7 @@ def _is_so(are_so: Callable[[pa.Array], pa.Array], file: Folder, column: str) ->
             if head.isascii() and b"\\u" not in head:
                 return False
             text = ESCAPED.sub(_unescaped, head.decode(errors="ignore"))
-    found: bool = are_so(pa.array([text], pa.large_string()))[0].as_py()
+    found: bool = condition(pa.array([text], pa.large_string()))[0].as_py()
     return found
 
 
