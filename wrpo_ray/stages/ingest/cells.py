@@ -171,7 +171,7 @@ def hold_more_than_text(uris: Sequence[str], columns: list[str], content: str) -
     `content` is a fingerprint of the files; the result is cached by it.
     """
     key = ("more than text", content, *columns)
-    return bool(columns) and _holds(key, lambda file: _holds_more(file, columns), uris)
+    return bool(columns) and _any_file(key, lambda file: _holds_more(file, columns), uris)
 
 
 def beginnings_are(
@@ -181,12 +181,11 @@ def beginnings_are(
 
     It must be false for ASCII text. `content` is as for `hold_more_than_text`.
     """
-    return _holds(
-        (condition, content, column), lambda file: _beginning_matches(condition, file, column), uris
-    )
+    key = (condition, content, column)
+    return _any_file(key, lambda file: _matches(condition, file, column), uris)
 
 
-def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
+def _any_file(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
     """Whether the check is true of any file. Files are read in parallel; the result is cached."""
     if key not in _KNOWN:
         threads = ThreadPoolExecutor(STREAMS)
@@ -197,9 +196,7 @@ def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) 
     return _KNOWN[key]
 
 
-def _beginning_matches(
-    condition: Callable[[pa.Array], pa.Array], file: Folder, column: str
-) -> bool:
+def _matches(condition: Callable[[pa.Array], pa.Array], file: Folder, column: str) -> bool:
     with file.filesystem.open_input_file(file.path) as stream:
         if str(file).endswith(".parquet"):
             rows = next(pq.ParquetFile(stream).iter_batches(ROWS, columns=[column]), None)

@@ -139,7 +139,7 @@ def test_how_judgments_are_read_is_in_the_verdicts_key(kind):
     asked = SimpleNamespace(step=Step("prompts"), splits=("eval",), answers=())
     game = Game(asked, SimpleNamespace(step=Step("judgments")))
     judging = SimpleNamespace(name=kind.name, identity=1, parser_version=kind.parser_version)
-    first = SimpleNamespace(name=kind.name, identity=1, reading=1)
+    first = SimpleNamespace(name=kind.name, identity=1, parser_version=1)
     keys = [Verdicts(j, "m", None, "j", (game,)).step.key for j in (judging, first)]
     assert (keys[0] == keys[1]) == (kind in (ArenaHardJudging, AlpacaEvalJudging))
 
