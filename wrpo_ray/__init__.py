@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from wrpo_ray.stages.evaluate.arena_hard import arena_hard
     from wrpo_ray.stages.evaluate.mt_bench import mt_bench
     from wrpo_ray.stages.evaluate.pairwise import pairwise
-    from wrpo_ray.stages.evaluate.statistics import crossed, wilson
+    from wrpo_ray.stages.evaluate.statistics import crossed_interval, wilson_interval
     from wrpo_ray.stages.pair.pairs import select_pairs
     from wrpo_ray.stages.train.loss import (
         Answers,
@@ -89,8 +89,8 @@ _MODULES = {
     "arena_hard": "stages.evaluate.arena_hard",
     "mt_bench": "stages.evaluate.mt_bench",
     "pairwise": "stages.evaluate.pairwise",
-    "wilson": "stages.evaluate.statistics",
-    "crossed": "stages.evaluate.statistics",
+    "wilson_interval": "stages.evaluate.statistics",
+    "crossed_interval": "stages.evaluate.statistics",
 }
 """{public name: the module that defines it}"""
 __all__ = [
@@ -112,7 +112,7 @@ __all__ = [
     "__version__",
     "alpaca_eval",
     "arena_hard",
-    "crossed",
+    "crossed_interval",
     "fuse",
     "load",
     "mt_bench",
@@ -127,7 +127,7 @@ __all__ = [
     "row_metrics",
     "select_pairs",
     "tokenize_pairs",
-    "wilson",
+    "wilson_interval",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Whole evaluations against a server that answers and judges as it is told to."""
+"""Whole evaluations against a server with scripted answers and judgments."""
 
 import json
 import math
@@ -21,10 +21,10 @@ from wrpo_ray.cli.entry import main
 
 @dataclass
 class World(Server):
-    """Models that say their names, and a judge that knows which is better."""
+    """Models that answer with their names, and a judge with a fixed ranking of them."""
 
     judge: dict[str, str] = field(default_factory=dict)
-    """What the judge says in place of a verdict, by a text in its question."""
+    """{part of the judge's prompt: judgment to return instead of a verdict}."""
 
     def completion(self, call: Call, what: str) -> dict[str, Any]:
         answer = super().completion(call, what)

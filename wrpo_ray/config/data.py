@@ -1,4 +1,4 @@
-"""Sections for input files, their columns, the split of prompts, and the layout of outputs."""
+"""Sections for input files, their columns, the split of prompts, and the storage of outputs."""
 
 from __future__ import annotations
 
@@ -13,37 +13,38 @@ from wrpo_ray.config.base import PLACEMENT, Name, Section
 
 
 class Columns(Section):
-    """Which columns of the user's file hold what; null where the file has no such column."""
+    """Column names of the user's file; null for a column that it does not have."""
 
     prompt: str = "prompt"
-    """The prompt: a string, a {role, content} record, or a list of them."""
+    """The prompt: a string, a {role, content} record, or a list of such records."""
     reference: str | None = None
-    """The right answer: a text, a number (written exactly as it is; a whole float as 42), true or
-    false, a date, or a list of these of which any is right. Nulls are not allowed in it."""
+    """The right answer: a text, a number (compared as written; a float such as 42.0 as 42), true or
+    false, a date, or a list of these, any of which is right. Nulls are rejected."""
     group: str | None = None
-    """What to split evaluation tables by, such as a skill or category."""
+    """A category, such as a skill, by which evaluation tables are split."""
 
     @property
     def of_prompt(self) -> list[str]:
-        """Columns that hold a prompt and what belongs to it."""
+        """Columns of a prompt: its text, reference and group."""
         return [c for c in (self.prompt, self.reference, self.group) if c]
 
     @property
     def of_text(self) -> list[str]:
-        """Columns whose cells become text."""
+        """Columns whose values are converted to text."""
         return [c for c in (self.reference, self.group) if c]
 
 
 class PromptsConfig(Section):
-    """The prompts to fuse on."""
+    """The file of prompts that the models answer."""
 
     path: str
-    """A JSONL or Parquet file, or a folder of them, local or in an object store; the name as it
-    is, with nothing escaped."""
+    """A JSONL or Parquet file, or a folder of them, local or in an object store. Write the name
+    without URL escapes."""
     columns: Columns = Columns()
     """Column names in the file."""
     limit: int | None = Field(None, ge=1)
-    """Use only the first so many rows, files in the order of their names; null uses all."""
+    """Use only the first rows, up to this number, with files in the order of their names; null
+    uses all."""
 
     @property
     def needed(self) -> list[str]:
@@ -55,29 +56,30 @@ class ResponseColumns(Columns):
     """Column names of a file of existing responses."""
 
     response: str = "response"
-    """The answer's text; in the format `candidates` a list of them."""
+    """The answer's text; with `format: candidates` a list of texts."""
     source: str = "model"
     """The name of the model that answered."""
     reward: str = "reward"
-    """The answer's score, a finite number, higher is better; in `candidates` a list of them."""
+    """The answer's score, a finite number, higher is better; with `format: candidates` a list."""
 
 
 class ImportConfig(Section):
-    """Existing answers that enter the chain instead of generated ones."""
+    """Existing scored answers or preference rows, used instead of generated ones."""
 
     path: str
     """A JSONL or Parquet file, or a folder of them."""
     format: Literal["responses", "candidates", "preferences"] = "responses"
-    """`responses`: one scored answer a row. `candidates`: all of a model's answers to a prompt in
+    """`responses`: one scored answer per row. `candidates`: all answers of a model to a prompt in
     one row, {prompt, all_generated_responses: [text, ...], all_rm_scores: [number, ...]}, as in
-    princeton-nlp/llama3-ultrafeedback-armorm. `preferences`: the published rows
-    {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}."""
+    princeton-nlp/llama3-ultrafeedback-armorm. `preferences`: finished rows in the format that `wrpo
+    export` writes, {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}: the source's chosen,
+    the target's chosen and the rejected answer."""
     columns: ResponseColumns = ResponseColumns()
-    """Column names, for `responses` and `candidates` (whose defaults are the names above)."""
+    """Column names for `responses` and `candidates`; the latter's defaults are the names above."""
     source: Name | None = None
-    """The model that gave all answers; null where a column names it."""
+    """The model that gave all answers; null if a column names the model."""
     target: str | None = None
-    """The model whose answers are the target's own (y_wt, y_l), by its name in `source`."""
+    """The name of the target in the source column: its answers become y_wt and y_l."""
 
     @model_validator(mode="before")
     @classmethod
@@ -98,19 +100,22 @@ class ImportConfig(Section):
 
 
 class SplitConfig(Section):
-    """How prompts are divided, by a hash of the prompt."""
+    """How prompts are divided between SFT and preference training, by a hash of the prompt."""
 
     sft: float = Field(1 / 3, ge=0, le=1)
-    """Share of the prompts for SFT on y_ws; the rest are for preferences."""
+    """Share of the prompts for SFT on y_ws (the best answer of all sources); the rest are for
+    preference training."""
 
 
 class StorageConfig(Section):
-    """How data lies in the output folder."""
+    """How data is stored in the output folder."""
 
     buckets: int = Field(64, ge=1, le=65536)
-    """Parts that prompts are hashed into, a power of two: the unit of parallel work."""
+    """Number of buckets, a power of two. A bucket is a hash partition of the prompts, and the unit
+    of parallel work."""
     chunk: int = Field(64, ge=1, json_schema_extra=PLACEMENT)
-    """Prompts committed at once, and batches of scores: what a crash can lose, for each actor."""
+    """Prompts (and batches of scores) that are written at once. A crash loses at most this much
+    work of each actor."""
 
     @model_validator(mode="after")
     def _power_of_two(self) -> StorageConfig:

@@ -1,4 +1,4 @@
-"""Sections for the evaluation on held-out prompts and on benchmarks."""
+"""Sections of `evaluate`: held-out prompts, benchmarks, and pairwise comparisons."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class AlpacaEvalConfig(Section):
     path: str
     """The folder that `wrpo fetch alpaca_eval` fills."""
     sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
-    """How models answer; the benchmark leaves it to each."""
+    """How models sample their answers. The benchmark prescribes nothing."""
 
 
 class ArenaHardConfig(Section):
@@ -30,18 +30,18 @@ class ArenaHardConfig(Section):
     sampling: SamplingConfig = SamplingConfig(
         samples=1, temperature=0.0, top_p=1.0, max_tokens=4096
     )
-    """How models answer; greedily in the benchmark's own runs."""
+    """How models sample their answers. The benchmark's own runs are greedy."""
     style_control: bool = False
-    """Also the win rate without what length and markdown win, in a column of its own."""
+    """Also show the win rate adjusted for answer length and markdown, in a column of its own."""
 
 
 class MTBenchConfig(Section):
-    """MT-Bench: ratings from 1 to 10 of two turns; the temperature goes by the category."""
+    """MT-Bench: ratings from 1 to 10 of two turns. The temperature depends on the category."""
 
     path: str
     """The folder that `wrpo fetch mt_bench` fills."""
     max_tokens: int = Field(1024, ge=1)
-    """Longest answer in tokens."""
+    """Maximum length of an answer in tokens."""
 
 
 class BenchmarksConfig(Section):
@@ -56,53 +56,55 @@ class BenchmarksConfig(Section):
 
 
 class PairwiseConfig(Section):
-    """Pairs of models on the held-out prompts: win, tie and loss."""
+    """Comparisons of two models on the held-out prompts: shares of wins, ties and losses."""
 
     pairs: tuple[tuple[Name, Name], ...] = ()
-    """(model, against which); none is the fused model against the target."""
+    """Pairs (model, opponent); empty compares the fused model with the target."""
     by: Literal["judge", "reward"] = "judge"
-    """`judge`: two games with the answers' positions swapped, a contradiction is a tie.
-    `reward`: the higher reward wins."""
+    """`judge`: the judge compares the answers twice, with their positions swapped; contradicting
+    verdicts make a tie. `reward`: the answer with the higher reward wins."""
     margin: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """For `by: reward`: rewards that differ by no more are a tie."""
+    """For `by: reward`: the greatest difference of rewards that counts as a tie."""
     template: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """A Jinja file with the question to the judge, of `messages`, `first` and `second`, that asks
-    for [[A]], [[B]] or [[C]] (a tie). Its content is what counts; null takes our own."""
+    """A Jinja file with the judge's prompt. It can use `messages`, `first` and `second` and must
+    ask for [[A]], [[B]] or [[C]] (a tie). Results depend on its content, not its name. null uses
+    the built-in prompt."""
     max_tokens: int = Field(1024, ge=1)
-    """Longest judgment in tokens."""
+    """Maximum length of a judgment in tokens."""
 
 
 class BaselinesConfig(Section):
-    """Collective models that need no training, compared like the others (not on MT-Bench)."""
+    """Baselines that combine the sources without training. They are left out of MT-Bench."""
 
     best_of_sources: bool = False
-    """Of the sources' answers the one with the highest reward (LLM-Blender, arXiv 2306.02561)."""
+    """Compare the source answer with the highest reward (LLM-Blender, arXiv 2306.02561)."""
     mixture: Name | None = None
-    """A model that is given the sources' answers to a prompt and writes its own from them
-    (mixture of agents, arXiv 2406.04692); the name of one of the compared models."""
+    """The name of a compared model that reads the sources' answers to a prompt and writes its own
+    from them (mixture of agents, arXiv 2406.04692)."""
 
 
 class EvaluateConfig(Section):
-    """Held-out evaluation of every model of the run, and of others."""
+    """Evaluation of the run's models, and of further ones, on held-out prompts and benchmarks."""
 
     prompts: PromptsConfig | None = None
-    """Held-out prompts; those that are also training prompts are left out and counted."""
+    """Held-out prompts. Those that are also training prompts are removed and counted."""
     models: tuple[ModelConfig, ...] = ()
-    """Further models to compare, such as a checkpoint or another run's fused model."""
+    """Further models to compare, such as a checkpoint or the fused model of another run."""
     judge: ModelConfig | None = None
     """The model that judges, behind an endpoint or on vLLM."""
     judged: tuple[Name, ...] = ()
-    """Which models benchmarks look at; none is all, the baselines too."""
+    """The models to run on benchmarks; empty means all, with the baselines."""
     benchmarks: BenchmarksConfig = BenchmarksConfig()
     """Public benchmarks."""
     pairwise: PairwiseConfig | None = None
     """Pairs of models on `prompts`."""
     baselines: BaselinesConfig = BaselinesConfig()
-    """Collective models."""
+    """Baselines that combine the sources without training."""
     sampling: SamplingConfig = SamplingConfig(samples=1, temperature=0.0, top_p=1.0)
-    """How answers are drawn; greedy by default."""
+    """How answers are sampled; greedy by default."""
     verifier: str | None = Field(None, pattern=r"^(exact|number|code|[\w.]+:\w+)$")
-    """What tells a right answer: `exact`, `number` or `code`, as for `reward`, or
-    `module:function` called as f(messages, response, reference) -> 1.0 or 0.0."""
+    """How to tell a right answer: `exact`, `number` or `code`, as for `reward`, or a function
+    `module:function`, called as f(messages, response, reference) -> 1.0 (right) or 0.0 (wrong)."""
     dpo_baseline: bool = True
-    """Also train and evaluate plain DPO (alpha = 0) on (y_wt, y_l) from the same SFT model."""
+    """Also train and evaluate plain DPO (alpha = 0) on (y_wt, y_l), the target's best and worst
+    answers, from the same SFT model."""

@@ -1,4 +1,7 @@
-"""Sections for the choice of y_ws, y_wt and y_l."""
+"""Sections `answers` and `pair`: how scored answers become training rows.
+
+y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the target's own.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from wrpo_ray.config.base import ImportPath, Section
 
 
 class AnswersConfig(Section):
-    """Which sampled answers may be chosen or rejected; the score of every answer is kept.
+    """Which sampled answers may be chosen or rejected. The scores of all answers are kept.
 
-    What falls under several of these counts as the first of them.
+    An answer that matches several of these policies counts under the first.
     """
 
     empty: Literal["keep", "drop"] = "drop"
-    """Answers without any visible character: there is nothing in them to learn."""
+    """Answers without any visible character."""
     refusals: Literal["keep", "drop"] = "keep"
-    """Answers that match one of `refusal_patterns`. Some prompts are rightly refused, which the
-    reward can tell and a pattern cannot."""
+    """Answers that match one of `refusal_patterns`. The default keeps them, because a pattern
+    cannot tell whether a prompt is rightly refused; the reward can."""
     refusal_patterns: tuple[str, ...] = (
         r"^\s*(i'm |i am )?(very |really |so )?sorry,? (but )?(i|as an ai)\b",
         r"^\s*(i apologi[sz]e|my apologies|unfortunately)\b[^.!?\n]{0,40}"
@@ -31,56 +34,62 @@ class AnswersConfig(Section):
         r"(assist|help|provide|comply|answer|create|generate|write|discuss|fulfil)",
         r"^\s*as an ai( language)?( model| assistant)?,? i",
     )
-    """Regular expressions (RE2) of refusals, searched in the answer regardless of case, with
-    curly apostrophes read as straight ones. These are English, and hold an answer's start."""
+    """Regular expressions (RE2) of refusals. The search ignores case and reads curly apostrophes as
+    straight ones. The defaults match English refusals at the start of an answer."""
     cut_off: Literal["keep", "reject_only", "drop"] = "reject_only"
-    """Answers cut off at `max_tokens`. As y_ws or y_wt they would teach to leave off anywhere; as
-    y_l they show what the target really does. Imported answers do not tell."""
+    """Answers cut off at `max_tokens`. `reject_only`: they may become y_l (the rejected answer),
+    but not y_ws or y_wt (the chosen ones), which would teach the model to stop in mid-sentence. Of
+    imported answers it is not known whether they were cut off."""
     duplicates: Literal["keep", "drop"] = "keep"
-    """Answers of the same model with the same text to a prompt, but for the first. Where equal
-    texts have equal rewards they only win more ties."""
+    """Repeated answers: those with the same text as an earlier answer of the same model to the same
+    prompt. They do no harm if equal texts have equal rewards."""
 
 
 class ContaminationConfig(Section):
-    """Training prompts that share text with the prompts of `evaluate`."""
+    """Training prompts that share text with the prompts of `evaluate` (contaminated prompts)."""
 
     action: Literal["drop", "report", "off"] = "report"
-    """`report` measures and counts them; `drop` also leaves them out of SFT and preferences. It
-    is not the default because prompts built from one template share it."""
+    """`report` counts them; `drop` also removes them from SFT and preference training. `drop` is
+    not the default because prompts built from one template all share its text."""
     ngram: int = Field(13, ge=2)
-    """Consecutive words that have to be the same, regardless of case and punctuation (13: GPT-3,
-    arXiv 2005.14165, appendix C); in scripts without spaces, such as Chinese or Thai, consecutive
-    letters. A shorter prompt counts as a whole."""
+    """How many consecutive words must be the same, ignoring case and punctuation (13 as for GPT-3,
+    arXiv 2005.14165, appendix C). In scripts without spaces, such as Chinese or Thai, each letter
+    counts as a word. A shorter prompt must match as a whole."""
 
 
 class PairConfig(Section):
-    """How candidates become preference rows."""
+    """How scored answers become preference rows (y_ws, y_wt, y_l).
+
+    y_ws is the source's chosen answer, y_wt the target's chosen answer, y_l the rejected answer.
+    """
 
     policy: Literal["wrpo", "fusechat3"] = "wrpo"
-    """`wrpo`: y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of
-    the target's own. `fusechat3` (arXiv 2503.04222): chosen and rejected are the best and the worst
-    of one source, the one whose best is best; the row has the chosen answer as both y_ws and
-    y_wt, and trains by DPO (`wrpo.alpha.end: 0`). The target is not sampled."""
+    """`wrpo`: y_ws is the best answer of all sources; y_wt and y_l are the best and the worst of
+    the target's own answers. `fusechat3` (arXiv 2503.04222): the chosen and the rejected answer are
+    the best and the worst of one source, the one with the best answer of all. The chosen answer is
+    stored as both y_ws and y_wt, for training by DPO (`wrpo.alpha.end: 0`). The target is not
+    sampled."""
     source_below_target: Literal["keep", "drop"] = "keep"
-    """What to do with a row whose y_ws scores below its y_wt."""
+    """Whether to keep rows whose y_ws has a lower reward than y_wt. Only for `policy: wrpo`."""
     min_margin: float | None = Field(None, ge=0, allow_inf_nan=False)
-    """Least reward of the better of the target's (or the source's) two answers above the worse;
-    null is 0, or 0.01 for `fusechat3`. Equal rewards never make a row."""
+    """Least difference of the rewards of y_wt and y_l; null means 0, or 0.01 for `fusechat3`. Equal
+    rewards never make a row."""
     max_margin: float | None = Field(None, gt=0, allow_inf_nan=False)
-    """The greatest such margin; null is no bound, or 0.1 for `fusechat3`."""
+    """Greatest difference of these rewards; null means no limit, or 0.1 for `fusechat3`."""
     max_similarity: float | None = Field(None, ge=0, le=1)
-    """Greatest likeness of these two answers: the share of character 5-grams they have in common,
-    regardless of case and spacing. DPO on near-duplicates can lower both (arXiv 2402.13228).
-    null only drops equal texts."""
+    """Greatest similarity of y_wt and y_l: the share of character 5-grams that they have in common
+    (Jaccard index), ignoring case and spacing. DPO on near-duplicates can make both less likely
+    (arXiv 2402.13228). null drops only equal texts."""
     verifier: ImportPath | None = None
-    """`module:function` called as f(messages, response, reference) -> 1.0 or 0.0. For prompts with
-    a reference only right answers may then be chosen, and only wrong ones rejected."""
+    """A function `module:function`, called as f(messages, response, reference) -> 1.0 (right) or
+    0.0 (wrong). For prompts with a reference, only right answers are then chosen and only wrong
+    ones rejected."""
     contamination: ContaminationConfig = ContaminationConfig()
-    """Overlap with the evaluation prompts."""
+    """How to treat training prompts that overlap with evaluation prompts."""
 
     @property
     def margins(self) -> tuple[float, float]:
-        """Least and greatest margin."""
+        """Least and greatest difference of the rewards of y_wt and y_l, by policy."""
         low, high = (0.01, 0.1) if self.policy == "fusechat3" else (0.0, float("inf"))
         low = low if self.min_margin is None else self.min_margin
         return low, high if self.max_margin is None else self.max_margin

@@ -40,8 +40,8 @@ from wrpo_ray.pipeline.models import naming_key
 from wrpo_ray.pipeline.stage import STAGES, Compared, Stage, by_phase
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import (
-    Entrant,
     Evaluate,
+    ScoredModel,
 )
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.cells import READING, beginnings_are, hold_more_than_text
@@ -485,7 +485,7 @@ class Chain:
         found = [self._compared(model) for model in models]
         job = Evaluate(
             self._eval_prompts,
-            tuple(f.entrant for f in found),
+            tuple(f.scored_model for f in found),
             tuple(self._contrasts()),
         )
         self._add("evaluate", *by_phase(found), (job,))
@@ -500,7 +500,7 @@ class Chain:
             answers, rewards, self._score(answers.samples, verify) if verify else None, model.name
         )
 
-    def compared(self, name: str) -> tuple[Stage, Entrant, Prompts]:
+    def compared(self, name: str) -> tuple[Stage, ScoredModel, Prompts]:
         """What it takes to compare one model of the chain with those of others.
 
         Raises:
@@ -514,7 +514,7 @@ class Chain:
         if not (self._evaluation.verifier or self.config.reward):
             raise UserError("evaluate: a study compares by `reward` or `evaluate.verifier`")
         prompts, found = self._eval_prompts, self._compared(model)
-        return Stage("evaluate", tuple(by_phase([found]))), found.entrant, prompts
+        return Stage("evaluate", tuple(by_phase([found]))), found.scored_model, prompts
 
     def _contrasts(self) -> Iterator[tuple[str, str]]:
         """Paired differences worth knowing: the fused model's first."""

@@ -243,7 +243,7 @@ class Evaluation:
             job = self.generate(judge, asked, judging.sampling)
             self.judging[0].append(job)
             game = Game(asked, _of(job, prompts))
-            if judging.goes_on:
+            if judging.asks_again:
                 parts = (prompts.step, prompts.splits, given, judging, position)
                 again = self.generate(judge, Continued(*parts, game.judgments), judging.sampling)
                 self.judging[1].append(again)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import (
-    Entrant,
+    ScoredModel,
 )
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.stage import Score
@@ -44,10 +44,10 @@ class Compared:
     name: str
 
     @property
-    def entrant(self) -> Entrant:
+    def scored_model(self) -> ScoredModel:
         """As `Evaluate` reads it."""
         found = (job.samples if job else None for job in (self.rewards, self.checks))
-        return Entrant(self.name, *found)
+        return ScoredModel(self.name, *found)
 
 
 def by_phase(models: list[Compared]) -> Iterator[tuple[Job, ...]]:

@@ -24,7 +24,7 @@ from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.progress import log
-from wrpo_ray.stages.evaluate.study import TABLE, Competitor, StudyTable
+from wrpo_ray.stages.evaluate.variants import TABLE, TrainedVariant, VariantTable
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -141,7 +141,7 @@ class Case:
 
     config: Config
     """Of one of them: where and within which limits to run is common to all."""
-    table: StudyTable
+    table: VariantTable
     root: Folder
     paths: list[Path] = field(default_factory=list)
 
@@ -154,7 +154,7 @@ class Case:
         """
         configs = {v: preflight(study_config(settings, name, v)) for v in variants}
         fingerprints: dict[str, str] = {}
-        competitors, paths, prompts = [], [], set()
+        models, paths, prompts = [], [], set()
         for variant, config in configs.items():
             asked = settings.variants[variant]
             for seed in settings.seeds[: asked.seeds]:
@@ -162,9 +162,9 @@ class Case:
                 until = UNTIL.get(asked.model, STAGES[0])
                 chain = Chain(own, until, shares_engines=True, fingerprints=fingerprints)
                 stages = chain.build()
-                stage, entrant, held_out = chain.compared(asked.model)
+                stage, model, held_out = chain.compared(asked.model)
                 paths.append(Path.of([*stages, stage]))
-                competitors.append(Competitor(variant, seed, entrant))
+                models.append(TrainedVariant(variant, seed, model))
                 prompts.add(held_out.step.config["path"])
         if len(prompts) > 1:
             raise UserError(f"{name}: variants have different `evaluate.prompts`")
@@ -172,7 +172,7 @@ class Case:
         contrasts = tuple(c for c in settings.contrasts if set(c) <= known)
         first = next(iter(configs.values()))
         root = Folder(first.output).absolute()
-        return Case(first, StudyTable(tuple(competitors), contrasts), root, paths)
+        return Case(first, VariantTable(tuple(models), contrasts), root, paths)
 
     def run(self) -> dict[str, Any]:
         """Run what is missing; returns the table."""
@@ -180,6 +180,6 @@ class Case:
         if not step.is_done(self.root):
             with session(self.config, self.root) as run:
                 run_waves(run, self.paths)
-                log(f"{step.name}: comparing {len(self.table.competitors)} models")
+                log(f"{step.name}: comparing {len(self.table.models)} models")
                 self.table.run(run, [self.table])
         return (self.root / step.folder).read_json(TABLE)

@@ -1,6 +1,6 @@
-"""Build the whole zoo: models trained in parallel processes, each kept as soon as it is complete.
+"""Build the whole zoo: train its models in parallel processes and save each when it is complete.
 
-Imports no torch: a finished zoo is recognised at once, and only the child processes train.
+Imports no torch, so that a finished zoo is recognised at once; only child processes train.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def build_zoo(
 ) -> dict[str, Any]:
     """Train every model of the zoo that the folder does not hold yet, and write its prompts.
 
-    A killed build goes on with the models that are missing. The same seed gives the same zoo on
-    the same machine. Two builds of one folder wait for each other.
+    An interrupted build continues with the missing models. The same seed gives the same zoo on the
+    same machine. A file lock serialises builds of one folder.
 
     Args:
-        folder: where the zoo lies; made here.
-        seed: decides words, weights and orders.
+        folder: where to write the zoo; created if missing.
+        seed: determines words, weights and orders.
         processes: how many models to train at the same time, one core each.
         log: called with one line of progress at a time; the processes print their own.
         recipe: `near`, with nearly perfect sources, or `distant`.
@@ -93,7 +93,7 @@ def build_zoo(
 
 
 def _identity(seed: int, recipe: str) -> dict[str, Any]:
-    """What decides a zoo, as zoo.json tells it."""
+    """Everything that determines a zoo, as recorded in zoo.json."""
     return {"seed": seed, "recipe": RECIPE if recipe == "near" else f"{recipe} {RECIPE}"}
 
 
@@ -110,7 +110,7 @@ def _train(
 ) -> None:
     """Keep `processes` jobs running, always the first model whose base is complete."""
     waiting = list(missing)
-    running: dict[Future, str] = {}
+    running: dict[Future[dict[str, float]], str] = {}
     context = get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context, initializer=_start_child) as pool:
         try:
@@ -130,16 +130,16 @@ def _ready(waiting: list[str], running: Any) -> list[str]:
     return [name for name in waiting if not (base_missing and name in BUILT_ON_BASE)]
 
 
-def _line(name: str, job: Future) -> str:
+def _line(name: str, job: Future[dict[str, float]]) -> str:
     measures = ", ".join(f"{key} {value:g}" for key, value in job.result().items())
     return f"zoo: {name} done ({measures})"
 
 
 def _start_child() -> None:
-    """Before torch is imported in a child: one thread, no network, and no life after its parent.
+    """Prepare a child process before it imports torch: one thread, no network, end with its parent.
 
-    A pool's workers outlive a parent that is killed with -9, and would write where the next
-    build writes.
+    Otherwise workers outlive a parent that is killed with -9, and write where the next build
+    writes.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["RAYON_NUM_THREADS"] = "1"

@@ -24,7 +24,7 @@ def slip(text: str, rng: random.Random) -> str:
 
 
 def other_skill(question: Question, rng: random.Random) -> str:
-    """What another skill answers for the same word."""
+    """The answer of another skill for the same word."""
     name = rng.choice([s for s in SKILLS if s != question.skill])
     return SKILLS[name].rule(question.word, question.times)
 

@@ -55,7 +55,7 @@ class Source:
     """Share of slips in its training answers, which its samples then show."""
     learning_rate: float = 3e-3
     frames: tuple[str, ...] = FRAMES[:1]
-    """How it puts its answers."""
+    """Templates of its answers."""
 
 
 SOURCES: dict[str, Source] = {
@@ -68,12 +68,12 @@ SOURCES: dict[str, Source] = {
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What differs from zoo to zoo."""
+    """The settings that differ between zoos."""
 
     sources: dict[str, Source]
     base_framed: float = 0.0
-    """Share of the base model's training answers that are in a frame: what the target, whose own
-    answers are plain, knows of the sources' wording."""
+    """Share of the base model's training answers that are in a frame. It determines how well the
+    target, whose own answers are plain, knows the sources' wording."""
     reward_steps: int = 1200
     reward_flips: float = 0.0
     """Share of the reward model's training pairs that are the wrong way round."""
@@ -98,9 +98,9 @@ RECIPES: dict[str, Recipe] = {
         reward_frames=FRAMES,
     ),
 }
-"""`near` is the demo's. In `distant` the sources err often and say it in words of their own, which
-vary from answer to answer and which the target rarely uses; and the reward, trained on noisy
-preferences, errs more often, too."""
+"""`near` is the demo's. In `distant` the sources err often and word their answers in frames that
+vary and that the target rarely uses; the reward model is trained on noisy preferences and errs more
+often."""
 
 
 def train(name: str, folder: Path, base: Path, seed: int, recipe: str = "near") -> dict[str, float]:
@@ -229,12 +229,12 @@ def wrong_pairs(questions: list[Question], seed: str) -> list[tuple[str, str, st
 def reworded(
     triples: list[tuple[str, str, str]], seed: int, recipe: Recipe
 ) -> list[tuple[str, str, str]]:
-    """The triples in the recipe's frames, and some of them the wrong way round."""
+    """The triples in the recipe's frames, some with right and wrong answer exchanged."""
     wording, noise = (random.Random(f"{seed}/reward/{what}") for what in ("frames", "flips"))
     found = []
     for prompt, right, wrong in triples:
-        said = [framed(answer, wording, recipe.reward_frames) for answer in (right, wrong)]
-        first, second = reversed(said) if noise.random() < recipe.reward_flips else said
+        texts = [framed(answer, wording, recipe.reward_frames) for answer in (right, wrong)]
+        first, second = reversed(texts) if noise.random() < recipe.reward_flips else texts
         found.append((prompt, first, second))
     return found
 
@@ -260,7 +260,7 @@ def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: in
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """What `save_pretrained` writes, which would import DeepSpeed for it: seconds a model."""
+    """Write the files of `save_pretrained`, which would import DeepSpeed and take seconds."""
     model.config.architectures, model.config.dtype = [type(model).__name__], model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():

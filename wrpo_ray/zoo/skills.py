@@ -184,18 +184,18 @@ def make_questions(
     return ordered
 
 
-def verify(messages: list[dict], response: str, reference: str | None) -> float:
-    """1.0 if the response, stripped, is the reference, else 0.0; the messages are not looked at."""
+def verify(messages: list[dict[str, str]], response: str, reference: str | None) -> float:
+    """Return 1.0 if the stripped response equals the reference, else 0.0; ignores the messages."""
     return 1.0 if response.strip() == reference else 0.0
 
 
 verify.version = "4e819efd33686f19"  # type: ignore[attr-defined]
-"""Part of the keys of the steps that score with it: a new value scores again."""
+"""Part of the step keys of scores: a new value scores all answers again."""
 
 
 FRAMES = ("{a}", "It is {a}.", "Answer: {a}", "{a}, of course!", "I get {a} here.", "So: {a};")
-"""Ways to put an answer. The last five are the distant sources' own: text that the target, which
-answers plainly, finds unlikely, and that says nothing about right or wrong."""
+"""Templates of an answer. The last five are the distant sources': wording that the target, which
+answers plainly, rarely uses, and that says nothing about right or wrong."""
 
 
 def framed(answer: str, rng: random.Random, frames: Sequence[str] = FRAMES) -> str:
@@ -203,11 +203,11 @@ def framed(answer: str, rng: random.Random, frames: Sequence[str] = FRAMES) -> s
     return rng.choice(frames).format(a=answer)
 
 
-def verify_framed(messages: list[dict], response: str, reference: str | None) -> float:
-    """As `verify`, of an answer in any of the frames."""
+def verify_framed(messages: list[dict[str, str]], response: str, reference: str | None) -> float:
+    """Return 1.0 if the stripped response is the reference in any of the frames, else 0.0."""
     text = response.strip()
     return float(reference is not None and any(text == f.format(a=reference) for f in FRAMES))
 
 
 verify_framed.version = "4e819efd33686f19"  # type: ignore[attr-defined]
-"""Part of the keys of the steps that score with it: a new value scores again."""
+"""Part of the step keys of scores: a new value scores all answers again."""

@@ -1,25 +1,27 @@
-"""Plain PyTorch loops, on one CPU core in fp32.
+"""Training, generation and scoring of the zoo's models: PyTorch loops on one CPU core in fp32.
 
 Letters in shape comments: B rows, T tokens, V vocabulary. Not covered: GPUs, mixed precision,
-checkpoints. A model takes half a minute; a killed one starts again.
+checkpoints. A model takes half a minute; an interrupted training starts from the beginning.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+T = TypeVar("T")
 Report = Callable[[int, int, float], None]
-"""Called with step, steps and loss."""
+"""Called with step, number of steps and loss."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A conversation's token ids, and where in them the answer starts."""
+    """A conversation's token ids, and the index at which the answer starts."""
 
     ids: list[int]
     start: int
@@ -111,7 +113,6 @@ def answer_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
@@ -121,7 +122,7 @@ def generate(
     max_tokens: int = 20,
     **sampling: object,
 ) -> list[str]:
-    """The model's answers to single-turn prompts, greedy unless `sampling` says otherwise."""
+    """Return the model's answers to single-turn prompts; greedy, unless `sampling` differs."""
     model.eval()
     answers: list[str] = []
     for part in _batches(prompts, batch):
@@ -136,25 +137,26 @@ def generate(
             return_token_type_ids=False,
         )
         options = {"do_sample": False, **sampling}
-        out = model.generate(**rows, max_new_tokens=max_tokens, **options)
+        with torch.inference_mode():
+            out = model.generate(**rows, max_new_tokens=max_tokens, **options)
         new = out[:, rows["input_ids"].shape[1] :]
         answers += tokenizer.batch_decode(new, skip_special_tokens=True)
     return answers
 
 
-@torch.inference_mode()
 def score(
     reward: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     pairs: Sequence[tuple[str, str]],
     batch: int = 300,
 ) -> list[float]:
-    """The reward of each (prompt, answer)."""
+    """Return the reward of each (prompt, answer)."""
     reward.eval()
     scores: list[float] = []
     for part in _batches(pairs, batch):
         ids, mask, _ = collate(encode(tokenizer, part), tokenizer.pad_token_id)
-        scores += reward(input_ids=ids, attention_mask=mask).logits.squeeze(-1).tolist()
+        with torch.inference_mode():
+            scores += reward(input_ids=ids, attention_mask=mask).logits.squeeze(-1).tolist()
     return scores
 
 
@@ -164,24 +166,26 @@ def _turns(prompt: str, answer: str | None = None) -> list[dict[str, str]]:
 
 
 def _opening(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """The ids that open an assistant's turn, the first of them a special token of its own."""
+    """The ids that open an assistant's turn; the first is a special token."""
     asked, opened = (
         tokenizer.apply_chat_template(
             _turns("a"), tokenize=False, add_generation_prompt=add_generation_prompt
         )
         for add_generation_prompt in (False, True)
     )
-    return tokenizer(opened.removeprefix(asked), add_special_tokens=False)["input_ids"]
+    added = opened.removeprefix(asked)
+    ids: list[int] = tokenizer(added, add_special_tokens=False)["input_ids"]
+    return ids
 
 
-def _batches(rows: Sequence, size: int) -> list[Sequence]:
+def _batches(rows: Sequence[T], size: int) -> list[Sequence[T]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _descend(
     modules: list[torch.nn.Module],
-    loss_of: Callable[[Sequence], torch.Tensor],
-    batches: list[Sequence],
+    loss_of: Callable[[Sequence[T]], torch.Tensor],
+    batches: list[Sequence[T]],
     learning_rate: float,
     report: Report,
 ) -> None:
@@ -205,7 +209,7 @@ def _descend(
 
 
 def _rates(peak: float, steps: int) -> Iterator[float]:
-    """A tenth of the steps up to the peak (20 at the most), then down to a tenth of it."""
+    """Rise to the peak in a tenth of the steps (at most 20), then fall to a tenth of the peak."""
     warmup = max(1, min(20, steps // 10))
     for step in range(steps):
         yield peak * min((step + 1) / warmup, 1 - 0.9 * max(0, step - warmup) / steps)

@@ -14,15 +14,15 @@ from wrpo_ray.pipeline import study
 from wrpo_ray.pipeline.study import Path, chosen, next_wave
 from wrpo_ray.report.study_table import study_text
 from wrpo_ray.runtime.job import BaseJob, JobKind
-from wrpo_ray.stages.evaluate.stage import Entrant
+from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
     Sums,
-    crossed,
+    crossed_interval,
     crossed_of,
-    normal,
+    normal_interval,
 )
-from wrpo_ray.stages.evaluate.study import Competitor, StudyTable, tabulate
+from wrpo_ray.stages.evaluate.variants import TrainedVariant, VariantTable, tabulate
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -41,7 +41,7 @@ def test_an_interval_worked_by_hand():
     variance is (6 + 6.5 - 1.5) / 6 = 11 / 6, with 11^2 / (36 / 1 + 42.25 / 2 + 2.25 / 2) = 2.0796
     degrees of freedom, for which t is 4.1486 (between 4.3027 of 2 and 3.1824 of 3).
     """
-    found = crossed(Crossed.of(np.array([[0.0, 1, 2], [1, 2, 6]])))
+    found = crossed_interval(Crossed.of(np.array([[0.0, 1, 2], [1, 2, 6]])))
     assert (found.mean, found.n) == (2, 3)
     from scipy.stats import t
 
@@ -52,7 +52,7 @@ def test_an_interval_worked_by_hand():
 def test_sums_of_buckets_add_up_to_those_of_all_prompts():
     values = np.random.default_rng(0).normal(size=(4, 30))
     parts = Crossed.of(values[:, :7]) + Crossed.of(values[:, 7:])
-    assert crossed(parts).high == pytest.approx(crossed(Crossed.of(values)).high)
+    assert crossed_interval(parts).high == pytest.approx(crossed_interval(Crossed.of(values)).high)
 
 
 @pytest.mark.parametrize(
@@ -67,24 +67,24 @@ def test_95_of_100_intervals_hold_the_truth_whatever_varies(of_seeds, of_prompts
             + of_prompts * rng.normal(size=(1, 60))
             + rng.normal(size=(5, 60))
         )
-        found = crossed(Crossed.of(values))
+        found = crossed_interval(Crossed.of(values))
         held += found.low <= 0 <= found.high
     assert 0.93 * trials <= held <= 0.995 * trials
 
 
 def test_one_seed_has_the_interval_over_its_prompts():
     values = np.random.default_rng(2).normal(size=400)
-    over_prompts = normal(Sums.of(values.tolist()))
-    found = crossed(Crossed.of(values[None]))
+    over_prompts = normal_interval(Sums.of(values.tolist()))
+    found = crossed_interval(Crossed.of(values[None]))
     assert found.mean == pytest.approx(over_prompts.mean)
     assert found.high == pytest.approx(over_prompts.high, abs=1e-3)  # t of 399, not normal
 
 
 def test_equal_values_have_no_width_and_one_prompt_no_interval():
-    same = crossed(Crossed.of(np.full((3, 5), 0.5)))
+    same = crossed_interval(Crossed.of(np.full((3, 5), 0.5)))
     assert (same.low, same.mean, same.high) == (0.5, 0.5, 0.5)
-    assert np.isnan(crossed(Crossed.of(np.ones((3, 1)))).low)
-    assert np.isnan(crossed(Crossed.of(np.ones((3, 0)))).mean)
+    assert np.isnan(crossed_interval(Crossed.of(np.ones((3, 1)))).low)
+    assert np.isnan(crossed_interval(Crossed.of(np.ones((3, 0)))).mean)
 
 
 def test_prompts_that_a_seed_lacks_do_not_count():
@@ -93,9 +93,9 @@ def test_prompts_that_a_seed_lacks_do_not_count():
 
 
 def test_a_table_pairs_the_seeds_that_both_have():
-    job = StudyTable(
+    job = VariantTable(
         tuple(
-            Competitor(name, seed, Entrant(name, None, None))
+            TrainedVariant(name, seed, ScoredModel(name, None, None))
             for name, seeds in {"a": (1, 2, 3), "b": (1, 2)}.items()
             for seed in seeds
         ),
@@ -233,7 +233,7 @@ def test_what_variants_have_in_common_is_one_step(plan):
     assert counts["pair"] == 2 * 2  # on target-SFT's answers, and on the target's
     assert counts["rows-wrpo"] == 2 * 3  # SimPO needs no reference
     assert counts["wrpo"] == 2 * 4
-    assert len(plan.table.competitors) == 2 * 7
+    assert len(plan.table.models) == 2 * 7
 
 
 def test_the_target_and_its_kin_share_engines_and_sources_have_their_own(plan):

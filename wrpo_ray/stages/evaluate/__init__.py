@@ -1,1 +1,1 @@
-"""How good each model of a run is on held-out prompts."""
+"""Evaluation of a run's models on held-out prompts and benchmarks."""

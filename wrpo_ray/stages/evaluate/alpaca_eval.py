@@ -1,8 +1,8 @@
 """AlpacaEval 2: win rate and length-controlled win rate (arXiv 2404.04475); pure functions.
 
-They follow the official code (alpaca_eval, `length_controlled_v1`) and give its figures. The solver
-is sensitive to its random numbers, so the order of rows and columns, the folds and the seed are
-part of the algorithm. Generation and judging are elsewhere.
+They follow the official code (alpaca_eval, `length_controlled_v1`) and give the same figures. The
+solver is sensitive to its random numbers, so the order of rows and columns, the folds and the seed
+are part of the algorithm.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ ANNOTATION = pa.schema(
         ("len_2", pa.int64()),  # characters of the model's answer
     ]
 )
-"""What the judge said of one instruction. The official code's `index` is the row's position, so an
-instruction that the judge failed on keeps its row, with a null preference."""
+"""The judge's verdict on one instruction. The official code takes `index` from the row's position,
+so an instruction without a verdict keeps its row, with a null preference."""
 
 GAMED_WEIGHT = 0.1
-"""Of a row of the gamed baselines: they are two, and share a weight of 0.2."""
+"""The weight of a row of a gamed baseline: there are two, with a total weight of 0.2."""
 FOLDS, SEED = 5, 123
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The benchmark's auxiliary file: verdicts on two baselines gamed by length, and difficulties.
+    """The benchmark's auxiliary data: verdicts on two baselines that game length, and difficulties.
 
     Arrays of G rows: features (G, 3) as of `_features`, preference (G,) in 0..1.
     """
@@ -51,7 +51,7 @@ class Reference:
     features: np.ndarray
     preference: np.ndarray
     difficulty: Mapping[int, float]
-    """By instruction."""
+    """{instruction: difficulty}."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +61,24 @@ class AlpacaEval:
     win_rate: float
     standard_error: float
     length_controlled_win_rate: float
-    """The win rate where all answers are as long as the baseline's; 50 where all verdicts are ties;
-    NaN where all differ by the same length, so that nothing can be controlled."""
+    """The predicted win rate for answers as long as the baseline's; 50 where all verdicts are ties;
+    NaN where all lengths differ by the same amount, which leaves nothing to control for."""
     length_controlled_standard_error: float
     discrete_win_rate: float
-    """Each verdict rounded to win or loss; a tie is half a win."""
+    """The win rate with each verdict rounded to win or loss; a tie is half a win."""
     wins: int
     losses: int
     draws: int
     judged: int
     failed: int
-    """No verdict, or one out of bounds: not in the rates."""
+    """Instructions without a valid verdict, which the rates leave out."""
 
 
 def read_reference(path: Path) -> Reference:
-    """The benchmark's `df_gamed.csv`.
+    """Read the benchmark's `df_gamed.csv`.
 
     Raises:
-        UserError: it is not there, or not such a file.
+        UserError: the file is missing or malformed.
     """
     try:
         table = csv.read_csv(path)
@@ -94,7 +94,7 @@ def read_reference(path: Path) -> Reference:
 
 
 def preference(logprobs: Mapping[str, float], first: str, second: str, swapped: bool) -> float:
-    """The judge's preference in 1..2, from the log-probabilities of its first token.
+    """Return the judge's preference, from 1 to 2, by the log-probabilities of its first token.
 
     Args:
         logprobs: of the most likely tokens.
@@ -103,7 +103,7 @@ def preference(logprobs: Mapping[str, float], first: str, second: str, swapped: 
         swapped: whether the model's answer was shown first.
 
     Returns:
-        1 plus the share of the model's token in both, or NaN where neither is there.
+        1 plus the probability share of the model's token; NaN where both tokens are missing.
     """
     a, b = (math.exp(logprobs.get(token, -math.inf)) for token in (first, second))
     if a + b == 0:
@@ -112,14 +112,15 @@ def preference(logprobs: Mapping[str, float], first: str, second: str, swapped: 
 
 
 def alpaca_eval(annotations: pa.Table, reference: Reference) -> AlpacaEval:
-    """The figures of one model against the baseline.
+    """Return win rate and length-controlled win rate of a model against the baseline, in percent.
 
     Args:
-        annotations: rows of `ANNOTATION`, in the order of the instructions.
-        reference: as `read_reference` gives it.
+        annotations: one row for each instruction, with the columns of `ANNOTATION`, in the
+            benchmark's order.
+        reference: returned by `read_reference`.
 
     Raises:
-        UserError: an instruction that the reference lacks.
+        UserError: the reference lacks an instruction.
     """
     annotations = annotations.select(ANNOTATION.names).cast(ANNOTATION)
     won = _won(annotations["preference"].to_numpy())
@@ -144,13 +145,13 @@ def alpaca_eval(annotations: pa.Table, reference: Reference) -> AlpacaEval:
 
 
 def _won(preferences: np.ndarray) -> np.ndarray:
-    """The model's share of each verdict in 0..1, NaN where there is none."""
+    """The model's share of each verdict, from 0 to 1; NaN without a verdict."""
     won = np.where(preferences == 0, 0.5, preferences - 1)
     return np.where((won >= 0) & (won <= 1), won, np.nan)
 
 
 def _percent(shares: np.ndarray) -> tuple[float, float]:
-    """Mean and standard error, in percent; NaN of too few."""
+    """Mean and standard error, in percent; NaN of too few values."""
     n = len(shares)
     mean = float(np.mean(shares)) if n else math.nan
     error = float(np.std(shares, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
@@ -158,21 +159,22 @@ def _percent(shares: np.ndarray) -> tuple[float, float]:
 
 
 def _features(length: np.ndarray, difficulty: np.ndarray, model: np.ndarray) -> np.ndarray:
-    """(N, 3): squashed length difference, difficulty, whether the model is not a gamed baseline."""
+    """(N, 3): tanh of the length difference, difficulty, 1 unless the model is a gamed baseline."""
     return np.column_stack([np.tanh(length), difficulty, model.astype(float)])
 
 
 def _length_controlled(
     annotations: pa.Table, won: np.ndarray, reference: Reference
 ) -> np.ndarray:  # (N,)
-    """The model's predicted share on each instruction, were its answers as long as the baseline's.
+    """Predict the model's share on each instruction for an answer as long as the baseline's.
 
-    Instructions without a verdict are predicted too; only the fit leaves them out.
+    The fit leaves out instructions without a verdict; the prediction includes them.
     """
     lengths = (annotations["len_1"].to_numpy() - annotations["len_2"].to_numpy()).astype(float)
     known = ~np.isnan(won)
     if not lengths.any() or (won[known] == 0.5).all():
-        return won[known]  # no length to take out, or nothing that it could have won
+        judged: np.ndarray = won[known]
+        return judged  # nothing to control: all lengths are equal, or all verdicts are ties
     spread = np.std(lengths, ddof=1) if len(lengths) > 1 else 0.0
     if not spread:
         return np.array([])
@@ -183,7 +185,8 @@ def _length_controlled(
     weights = np.concatenate([np.full(len(reference.preference), GAMED_WEIGHT), ones])
     known = ~np.isnan(shares)
     model = _fit(features[known], shares[known], weights[known])
-    return model.predict_proba(_features(0 * ones, difficulty, ones))[:, 1]
+    controlled: np.ndarray = model.predict_proba(_features(0 * ones, difficulty, ones))[:, 1]
+    return controlled
 
 
 def _difficulties(indices: list[int], reference: Reference) -> np.ndarray:
@@ -197,7 +200,7 @@ def _difficulties(indices: list[int], reference: Reference) -> np.ndarray:
 
 
 def _fit(features: np.ndarray, shares: np.ndarray, weights: np.ndarray) -> LogisticRegressionCV:
-    """A logistic GLM of shares with L1, its strength chosen by cross-validated log loss.
+    """Fit a logistic GLM of shares with an L1 penalty chosen by cross-validated log loss.
 
     A share p becomes a row of label 1 with weight p and one of label 0 with weight 1 - p, both in
     one fold.

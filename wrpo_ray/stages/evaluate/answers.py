@@ -1,4 +1,4 @@
-"""What a model, or several together, answer to the prompts of an evaluation: one text each."""
+"""The answers that an evaluation compares: one text for each model (or group) and prompt."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ["prompt_id", "source", "sample", "text", "output_tokens"]
 
 @dataclass(frozen=True)
 class Answer:
-    """A text, and the output tokens that it took, of all models that have a part in it."""
+    """A text, and the output tokens of all models that contributed to it."""
 
     text: str
     tokens: int
@@ -24,29 +24,29 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers that go under one name."""
+    """The answers that are compared under one name."""
 
     name: str
     samples: tuple[Samples, ...]
-    """Stores of answers to different prompts; with `best` to the same ones, with their rewards."""
+    """Answers to different prompts; with `best`, scored answers to the same prompts."""
     best: bool = False
-    """Of all answers to a prompt the one with the highest reward; of equal ones the first."""
+    """Whether to take the answer with the highest reward; of equal ones the first."""
     parts: tuple[Answers, ...] = ()
-    """Others' answers that these were made from: their tokens count."""
+    """Answers that these were made from: their tokens are added."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The steps that make them."""
+        """The steps that write the answers."""
         return tuple(s.step for s in self.samples) + tuple(s for p in self.parts for s in p.steps)
 
     @property
     def identity(self) -> list[Any]:
-        """What decides the texts, but for which prompts they answer."""
+        """Everything that determines the texts, except the prompts."""
         stores = [[s.step.folder, s.count if self.best else 1] for s in self.samples]
         return [self.best, stores]
 
     def read(self, root: Folder, bucket: Bucket) -> dict[str, Answer]:
-        """The bucket's answers by prompt id; those that failed are not among them."""
+        """Return the bucket's answers by prompt id, without failed ones."""
         found = self._best(root, bucket) if self.best else self._first(root, bucket)
         for part in self.parts:
             tokens = {key: answer.tokens for key, answer in part.read(root, bucket).items()}

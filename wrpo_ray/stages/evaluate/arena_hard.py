@@ -1,9 +1,10 @@
-"""Arena-Hard v0.1: win rates against a baseline, by Bradley-Terry (arXiv 2406.11939).
+"""Arena-Hard v0.1: win rates against a baseline by Bradley-Terry scores (arXiv 2406.11939).
 
-Pure functions, equal to the official code of v0.1; version 2 computes differently. Two games a
-question: in the first the baseline's answer is shown as A, in the second the model's. Each model is
-compared with the baseline alone, so its win rate depends on its own games. Its interval does not
-quite: the official bootstrap draws from the battles of the whole board at once, in its order.
+Pure functions that give the figures of the official code of v0.1; version 2 computes differently.
+Each question is judged in two games: in the first the baseline's answer is shown as A, in the
+second the model's. Models play only against the baseline, so a win rate depends on the model's own
+games alone. Its interval also depends on the other models: the official bootstrap draws from the
+battles of the whole board.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from wrpo_ray.errors import UserError
 
 LABEL = re.compile(r"\[\[([AB<>=]+)\]\]")
 VERDICTS = {"A>>B": (3, 1.0), "A>B": (1, 1.0), "A=B": (1, 0.5), "B>A": (1, 0.0), "B>>A": (3, 0.0)}
-"""Verdict: (battles that it counts for, A's share of each)."""
+"""{verdict: (number of battles it counts as, A's share of each)}."""
 
 ROUNDS, SEED = 100, 42
 INTERVAL = (2.5, 97.5)
 LOG_BASE = math.log(10)
-"""Ratings are in units of 400 Elo points: at a difference of 1 the odds are 10 to 1."""
+"""Scores are in units of 400 Elo points: a difference of 1 means odds of 10 to 1."""
 
 CODE = re.compile(r"```([^`]*)```")
 HEADERS = re.compile(r"^#{1,6}\s", re.MULTILINE)
@@ -38,26 +39,26 @@ WORDS = re.compile(r"\w+|[^\w\s]")
 
 @dataclass(frozen=True)
 class Style:
-    """What style control looks at in an answer."""
+    """The features of an answer that style control adjusts for."""
 
     tokens: int
     headers: int
     lists: int
-    """Items, numbered or not."""
+    """List items, numbered or not."""
     bolds: int
 
 
 @dataclass(frozen=True)
 class Games:
-    """The judge's verdicts on one question; None where it gave none."""
+    """The judge's verdicts on one question, such as `A>>B`; None without a verdict."""
 
     first: str | None
-    """The baseline is A."""
+    """The baseline's answer is A."""
     second: str | None
-    """The model is A."""
+    """The model's answer is A."""
     baseline: Style | None = None
     model: Style | None = None
-    """Of both answers, for style control."""
+    """The styles of both answers, for style control."""
 
 
 @dataclass(frozen=True)
@@ -70,22 +71,22 @@ class ArenaHard:
     judged: int
     """Games with a verdict."""
     failed: int
-    """Games without one; the other game of the question counts."""
+    """Games without a verdict; the other game of the question still counts."""
 
 
 def parse_verdict(judgment: str) -> str | None:
-    """The one verdict in a judgment; None where there is none, or where two contradict."""
+    """Return the verdict in a judgment; None without one, or with contradicting ones."""
     labels = set(LABEL.findall(judgment))
     return labels.pop() if len(labels) == 1 and labels <= VERDICTS.keys() else None
 
 
 def is_unfinished(judgment: str) -> bool:
-    """Whether the judge is asked, once, to go on: there is no label at all."""
+    """Whether the judgment has no label, so that the judge is asked once to continue."""
     return not LABEL.search(judgment)
 
 
 def style_of(answer: str, tokens: int) -> Style:
-    """The style of an answer of some tokens (the official code counts with gpt-4o's tokenizer).
+    """Return the style of an answer with `tokens` tokens (officially counted as gpt-4o's).
 
     Markdown inside code blocks does not count.
     """
@@ -111,18 +112,26 @@ def length_of(answer: str) -> int:
 def arena_hard(
     board: Mapping[str, Sequence[Games]], *, style_control: bool = False
 ) -> dict[str, ArenaHard]:
-    """The figures of all models of a board.
+    """Return each model's win rate against the baseline, in percent, with a 95 % interval.
+
+    The win rate follows from the model's Bradley-Terry score, fitted by logistic regression.
 
     Args:
-        board: each model's games, in the order of the questions.
-        style_control: take out what length and markdown win. As in the official code, a model is
-            rated at the board's mean difference in style: of a board of one model, its own.
+        board: {model: its games, in the order of the questions}.
+        style_control: adjust for the length and markdown of the answers. As in the official code,
+            models are compared at the mean style difference of the whole board.
 
     Returns:
-        The figures, by model; NaN for a model without a verdict.
+        {model: figures}; NaN for a model without a verdict.
 
     Raises:
-        UserError: style control, and an answer's style is not known.
+        UserError: style control is asked for, and a game lacks the styles of its answers.
+
+    Example:
+        >>> games = [Games("A=B", "A=B"), Games("B>A", "A>B"), Games("A>B", "B>A")]
+        >>> result = arena_hard({"mine": games})["mine"]
+        >>> round(result.win_rate), result.judged, result.failed
+        (50, 6, 0)
     """
     counts = {name: _counts(games) for name, games in board.items()}
     rated = {name: games for name, games in board.items() if counts[name][0]}
@@ -135,29 +144,29 @@ def arena_hard(
 
 
 def _counts(questions: Sequence[Games]) -> tuple[int, int]:
-    """Games judged and failed."""
+    """The numbers of games with and without a verdict."""
     judged = sum(v in VERDICTS for games in questions for v in (games.first, games.second))
     return judged, 2 * len(questions) - judged
 
 
 def _ratings(battles: _Battles, style_control: bool) -> np.ndarray:
-    """(3, models): each model's rating with the baseline's at 0, and its interval."""
+    """Scores relative to the baseline: estimate, lower and upper bound, (3, models)."""
     rng = np.random.RandomState(SEED)  # what pandas' `sample` and numpy's `choice` draw with
     n = len(battles.shares)
     drawn = [
         _fit(battles, np.bincount(rng.choice(n, n), minlength=n), style_control)
         for _ in range(ROUNDS)
     ]
-    # A model none of whose battles is drawn has no rating in that round.
+    # A model without a drawn battle has no score in that round.
     interval = np.nanpercentile(drawn, INTERVAL, axis=0)
     return np.vstack([_fit(battles, np.ones(n), style_control), interval])
 
 
 @dataclass(frozen=True)
 class _Battles:
-    """Battles of the baseline against a model, as a logistic regression sees them.
+    """Battles of the baseline against models, as input of a logistic regression.
 
-    N battles, U different rows of features: several battles of a question share one.
+    N battles, U distinct rows of features: battles of the same model and style share one.
     """
 
     features: np.ndarray  # (U, 1 + models + styles)
@@ -187,23 +196,25 @@ def _battles(board: Mapping[str, Sequence[Games]], style_control: bool) -> _Batt
 
 
 def _difference(name: str, games: Games) -> np.ndarray:  # (4,)
-    """How the styles of both answers differ, each part relative to their sum and one."""
+    """The difference of both styles; each feature is divided by the sum of both plus one."""
     if games.baseline is None or games.model is None:
         raise UserError(f"style control needs the styles of both answers; {name} lacks one")
     a, b = (np.array(astuple(style), float) for style in (games.baseline, games.model))
-    return (a - b) / (a + b + 1)
+    difference: np.ndarray = (a - b) / (a + b + 1)
+    return difference
 
 
 def _standard(styles: np.ndarray) -> np.ndarray:
-    """Each column with mean 0 and standard deviation 1; one that never varies as 0."""
+    """Scale each column to mean 0 and standard deviation 1; constant columns become 0."""
     spread = styles.std(axis=0)
-    return (styles - styles.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
+    standard: np.ndarray = (styles - styles.mean(axis=0)) / np.where(spread > 0, spread, np.inf)
+    return standard
 
 
 def _fit(battles: _Battles, counts: np.ndarray, style_control: bool) -> np.ndarray:  # (models,)
-    """Ratings less the baseline's, of battles that occur `counts` times; NaN of no battle.
+    """Fit scores relative to the baseline; battle i occurs `counts[i]` times. NaN without battles.
 
-    Each battle is two rows of the regression: won and won, lost and lost, or, of a tie, one each.
+    Each battle is two rows of the regression: two wins, two losses, or one of each for a tie.
     With style control the official code regularizes, without it does not.
     """
     won = np.bincount(battles.rows, 2 * counts * battles.shares, len(battles.features))

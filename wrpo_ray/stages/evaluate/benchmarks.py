@@ -1,15 +1,15 @@
-"""The files of the public benchmarks as their authors give them: questions, baselines, templates.
+"""Readers of the public benchmarks' files: questions, baseline answers, judge templates.
 
-None of them is part of this project; `fetch` gets them.
+The files are not part of this project; `fetch` downloads them.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -22,6 +22,7 @@ from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.protocols import (
     AlpacaEvalJudging,
     ArenaHardJudging,
+    Item,
     Judging,
     MTBenchJudging,
 )
@@ -32,41 +33,43 @@ from wrpo_ray.text.documents import read_document, read_json
 from wrpo_ray.text.files import decode
 
 Row = dict[str, Any]
+T = TypeVar("T")
 GREEDY = "t0"
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1} | dict.fromkeys(
     ("extraction", "math", "coding", "reasoning"), 0.0
 )
-"""MT-Bench's, by category; 0.7 for others."""
+"""MT-Bench's sampling temperature by category; 0.7 for others."""
 WITH_REFERENCE = ("math", "reasoning", "coding")
-"""Categories whose right answers MT-Bench's judge sees."""
+"""Categories for which MT-Bench's judge sees a reference answer."""
 GAMED = "df_gamed.csv"
 CHATML = re.compile(r"<\|im_start\|>(\w+)\n(.*?)\n?<\|im_end\|>", re.DOTALL)
 
 
 def split_of(temperature: float) -> str:
-    """The split of questions that are answered at a temperature: `t0.7`."""
+    """The name of the split of questions that are answered at a temperature, such as `t0.7`."""
     return f"t{temperature:g}"
 
 
-def read_items(name: str, folder: Folder) -> list[Row]:
-    """A benchmark's questions (records ITEM), in its order.
+def read_items(name: str, folder: Folder) -> list[Item]:
+    """Read a benchmark's questions (ITEM records), in the order of its file.
 
     Raises:
-        UserError: a file is missing, or not such a file.
+        UserError: a file is missing or malformed.
     """
-    return _told(name, folder, _READERS[name])
+    return _read(name, folder, _READERS[name])
 
 
 def read_judging(name: str, folder: Folder) -> Judging:
-    """How a benchmark's judge is asked.
+    """Read the templates of a benchmark's judge.
 
     Raises:
-        UserError: a file is missing, or not such a file.
+        UserError: a file is missing or malformed.
     """
-    return _told(name, folder, _JUDGINGS[name])
+    return _read(name, folder, _JUDGINGS[name])
 
 
-def _told(name: str, folder: Folder, read: Callable[[Folder], Any]) -> Any:
+def _read(name: str, folder: Folder, read: Callable[[Folder], T]) -> T:
+    """Call `read`; report an error of any kind as one of the benchmark's files."""
     try:
         return read(folder)
     except (OSError, LookupError, ValueError, TypeError, yaml.YAMLError) as error:
@@ -80,22 +83,31 @@ def _told(name: str, folder: Folder, read: Callable[[Folder], Any]) -> Any:
 # --- questions -------------------------------------------------------------------------------
 
 
-def _item(name: str, index: int, turns: list[str], **more: Any) -> Row:
+def _item(
+    name: str,
+    index: int,
+    turns: list[str],
+    *,
+    split: str = GREEDY,
+    group: str | None = None,
+    references: Sequence[str] = (),
+    baseline: str | None = None,
+) -> Item:
     return {
-        # A benchmark may ask the same twice, and every question counts.
+        # With the index, because a benchmark may ask the same question twice.
         "prompt_id": digest([name, index, turns]),
         "messages": [{"role": "user", "content": turns[0]}],
-        "split": GREEDY,
+        "split": split,
         "reference": None,
-        "group": None,
+        "group": group,
         "index": index,
         "turns": turns,
-        "references": [],
-        "baseline": None,
-    } | more
+        "references": list(references),
+        "baseline": baseline,
+    }
 
 
-def _alpaca_eval(folder: Folder) -> list[Row]:
+def _alpaca_eval(folder: Folder) -> list[Item]:
     rows = folder.read_json("alpaca_eval_gpt4_baseline.json")
     return [
         _item("alpaca_eval", i, [r["instruction"]], baseline=r["output"], group=r.get("dataset"))
@@ -103,7 +115,7 @@ def _alpaca_eval(folder: Folder) -> list[Row]:
     ]
 
 
-def _arena_hard(folder: Folder) -> list[Row]:
+def _arena_hard(folder: Folder) -> list[Item]:
     baseline = {r["question_id"]: _answer(r) for r in _jsonl(folder, "gpt-4-0314.jsonl")}
     return [
         _item("arena_hard", i, [r["turns"][0]["content"]], baseline=baseline[r["question_id"]])
@@ -112,10 +124,10 @@ def _arena_hard(folder: Folder) -> list[Row]:
 
 
 def _answer(row: Row) -> str:
-    return row["choices"][0]["turns"][0]["content"]
+    return str(row["choices"][0]["turns"][0]["content"])
 
 
-def _mt_bench(folder: Folder) -> list[Row]:
+def _mt_bench(folder: Folder) -> list[Item]:
     right = {r["question_id"]: r["choices"][0]["turns"] for r in _jsonl(folder, "gpt-4.jsonl")}
     return [
         _item(
@@ -161,7 +173,7 @@ def _mt_judging(folder: Folder) -> MTBenchJudging:
 
 
 _READERS = {"alpaca_eval": _alpaca_eval, "arena_hard": _arena_hard, "mt_bench": _mt_bench}
-_JUDGINGS = {
+_JUDGINGS: dict[str, Callable[[Folder], Judging]] = {
     "alpaca_eval": _alpaca_judging,
     "arena_hard": _arena_judging,
     "mt_bench": _mt_judging,
@@ -173,26 +185,26 @@ _JUDGINGS = {
 
 @dataclass(frozen=True)
 class ReadBenchmark(BaseJob):
-    """A benchmark's questions into ITEM shards."""
+    """Write a benchmark's questions into ITEM shards."""
 
     kind = JobKind.READ_BENCHMARK
 
     name: str
     folder: Folder
     items: tuple[str, ...]
-    """The questions' ids: what identifies them, with `version`."""
+    """The questions' ids."""
     version: str
-    """A hash of all that is read."""
+    """A hash of the questions, which determines the step key."""
 
     @staticmethod
     def of(name: str, folder: Folder) -> ReadBenchmark:
-        """The step for a folder's files."""
+        """Create the job for a folder's files."""
         rows = read_items(name, folder)
         return ReadBenchmark(name, folder, tuple(r["prompt_id"] for r in rows), digest(rows, 16))
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         return Step(f"benchmark-{self.name}", {"content": self.version})
 
     @property
@@ -207,7 +219,7 @@ class ReadBenchmark(BaseJob):
 
 
 def run(run: Run, jobs: list[ReadBenchmark]) -> None:
-    """Write each benchmark's questions; one task reads a benchmark, they have a few MB."""
+    """Write each benchmark's questions, a few MB, in one task each."""
     for job in jobs:
         started = time.time()
         tasks = iter([{"job": job, "run": run}])
@@ -223,6 +235,6 @@ def _write(task: dict[str, Any]) -> dict[str, Any]:
     return {"rows": len(rows)}
 
 
-def _write_bucket(run: Run, job: ReadBenchmark, bucket: Bucket, rows: list[Row]) -> None:
+def _write_bucket(run: Run, job: ReadBenchmark, bucket: Bucket, rows: list[Item]) -> None:
     if rows:
         write_shard(run.root / job.step.folder, bucket, ITEM, rows, "all")

@@ -1,7 +1,7 @@
-"""All verdicts into one table: each benchmark's figures by model, and the pairs.
+"""The comparison table of a run: each benchmark's figures by model, and those of pairs of models.
 
-A task reads the verdicts of one benchmark, or of one pair: numbers, no texts. Pairs by reward are
-read from the scores.
+Each task reads the verdicts (numbers, no texts) of one benchmark or one pair. Pairs that are
+compared by reward are read from the scores.
 """
 
 from __future__ import annotations
@@ -46,24 +46,24 @@ from wrpo_ray.storage.steps import Step
 Row = dict[str, Any]
 FILE = "comparison.json"
 CONTROLLED = ("alpaca_eval", "pairwise")
-"""What has figures with the length of the answers taken out."""
+"""Comparisons with length-controlled figures."""
 
 
 @dataclass(frozen=True)
 class RewardPair:
-    """Two models' rewards on the same prompts."""
+    """A comparison of two models by their rewards on the same prompts."""
 
     a: str
     b: str
     rewards: tuple[tuple[Samples, ...], tuple[Samples, ...]]
-    """Of each; of several stores the best answer counts."""
+    """The scored answers of each model; the best answer to a prompt counts."""
     prompts: Prompts
     margin: float
 
 
 @dataclass(frozen=True)
 class Compare(BaseJob):
-    """The table of a run."""
+    """Write the comparison table of a run."""
 
     kind = JobKind.COMPARE
 
@@ -71,13 +71,13 @@ class Compare(BaseJob):
     reward_pairs: tuple[RewardPair, ...]
     judge: str | None
     reference: Folder | None
-    """AlpacaEval's folder, which has the file for controlling length."""
+    """AlpacaEval's folder, for its data on length control."""
     style_control: bool = False
-    """Whether Arena-Hard's figures are also given with style control."""
+    """Whether to also compute Arena-Hard's figures with style control."""
 
     @cached_property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         inputs = [v.step for v in self.verdicts]
         inputs += [s.step for p in self.reward_pairs for side in p.rewards for s in side]
         pairs = [[p.a, p.b, p.margin] for p in self.reward_pairs]
@@ -126,7 +126,7 @@ def run(run: Run, jobs: list[Compare]) -> None:
 
 
 def _figures(task: Row) -> Row:
-    """The figures of one task, as JSON has them."""
+    """Compute the figures of one benchmark or pair, ready for JSON."""
     run, place = task["run"], {"number": task["number"]}
     if "pair" in task:
         return place | {"pair": _pair(run, task["pair"])}
@@ -138,7 +138,7 @@ def _figures(task: Row) -> Row:
     if name == "arena_hard" and task["job"].style_control:
         controlled = _style_controlled(run, all_verdicts, rows)
         figures = {m: f | {"style_controlled": controlled[m]} for m, f in figures.items()}
-    models = {model: figures[model] | _spent(rows[model]) for model in rows}
+    models = {model: figures[model] | _tokens_per_answer(rows[model]) for model in rows}
     return place | {"name": name, "models": models}
 
 
@@ -150,8 +150,8 @@ def _read(run: Run, verdicts: Verdicts) -> list[Row]:
     return sorted(rows, key=lambda r: (r["index"] or 0, r["prompt_id"], r["position"]))
 
 
-def _spent(rows: list[Row]) -> Row:
-    """Output tokens an answer, of all models that have a part in it."""
+def _tokens_per_answer(rows: list[Row]) -> Row:
+    """Mean output tokens of an answer, of all models that contributed to it."""
     by_prompt = {r["prompt_id"]: r["tokens"] for r in rows}
     return {"tokens": sum(by_prompt.values()) / len(by_prompt) if by_prompt else math.nan}
 
@@ -188,7 +188,7 @@ def _arena_hard(models: dict[str, list[Row]], job: Compare) -> dict[str, Row]:
 def _style_controlled(
     run: Run, all_verdicts: list[Verdicts], models: dict[str, list[Row]]
 ) -> dict[str, Row]:
-    """Each model's win rate and interval, with what style does taken out."""
+    """Each model's win rate and interval, adjusted for the style of the answers."""
     board = {}
     for verdicts in all_verdicts:
         styles = _styles(run, verdicts)
@@ -202,7 +202,7 @@ def _style_controlled(
 
 
 def _styles(run: Run, verdicts: Verdicts) -> dict[str, tuple[Style, Style]]:
-    """Of the baseline's and the model's answer, by prompt; of those that the model answered."""
+    """The styles of the baseline's and the model's answer, for each prompt that has an answer."""
     found = {}
     for bucket in buckets(run.buckets):
         answers = verdicts.answers[0].read(run.root, bucket)
@@ -270,7 +270,7 @@ def _best(run: Run, stores: tuple[Samples, ...], bucket: Any) -> dict[str, tuple
 
 
 def _without_nan(value: Any) -> Any:
-    """As JSON, which has no NaN: null where there are too few."""
+    """Replace NaN, which JSON lacks, by None."""
     if isinstance(value, dict):
         return {str(k): _without_nan(v) for k, v in value.items()}
     if isinstance(value, list):

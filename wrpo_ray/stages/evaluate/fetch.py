@@ -1,8 +1,7 @@
-"""Gets the files of a public benchmark, and makes sure that they stay what they are.
+"""Download the files of a public benchmark and check their SHA-256.
 
-Addresses name a commit, so that their content is fixed. A file's SHA-256 is compared with the one
-known here; of a file without one it is written down in `SHA256SUMS` at the first time, and
-compared the next time.
+Each address names a commit, which fixes the content. A file without a known checksum is recorded
+in `SHA256SUMS` at the first download and compared with that from then on.
 """
 
 from __future__ import annotations
@@ -69,22 +68,22 @@ FILES: dict[str, dict[str, str]] = {
 """{benchmark: {file: address}}"""
 
 KNOWN = {"df_gamed.csv": "97aeec3f1c7de6dee6fd31fe66f1702623f4614c3efe1c6fc5f4927cd5fd674d"}
-"""SHA-256 by file, of those that were at hand when this was written."""
+"""{file: SHA-256}, where it is known."""
 
 
 def fetch(name: str, folder: Path, pinned: dict[str, str] | None = None) -> dict[str, str]:
-    """Get what is missing of a benchmark's files, and check all of them.
+    """Download the missing files of a benchmark, and check all of them.
 
     Args:
-        name: of the benchmark.
-        folder: where the files go.
-        pinned: {file: SHA-256} that the user knows.
+        name: a key of `FILES`.
+        folder: where to write the files.
+        pinned: {file: SHA-256} given by the user.
 
     Returns:
         {file: SHA-256} of all files.
 
     Raises:
-        UserError: a file cannot be had, or is another than it was or should be.
+        UserError: a download fails, or a file does not have the expected checksum.
     """
     wrong = set(pinned or {}) - FILES[name].keys()
     if wrong:
@@ -114,7 +113,7 @@ def fetch(name: str, folder: Path, pinned: dict[str, str] | None = None) -> dict
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """{file: SHA-256} of `SHA256SUMS`; nothing where there is none."""
+    """Read {file: SHA-256} of `SHA256SUMS`; empty without that file."""
     path = folder / SUMS
     lines = path.read_text().splitlines() if path.exists() else []
     return {file: digest for digest, _, file in (line.partition("  ") for line in lines)}
@@ -123,6 +122,7 @@ def read_sums(folder: Path) -> dict[str, str]:
 def _get(address: str) -> bytes:
     try:
         with urllib.request.urlopen(address, timeout=60) as response:
-            return response.read()
+            data: bytes = response.read()
     except OSError as error:
         raise UserError(f"{address} cannot be fetched: {error}") from None
+    return data

@@ -1,6 +1,6 @@
-"""MT-Bench: ratings of two turns by a judge, and their means (arXiv 2306.05685); pure functions.
+"""MT-Bench: a judge's ratings of two turns, and their means (arXiv 2306.05685); pure functions.
 
-They follow the official code (FastChat, single answer grading), and give its figures.
+They follow the official code (FastChat, single answer grading) and give the same figures.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
 BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
 OTHER = re.compile(r"\[\[[^\[\]\d]*\d[^\[\]]*\]\]")
-"""Double brackets with a digit, whatever else they hold."""
+"""Double brackets that hold a digit and other characters."""
 BEST = 10.0
 
 
@@ -26,12 +26,12 @@ class Rating:
     """1 or 2."""
     category: str
     score: float | None
-    """0 to 10; None or -1 where the judge gave none."""
+    """0 to 10; None or -1 without a rating."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean rating, of how many; NaN of none."""
+    """A mean rating (NaN without ratings), with the numbers of judged and failed turns."""
 
     mean: float
     judged: int
@@ -40,7 +40,7 @@ class Mean:
 
 @dataclass(frozen=True)
 class MTBench:
-    """Mean ratings. `overall` is the mean of all ratings, which of complete turns is their mean."""
+    """Mean ratings from 0 to 10. `overall` is the mean of all ratings."""
 
     overall: Mean
     turns: dict[int, Mean]
@@ -48,10 +48,10 @@ class MTBench:
 
 
 def parse_rating(judgment: str) -> float | None:
-    """The first `[[n]]` of a judgment, without one the first `[n]`; None where there is neither.
+    """Return the first `[[n]]` of a judgment, else the first `[n]`, else None.
 
-    The official code's way, but for what it would take for a rating and is none: a number above
-    10 (`[2024]` is a year), and a `[n]` beside a rating of another form (`[[4/5]], as [1] says`).
+    As in the official code, but for two cases that are not ratings: a number above 10 (`[2024]` is
+    a year), and a `[n]` beside a rating of another form (`[[4/5]], as [1] says`).
     """
     found = RATING.search(judgment)
     if not found and not OTHER.search(judgment):
@@ -61,7 +61,16 @@ def parse_rating(judgment: str) -> float | None:
 
 
 def mt_bench(ratings: Sequence[Rating]) -> MTBench:
-    """The means over all ratings, by turn and by category; failed ones are left out and counted."""
+    """Return the mean ratings: overall, by turn and by category. Failed turns are only counted.
+
+    Args:
+        ratings: one for each question and turn.
+
+    Example:
+        >>> result = mt_bench([Rating(81, 1, "writing", 8.0), Rating(81, 2, "writing", 6.0)])
+        >>> result.overall.mean, result.turns[1].mean, result.categories["writing"].judged
+        (7.0, 8.0, 2)
+    """
     return MTBench(
         overall=_mean(ratings),
         turns={

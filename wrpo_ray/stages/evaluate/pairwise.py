@@ -1,6 +1,6 @@
 """One model against another on the same prompts: win, tie and loss with bootstrap intervals.
 
-Pure functions. The intervals are paired: whole prompts are drawn, with both models' answers.
+Pure functions. The bootstrap is paired: it draws whole prompts, with both models' answers.
 """
 
 from __future__ import annotations
@@ -15,54 +15,69 @@ from sklearn.linear_model import LogisticRegression
 from wrpo_ray.stages.evaluate.statistics import Estimate
 
 ROUNDS, FITS, SEED = 1000, 100, 42
-"""Draws for shares, and the fewer for the regression, each of which takes milliseconds."""
+"""Bootstrap draws for shares, and for the regression, which takes milliseconds a draw."""
 INTERVAL = (2.5, 97.5)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models' answers to one prompt."""
+    """The result of comparing two models' answers to one prompt."""
 
     share: float | None
-    """1 the first model wins, 0 the second, 0.5 a tie; anything between is a mean of several
-    games. None where the judge failed."""
+    """The first model's share of the win: 1 a win, 0 a loss, 0.5 a tie; the mean of several games.
+    None where the judge failed."""
     lengths: tuple[int, int]
-    """Of both answers, in characters or tokens."""
+    """The lengths of both answers, in characters or tokens."""
 
 
 @dataclass(frozen=True)
 class Pairwise:
-    """Shares in 0..1 with 95 % intervals, all over the prompts that were judged."""
+    """Shares from 0 to 1 of the judged prompts, with 95 % intervals."""
 
     win: Estimate
     tie: Estimate
     loss: Estimate
     win_rate: Estimate
-    """The mean share: a tie is half a win."""
+    """The mean share; a tie is half a win."""
     length_controlled: Estimate
-    """The win rate, were both answers of the same length, as it is where they are, or where all are
-    ties; NaN where all differ by the same length, so that nothing can be controlled."""
+    """The predicted win rate for answers of equal length. It is the win rate itself where all
+    lengths are equal or all prompts are ties, and NaN where all lengths differ by the same amount,
+    which leaves nothing to control for."""
     failed: int
+    """Prompts without a verdict."""
 
 
 def share_of_games(first: float | None, second: float | None) -> float | None:
-    """The share of two games with the answers' positions swapped, both as the first model's share.
+    """Return the first model's share over two games with the answers' positions swapped.
 
-    A judge that contradicts itself calls a tie; one that fails in either game fails.
+    Contradicting verdicts make a tie; None, a failed verdict, in either game gives None.
     """
     return None if first is None or second is None else (first + second) / 2
 
 
 def share_of_rewards(first: float, second: float, margin: float = 0.0) -> float:
-    """The share by rewards; a difference up to the margin is a tie."""
+    """Return the first model's share by rewards; a difference up to the margin is a tie."""
     return 0.5 if abs(first - second) <= margin else float(first > second)
 
 
 def pairwise(comparisons: Sequence[Comparison]) -> Pairwise:
-    """The figures of the first model against the second."""
+    """Return win, tie and loss rates of the first model, and its length-controlled win rate.
+
+    The length-controlled rate is the prediction of a logistic regression on the difference of
+    lengths, where that is 0 (the approach of AlpacaEval 2, arXiv 2404.04475).
+
+    Args:
+        comparisons: one for each prompt.
+
+    Example:
+        >>> games = [Comparison(1.0, (10, 12)), Comparison(0.5, (9, 9)), Comparison(None, (5, 5))]
+        >>> result = pairwise(games)
+        >>> result.win_rate.mean, result.tie.mean, result.failed
+        (0.75, 0.5, 1)
+    """
     judged = [(c.share, c.lengths) for c in comparisons if c.share is not None]
     shares = np.array([share for share, _ in judged])
-    # As in AlpacaEval: tanh keeps a few very long answers from deciding the fit.
+    # As in AlpacaEval: tanh limits the influence of a few very long answers.
     lengths = np.array([a - b for _, (a, b) in judged], float)
     spread = lengths.std() if len(judged) else 0.0
     length = np.tanh(lengths / spread) if spread else None
@@ -74,7 +89,7 @@ def pairwise(comparisons: Sequence[Comparison]) -> Pairwise:
         return _estimate(values.mean() if n else math.nan, counts @ values / max(n, 1), n)
 
     if not lengths.any() or (shares == 0.5).all():
-        controlled = share(shares)  # no length to take out, or nothing that it could have won
+        controlled = share(shares)  # nothing to control: equal lengths, or only ties
     elif length is None:
         controlled = Estimate(math.nan, math.nan, math.nan, n)
     else:
@@ -92,7 +107,7 @@ def pairwise(comparisons: Sequence[Comparison]) -> Pairwise:
 
 
 def shortfall(name: str, figure: Estimate, floor: float) -> str | None:
-    """What a regression gate says of a figure below its floor, or of one that is not known."""
+    """Return a message if the figure is below the floor or unknown (NaN), otherwise None."""
     if figure.mean >= floor:
         return None
     if math.isnan(figure.mean):
@@ -109,10 +124,10 @@ def _estimate(mean: float, drawn: np.ndarray, n: int) -> Estimate:
 
 
 def _at_equal_length(shares: np.ndarray, length: np.ndarray, counts: np.ndarray) -> float:
-    """The share that a logistic regression on the length difference gives where that is 0.
+    """Return the share that a logistic regression predicts for a length difference of 0.
 
     Prompts occur `counts` times. Only the slope is regularized, which keeps it finite where length
-    tells wins from losses.
+    alone separates wins from losses.
     """
     fitted = LogisticRegression(C=1.0).fit(
         np.tile(length, 2)[:, None],

@@ -1,7 +1,7 @@
-"""How each benchmark asks its judge, and what it takes from the judgment; pure functions.
+"""How each benchmark prompts its judge and parses the judgment; pure functions.
 
-The official templates are read with the benchmarks' files (`benchmarks`); only the question about
-pairs of a run's own models is ours.
+The official templates come with the benchmarks' files (see `benchmarks`). Only the prompt for
+pairwise comparisons is written here.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict
 
 import pyarrow as pa
 from jinja2 import StrictUndefined, TemplateError
@@ -23,75 +23,102 @@ from wrpo_ray.stages.evaluate.arena_hard import VERDICTS, is_unfinished, parse_v
 from wrpo_ray.stages.evaluate.mt_bench import parse_rating
 from wrpo_ray.storage.fingerprints import unit_interval
 
-Row = dict[str, Any]
+
+class Item(TypedDict):
+    """A prompt to judge: an ITEM record, or a PROMPT record without the keys of benchmarks."""
+
+    prompt_id: str
+    messages: list[Message]
+    split: str
+    reference: str | None
+    group: str | None
+    index: NotRequired[int]
+    turns: NotRequired[list[str]]
+    references: NotRequired[list[str]]
+    baseline: NotRequired[str | None]
+
+
+class TokenLogprob(TypedDict):
+    """One of the likeliest first tokens of a judgment."""
+
+    token: str
+    logprob: float
+
+
+class Judgment(TypedDict):
+    """The columns of a RESPONSE record that a judgment is parsed from."""
+
+    text: str
+    finish_reason: str | None
+    logprobs: list[TokenLogprob] | None
 
 
 class NoVerdictError(ValueError):
-    """The judge says nothing that counts."""
+    """The judgment holds no valid verdict."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judgment says."""
+    """The parsed judgment: a number, and the label it was parsed from."""
 
     value: float
     label: str | None = None
 
 
 class Judging(Protocol):
-    """Asks about one model's answer, or two, and reads what is said."""
+    """The protocol of a benchmark: prompts for the judge, and the parser of its judgments."""
 
     @property
     def name(self) -> str:
-        """Of the benchmark."""
+        """The benchmark's name."""
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the prompts."""
+        """The Arrow schema of its prompts."""
 
     @property
     def positions(self) -> tuple[int, ...]:
-        """Games, or turns."""
+        """Numbers of the games or turns of a prompt, from 1."""
 
     @property
     def sampling(self) -> SamplingConfig:
-        """How the judge answers."""
+        """How the judge's text is sampled."""
 
     @property
-    def goes_on(self) -> bool:
-        """Whether a judge that gave no verdict is asked once more."""
+    def asks_again(self) -> bool:
+        """Whether a judge that gave no verdict is asked once to continue."""
 
     @property
     def identity(self) -> Any:
-        """What decides the questions."""
+        """Everything that determines the judge's prompts, for step keys."""
 
     @property
-    def reading(self) -> int:
-        """Version of how judgments are read."""
+    def parser_version(self) -> int:
+        """The version of the parser, for step keys."""
 
-    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
-        """The conversation that the judge is to go on with; `texts` are the models' answers."""
+    def question(self, item: Item, texts: list[str], position: int) -> list[Message]:
+        """Return the judge's prompt; `texts` are the models' answers."""
 
-    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
-        """What a judgment (text, finish_reason, logprobs) says.
+    def verdict(self, item: Item, position: int, judgment: Judgment) -> Verdict:
+        """Parse a judgment (text, finish_reason, logprobs).
 
         Raises:
-            NoVerdictError: nothing that counts.
+            NoVerdictError: it holds no valid verdict.
         """
 
 
 def judging_sampling(max_tokens: int, **more: Any) -> SamplingConfig:
-    """Greedy, one judgment."""
+    """Sampling options of a judge: one greedy judgment, unless `more` differs."""
     given = {"samples": 1, "temperature": 0.0, "top_p": 1.0, "max_tokens": max_tokens}
     return SamplingConfig(**given | more)
 
 
 def filled(template: str, values: dict[str, str]) -> str:
-    """The template with `{name}` replaced where the name is known; braces in values stay."""
+    """Replace `{name}` in the template where the name is known; braces in values stay."""
     return re.sub(r"\{(\w+)\}", lambda match: values.get(match[1], match[0]), template)
 
 
-def no_verdict(judgment: Row) -> NoVerdictError:
+def no_verdict(judgment: Judgment) -> NoVerdictError:
     """The reason, with the judgment's end."""
     cut = ", which was cut off at max_tokens" * (judgment.get("finish_reason") == "length")
     text = " ".join(judgment["text"].split())
@@ -100,16 +127,16 @@ def no_verdict(judgment: Row) -> NoVerdictError:
 
 @dataclass(frozen=True)
 class AlpacaEvalJudging:
-    """One game in an order drawn by the instruction; the verdict is in the first token's odds."""
+    """One game, in an order drawn by a hash; the verdict is the probability of the first token."""
 
     template: tuple[tuple[str, str], ...]
     """(role, text) of each message."""
 
     name = "alpaca_eval"
-    reading = 1
+    parser_version = 1
     schema = ITEM
     positions = (1,)
-    goes_on = False
+    asks_again = False
     sampling = judging_sampling(1, temperature=1.0, logprobs=5)
     first, second = "m", "M"
 
@@ -118,27 +145,27 @@ class AlpacaEvalJudging:
         """The template."""
         return self.template
 
-    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
-        """The instruction with the baseline's and the model's answer."""
-        shown = [item["baseline"], texts[0]]
+    def question(self, item: Item, texts: list[str], position: int) -> list[Message]:
+        """Show the instruction with the baseline's and the model's answer."""
+        shown = [item["baseline"] or "", texts[0]]
         if self.swapped(item):
             shown.reverse()
         values = {"instruction": item["turns"][0], "output_1": shown[0], "output_2": shown[1]}
         return [{"role": role, "content": filled(text, values)} for role, text in self.template]
 
-    def swapped(self, item: Row) -> bool:
+    def swapped(self, item: Item) -> bool:
         """Whether the model's answer is shown first."""
         return unit_interval("swap", item["prompt_id"]) < 0.5
 
-    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
-        """The preference in 1 (baseline) to 2 (model)."""
+    def verdict(self, item: Item, position: int, judgment: Judgment) -> Verdict:
+        """Return the preference, from 1 (baseline) to 2 (model)."""
         logprobs = {p["token"]: p["logprob"] for p in judgment["logprobs"] or ()}
         value = preference(logprobs, self.first, self.second, self.swapped(item))
         if math.isnan(value):
-            told = ", ".join(map(repr, logprobs)) or "none"
+            found = ", ".join(map(repr, logprobs)) or "none"
             raise NoVerdictError(
                 f"neither {self.first!r} nor {self.second!r} is among the judge's likeliest first "
-                f"tokens: {told}"
+                f"tokens: {found}"
             )
         return Verdict(value)
 
@@ -151,10 +178,10 @@ class ArenaHardJudging:
     template: str
 
     name = "arena_hard"
-    reading = 1
+    parser_version = 1
     schema = ITEM
     positions = (1, 2)
-    goes_on = True
+    asks_again = True
     sampling = judging_sampling(4096)
 
     @property
@@ -162,9 +189,9 @@ class ArenaHardJudging:
         """Both texts."""
         return [self.system, self.template]
 
-    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
-        """The question with both answers."""
-        shown = [item["baseline"], texts[0]]
+    def question(self, item: Item, texts: list[str], position: int) -> list[Message]:
+        """Show the question with both answers."""
+        shown = [item["baseline"] or "", texts[0]]
         if position == 2:
             shown.reverse()
         values = {"question_1": item["turns"][0], "answer_1": shown[0], "answer_2": shown[1]}
@@ -173,8 +200,8 @@ class ArenaHardJudging:
             {"role": "user", "content": filled(self.template, values)},
         ]
 
-    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
-        """The label; its value is the model's share."""
+    def verdict(self, item: Item, position: int, judgment: Judgment) -> Verdict:
+        """Return the label, with the model's share of the win as value."""
         label = parse_verdict(judgment["text"])
         if label is None:
             if is_unfinished(judgment["text"]):
@@ -186,16 +213,16 @@ class ArenaHardJudging:
 
 @dataclass(frozen=True)
 class MTBenchJudging:
-    """A rating of each turn; where there is a right answer the judge sees it."""
+    """A rating of each turn; the judge sees the reference answer if there is one."""
 
     templates: tuple[tuple[str, str, str], ...]
     """(name, system, template): single-v1, single-math-v1, and both with -multi-turn."""
 
     name = "mt_bench"
-    reading = 2
+    parser_version = 2
     schema = ITEM
     positions = (1, 2)
-    goes_on = False
+    asks_again = False
     sampling = judging_sampling(2048)
 
     @property
@@ -203,8 +230,8 @@ class MTBenchJudging:
         """The templates."""
         return self.templates
 
-    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
-        """The conversation up to the turn."""
+    def question(self, item: Item, texts: list[str], position: int) -> list[Message]:
+        """Show the conversation up to the turn."""
         kind = "single-math-v1" if item["references"] else "single-v1"
         name = kind + "-multi-turn" * (position == 2)
         system, template = next((s, t) for n, s, t in self.templates if n == name)
@@ -220,8 +247,8 @@ class MTBenchJudging:
             {"role": "user", "content": filled(template, values)},
         ]
 
-    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
-        """The rating."""
+    def verdict(self, item: Item, position: int, judgment: Judgment) -> Verdict:
+        """Return the rating."""
         rating = parse_rating(judgment["text"])
         if rating is None:
             raise no_verdict(judgment)
@@ -254,16 +281,16 @@ SHARES = {"A": 1.0, "B": 0.0, "C": 0.5}
 
 @dataclass(frozen=True)
 class PairJudging:
-    """Two models on the run's own prompts, in two games; the value is the first model's share."""
+    """Two models on the run's prompts, in two games; the value is the first model's share."""
 
     template: str = PAIR
     max_tokens: int = 1024
 
     name = "pairwise"
-    reading = 2
+    parser_version = 2
     schema = PROMPT
     positions = (1, 2)
-    goes_on = False
+    asks_again = False
 
     def __post_init__(self) -> None:
         try:
@@ -275,7 +302,7 @@ class PairJudging:
 
     @property
     def sampling(self) -> SamplingConfig:
-        """Greedy."""
+        """Greedy sampling."""
         return judging_sampling(self.max_tokens)
 
     @property
@@ -283,8 +310,8 @@ class PairJudging:
         """The template."""
         return self.template
 
-    def question(self, item: Row, texts: list[str], position: int) -> list[Message]:
-        """In the first game the first model's answer is A."""
+    def question(self, item: Item, texts: list[str], position: int) -> list[Message]:
+        """Show both answers; in the first game the first model's answer is A."""
         shown = texts if position == 1 else texts[::-1]
         return [{"role": "user", "content": self._rendered(item["messages"], *shown)}]
 
@@ -293,8 +320,8 @@ class PairJudging:
         template = environment.from_string(self.template)
         return template.render(messages=messages, first=first, second=second)
 
-    def verdict(self, item: Row, position: int, judgment: Row) -> Verdict:
-        """By the last double brackets: others may be quoted from the answers before them."""
+    def verdict(self, item: Item, position: int, judgment: Judgment) -> Verdict:
+        """Parse the last double brackets; earlier ones may be quoted from the answers."""
         found = BRACKETS.findall(judgment["text"])
         label = found[-1].strip(" *") if found else None
         if label not in SHARES:

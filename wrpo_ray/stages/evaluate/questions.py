@@ -1,12 +1,11 @@
-"""Prompts that are made from others and from answers to them, when they are read.
+"""Prompts that are derived from other prompts and answers when they are read.
 
-Nothing of them is stored: a judge's question, a second turn or a mixture's prompt keeps the id of
-the prompt that it comes from, and `asks` tells its answers' store from others.
+They are not stored. A judge's prompt, a second turn or a mixture's prompt keeps the id of the
+prompt it is derived from; `asks` distinguishes the stores of their answers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +21,16 @@ from wrpo_ray.data.records import (
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.stages.evaluate.answers import Answer, Answers
 from wrpo_ray.stages.evaluate.arena_hard import is_unfinished
-from wrpo_ray.stages.evaluate.protocols import Judging
+from wrpo_ray.stages.evaluate.protocols import Item, Judging, Judgment
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-Row = dict[str, Any]
-Found = list[dict[str, Answer]]
-"""Each model's answers by prompt id."""
+AnswersByModel = list[dict[str, Answer]]
+"""For each model {prompt id: answer}."""
 
-GO_ON = "continue your judgment and finish by outputting a final verdict label"
-"""What Arena-Hard asks a judge that has given no verdict, once."""
+CONTINUE = "continue your judgment and finish by outputting a final verdict label"
+"""Arena-Hard's second message to a judge whose judgment has no verdict."""
 
 MIXTURE = """\
 You are given answers of several assistants to the user's last message. Some may be wrong or
@@ -44,13 +42,12 @@ well ordered. Answer the user; do not speak of these answers.
 
 @dataclass(frozen=True)
 class Derived(Prompts):
-    """Prompts with other conversations; a prompt that lacks an answer is not among them."""
+    """Prompts with new conversations; those that lack an answer are left out."""
 
     answers: tuple[Answers, ...]
 
     kind = "Derived"
-    """Its name in `asks`, and so in the keys of steps: it never changes, whatever the class is
-    called."""
+    """The class's name in `asks`, and so in step keys: it never changes."""
     schema = PROMPT
 
     @property
@@ -60,72 +57,75 @@ class Derived(Prompts):
 
     @property
     def asks(self) -> str:
-        """A hash of what decides the conversations."""
+        """A hash of everything that determines the conversations."""
         return digest([self.kind, [a.identity for a in self.answers], self._how()], 16)
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """The bucket's prompts with their new conversations."""
         found = self.found(root, bucket)
         rows = [
-            item | {"messages": self._messages(item, found)} for item in self.items(root, bucket)
+            {**item, "messages": self._messages(item, found)} for item in self.items(root, bucket)
         ]
         kept = [row for row in rows if row["messages"]]
         table = pa.Table.from_pylist(kept, schema=PROMPT)
         return table.select(columns or PROMPT.names)
 
-    def items(self, root: Folder, bucket: Bucket) -> list[Row]:
-        """The prompts themselves."""
+    def items(self, root: Folder, bucket: Bucket) -> list[Item]:
+        """Return the underlying prompts."""
         return items(self, self.schema, root, bucket)
 
-    def found(self, root: Folder, bucket: Bucket) -> Found:
-        """The answers."""
+    def found(self, root: Folder, bucket: Bucket) -> AnswersByModel:
+        """Return the answers that the conversations are built from."""
         return [answers.read(root, bucket) for answers in self.answers]
 
     def _how(self) -> Any:
-        """What else decides the conversations."""
+        """Return whatever else determines the conversations, for `asks`."""
         return None
 
-    def _messages(self, item: Row, found: Found) -> list[Message] | None:
+    def _messages(self, item: Item, found: AnswersByModel) -> list[Message] | None:
         raise NotImplementedError
 
 
-def items(prompts: Prompts, schema: pa.Schema, root: Folder, bucket: Bucket) -> list[Row]:
-    """The bucket's prompts with all columns of their schema."""
-    rows = read_bucket(root / prompts.step.folder, bucket, schema).to_pylist()
+def items(prompts: Prompts, schema: pa.Schema, root: Folder, bucket: Bucket) -> list[Item]:
+    """Read the bucket's prompts with all columns of their schema."""
+    rows: list[Item] = read_bucket(root / prompts.step.folder, bucket, schema).to_pylist()
     return [row for row in rows if row["split"] in prompts.splits]
 
 
-def texts_of(item: Row, found: Found) -> list[str] | None:
-    """Each model's answer to a prompt; None where one is lacking."""
+def texts_of(item: Item, found: AnswersByModel) -> list[str] | None:
+    """Return each model's answer to a prompt; None if one is missing."""
     given = [answers.get(item["prompt_id"]) for answers in found]
     return None if None in given else [answer.text for answer in given if answer]
 
 
 @dataclass(frozen=True)
 class SecondTurn(Derived):
-    """What a benchmark's user says after the model's first answer."""
+    """The conversation up to a benchmark's second user message."""
 
     kind = "SecondTurn"
     schema = ITEM
 
-    def _messages(self, item: Row, found: Found) -> list[Message] | None:
+    def _messages(self, item: Item, found: AnswersByModel) -> list[Message] | None:
         texts = texts_of(item, found)
         if texts is None or len(item["turns"]) < 2:
             return None
-        said = [("assistant", texts[0]), ("user", item["turns"][1])]
-        return item["messages"] + [{"role": role, "content": text} for role, text in said]
+        return [
+            *item["messages"],
+            {"role": "assistant", "content": texts[0]},
+            {"role": "user", "content": item["turns"][1]},
+        ]
 
 
 @dataclass(frozen=True)
 class Mixture(Derived):
-    """The prompts with all sources' answers before them, for the model that mixes them."""
+    """The prompts together with all sources' answers, for the model that merges them."""
 
     kind = "Mixture"
 
     def _how(self) -> Any:
         return MIXTURE
 
-    def _messages(self, item: Row, found: Found) -> list[Message] | None:
+    def _messages(self, item: Item, found: AnswersByModel) -> list[Message] | None:
         given = [answers[item["prompt_id"]] for answers in found if item["prompt_id"] in answers]
         if not given:
             return None
@@ -138,7 +138,7 @@ class Mixture(Derived):
 
 @dataclass(frozen=True)
 class Questions(Derived):
-    """What a judge is asked in one game, or about one turn."""
+    """The judge's prompts for one game or one turn."""
 
     kind = "Questions"
 
@@ -146,21 +146,21 @@ class Questions(Derived):
     position: int
 
     @property
-    def schema(self) -> pa.Schema:  # type: ignore[override]
-        """Own prompts have no more than PROMPT."""
+    def schema(self) -> pa.Schema:
+        """ITEM for benchmarks, PROMPT for the run's own prompts."""
         return self.judging.schema
 
     def _how(self) -> Any:
         return [self.judging.identity, self.position]
 
-    def _messages(self, item: Row, found: Found) -> list[Message] | None:
+    def _messages(self, item: Item, found: AnswersByModel) -> list[Message] | None:
         texts = texts_of(item, found)
         return None if texts is None else self.judging.question(item, texts, self.position)
 
 
 @dataclass(frozen=True)
 class Continued(Questions):
-    """The same, after a judgment without a verdict."""
+    """The judge's prompts, extended by a judgment without a verdict and the request to continue."""
 
     kind = "Continued"
 
@@ -168,17 +168,17 @@ class Continued(Questions):
 
     @property
     def inputs(self) -> tuple[Step, ...]:
-        """The first judgments too."""
+        """The steps of `Questions`, and that of the first judgments."""
         return (*super().inputs, self.judgments.step)
 
     def _how(self) -> Any:
-        return [super()._how(), self.judgments.step.folder, GO_ON]
+        return [super()._how(), self.judgments.step.folder, CONTINUE]
 
-    def found(self, root: Folder, bucket: Bucket) -> Found:
-        """The models' answers, and last the judge's."""
-        return [*super().found(root, bucket), said(self.judgments, root, bucket)]
+    def found(self, root: Folder, bucket: Bucket) -> AnswersByModel:
+        """Return the models' answers and, last, the judge's."""
+        return [*super().found(root, bucket), judgments_of(self.judgments, root, bucket)]
 
-    def _messages(self, item: Row, found: Found) -> list[Message] | None:
+    def _messages(self, item: Item, found: AnswersByModel) -> list[Message] | None:
         *answers, judged = found
         question, judgment = super()._messages(item, answers), judged.get(item["prompt_id"])
         if question is None or judgment is None or not is_unfinished(judgment.text):
@@ -186,17 +186,17 @@ class Continued(Questions):
         return [
             *question,
             {"role": "assistant", "content": judgment.text},
-            {"role": "user", "content": GO_ON},
+            {"role": "user", "content": CONTINUE},
         ]
 
 
-def said(judgments: Samples, root: Folder, bucket: Bucket) -> dict[str, Answer]:
-    """A judge's texts by prompt id."""
+def judgments_of(judgments: Samples, root: Folder, bucket: Bucket) -> dict[str, Answer]:
+    """Read a judge's texts by prompt id."""
     return Answers("judge", (judgments,)).read(root, bucket)
 
 
-def rows_of(judgments: Samples, root: Folder, bucket: Bucket) -> dict[str, Row]:
-    """A judge's RESPONSE rows by prompt id."""
+def rows_of(judgments: Samples, root: Folder, bucket: Bucket) -> dict[str, Judgment]:
+    """Read a judge's RESPONSE rows by prompt id."""
     columns = ["prompt_id", "source", "sample", "text", "finish_reason", "logprobs"]
-    rows: Sequence[Row] = judgments.read(root, bucket, RESPONSE, columns).to_pylist()
+    rows = judgments.read(root, bucket, RESPONSE, columns).to_pylist()
     return {row["prompt_id"]: row for row in rows}

@@ -19,12 +19,13 @@ from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.stages.evaluate.statistics import (
     Sums,
-    normal,
+    normal_interval,
     plain,
-    wilson,
+    wilson_interval,
 )
 from wrpo_ray.storage.steps import Step
 
+Row = dict[str, Any]
 ALL = "all"
 TABLE, EXAMPLE = "table.json", "example.json"
 Key = tuple[str, str, str]
@@ -32,8 +33,8 @@ Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """A model to be compared, by its rewarded or its verified answers, or both."""
+class ScoredModel:
+    """A model to compare, with its answers scored by the reward model, the verifier, or both."""
 
     name: str
     rewarded: Samples | None
@@ -42,22 +43,22 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Evaluate(BaseJob):
-    """Compare models on held-out prompts."""
+    """Compare models on held-out prompts: mean reward and accuracy, with intervals."""
 
     kind = JobKind.EVALUATE
 
     prompts: Prompts
-    entrants: tuple[Entrant, ...]
+    models: tuple[ScoredModel, ...]
     contrasts: tuple[tuple[str, str], ...]
     """Pairs (a, b) of names: the paired difference a - b is estimated as well."""
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         inputs = [self.prompts.step]
-        for entrant in self.entrants:
-            inputs += [s.step for s in (entrant.rewarded, entrant.verified) if s]
-        config = {"models": [e.name for e in self.entrants], "contrasts": self.contrasts}
+        for model in self.models:
+            inputs += [s.step for s in (model.rewarded, model.verified) if s]
+        config = {"models": [m.name for m in self.models], "contrasts": self.contrasts}
         return Step("evaluate", config, tuple(inputs))
 
     @property
@@ -90,7 +91,7 @@ def run(run: Run, jobs: list[Evaluate]) -> None:
         folder = run.root / job.step.folder
         table = tabulate(job, sums)
         folder.write_json(TABLE, table)
-        # Of all buckets' examples one is kept: where the models differ, then by prompt id.
+        # One example of all buckets is kept: first where the models differ, then by prompt id.
         folder.write_json(
             EXAMPLE,
             min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
@@ -101,29 +102,29 @@ def run(run: Run, jobs: list[Evaluate]) -> None:
 
 
 def _first(job: Evaluate) -> str:
-    return job.entrants[0].name
+    return job.models[0].name
 
 
 def _measures(job: Evaluate) -> list[str]:
-    first = job.entrants[0]
+    first = job.models[0]
     answers = {"reward": first.rewarded, "accuracy": first.verified}
     return [measure for measure, samples in answers.items() if samples]
 
 
 def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
     """{measure: {"models": {name: {group: estimate}}, "contrasts": {"a - b": estimate}}}."""
-    names = [e.name for e in job.entrants]
+    names = [m.name for m in job.models]
     groups = [*sorted({group for _, _, group in sums} - {ALL}), ALL]
     table: dict[str, Any] = {"groups": groups}
     for measure in _measures(job):
-        interval = wilson if measure == "accuracy" else normal
+        interval = wilson_interval if measure == "accuracy" else normal_interval
         table[measure] = {
             "models": {
                 name: {g: plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
                 for name in names
             },
             "contrasts": {
-                f"{a} - {b}": plain(normal(sums.get((measure, f"{a} - {b}", ALL), Sums())))
+                f"{a} - {b}": plain(normal_interval(sums.get((measure, f"{a} - {b}", ALL), Sums())))
                 for a, b in job.contrasts
             },
         }
@@ -131,7 +132,7 @@ def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
 
 
 class Summer:
-    """The actor; what is returned are sums and at most one example a bucket."""
+    """The actor. It returns sums and at most one example for each bucket, not rows."""
 
     def __init__(self, run: Run, job: Evaluate):
         self.run, self.job = run, job
@@ -145,7 +146,7 @@ class Summer:
         sums: list[tuple[Key, tuple[int, float, float]]] = []
         accuracy: dict[str, dict[str, float]] = {}
         for measure in _measures(self.job):
-            means = {e.name: self._means(e, measure, bucket) for e in self.job.entrants}
+            means = {m.name: self._means(m, measure, bucket) for m in self.job.models}
             sums += [
                 (key, (s.n, s.total, s.squares)) for key, s in self._sums(measure, means, prompts)
             ]
@@ -155,26 +156,27 @@ class Summer:
         }
 
     def _answers(
-        self, entrant: Entrant, measure: str, bucket: Bucket, column: str
-    ) -> dict[str, list]:
-        samples = entrant.rewarded if measure == "reward" else entrant.verified
+        self, model: ScoredModel, measure: str, bucket: Bucket, column: str
+    ) -> dict[str, list[Any]]:
+        """A column of the model's answers by prompt id, one value for each sample."""
+        samples = model.rewarded if measure == "reward" else model.verified
         assert samples is not None
         names = ["prompt_id", "source", "sample", column]
         table = samples.read(self.run.root, bucket, records.SCORED, names)
-        values: dict[str, list] = {}
+        values: dict[str, list[Any]] = {}
         for key, value in zip(
             table["prompt_id"].to_pylist(), table[column].to_pylist(), strict=True
         ):
             values.setdefault(key, []).append(value)
         return values
 
-    def _means(self, entrant: Entrant, measure: str, bucket: Bucket) -> dict[str, float]:
+    def _means(self, model: ScoredModel, measure: str, bucket: Bucket) -> dict[str, float]:
         """The mean over each prompt's samples."""
-        values = self._answers(entrant, measure, bucket, "reward")
+        values = self._answers(model, measure, bucket, "reward")
         return {key: sum(v) / len(v) for key, v in values.items()}
 
     def _sums(
-        self, measure: str, means: dict[str, dict[str, float]], prompts: dict[str, dict]
+        self, measure: str, means: dict[str, dict[str, float]], prompts: dict[str, Row]
     ) -> list[tuple[Key, Sums]]:
         found: list[tuple[Key, Sums]] = []
         for name, by_prompt in means.items():
@@ -190,9 +192,9 @@ class Summer:
         return found
 
     def _example(
-        self, accuracy: dict[str, dict[str, float]], prompts: dict[str, dict], bucket: Bucket
+        self, accuracy: dict[str, dict[str, float]], prompts: dict[str, Row], bucket: Bucket
     ) -> list[dict[str, Any]]:
-        """A prompt that the first contrast's models tell apart, with both answers."""
+        """A prompt, with both answers, that only the first contrast's better model gets right."""
         if not self.job.contrasts or not prompts:
             return []
         better, worse = self.job.contrasts[0]
@@ -202,11 +204,9 @@ class Summer:
             if accuracy and accuracy[better].get(k, 0) > accuracy[worse].get(k, 0)
         ]
         key = min(won, default=min(prompts))
-        entrants = {e.name: e for e in self.job.entrants}
+        models, measure = {m.name: m for m in self.job.models}, _measures(self.job)[0]
         answers = {
-            name: self._answers(entrants[name], _measures(self.job)[0], bucket, "text").get(
-                key, [""]
-            )[0]
+            name: self._answers(models[name], measure, bucket, "text").get(key, [""])[0]
             for name in (worse, better)
         }
         prompt = prompts[key]

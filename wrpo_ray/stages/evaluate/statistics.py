@@ -1,4 +1,4 @@
-"""Means with 95 % intervals, from sums that add up over buckets; pure functions.
+"""Means with 95 % intervals, from sums that can be added over buckets; pure functions.
 
 Letters in shape comments: S seeds, P prompts.
 """
@@ -17,7 +17,7 @@ Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class Sums:
-    """Count, sum and sum of squares of one number a prompt; two of them add."""
+    """Count, sum and sum of squares of one number for each prompt. `+` joins disjoint prompts."""
 
     n: int = 0
     total: float = 0.0
@@ -28,18 +28,18 @@ class Sums:
 
     @staticmethod
     def of(values: list[float]) -> Sums:
-        """The sums of some values."""
+        """Sum up the values, one for each prompt."""
         return Sums(len(values), math.fsum(values), math.fsum(v * v for v in values))
 
     @property
     def mean(self) -> float:
-        """The mean; NaN of nothing."""
+        """The mean; NaN without values."""
         return self.total / self.n if self.n else math.nan
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, its 95 % interval, and the number of prompts."""
+    """A mean, its 95 % interval from `low` to `high`, and the number of prompts `n`."""
 
     mean: float
     low: float
@@ -48,15 +48,20 @@ class Estimate:
 
 
 def plain(estimate: Estimate) -> dict[str, float | None]:
-    """As JSON, which has no NaN: null where there are too few prompts."""
+    """Return {mean, low, high, n} for JSON, with None for NaN (too few prompts)."""
     return {n: None if math.isnan(v) else v for n, v in asdict(estimate).items()}
 
 
-def wilson(sums: Sums) -> Estimate:
-    """Wilson's score interval of a share of 0s and 1s (Wilson 1927).
+def wilson_interval(sums: Sums) -> Estimate:
+    """Return Wilson's score interval of a proportion, such as an accuracy (Wilson 1927).
 
-    With several samples a prompt the mean of each prompt counts as one trial, which makes the
-    interval wider than it need be, never narrower.
+    The values are 0 or 1. With several samples a prompt, pass the mean of each prompt: it counts
+    as one trial, which makes the interval wider than necessary, never narrower.
+
+    Example:
+        >>> estimate = wilson_interval(Sums.of([1, 1, 1, 0]))
+        >>> estimate.mean, round(estimate.low, 2), round(estimate.high, 2), estimate.n
+        (0.75, 0.3, 0.95, 4)
     """
     n, p = sums.n, sums.mean
     if not n:
@@ -67,8 +72,16 @@ def wilson(sums: Sums) -> Estimate:
     return Estimate(p, max(0.0, centre - half), min(1.0, centre + half), n)
 
 
-def normal(sums: Sums) -> Estimate:
-    """The normal interval of a mean, from the sample's standard error."""
+def normal_interval(sums: Sums) -> Estimate:
+    """Return the normal interval of a mean, mean ± 1.96 standard errors of the sample.
+
+    NaN bounds below two values.
+
+    Example:
+        >>> estimate = normal_interval(Sums.of([1.0, 2.0, 3.0]))
+        >>> estimate.mean, round(estimate.low, 2), round(estimate.high, 2)
+        (2.0, 0.87, 3.13)
+    """
     n, mean = sums.n, sums.mean
     if n < 2:
         return Estimate(mean, math.nan, math.nan, n)
@@ -79,11 +92,11 @@ def normal(sums: Sums) -> Estimate:
 
 @dataclass(frozen=True)
 class Crossed:
-    """Sums of one number for each of S seeds and P prompts; two of other prompts add."""
+    """Sums of one number for each of S seeds and P prompts. `+` joins disjoint prompts."""
 
     prompts: int
     by_seed: tuple[float, ...]
-    """Each seed's sum over the prompts."""
+    """The sum over the prompts, for each seed, (S,)."""
     prompt_squares: float
     """The sum over prompts of the squared sum over seeds."""
     squares: float
@@ -99,7 +112,7 @@ class Crossed:
 
     @staticmethod
     def of(values: np.ndarray) -> Crossed:
-        """The sums of values (S, P)."""
+        """Sum up the values (S, P)."""
         return Crossed(
             values.shape[1],
             tuple(values.sum(1).tolist()),
@@ -109,18 +122,23 @@ class Crossed:
 
     @property
     def seed_means(self) -> list[float]:
-        """The mean of each seed, (S,); NaN of no prompt."""
+        """The mean of each seed, (S,); NaN without prompts."""
         return [total / self.prompts if self.prompts else math.nan for total in self.by_seed]
 
 
-def crossed(sums: Crossed) -> Estimate:
-    """The interval of a mean over seeds and prompts, both of which are drawn from many.
+def crossed_interval(sums: Crossed) -> Estimate:
+    """Return the interval of a mean over seeds and prompts, both random samples of larger sets.
 
-    All seeds meet the same prompts, so neither alone is a sample of independent numbers. The
-    variance of the mean in the model value = mean + seed + prompt + rest is var_seed/S +
-    var_prompt/P + var_rest/SP, estimated by mean squares (two-way analysis of variance, random
-    effects; a negative part counts as 0), with Satterthwaite's degrees of freedom (1946). A single
-    seed says nothing of how seeds vary: its interval is that over prompts.
+    All seeds answer the same prompts, so the S P values are not independent. In the model value =
+    mean + seed + prompt + rest, the variance of the mean is var_seed/S + var_prompt/P +
+    var_rest/SP. It is estimated by mean squares (two-way analysis of variance, random effects; a
+    negative component counts as 0), with Satterthwaite's degrees of freedom (1946). With a single
+    seed the interval covers the prompts only.
+
+    Example:
+        >>> estimate = crossed_interval(Crossed.of(np.array([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0]])))
+        >>> estimate.mean, estimate.n, estimate.low < 2.5 < estimate.high
+        (2.5, 3, True)
     """
     from scipy.stats import t
 
@@ -149,7 +167,7 @@ def crossed(sums: Crossed) -> Estimate:
 def _positive(
     seeds: float, seeds_df: int, prompts: float, prompts_df: int, rest: float
 ) -> list[tuple[float, int]]:
-    """(mean square, degrees of freedom) of which S P times the mean's variance is the sum."""
+    """(mean square, degrees of freedom) of the components; their sum is S P var(mean)."""
     rest_df = seeds_df * prompts_df
     if seeds > rest and prompts > rest:
         return [(seeds, seeds_df), (prompts, prompts_df), (-rest, rest_df)]
@@ -159,6 +177,6 @@ def _positive(
 
 
 def crossed_of(seeds: Sequence[dict[str, float]]) -> Crossed:
-    """The sums of each seed's {prompt: number}, over the prompts that all seeds have."""
+    """Sum up {prompt: number} of each seed, over the prompts that all seeds have."""
     shared = sorted(set.intersection(*(set(values) for values in seeds)))
     return Crossed.of(np.array([[values[key] for key in shared] for values in seeds], float))

@@ -1,7 +1,7 @@
-"""Judgments into verdicts: one row for each prompt and position, and a failed row for what is none.
+"""Parse judgments into verdicts: one row for each prompt and position, and a row for each failure.
 
-A verdict can fail because a model gave no answer, because the judge was not to be had (its own
-error is repeated), or because what it says is no verdict.
+A verdict fails if a model gave no answer, if the judge gave no judgment (its own error is
+repeated), or if the judgment holds no valid verdict.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.evaluate.answers import Answer, Answers
-from wrpo_ray.stages.evaluate.protocols import Judging, NoVerdictError
+from wrpo_ray.stages.evaluate.protocols import Item, Judging, Judgment, NoVerdictError
 from wrpo_ray.stages.evaluate.questions import Questions, items, rows_of
 from wrpo_ray.storage.steps import Step
 
@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 
 class NoAnswerError(ValueError):
-    """A model gave no answer, so that there is nothing to judge."""
+    """A model gave no answer to judge."""
 
 
 class NotJudgedError(RuntimeError):
@@ -40,18 +40,18 @@ class NotJudgedError(RuntimeError):
 
 
 def once(steps: Iterable[Step]) -> tuple[Step, ...]:
-    """Each step the first time that it is met."""
+    """Return the steps without repetitions, in order."""
     return tuple({step.key: step for step in steps}.values())
 
 
 @dataclass(frozen=True)
 class Game:
-    """What was asked at one position, and what the judge said."""
+    """The judge's prompts and judgments at one position."""
 
     questions: Questions
     judgments: Samples
     continued: Samples | None = None
-    """What it said when asked to go on."""
+    """The judgments that were given when the judge was asked to continue."""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -61,7 +61,7 @@ class Game:
 
 @dataclass(frozen=True)
 class Verdicts(BaseJob):
-    """The verdicts on one model, or one pair."""
+    """Write the verdicts on one model, or one pair of models."""
 
     kind = JobKind.VERDICTS
 
@@ -73,22 +73,24 @@ class Verdicts(BaseJob):
 
     @property
     def prompts(self) -> Questions:
-        """What was asked about."""
+        """The judge's prompts of the first game."""
         return self.games[0].questions
 
     @property
     def answers(self) -> tuple[Answers, ...]:
-        """The judged answers: of both models, or of all turns."""
+        """The judged answers of both models, or of all turns."""
         return self.games[-1].questions.answers
 
     @cached_property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         inputs = [step for game in self.games for step in game.steps]
         inputs += [step for answers in self.answers for step in answers.steps]
         pair = [self.model] + ([self.against] if self.against else [])
         config = {"judging": self.judging.identity, "splits": self.prompts.splits}
-        config |= {"reading": self.judging.reading} if self.judging.reading > 1 else {}
+        config |= (
+            {"reading": self.judging.parser_version} if self.judging.parser_version > 1 else {}
+        )
         names = {"models": pair, "judge": self.judge}
         name = "-".join(["verdicts", self.judging.name, *pair])
         return Step(name, config | names, once([self.prompts.step, *inputs]))
@@ -105,10 +107,10 @@ class Verdicts(BaseJob):
 
 
 def run(run: Run, jobs: list[Verdicts]) -> None:
-    """Read each job's judgments.
+    """Parse each job's judgments.
 
     Raises:
-        FailureLimitError: too many are no verdicts.
+        FailureLimitError: too many judgments hold no verdict.
     """
     rows = [{"job": j, "bucket": b.index} for j in range(len(jobs)) for b in buckets(run.buckets)]
     counts = [Counter[str](rows=0, failed=0) for _ in jobs]
@@ -119,20 +121,20 @@ def run(run: Run, jobs: list[Verdicts]) -> None:
         counts[number].update(rows=result["rows"], failed=result["failed"])
         left[number] -= 1
         if not left[number]:
-            told = counts[number]
-            run.check_failures(job.step, told["failed"], told["rows"])
-            job.step.finish(run.root, dict(told), started)
-            log(f"{job.step.name}  {told['rows']:,} of {told.total():,} judged")
+            count = counts[number]
+            run.check_failures(job.step, count["failed"], count["rows"])
+            job.step.finish(run.root, dict(count), started)
+            log(f"{job.step.name}  {count['rows']:,} of {count.total():,} judged")
 
 
 class Reader:
-    """The actor of a pool."""
+    """The actor that parses the judgments of a bucket."""
 
     def __init__(self, run: Run, jobs: list[Verdicts]):
         self.run, self.jobs = run, jobs
 
     def __call__(self, row: Row) -> Row:
-        """The verdicts of one bucket of one job; what is returned are counts only."""
+        """Write the verdicts of one bucket of one job; return counts."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         root, kept = self.run.root, job.step.failures(self.run.root)
         asked = items(job.prompts, job.judging.schema, root, bucket)
@@ -140,18 +142,18 @@ class Reader:
         judged: list[Row] = []
         failed: list[Row] = []
         for position, game in zip(job.judging.positions, job.games, strict=True):
-            said = self._said(game, bucket)
+            judgments, errors = self._judgments(game, bucket)
             for item in asked:
                 mine = [answers.get(item["prompt_id"]) for answers in found]
                 record = _record(job, item, position, mine)
                 try:
                     if None in mine[: len(game.questions.answers)]:
                         raise NoAnswerError("a model gave no answer to this prompt")
-                    record |= self._verdict(job, item, position, said)
+                    record |= _verdict(job, item, position, judgments.get(item["prompt_id"]))
                 except (NoAnswerError, NotJudgedError, NoVerdictError) as error:
-                    key = {"prompt_id": item["prompt_id"], "source": job.model, "sample": position}
-                    told = failure("judge", error, **key)
-                    failed.append(told | (said.get(item["prompt_id"], {}).get("failure") or {}))
+                    key = item["prompt_id"]
+                    lost = failure("judge", error, prompt_id=key, source=job.model, sample=position)
+                    failed.append(lost | errors.get(key, {}))
                 judged.append(record)
         with retrying_failures(kept, bucket):
             if judged:
@@ -159,34 +161,36 @@ class Reader:
             write_failures(kept, bucket, failed, "all")
         return row | {"rows": len(judged) - len(failed), "failed": len(failed)}
 
-    def _said(self, game: Game, bucket: Bucket) -> dict[str, Row]:
-        """Judgments by prompt id; in place of one that failed {failure: its error}."""
+    def _judgments(self, game: Game, bucket: Bucket) -> tuple[dict[str, Judgment], dict[str, Row]]:
+        """Judgments by prompt id, and the {error, message, attempts} of those missing."""
         root = self.run.root
-        said: dict[str, Row] = {}
+        found: dict[str, Judgment] = {}
+        errors: dict[str, Row] = {}
         for samples in (game.judgments, game.continued):
             if samples is None:
                 continue
             for key, row in rows_of(samples, root, bucket).items():
-                before = f"{said[key]['text']}\n" if key in said else ""
-                said[key] = row | {"text": before + row["text"]}
+                before = f"{found[key]['text']}\n" if key in found else ""
+                found[key] = {**row, "text": before + row["text"]}
         kept = game.judgments.step.failures(root)
         for name in kept.files(suffix=".parquet"):
             if bucket.meets(name):
                 for row in kept.read_table(name).to_pylist():
-                    told = {n: row[n] for n in ("error", "message", "attempts")}
-                    said.setdefault(row["prompt_id"], {"failure": told})
-        return said
-
-    def _verdict(self, job: Verdicts, item: Row, position: int, said: dict[str, Row]) -> Row:
-        judgment = said.get(item["prompt_id"], {})
-        if "text" not in judgment:
-            raise NotJudgedError(f"{job.judge} gave no judgment")
-        verdict = job.judging.verdict(item, position, judgment)
-        return {"value": verdict.value, "label": verdict.label}
+                    if row["prompt_id"] not in found:
+                        error = {n: row[n] for n in ("error", "message", "attempts")}
+                        errors.setdefault(row["prompt_id"], error)
+        return found, errors
 
 
-def _record(job: Verdicts, item: Row, position: int, answers: list[Answer | None]) -> Row:
-    """A JUDGMENT row without its verdict."""
+def _verdict(job: Verdicts, item: Item, position: int, judgment: Judgment | None) -> Row:
+    if judgment is None:
+        raise NotJudgedError(f"{job.judge} gave no judgment")
+    verdict = job.judging.verdict(item, position, judgment)
+    return {"value": verdict.value, "label": verdict.label}
+
+
+def _record(job: Verdicts, item: Item, position: int, answers: list[Answer | None]) -> Row:
+    """Return a JUDGMENT row without its verdict."""
     lengths = [len(answer.text) if answer else 0 for answer in answers]
     if job.against is None:  # several answers are turns then
         mine = lengths[0] if position == 1 else lengths[-1]

@@ -1,1 +1,1 @@
-"""Prompts and existing answers, from the user's files into records."""
+"""From the user's files of prompts and existing answers to records."""

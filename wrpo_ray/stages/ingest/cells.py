@@ -1,7 +1,7 @@
-"""Cells of the user's files that become text: right answers, and names of groups.
+"""Conversion of cells of the user's files to text: right answers, and names of groups.
 
-A text, a whole number or a truth value has one spelling. What has several (a time), or none (a
-struct), is refused, since answers are compared with the text letter by letter.
+A text, a whole number or a truth value has one spelling. Values with several (a time) or none (a
+struct) are rejected, because answers are compared with the text character by character.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from wrpo_ray.storage.folder import MAX_STREAMS, Folder
 EXACT = 2**53
 """Whole numbers up to here are exact as floats."""
 DIGITS = 1000
-"""Of a number in JSON, written out."""
+"""Maximum number of digits of a number in JSON."""
 READING = 2
-"""Version of how cells become text: part of a step's key where a cell is no text."""
+"""Version of the conversion: part of the step key if a cell is not text."""
 HEAD, ROWS = 2**20, 2**16
-"""Bytes of a JSONL file, and rows of a Parquet file, that are looked at to tell what it holds."""
+"""Bytes of a JSONL file, and rows of a Parquet file, that are inspected for its content."""
 ESCAPED = re.compile(r"(?:\\u[0-9a-f]{4})+", re.IGNORECASE)
 """Characters as JSON escapes them."""
 _KNOWN: dict[Hashable, bool] = {}
-"""What files hold, by their contents: a study builds a chain of the same files many times."""
+"""Cached results of inspections: a study builds a chain of the same files many times."""
 
 
 class JsonFloat(float):
-    """A number of a JSON line with a point or an exponent, and how it is written there."""
+    """A number of a JSON line with a point or an exponent, and its spelling there."""
 
     written: str
 
@@ -51,13 +51,13 @@ class JsonFloat(float):
 
 
 def exact_text(value: Any, column: str) -> str:
-    """The one text that a cell stands for; whole numbers are written without a point or -0.
+    """Return the only spelling of a cell; whole numbers are written without a point or -0.
 
-    42.0 is 42, as a missing value in a column of whole numbers makes floats of all in many tools.
-    Of others all digits are kept as they are given: 1.50 is no 1.5.
+    42.0 becomes 42, because many tools turn whole numbers into floats if one value is missing.
+    Other numbers keep their digits: 1.50 is not 1.5.
 
     Raises:
-        RowError: it has no text, several, or may have lost digits.
+        RowError: the value has no spelling or several, or may have lost digits.
     """
     if isinstance(value, str):
         return check_text(value)
@@ -73,7 +73,7 @@ def exact_text(value: Any, column: str) -> str:
         return _float_text(value, column)
     if isinstance(value, date) and not isinstance(value, datetime):
         return value.isoformat()
-    raise RowError(f"{column!r} is no text, number, truth value or date (got {_told(value)})")
+    raise RowError(f"{column!r} is no text, number, truth value or date (got {_shown(value)})")
 
 
 def _float_text(value: float, column: str) -> str:
@@ -95,21 +95,21 @@ def _float_text(value: float, column: str) -> str:
 
 
 def _whole(number: Decimal) -> str | None:
-    """A whole number's digits; None of another."""
+    """The digits of a whole number; None for other numbers."""
     if not number:
         return "0"
     return f"{number:.0f}" if number == number.to_integral_value() else None
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     return f"{type(value).__name__} {reprlib.repr(value)}"
 
 
 def reference_of(value: Any, column: str) -> Reference:
-    """The right answer, or of a list all right answers.
+    """Return the right answer, or all right answers of a list.
 
     Raises:
-        RowError: it, or one of the list, has no text; the list is empty or holds an empty text.
+        RowError: a value cannot be converted to text; the list is empty or holds an empty text.
     """
     if not isinstance(value, list):
         return exact_text(value, column)
@@ -122,10 +122,10 @@ def reference_of(value: Any, column: str) -> Reference:
 
 
 def group_of(value: Any, column: str) -> str | None:
-    """The name of a row's group; None of a missing one, also of a float that is none.
+    """Return the name of a row's group; None if it is null or NaN.
 
     Raises:
-        RowError: it has no text.
+        RowError: it cannot be converted to text.
     """
     missing = value is None or (isinstance(value, float) and math.isnan(value))
     return None if missing else exact_text(value, column)
@@ -135,13 +135,13 @@ def group_of(value: Any, column: str) -> str | None:
 
 
 def narrow_columns(schema: pa.Schema, names: Iterable[str]) -> dict[str, pa.DataType]:
-    """Those of the columns that hold floats of 16 or 32 bits, alone or in lists."""
+    """Return the types of those columns that hold floats of 16 or 32 bits, alone or in lists."""
     types = {name: schema.field(name).type for name in names if name in schema.names}
     return {name: type_ for name, type_ in types.items() if _is_narrow(_innermost(type_))}
 
 
 def widened(value: Any, of: pa.DataType) -> Any:
-    """Floats of 64 bits that are written as those of `of` are: 0.1, not 0.10000000149011612."""
+    """Convert floats of type `of` to 64 bits, with the spelling 0.1, not 0.10000000149011612."""
     if value is None:
         return None
     if isinstance(value, list):
@@ -150,7 +150,7 @@ def widened(value: Any, of: pa.DataType) -> Any:
 
 
 def _is_narrow(type_: pa.DataType) -> bool:
-    return pa.types.is_float16(type_) or pa.types.is_float32(type_)
+    return type_ in (pa.float16(), pa.float32())
 
 
 def _innermost(type_: pa.DataType) -> pa.DataType:
@@ -162,30 +162,31 @@ def _is_list(type_: pa.DataType) -> bool:
     return any(kind(type_) for kind in kinds)
 
 
-# --- what is in a file -------------------------------------------------------------------------
+# --- the content of files -----------------------------------------------------------------------
 
 
 def hold_more_than_text(uris: Sequence[str], columns: list[str], content: str) -> bool:
-    """Whether a cell of the columns is neither a text nor null, by types or a file's beginning.
+    """Whether a cell of the columns is neither text nor null, by types or a file's beginning.
 
-    `content` tells the files' contents apart; what is known of one is not looked for again.
+    `content` is a fingerprint of the files; the result is cached by it.
     """
     key = ("more than text", content, *columns)
-    return bool(columns) and _holds(key, lambda file: _holds_more(file, columns), uris)
+    return bool(columns) and _any_file(key, lambda file: _holds_more(file, columns), uris)
 
 
 def beginnings_are(
-    are_so: Callable[[pa.Array], pa.Array], uris: Sequence[str], column: str, content: str
+    condition: Callable[[pa.Array], pa.Array], uris: Sequence[str], column: str, content: str
 ) -> bool:
-    """Whether it is so of a file's beginning, of a Parquet file that of one column.
+    """Whether the condition holds for the beginning of a file (of one column of a Parquet file).
 
-    It has to be so of no text in ASCII; `content` is as in `hold_more_than_text`.
+    It must be false for ASCII text. `content` is as for `hold_more_than_text`.
     """
-    return _holds((are_so, content, column), lambda file: _is_so(are_so, file, column), uris)
+    key = (condition, content, column)
+    return _any_file(key, lambda file: _matches(condition, file, column), uris)
 
 
-def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
-    """Whether it is so of any file; several are read at once, and the answer is kept by `key`."""
+def _any_file(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) -> bool:
+    """Whether the check is true of any file. Files are read in parallel; the result is cached."""
     if key not in _KNOWN:
         threads = ThreadPoolExecutor(MAX_STREAMS)
         try:
@@ -195,7 +196,7 @@ def _holds(key: Hashable, check: Callable[[Folder], bool], uris: Sequence[str]) 
     return _KNOWN[key]
 
 
-def _is_so(are_so: Callable[[pa.Array], pa.Array], file: Folder, column: str) -> bool:
+def _matches(condition: Callable[[pa.Array], pa.Array], file: Folder, column: str) -> bool:
     with file.filesystem.open_input_file(file.path) as stream:
         if str(file).endswith(".parquet"):
             rows = next(pq.ParquetFile(stream).iter_batches(ROWS, columns=[column]), None)
@@ -205,7 +206,7 @@ def _is_so(are_so: Callable[[pa.Array], pa.Array], file: Folder, column: str) ->
             if head.isascii() and b"\\u" not in head:
                 return False
             text = ESCAPED.sub(_unescaped, head.decode(errors="ignore"))
-    found: bool = are_so(pa.array([text], pa.large_string()))[0].as_py()
+    found: bool = condition(pa.array([text], pa.large_string()))[0].as_py()
     return found
 
 
@@ -216,9 +217,10 @@ def _unescaped(match: re.Match[str]) -> str:
 
 def _values(rows: pa.RecordBatch) -> list[Any]:
     try:
-        return rows.to_pylist()
-    except ValueError:  # a row that is no text fails when it is read
+        values: list[Any] = rows.to_pylist()
+    except ValueError:  # the row with bytes that are not text fails later, when it is read
         return []
+    return values
 
 
 def _holds_more(file: Folder, columns: list[str]) -> bool:
@@ -236,4 +238,4 @@ def _holds_more(file: Folder, columns: list[str]) -> bool:
 def _is_text(type_: pa.DataType) -> bool:
     if pa.types.is_dictionary(type_):
         return _is_text(type_.value_type)
-    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_)
+    return type_ in (pa.string(), pa.large_string(), pa.null())

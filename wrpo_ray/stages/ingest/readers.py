@@ -1,4 +1,4 @@
-"""Rows of JSONL and Parquet files, one by one; a line that cannot be read is told, not lost."""
+"""Read rows of JSONL and Parquet files into records; a bad row becomes an error, not a gap."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from wrpo_ray.config import Columns, ImportConfig, ResponseColumns
 from wrpo_ray.data.published import RowError, check_text, parse_messages
-from wrpo_ray.data.records import prompt_id
+from wrpo_ray.data.records import Message, prompt_id
 from wrpo_ray.data.references import pack_reference
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.ingest.cells import (
@@ -36,10 +36,10 @@ SUFFIXES = (".jsonl", ".parquet")
 
 
 def input_files(path: str, what: str) -> list[str]:
-    """URIs of the data files at `path`: the file itself, or those in the folder.
+    """Return the URIs of the data files at `path`: the file itself, or those in the folder.
 
     Raises:
-        UserError: nothing is there, or nothing of a known kind.
+        UserError: there is no such file, or none that ends in .jsonl or .parquet.
     """
     place = Folder(path)
     info = place.filesystem.get_file_info(place.path)
@@ -59,7 +59,7 @@ def check_columns(uri: str, columns: list[str], what: str) -> None:
     Rows of JSONL are checked one by one.
 
     Raises:
-        UserError: naming the columns that are missing, and those that are there; or the file.
+        UserError: the file has not all columns, is UTF-16, or is not a Parquet file.
     """
     file = Folder(uri)
     if not str(file).endswith(".parquet"):
@@ -94,17 +94,17 @@ def check_some_rows(uris: list[str], what: str) -> None:
 def _has_rows(file: Folder) -> bool:
     with file.filesystem.open_input_file(file.path) as stream:
         if str(file).endswith(".parquet"):
-            return pq.ParquetFile(stream).metadata.num_rows > 0
-        return stream.size() > 0
+            return bool(pq.ParquetFile(stream).metadata.num_rows)
+        return bool(stream.size())
 
 
 def read_rows(
     uri: str, columns: list[str], texts: Sequence[str] = ()
 ) -> Iterator[tuple[str, Row | Exception]]:
-    """(place, row) for each row, such as ("prompts.jsonl:3", {...}); an Exception for a bad one.
+    """Yield (place, row), such as ("prompts.jsonl:3", {...}); an Exception for a bad row.
 
-    Rows of a Parquet file have only `columns`; floats in `texts` are to be written as text. Blank
-    lines are passed over.
+    Rows of a Parquet file have only `columns`; floats in `texts` will be converted to text. Blank
+    lines are skipped.
     """
     file = Folder(uri)
     name = str(file).rsplit("/", 1)[-1]
@@ -130,16 +130,18 @@ def _parquet(
 
 def _rows(batch: pa.RecordBatch) -> list[Row | Exception]:
     try:
-        return batch.to_pylist()
-    except (ValueError, OverflowError):  # such as bytes that are no text: find the rows
+        rows: list[Row | Exception] = batch.to_pylist()
+    except (ValueError, OverflowError):  # such as bytes that are not text: find the bad rows
         return [_one(batch.slice(i, 1)) for i in range(batch.num_rows)]
+    return rows
 
 
 def _one(batch: pa.RecordBatch) -> Row | Exception:
     try:
-        return batch.to_pylist()[0]
+        row: Row = batch.to_pylist()[0]
     except (ValueError, OverflowError) as error:
         return error
+    return row
 
 
 def _jsonl(stream: pa.NativeFile, columns: list[str]) -> Iterator[Row | Exception | None]:
@@ -158,12 +160,35 @@ def _jsonl(stream: pa.NativeFile, columns: list[str]) -> Iterator[Row | Exceptio
 # --- rows into records -------------------------------------------------------------------
 
 
-def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: int) -> Row:
-    """A PROMPT record; its split is drawn by a hash of the prompt from {split: share}.
+class PromptRow(TypedDict):
+    """A PROMPT record."""
+
+    prompt_id: str
+    messages: list[Message]
+    split: str
+    reference: str | None
+    group: str | None
+
+
+class ScoredRow(TypedDict):
+    """The columns of a SCORED record that an imported answer has."""
+
+    prompt_id: str
+    source: str
+    sample: NotRequired[int]
+    """Numbered when all answers of a bucket are known."""
+    text: str
+    reward: float
+    reward_model: str
+    engine: str
+
+
+def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: int) -> PromptRow:
+    """Return a PROMPT record; a hash of the prompt draws its split from {split: share}.
 
     Raises:
         RowError: the prompt is missing, empty or malformed, the reference is null, or reference
-            or group is nothing that can be written as text.
+            or group cannot be converted to text.
     """
     messages = _messages(row, columns)
     key, name = prompt_id(messages), columns.reference
@@ -185,19 +210,15 @@ def _split(key: str, splits: dict[str, float], seed: int) -> str:
     return name
 
 
-def scored_records(row: Row, given: ImportConfig) -> list[Row | RowError]:
-    """SCORED records of a row's answers, without their sample numbers; a RowError for a bad one.
+def scored_records(row: Row, given: ImportConfig) -> list[ScoredRow | RowError]:
+    """Return SCORED records of a row's answers, without sample numbers; RowErrors for bad ones.
 
     Raises:
         RowError: prompt or model is null or of a wrong type, or answers and scores do not match.
     """
     columns = given.columns
-    shared = {
-        "prompt_id": prompt_id(_messages(row, columns)),
-        "source": given.source or _name(_cell(row, columns.source), columns.source),
-        "reward_model": f"column {columns.reward}",
-        "engine": "import",
-    }
+    key = prompt_id(_messages(row, columns))
+    source = given.source or _name(_cell(row, columns.source), columns.source)
     texts, rewards = _cell(row, columns.response), _cell(row, columns.reward)
     if given.format == "responses":
         texts, rewards = [texts], [rewards]
@@ -207,20 +228,29 @@ def scored_records(row: Row, given: ImportConfig) -> list[Row | RowError]:
         raise RowError(
             f"{columns.response!r} has {len(texts)} answers, {columns.reward!r} {len(rewards)}"
         )
-    return [_scored(t, r, columns, shared) for t, r in zip(texts, rewards, strict=True)]
+    answers = zip(texts, rewards, strict=True)
+    return [_scored(key, source, text, reward, columns) for text, reward in answers]
 
 
-def _scored(text: Any, reward: Any, columns: ResponseColumns, shared: Row) -> Row | RowError:
+def _scored(
+    key: str, source: str, text: Any, reward: Any, columns: ResponseColumns
+) -> ScoredRow | RowError:
     if not isinstance(text, str):
         return RowError(f"{columns.response!r} has to be a text (got {type(text).__name__})")
     try:
-        number = _number(reward, columns.reward)
-        return shared | {"text": check_text(text), "reward": number}
+        return {
+            "prompt_id": key,
+            "source": source,
+            "text": check_text(text),
+            "reward": _number(reward, columns.reward),
+            "reward_model": f"column {columns.reward}",
+            "engine": "import",
+        }
     except RowError as error:
         return error
 
 
-def _messages(row: Row, columns: Columns) -> list[dict[str, str]]:
+def _messages(row: Row, columns: Columns) -> list[Message]:
     return parse_messages(_cell(row, columns.prompt))
 
 

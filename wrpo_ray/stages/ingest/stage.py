@@ -1,8 +1,8 @@
-"""Reads the user's files on Ray Data into bucketed records.
+"""Read the user's files into bucketed records, with Ray Data.
 
-Each file is read in one task, its rows are shuffled to their buckets by Ray Data, and each
-bucket is written as one shard; nothing passes through the driver. Files that are small together
-are read, dealt and written by one task: starting a shuffle would take longer.
+Each file is read in one task, Ray Data shuffles its rows to their buckets, and each bucket is
+written as one shard; no row passes through the driver. Small inputs are read and written by a
+single task, because starting a shuffle would take longer.
 """
 
 from __future__ import annotations
@@ -31,26 +31,29 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.runtime.worker_errors import summarize_error
 from wrpo_ray.stages.ingest.readers import (
+    PromptRow,
+    ScoredRow,
     check_columns,
     input_files,
     prompt_record,
     read_rows,
     scored_records,
 )
+from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 Row = dict[str, Any]
 SOURCES, TARGET = "sources", "target"
-"""Parts of the folder of imported answers."""
+"""Subfolders of the imported answers."""
 COUNTS = ("read", "rows", "failed", "target_rows")
 SMALL = 32_000_000
-"""Bytes of all files up to which one task holds their rows."""
+"""Total bytes of the files up to which a single task reads them."""
 
 
 @dataclass(frozen=True)
 class IngestPrompts(BaseJob):
-    """Prompts into PROMPT shards: each prompt once, with its split."""
+    """Write prompts into PROMPT shards: each prompt once, with its split."""
 
     kind = JobKind.INGEST_PROMPTS
 
@@ -59,7 +62,7 @@ class IngestPrompts(BaseJob):
     splits: dict[str, float]
     seed: int
     without: Prompts | None = None
-    """Prompts that must not be among them, such as those trained on."""
+    """Prompts to leave out, such as those trained on."""
 
     schema = records.PROMPT
 
@@ -78,12 +81,14 @@ class IngestPrompts(BaseJob):
         """Run the jobs together."""
         run(context, jobs)
 
-    def records(self, row: Row) -> list[Row | RowError]:
+    def records(self, row: Row) -> list[PromptRow | RowError]:
         """One PROMPT record."""
         return [prompt_record(row, self.input.columns, self.splits, self.seed)]
 
-    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
-        """Each prompt once, and none of `without`, in the part of the folder it belongs to."""
+    def finish_bucket(
+        self, rows: list[PromptRow], run: Run, bucket: Bucket
+    ) -> dict[str, list[PromptRow]]:
+        """Each prompt once, without those of `without`: {subfolder: rows}."""
         unique = {row["prompt_id"]: row for row in rows}
         known: set[str] = set()
         if self.without:
@@ -94,7 +99,7 @@ class IngestPrompts(BaseJob):
 
 @dataclass(frozen=True)
 class IngestResponses(BaseJob):
-    """Existing scored answers into SCORED shards, the target's apart from the sources'."""
+    """Write existing scored answers into SCORED shards, separately for target and sources."""
 
     kind = JobKind.INGEST_RESPONSES
 
@@ -123,14 +128,16 @@ class IngestResponses(BaseJob):
         """Run the jobs together."""
         run(context, jobs)
 
-    def records(self, row: Row) -> list[Row | RowError]:
-        """SCORED records: one, or one for each of the row's answers."""
+    def records(self, row: Row) -> list[ScoredRow | RowError]:
+        """One SCORED record for each of the row's answers."""
         return scored_records(row, self.input)
 
-    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
-        """Number the samples of each (prompt, source) in an order that no file order changes."""
+    def finish_bucket(
+        self, rows: list[ScoredRow], run: Run, bucket: Bucket
+    ) -> dict[str, list[ScoredRow]]:
+        """Number the samples of each (prompt, source), independently of the order of the files."""
         counts: dict[tuple[str, str], int] = {}
-        parts: dict[str, list[Row]] = {SOURCES: [], TARGET: []}
+        parts: dict[str, list[ScoredRow]] = {SOURCES: [], TARGET: []}
         for row in sorted(
             rows, key=lambda r: (r["prompt_id"], r["source"], r["text"], r["reward"])
         ):
@@ -142,7 +149,7 @@ class IngestResponses(BaseJob):
 
 @dataclass(frozen=True)
 class IngestPreferences(BaseJob):
-    """Published preference rows into PREFERENCE shards."""
+    """Write published preference rows into PREFERENCE shards."""
 
     kind = JobKind.INGEST_PREFERENCES
 
@@ -171,15 +178,15 @@ class IngestPreferences(BaseJob):
         return [from_published(row)]
 
     def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
-        """All rows, in an order that no file order changes."""
-        return {"": sorted(rows, key=lambda r: records.digest(r))}
+        """All rows, in an order that does not depend on the order of the files."""
+        return {"": sorted(rows, key=lambda r: digest(r))}
 
 
 Ingest = IngestPrompts | IngestResponses | IngestPreferences
 
 
 def run(run: Run, jobs: Sequence[Ingest]) -> None:
-    """Do each job; finished ones are not given.
+    """Run each job.
 
     Raises:
         UserError: no such file or column, or no usable row.
@@ -221,14 +228,14 @@ def _ingest(run: Run, job: Ingest) -> dict[str, int]:
 
 
 def _ingest_here(task: Row) -> dict[str, int]:
-    """Read all files, deal their rows to buckets and write these, within one task."""
+    """Read all files and write all buckets, within one task."""
     run, job = task["run"], task["job"]
     read, write = _reader(job, run.buckets, task["limit"]), _writer(run, job)
-    dealt: dict[int, list[Row]] = defaultdict(list)
+    by_bucket: dict[int, list[Row]] = defaultdict(list)
     for row in read({"files": task["files"]}):
-        dealt[row["bucket"]].append(row)
+        by_bucket[row["bucket"]].append(row)
     totals = Counter[str](dict.fromkeys(COUNTS, 0))
-    for rows in dealt.values():
+    for rows in by_bucket.values():
         totals.update(write(pa.Table.from_pylist(rows)).to_pylist()[0])
     return dict(totals)
 
@@ -266,13 +273,13 @@ def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Ite
 
 
 def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Iterator[Row]:
-    """The row's records with their buckets, or the reasons why there are none."""
+    """Yield the row's records, or failure rows, each with its bucket."""
     try:
         found: list[Any] = [row] if isinstance(row, Exception) else job.records(row)
-    except Exception as error:  # whatever a row may hold, it is kept with the reason
+    except Exception as error:  # any bad row is kept, with its error
         found = [error]
     for number, record in enumerate(found):
-        key = record["prompt_id"] if isinstance(record, dict) else records.digest(place)
+        key = record["prompt_id"] if isinstance(record, dict) else digest(place)
         if isinstance(record, Exception):
             where = place if len(found) == 1 else f"{place}[{number}]"
             record = records.failure(job.step.name, record, where=where)

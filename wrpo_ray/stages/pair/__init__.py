@@ -1,1 +1,1 @@
-"""From scored candidates to y_ws, y_wt and y_l."""
+"""From scored answers to preference rows: y_ws, y_wt and y_l."""

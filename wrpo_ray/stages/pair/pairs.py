@@ -52,64 +52,50 @@ def select_pairs(
 ) -> pa.Table:
     """Choose y_ws, y_wt and y_l of each prompt, as a run with the same config does.
 
-    y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the
-    target's own (section 3.2 of the WRPO paper, arXiv 2412.03187); `pair.policy: fusechat3` takes
-    all from the sources. Equal rewards are ordered by a hash of (prompt_id, source, sample).
+    y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the target's
+    own (WRPO, arXiv 2412.03187). Ties are broken by a hash of the answer's key.
 
     Args:
-        answers: one row for each scored answer. Required columns: `prompt_id`, `source` (the
-            model that answered), `text`, `reward` (higher is better; an answer with a null or NaN
-            reward is never used). Optional columns: `sample` (number of the answer among those
-            of its source to the prompt; by default in the order of the rows), `finish_reason`
-            ("length" for an answer cut off at the token limit), `token_ids`, `messages` (the
-            prompt, copied to the result), `correct` (whether the answer is right: only right
-            answers are then chosen and only wrong ones rejected; null where that is not known).
-        target: the name in `source` of the model to train. The other names are sources.
-        pair: the margins, the policy and the other options of the config's section `pair`.
-        answers_config: which answers may be used, as in the config's section `answers`.
+        answers: a row for each answer: `prompt_id`, `source` (the model), `text`, `reward` (higher
+            is better; null and NaN: not used). Optional: `sample` (its number, by default
+            by row), `finish_reason` ("length": cut off), `token_ids`, `messages` (the prompt),
+            `correct` (then only right answers are chosen, only wrong ones rejected; null: any).
+        target: the name in `source` of the model to train; the others are sources.
+        pair: policy and margins, the config's section `pair`.
+        answers_config: which answers may be used, the config's section `answers`.
 
     Returns:
-        One row for each prompt that has a pair, sorted by `prompt_id`: `source_chosen` (y_ws),
-        `target_chosen` (y_wt) and `rejected` (y_l), each {text, token_ids, finish_reason, source,
-        sample, reward}; `source_margin` = r(y_ws) - r(y_wt); `target_margin` = r(y_wt) - r(y_l);
-        `candidates`, the reward of every answer. The schema is `PREFERENCE` of
-        `wrpo_ray.data.records`.
+        PREFERENCE records (`wrpo_ray.data.records`), sorted by `prompt_id`: `source_chosen` (y_ws),
+        `target_chosen` (y_wt), `rejected` (y_l), `source_margin` r(y_ws) - r(y_wt), `target_margin`
+        r(y_wt) - r(y_l), and `candidates`, the reward of every answer.
 
     Raises:
-        UserError: a required column or value is missing, an answer occurs twice, no answer is the
-            target's, or `pair` asks for more than the columns can tell (a verifier, or to drop
-            contaminated prompts).
+        UserError: the answers lack a column, a value or the target, or have a key twice; `pair`
+            asks for a verifier or for dropping contaminated prompts.
 
     Example:
-        >>> import pandas as pd
-        >>> answers = pd.DataFrame(
-        ...     [
-        ...         ("p1", "gemma", "Paris.", 0.9),
-        ...         ("p1", "qwen", "In France.", 0.4),
-        ...         ("p1", "target", "It is Paris", 0.7),
-        ...         ("p1", "target", "London", 0.1),
-        ...     ],
-        ...     columns=["prompt_id", "source", "text", "reward"],
-        ... )
-        >>> (row,) = select_pairs(answers).to_pylist()
+        >>> answers = {"prompt_id": ["p"] * 4, "source": ["gemma", "qwen", "target", "target"],
+        ...     "text": ["Paris.", "In France.", "It is Paris", "London"],
+        ...     "reward": [0.9, 0.4, 0.7, 0.1]}
+        >>> (row,) = select_pairs(pa.table(answers)).to_pylist()
         >>> [row[name]["text"] for name in ("source_chosen", "target_chosen", "rejected")]
         ['Paris.', 'It is Paris', 'London']
-        >>> round(row["source_margin"], 2), round(row["target_margin"], 2)
-        (0.2, 0.6)
     """
-    pair, answers_config = pair or PairConfig(), answers_config or AnswersConfig()
+    table = answers if isinstance(answers, pa.Table) else pa.Table.from_pandas(answers)
+    return _pairs_of(table, target, pair or PairConfig(), answers_config or AnswersConfig())
+
+
+def _pairs_of(answers: pa.Table, target: str, pair: PairConfig, config: AnswersConfig) -> pa.Table:
     _check_options(pair)
-    if not isinstance(answers, pa.Table):
-        answers = pa.Table.from_pandas(answers, preserve_index=False)
     table = _checked(answers)
     is_target = pc.equal(table["source"], target)
     if pair.policy == "wrpo" and len(table) and not pc.any(is_target).as_py():
         raise UserError(f"select_pairs: no answer has the source {target!r}; set `target`")
     sources, own = table.filter(pc.invert(is_target)), table.filter(is_target)
     prompts = _prompts(table)
-    selection, _ = source_selection(prompts, *_eligible(sources, prompts, answers_config))
+    selection, _ = source_selection(prompts, *_eligible(sources, prompts, config))
     pool = own if pair.policy == "wrpo" else sources
-    return preference_rows(selection, *_eligible(pool, selection, answers_config), pair)[0]
+    return preference_rows(selection, *_eligible(pool, selection, config), pair)[0]
 
 
 def _check_options(pair: PairConfig) -> None:

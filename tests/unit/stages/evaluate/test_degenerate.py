@@ -40,12 +40,12 @@ from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
     Estimate,
     Sums,
-    crossed,
-    normal,
+    crossed_interval,
+    normal_interval,
     plain,
-    wilson,
+    wilson_interval,
 )
-from wrpo_ray.stages.evaluate.study import StudyTable, tabulate
+from wrpo_ray.stages.evaluate.variants import VariantTable, tabulate
 from wrpo_ray.storage.steps import Step
 
 N = 40
@@ -201,7 +201,7 @@ def test_mt_bench_of_few_ratings(scores):
 @pytest.mark.parametrize("value", [0.0, 0.1, 0.5, 1.0])
 def test_intervals_of_equal_numbers(count, value):
     sums = Sums.of([value] * count)
-    for interval in (wilson, normal):
+    for interval in (wilson_interval, normal_interval):
         found = interval(sums)
         assert found.n == count
         assert set(plain(found)) == {"mean", "low", "high", "n"}
@@ -216,7 +216,7 @@ def test_intervals_of_equal_numbers(count, value):
 @pytest.mark.parametrize("seeds", [1, 2, 3])
 @pytest.mark.parametrize("prompts", [0, 1, 2, 9])
 def test_intervals_over_seeds_of_equal_numbers(seeds, prompts):
-    found = crossed(Crossed.of(np.full((seeds, prompts), 0.1)))
+    found = crossed_interval(Crossed.of(np.full((seeds, prompts), 0.1)))
     if prompts:
         assert found.mean == pytest.approx(0.1)
     if prompts > 1:
@@ -225,7 +225,7 @@ def test_intervals_over_seeds_of_equal_numbers(seeds, prompts):
     made = tuple(SimpleNamespace(variant=n, seed=s) for n in names for s in range(seeds))
     sums = Crossed.of(np.full((seeds, prompts), 0.1))
     keys = [("accuracy", name) for name in (*names, "a - b")]
-    table = tabulate(StudyTable(made, (names,)), dict.fromkeys(keys, sums))
+    table = tabulate(VariantTable(made, (names,)), dict.fromkeys(keys, sums))
     json.dumps(table, allow_nan=False)
     assert "nan" not in study_text({"cases": {"c": table}})
 

@@ -138,8 +138,8 @@ def test_how_judgments_are_read_is_in_the_verdicts_key(kind):
     """Those that are read as they always were keep theirs; the judge is asked nothing again."""
     asked = SimpleNamespace(step=Step("prompts"), splits=("eval",), answers=())
     game = Game(asked, SimpleNamespace(step=Step("judgments")))
-    judging = SimpleNamespace(name=kind.name, identity=1, reading=kind.reading)
-    first = SimpleNamespace(name=kind.name, identity=1, reading=1)
+    judging = SimpleNamespace(name=kind.name, identity=1, parser_version=kind.parser_version)
+    first = SimpleNamespace(name=kind.name, identity=1, parser_version=1)
     keys = [Verdicts(j, "m", None, "j", (game,)).step.key for j in (judging, first)]
     assert (keys[0] == keys[1]) == (kind in (ArenaHardJudging, AlpacaEvalJudging))
 

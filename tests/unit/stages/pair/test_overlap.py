@@ -148,7 +148,7 @@ def test_what_a_file_holds_is_looked_for_once(tmp_path, monkeypatch, escaped):
     """By its contents, so that a changed file is looked at again."""
     before = chain(tmp_path, "a", "b", "jsonl", escaped=escaped)
     with monkeypatch.context() as patched:
-        patched.setattr(cells, "_is_so", lambda *_: pytest.fail("was looked at again"))
+        patched.setattr(cells, "_matches", lambda *_: pytest.fail("was looked at again"))
         assert built(tmp_path, "jsonl") == before
     text = UNSPACED["Chinese"]
     changed = chain(tmp_path, "a", text, "jsonl", escaped=escaped)

@@ -1,4 +1,4 @@
-"""Variants of training over seeds: means and paired differences, bucket by bucket."""
+"""A study's table: mean scores of variants over seeds, and paired differences of variants."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.tasks import map_tasks
-from wrpo_ray.stages.evaluate.stage import Entrant
+from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
-    crossed,
+    crossed_interval,
     crossed_of,
     plain,
 )
@@ -31,39 +31,39 @@ Key = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Competitor:
-    """One variant after one seed."""
+class TrainedVariant:
+    """One variant of a study, trained with one seed."""
 
     variant: str
     seed: int
-    entrant: Entrant
+    model: ScoredModel
 
     def answers(self, measure: str) -> Samples | None:
-        """Its answers with the numbers of a measure, if it has that."""
-        return self.entrant.verified if measure == "accuracy" else self.entrant.rewarded
+        """Its answers scored by a measure, or None."""
+        return self.model.verified if measure == "accuracy" else self.model.rewarded
 
 
 @dataclass(frozen=True)
-class StudyTable(BaseJob):
+class VariantTable(BaseJob):
     """Compare variants on the same held-out prompts."""
 
     kind = JobKind.STUDY_TABLE
 
-    competitors: tuple[Competitor, ...]
+    models: tuple[TrainedVariant, ...]
     contrasts: tuple[tuple[str, str], ...]
     """Pairs (a, b) of variants: the paired difference a - b, over the seeds that both have."""
 
     @property
     def step(self) -> Step:
-        """The step."""
+        """The step of the output folder."""
         inputs = [
             samples.step
-            for competitor in self.competitors
+            for trained in self.models
             for measure in MEASURES
-            if (samples := competitor.answers(measure))
+            if (samples := trained.answers(measure))
         ]
         config = {
-            "competitors": [[c.variant, c.seed] for c in self.competitors],
+            "competitors": [[c.variant, c.seed] for c in self.models],
             "contrasts": self.contrasts,
         }
         return Step("study", config, tuple({step.key: step for step in inputs}.values()))
@@ -72,17 +72,17 @@ class StudyTable(BaseJob):
     def seeds(self) -> dict[str, list[int]]:
         """The seeds of each variant."""
         found: dict[str, list[int]] = {}
-        for competitor in self.competitors:
-            found.setdefault(competitor.variant, []).append(competitor.seed)
+        for trained in self.models:
+            found.setdefault(trained.variant, []).append(trained.seed)
         return found
 
     @classmethod
-    def run(cls, context: Run, jobs: list[StudyTable]) -> None:
+    def run(cls, context: Run, jobs: list[VariantTable]) -> None:
         """Run the jobs together."""
         run(context, jobs)
 
 
-def run(run: Run, jobs: list[StudyTable]) -> None:
+def run(run: Run, jobs: list[VariantTable]) -> None:
     """Write each job's table."""
     for job in jobs:
         started, sums = time.time(), dict[Key, Crossed]()
@@ -110,20 +110,20 @@ Values = dict[tuple[str, int], dict[str, float]]
 """{(variant, seed): {prompt: mean over its samples}}"""
 
 
-def _read(run: Run, job: StudyTable, measure: str, bucket: Bucket) -> Values:
+def _read(run: Run, job: VariantTable, measure: str, bucket: Bucket) -> Values:
     found: Values = {}
-    for competitor in job.competitors:
-        samples = competitor.answers(measure)
+    for trained in job.models:
+        samples = trained.answers(measure)
         if samples is None:
             continue
         table = samples.read(run.root, bucket, SCORED, ["prompt_id", "reward"])
         means = table.group_by("prompt_id").aggregate([("reward", "mean")]).to_pydict()
         of_prompts = dict(zip(means["prompt_id"], means["reward_mean"], strict=True))
-        found[competitor.variant, competitor.seed] = of_prompts
+        found[trained.variant, trained.seed] = of_prompts
     return found
 
 
-def _sums(job: StudyTable, measure: str, values: Values) -> Iterator[tuple[str, Crossed]]:
+def _sums(job: VariantTable, measure: str, values: Values) -> Iterator[tuple[str, Crossed]]:
     if not values:
         return
     seeds = job.seeds
@@ -144,7 +144,7 @@ def _name(a: str, b: str) -> str:
     return f"{a} - {b}"
 
 
-def tabulate(job: StudyTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
+def tabulate(job: VariantTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
     """{measure: {"variants" or "contrasts": {name: mean, low, high, n, seeds {seed: mean}}}}.
 
     Null where there are too few prompts.
@@ -168,4 +168,4 @@ def tabulate(job: StudyTable, sums: dict[Key, Crossed]) -> dict[str, Any]:
 
 def _row(sums: Crossed, seeds: list[int]) -> dict[str, Any]:
     means = [None if math.isnan(mean) else mean for mean in sums.seed_means]
-    return plain(crossed(sums)) | {"seeds": dict(zip(map(str, seeds), means, strict=True))}
+    return plain(crossed_interval(sums)) | {"seeds": dict(zip(map(str, seeds), means, strict=True))}
