@@ -134,7 +134,7 @@ def test_the_driver_goes_to_a_worker_if_the_head_has_no_cpus(monkeypatch, no_wai
     job(monkeypatch, cluster)
     assert cluster.asked["entrypoint_num_cpus"] == 1
     no_waiting.heads = []
-    with pytest.raises(UserError, match="the cluster's head tells no resources after 60 s"):
+    with pytest.raises(UserError, match="the cluster's head reports no resources after 60 s"):
         job(monkeypatch, cluster)
 
 
