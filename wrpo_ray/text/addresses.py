@@ -2,7 +2,8 @@
 
 An address is a local path, or `scheme://authority/name`. The text after its last `?` is options of
 the store if it has the form `option=value&...`. Names are not escaped:
-`s3://bucket/100% sure?.jsonl` is the object `100% sure?.jsonl`. This module only parses strings; `storage.folder` opens them.
+`s3://bucket/100% sure?.jsonl` is the object `100% sure?.jsonl`. This module only parses strings;
+`storage.folder` opens them.
 """
 
 from __future__ import annotations
