@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket, write_shard
-from wrpo_ray.data.records import FAILURE
+from wrpo_ray.data.records import FAILURE, FailureRow
 from wrpo_ray.storage.folder import Folder
 
+FailureKey = tuple[str | None, str | None, int | None]
+"""(prompt_id, source, sample)"""
 EARLIER = "earlier"
 """Key of the shard with the failures of earlier runs."""
 SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
@@ -22,16 +24,15 @@ SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
 class EarlierFailures:
     """Failed rows of a bucket in earlier runs."""
 
-    attempts: dict[tuple[Any, ...], int]
-    """{(prompt_id, source, sample): attempts}"""
-    given_up: frozenset[tuple[str, int]]
+    attempts: dict[FailureKey, int]
+    given_up: frozenset[tuple[str | None, int | None]]
     """(prompt_id, sample) of rows that are not retried; their failures stay."""
 
 
 def write_failures(
     folder: Folder,
     bucket: Bucket,
-    rows: list[dict[str, Any]],
+    rows: list[FailureRow],
     key: Any,
     earlier: EarlierFailures | None = None,
 ) -> None:
@@ -62,7 +63,7 @@ def retrying_failures(
         folder.delete(bucket.shard(EARLIER))
 
 
-def _merge_shards(folder: Folder, bucket: Bucket) -> dict[tuple[Any, ...], dict[str, Any]]:
+def _merge_shards(folder: Folder, bucket: Bucket) -> dict[FailureKey, FailureRow]:
     """Merge a bucket's failed rows into one shard; of duplicates the most attempts count."""
     shard = f"{bucket.index:05d}-of-{bucket.count:05d}-"
     names = [name for name in folder.files(suffix=".parquet") if name.startswith(shard)]
@@ -76,7 +77,7 @@ def _merge_shards(folder: Folder, bucket: Bucket) -> dict[tuple[Any, ...], dict[
     return rows
 
 
-def _failed_key(row: dict[str, Any]) -> tuple[Any, ...]:
+def _failed_key(row: FailureRow) -> FailureKey:
     return row["prompt_id"], row["source"], row["sample"]
 
 

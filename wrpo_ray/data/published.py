@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from wrpo_ray.data.records import MESSAGES, Message, prompt_id
+from wrpo_ray.data.records import MESSAGES, AnswerRow, Message, PreferenceRow, prompt_id
 
 PUBLISHED = pa.schema(
     [("prompt_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)]
@@ -108,7 +108,7 @@ def check_text(text: str) -> str:
     return text
 
 
-def from_published(row: Row) -> Row:
+def from_published(row: Row) -> PreferenceRow:
     """Return a PREFERENCE record from a row of the published form.
 
     Raises:
@@ -132,10 +132,16 @@ def from_published(row: Row) -> Row:
     }
 
 
-def _answer(answer: Any) -> Row:
+def _answer(answer: Any) -> AnswerRow:
     if isinstance(answer, dict) and (fault := unknown_key(answer)):
         raise RowError(fault)
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
         raise RowError("each answer needs a text `content`")
-    empty = dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))
-    return {"text": check_text(answer["content"])} | empty
+    return {
+        "text": check_text(answer["content"]),
+        "token_ids": None,
+        "finish_reason": None,
+        "source": None,
+        "sample": None,
+        "reward": None,
+    }

@@ -6,7 +6,7 @@ A record is keyed by `prompt_id`, a hash of the conversation, and, for an answer
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -15,6 +15,51 @@ from wrpo_ray.storage.steps import FORMAT
 
 Message = dict[str, str]
 """{role, content}"""
+
+
+class CandidateRow(TypedDict):
+    """A row of CANDIDATES."""
+
+    source: str
+    sample: int
+    reward: float
+
+
+class AnswerRow(TypedDict):
+    """A row of ANSWER; of an imported answer all but the text may be None."""
+
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str | None
+    source: str | None
+    sample: int | None
+    reward: float | None
+
+
+class PreferenceRow(TypedDict):
+    """A row of PREFERENCE."""
+
+    prompt_id: str
+    messages: list[Message]
+    source_chosen: AnswerRow
+    target_chosen: AnswerRow
+    rejected: AnswerRow
+    source_margin: float | None
+    target_margin: float | None
+    candidates: list[CandidateRow]
+
+
+class FailureRow(TypedDict):
+    """A row of FAILURE."""
+
+    stage: str
+    prompt_id: str | None
+    source: str | None
+    sample: int | None
+    where: str | None
+    error: str
+    message: str
+    attempts: int
 
 
 def _list(of: pa.DataType) -> pa.DataType:
@@ -167,17 +212,25 @@ def error_name(error: Exception) -> str:
     return getattr(error, "recorded_as", type(error).__name__)
 
 
-def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> dict[str, Any]:
-    """Return a FAILURE row; `key` gives prompt_id, source, sample or where, as far as known."""
-    row: dict[str, Any] = dict.fromkeys(FAILURE.names)
+def failure(
+    stage: str,
+    error: Exception,
+    *,
+    attempts: int = 1,
+    prompt_id: str | None = None,
+    source: str | None = None,
+    sample: int | None = None,
+    where: str | None = None,
+) -> FailureRow:
+    """Return a FAILURE row, with what is known of its prompt, source, sample or place in a file."""
     text = " ".join(str(error).split())[:2000].encode(errors="backslashreplace").decode()
-    return (
-        row
-        | key
-        | {
-            "stage": stage,
-            "error": error_name(error),
-            "message": text,
-            "attempts": attempts,
-        }
-    )
+    return {
+        "stage": stage,
+        "prompt_id": prompt_id,
+        "source": source,
+        "sample": sample,
+        "where": where,
+        "error": error_name(error),
+        "message": text,
+        "attempts": attempts,
+    }

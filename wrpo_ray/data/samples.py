@@ -103,18 +103,20 @@ def _unique(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
         dense_ranks(keys["source"]),
         keys["sample"].to_numpy(),
     ]
-    order = np.lexsort(columns[::-1])
+    order: np.ndarray = np.lexsort(columns[::-1])
     order = order[inside[order]]
     is_new = np.ones(len(order), bool)
     is_new[1:] = np.any([np.diff(c[order]) != 0 for c in columns], axis=0)
-    return order[is_new]
+    unique: np.ndarray = order[is_new]
+    return unique
 
 
 def dense_ranks(texts: pa.ChunkedArray) -> np.ndarray:
     """Return the rank of each text among the sorted distinct texts."""
     encoded = texts.combine_chunks().dictionary_encode()
     places = pc.rank(encoded.dictionary, tiebreaker="dense").to_numpy()
-    return places[encoded.indices.to_numpy()]
+    ranks: np.ndarray = places[encoded.indices.to_numpy()]
+    return ranks
 
 
 def sample_keys(table: pa.Table) -> set[tuple[str, int]]:

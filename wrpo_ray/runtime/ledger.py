@@ -191,4 +191,4 @@ def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:
 
 
 def _sum(column: pa.Array) -> int:
-    return pa.compute.sum(column).as_py() or 0
+    return int(pa.compute.sum(column).as_py() or 0)

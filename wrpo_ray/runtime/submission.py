@@ -130,12 +130,12 @@ class SubmittedJob:
     def _submitted(self) -> str:
         name = f"wrpo-{output_mark(Folder(self.given.output))[:12]}-"
         jobs = [j for j in self.client.list_jobs() if (j.submission_id or "").startswith(name)]
-        for job in jobs:
-            self._check_ended(job)
+        for earlier in jobs:
+            self._check_ended(earlier)
         cpus, deadline = self._driver_cpus(), time.monotonic() + READY
         while True:
             try:
-                return self.client.submit_job(
+                job: str = self.client.submit_job(
                     entrypoint=self.given.command,
                     # an id is taken once: of two concurrent submissions one is rejected
                     submission_id=f"{name}{len(jobs) + 1}",
@@ -143,6 +143,7 @@ class SubmittedJob:
                     metadata=self.given.metadata,
                     entrypoint_num_cpus=cpus,
                 )
+                return job
             except RuntimeError as error:
                 if "No available agent" not in str(error):
                     raise UserError(f"the cluster refuses the job: {_first_line(error)}") from None
@@ -193,7 +194,7 @@ class SubmittedJob:
             raise WrpoError(f"the job {self.id} was stopped; {GOES_ON}")
         if info.driver_exit_code is None:
             raise WrpoError(f"the job {self.id} failed: {info.message}")
-        return info.driver_exit_code
+        return int(info.driver_exit_code)
 
     async def _follow(self) -> None:
         """Print new output; after a lost connection, reconnect and skip what was printed."""

@@ -130,7 +130,8 @@ class Folder:
 
     def exists(self, name: str = "") -> bool:
         """Whether the file or folder `name` exists."""
-        return self.filesystem.get_file_info(self._at(name)).type != pafs.FileType.NotFound
+        info = self.filesystem.get_file_info(self._at(name))
+        return bool(info.type != pafs.FileType.NotFound)
 
     def files(self, name: str = "", suffix: str = "") -> list[str]:
         """Return the sorted names of the complete files directly in the subfolder `name`."""
@@ -147,7 +148,7 @@ class Folder:
     def read(self, name: str) -> bytes:
         """Return the bytes of a file."""
         with self.filesystem.open_input_stream(self._at(name)) as stream:
-            return stream.read()
+            return bytes(stream.read())
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file, which appears when it is complete."""

@@ -175,7 +175,7 @@ def read_row(
     Raises:
         ValueError: the line is not JSON, or it or one of the columns has a duplicate key.
     """
-    twice: list[tuple[Any, DuplicateKeyError]] = []
+    twice: list[tuple[dict[str, Any], DuplicateKeyError]] = []
 
     def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         try:
