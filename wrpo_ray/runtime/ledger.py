@@ -96,7 +96,7 @@ class Ledger:
         self.root, self.prices, self.budget = root, prices, budget
         self.entries = read_ledger(root)
         record = _read(root)
-        self._before, self._started = record["seconds"], time.monotonic()
+        self._before, self._started = float(record["seconds"]), time.monotonic()
         self._written, self._lock = 0.0, threading.Lock()
         if record["open"]:
             self._count_stores()
@@ -180,7 +180,7 @@ def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
 
 def stored_rows(folder: Folder) -> int:
     """Number of rows in a store, read from the footers of its shards."""
-    return _shards(folder).count_rows()
+    return int(_shards(folder).count_rows())
 
 
 def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:

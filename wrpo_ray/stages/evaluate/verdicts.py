@@ -16,7 +16,7 @@ from typing import Any
 from wrpo_ray.config import Actors
 from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.data.failures import retrying_failures, write_failures
-from wrpo_ray.data.records import JUDGMENT, failure
+from wrpo_ray.data.records import JUDGMENT, FailureRow, failure
 from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool
@@ -127,7 +127,7 @@ class Reader:
         asked = items(job.prompts, job.judging.schema, root, bucket)
         found = [answers.read(root, bucket) for answers in job.answers]
         judged: list[Row] = []
-        failed: list[Row] = []
+        failed: list[FailureRow] = []
         for position, game in zip(job.judging.positions, job.games, strict=True):
             said = self._said(game, bucket)
             for item in asked:
@@ -140,7 +140,8 @@ class Reader:
                 except (NoAnswerError, NotJudgedError, NoVerdictError) as error:
                     key = {"prompt_id": item["prompt_id"], "source": job.model, "sample": position}
                     told = failure("judge", error, **key)
-                    failed.append(told | (said.get(item["prompt_id"], {}).get("failure") or {}))
+                    cause: Any = said.get(item["prompt_id"], {}).get("failure") or {}
+                    failed.append(told | cause)
                 judged.append(record)
         with retrying_failures(kept, bucket):
             if judged:
