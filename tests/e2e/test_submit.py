@@ -70,7 +70,7 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(head, tmp_path):
     first.send_signal(signal.SIGINT)
     _, error = first.communicate(timeout=120)  # others take the cores
     assert first.returncode == 130, error
-    assert "the job is stopped; submit it again to go on" in error
+    assert "the job is stopped; submit it again to resume" in error
     client = JobSubmissionClient(head.api)
     (job,) = client.list_jobs()
     assert job.status == "STOPPED"

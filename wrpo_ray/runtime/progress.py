@@ -134,10 +134,10 @@ class _Table:
 
         steps = list(self._steps.values())
         cells = [step.columns() for step in steps]
-        columns = dict.fromkeys(name for told in cells for name in told)
+        columns = dict.fromkeys(name for texts in cells for name in texts)
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for step, told in zip(steps, cells, strict=True):
-            table.add_row(step.label, *(told.get(name, "") for name in columns))
+        for step, texts in zip(steps, cells, strict=True):
+            table.add_row(step.label, *(texts.get(name, "") for name in columns))
         return table
 
 

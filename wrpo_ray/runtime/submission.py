@@ -33,7 +33,7 @@ READY = 60.0
 """Seconds to wait until the cluster takes jobs: the agent of a head node starts after it."""
 SLOW = 15.0
 """Seconds of waiting for the job's start after which a line is logged."""
-GOES_ON = "submit it again to go on"
+RESUME_HINT = "submit it again to resume"
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class SubmittedJob:
                 return job
             except RuntimeError as error:
                 if "No available agent" not in str(error):
-                    raise UserError(f"the cluster refuses the job: {_first_line(error)}") from None
+                    raise UserError(f"the cluster rejects the job: {_first_line(error)}") from None
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"the cluster has no agent that takes jobs after {READY:g} s; see "
@@ -191,7 +191,7 @@ class SubmittedJob:
         if info.status == "SUCCEEDED":
             return 0
         if info.status == "STOPPED":
-            raise WrpoError(f"the job {self.id} was stopped; {GOES_ON}")
+            raise WrpoError(f"the job {self.id} was stopped; {RESUME_HINT}")
         if info.driver_exit_code is None:
             raise WrpoError(f"the job {self.id} failed: {info.message}")
         return int(info.driver_exit_code)

@@ -171,7 +171,7 @@ class Folder:
         try:
             return json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise self._broken(name, f"holds no JSON ({str(error)[:100]})") from None
+            raise self._broken(name, f"is not valid JSON ({str(error)[:100]})") from None
 
     def read_record(self, name: str, **kinds: type | tuple[type, ...]) -> dict[str, Any]:
         """Return the object of a JSON file with fields of these types.
@@ -184,7 +184,7 @@ class Folder:
             raise self._broken(name, f"holds a {type(value).__name__} in place of a JSON object")
         for key, kind in kinds.items():
             if not isinstance(value.get(key), kind):
-                raise self._broken(name, f"has no right `{key}`")
+                raise self._broken(name, f"has no valid `{key}`")
         return value
 
     def holds_json(self, name: str, value: Any) -> bool:
@@ -221,13 +221,10 @@ class Folder:
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file, which appears when it is complete."""
+        columns = dictionary_columns(table.schema)
         with self._publish(name) as path:
             pq.write_table(
-                table,
-                path,
-                filesystem=self.filesystem,
-                compression="zstd",
-                use_dictionary=dictionary_columns(table.schema),
+                table, path, filesystem=self.filesystem, compression="zstd", use_dictionary=columns
             )
 
     @property
