@@ -129,7 +129,7 @@ class Minimums:
             else:
                 self._waiting.pop(pool, None)
 
-    def reserve_room_of(self, pool: int, needs: dict[str, float]) -> bool:
+    def must_give_way(self, pool: int, needs: dict[str, float]) -> bool:
         """Whether another pool waits for a resource that one more actor of this one would take."""
         with self._lock:
             others = [other for key, other in self._waiting.items() if key != pool]

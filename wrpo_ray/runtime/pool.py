@@ -163,7 +163,7 @@ class RunningPool:
         ready, waiting, least = len(self.ready), len(self.queue), self._least_now
         MINIMUMS.report(id(self), self.needs, waits=ready < least)
         self._log_waiting()
-        self.gives_way = MINIMUMS.reserve_room_of(id(self), self.needs)
+        self.gives_way = MINIMUMS.must_give_way(id(self), self.needs)
         grows = ready >= least and not self.gives_way
         wanted = min(self.most, ready + waiting if self._is_starting else waiting) * grows
         lacking = max(least, wanted) - len(self.members)
