@@ -129,7 +129,7 @@ def test_malformed_line_is_kept_and_the_run_stops_above_the_limit(wrpo, tmp_path
     result = wrpo(rows=[PROMPT, "{broken"])("prompts")
     assert result.returncode == 1
     assert "prompts.jsonl:2: JSONDecodeError" in result.stderr
-    assert "put the cause right" in result.stderr
+    assert "fix the cause" in result.stderr
     (row,) = failures(tmp_path / "out")
     assert (row["where"], row["error"]) == ("prompts.jsonl:2", "JSONDecodeError")
 

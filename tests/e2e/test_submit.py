@@ -63,7 +63,7 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(head, zoo, tmp_path):
     first.send_signal(signal.SIGINT)
     _, error = first.communicate(timeout=LIMIT)
     assert first.returncode == 130, error
-    assert "the job is stopped; submit it again to go on" in error
+    assert "the job is stopped; submit it again to resume" in error
     client = JobSubmissionClient(head.api)
     (job,) = (j for j in client.list_jobs() if j.type == "SUBMISSION")
     assert job.status == "STOPPED"

@@ -214,9 +214,9 @@ class Breaks:
 
 
 def test_another_error_is_told_with_its_cause(local_ray):
-    with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
+    with pytest.raises(WrpoError, match="^test failed: KeyError: 1; fix the cause"):
         list(pools.map_rows(POOL, [{"row": 1}], Breaks, {}))
-    with pytest.raises(WrpoError, match="^test failed: KeyError: 1; put the cause right"):
+    with pytest.raises(WrpoError, match="^test failed: KeyError: 1; fix the cause"):
         list(map_tasks("test", iter([{"row": 1}]), Breaks()))
 
 

@@ -52,7 +52,7 @@ def _submit(arguments: argparse.Namespace) -> int:
         if not _wants_stop(arguments.on_interrupt):
             return fail(f"interrupted; the job goes on: {told}", INTERRUPTED)
         job.stop()
-        return fail("the job is stopped; submit it again to go on", INTERRUPTED)
+        return fail("the job is stopped; submit it again to resume", INTERRUPTED)
 
 
 def _wants_stop(on_interrupt: str) -> bool:

@@ -1,1 +1,1 @@
-"""Rows and where they lie: Arrow schemas, buckets, shards, and the outline of a run."""
+"""Rows and their files: Arrow schemas, buckets, answers, failed rows, the outline of a run."""

@@ -1,9 +1,10 @@
-"""Parquet shards in buckets: every record of a prompt lies in the bucket of its prompt_id.
+"""Buckets: a hash partition of the prompts, stored as Parquet shards.
 
-So generate, score, select and pair each work bucket by bucket, without a shuffle and without
-gathering on the driver. A shard is named `<bucket>-of-<buckets>-<key>.parquet`. The number of
-buckets is a power of two, so shards written under another number are still found: bucket i of
-B meets bucket j of C exactly when i = j modulo min(B, C).
+Every record of a prompt is in the bucket of its prompt_id. So generate, score, select and pair each
+work bucket by bucket, without a shuffle and without collecting rows on the driver. A shard is named
+`<bucket>-of-<buckets>-<key>.parquet`. The number of buckets is a power of two, so shards written
+under another number are still found: bucket i of B overlaps bucket j of C exactly if i = j modulo
+min(B, C).
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ class Bucket:
         return int(prompt_id[:8], 16) % self.count == self.index
 
     def meets(self, shard: str) -> bool:
-        """Whether a shard, by its name, can hold records of this bucket."""
+        """Whether a shard of this name can hold records of the bucket."""
         match = _NAME.fullmatch(shard)
         if not match:
             return False
         return (self.index - int(match[1])) % min(self.count, int(match[2])) == 0
 
     def shard(self, key: Any) -> str:
-        """The name of the shard with the contents that `key` stands for."""
+        """The name of the shard whose contents have the key."""
         return f"{self.index:05d}-of-{self.count:05d}-{digest(key, 16)}.parquet"
 
 
@@ -52,7 +53,7 @@ def buckets(count: int) -> list[Bucket]:
 def read_bucket(
     folder: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
 ) -> pa.Table:
-    """A bucket's records, in the order of their shards' names; empty where there are none."""
+    """Return a bucket's records, in the order of the shards' names."""
     names = shard_names(folder, bucket)
     tables = [_within(bucket, n, read_shards(folder, [n], schema, columns)) for n in names]
     return pa.concat_tables(tables) if tables else read_shards(folder, [], schema, columns)
@@ -66,14 +67,14 @@ def shard_names(folder: Folder, bucket: Bucket) -> list[str]:
 def read_shards(
     folder: Folder, names: list[str], schema: pa.Schema, columns: list[str] | None
 ) -> pa.Table:
-    """Whole shards, one after another."""
+    """Return all rows of the shards, in order."""
     wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
     tables = [folder.read_table(name, wanted.names).cast(wanted) for name in names]
     return pa.concat_tables(tables) if tables else wanted.empty_table()
 
 
 def _within(bucket: Bucket, shard: str, table: pa.Table) -> pa.Table:
-    if int(shard.split("-")[2]) >= bucket.count:  # the shard's bucket is this one, or a part of it
+    if int(shard.split("-")[2]) >= bucket.count:  # all of the shard's rows are in the bucket
         return table
     inside = [i for i in table["prompt_id"].unique().to_pylist() if i in bucket]
     return table.filter(pc.is_in(table["prompt_id"], pa.array(inside, pa.string())))
@@ -86,7 +87,7 @@ def write_shard(
     rows: list[dict[str, Any]] | pa.Table,
     key: Any,
 ) -> None:
-    """Commit rows as one shard; the same key writes the same file again."""
+    """Commit rows as one shard; the same key overwrites the same file."""
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
     folder.write_table(bucket.shard(key), table)
 

@@ -10,9 +10,11 @@ from typing import Any
 import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket, write_shard
-from wrpo_ray.data.records import FAILURE
+from wrpo_ray.data.records import FAILURE, FailureRow
 from wrpo_ray.storage.folder import Folder
 
+FailureKey = tuple[str | None, str | None, int | None]
+"""(prompt_id, source, sample)"""
 EARLIER = "earlier"
 """Key of the shard with the failures of earlier runs."""
 SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
@@ -20,22 +22,21 @@ SKIP_NO_NULL = pc.ScalarAggregateOptions(skip_nulls=False)
 
 @dataclass(frozen=True)
 class EarlierFailures:
-    """Failed rows of a bucket in earlier runs, known by (prompt_id, source, sample)."""
+    """Failed rows of a bucket in earlier runs."""
 
-    attempts: dict[tuple[Any, ...], int]
-    """How often each was tried."""
-    given_up: frozenset[tuple[str, int]]
-    """Those that are not tried again, by (prompt_id, sample); they stay where they are kept."""
+    attempts: dict[FailureKey, int]
+    given_up: frozenset[tuple[str | None, int | None]]
+    """(prompt_id, sample) of rows that are not retried; their failures stay."""
 
 
 def write_failures(
     folder: Folder,
     bucket: Bucket,
-    rows: list[dict[str, Any]],
+    rows: list[FailureRow],
     key: Any,
     earlier: EarlierFailures | None = None,
 ) -> None:
-    """Keep failed rows, with their attempts in all runs; `folder` is the step's `failures`."""
+    """Write failed rows with their attempts in all runs to the step's `failures` folder."""
     before = earlier.attempts if earlier else {}
     counted = [r | {"attempts": r["attempts"] + before.get(_failed_key(r), 0)} for r in rows]
     if counted:
@@ -46,13 +47,13 @@ def write_failures(
 def retrying_failures(
     folder: Folder, bucket: Bucket, max_attempts: int | None = None
 ) -> Iterator[EarlierFailures]:
-    """A bucket's failed rows of earlier runs, while those in the block are tried again.
+    """Yield a bucket's failures of earlier runs, for a block that retries their rows.
 
-    At its end they are forgotten, but for those with `max_attempts` or more. Until then, and
-    after a crash in the block, they lie in a shard of their own: no attempt is lost, and what is
-    written in the block is beside them.
+    At the end of the block they are deleted, but for those with `max_attempts` or more. Until
+    then, and after a crash in the block, they are in a shard of their own beside the failures
+    written in the block, so no attempt is lost.
     """
-    rows = _take_together(folder, bucket)
+    rows = _merge_shards(folder, bucket)
     kept = [r for r in rows.values() if max_attempts and r["attempts"] >= max_attempts]
     attempts = {key: row["attempts"] for key, row in rows.items()}
     yield EarlierFailures(attempts, frozenset((row["prompt_id"], row["sample"]) for row in kept))
@@ -62,8 +63,8 @@ def retrying_failures(
         folder.delete(bucket.shard(EARLIER))
 
 
-def _take_together(folder: Folder, bucket: Bucket) -> dict[tuple[Any, ...], dict[str, Any]]:
-    """Put a bucket's failed rows into one shard, each as it is with the most attempts."""
+def _merge_shards(folder: Folder, bucket: Bucket) -> dict[FailureKey, FailureRow]:
+    """Merge a bucket's failed rows into one shard; of duplicates the most attempts count."""
     shard = f"{bucket.index:05d}-of-{bucket.count:05d}-"
     names = [name for name in folder.files(suffix=".parquet") if name.startswith(shard)]
     found = [row for name in names for row in folder.read_table(name).to_pylist()]
@@ -76,14 +77,14 @@ def _take_together(folder: Folder, bucket: Bucket) -> dict[tuple[Any, ...], dict
     return rows
 
 
-def _failed_key(row: dict[str, Any]) -> tuple[Any, ...]:
+def _failed_key(row: FailureRow) -> FailureKey:
     return row["prompt_id"], row["source"], row["sample"]
 
 
 def failed_by_error(folder: Folder, most: int | None = None) -> list[dict[str, Any]]:
-    """{error, rows, attempts (most), where, prompt_id, message (of one)} by type of error.
+    """Count failed rows by type of error, with an example of each, the most frequent first.
 
-    Of `most` shards at the most, where that is given.
+    Reads `most` shards at most.
     """
     groups: dict[str, dict[str, Any]] = {}
     shown = ["where", "prompt_id", "message"]

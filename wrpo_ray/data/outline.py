@@ -1,7 +1,7 @@
-"""What a run is to do, as `chain.json` in its output says: for those who have only the output.
+"""The outline of a run: its steps and its config, as `chain.json` in the output.
 
-It names the steps with their folders, so that reports and `wrpo status` need neither the config's
-file nor the models, and it holds the config without credentials.
+It names the steps with their folders, so that reports and `wrpo status` need neither the config
+file nor the models. It holds the config without credentials.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from wrpo_ray.storage.steps import read_manifest
 
 FILE = "chain.json"
 PLAN = "plan.json"
-"""{key of a step: what it was expected to take, before it began}"""
+"""File with {key of a step: its expected cost}, written before the run."""
 FORMAT = 1
 Row = dict[str, Any]
 
@@ -34,40 +34,40 @@ class StepOutline:
     kind: str
     """generate, score, train, prepare, select, pair, ..."""
     source: str = ""
-    """The model whose answers it makes or scores, where it is one."""
+    """The model whose answers the step generates or scores; empty for other steps."""
     prompts: str = ""
-    """Key of the step with its prompts."""
+    """Key of the step that holds the prompts."""
     splits: tuple[str, ...] = ()
     samples: int | None = None
     stores: tuple[str, ...] = ()
-    """Folders of the scored answers that y_ws (select), y_wt and y_l (pair) are among."""
+    """Folders with the scored answers to choose y_ws (select), y_wt and y_l (pair) from."""
 
     def failures(self, root: Folder) -> Folder:
-        """Where its failed rows are kept."""
+        """The folder with its failed rows."""
         return root / self.folder / "failures" / self.key
 
     def is_done(self, root: Folder) -> bool:
-        """Whether its result is there."""
+        """Whether the step is finished."""
         return (root / self.folder).exists(self.manifest)
 
     def read_manifest(self, root: Folder) -> Row:
-        """The record of a finished step."""
+        """The manifest of the finished step."""
         return read_manifest(root / self.folder, self.manifest)
 
 
 @dataclass(frozen=True)
 class Outline:
-    """A run's chain."""
+    """The steps of a run, with its config and models."""
 
     until: str
     buckets: int
     config: Row
     models: Row
-    """{name: where it lies}"""
+    """{name: address}"""
     steps: tuple[StepOutline, ...]
 
     def record(self) -> Row:
-        """As JSON."""
+        """The content of `chain.json`."""
         return {"format": FORMAT} | asdict(self)
 
     @property
@@ -77,12 +77,12 @@ class Outline:
 
     @property
     def target(self) -> str:
-        """Name of the target, or of the model whose answers are imported as its; else empty."""
+        """Name of the target, or of the model whose answers are imported as its own, or empty."""
         own, imported = (self.config.get(name) or {} for name in ("target", "import"))
         return own.get("name") or imported.get("target") or ""
 
     def write(self, root: Folder) -> None:
-        """Write `chain.json`, unless it says the same."""
+        """Write `chain.json`, unless it has this content."""
         record = self.record()
         if not root.holds_json(FILE, _plain(record)):
             root.write_json(FILE, record)
@@ -92,7 +92,7 @@ def read_outline(root: Folder) -> Outline:
     """The outline of an output.
 
     Raises:
-        UserError: there is none, or it is not as it was written.
+        UserError: there is none, or it is damaged or of another version.
     """
     kinds = {"steps": list, "buckets": int, "config": dict, "models": dict, "until": str}
     try:
@@ -112,7 +112,7 @@ def read_outline(root: Folder) -> Outline:
 
 
 def _plain(value: Any) -> Any:
-    """With lists for tuples, as JSON gives them back."""
+    """The value with lists in place of tuples, as JSON returns them."""
     if isinstance(value, dict):
         return {name: _plain(part) for name, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

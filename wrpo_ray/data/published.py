@@ -1,8 +1,8 @@
-"""The published form of preference rows, and ours.
+"""Rows as users write them: prompts, and preference rows in the published form.
 
-`{prompt_id, prompt: {content, role}, chosen: [y_ws, y_wt], rejected: [y_l]}`, each answer
-`{content, role: "assistant"}` (the method's released data sets). It holds neither rewards nor
-sources, so a row read from it has none, and its margins are null.
+The WRPO authors' data sets have rows `{prompt_id, prompt: {content, role}, chosen: [y_ws, y_wt],
+rejected: [y_l]}` with answers `{content, role: "assistant"}`. They hold neither rewards nor
+sources, so a row read from them has none, and its margins are null.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 import pyarrow as pa
 
-from wrpo_ray.data.records import MESSAGES, Message, prompt_id
+from wrpo_ray.data.records import MESSAGES, AnswerRow, Message, PreferenceRow, prompt_id
 
 PUBLISHED = pa.schema(
     [("prompt_id", pa.string()), ("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAGES)]
 )
-"""As Parquet columns."""
+"""Parquet columns of the published form."""
 
 Row = dict[str, Any]
 ROLES = ("system", "developer", "user", "assistant", "tool")
-"""Templates write a role between special tokens, so that another could spell one."""
-ASKING = ("user", "tool")
-"""Roles of the message that an answer follows."""
+"""Known roles. Templates write a role between special tokens, so it must not spell one."""
+ANSWERED_ROLES = ("user", "tool")
+"""Roles of messages that an answer can follow."""
 TEXT_KEYS = ("role", "content")
-HARMLESS = frozenset(
+IGNORED_KEYS = frozenset(
     {
         *TEXT_KEYS,
         *("id", "message_id", "parent_id", "conversation_id", "turn", "turn_identifier"),
@@ -34,21 +34,22 @@ HARMLESS = frozenset(
         "annotations",
     }
 )
-"""Keys of a message that are no part of what is said in it."""
-THOUGHTS = frozenset({"reasoning", "reasoning_content"})
-"""Keys of what an assistant thought, of which templates write nothing in turns that are over:
-those before the last message of the user."""
+"""Keys of a message that are no part of its text."""
+REASONING_KEYS = frozenset({"reasoning", "reasoning_content"})
+"""Keys of an assistant's reasoning. Templates leave it out in finished turns: those before the last
+message of the user."""
 
 
 class RowError(ValueError):
-    """A row of the user's that cannot be used; its text is the reason."""
+    """A user's row that cannot be used; the message is the reason."""
 
 
 def parse_messages(prompt: Any) -> list[Message]:
-    """A prompt as a conversation: from a string, a {role, content} record, or a list of them.
+    """Return a prompt, a string, a {role, content} record or a list of these, as a conversation.
 
     Raises:
-        RowError: it is empty, of another form, asks nothing, or a message holds more than text.
+        RowError: it is empty, has another form, ends with an answer, or a message holds more than
+            text.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     turns = [turns] if isinstance(turns, dict) else turns
@@ -73,20 +74,20 @@ def parse_messages(prompt: Any) -> list[Message]:
 
 
 def why_unanswerable(roles: Sequence[str]) -> str | None:
-    """Why nothing in a conversation of these roles is to be answered; None where something is."""
-    if roles[-1] not in ASKING:
+    """Why a conversation of these roles has nothing to answer; None if it has."""
+    if roles[-1] not in ANSWERED_ROLES:
         article = "an" if roles[-1][0] in "ao" else "a"
         return f"ends with {article} {roles[-1]} message, so that nothing is asked"
     return None if "user" in roles else "has no user message, so that nothing is asked"
 
 
 def unknown_key(message: Row, known: Collection[str] = (), *, thoughts: bool = True) -> str | None:
-    """What of a message would be lost, as only its text is written; None where nothing is.
+    """The key of a message that no prompt is written with, as a reason; None if there is none.
 
-    Its thoughts are no loss where `thoughts` says that its turn is over.
+    With `thoughts`, the turn is finished, and the reasoning keys are ignored.
     """
-    known = {*HARMLESS, *known, *(["name"] if message.get("role") == "tool" else [])}
-    known |= THOUGHTS if thoughts else set()
+    known = {*IGNORED_KEYS, *known, *(["name"] if message.get("role") == "tool" else [])}
+    known |= REASONING_KEYS if thoughts else set()
     for key, value in message.items():
         is_empty = value is None or value is False or value in ("", [], {})
         if key not in known and not is_empty:
@@ -95,10 +96,10 @@ def unknown_key(message: Row, known: Collection[str] = (), *, thoughts: bool = T
 
 
 def check_text(text: str) -> str:
-    """The text, if it can be stored.
+    """Return the text if it is valid Unicode.
 
     Raises:
-        RowError: it holds half of a surrogate pair, as cut-off scraped text does.
+        RowError: it holds half of a surrogate pair, such as truncated scraped text.
     """
     try:
         text.encode()
@@ -107,11 +108,11 @@ def check_text(text: str) -> str:
     return text
 
 
-def from_published(row: Row) -> Row:
-    """A PREFERENCE record.
+def from_published(row: Row) -> PreferenceRow:
+    """Return a PREFERENCE record from a row of the published form.
 
     Raises:
-        RowError: a part is missing or of another form.
+        RowError: a part is missing or has another form.
     """
     messages = parse_messages(row.get("prompt"))
     chosen, rejected = row.get("chosen"), row.get("rejected")
@@ -131,25 +132,16 @@ def from_published(row: Row) -> Row:
     }
 
 
-def _answer(answer: Any) -> Row:
+def _answer(answer: Any) -> AnswerRow:
     if isinstance(answer, dict) and (fault := unknown_key(answer)):
         raise RowError(fault)
     if not isinstance(answer, dict) or not isinstance(answer.get("content"), str):
         raise RowError("each answer needs a text `content`")
-    empty = dict.fromkeys(("token_ids", "finish_reason", "source", "sample", "reward"))
-    return {"text": check_text(answer["content"])} | empty
-
-
-def to_published(row: Row) -> Row:
-    """A row of the published form from a PREFERENCE record."""
-    messages = row["messages"]
-
-    def said(name: str) -> Row:
-        return {"content": row[name]["text"], "role": "assistant"}
-
     return {
-        "prompt_id": row["prompt_id"],
-        "prompt": messages[0] if len(messages) == 1 else messages,
-        "chosen": [said("source_chosen"), said("target_chosen")],
-        "rejected": [said("rejected")],
+        "text": check_text(answer["content"]),
+        "token_ids": None,
+        "finish_reason": None,
+        "source": None,
+        "sample": None,
+        "reward": None,
     }

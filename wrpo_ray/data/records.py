@@ -1,4 +1,4 @@
-"""The records that stages hand to each other, as typed and versioned Arrow schemas.
+"""The records that stages pass to each other, as versioned Arrow schemas.
 
 A record is keyed by `prompt_id`, a hash of the conversation, and, for an answer, by
 (prompt_id, source, sample). Every Parquet shard of a step has one of these schemas.
@@ -6,7 +6,7 @@ A record is keyed by `prompt_id`, a hash of the conversation, and, for an answer
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -17,8 +17,53 @@ Message = dict[str, str]
 """{role, content}"""
 
 
+class CandidateRow(TypedDict):
+    """A row of CANDIDATES."""
+
+    source: str
+    sample: int
+    reward: float
+
+
+class AnswerRow(TypedDict):
+    """A row of ANSWER; of an imported answer all but the text may be None."""
+
+    text: str
+    token_ids: list[int] | None
+    finish_reason: str | None
+    source: str | None
+    sample: int | None
+    reward: float | None
+
+
+class PreferenceRow(TypedDict):
+    """A row of PREFERENCE."""
+
+    prompt_id: str
+    messages: list[Message]
+    source_chosen: AnswerRow
+    target_chosen: AnswerRow
+    rejected: AnswerRow
+    source_margin: float | None
+    target_margin: float | None
+    candidates: list[CandidateRow]
+
+
+class FailureRow(TypedDict):
+    """A row of FAILURE."""
+
+    stage: str
+    prompt_id: str | None
+    source: str | None
+    sample: int | None
+    where: str | None
+    error: str
+    message: str
+    attempts: int
+
+
 def _list(of: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("element", of))  # the name that Parquet gives it back with
+    return pa.list_(pa.field("element", of))  # the name that Parquet uses
 
 
 MESSAGES = _list(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -36,7 +81,7 @@ PROMPT = _schema(
         ("prompt_id", pa.string()),
         ("messages", MESSAGES),
         ("split", pa.string()),  # sft | preference | eval
-        ("reference", pa.string()),  # the right answer, as `references` packs it; may be null
+        ("reference", pa.string()),  # the correct answer, see `pack_reference`; may be null
         ("group", pa.string()),  # for tables by skill or category; may be null
     ],
 )
@@ -54,7 +99,7 @@ RESPONSE = _schema(
         ("seed", pa.int64()),
         ("model", pa.string()),  # fingerprint of the weights and tokenizer
         ("engine", pa.string()),
-        ("logprobs", LOGPROBS),  # of the likeliest first tokens; null where they were not asked for
+        ("logprobs", LOGPROBS),  # of the most likely first tokens; null if not requested
     ],
 )
 SCORED = _schema(
@@ -106,9 +151,9 @@ ITEM = _schema(
     [
         *zip(PROMPT.names, PROMPT.types, strict=True),
         ("index", pa.int32()),  # of the question in the benchmark, from 0
-        ("turns", _list(pa.string())),  # what the user says; `messages` has the first
-        ("references", _list(pa.string())),  # a right answer to each turn; empty where none is
-        ("baseline", pa.string()),  # the answer that a model's is compared with; may be null
+        ("turns", _list(pa.string())),  # the user's messages; `messages` has the first
+        ("references", _list(pa.string())),  # a correct answer to each turn; may be empty
+        ("baseline", pa.string()),  # the answer to compare a model's with; may be null
     ],
 )
 """A question of a benchmark."""
@@ -120,13 +165,13 @@ JUDGMENT = _schema(
         ("against", pa.string()),  # the other model, where two of the run are compared
         ("judge", pa.string()),
         ("position", pa.int32()),  # of games, or of turns, from 1
-        ("label", pa.string()),  # the verdict as the judge says it; null if a number is all
-        ("value", pa.float64()),  # the verdict as the benchmark counts it; null if it failed
+        ("label", pa.string()),  # the verdict in the judge's words; null if it is a number
+        ("value", pa.float64()),  # the verdict as a number; null if judging failed
         ("index", pa.int32()),
         ("group", pa.string()),
         ("length", pa.int32()),  # characters of the model's answer
-        ("other_length", pa.int32()),  # of the baseline's, or of the other model's
-        ("tokens", pa.int32()),  # that all models took that have a part in the answer
+        ("other_length", pa.int32()),  # of the baseline's or the other model's answer
+        ("tokens", pa.int32()),  # used by all models that contributed to the answer
     ],
 )
 NGRAMS = _schema("ngrams", [("hash", pa.uint64())])
@@ -159,25 +204,33 @@ def prompt_id(messages: list[Message]) -> str:
 
 
 def error_name(error: Exception) -> str:
-    """The type of an error as failure rows keep it.
+    """The name of an error in failure rows.
 
-    It is the class's name, unless the class states another one as `recorded_as`: outputs hold
-    these names, so a class that is renamed keeps the one that it had.
+    It is the class's name, or the class attribute `recorded_as`: outputs hold these names, so a
+    renamed class keeps its old one.
     """
     return getattr(error, "recorded_as", type(error).__name__)
 
 
-def failure(stage: str, error: Exception, *, attempts: int = 1, **key: Any) -> dict[str, Any]:
-    """A FAILURE row: `key` gives prompt_id, source, sample or where as far as known."""
-    row: dict[str, Any] = dict.fromkeys(FAILURE.names)
+def failure(
+    stage: str,
+    error: Exception,
+    *,
+    attempts: int = 1,
+    prompt_id: str | None = None,
+    source: str | None = None,
+    sample: int | None = None,
+    where: str | None = None,
+) -> FailureRow:
+    """Return a FAILURE row, with what is known of its prompt, source, sample or place in a file."""
     text = " ".join(str(error).split())[:2000].encode(errors="backslashreplace").decode()
-    return (
-        row
-        | key
-        | {
-            "stage": stage,
-            "error": error_name(error),
-            "message": text,
-            "attempts": attempts,
-        }
-    )
+    return {
+        "stage": stage,
+        "prompt_id": prompt_id,
+        "source": source,
+        "sample": sample,
+        "where": where,
+        "error": error_name(error),
+        "message": text,
+        "attempts": attempts,
+    }

@@ -1,29 +1,30 @@
-"""The right answer to a prompt, or several of which any is right, as one text of a record."""
+"""Correct answers to a prompt, one or several alternatives, stored as one text."""
 
 from __future__ import annotations
 
 import json
 
 Reference = str | list[str]
-"""The right answer, or right answers."""
+"""The correct answer, or alternatives."""
 JSON_MARK = "\N{INFORMATION SEPARATOR TWO}"
-"""In front of JSON; a reference of one answer is that answer itself."""
+"""Begins a list in JSON; a single answer is stored as it is."""
 
 
 def pack_reference(reference: Reference) -> str:
-    """As a record's `reference`."""
+    """Return the `reference` column of a record."""
     if isinstance(reference, str) and not reference.startswith(JSON_MARK):
         return reference
     return JSON_MARK + json.dumps(reference, ensure_ascii=False)
 
 
 def unpack_reference(text: str | None) -> Reference | None:
-    """What `packed` was given; None of None."""
+    """Return the argument of `pack_reference`; None for None."""
     if text is None or not text.startswith(JSON_MARK):
         return text
-    return json.loads(text.removeprefix(JSON_MARK))
+    reference: Reference = json.loads(text.removeprefix(JSON_MARK))
+    return reference
 
 
 def show_reference(reference: Reference | None) -> str | None:
-    """One text for those who read: several answers on lines of their own, with `or` between."""
+    """Return a text to display: alternatives on separate lines, with `or` between them."""
     return "\nor\n".join(reference) if isinstance(reference, list) else reference

@@ -27,7 +27,8 @@ from wrpo_ray.export.card import (
 from wrpo_ray.export.weights import Weights
 from wrpo_ray.llm.architecture import Use
 from wrpo_ray.llm.model_folder import check_model_folder
-from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 from wrpo_ray.storage.weight_files import TEMPLATES, weight_files
 
 CARD = "README.md"

@@ -27,7 +27,8 @@ from wrpo_ray.runtime.ledger import (
     read_seconds,
 )
 from wrpo_ray.runtime.progress import format_rate
-from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 
 Row = dict[str, Any]
 RECENT = 300.0

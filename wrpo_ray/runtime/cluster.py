@@ -22,7 +22,8 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.temporary import shorten_temporary_folders
 from wrpo_ray.storage.cache import LIMIT_VARIABLE
 from wrpo_ray.storage.fingerprints import digest
-from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 from wrpo_ray.text.addresses import redact
 
 OUTPUT, SESSION = "WRPO_OUTPUT", "WRPO_SESSION"

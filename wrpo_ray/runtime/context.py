@@ -65,8 +65,8 @@ class Run:
             raise FailureLimitError(
                 f"{step.name}: {failed} of {failed + done} rows failed, above failure_limit "
                 f"{self.failure_limit}{self._example(step)}; all are kept in "
-                f"{step.failures(self.root)}; put the cause right and run the same command "
-                f"again (`wrpo failures` tells more), or raise failure_limit"
+                f"{step.failures(self.root)}; fix the cause and run the same command "
+                f"again (`wrpo failures` shows more), or raise failure_limit"
             )
 
     def _example(self, step: Step) -> str:

@@ -1,8 +1,8 @@
-"""What an output has cost so far, over all calls, and whether its budget allows more.
+"""The ledger of an output: its cost over all runs, checked against the budget.
 
-The driver adds up tokens and actor-seconds by step's folder in `ledger.json`, at most a second
-behind. A call that was stopped leaves it open; the next one then counts the answers that the
-stores hold. Not counted: seconds of actors that were lost before they told them.
+The driver sums tokens and actor-seconds by step folder, and writes `ledger.json` once a second. A
+run that is interrupted leaves the ledger marked as open; the next run then also counts the answers
+in the stores. Not counted: seconds of actors that were lost before they reported them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from wrpo_ray.storage.steps import Step
 
 FILE = "ledger.json"
 EVERY = 1.0
-"""Seconds between writes."""
+"""Seconds between writes of the ledger."""
 TOKENS = pa.schema(
     [("sample", pa.int32()), ("prompt_tokens", pa.int32()), ("output_tokens", pa.int32())]
 )
@@ -30,21 +30,21 @@ TOKENS = pa.schema(
 
 @dataclass(frozen=True)
 class Usage:
-    """Sums; those of two parts are added."""
+    """Rows, tokens and seconds; usages can be added."""
 
     rows: int = 0
     prompt_tokens: int = 0
-    """Of each request once, however many samples it asked for."""
+    """Counted once a request, whatever its number of samples."""
     output_tokens: int = 0
     actor_seconds: float = 0.0
-    """Held by actors or workers, with their engines' starts."""
+    """Time that actors or workers held their resources, with the start of engines."""
     gpu_seconds: float = 0.0
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 
     def money(self, pool: str, prices: PricesConfig) -> float:
-        """What it cost a pool."""
+        """The cost by the prices of a pool."""
         tokens = (
             self.prompt_tokens * prices.input_tokens.get(pool, 0)
             + self.output_tokens * prices.output_tokens.get(pool, 0)
@@ -52,24 +52,24 @@ class Usage:
         return tokens + self.gpu_seconds / 3600 * prices.pools.get(pool, prices.gpu_hour)
 
 
-def _values(spent: Usage) -> tuple[Any, ...]:
-    return tuple(asdict(spent).values())
+def _values(usage: Usage) -> tuple[Any, ...]:
+    return tuple(asdict(usage).values())
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a step's folder has cost."""
+    """The usage of a step folder."""
 
     pool: str
-    """The model, reward or step by whose price it is paid."""
+    """The model, reward or step whose prices apply."""
     usage: Usage
 
 
 def read_ledger(root: Folder) -> dict[str, Entry]:
-    """By name of the step's folder; empty where nothing was written yet.
+    """{name of the step folder: entry}; empty if there is no ledger yet.
 
     Raises:
-        UserError: the file is not as it was written.
+        UserError: the file is damaged or was changed.
     """
     steps = _read(root)["steps"]
     try:
@@ -79,7 +79,7 @@ def read_ledger(root: Folder) -> dict[str, Entry]:
 
 
 def read_seconds(root: Folder) -> float:
-    """On the clock of all calls."""
+    """Wall-clock seconds of all runs so far."""
     return float(_read(root)["seconds"])
 
 
@@ -90,13 +90,13 @@ def _read(root: Folder) -> dict[str, Any]:
 
 
 class Ledger:
-    """The ledger of a call; the lease has to be held."""
+    """The ledger while a run writes it; the run has to hold the lease."""
 
     def __init__(self, root: Folder, prices: PricesConfig, budget: BudgetConfig):
         self.root, self.prices, self.budget = root, prices, budget
         self.entries = read_ledger(root)
         record = _read(root)
-        self._before, self._started = record["seconds"], time.monotonic()
+        self._before, self._started = float(record["seconds"]), time.monotonic()
         self._written, self._lock = 0.0, threading.Lock()
         if record["open"]:
             self._count_stores()
@@ -106,38 +106,34 @@ class Ledger:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """After an error it stays open: actors have committed what they did not come to tell."""
+        """Close the ledger; after an error it stays open, as actors may have unreported results."""
         self._write(is_open=kind is not None)
 
     @property
     def hours(self) -> float:
-        """Hours on the clock of all calls."""
+        """Wall-clock hours of all runs so far."""
         return (self._before + time.monotonic() - self._started) / 3600
 
     @property
     def total(self) -> Usage:
-        """Over all steps."""
+        """Usage over all steps."""
         return sum((e.usage for e in self._now()), Usage())
 
     @property
     def money(self) -> float:
-        """Over all steps, by the prices of today."""
+        """Cost over all steps, by the current prices."""
         return sum(e.usage.money(e.pool, self.prices) for e in self._now())
 
-    def add(self, step: Step, pool: str, spent: Usage) -> None:
-        """Add to what a step has cost."""
+    def add(self, step: Step, pool: str, usage: Usage) -> None:
+        """Add to the usage of a step."""
         with self._lock:
             held = self.entries.get(step.folder, Entry(pool, Usage()))
-            self.entries[step.folder] = Entry(pool, held.usage + spent)
+            self.entries[step.folder] = Entry(pool, held.usage + usage)
             if time.monotonic() - self._written >= EVERY:
                 self._write(is_open=True)
 
     def check(self) -> None:
-        """Check that the budget allows more.
-
-        Raises:
-            BudgetError: it does not.
-        """
+        """Raise BudgetError if the budget is spent."""
         spent = {
             "output_tokens": self.total.output_tokens,
             "money": self.money,
@@ -151,10 +147,8 @@ class Ledger:
                     f"kept: raise budget.{name} and run the same command again to go on"
                 )
 
-    # --- inside
-
     def _now(self) -> list[Entry]:
-        """The entries; pools that run side by side add to them meanwhile."""
+        """A copy of the entries: threads of other pools add to them."""
         with self._lock:
             return list(self.entries.values())
 
@@ -165,7 +159,7 @@ class Ledger:
         self.root.write_json(FILE, {"seconds": seconds, "open": is_open, "steps": steps})
 
     def _count_stores(self) -> None:
-        """Tokens of answers that lie in the stores and that nobody could tell the ledger."""
+        """Add the tokens of stored answers that no run reported."""
         for folder in (f for f in self.root.folders() if f.startswith("generate-")):
             pool = folder.removeprefix("generate-").rpartition("-")[0]
             held = self.entries.get(folder, Entry(pool, Usage()))
@@ -176,10 +170,7 @@ class Ledger:
 
 
 def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
-    """Rows and tokens of a store's answers; of about `most` of its shards, evenly, where given.
-
-    Two columns are read by pyarrow's threads, batch by batch.
-    """
+    """Rows and tokens of a store's answers, or of about `most` of its shards, evenly chosen."""
     sums = Usage()
     for batch in _shards(folder, most).to_batches():
         first = batch.filter(pa.compute.equal(batch["sample"], 0))
@@ -188,8 +179,8 @@ def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
 
 
 def stored_rows(folder: Folder) -> int:
-    """How many rows a store holds, by the footers of its shards."""
-    return _shards(folder).count_rows()
+    """Number of rows in a store, read from the footers of its shards."""
+    return int(_shards(folder).count_rows())
 
 
 def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:
@@ -200,4 +191,4 @@ def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:
 
 
 def _sum(column: pa.Array) -> int:
-    return pa.compute.sum(column).as_py() or 0
+    return int(pa.compute.sum(column).as_py() or 0)

@@ -1,9 +1,8 @@
-"""What a run tells Prometheus, through the metrics of the Ray node that its driver is on.
+"""Prometheus metrics of a run, exported by the Ray node of its driver.
 
-The driver counts, bucket by bucket, what its actors and tasks tell it anyway. So no row is counted
-twice when a lost actor's bucket is done again, and series do not come and go with actors. A
-series is labelled by `stage` and, where one model's answers are made or scored, `source`.
-Without a connection to Ray nothing is told.
+The driver counts, bucket by bucket, what its actors and tasks report. So no row is counted twice
+when a lost actor's bucket is done again, and series do not come and go with actors. A series is
+labelled by `stage` and, for a stage that generates or scores one model's answers, `source`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from wrpo_ray.storage.steps import Step
 
 COUNTERS = {
     "rows": "Rows made by this driver",
-    "failures": "Rows that failed in finished buckets, with those given up before",
+    "failures": "Failed rows of finished buckets, with those that reached max_attempts before",
     "tokens": "Tokens generated, or trained on",
     "prompt_tokens": "Prompt tokens read by engines, of each request once",
-    "actor_seconds": "Seconds for which actors or workers held their places",
-    "idle_seconds": "Of the actors' seconds, those without a bucket in hand",
+    "actor_seconds": "Seconds for which actors or workers held their resources",
+    "idle_seconds": "Of the actors' seconds, those without work",
     "gpu_seconds": "GPUs of these actors or workers, times seconds",
 }
 GAUGES = {
@@ -36,19 +35,19 @@ LABELS = ("stage", "source")
 
 
 def exported_names() -> set[str]:
-    """The names under which Prometheus finds them."""
+    """The names of all metrics in Prometheus."""
     return {f"ray_wrpo_{n}_total" for n in COUNTERS} | {f"ray_wrpo_{n}" for n in GAUGES}
 
 
 def add_counts(step: Step, **amounts: float) -> None:
-    """Add to the step's counters, by name."""
+    """Add amounts to the step's counters, by name."""
     for name, amount in amounts.items():
-        if amount > 0:  # Ray refuses 0
+        if amount > 0:  # Ray rejects 0
             _metric("Counter", name, COUNTERS[name]).inc(amount, _labels(step))
 
 
 def set_gauges(step: Step, **values: float | None) -> None:
-    """Set the step's gauges, by name; what is null stays as it is."""
+    """Set the step's gauges, by name; None leaves a gauge unchanged."""
     for name, value in values.items():
         if value is not None:
             _metric("Gauge", name, GAUGES[name]).set(value, _labels(step))

@@ -1,7 +1,9 @@
-"""What actors need, and whether the cluster has room for them."""
+"""Resources of actor pools, and whether the cluster has room for them."""
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -10,30 +12,33 @@ from wrpo_ray.config import Actors
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.progress import log
 
+LOOKUP_INTERVAL = 1.0
+"""Seconds for which one look at the cluster's free resources serves all pools."""
+
 
 @dataclass(frozen=True)
 class Pool:
-    """Actors of one kind."""
+    """The specification of a pool of equal actors."""
 
     what: str
-    """Its name in messages."""
+    """The pool's name in messages and in Ray's dashboard."""
     actors: Actors
     env: dict[str, str] = field(default_factory=dict)
     threads: int = 1
-    """Calls that an actor has in hand at once."""
+    """Concurrent calls of an actor."""
     parts: int = 1
-    """Workers, one for each GPU, that an actor starts itself; 1 is the actor alone."""
+    """Worker processes with a GPU each that an actor starts; 1 is the actor alone."""
 
     @property
     def needs(self) -> dict[str, float]:
-        """Resources of one actor with its parts."""
+        """Resources of one actor with its worker processes."""
         actors = self.actors
         needs = {"CPU": actors.num_cpus, "GPU": actors.num_gpus * self.parts}
         return needs | {name: n * self.parts for name, n in actors.resources.items()}
 
     @property
     def bundles(self) -> list[dict[str, float]]:
-        """A placement group for one actor and its parts."""
+        """Bundles of the placement group for one actor and its worker processes."""
         gpus = {"GPU": self.actors.num_gpus} if self.actors.num_gpus else {}
         return [{"CPU": self.actors.num_cpus}, *[gpus | self.actors.resources] * self.parts]
 
@@ -41,7 +46,7 @@ class Pool:
 def fit_together(pools: list[Pool]) -> bool:
     """Whether the cluster as it is has room for one actor of each pool at once.
 
-    What others hold for good, such as the driver of a submitted job its CPU, is no room: actors
+    Resources that others hold, such as the CPU of a submitted job's driver, do not count: actors
     that wait for each other's results could wait forever.
     """
     import ray
@@ -53,7 +58,7 @@ def fit_together(pools: list[Pool]) -> bool:
     def fits(have: dict[str, float]) -> bool:
         return all(n <= have.get(name, 0) for name, n in need.items())
 
-    # what earlier actors and tasks held is free a moment after they ended
+    # the resources of earlier actors and tasks are free a moment after they ended
     deadline = time.monotonic() + 5
     while fits(ray.cluster_resources()) and time.monotonic() < deadline:
         if fits(ray.available_resources()):
@@ -63,7 +68,7 @@ def fit_together(pools: list[Pool]) -> bool:
 
 
 def capacity_for(needs: dict[str, float]) -> int:
-    """How many that `need` so much the cluster has room for as it is; 1 if for none yet."""
+    """How many workers with these needs fit into the cluster as it is; at least 1."""
     import ray
 
     have = ray.cluster_resources()
@@ -72,10 +77,10 @@ def capacity_for(needs: dict[str, float]) -> int:
 
 
 def check_capacity(what: str, count: int, kind: str, needs: dict[str, float]) -> None:
-    """Refuse what a Ray of this machine can never place; a cluster may still grow.
+    """Reject workers that this machine can never place; a cluster may still grow.
 
     Raises:
-        UserError: `count` workers, each of which `needs` so much, do not fit.
+        UserError: `count` workers with these needs each do not fit.
     """
     import ray
 
@@ -92,7 +97,7 @@ def check_capacity(what: str, count: int, kind: str, needs: dict[str, float]) ->
 
 
 def is_own_ray() -> bool:
-    """Whether this process started the cluster, which then has this one node for good."""
+    """Whether this process started Ray, which then has this one node only."""
     from ray._private import worker
 
     node = getattr(worker, "_global_node", None)
@@ -100,5 +105,47 @@ def is_own_ray() -> bool:
 
 
 def thread_env(num_cpus: float) -> dict[str, str]:
-    """Environment of a worker: as many threads as it has CPUs, at least one."""
+    """Environment of a worker with as many threads as CPUs, at least one."""
     return {"OMP_NUM_THREADS": str(max(1, int(num_cpus)))}
+
+
+class Minimums:
+    """Pools of this driver that wait for some of their `min` actors, to which others give way.
+
+    Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._waiting: dict[int, dict[str, float]] = {}
+        self._free: dict[str, float] = {}
+        self._looked = -math.inf
+
+    def report(self, pool: int, needs: dict[str, float], *, waits: bool) -> None:
+        """Note whether the pool of this id waits for some of its first actors."""
+        with self._lock:
+            if waits:
+                self._waiting[pool] = needs
+            else:
+                self._waiting.pop(pool, None)
+
+    def must_give_way(self, pool: int, needs: dict[str, float]) -> bool:
+        """Whether another pool waits for a resource that one more actor of this one would take."""
+        with self._lock:
+            others = [other for key, other in self._waiting.items() if key != pool]
+            free = self._free_now() if others else {}
+        for other in others:
+            short = {name for name, n in other.items() if n > free.get(name, 0)}
+            if (short or set(other)) & set(needs):  # short of nothing: Ray is placing it
+                return True
+        return False
+
+    def _free_now(self) -> dict[str, float]:
+        import ray
+
+        if time.monotonic() - self._looked >= LOOKUP_INTERVAL:
+            self._free, self._looked = ray.available_resources(), time.monotonic()
+        return self._free
+
+
+MINIMUMS = Minimums()

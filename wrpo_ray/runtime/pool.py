@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Any
 
 from wrpo_ray.runtime.connection import CONNECTION, ClosedError
-from wrpo_ray.runtime.placement import Pool, capacity_for, check_capacity, is_own_ray
+from wrpo_ray.runtime.placement import MINIMUMS, Pool, capacity_for, check_capacity, is_own_ray
 from wrpo_ray.runtime.pool_members import (
     Member,
     end_member,
@@ -26,7 +26,6 @@ from wrpo_ray.runtime.pool_members import (
     remove_groups,
     start_member,
 )
-from wrpo_ray.runtime.pool_minimums import MINIMUMS
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue, Row
 from wrpo_ray.runtime.worker_errors import restore_error, summarize_error
@@ -164,7 +163,7 @@ class RunningPool:
         ready, waiting, least = len(self.ready), len(self.queue), self._least_now
         MINIMUMS.report(id(self), self.needs, waits=ready < least)
         self._log_waiting()
-        self.gives_way = MINIMUMS.reserve_room_of(id(self), self.needs)
+        self.gives_way = MINIMUMS.must_give_way(id(self), self.needs)
         grows = ready >= least and not self.gives_way
         wanted = min(self.most, ready + waiting if self._is_starting else waiting) * grows
         lacking = max(least, wanted) - len(self.members)

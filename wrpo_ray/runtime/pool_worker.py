@@ -28,7 +28,8 @@ class ErrorCapturingWorker:
 
     @cached_property
     def _loaded(self) -> Callable[[Row], Row]:
-        return self.worker(**self.arguments)
+        made: Callable[[Row], Row] = self.worker(**self.arguments)
+        return made
 
     def work(self, row: Row) -> Row:
         """Return the worker's result, or the captured error, with `seconds` and `idle`."""

@@ -1,7 +1,7 @@
-"""How far a step is: a live table on a terminal, else a line now and then.
+"""Progress of the steps: a live table on a terminal, else a log line every few seconds.
 
-Both go to stderr. On a terminal each source has a row while it is worked on, and lines that
-are logged appear above the table; when a row is finished it becomes a line.
+Both go to stderr. On a terminal each step in progress has a row, and log lines appear above the
+table; a finished step becomes a line.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 from wrpo_ray.text.addresses import redact
 
 EVERY = 5.0
-"""Seconds between lines of one step, where there is no table."""
+"""Seconds between lines of one step, without a table."""
 
 
 def log(text: str) -> None:
-    """One line to stderr, with the time of day; addresses in it are shown without secrets."""
+    """Write a line with the time of day to stderr; secrets in addresses are redacted."""
     line = f"{time.strftime('%H:%M:%S')}  {redact(text)}"
     if _TABLE.is_shown:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
-        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # at once: threads log, too
+        print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write: threads log, too
 
 
 def format_rate(rate: float, one: str = "one", many: str = "") -> str:
-    """`310 rows/s`, or `a row each 4.2 s` where there are fewer; empty for a rate of 0."""
+    """`310 rows/s`, or `a row each 4.2 s` for a rate below 1; empty for a rate of 0."""
     if rate <= 0:
         return ""
     if rate >= 1:
@@ -47,7 +47,7 @@ def _span(seconds: float) -> str:
 class Progress:
     """`generate llama  7/16 buckets  90 rows  3 failed  a row each 1.4 s  212 tokens/s  1:09 left`.
 
-    `about` holds what else is worth telling, such as {"mean reward": "0.41"}.
+    `about` holds further values to show, such as {"mean reward": "0.41"}.
     """
 
     def __init__(self, label: str, total: int, unit: str = "buckets"):
@@ -57,10 +57,7 @@ class Progress:
         self._started = self._shown = time.monotonic()
 
     def add(self, rows: int, failed: int = 0, tokens: int = 0) -> None:
-        """One more unit is finished, with so many rows made in this run, and so many failed.
-
-        `tokens` are those that were generated.
-        """
+        """Count a finished unit, with the rows made in this run, failed rows and new tokens."""
         self.done += 1
         self.rows += rows
         self.tokens += tokens
@@ -72,9 +69,9 @@ class Progress:
             log("  ".join([self.label, *self.columns().values()]))
 
     def columns(self) -> dict[str, str]:
-        """What there is to tell, in words, by column."""
+        """{column: text} of the progress; empty columns are left out."""
         passed = max(time.monotonic() - self._started, 1e-9)
-        told = {
+        columns = {
             "done": f"{self.done:,}/{self.total:,} {self.unit}",
             "rows": f"{self.rows:,} rows",
             "failed": f"{self.failed:,} failed" if self.failed else "",
@@ -85,7 +82,7 @@ class Progress:
             else "",
             **{name: f"{name} {value}" for name, value in self.about.items()},
         }
-        return {name: text for name, text in told.items() if text}
+        return {name: text for name, text in columns.items() if text}
 
 
 def _clock(seconds: float) -> str:
@@ -96,7 +93,7 @@ def _clock(seconds: float) -> str:
 
 
 class _Table:
-    """The steps under way, redrawn once a second; used from the threads of all pools."""
+    """The live table of the steps in progress, redrawn once a second. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -112,11 +109,11 @@ class _Table:
 
     @property
     def is_shown(self) -> bool:
-        """Whether it is on the screen."""
+        """Whether the table is on the screen."""
         return self._live is not None
 
     def update(self, step: Progress, is_finished: bool) -> None:
-        """Show a step, or take it away; the table goes with its last one."""
+        """Show a step, or remove a finished one; the table ends with the last step."""
         if not sys.stderr.isatty():
             return
         with self._lock:
@@ -137,10 +134,10 @@ class _Table:
 
         steps = list(self._steps.values())
         cells = [step.columns() for step in steps]
-        columns = dict.fromkeys(name for told in cells for name in told)
+        columns = dict.fromkeys(name for texts in cells for name in texts)
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        for step, told in zip(steps, cells, strict=True):
-            table.add_row(step.label, *(told.get(name, "") for name in columns))
+        for step, texts in zip(steps, cells, strict=True):
+            table.add_row(step.label, *(texts.get(name, "") for name in columns))
         return table
 
 

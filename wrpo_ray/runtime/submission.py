@@ -1,9 +1,8 @@
-"""A run as a job of a Ray cluster: `wrpo fuse` on a node of it, through Ray's Jobs API.
+"""Submit a run as a job of a Ray cluster: `wrpo fuse` on one of its nodes, by Ray's Jobs API.
 
-The working directory goes along, so code, config and relative paths are those of this machine;
-models, prompts and outputs elsewhere have to be where the nodes see them. What is not covered:
-two submissions of one output from different addresses of a cluster are kept apart by the lease
-of the run only.
+The working directory is uploaded, so code, config and relative paths are those of this machine;
+the nodes have to see models, prompts and outputs elsewhere. Not covered: two submissions of one
+output to different addresses of a cluster are kept apart by the lease of the run only.
 """
 
 from __future__ import annotations
@@ -31,33 +30,33 @@ RUNTIME_ENV = "jobs/runtime_env.yaml"
 IGNORED = ".rayignore"
 API = "RAY_API_SERVER_ADDRESS"
 READY = 60.0
-"""Seconds in which the cluster has to take the job: a head's agent is up a while after it."""
+"""Seconds to wait until the cluster takes jobs: the agent of a head node starts after it."""
 SLOW = 15.0
-"""Seconds of waiting for the job's start that need no word."""
-GOES_ON = "submit it again to go on"
+"""Seconds of waiting for the job's start after which a line is logged."""
+RESUME_HINT = "submit it again to resume"
 
 
 @dataclass(frozen=True)
 class Submission:
-    """What is run, and where."""
+    """The command to run, and the cluster to run it on."""
 
     path: str
-    """The config's file, in the working directory."""
+    """The config file, relative to the working directory."""
     arguments: tuple[str, ...]
-    """What else `wrpo fuse` is given."""
+    """Further arguments of `wrpo fuse`."""
     output: str
     address: str
-    """Of the head's dashboard (http://...) or of the cluster."""
+    """Address of the head's dashboard (http://...) or of the cluster."""
     runtime_env: dict[str, Any]
 
     @property
     def command(self) -> str:
-        """The job's entry point."""
+        """The entry point of the job."""
         return shlex.join(["wrpo", "fuse", self.path, *self.arguments])
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the dashboard shows of the job, and later submissions know it by."""
+        """Metadata of the job for Ray's dashboard."""
         names = {"project": "wrpo_ray", "version": __version__}
         return names | {"config": self.path, "output": str(Folder(self.output))}
 
@@ -65,10 +64,11 @@ class Submission:
 def prepare_submission(
     path: str, arguments: Sequence[str], config: Config, address: str | None = None
 ) -> Submission:
-    """Check what can be checked here.
+    """Check config, output and address on this machine, and describe the job.
 
     Raises:
-        UserError: the job would not find its config, or nobody its output; no address.
+        UserError: the job would not find its config, its output would be lost, or no address is
+            known.
     """
     here = Path.cwd()
     file = Path(path).resolve()
@@ -92,10 +92,10 @@ def prepare_submission(
 
 
 def _runtime_env() -> dict[str, Any]:
-    """That of the working directory, if it has one.
+    """The runtime environment: `RUNTIME_ENV` of the working directory, if there is one.
 
     Raises:
-        UserError: it cannot be read, or Ray refuses it.
+        UserError: it cannot be read, or Ray rejects it.
     """
     from ray.runtime_env import RuntimeEnv
 
@@ -106,7 +106,7 @@ def _runtime_env() -> dict[str, Any]:
     try:
         given = read_document(text) or {}
         RuntimeEnv(**given)
-    except Exception as error:  # of YAML; and Ray's checks do not look at all that they use
+    except Exception as error:  # of YAML, or of a value that Ray's checks do not expect
         raise UserError(
             f"{RUNTIME_ENV}: {describe_yaml_error(error)[:300]}; it holds a mapping of Ray's "
             f"runtime_env, such as env_vars"
@@ -115,11 +115,11 @@ def _runtime_env() -> dict[str, Any]:
 
 
 class SubmittedJob:
-    """A submitted job.
+    """A job, submitted when this is created.
 
     Raises:
-        UserError: the cluster does not answer or does not take the job, or has one at work on
-            this output.
+        UserError: the cluster does not answer or rejects the job, or another job works on this
+            output.
     """
 
     def __init__(self, given: Submission):
@@ -130,22 +130,23 @@ class SubmittedJob:
     def _submitted(self) -> str:
         name = f"wrpo-{output_mark(Folder(self.given.output))[:12]}-"
         jobs = [j for j in self.client.list_jobs() if (j.submission_id or "").startswith(name)]
-        for job in jobs:
-            self._check_ended(job)
+        for earlier in jobs:
+            self._check_ended(earlier)
         cpus, deadline = self._driver_cpus(), time.monotonic() + READY
         while True:
             try:
-                return self.client.submit_job(
+                job: str = self.client.submit_job(
                     entrypoint=self.given.command,
-                    # Ray takes an id once, so of two that submit at once one is refused
+                    # an id is taken once: of two concurrent submissions one is rejected
                     submission_id=f"{name}{len(jobs) + 1}",
                     runtime_env=self.given.runtime_env,
                     metadata=self.given.metadata,
                     entrypoint_num_cpus=cpus,
                 )
+                return job
             except RuntimeError as error:
                 if "No available agent" not in str(error):
-                    raise UserError(f"the cluster refuses the job: {_first_line(error)}") from None
+                    raise UserError(f"the cluster rejects the job: {_first_line(error)}") from None
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"the cluster has no agent that takes jobs after {READY:g} s; see "
@@ -163,7 +164,7 @@ class SubmittedJob:
             )
 
     def _driver_cpus(self) -> int:
-        """A driver that asks for nothing is put on the head; one without CPUs is for no work."""
+        """CPUs to request for the driver: 0 runs it on the head, 1 elsewhere if that has none."""
         from ray.util.state import list_nodes
 
         deadline = time.monotonic() + READY
@@ -176,28 +177,28 @@ class SubmittedJob:
             if known := [head.resources_total for head in heads if head.resources_total]:
                 return 0 if known[0].get("CPU") else 1
             if time.monotonic() > deadline:
-                raise UserError(f"the cluster's head tells no resources after {READY:g} s")
-            time.sleep(0.5)  # it has just started
+                raise UserError(f"the cluster's head reports no resources after {READY:g} s")
+            time.sleep(0.5)  # the head has just started
 
     def follow(self) -> int:
-        """Print what the job prints until it ends; returns its exit code.
+        """Print the job's output until it ends; return its exit code.
 
         Raises:
-            WrpoError: it did not run, or was stopped.
+            WrpoError: the job did not run, or was stopped.
         """
         asyncio.run(self._follow())
         info = self.client.get_job_info(self.id)
         if info.status == "SUCCEEDED":
             return 0
         if info.status == "STOPPED":
-            raise WrpoError(f"the job {self.id} was stopped; {GOES_ON}")
+            raise WrpoError(f"the job {self.id} was stopped; {RESUME_HINT}")
         if info.driver_exit_code is None:
             raise WrpoError(f"the job {self.id} failed: {info.message}")
-        return info.driver_exit_code
+        return int(info.driver_exit_code)
 
     async def _follow(self) -> None:
-        """A lost connection is made again, and what was printed is passed over."""
-        self._tell_waiting()
+        """Print new output; after a lost connection, reconnect and skip what was printed."""
+        self._await_start()
         printed = 0
         while True:
             seen = 0
@@ -212,33 +213,33 @@ class SubmittedJob:
                 return
             await asyncio.sleep(1)
 
-    def _tell_waiting(self) -> None:
+    def _await_start(self) -> None:
         """Wait until the driver runs, which may take a new node."""
-        started, told = time.monotonic(), False
+        started, is_logged = time.monotonic(), False
         while (info := self.client.get_job_info(self.id)).status == "PENDING":
-            if not told and time.monotonic() - started > SLOW:
+            if not is_logged and time.monotonic() - started > SLOW:
                 log(f"the job waits: {info.message}")
-                told = True
+                is_logged = True
             time.sleep(0.5)
 
     def stop(self) -> None:
-        """End the job, and wait until it has: what is finished is kept."""
+        """Stop the job, and wait until it has ended; finished work is kept."""
         self.client.stop_job(self.id)
         while not self.client.get_job_status(self.id).is_terminal():
             time.sleep(0.5)
 
 
 def _client(address: str) -> Any:
-    """Ray's client, at this address also where the environment names another one.
+    """Ray's client for this address, even if the environment names another one.
 
     Raises:
-        UserError: no cluster answers there.
+        UserError: no cluster answers at the address.
     """
     check_listening(address)
     from ray.job_submission import JobSubmissionClient
 
     os.environ[API] = address
-    if Path(IGNORED).exists():  # it says alone what stays here
+    if Path(IGNORED).exists():  # then .gitignore does not apply
         os.environ.setdefault("RAY_RUNTIME_ENV_IGNORE_GITIGNORE", "1")
     try:
         return JobSubmissionClient(address)

@@ -1,4 +1,4 @@
-"""Sums a job's counts over its buckets, and finishes its step with the last one."""
+"""Sum a job's counts over its buckets, and finish its step after the last bucket."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from wrpo_ray.storage.steps import Step
 
 
 class Tally:
-    """Sums a job's counts over its buckets; with the last bucket the job's step is finished.
+    """The sums of a job's counts; the last bucket finishes the job's step.
 
-    A result has `rows` (wanted ones that are there now), `new` (of them, those made by this
-    call), `failed` and what else there is to sum.
+    A result has `rows` (wanted rows that exist now), `new` (those made by this run), `failed`, and
+    further counts to sum.
     """
 
     def __init__(self, run: Run, step: Step):
@@ -27,7 +27,7 @@ class Tally:
         """Add a bucket's counts.
 
         Raises:
-            FailureLimitError: more rows failed than may in the whole job.
+            FailureLimitError: more rows failed than `failure_limit` allows for the whole job.
         """
         self.counts.update(
             {k: v for k, v in result.items() if k not in ("job", "bucket", "seconds", "idle")}

@@ -1,4 +1,4 @@
-"""Mapping rows by Ray tasks, and calls that run side by side."""
+"""Map rows by Ray tasks, and run calls in threads."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from typing import Any
 from wrpo_ray.runtime.worker_errors import capture_error, restore_error, summarize_error
 
 MAX_TASKS = 1024
-"""Tasks under way at once: more than most clusters have CPUs."""
+"""Tasks submitted at once: more than most clusters have CPUs."""
 
 
 def map_tasks(
     what: str, rows: Iterator[dict[str, Any]], function: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Map rows by tasks of one CPU, where there is nothing to load; results come as they finish.
+    """Map rows by tasks of one CPU each, for work without a model; yield results as they finish.
 
-    Workers that Ray has started already take them, on as many CPUs as the cluster has. Rows of a
-    lost node are tried again on others.
+    Tasks run on all CPUs of the cluster. Rows of a lost node are retried on others.
 
     Raises:
         WrpoError: as raised by the function, or one that names `what` and the cause.
@@ -43,20 +42,20 @@ def map_tasks(
 
 
 def _result(under_way: list[Any]) -> dict[str, Any]:
-    """The result of a task that has finished, which is taken from the list."""
+    """Wait for one task, remove it from the list, and return its result."""
     import ray
 
     (done,), under_way[:] = ray.wait(under_way)
-    result = ray.get(done)
+    result: dict[str, Any] = ray.get(done)
     if "error" in result:
         raise restore_error(result)
     return result
 
 
 def run_in_threads(calls: list[Callable[[], None]], most: int | None = None) -> None:
-    """Make each call in a thread, `most` at once; the first error is raised at once.
+    """Run each call in a thread, at most `most` at once; raise the first error immediately.
 
-    After it, or after Ctrl-C, nobody waits for the others: they end with the connection to Ray.
+    After an error or Ctrl-C the other calls are not awaited: they end with the connection to Ray.
     """
     threads = ThreadPoolExecutor(min(len(calls), most or len(calls)))
     try:

@@ -1,7 +1,7 @@
-"""Temporary folders with short paths, for a Ray and engines that start on this machine.
+"""Temporary folders with short paths, for Ray and engines on this machine.
 
-They lay sockets in them, whose paths may have 107 bytes (AF_UNIX). Files stay where the user wants
-them: what is too long is reached through a link with a short path.
+Ray and vLLM create sockets in them, whose paths may have 107 bytes (AF_UNIX). A folder with a
+longer path is used through a symbolic link with a short path.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from pathlib import Path
 from wrpo_ray.errors import UserError
 
 VARIABLES = ("RAY_TMPDIR", "TMPDIR", "TEMP", "TMP")
-"""That name a temporary folder: the first two for Ray, the last three for Python."""
+"""Environment variables of temporary folders: the first two for Ray, the last three for Python."""
 SOCKET = "/ray/session_2026-11-29_12-00-00_123456_4194304/sockets/plasma_store"
-"""What Ray puts after it, at the most."""
+"""The longest path that Ray appends to the folder."""
 MAX_PATH_BYTES = 107 - len(SOCKET)
-"""Bytes of a folder's path."""
+"""Bytes that a folder's path may have."""
 PLACES = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where a link may lie."""
+"""Folders for links."""
 
 
 def shorten_temporary_folders() -> None:
-    """Make what the environment names as temporary folders usable for sockets.
+    """Replace long paths of temporary folders in the environment by short links.
 
     Links are removed when the process ends.
 
     Raises:
-        UserError: one cannot be written, or there is no place for a link.
+        UserError: a folder cannot be written, or a link cannot be created.
     """
     for_ray = next((name for name in VARIABLES[:2] if os.environ.get(name)), None)
     if for_ray:
         _check_writable(for_ray, os.environ[for_ray])
     for name in VARIABLES:
         value = os.environ.get(name, "")
-        if os.path.isdir(value):  # else Python passes over it
+        if os.path.isdir(value):  # Python ignores others
             os.environ[name] = _short(name, Path(value).absolute())
-    tempfile.tempdir = None  # Python looks again
+    tempfile.tempdir = None  # Python reads the environment again
 
 
 def _check_writable(name: str, value: str) -> None:
@@ -57,12 +57,12 @@ def _check_writable(name: str, value: str) -> None:
 
 
 def _short(name: str, folder: Path) -> str:
-    """A short path that leads to the folder: its own, or that of a link."""
+    """A short path of the folder: its own, or a link."""
     if len(os.fsencode(folder)) <= MAX_PATH_BYTES:
         return str(folder)
     for place in PLACES:
         with suppress(OSError):
-            own = tempfile.mkdtemp(prefix="w-", dir=place)  # nobody else can write in it
+            own = tempfile.mkdtemp(prefix="w-", dir=place)  # for this user only
             atexit.register(shutil.rmtree, own, ignore_errors=True)  # removes links, not files
             link = Path(own) / "t"
             link.symlink_to(folder)

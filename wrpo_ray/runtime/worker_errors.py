@@ -44,8 +44,8 @@ def summarize_error(error: BaseException, what: str) -> WrpoError:
         return own
     text = " ".join(str(causes[-1]).split())[:500]
     return WrpoError(
-        f"{what} failed: {type(causes[-1]).__name__}: {text}; put the cause right and run the same "
-        f"command again, which goes on where this one stopped (WRPO_DEBUG=1 shows the whole trace)"
+        f"{what} failed: {type(causes[-1]).__name__}: {text}; fix the cause and run the same "
+        f"command again to resume (WRPO_DEBUG=1 shows the whole trace)"
     )
 
 

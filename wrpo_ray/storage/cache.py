@@ -1,11 +1,11 @@
-"""Copies of remote folders on this node's disk: made once, shared by its processes, evicted.
+"""The node cache: copies of remote folders on local disk, shared by processes and evicted.
 
-A copy grows in `<key>.part` and is renamed to `<key>` when all its files are there in their
-sizes, so a folder without `.part` is whole. One process makes it and the others wait (a file
-lock). Who uses a copy holds a shared lock on it for the rest of its life; copies that nobody
-holds are evicted, the least recently used first, where a new one would not fit. The kernel gives
-up the locks of a process that ends, however it ends. Not covered: a cache shared by several
-nodes, which not every network file system can lock.
+A copy is made in `<key>.part` and renamed to `<key>` when all its files have their sizes, so a
+folder without `.part` is complete. One process makes it while the others wait for a file lock. A
+process that uses a copy holds a shared lock on it until it ends; the kernel releases the locks of a
+killed process. Copies without a lock are evicted, the least recently used first, when a new one
+does not fit. Not covered: a cache shared by several nodes, which not every network file system can
+lock.
 """
 
 from __future__ import annotations
@@ -29,42 +29,42 @@ from filelock import FileLock
 from wrpo_ray.errors import UserError
 
 LIMIT_VARIABLE = "WRPO_CACHE_GB"
-"""Environment variable: GB (10^9 bytes) that all copies of a node may take."""
+"""Environment variable: the limit for all copies of a node, in GB (10^9 bytes)."""
 SPARE = 10**9
-"""Bytes of the disk left free for Ray and the engines."""
-PATIENCE = 60.0
-"""Seconds to wait for processes that end and let go of their copies."""
+"""Bytes of disk space kept free for Ray and the engines."""
+RELEASE_TIMEOUT = 60.0
+"""Seconds to wait for other processes to release copies."""
 _held: dict[Path, BinaryIO] = {}
-"""Locks of this process, kept until it ends."""
+"""This process's locks on copies, kept until it ends."""
 
 
 class Source(Protocol):
-    """What a copy is made from; `str()` is what a user knows it by, without credentials."""
+    """The source of a copy; `str()` is its name for users, without credentials."""
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file, by its path within the folder."""
+        """Return {path within the folder: bytes} of its files."""
         ...
 
     def fetch(self, sizes: dict[str, int], to: Path) -> None:
-        """Bring these files into a folder that may hold some from an interrupted try."""
+        """Download these files; the folder may hold some from an interrupted attempt."""
         ...
 
 
 @dataclass(frozen=True)
 class NodeCache:
-    """A folder of copies, with a bound on what they take together."""
+    """A folder of copies with a size limit."""
 
     folder: Path
     limit: int | None = None
-    """Bytes; None is bounded by the disk alone."""
-    patience: float = PATIENCE
+    """Bytes of all copies; None means that only the disk limits them."""
+    patience: float = RELEASE_TIMEOUT
 
     def copy(self, key: str, source: Source) -> Path:
-        """The whole copy that `key` names, held by this process from now on.
+        """Return the complete copy of this key, locked by this process from now on.
 
         Raises:
-            UserError: it does not fit.
-            OSError: a file did not arrive whole; another try goes on from here.
+            UserError: the copy does not fit.
+            OSError: a file is incomplete; another call resumes the download.
         """
         entry = _Entry(self.folder, key)
         with FileLock(entry.path(".lock")):
@@ -86,10 +86,9 @@ class NodeCache:
             time.sleep(min(1.0, self.patience / 10))
 
     def _make_room(self, entry: _Entry, what: str, need: int) -> str | None:
-        """Set `need` bytes aside for the entry, evicting as little as does.
+        """Reserve `need` bytes for the entry, and evict as few copies as possible.
 
-        Returns what is wrong where others would have to let go of their copies first; then
-        nothing is evicted.
+        Returns the problem, and evicts nothing, if other processes would have to release theirs.
         """
         with FileLock(self.folder / "room.lock"), ExitStack() as claims:
             others = [e for e in self._entries() if e != entry]
@@ -109,7 +108,7 @@ class NodeCache:
         return [_Entry(self.folder, file.stem) for file in self.folder.glob("*.json")]
 
     def _lack(self, entry: _Entry, need: int, others: list[_Entry], freed: int = 0) -> int:
-        """Bytes too few for the entry beside the others, by the limit or on the disk."""
+        """Missing bytes for the entry beside the others, by the limit or on the disk."""
         to_come = need - entry.written + sum(e.bytes - e.written for e in others)
         by_disk = to_come + SPARE - freed - shutil.disk_usage(self.folder).free
         by_limit = need + sum(e.bytes for e in others) - (self.limit or 0)
@@ -127,7 +126,7 @@ class NodeCache:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A copy, finished or not, and the files beside it."""
+    """A copy, complete or not, with its lock files and its record."""
 
     folder: Path
     key: str
@@ -148,26 +147,26 @@ class _Entry:
 
     @property
     def bytes(self) -> int:
-        """What it takes once it is whole; 0 where a record was not written to its end."""
+        """Bytes of the complete copy; 0 if its record is damaged."""
         try:
-            return json.loads(self.path(".json").read_text())["bytes"]
+            return int(json.loads(self.path(".json").read_text())["bytes"])
         except (OSError, json.JSONDecodeError):
             return 0
 
     @property
     def written(self) -> int:
-        """Bytes that it has on the disk."""
+        """Bytes on the disk so far."""
         if self.copy.is_dir():
             return self.bytes
         return sum(f.stat().st_size for f in self.part.rglob("*") if f.is_file())
 
     @property
     def used(self) -> float:
-        """When it was last asked for."""
+        """Unix time of its last use."""
         return self.path(".held").stat().st_mtime
 
     def hold(self) -> None:
-        """Keep it from being evicted until this process ends."""
+        """Lock the copy against eviction until this process ends."""
         path = self.path(".held")
         if path not in _held:
             file = path.open("ab")
@@ -177,7 +176,7 @@ class _Entry:
 
     @contextmanager
     def claimed(self) -> Iterator[bool]:
-        """Whether nobody holds it; nobody then can within the block."""
+        """Lock the copy within the block; yield False if another process uses it."""
         with self.path(".held").open("ab") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -187,7 +186,7 @@ class _Entry:
             yield True
 
     def delete(self) -> None:
-        """Remove it; interrupted, it leaves what no reader takes for a copy."""
+        """Delete the copy; an interrupted deletion leaves a `.part` folder."""
         if self.copy.is_dir():
             shutil.rmtree(self.part, ignore_errors=True)
             self.copy.rename(self.part)
@@ -196,10 +195,10 @@ class _Entry:
 
 
 def node_cache() -> NodeCache:
-    """This node's copies: $WRPO_CACHE, or `wrpo-cache-<uid>` beside temporary files.
+    """Return this node's cache: $WRPO_CACHE, or `wrpo-cache-<uid>` in the temporary folder.
 
     Raises:
-        UserError: the limit in the environment is no number of GB.
+        UserError: the limit in the environment is not a number of GB.
     """
     default = Path(tempfile.gettempdir()) / f"wrpo-cache-{os.getuid()}"
     folder = Path(os.environ.get("WRPO_CACHE", default)).expanduser().absolute()
@@ -212,10 +211,10 @@ def node_cache() -> NodeCache:
 
 
 def plain_path(folder: Path) -> Path:
-    """The folder, or a link to it, by a path of letters, digits and `-_.+=,@~` alone.
+    """Return the folder, or a link to it whose path has letters, digits and `-_.+=,@~` only.
 
-    Engines search for weights by patterns that begin with the folder: in one named `run?` they
-    would read those of `run1` as well, and in `run[1]` none.
+    Engines search for weights by glob patterns that begin with the folder: for `run?` they would
+    also read the weights of `run1`, and for `run[1]` none.
     """
     if re.fullmatch(r"[\w/.+=,@~-]*", str(folder), re.ASCII):
         return folder

@@ -1,4 +1,4 @@
-"""What tells one input from another: hashes of model folders and of data files."""
+"""Content fingerprints: hashes of model folders and data files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import pyarrow as pa
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 
 WHOLE = 64 * 2**20
-"""Weights up to this many bytes are hashed whole; larger ones by their size and samples."""
+"""Files up to this many bytes are hashed whole; larger ones by their size and samples."""
 SAMPLES, SAMPLE = 64, 2**20
 TEMPLATE = "chat_template.jinja"
 
 
 def model_fingerprint(folder: Folder) -> str:
-    """16 hex digits over the files of a model folder; of a model on the hub its commit.
+    """Return 16 hex digits over the files of a model folder, or the commit of a model on the hub.
 
-    Weights of many GB are told apart by their size and 64 samples of 1 MiB, which any
-    training step changes; reading them whole would take minutes at every start.
+    Of weights of many GB the size and 64 samples of 1 MiB are hashed, which any training step
+    changes; reading them whole would take minutes at every start.
     """
     if folder.uri.startswith(HUB_SCHEME):
         return folder.uri.partition("@")[2]
@@ -32,16 +32,16 @@ def model_fingerprint(folder: Folder) -> str:
 
 
 def distinguish_bom(key: str, template: Folder) -> str:
-    """The key of what has a chat template; another one where this has a byte-order mark.
+    """Return the key of a result with a chat template, changed if that has a byte-order mark.
 
-    Such a mark was once part of every prompt, and what was made with it is not used again.
+    Earlier versions made such a mark part of every prompt; their results are not used again.
     """
     with template.filesystem.open_input_file(template.path) as stream:
         return digest([key, "unmarked"], 16) if stream.read(3) == codecs.BOM_UTF8 else key
 
 
 def data_fingerprint(uris: Iterable[str]) -> str:
-    """16 hex digits over data files, so that an edited file is a new input."""
+    """Return 16 hex digits over data files, so that an edited file is a new input."""
     files = [Folder(uri) for uri in uris]
     return digest([[str(f).rsplit("/", 1)[-1], _digest(f, _whole)] for f in files], 16)
 
@@ -70,11 +70,11 @@ def _samples(stream: pa.NativeFile) -> Iterable[bytes]:
 
 
 def digest(value: Any, length: int = 32) -> str:
-    """Hex SHA-256 of a JSON-ready value, keys sorted, cut to `length` characters."""
+    """Return the first `length` hex digits of the SHA-256 of a JSON value, keys sorted."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 
 def unit_interval(*parts: Any) -> float:
-    """A hash of `parts` as a number in [0, 1): for splits, limits and ties."""
+    """Return a hash of `parts` as a number in [0, 1), for splits, limits and ties."""
     return int(digest(parts, 13), 16) / 16**13

@@ -1,26 +1,24 @@
-"""Models of the Hugging Face hub: ids, the commit that a revision is at, their files on a node.
+"""Models of the Hugging Face hub: ids, commits of revisions, and their files on a node.
 
-huggingface_hub speaks with the hub, and takes the token from the environment (HF_TOKEN); nothing
-here sees it. A revision is resolved once, on the driver; from then on a model is known by its
-commit. Where the user's own cache (HF_HOME) has all of it, it is used in place and never evicted.
+huggingface_hub talks to the hub, and reads the token from the environment (HF_TOKEN); nothing here
+sees it. The driver resolves a revision once; from then on a model is identified by its commit. A
+complete model in the user's own cache (HF_HOME) is used in place and never evicted.
 """
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import (
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
     CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -32,7 +30,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.cache import node_cache
@@ -44,22 +42,22 @@ ID = re.compile(
 )
 """`org/name`, `hf://org/name` or `hf://org/name@revision`."""
 STREAMS = 8
-"""Files downloaded or hashed at once."""
+"""Files downloaded at once."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of the hub at one commit: what a node's copy is made from (`cache.Source`)."""
+    """A model of the hub at one commit; a source of the node cache (`cache.Source`)."""
 
     repo: str
     commit: str
 
     @classmethod
     def at(cls, uri: str) -> HubModel:
-        """The model at `hf://org/name@commit`.
+        """Return the model at `hf://org/name@commit`.
 
         Raises:
-            UserError: the address is another.
+            UserError: the address has another form.
         """
         repo, _, commit = uri.removeprefix(HUB_SCHEME).partition("@")
         if not re.fullmatch("[0-9a-f]{40}", commit):
@@ -70,33 +68,33 @@ class HubModel:
 
     @property
     def uri(self) -> str:
-        """Its address."""
+        """The address."""
         return f"{HUB_SCHEME}{self.repo}@{self.commit}"
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
 
     def local(self) -> Path:
-        """A folder on this node with all that an engine needs.
+        """Return a folder on this node with all files that an engine needs.
 
         Raises:
-            UserError: the hub does not give it, or it does not fit into the node's cache.
+            UserError: the hub rejects the request, or the model does not fit into the node cache.
         """
         key = uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
         return self._in_users_cache() or node_cache().copy(key, self)
 
     def fetch_metadata(self) -> tuple[Path, list[str]]:
-        """A folder with all that an engine needs but the weights, some MB, and all files' names.
+        """Return a folder with all that an engine needs but the weights, and all file names.
 
-        Where the user's own cache has the weights, they are there too.
+        These are some MB. If the user's own cache has the weights, the folder has them too.
 
         Raises:
-            UserError: the hub does not give it.
+            UserError: the hub rejects the request.
         """
         if found := self._in_users_cache():
             return found, [file.name for file in found.iterdir()]
         cache = node_cache().folder / "hub"
-        with _explained(self.repo, self.commit):
+        with _explain_errors(self.repo, self.commit):
             folder = self._download(["config.json"], cache_dir=cache)  # and the list of files
             tree = get_cached_repo_tree(self.repo, revision=self.commit, cache_dir=cache)
             names = [file.path for file in tree]
@@ -105,28 +103,23 @@ class HubModel:
         return folder, names
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of the files that an engine needs."""
-        return {name: file.size for name, file in self._files().items()}
+        """Return {name: bytes} of the files that an engine needs."""
+        with _explain_errors(self.repo, self.commit):
+            tree = HfApi().list_repo_tree(self.repo, recursive=True, revision=self.commit)
+            sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
+        return {name: sizes[name] for name in engine_files(sizes)}
 
     def fetch(self, sizes: dict[str, int], to: Path) -> None:
-        """Download; files that an interrupted try finished are not fetched again."""
-        with _explained(self.repo, self.commit):
+        """Download and verify files; complete ones of an interrupted attempt are kept."""
+        with _explain_errors(self.repo, self.commit):
             self._download([glob.escape(name) for name in sizes], local_dir=to)
-        files = self._files()
-        with ThreadPoolExecutor(STREAMS) as threads:
-            are_whole = threads.map(lambda name: _is_whole(to / name, files[name]), sizes)
-        spoilt = [name for name, good in zip(sizes, are_whole, strict=True) if not good]
+            checked = HfApi().verify_repo_checksums(self.repo, revision=self.commit, local_dir=to)
+        spoilt = [mismatch["path"] for mismatch in checked.mismatches]
         for name in spoilt:
-            (to / name).unlink()  # the next try fetches it again
+            (to / name).unlink()  # the next attempt downloads it again
         if spoilt:
-            raise OSError(f"{self}: {spoilt[0]} arrived with another content than the hub tells")
-        shutil.rmtree(to / ".cache", ignore_errors=True)  # the downloader's notes
-
-    def _files(self) -> dict[str, RepoFile]:
-        with _explained(self.repo, self.commit):
-            tree = HfApi().list_repo_tree(self.repo, recursive=True, revision=self.commit)
-            files = {file.path: file for file in tree if isinstance(file, RepoFile)}
-        return {name: files[name] for name in engine_files(files)}
+            raise OSError(f"{self}: the content of {spoilt[0]} does not match its hash on the hub")
+        shutil.rmtree(to / ".cache", ignore_errors=True)  # the downloader's records
 
     def _download(
         self, patterns: list[str], *, cache_dir: Path | None = None, local_dir: Path | None = None
@@ -143,7 +136,7 @@ class HubModel:
         return Path(folder)
 
     def _in_users_cache(self) -> Path | None:
-        """The snapshot in HF_HOME, if the list of files kept there says that it is whole."""
+        """The snapshot in HF_HOME, if it is complete by the list of files that is kept there."""
         try:
             tree = get_cached_repo_tree(self.repo, revision=self.commit)
             names = [glob.escape(name) for name in engine_files(file.path for file in tree)]
@@ -157,17 +150,17 @@ class HubModel:
 
 
 def is_hub_id(model: str) -> bool:
-    """Whether a config's `model` is one: an existing local folder comes first."""
+    """Whether a config's `model` is a hub id; an existing local folder takes precedence."""
     return ID.fullmatch(model) is not None and not os.path.isdir(model)
 
 
 def resolve_address(model: str, revision: str | None) -> str:
-    """Where a config's model lies: of a hub id its address at the commit it is at now, else itself.
+    """Return a hub id's address at its current commit; another `model` is returned as it is.
 
-    Without a network a commit is taken as it is, and a branch or tag at the commit seen last.
+    Without a network a commit is used as it is, and a branch or tag at the last known commit.
 
     Raises:
-        UserError: the hub does not know or give it, or a folder has a revision.
+        UserError: the hub does not know the model or denies access, or a folder has a revision.
     """
     if not is_hub_id(model):
         if revision is not None:
@@ -178,23 +171,14 @@ def resolve_address(model: str, revision: str | None) -> str:
     repo, at = match["repo"], match["at"]
     if at is not None and revision not in (None, at):
         raise UserError(f"revision: {model} has one already; drop it, or {revision!r}")
-    with _explained(repo, at or revision):
+    with _explain_errors(repo, at or revision):
         commit = HfApi().resolve_revision(repo, revision=at or revision).resolved
     return HubModel(repo, commit).uri
 
 
-def _is_whole(file: Path, told: RepoFile) -> bool:
-    """Whether a file's hash is the hub's: SHA-256 of large files, git's of small ones."""
-    with file.open("rb") as stream:
-        if told.lfs is not None:
-            return hashlib.file_digest(stream, "sha256").hexdigest() == told.lfs.sha256
-        data = stream.read()
-    return hashlib.sha1(b"blob %d\0%b" % (len(data), data)).hexdigest() == told.blob_id
-
-
 @contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Tells what the hub refuses in one line with the remedy."""
+def _explain_errors(repo: str, revision: str | None) -> Iterator[None]:
+    """Turn errors of the hub into a UserError of one line with the remedy."""
     try:
         yield
     except GatedRepoError:

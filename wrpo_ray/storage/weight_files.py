@@ -1,4 +1,4 @@
-"""Which files of a model folder an engine or a trainer reads."""
+"""The files of a model folder that an engine or a trainer reads."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 
 SMALL = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.py")
-"""Configs, tokenizers, chat templates, and code that a config names."""
+"""Configs, tokenizers, chat templates, and model code."""
 TEMPLATES = "additional_chat_templates/"
 WEIGHTS = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors"),
     re.compile(r".*\.safetensors"),
     re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin"),
 )
-"""Forms of the weights, best first: a repository often has several of the same numbers."""
+"""Formats of weights, preferred first: a repository often has the same weights in several."""
 
 
 def weight_files(names: Iterable[str]) -> list[str]:
-    """The weights among a model folder's files, in one form; empty where it has none known."""
+    """Return the weight files among a model folder's files, in one format; may be empty."""
     top = [name for name in names if "/" not in name]
     found = ([name for name in top if form.fullmatch(name)] for form in WEIGHTS)
     return next(filter(None, found), [])
 
 
 def engine_files(names: Iterable[str]) -> list[str]:
-    """Of a model folder's files those that an engine needs: the weights once, and small files."""
+    """Return the files that an engine needs: the weights in one format, and small files."""
     names = list(names)
     weights = weight_files(names)
     return [name for name in names if name in weights or _is_small(name)]

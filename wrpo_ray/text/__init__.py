@@ -1,1 +1,1 @@
-"""Text that users write: addresses, YAML and JSON, UTF-8 files."""
+"""Parsing of what users write: addresses, YAML, JSON and UTF-8 files."""

@@ -1,9 +1,9 @@
-"""Addresses as users write them: their parts, whether they hold a secret, and a form to show.
+"""Addresses that users write: parse them, find credentials in them, and redact them.
 
-An address is a local path, or `scheme://authority/name`, with options of the store behind its
-last `?` where that reads `option=value&...`. A name is taken as it is written, nothing in it is
-escaped: `s3://bucket/100% sure?.jsonl` is the object `100% sure?.jsonl`. Only strings are looked
-at here; `core.storage` opens them.
+An address is a local path, or `scheme://authority/name`. The text after its last `?` is options of
+the store if it has the form `option=value&...`. Names are not escaped:
+`s3://bucket/100% sure?.jsonl` is the object `100% sure?.jsonl`. This module only parses strings;
+`storage.folder` opens them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ OPTIONS = (
     *("client_id", "credential_kind", "background_writes", "blob_storage_authority"),
     *("dfs_storage_authority", "replication", "buffer_size", "default_block_size", "kerb_ticket"),
 )
-"""What an address may say of a store to pyarrow; none of it opens anything."""
+"""Options of pyarrow that an address may have; none is a credential."""
 OPTIONS_MARK = "?&"
-"""Begins the options, of which there may be none, behind a name that reads as if it had some."""
+"""Begins the options, even if there are none, after a name that looks as if it had some."""
 HIDDEN = "..."
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
 _ONE = r"\s*[\w.-]+\s*=[^&]*"
@@ -31,12 +31,12 @@ _GIVEN = re.compile(rf"&({_LIST})?|{_LIST}")
 _LIKE_OPTION = re.compile(r"\?(?:.*&)?\s*([\w.-]+)\s*=", re.DOTALL)
 _STORES = "s3|gs|gcs|abfss?|hdfs|viewfs|https?"
 _MISTYPED = re.compile(rf"(?:\w+:/?|//)[^/\s]*:[^/\s]*@|(?:{_STORES}):/?[^\s/].*@", re.IGNORECASE)
-"""A local path that reads like an address with credentials, whose `://` lacks a character."""
+"""A local path that looks like an address with credentials and a mistyped `://`."""
 _REST = r"(?:[?&]\s*[\w.-]+\s*=|[^\s'\"<>])*"
 _IN_TEXT = re.compile(
     r"(?:(?:s3|gs|gcs)://[^\s'\"<>/@]*:"
-    r"|[a-z][a-z0-9+-]*://(?!\[)[^\s'\"<>/@]*:(?!\d{1,5}(?!\w)))"  # what follows is no port,
-    rf"(?=\S)(?:(?!://)[^\n])*@{_REST}"  # but a key, whatever is in it
+    r"|[a-z][a-z0-9+-]*://(?!\[)[^\s'\"<>/@]*:(?!\d{1,5}(?!\w)))"  # not followed by a port,
+    rf"(?=\S)(?:(?!://)[^\n])*@{_REST}"  # but by a key of any characters
     rf"|[a-z][a-z0-9+-]*://{_REST}",
     re.IGNORECASE,
 )
@@ -46,7 +46,7 @@ _MISTYPED_IN_TEXT = re.compile(
     re.IGNORECASE,
 )
 _WITH_USER = {"abfs", "abfss", "hdfs", "viewfs", "hf"}
-"""Schemes whose authority has a container, a user or a name before its `@`."""
+"""Schemes whose authority may have a container, user or name before its `@`."""
 _BUCKETS = {"s3", "gs", "gcs"}
 _SERVICES = {"http", "https", "ray"}
 _CREDENTIALS = (
@@ -63,12 +63,12 @@ class Address:
     scheme: str
     authority: str
     name: str
-    """With the slash after the authority."""
+    """Begins with the slash after the authority."""
     options: str
 
     @classmethod
     def of(cls, text: str) -> Address | None:
-        """Its parts; None for a local path."""
+        """Parse an address; None for a local path."""
         found = re.match(_SCHEME, text)
         if not found or found[1].lower() == "file":
             return None
@@ -79,7 +79,7 @@ class Address:
         return cls(found[1].lower(), authority, slash + name, options)
 
     def __str__(self) -> str:
-        """What may be shown: neither options nor credentials."""
+        """The address without options and credentials."""
         authority, name = self.authority.rpartition("@")[2], self.name
         if self._is_split_secret:
             return f"{self.scheme}://{HIDDEN}"
@@ -93,7 +93,7 @@ class Address:
 
     @property
     def whole(self) -> str:
-        """The address again."""
+        """The address as a text that `of` parses."""
         base, given = f"{self.scheme}://{self.authority}{self.name}", self.options.lstrip("&")
         if _LIKE_OPTION.search(self.name) or self.name.endswith(OPTIONS_MARK):
             return f"{base}{OPTIONS_MARK}{given}"
@@ -101,7 +101,7 @@ class Address:
 
     @property
     def problem(self) -> str | None:
-        """Why it is not taken, without what it holds."""
+        """Why the address is rejected, without its secrets; None if it is valid."""
         if self.scheme in _SERVICES:
             return self._problem_of_service
         values = [part.partition("=") for part in self.options.split("&")]
@@ -129,7 +129,7 @@ class Address:
 
     @property
     def _like_option(self) -> list[str]:
-        """What reads like an option and is none, where the address does not say that it is none."""
+        """Parts of the name that look like options, unless `OPTIONS_MARK` ends the name."""
         is_marked = self.options.startswith("&")
         return [] if is_marked else _LIKE_OPTION.findall(self.name)
 
@@ -143,9 +143,9 @@ class Address:
 
     @property
     def _is_split_secret(self) -> bool:
-        """Whether a slash, in a secret or too many, seems to end the authority before its `@`."""
+        """Whether a slash inside a secret, or one too many, ends the authority before its `@`."""
         if not self.authority:
-            is_there = ":" in self.name or self.scheme not in _WITH_USER  # hdfs has a default host
+            is_there = ":" in self.name or self.scheme not in _WITH_USER  # hdfs: host is optional
             return is_there and "@" in self.name
         _, colon, port = self.authority.rpartition("@")[2].partition(":")
         is_port = port.isdigit() or "@" not in self.name
@@ -153,7 +153,7 @@ class Address:
 
 
 def _option(name: str) -> str:
-    """An option in words; one that looks like no name may be a secret."""
+    """Return an option's name for a message, or `HIDDEN` if it may be a secret."""
     close = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.8)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     is_like_one = re.fullmatch("[a-z][a-z_.-]{0,31}", name) and name not in OPTIONS
@@ -161,20 +161,20 @@ def _option(name: str) -> str:
 
 
 def address_problem(text: str) -> str | None:
-    """Why a text is not taken as an address, without what it holds; None where it may be one."""
+    """Return why a text is rejected as an address, without its secrets; None if it is valid."""
     if found := Address.of(text):
         return found.problem
     return _CREDENTIALS if _MISTYPED.match(text) else None
 
 
 def redact(text: str) -> str:
-    """A text, such as an error of a library, whose addresses hold neither options nor secrets."""
+    """Return a text, such as a library's error, without options and secrets in its addresses."""
     text = _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
     return _MISTYPED_IN_TEXT.sub(HIDDEN, text)
 
 
 def without_secrets(value: Any) -> Any:
-    """JSON, such as a config's, without what opens an address: options and credentials."""
+    """Return a JSON value, such as a config, without options and credentials in its addresses."""
     if isinstance(value, dict):
         return {without_secrets(name): without_secrets(part) for name, part in value.items()}
     if isinstance(value, list | tuple):

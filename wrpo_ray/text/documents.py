@@ -1,7 +1,7 @@
-"""YAML and JSON that users write: a key given twice is refused, where the parsers keep the last.
+"""YAML and JSON that users write: duplicate keys are rejected; the parsers would keep the last.
 
-Numbers such as `3e-7`, which YAML 1.1 takes for text because they have no point, come as
-`PlainNumber`, so that a field that holds a number can take them as one.
+YAML 1.1 reads numbers without a decimal point, such as `3e-7`, as text. They are returned as
+`PlainNumber`, so that a numeric field can convert them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, ClassVar
 import yaml
 
 FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-"""libyaml's where it is there: KubeRay's schemas have 60,000 lines, 15 s for the other."""
+"""libyaml's loader if installed: the Python loader takes 15 s for KubeRay's schemas."""
 EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 MERGE = "tag:yaml.org,2002:merge"
 TOO_DEEP = "it is nested too deeply"
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 COMPARED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp")}
-"""Kinds of keys that can be written in several ways, such as 1 and 0x1."""
+"""Tags of keys that can be written in several ways, such as 1 and 0x1."""
 
 
 class DuplicateKeyError(ValueError):
-    """A mapping has a key twice."""
+    """A mapping has a duplicate key."""
 
 
 class PlainNumber(str):
-    """A number without quotes that YAML 1.1 takes for text, such as `3e-7`."""
+    """An unquoted number that YAML 1.1 reads as text, such as `3e-7`."""
 
     __slots__ = ()
 
@@ -38,23 +38,24 @@ class PlainNumber(str):
 
 
 def read_yaml(text: str | bytes) -> Any:
-    """The value of a config, whose fields can take a `PlainNumber` as one.
+    """Return the value of a config; its numbers may be `PlainNumber`.
 
     Raises:
-        yaml.YAMLError: it is no YAML document.
-        DuplicateKeyError: keys are given twice, with the lines.
+        yaml.YAMLError: the text is not a YAML document.
+        DuplicateKeyError: names the duplicate keys and their lines.
     """
     return _read(text, _Loader, yaml.load)
 
 
 def read_document(text: str | bytes) -> Any:
-    """The value of a YAML document for others, as they read it; raises as `read_yaml` does."""
+    """Return the value of another program's YAML document. Raises the errors of `read_yaml`."""
     return _read(text, _QuickLoader, yaml.load)
 
 
 def read_documents(text: str | bytes) -> list[Any]:
-    """The values of all documents of a YAML file for others; raises as `read_yaml` does."""
-    return _read(text, _QuickLoader, lambda *given: list(yaml.load_all(*given)))
+    """Return the values of all documents of such a file. Raises the errors of `read_yaml`."""
+    documents: list[Any] = _read(text, _QuickLoader, lambda *given: list(yaml.load_all(*given)))
+    return documents
 
 
 def _read(text: str | bytes, loader: type, read: Callable[..., Any]) -> Any:
@@ -69,30 +70,30 @@ def _read(text: str | bytes, loader: type, read: Callable[..., Any]) -> Any:
 
 
 def describe_yaml_error(error: Exception) -> str:
-    """What is wrong and where, in one line and without the text around it."""
+    """Return the problem and its position in one line, without the text around it."""
     if isinstance(error, RecursionError):
         return TOO_DEEP
-    mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    text = " ".join(str(what or error).split())
+    mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+    text = " ".join(str(problem or error).split())
     return f"line {mark.line + 1}, column {mark.column + 1}: {text}" if mark else text
 
 
 class _Checked:
-    """Loaders with this refuse keys that are given twice, at any depth."""
+    """A mixin for loaders that rejects duplicate keys at any depth."""
 
     def get_node(self) -> Any:
-        return _with_keys_once(super().get_node())  # type: ignore[misc]
+        return _check_unique_keys(super().get_node())  # type: ignore[misc]
 
     def get_single_node(self) -> Any:
-        return _with_keys_once(super().get_single_node())  # type: ignore[misc]
+        return _check_unique_keys(super().get_single_node())  # type: ignore[misc]
 
 
 class _Loader(_Checked, yaml.SafeLoader):
-    """For configs."""
+    """The loader of configs."""
 
 
-class _QuickLoader(_Checked, FAST_LOADER):
-    """For manifests, of which there may be many; dates stay texts, as for Kubernetes."""
+class _QuickLoader(_Checked, FAST_LOADER):  # type: ignore[misc]
+    """The fast loader of manifests; dates stay texts, as in Kubernetes."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
@@ -108,16 +109,16 @@ _Loader.add_implicit_resolver("!plain-number", EXPONENT, list("-+.0123456789"))
 _Loader.add_constructor("!plain-number", _plain_number)
 
 
-def _with_keys_once(root: Any) -> Any:
-    """The node of a document, unless a mapping in it has a key twice."""
-    found = [told for node in _mappings(root) for told in _given_twice(node)]
+def _check_unique_keys(root: Any) -> Any:
+    """Return the node of a document; raise DuplicateKeyError if a mapping has a duplicate key."""
+    found = [text for node in _mappings(root) for text in _duplicates(node)]
     if found:
         raise DuplicateKeyError("; ".join(found))
     return root
 
 
 def _mappings(root: Any) -> Iterator[yaml.MappingNode]:
-    """All mappings below a node, each once, however many aliases it has."""
+    """Yield all mappings below a node, each once, even if it has aliases."""
     seen, queue = set(), deque([root])
     while queue:
         node = queue.popleft()
@@ -131,11 +132,11 @@ def _mappings(root: Any) -> Iterator[yaml.MappingNode]:
             queue += node.value
 
 
-def _given_twice(node: yaml.MappingNode) -> Iterator[str]:
+def _duplicates(node: yaml.MappingNode) -> Iterator[str]:
     lines: dict[Hashable, int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            continue  # a mapping or list as a key is refused by the constructor
+            continue  # the constructor rejects a mapping or list as a key
         line, same = key.start_mark.line + 1, _key(key)
         if same in lines:
             where = f"lines {lines[same]} and {line}" if lines[same] < line else f"line {line}"
@@ -144,8 +145,8 @@ def _given_twice(node: yaml.MappingNode) -> Iterator[str]:
         lines.setdefault(same, line)
 
 
-def _key(node: yaml.ScalarNode) -> Hashable:
-    """What two ways to write a key have in common."""
+def _key(node: yaml.ScalarNode) -> Any:
+    """The value of a key, which several ways to write it share."""
     if node.tag not in COMPARED:
         return node.value
     try:
@@ -158,10 +159,10 @@ def _key(node: yaml.ScalarNode) -> Hashable:
 
 
 def read_json(text: str | bytes, parse_float: Callable[[str], Any] = float) -> Any:
-    """The value of a JSON text; `parse_float` makes its numbers with a point or an exponent.
+    """Return the value of a JSON text; `parse_float` converts numbers with a point or exponent.
 
     Raises:
-        ValueError: it is none, or an object in it has a key twice.
+        ValueError: the text is not JSON, or an object has a duplicate key.
     """
     return json.loads(text, object_pairs_hook=_object, parse_float=parse_float)
 
@@ -169,12 +170,12 @@ def read_json(text: str | bytes, parse_float: Callable[[str], Any] = float) -> A
 def read_row(
     text: str | bytes, columns: Iterable[str], parse_float: Callable[[str], Any] = float
 ) -> Any:
-    """The value of a line of JSON, of which only these columns are used.
+    """Return the value of a line of JSON, of which only these columns are used.
 
     Raises:
-        ValueError: it is none, or it or an object in one of the columns has a key twice.
+        ValueError: the line is not JSON, or it or one of the columns has a duplicate key.
     """
-    twice: list[tuple[Any, DuplicateKeyError]] = []
+    twice: list[tuple[dict[str, Any], DuplicateKeyError]] = []
 
     def read(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         try:
@@ -193,7 +194,7 @@ def read_row(
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """A value of JSON and all that is in it."""
+    """Yield a JSON value and all values in it."""
     queue = deque([value])
     while queue:
         yield (part := queue.popleft())
@@ -201,7 +202,7 @@ def _parts(value: Any) -> Iterator[Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
+    found: dict[str, Any] = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)

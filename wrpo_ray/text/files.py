@@ -8,17 +8,17 @@ from pathlib import Path
 from wrpo_ray.errors import UserError
 
 BOM = "\ufeff"
-"""A byte-order mark, which editors on Windows write before a text."""
+"""The byte-order mark that editors on Windows write before a text."""
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def read_text(path: str | Path, what: str) -> str:
-    """The text of a local file, line ends as newlines, without a byte-order mark.
+    """Return the text of a local file with newlines as line ends, without a byte-order mark.
 
     `what` is the config key or the option that names the file.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
         data = Path(path).read_bytes()
@@ -28,10 +28,10 @@ def read_text(path: str | Path, what: str) -> str:
 
 
 def decode(data: bytes, what: str) -> str:
-    """The text of a file's bytes, as `read_text` gives it; `what` begins the message of an error.
+    """Return the text of a file's bytes, as `read_text` does; `what` begins error messages.
 
     Raises:
-        UserError: it is not UTF-8.
+        UserError: the bytes are not UTF-8.
     """
     if is_utf16(data):
         raise UserError(f"{what}: cannot be read: it is UTF-16; save it as UTF-8")
@@ -45,6 +45,6 @@ def decode(data: bytes, what: str) -> str:
 
 
 def is_utf16(data: bytes) -> bool:
-    """Whether bytes begin as a text of Western letters does in UTF-16, or with its mark alone."""
+    """Whether bytes begin like UTF-16: with a mark, or with a zero in a pair of bytes."""
     start = data[:4]
     return b"\0" in start[2:] if start[:2] in UTF16 else len(start) > 1 and 0 in start[:2]

@@ -9,11 +9,12 @@ import pyarrow.json
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.published import to_published
 from support.tiny_models import preference_rows, write_preferences
 
 from wrpo_ray.cli.entry import main
 from wrpo_ray.config import Config
-from wrpo_ray.data.published import from_published, to_published
+from wrpo_ray.data.published import from_published
 from wrpo_ray.data.records import PREFERENCE
 from wrpo_ray.errors import UserError
 from wrpo_ray.export import write

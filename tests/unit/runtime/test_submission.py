@@ -112,7 +112,7 @@ def test_an_agent_that_never_comes_is_told(monkeypatch, no_waiting):
 
 
 def test_a_refusal_is_told_in_one_line(monkeypatch):
-    with pytest.raises(UserError, match="^the cluster refuses the job: it is full$"):
+    with pytest.raises(UserError, match="^the cluster rejects the job: it is full$"):
         job(monkeypatch, Cluster(submit=[RuntimeError("Traceback ...\n  more\nit is full")]))
 
 
@@ -134,7 +134,7 @@ def test_the_driver_goes_to_a_worker_if_the_head_has_no_cpus(monkeypatch, no_wai
     job(monkeypatch, cluster)
     assert cluster.asked["entrypoint_num_cpus"] == 1
     no_waiting.heads = []
-    with pytest.raises(UserError, match="the cluster's head tells no resources after 60 s"):
+    with pytest.raises(UserError, match="the cluster's head reports no resources after 60 s"):
         job(monkeypatch, cluster)
 
 
@@ -144,7 +144,7 @@ def test_exit_codes_are_passed_on(monkeypatch, name: str, code: int, expected: i
 
 
 @pytest.mark.parametrize(
-    ("name", "told"), [("STOPPED", "submit it again to go on"), ("FAILED", "no node has it")]
+    ("name", "told"), [("STOPPED", "submit it again to resume"), ("FAILED", "no node has it")]
 )
 def test_a_job_without_an_exit_code_is_an_error(monkeypatch, name: str, told: str):
     with pytest.raises(WrpoError, match=told):
@@ -196,7 +196,7 @@ def test_ctrl_c_stops_the_job_by_choice(
     monkeypatch.setattr("builtins.input", lambda question: typed)
     assert command(f"--on-interrupt={answer}") == 130
     assert interrupted.stops == stops
-    told = "submit it again to go on" if stops else "interrupted; the job goes on: `ray job logs"
+    told = "submit it again to resume" if stops else "interrupted; the job goes on: `ray job logs"
     assert told in capsys.readouterr().err
 
 

@@ -24,7 +24,8 @@ from wrpo_ray.runtime import lease
 from wrpo_ray.runtime.cluster import output_mark
 from wrpo_ray.runtime.lease import Lease
 from wrpo_ray.storage.fingerprints import data_fingerprint
-from wrpo_ray.storage.folder import TEMPORARY_PREFIX, Folder, check_writable
+from wrpo_ray.storage.folder import Folder, check_writable
+from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 from wrpo_ray.storage.steps import Step
 
 IDS = st.text("0123456789abcdef", min_size=32, max_size=32)

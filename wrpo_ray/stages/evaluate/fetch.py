@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.storage.folder import TEMPORARY_PREFIX
+from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 
 SUMS = "SHA256SUMS"
 _ALPACA = "https://huggingface.co/datasets/tatsu-lab/alpaca_eval/resolve/{}/{}"

@@ -16,7 +16,7 @@ from typing import Any
 from wrpo_ray.config import Actors
 from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.data.failures import retrying_failures, write_failures
-from wrpo_ray.data.records import JUDGMENT, failure
+from wrpo_ray.data.records import JUDGMENT, FailureRow, failure
 from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
@@ -140,7 +140,7 @@ class Reader:
         asked = items(job.prompts, job.judging.schema, root, bucket)
         found = [answers.read(root, bucket) for answers in job.answers]
         judged: list[Row] = []
-        failed: list[Row] = []
+        failed: list[FailureRow] = []
         for position, game in zip(job.judging.positions, job.games, strict=True):
             judgments, errors = self._judgments(game, bucket)
             for item in asked:
@@ -153,7 +153,8 @@ class Reader:
                 except (NoAnswerError, NotJudgedError, NoVerdictError) as error:
                     key = item["prompt_id"]
                     lost = failure("judge", error, prompt_id=key, source=job.model, sample=position)
-                    failed.append(lost | errors.get(key, {}))
+                    lost.update(errors.get(key, {}))
+                    failed.append(lost)
                 judged.append(record)
         with retrying_failures(kept, bucket):
             if judged:
@@ -161,7 +162,7 @@ class Reader:
             write_failures(kept, bucket, failed, "all")
         return row | {"rows": len(judged) - len(failed), "failed": len(failed)}
 
-    def _judgments(self, game: Game, bucket: Bucket) -> tuple[dict[str, Judgment], dict[str, Row]]:
+    def _judgments(self, game: Game, bucket: Bucket) -> tuple[dict[str, Judgment], dict[str, Any]]:
         """Judgments by prompt id, and the {error, message, attempts} of those missing."""
         root = self.run.root
         found: dict[str, Judgment] = {}

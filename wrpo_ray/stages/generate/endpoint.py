@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.data.records import failure
+from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm.completion import INT32, Completion, EndpointError
 from wrpo_ray.llm.endpoint import Body, Endpoint
 from wrpo_ray.stages.generate.engine import (
@@ -87,9 +87,15 @@ class EndpointEngine:
 
     def _failure(
         self, request: Request, sample: int, error: EndpointError, identity: SamplingIdentity
-    ) -> Row:
-        key = {"prompt_id": request.prompt_id, "source": identity.name, "sample": sample}
-        return failure("generate", error, attempts=error.attempts, **key)
+    ) -> FailureRow:
+        return failure(
+            "generate",
+            error,
+            attempts=error.attempts,
+            prompt_id=request.prompt_id,
+            source=identity.name,
+            sample=sample,
+        )
 
 
 def _seed(request: Request, sample: int, identity: SamplingIdentity) -> int:

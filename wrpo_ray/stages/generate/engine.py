@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any, Protocol
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.data.records import Message, failure
+from wrpo_ray.data.records import FailureRow, Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import (
     Template,
@@ -31,7 +31,7 @@ from wrpo_ray.llm.vllm import CPU_ENGINE
 from wrpo_ray.storage.fingerprints import digest
 
 Row = dict[str, Any]
-Answers = tuple[list[Row], list[Row]]
+Answers = tuple[list[Row], list[FailureRow]]
 """RESPONSE rows (without `model`), and FAILURE rows, of one request."""
 
 

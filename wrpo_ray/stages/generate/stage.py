@@ -238,10 +238,10 @@ class Generator:
         bucket: Bucket,
         job: Generate,
         rows: list[dict],
-        failures: list[dict],
+        failures: list[records.FailureRow],
         earlier: EarlierFailures,
     ) -> None:
-        key = sorted([r["prompt_id"], r["sample"]] for r in rows + failures)
+        key = sorted([r["prompt_id"], r["sample"]] for r in [*rows, *failures])
         if rows:
             marked = [row | {"model": job.fingerprint} for row in rows]
             write_shard(job.samples.folder(self.run.root), bucket, records.RESPONSE, marked, key)

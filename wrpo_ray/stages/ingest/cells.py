@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 
 from wrpo_ray.data.published import RowError, check_text
 from wrpo_ray.data.references import Reference
-from wrpo_ray.storage.folder import MAX_STREAMS, Folder
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.remote import MAX_STREAMS
 
 EXACT = 2**53
 """Whole numbers up to here are exact as floats."""

@@ -175,7 +175,7 @@ class IngestPreferences(BaseJob):
 
     def records(self, row: Row) -> list[Row | RowError]:
         """One PREFERENCE record."""
-        return [from_published(row)]
+        return [{**from_published(row)}]
 
     def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
         """All rows, in an order that does not depend on the order of the files."""
@@ -282,8 +282,8 @@ def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Iter
         key = record["prompt_id"] if isinstance(record, dict) else digest(place)
         if isinstance(record, Exception):
             where = place if len(found) == 1 else f"{place}[{number}]"
-            record = records.failure(job.step.name, record, where=where)
-            yield _in_bucket(key, buckets, record, good=False)
+            failed = records.failure(job.step.name, record, where=where)
+            yield _in_bucket(key, buckets, {**failed}, good=False)
         else:
             yield _in_bucket(key, buckets, record, good=True)
 

@@ -233,7 +233,7 @@ class Scorer:
 
     def _score(
         self, job: Score, prompts: dict[str, Row], rows: list[Row]
-    ) -> tuple[list[Row], list[Row]]:
+    ) -> tuple[list[Row], list[records.FailureRow]]:
         asked = [prompts[row["prompt_id"]] for row in rows]
         items = [
             Item(prompt["messages"], row["text"], prompt["reference"])
@@ -254,7 +254,7 @@ class Scorer:
         bucket: Bucket,
         rows: list[Row],
         good: list[Row],
-        failed: list[Row],
+        failed: list[records.FailureRow],
         earlier: EarlierFailures,
     ) -> None:
         key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in rows)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wrpo_ray.config import TrainConfig, WrpoConfig
-from wrpo_ray.data.records import failure
+from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm import chat
 from wrpo_ray.stages.train import published
 from wrpo_ray.storage.fingerprints import unit_interval
@@ -67,17 +67,17 @@ class Rows:
     """Tokenized rows, and FAILURE rows of the records that are left out."""
 
     kept: list[Row] = field(default_factory=list)
-    failed: list[Record] = field(default_factory=list)
+    failed: list[FailureRow] = field(default_factory=list)
     cut: int = 0
     """Answers that were cut to fit."""
 
     @property
-    def too_long(self) -> list[Record]:
+    def too_long(self) -> list[FailureRow]:
         """The failed rows that exceed the length limits."""
         return [row for row in self.failed if row["error"] == RowTooLongError.recorded_as]
 
     @property
-    def faults(self) -> list[Record]:
+    def faults(self) -> list[FailureRow]:
         """The failed rows with any other error."""
         return [row for row in self.failed if row["error"] != RowTooLongError.recorded_as]
 

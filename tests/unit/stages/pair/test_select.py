@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.plain_pairing import pair as plain_pair
 from support.plain_pairing import select as plain_select
+from support.published import to_published
 
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
-from wrpo_ray.data.published import from_published, parse_messages, to_published
+from wrpo_ray.data.published import from_published, parse_messages
 from wrpo_ray.data.records import prompt_id
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
