@@ -31,7 +31,8 @@ from support.in_browser import picture
 from support.request_values import TAKEN, TOOL, VALUES, is_taken
 
 from wrpo_ray.config import RewardConfig
-from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+from wrpo_ray.llm.chat import prompt_ids
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.score.base import Item
 from wrpo_ray.stages.score.classifiers import load_classifier
 

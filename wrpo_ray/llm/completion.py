@@ -58,9 +58,9 @@ class Completion:
 class EndpointError(RuntimeError):
     """A call failed."""
 
-    may_pass = True
+    is_retryable = True
     """Whether another attempt makes sense."""
-    concerns_all = False
+    affects_all_calls = False
     """Whether every call meets it, if nothing was ever answered."""
     attempts = 1
     """How many there were."""
@@ -79,7 +79,7 @@ class WrongShapeError(EndpointError):
 class UnusableAnswerError(EndpointError):
     """A completion without a text that can be used; the same call would give it again."""
 
-    may_pass = False
+    is_retryable = False
 
 
 class NoChoiceError(UnusableAnswerError):

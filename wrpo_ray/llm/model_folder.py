@@ -26,16 +26,8 @@ from wrpo_ray.llm.architecture import (
     check_tensors,
     telling_of,
 )
-from wrpo_ray.llm.chat import (
-    OWN,
-    PROBE,
-    Template,
-    answer_ids,
-    conversation_ids,
-    end_ids,
-    load_tokenizer,
-    prompt_ids,
-)
+from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids
+from wrpo_ray.llm.rendering import OWN, PROBE, Template, load_tokenizer
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import HUB, Folder
@@ -248,7 +240,7 @@ def _verdict(folder: Path, use: Use, template: Template, tensors: Tensors | None
 def _own_code() -> str:
     """Of the checks, and of how chats become tokens: what passed others is checked again."""
     package = Path(__file__).parents[1]
-    files = sorted([*package.glob("core/*.py"), *package.glob("score/*.py")])
+    files = sorted([*package.glob("llm/*.py"), *package.glob("stages/score/*.py")])
     return digest([file.read_text() for file in files], 16)
 
 

@@ -27,8 +27,8 @@ from wrpo_ray.config import (
 from wrpo_ray.config.base import required
 from wrpo_ray.data.shards import Prompts, Samples
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.chat import OWN, Template
 from wrpo_ray.llm.model_folder import small_files
+from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.pipeline.evaluation import Evaluation
 from wrpo_ray.pipeline.identities import (
     scorer_fingerprint,

@@ -42,7 +42,8 @@ from wrpo_ray.config import (
 from wrpo_ray.data.records import Message
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.architecture import Use, check_weights
-from wrpo_ray.llm.chat import Template, end_ids, load_tokenizer
+from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.cluster import keeping_sigterm
 from wrpo_ray.runtime.placement import thread_env

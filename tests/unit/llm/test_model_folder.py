@@ -21,8 +21,8 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_tensors, check_weights
-from wrpo_ray.llm.chat import Template
 from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder
+from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked

@@ -20,13 +20,8 @@ from typing import Any, Protocol
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
-from wrpo_ray.llm.chat import (
-    Template,
-    end_ids,
-    load_tokenizer,
-    prompt_ids,
-    separator,
-)
+from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
+from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm import CPU_ENGINE
 from wrpo_ray.storage.fingerprints import digest
 

@@ -38,7 +38,6 @@ from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import Feed
 from wrpo_ray.runtime.tally import Tally
 from wrpo_ray.runtime.tasks import side_by_side
-from wrpo_ray.stages.generate.endpoint import EndpointEngine
 from wrpo_ray.stages.generate.engine import (
     Answers,
     Engine,
@@ -167,6 +166,8 @@ class Generator:
         """The model's engine."""
         job = self.jobs[0]
         if job.model.endpoint:
+            from wrpo_ray.stages.generate.endpoint import EndpointEngine  # it imports a client
+
             return EndpointEngine(job.model, job.seed)
         return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 

@@ -16,7 +16,8 @@ from wrpo_ray.llm.architecture import (
     telling_of,
     without_memory,
 )
-from wrpo_ray.llm.chat import conversation_ids, load_tokenizer, prompt_ids
+from wrpo_ray.llm.chat import conversation_ids, prompt_ids
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.llm.vllm import CPU_ENGINE
 from wrpo_ray.stages.score.base import (
     Item,

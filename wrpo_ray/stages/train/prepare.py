@@ -32,12 +32,8 @@ from wrpo_ray.data.shards import (
     write_failures,
 )
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.chat import (
-    OWN,
-    Template,
-    end_ids,
-    load_tokenizer,
-)
+from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.rendering import OWN, Template, load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
