@@ -31,7 +31,7 @@ from wrpo_ray.storage.tensors import Tensors, read_tensors
 HEADER = (128009, 128006, 78191, 128007, 271)
 """<|eot_id|><|start_header_id|>assistant<|end_header_id|> and an empty line, by Llama 3's ids."""
 BACKBONE = "model."
-"""What the names of the Llama's weights begin with."""
+"""Prefix of the Llama's weights."""
 
 
 class NoTurnError(ValueError):
@@ -39,10 +39,10 @@ class NoTurnError(ValueError):
 
 
 def gate_position(ids: list[int]) -> int:
-    """Where the gate reads: the token that ends the turn before the assistant's last.
+    """Return the position that the gate reads: the token that ends the turn before the answer.
 
     Raises:
-        NoTurnError: there is none.
+        NoTurnError: the conversation has no turn of the assistant.
     """
     for start in range(len(ids) - len(HEADER), -1, -1):
         if tuple(ids[start : start + len(HEADER)]) == HEADER:
@@ -70,7 +70,7 @@ class Gate(nn.Module):
 
 
 class Heads(nn.Module):
-    """All of ArmoRM but the Llama; names are those of the published weights."""
+    """ArmoRM without the Llama; attribute names are those of the published weights."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -159,7 +159,7 @@ def check_tensors(folder: Path, tensors: Tensors | None) -> None:
 
 
 def load_heads(config: LlamaConfig, files: dict[str, Path]) -> Heads:
-    """The heads, in fp32."""
+    """Load the heads, in fp32."""
     heads = Heads(config)
     state: dict[str, Any] = {}
     for name in heads.state_dict():
