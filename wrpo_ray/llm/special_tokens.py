@@ -66,9 +66,10 @@ def encoder(tokenizer: Any) -> Encode:
 
     def encode(text: str) -> list[int]:
         try:
-            return tokenizer(text, add_special_tokens=False)["input_ids"]
+            ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
         except Exception as error:  # such as a TypeError for text that is no Unicode
             raise TokenizeError(f"tokenizer: {type(error).__name__}: {error}") from error
+        return ids
 
     return encode
 
@@ -102,7 +103,7 @@ def _mark_dropping_encoder(tokenizer: Any, mark: str) -> Encode:
     tokenizer_without_marks = _mark_dropping_tokenizer(tokenizer, mark)
 
     def encode(text: str) -> list[int]:
-        ids = tokenizer_without_marks.encode(text, add_special_tokens=False).ids
+        ids: list[int] = tokenizer_without_marks.encode(text, add_special_tokens=False).ids
         if special.within(ids) != special.within(plain(text)):
             raise SpelledTokenError("a text spells a special token, which its tokens would become")
         return ids

@@ -42,6 +42,7 @@ from wrpo_ray.stages.generate.engine import (
     Answers,
     Engine,
     Request,
+    Row,
     SamplingIdentity,
     VllmEngine,
 )
@@ -241,8 +242,8 @@ class Generator:
         self,
         bucket: Bucket,
         job: Generate,
-        rows: list[dict],
-        failures: list[dict],
+        rows: list[Row],
+        failures: list[Row],
         earlier: Earlier,
     ) -> None:
         key = sorted([r["prompt_id"], r["sample"]] for r in rows + failures)

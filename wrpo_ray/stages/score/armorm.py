@@ -50,7 +50,7 @@ def gate_position(ids: list[int]) -> int:
     raise NoTurnError(f"the conversation's tokens have no {list(HEADER)}, the assistant's header")
 
 
-class Gate(nn.Module):
+class Gate(nn.Module):  # type: ignore[misc]  # torch has no types here
     """Weights of K ratings: an MLP with ReLU, and a softmax with a temperature."""
 
     def __init__(self, width: int, ratings: int, config: LlamaConfig):
@@ -69,7 +69,7 @@ class Gate(nn.Module):
         return self.logit_scale * (self.layers[-1](states) / self.temperature).softmax(-1)
 
 
-class Heads(nn.Module):
+class Heads(nn.Module):  # type: ignore[misc]
     """ArmoRM without the Llama; attribute names are those of the published weights."""
 
     def __init__(self, config: LlamaConfig):
@@ -122,7 +122,8 @@ class ArmoReward(TokenReward):
             states = out.last_hidden_state  # (B, T, H)
             last = states[row, [len(ids) - 1 for ids in rows]]
             gate = states[row, [gate_position(ids) for ids in rows]]
-            return self.heads(last.float(), gate.float()).tolist()
+            rewards: list[float] = self.heads(last.float(), gate.float()).tolist()
+        return rewards
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -166,4 +167,5 @@ def load_heads(config: LlamaConfig, files: dict[str, Path]) -> Heads:
         with safe_open(files[name], framework="pt") as file:
             state[name] = file.get_tensor(name)
     heads.load_state_dict(state)
-    return heads.float()
+    float32: Heads = heads.float()
+    return float32

@@ -77,7 +77,7 @@ def _is_decoder(config: dict[str, Any]) -> bool:
 
 def _has_head(model: Any) -> bool:
     """Whether a classifier is a decoder, whose head is read at the last token."""
-    return hasattr(model, HEAD) and not model.config.is_encoder_decoder
+    return hasattr(model, HEAD) and not bool(model.config.is_encoder_decoder)
 
 
 def _pad(config: dict[str, Any]) -> int | None:
@@ -201,6 +201,12 @@ def padded(rows: list[list[int]], pad: int, device: str) -> tuple[Any, Any]:
     return ids.to(device), mask.to(device)
 
 
+def to_list(outputs: Any) -> list[float]:
+    """Return a head's outputs (B, 1) as numbers."""
+    values: list[float] = outputs[:, 0].float().tolist()
+    return values
+
+
 class ClassifierReward(TokenReward):
     """A Hugging Face sequence classifier with one label.
 
@@ -234,10 +240,10 @@ class ClassifierReward(TokenReward):
         with torch.inference_mode():
             if not self.is_decoder:  # it reads its first token, or has a head of its own
                 out = self.model(input_ids=ids, attention_mask=mask)
-                return out.logits[:, 0].float().tolist()
+                return to_list(out.logits)
             states = self.model.base_model(input_ids=ids, attention_mask=mask)[0]  # (B, T, H)
             last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
-            return self.model.score(last)[:, 0].float().tolist()
+            return to_list(self.model.score(last))
 
 
 class VllmReward(TokenReward):

@@ -31,7 +31,7 @@ def load_function(path: str) -> Function:
     """
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the user's module can raise anything
         raise UserError(
             f"{path}: cannot be imported ({type(error).__name__}: {error}); put the module right, "

@@ -38,6 +38,7 @@ from wrpo_ray.runtime.ready_queue import Feed
 from wrpo_ray.runtime.tally import Tally
 from wrpo_ray.stages.score.base import Item, Reward
 from wrpo_ray.stages.score.rewards import load_reward
+from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -71,7 +72,7 @@ class Score:
     def fingerprint(self) -> str:
         """The fingerprint of the whole reward or verifier: part of the store's key."""
         whole = self.fingerprints
-        return whole[0] if len(whole) == 1 else records.digest(whole, 16)
+        return whole[0] if len(whole) == 1 else digest(whole, 16)
 
     @cached_property
     def step(self) -> Step:
