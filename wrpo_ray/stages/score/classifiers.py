@@ -111,7 +111,7 @@ def _template(folder: Folder, settings: dict[str, Any]) -> str:
 
 def is_armorm(folder: Path) -> bool:
     """Whether a local folder's config.json says that it is ArmoRM."""
-    return json.loads((folder / "config.json").read_bytes()).get("architectures") == [ARMORM]
+    return bool(json.loads((folder / "config.json").read_bytes()).get("architectures") == [ARMORM])
 
 
 def use_of(part: ScoreConfig) -> Use:
