@@ -16,7 +16,7 @@ from wrpo_ray.cli.entry import main
 from wrpo_ray.config import load
 from wrpo_ray.data.buckets import buckets, read_bucket
 from wrpo_ray.data.records import PREFERENCE
-from wrpo_ray.llm.chat import load_tokenizer
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.stage import STAGES

@@ -14,7 +14,8 @@ def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_toke
     zoo, on_cluster, tmp_path
 ):
     """That the engine saw the ids of `prompt_ids` is known by their number for each prompt."""
-    from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+    from wrpo_ray.llm.chat import prompt_ids
+    from wrpo_ray.llm.rendering import load_tokenizer
 
     model, output = zoo / "sources" / "llama-bytes", tmp_path / "out"
     lines = hostile_lines(COUNT, seed=0)

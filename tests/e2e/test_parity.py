@@ -51,7 +51,8 @@ def transformers_answers(folder, prompts: list[str]) -> list[list[int]]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+    from wrpo_ray.llm.chat import prompt_ids
+    from wrpo_ray.llm.rendering import load_tokenizer
 
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(
@@ -138,7 +139,8 @@ def test_a_saved_model_ends_its_answers_where_only_its_template_does(zoo, tmp_pa
     from transformers import AutoModelForCausalLM
 
     from wrpo_ray.config import SftConfig
-    from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+    from wrpo_ray.llm.chat import prompt_ids
+    from wrpo_ray.llm.rendering import load_tokenizer
     from wrpo_ray.llm.vllm import engine_env
     from wrpo_ray.stages.train.model import Policy, save
     from wrpo_ray.storage.folder import Folder

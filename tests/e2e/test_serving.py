@@ -32,7 +32,8 @@ from support.request_values import ACCEPTED, TOOL, VALUES, is_accepted
 from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import RewardConfig
-from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
+from wrpo_ray.llm.chat import prompt_ids
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.score.base import Item
 from wrpo_ray.stages.score.classifiers import load_classifier
 

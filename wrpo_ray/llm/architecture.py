@@ -1,11 +1,12 @@
-"""Whether a folder's tensors are those that its architecture has, told from headers.
+"""Checks that a folder's tensors are those of its architecture, from the headers alone.
 
-transformers fills what it does not find with random numbers, and drops what it does not know. So
-a model is built without memory (torch's meta device), and transformers' own renaming and merging
-of tensors is run on shapes alone: what it would miss, and what would be left over, is refused.
-A model of 70B parameters takes half a second. Of quantized weights the names are compared, module
-by module. Not covered: architectures that transformers does not know, and shapes of quantized
-weights and names of quantized experts.
+transformers fills missing tensors with random numbers, and drops unknown ones. So a model is built
+on torch's meta device, and transformers' own renaming and merging of tensors is run on shapes
+alone; missing and unexpected tensors are rejected. A model of 70B parameters takes half a second.
+For quantized weights the names are compared, module by module.
+
+Not covered: architectures that transformers does not know, shapes of quantized weights, and names
+of quantized experts.
 """
 
 from __future__ import annotations
@@ -31,20 +32,17 @@ HARMLESS = re.compile(
     r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state"
     r"|(^|\.)h\.\d+\.attn\.((attention\.)?bias|causal_mask))$"
 )
-"""Tensors that old versions wrote, causal masks among them, and that are computed anew.
-
-Only of what the architecture does not know.
-"""
+"""Unexpected tensors that may be ignored: buffers that old versions saved, such as causal masks."""
 HEAD = re.compile(r"(^|\.)lm_head\.weight$")
-"""A reward model that was trained from a language model often keeps its head."""
+"""A reward model trained from a language model often keeps that model's head."""
 WRAPPED = re.compile(r"^(module|_orig_mod|_fsdp_wrapped_module)\.|\._orig_mod\.")
-"""What torch's wrappers put into names."""
+"""Parts of names that torch's wrappers add."""
 INTEGERS = ("BOOL", "I", "U")
-"""How the names of types begin whose numbers are no weights by themselves."""
+"""Prefixes of dtypes that cannot hold plain weights."""
 PLAIN = ("weight", "bias")
-"""The parts of a module that is not quantized."""
+"""The tensors of a module that is not quantized."""
 EXPERTS = re.compile(r"\.experts\.")
-"""transformers merges experts into tensors that quantized ones need not give."""
+"""transformers merges experts into tensors that quantized models need not have."""
 LANGUAGE_MODEL = "give a causal language model, such as LlamaForCausalLM"
 TWO_HEADS = (
     "its head and its embeddings are two different tensors, although its config.json has "
@@ -53,11 +51,11 @@ TWO_HEADS = (
 ROWS = 4096
 """Rows of a head that are compared at a time."""
 SHOWN = 3
-"""Tensors that a refusal names."""
+"""Tensors named in an error message."""
 
 
 class Use(StrEnum):
-    """What a model folder is for."""
+    """The use of a model folder."""
 
     ANSWERS = "answers"
     """It answers prompts, on vLLM."""
@@ -81,7 +79,7 @@ class Use(StrEnum):
 
 @contextmanager
 def telling_of(what: str) -> Iterator[None]:
-    """Puts in front of a problem what it is of."""
+    """Prefix the message of a UserError with its subject."""
     try:
         yield
     except UserError as error:
@@ -104,7 +102,7 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     """Compare the tensors with the architecture of the `config.json` in a local folder.
 
     Raises:
-        UserError: they differ, or transformers, which has to load them, knows no such model.
+        UserError: they differ, or transformers has to load them and does not know the model.
     """
     _check_names(tensors)
     config = load_config(folder, use)
@@ -143,10 +141,10 @@ def first_of(problems: list[str]) -> str:
 
 
 def check_loaded(loaded: dict[str, Any], model: Any) -> None:
-    """Check what transformers says of a model that it loaded, for forms without a header.
+    """Check transformers' report on a model that it loaded, for file formats without headers.
 
     Raises:
-        UserError: a tensor was made up, or tied embeddings differ.
+        UserError: a tensor was initialized at random, or tied embeddings differ.
     """
     refuse([f"{name} is missing" for name in sorted(loaded["missing_keys"])], type(model).__name__)
     head = model.get_output_embeddings()
@@ -156,7 +154,7 @@ def check_loaded(loaded: dict[str, Any], model: Any) -> None:
 
 
 def load_config(folder: Path, use: Use) -> Any:
-    """The folder's config as transformers reads it; None where only vLLM may know the model.
+    """Return the folder's config as transformers reads it; None if only vLLM may know the model.
 
     Raises:
         UserError: transformers cannot read it, or has to know the model and does not.
@@ -177,7 +175,7 @@ def load_config(folder: Path, use: Use) -> Any:
 
 
 def _class_of(config: Any, use: Use) -> Any:
-    """The class that is to load the weights; None where transformers has none for vLLM's use."""
+    """Return the class that loads the weights; None if transformers has none and need not."""
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
@@ -208,7 +206,7 @@ def _check_names(tensors: Tensors) -> None:
 
 
 def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
-    """What transformers (5.23) would miss, not know, or not fit, in words."""
+    """Return what does not fit, in words: missing, unknown, misshapen or unusable tensors."""
     wanted, found = _as_loaded(kind, config, tensors)
     unknown = [name for name in found.unexpected_keys if not HARMLESS.search(name)]
     return [
@@ -225,7 +223,7 @@ def _differences(kind: Any, config: Any, tensors: Tensors) -> list[str]:
 
 
 def _missing_modules(kind: Any, config: Any, tensors: Tensors) -> list[str]:
-    """What quantized weights lack, in words: vLLM leaves it as memory happened to be.
+    """Return the missing tensors of quantized weights, in words; vLLM leaves them uninitialized.
 
     A method stores a weight as several tensors of its module under names of its own, such as
     `qweight` and `scales`; any of them stands for the weight.
@@ -242,7 +240,7 @@ def _missing_modules(kind: Any, config: Any, tensors: Tensors) -> list[str]:
 
 
 def _as_loaded(kind: Any, config: Any, tensors: Tensors) -> tuple[dict[str, bool], Any]:
-    """{tensor of the model: is it of floats}, and what transformers says of loading by shapes."""
+    """Return {name: is it of floats} of the model, and transformers' report on the loading."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import convert_and_load_state_dict_in_model
     from transformers.modeling_utils import LoadStateDictConfig
@@ -268,7 +266,7 @@ def _as_loaded(kind: Any, config: Any, tensors: Tensors) -> tuple[dict[str, bool
 
 
 def _has_two_heads(kind: Any, config: Any, folder: Path, tensors: Tensors) -> bool:
-    """Whether a model with tied embeddings has a head with other numbers in local safetensors."""
+    """Whether a model with tied embeddings has a different head in local safetensors files."""
     if not config.get_text_config().tie_word_embeddings:
         return False
     model = without_memory(kind, config)
@@ -299,7 +297,7 @@ def _are_equal(stored: list[tuple[Path, str]]) -> bool:
 
 
 def without_memory(kind: Any, config: Any) -> Any:
-    """A model of a class that has shapes, and no numbers."""
+    """Return a model on the meta device: shapes without numbers."""
     import torch
     from transformers import initialization
 
@@ -312,7 +310,7 @@ def without_memory(kind: Any, config: Any) -> Any:
 
 
 def _empty(tensors: Tensors) -> dict[str, Any]:
-    """Tensors of the same shapes, without numbers."""
+    """Return tensors of the same shapes on the meta device."""
     import torch
 
     def made(header: TensorHeader) -> Any:

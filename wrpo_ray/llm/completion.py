@@ -1,8 +1,8 @@
-"""What a chat completion of an OpenAI-compatible server says, and why one cannot be used.
+"""Reads the chat completions of OpenAI-compatible servers, with an error for each unusable one.
 
-Servers differ: a content can be a list of parts, an answer can be a refusal or the call of a tool,
-and a gateway can answer 200 with an error. A completion without a text that can be used is final,
-because the same call would give and cost the same again; what is no completion may pass.
+Servers differ: a content can be a list of parts, an answer can be a refusal or a tool call, and a
+gateway can send an error with status 200. A completion without usable text is final, because the
+same call would give and cost the same again; a response that is no completion is retried.
 
 Not covered: streams, several choices (the first is taken), images, audio.
 """
@@ -27,16 +27,16 @@ FINISH: dict[str, Literal["stop", "length"]] = {
     "max_output_tokens": "length",
     "model_length": "length",
 }
-"""What servers call the two ways in which an answer ends."""
+"""The servers' names of the two finish reasons."""
 FILTERED = frozenset({"content_filter", "safety", "recitation"})
-"""What they call an answer that they withhold."""
+"""Finish reasons of an answer that the server withholds."""
 BROKEN_OFF = frozenset({"error", "abort", "insufficient_system_resource"})
-"""What they call a fault of their own in the middle of an answer."""
+"""Finish reasons of a fault of the server in the middle of an answer."""
 TEXT_PARTS = frozenset({"text", "output_text"})
-THOUGHT_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_text"})
-"""Types of parts that are not the answer, as the field `reasoning_content` is not."""
-BESIDE_TEXT = THOUGHT_PARTS | {"reference"}
-"""Types of parts without the answer's words: thoughts, and numbers of what is cited."""
+REASONING_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_text"})
+"""Types of parts with reasoning, which like the field `reasoning_content` is not the answer."""
+NON_TEXT_PARTS = REASONING_PARTS | {"reference"}
+"""Types of parts without text of the answer: reasoning, and numbers of citations."""
 
 
 @dataclass(frozen=True)
@@ -47,29 +47,29 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     prompt_tokens: int | None
     output_tokens: int | None
-    """As the server counts them; null where it does not."""
+    """As the server counts them; None if it does not."""
     model: str
-    """What the server says has answered, with its fingerprint if it gives one."""
+    """The model by the server's name, with its fingerprint if the server gives one."""
     attempts: int = 1
     logprobs: list[dict[str, Any]] | None = None
-    """[{token, logprob}] of the likeliest first tokens, where the call asks for them."""
+    """[{token, logprob}] of the likeliest first tokens, if the call asks for them."""
 
 
 class EndpointError(RuntimeError):
     """A call failed."""
 
-    may_pass = True
-    """Whether another attempt makes sense."""
-    concerns_all = False
-    """Whether every call meets it, if nothing was ever answered."""
+    is_retryable = True
+    """Whether another attempt can succeed."""
+    affects_all_calls = False
+    """Whether every call fails alike, as long as none has succeeded."""
     attempts = 1
-    """How many there were."""
+    """The number of attempts made."""
     pause = 0.0
-    """Seconds for which the server wants no further call."""
+    """Seconds for which the server asks for no further call."""
 
 
 class ServerFaultError(EndpointError):
-    """The server answers 5xx, 408 or 409, or tells in its answer that it failed."""
+    """The server answers 5xx, 408 or 409, or reports a failure in its answer."""
 
 
 class WrongShapeError(EndpointError):
@@ -77,9 +77,9 @@ class WrongShapeError(EndpointError):
 
 
 class UnusableAnswerError(EndpointError):
-    """A completion without a text that can be used; the same call would give it again."""
+    """A completion without usable text; the same call would give it again."""
 
-    may_pass = False
+    is_retryable = False
 
 
 class NoChoiceError(UnusableAnswerError):
@@ -87,19 +87,19 @@ class NoChoiceError(UnusableAnswerError):
 
 
 class WrongChoiceError(UnusableAnswerError):
-    """The answer has another shape than OpenAI's."""
+    """The answer does not have the structure of OpenAI's."""
 
 
 class NoTextError(UnusableAnswerError):
-    """The answer has no text, as when reasoning took all tokens."""
+    """The answer has no text, for example because reasoning took all tokens."""
 
 
 class ToolCallError(UnusableAnswerError):
-    """The model calls a tool in place of an answer."""
+    """The model calls a tool instead of answering."""
 
 
 class ModelRefusalError(UnusableAnswerError):
-    """The answer is a refusal, which servers keep apart from text."""
+    """The answer is a refusal, in the field that servers have for it."""
 
 
 class UnknownEndError(UnusableAnswerError):
@@ -111,22 +111,22 @@ class ContentFilterError(UnusableAnswerError):
 
 
 def read_completion(answer: Any) -> Completion:
-    """The answer in the JSON of a chat completion; counts of another form are null.
+    """Return the answer in the JSON of a chat completion; counts of another form become None.
 
-    The errors' texts go on after the server's name, and may quote the server.
+    The errors' messages continue a sentence that begins with the server's name.
 
     Raises:
         WrongShapeError: it is no chat completion.
         ServerFaultError: the answer broke off at the server.
-        UnusableAnswerError: it has no text that can be used; the subclass says why.
+        UnusableAnswerError: it has no usable text; the subclass says why.
     """
     choice = _choice(answer)
     message, reason = choice["message"], _reason(choice)
     _check_is_text(message, reason)
     text = _text(message.get("content"), reason)
     if reason not in FINISH:
-        told = choice.get("finish_reason")
-        raise UnknownEndError(f"says with finish_reason {told!r} not whether the answer is whole")
+        given = choice.get("finish_reason")
+        raise UnknownEndError(f"says with finish_reason {given!r} not whether the answer is whole")
     usage = answer.get("usage")
     counts = usage if isinstance(usage, dict) else {}
     names = [answer.get(name) for name in ("model", "system_fingerprint")]
@@ -141,7 +141,7 @@ def read_completion(answer: Any) -> Completion:
 
 
 def _choice(answer: Any) -> dict[str, Any]:
-    """The first choice, with a message and an end that is not the server's fault."""
+    """Return the first choice, which has a message and was not broken off by the server."""
     body = answer if isinstance(answer, dict) else {}
     choices = body.get("choices")
     if not isinstance(choices, list) and body.get("object") != "chat.completion":
@@ -162,7 +162,7 @@ def _reason(choice: dict[str, Any]) -> str:
 
 
 def _check_is_text(message: dict[str, Any], reason: str) -> None:
-    """Refuse what stands in the place of a text."""
+    """Raise the error of a message that has something else instead of text."""
     if reason in FILTERED:
         raise ContentFilterError(f"withholds the answer: {reason}")
     if refusal := message.get("refusal"):
@@ -173,7 +173,7 @@ def _check_is_text(message: dict[str, Any], reason: str) -> None:
 
 
 def _is_call(value: Any) -> bool:
-    """Whether a call, or one of a list, names what it calls: some servers send empty ones."""
+    """Whether a call, or one of a list, names a function: some servers send empty calls."""
     calls = value if isinstance(value, list) else [value]
     maps = [call for call in calls if isinstance(call, dict)]
     maps += [part for call in maps for part in call.values() if isinstance(part, dict)]
@@ -181,7 +181,7 @@ def _is_call(value: Any) -> bool:
 
 
 def _text(content: Any, reason: str) -> str:
-    """The text of a content, of which thoughts are no part."""
+    """Return the text of a content, without reasoning."""
     texts = [_part(part) for part in content] if isinstance(content, list) else [content]
     if not all(isinstance(text, str | None) for text in texts):
         raise WrongChoiceError(f"answers with a content of type {type(content).__name__}")
@@ -196,9 +196,9 @@ def _text(content: Any, reason: str) -> str:
 
 
 def _part(part: Any) -> str | None:
-    """The text of a part; None where it is beside the text, as a thought."""
+    """Return the text of a part; None for reasoning and citations."""
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    if isinstance(kind, str) and kind in BESIDE_TEXT:
+    if isinstance(kind, str) and kind in NON_TEXT_PARTS:
         return None
     if kind == "refusal" and isinstance(part, dict):
         raise ModelRefusalError(f"tells the model's refusal: {part.get('refusal')}")
@@ -209,16 +209,16 @@ def _part(part: Any) -> str | None:
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens, or null where it is none."""
+    """Return a number of tokens, or None if the value is none."""
     return value if type(value) is int and 0 <= value < INT32 else None
 
 
 def _first_token(logprobs: Any) -> list[dict[str, Any]] | None:
-    """The likeliest first tokens; null where they are not told, or in another shape."""
+    """Return the likeliest first tokens; None if they are missing or malformed."""
     try:
-        told = logprobs["content"][0]["top_logprobs"]
-        tokens = [str(p["token"]) for p in told]
-        values = [float(p["logprob"]) for p in told]
+        top = logprobs["content"][0]["top_logprobs"]
+        tokens = [str(p["token"]) for p in top]
+        values = [float(p["logprob"]) for p in top]
         "".join(tokens).encode()  # half a surrogate pair is no text
     except (LookupError, TypeError, ValueError, ArithmeticError):
         return None

@@ -1,9 +1,9 @@
-"""Whether a folder holds a model that can be used, checked before any work and without its weights.
+"""Checks before any work that a folder contains a usable model, without loading its weights.
 
-In the order of what it costs: which files are there, what config.json says, the headers of the
-weights, the tokenizer with its chat template on two turns, and the tensors against the
-architecture. The last two take seconds, most of them Python's imports; what passed them once is
-noted in the node's cache, and passes at once until a file changes.
+Cheapest checks first: the files present, config.json, the headers of the weights, the tokenizer
+with its chat template on two turns, and the tensors against the architecture. The last two take
+seconds, mostly of imports; a folder that passed is recorded in the node's cache, and is not checked
+again until a file changes.
 """
 
 from __future__ import annotations
@@ -26,16 +26,8 @@ from wrpo_ray.llm.architecture import (
     check_tensors,
     telling_of,
 )
-from wrpo_ray.llm.chat import (
-    OWN,
-    PROBE,
-    Template,
-    answer_ids,
-    conversation_ids,
-    end_ids,
-    load_tokenizer,
-    prompt_ids,
-)
+from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids
+from wrpo_ray.llm.rendering import OWN, PROBE, Template, load_tokenizer
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
@@ -53,20 +45,20 @@ from wrpo_ray.text.files import decode
 Compare = Callable[[Path, Tensors, Use], None]
 """Raises UserError where a folder's tensors are not those of its config.json."""
 LIBRARIES = ("transformers", "tokenizers", "jinja2")
-"""What else a verdict depends on, beside our own code."""
+"""Libraries whose version can change the result, like our own code."""
 TOKENIZER, GENERATION = "tokenizer_config.json", "generation_config.json"
 NO_ANSWERS = ("Classification", "QuestionAnswering", "ForMaskedLM", "RewardModel", "WithGating")
-"""What is in the names of architectures that give no answers."""
+"""Parts of the names of architectures that do not generate answers."""
 OBJECTS = (
     "config.json", GENERATION, TOKENIZER, "tokenizer.json", "special_tokens_map.json",
 )  # fmt: skip
-"""Files that hold a JSON object where they are there."""
+"""Optional files that contain a JSON object."""
 CHAT: list[Message] = [
     {"role": "user", "content": "ALPHA"},
     {"role": "assistant", "content": "BRAVO"},
     {"role": "user", "content": "CHARLIE"},
 ]
-"""Two turns, whose texts no template alters."""
+"""Two turns with texts that no template alters."""
 
 
 def check_model_folder(
@@ -78,16 +70,16 @@ def check_model_folder(
     check_config: Callable[[dict[str, Any]], None] | None = None,
     compare: Compare = check_tensors,
 ) -> None:
-    """Check without loading that a folder holds a model that can be put to a use.
+    """Check without loading that a folder contains a model for a use.
 
-    `name` is what the user knows it by, if not the folder's address. Of a model on the hub the
-    small files are read; its weights are compared where they are loaded. `check_config` raises
-    UserError where the folder's config is none for this use.
+    `name` is the user's name for it, if not the folder's address. Of a model on the hub the small
+    files are read; its weights are compared where they are loaded. `check_config` raises UserError
+    if the folder's config does not fit the use.
 
     Raises:
         UserError: something is missing, broken, or of another model.
     """
-    with telling_of(f"{what}: {name or folder}"), _telling_what_cannot_be_read():
+    with telling_of(f"{what}: {name or folder}"), _reporting_unreadable_files():
         there, tensors = opened(folder)
         config = read_json(there, "config.json")
         _check_architecture(config, use)
@@ -95,16 +87,16 @@ def check_model_folder(
             _check_with(check_config, config)
         _check_template_file(there, template)
         with _local_copy(there) as local:
-            verdict = _verdict(local, use, template, tensors)
-            if not verdict.exists():
+            marker = _marker(local, use, template, tensors)
+            if not marker.exists():
                 _check_closely(local, use, template, tensors, compare)
                 with suppress(OSError):  # a machine without room for it checks again
-                    verdict.parent.mkdir(parents=True, exist_ok=True)
-                    verdict.touch()
+                    marker.parent.mkdir(parents=True, exist_ok=True)
+                    marker.touch()
 
 
 @contextmanager
-def _telling_what_cannot_be_read() -> Iterator[None]:
+def _reporting_unreadable_files() -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -114,7 +106,7 @@ def _telling_what_cannot_be_read() -> Iterator[None]:
 
 
 def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
-    """Where a model's small files lie, and its tensors; of weights that are on the hub None.
+    """Return the folder of a model's small files, and its tensors (None for weights on the hub).
 
     Raises:
         UserError: a file is missing, cut off, or something else.
@@ -140,16 +132,16 @@ def _check_no_adapter(names: list[str]) -> None:
 
 
 def small_files(folder: Folder) -> Folder:
-    """Where a model's configs and tokenizer can be read: itself, or of the hub a copy of them.
+    """Return the folder of a model's config and tokenizer: itself, or a copy of a hub model's.
 
     Raises:
-        UserError: the hub does not give them.
+        UserError: they cannot be downloaded from the hub.
     """
     return _on_hub(folder)[0] if folder.uri.startswith(HUB_SCHEME) else folder
 
 
 def _on_hub(folder: Folder) -> tuple[Folder, list[str]]:
-    """A copy of a model's small files, and the names of all."""
+    """Return a copy of a model's small files, and the names of all its files."""
     from wrpo_ray.storage.hub import HubModel  # its client takes a moment to import
 
     found, names = HubModel.at(folder.uri).fetch_metadata()
@@ -189,7 +181,7 @@ def _check_with(check: Callable[[dict[str, Any]], None], config: dict[str, Any])
 
 
 def _check_template_file(folder: Folder, template: Template) -> None:
-    """Whether there is a template at all; `_check_turns` finds out what it does."""
+    """Check that there is a template at all; `_check_turns` tries it."""
     if not folder.exists(TOKENIZER):
         raise UserError(f"has no {TOKENIZER}; {SAVE_AGAIN}")
     settings = read_json(folder, TOKENIZER)
@@ -209,12 +201,12 @@ def _has_text(folder: Folder, name: str) -> bool:
     return folder.exists(name) and bool(folder.read(name).strip())
 
 
-# --- what takes a moment -----------------------------------------------------------------------
+# --- checks that take seconds ------------------------------------------------------------------
 
 
 @contextmanager
 def _local_copy(folder: Folder) -> Iterator[Path]:
-    """A local folder with all files but the weights."""
+    """Yield a local folder with all files but the weights."""
     if not folder.is_remote:
         yield Path(folder.path)
         return
@@ -229,8 +221,8 @@ def _small(folder: Folder) -> list[str]:
     return [name for name in engine_files(names) if name not in weight_files(names)]
 
 
-def _verdict(folder: Path, use: Use, template: Template, tensors: Tensors | None) -> Path:
-    """The file that is there once all that a verdict depends on has passed."""
+def _marker(folder: Path, use: Use, template: Template, tensors: Tensors | None) -> Path:
+    """Return the marker file that exists once a folder has passed with these inputs."""
     names = _small(Folder(str(folder)))
     inputs = [
         _own_code(),
@@ -246,9 +238,9 @@ def _verdict(folder: Path, use: Use, template: Template, tensors: Tensors | None
 
 @cache
 def _own_code() -> str:
-    """Of the checks, and of how chats become tokens: what passed others is checked again."""
+    """Return a digest of our code: after a change of it, folders are checked again."""
     package = Path(__file__).parents[1]
-    files = sorted([*package.glob("core/*.py"), *package.glob("score/*.py")])
+    files = sorted([*package.glob("llm/*.py"), *package.glob("stages/score/*.py")])
     return digest([file.read_text() for file in files], 16)
 
 
@@ -280,7 +272,7 @@ def _check_closely(
 
 
 def _check_ends(folder: Path) -> None:
-    """Whether the ends of turns in generation_config.json are token ids."""
+    """Check that the ends of turns in generation_config.json are token ids."""
     is_there = (folder / GENERATION).is_file()
     listed = read_json(Folder(str(folder)), GENERATION).get("eos_token_id") if is_there else None
     if not all(type(end) is int for end in (listed if isinstance(listed, list) else [listed or 0])):
@@ -290,7 +282,7 @@ def _check_ends(folder: Path) -> None:
 
 
 def _check_turns(tokenizer: Any, folder: Path, use: Use) -> set[int]:
-    """The token ids that the template writes around a chat of two turns, and ends of turns.
+    """Return the token ids of a chat of two turns by the template, and all ends of turns.
 
     Raises:
         UserError: the template fails, drops a text, or closes no answer.
@@ -312,9 +304,9 @@ def _check_turns(tokenizer: Any, folder: Path, use: Use) -> set[int]:
 
 
 def _check_generation(folder: Path, ends: frozenset[int]) -> None:
-    """Whether transformers takes generation_config.json, and saves it with all ends of turns.
+    """Check that transformers loads generation_config.json, and saves it with all ends of turns.
 
-    Saving checks more of a config that has changed: a temperature without do_sample, for one.
+    Saving a changed config checks more, for example a temperature without do_sample.
     """
     from transformers import GenerationConfig
 
@@ -335,7 +327,7 @@ def _check_generation(folder: Path, ends: frozenset[int]) -> None:
 
 
 def _check_texts(tokenizer: Any) -> None:
-    """Whether every text of the chat is in its rendering, in order."""
+    """Check that the rendering contains every text of the chat, in order."""
     try:
         text = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template can raise anything
@@ -356,9 +348,9 @@ def _check_texts(tokenizer: Any) -> None:
 
 
 def _check_ids(tokenizer: Any, folder: Path, reached: set[int], use: Use) -> None:
-    """Whether the ids that a text can have, and those that the template writes, are embedded.
+    """Check that the embedding has a row for each id of texts and of the template.
 
-    Special tokens beyond the embedding that nothing writes are let be: some models have them.
+    Special tokens beyond the embedding are allowed if nothing writes them: some models have them.
     """
     config = json.loads((folder / "config.json").read_text())
     text = config.get("text_config") or config

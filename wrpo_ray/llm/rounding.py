@@ -1,7 +1,7 @@
-"""What of a training is lost where weights are written in fewer bits than they were trained in.
+"""Counts trained changes that are lost where weights are saved with fewer bits than in training.
 
 A change below half a bf16 step (0.4 % of a weight's size) leaves the rounded weight as it was: at
-small learning rates that is most of the changes. Here they are counted. torch is imported late.
+small learning rates that is most of the changes. torch is imported on first use.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ class Rounding:
     """Counts of single weights."""
 
     compared: int = 0
-    """With what they were before."""
+    """Compared with their value before training."""
     changed: int = 0
-    """Trained to another value than they had."""
+    """Of those, weights that training changed."""
     lost: int = 0
-    """Of those the ones that are written with the value that they had."""
+    """Of the changed ones, those that are saved with their old value."""
 
     def add(self, trained: Tensor, before: Tensor | None, dtype: Any) -> None:
-        """Count one tensor, written as `dtype`; without what was there before it says nothing."""
+        """Count one tensor that is saved as `dtype`; without the tensor before it is ignored."""
         if before is None or before.shape != trained.shape:
             return
         before = before.to(trained.device)
@@ -39,7 +39,7 @@ class Rounding:
 
     @property
     def share(self) -> float | None:
-        """The share of the changed weights that is lost; None where none is known to be changed."""
+        """The share of changed weights that is lost; None if none is known to have changed."""
         return self.lost / self.changed if self.changed else None
 
 
@@ -55,7 +55,7 @@ class Tensors:
 
         found: dict[str, Any] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
+            file: Any = safe_open(path, framework="pt")
             found |= dict.fromkeys(file.keys(), file)
         return found
 
@@ -63,7 +63,7 @@ class Tensors:
         return name in self._files
 
     def get(self, name: str, dtype: Any = None) -> Tensor | None:
-        """A tensor, as it is or rounded; None where the files have none of that name."""
+        """Return a tensor, rounded to `dtype` if given; None if no file has one of that name."""
         if name not in self:
             return None
         tensor = self._files[name].get_tensor(name)

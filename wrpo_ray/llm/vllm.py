@@ -1,4 +1,4 @@
-"""Settings of the vLLM in our actors; what the driver's environment says goes before them."""
+"""Settings of vLLM in our actors; variables of the driver's environment override them."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ CPU_ENV = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
-"""On the CPU, compiling and a second process cost more than small runs take, and bound threads
-starve each other."""
+"""On the CPU, compilation and a second process cost more than a small run takes, and pinned threads
+of several engines starve each other."""
 CPU_ENGINE = {"enforce_eager": True, "enable_chunked_prefill": False}
-"""A seeded request whose prefill is split fails on the CPU: its generator has no offset."""
+"""A seeded request with chunked prefill fails on the CPU: its random generator has no offset."""
 ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
 
 def engine_env(*, on_gpu: bool) -> dict[str, str]:
-    """The environment of an engine's process."""
+    """Return the environment variables of an engine's process."""
     own = ENV | ({} if on_gpu else CPU_ENV)
     return {name: os.environ.get(name, value) for name, value in own.items()}
 
 
 class EngineProcessError(RuntimeError):
-    """What the engine's own process ended of."""
+    """The error that ended the engine's own process."""
 
 
 OUTPUTS = (Path("/proc/self/fd/1"), Path("/proc/self/fd/2"))
-"""An actor's are files, which the processes that it starts write to as well."""
-_TOLD = re.compile(
+"""An actor's stdout and stderr are files, to which its child processes write too."""
+_LAST_LINE = re.compile(
     r"^\(\w+ pid=\d+\)(?: ERROR \S+ \S+ \[[^\]]*\])? ([\w.]*(?:Error|Exception): .*)$", re.MULTILINE
 )
 """The last line of a traceback, logged or printed by one of vLLM's processes."""
 
 
 def with_root_cause(error: Exception) -> Exception:
-    """The error, or where vLLM says only that there was one, what its processes wrote of it.
+    """Return the error, or the root cause from the engine's output where vLLM only refers to it.
 
     On GPUs the engine has a process of its own (VLLM_ENABLE_V1_MULTIPROCESSING), and each part of
-    it one more. They tell their reasons in what they log and print alone.
+    it one more. They report errors only in their logs and output.
     """
     if "root cause" not in str(error):
         return error
-    told = [line for file in OUTPUTS for line in _TOLD.findall(_end(file))]
-    causes = [line for line in told if "root cause" not in line]
+    lines = [line for file in OUTPUTS for line in _LAST_LINE.findall(_tail(file))]
+    causes = [line for line in lines if "root cause" not in line]
     return EngineProcessError(causes[-1]) if causes else error
 
 
-def _end(file: Path) -> str:
-    """What was written last; nothing of a terminal, a pipe, or what cannot be read."""
+def _tail(file: Path) -> str:
+    """Return the end of a file; empty for a terminal, a pipe or an unreadable file."""
     with suppress(OSError):
         if file.is_file():
             with file.open("rb") as written:

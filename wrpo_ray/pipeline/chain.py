@@ -27,8 +27,8 @@ from wrpo_ray.config import (
 from wrpo_ray.config.base import required
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.chat import OWN, Template
 from wrpo_ray.llm.model_folder import small_files
+from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.pipeline.evaluation import Evaluation
 from wrpo_ray.pipeline.identities import (
     scorer_fingerprint,
@@ -394,15 +394,21 @@ class Chain:
     def _answers(self, *samples: Samples, verdicts: tuple[Samples, ...] = ()) -> Answers:
         return Answers(samples, self.config.answers, verdicts)
 
-    def _score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
-        reward = reward or required(self.config.reward, "reward")
+    def _score(self, answers: Samples, verifier: RewardConfig | None = None) -> Score:
+        reward = verifier or required(self.config.reward, "reward")
         folders = [Folder(p.model).absolute() if p.model else None for p in reward.parts]
         identities = [
             self._classifier_fingerprint(part, folder) if folder else scorer_fingerprint(part)
             for part, folder in zip(reward.parts, folders, strict=True)
         ]
         return self._retried(
-            Score(answers, with_absolute_paths(reward), tuple(folders), tuple(identities))
+            Score(
+                answers,
+                with_absolute_paths(reward),
+                tuple(folders),
+                tuple(identities),
+                outcome="verdict" if verifier else "reward",
+            )
         )
 
     def _classifier_fingerprint(self, part: ScoreConfig, folder: Folder) -> str:

@@ -13,8 +13,8 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use
-from wrpo_ray.llm.chat import Template
 from wrpo_ray.llm.model_folder import check_model_folder
+from wrpo_ray.llm.rendering import Template
 from wrpo_ray.stages.score.check import check_reward_folder
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.hub import resolve_address

@@ -13,8 +13,8 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, telling_of
-from wrpo_ray.llm.chat import Template
 from wrpo_ray.llm.model_folder import check_model_folder, opened
+from wrpo_ray.llm.rendering import Template
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.keys import ENVIRONMENT, Keys
 from wrpo_ray.stages.score.check import check_reward_folder

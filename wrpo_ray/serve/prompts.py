@@ -16,12 +16,9 @@ from typing import Any
 
 from wrpo_ray.data.records import Message
 from wrpo_ray.errors import TemplateError
-from wrpo_ray.llm.chat import (
-    PROBE,
-    UNWRITTEN,
-    prompt_ids,
-    render,
-)
+from wrpo_ray.llm.chat import prompt_ids
+from wrpo_ray.llm.message_checks import UNWRITTEN
+from wrpo_ray.llm.rendering import PROBE, render
 
 
 class Prompts:
@@ -91,7 +88,8 @@ def _left_out(tokenizer: Any, shapes: tuple[Shape, ...], has_tools: bool) -> str
     """Render probe texts in messages of these shapes, and return what the template leaves out."""
     probes = [_probe(i, shape) for i, shape in enumerate(shapes)]
     try:
-        text = render(tokenizer, probes, prompt=True, tools=[TOOL] if has_tools else None)
+        tools = [TOOL] if has_tools else None
+        text = render(probes, tokenizer, add_generation_prompt=True, tools=tools)
     except TemplateError:
         return None
     if has_tools and TOOL["function"]["name"] not in text:

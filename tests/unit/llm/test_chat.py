@@ -28,16 +28,9 @@ from wrpo_ray.errors import (
     TokenizeError,
     UserError,
 )
-from wrpo_ray.llm.chat import (
-    MARKS,
-    Template,
-    answer_ids,
-    check_sampled,
-    conversation_ids,
-    end_ids,
-    load_tokenizer,
-    prompt_ids,
-)
+from wrpo_ray.llm.chat import answer_ids, check_sampled, conversation_ids, end_ids, prompt_ids
+from wrpo_ray.llm.rendering import Template, load_tokenizer, render
+from wrpo_ray.llm.special_tokens import MARKS
 from wrpo_ray.zoo.tokenizers import char_tokenizer
 
 WORDS = ["user", "assistant", "system", "model", "think", "hi", "yes", "no", "kind"]
@@ -695,3 +688,19 @@ def test_variables_of_a_template_have_the_values_of_the_config(tmp_path):
     model = model.model_copy(update={"chat_template": str(file)})
     replaced = load_tokenizer(tmp_path, Template.of(model))
     assert replaced.apply_chat_template(HI, tokenize=False) == "\n" + bare
+
+
+def test_render_writes_a_conversation_by_the_tokenizers_template_or_another():
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    asked = [{"role": "user", "content": "hi"}]
+    assert render(asked, tokenizer) == "<user>hi"
+    assert render(asked, tokenizer, add_generation_prompt=True) == "<user>hi<assistant>"
+    assert render(asked, tokenizer, template="{{ messages[0].content }}!") == "hi!"
+    dated = render(asked, tokenizer, template="{{ strftime_now('%d %b %Y') }}")
+    assert dated == "26 Jul 2024"
+    with pytest.raises(TemplateError, match="chat template: "):
+        render(asked, tokenizer, template="{{ raise_exception('no') }}")

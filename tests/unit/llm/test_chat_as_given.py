@@ -38,15 +38,8 @@ from wrpo_ray.config import (
     TrainConfig,
 )
 from wrpo_ray.errors import TemplateError, UserError
-from wrpo_ray.llm.chat import (
-    Template,
-    answer_ids,
-    conversation_ids,
-    end_ids,
-    load_tokenizer,
-    prompt_ids,
-    separator,
-)
+from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids, separator
+from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.stages.train.model import Policy, save
 from wrpo_ray.stages.train.rows import Tokenizing
 from wrpo_ray.stages.train.task import WRPO_ANSWERS

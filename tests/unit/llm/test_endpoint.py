@@ -36,7 +36,7 @@ from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm import completion
+from wrpo_ray.llm import completion, rate_limits
 from wrpo_ray.llm import endpoint as core
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.completion import EndpointError
@@ -475,7 +475,7 @@ def test_an_answer_without_text_is_final():
     answer = {"choices": [{"finish_reason": "length", "message": {"content": None}}]}
     with pytest.raises(completion.NoTextError) as caught:
         reader()._read(200, json.dumps(answer).encode())
-    assert not caught.value.may_pass
+    assert not caught.value.is_retryable
 
 
 def test_nobody_listens():
@@ -565,21 +565,21 @@ def test_an_estimate_is_corrected_by_what_the_answer_took(start):
 def test_the_pace_of_a_limit(monkeypatch):
     """60 a minute are one a second; what is given back may be taken at once."""
     clock = [100.0]
-    monkeypatch.setattr(core.time, "monotonic", lambda: clock[0])
-    pace = core._Pace(60)
+    monkeypatch.setattr(rate_limits.time, "monotonic", lambda: clock[0])
+    pace = rate_limits.Pace(60)
     assert pace.wait <= 0
     pace.charge(3)
-    assert pace.wait == pytest.approx(3 - core.SLACK)
+    assert pace.wait == pytest.approx(3 - rate_limits.SLACK)
     pace.correct(-2)
-    assert pace.wait == pytest.approx(1 - core.SLACK)
+    assert pace.wait == pytest.approx(1 - rate_limits.SLACK)
     pace.correct(+4)
-    assert pace.wait == pytest.approx(5 - core.SLACK)
+    assert pace.wait == pytest.approx(5 - rate_limits.SLACK)
     clock[0] = 1000.0  # idle time is not saved up
     pace.charge(1)
-    assert pace.wait == pytest.approx(1 - core.SLACK)
+    assert pace.wait == pytest.approx(1 - rate_limits.SLACK)
     pace.pause(9)
     assert pace.wait == pytest.approx(9)
-    free = core._Pace(None)
+    free = rate_limits.Pace(None)
     free.charge(10**9)
     assert free.wait <= 0
 

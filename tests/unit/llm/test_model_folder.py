@@ -21,8 +21,8 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_tensors, check_weights
-from wrpo_ray.llm.chat import Template
 from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder
+from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked
@@ -771,6 +771,19 @@ def test_each_section_that_names_a_model_is_checked(tmp_path, monkeypatch):
     for key, change in served.items():
         with pytest.raises(UserError, match=rf"{key}: .*: model.norm.weight is missing"):
             checked(_serve(tmp_path, **change))
+
+
+def test_the_marker_of_a_checked_folder_depends_on_our_code(tmp_path, monkeypatch):
+    from wrpo_ray.llm import model_folder
+
+    copy = tmp_path / "wrpo_ray"
+    shutil.copytree(Path(model_folder.__file__).parents[1], copy)
+    monkeypatch.setattr(model_folder, "__file__", str(copy / "llm" / "model_folder.py"))
+    digests = {model_folder._own_code.__wrapped__()}
+    for file in ("llm/chat.py", "stages/score/classifiers.py"):
+        (copy / file).write_text((copy / file).read_text() + "\n# changed\n")
+        digests.add(model_folder._own_code.__wrapped__())
+    assert len(digests) == 3
 
 
 def test_what_passed_passes_at_once_until_a_file_changes(tmp_path, monkeypatch):

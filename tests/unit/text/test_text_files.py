@@ -21,7 +21,7 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes import manifests, schema
-from wrpo_ray.llm.chat import Template
+from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.evaluation import _template
 from wrpo_ray.runtime.submission import RUNTIME_ENV, _runtime_env
 from wrpo_ray.serve.check import checked

@@ -1,10 +1,10 @@
 """vLLM, in this process: token ids in, n samples out, each answer as soon as it is finished.
 
-The engine steps in a thread of its own. Callers, from any thread, put requests in and take
-answers out, so that a second bucket's requests fill the batch while the first one's long
-answers end. Sample i of a prompt has the seed base + i, where the base is a hash of run seed,
+The engine runs in a thread of its own. Callers from any thread submit requests and take
+answers, so that a second bucket's requests fill the batch while the first one's long answers
+finish. Sample i of a prompt has the seed base + i, where the base is a hash of run seed,
 model and prompt: samples can be asked for one at a time or together, and a second call asks
-only for what is missing. Models that differ in their weights only can take turns in one engine:
+only for what is missing. Models that differ only in their weights can share one engine in turn:
 loading weights takes a moment, starting an engine up to minutes. Not covered: images.
 """
 
@@ -20,13 +20,8 @@ from typing import Any, Protocol
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import FailureRow, Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
-from wrpo_ray.llm.chat import (
-    Template,
-    end_ids,
-    load_tokenizer,
-    prompt_ids,
-    separator,
-)
+from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
+from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm import CPU_ENGINE
 from wrpo_ray.storage.fingerprints import digest
 
@@ -46,13 +41,13 @@ class Request:
 
     @property
     def samples(self) -> range:
-        """The samples' numbers."""
+        """The sample numbers."""
         return range(self.first, self.first + self.count)
 
 
 @dataclass(frozen=True)
 class SamplingIdentity:
-    """Who answers: what samples are drawn by, and the weights, of a model on vLLM."""
+    """The source's name and seed, which samples are drawn by, and its weights if on vLLM."""
 
     name: str
     seed: int
@@ -60,7 +55,7 @@ class SamplingIdentity:
 
 
 class Engine(Protocol):
-    """Whatever answers: a model on vLLM, or an endpoint."""
+    """A model that answers: on vLLM, or behind an endpoint."""
 
     def answers(
         self,
@@ -70,7 +65,7 @@ class Engine(Protocol):
     ) -> Iterator[Answers]:
         """The answers of one request after another, as they finish; threads may call at once.
 
-        Without a `identity` it is the one that the engine was made with.
+        `identity` defaults to the one that the engine was created with.
         """
         ...
 
@@ -85,7 +80,7 @@ def seed_base(seed: int, source: str, prompt_id: str) -> int:
 
 
 def failures(source: str, request: Request, error: Exception, **more: Any) -> Answers:
-    """A request none of whose samples could be had."""
+    """Return the failures of a request none of whose samples could be generated."""
     return [], [
         failure("generate", error, prompt_id=request.prompt_id, source=source, sample=s, **more)
         for s in request.samples
@@ -94,7 +89,7 @@ def failures(source: str, request: Request, error: Exception, **more: Any) -> An
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request on its way through the engine, and where its answers are to be put."""
+    """A request that the engine works on, and the queue for its answers."""
 
     request: Request
     ids: list[int]
@@ -106,7 +101,7 @@ class _Asked:
 class VllmEngine:
     """A model that is loaded in the engine's thread; errors of loading are raised here.
 
-    Other identities have other weights of the same shape, and the same tokenizer and template.
+    Requests of other identities may name other weights of the same shape, tokenizer and template.
     """
 
     def __init__(self, model: ModelConfig, folder: Path, seed: int):
@@ -159,14 +154,14 @@ class VllmEngine:
     ) -> None:
         try:
             self._load(model, folder)
-        except Exception as error:  # told by the constructor
+        except Exception as error:  # raised by the constructor
             loaded.put(error)
             return
         loaded.put(None)
         try:
             while True:
                 self._step()
-        except Exception as error:  # the engine is lost, and with it all that it is asked
+        except Exception as error:  # the engine has failed, and with it all its requests
             for asked in (*self._asked.values(), *([self._held] if self._held else [])):
                 asked.out.put(error)
             while True:
@@ -191,9 +186,9 @@ class VllmEngine:
         self.version = f"vllm {vllm.__version__}"
 
     def _step(self) -> None:
-        """Take in what is asked, wait for it if there is nothing to do, and make a step.
+        """Accept new requests, waiting for one if idle, and run one step of the engine.
 
-        What is asked of other weights is held until all answers of these are finished.
+        A request for other weights is held until all answers of the loaded ones are finished.
         """
         while self._held or not self._inbox.empty() or not self._asked:
             self._held = self._held or self._inbox.get()
@@ -267,7 +262,7 @@ class VllmEngine:
 
 
 def _first_token(logprobs: Any) -> list[Row] | None:
-    """What vLLM says of the likeliest first tokens, as LOGPROBS has it."""
+    """Return vLLM's log-probabilities of the likeliest first tokens, as LOGPROBS has them."""
     if not logprobs:
         return None
     return [{"token": p.decoded_token, "logprob": p.logprob} for p in logprobs[0].values()]

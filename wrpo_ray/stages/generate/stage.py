@@ -1,9 +1,9 @@
-"""One pool of vLLM actors for each model; the unit of work is a bucket.
+"""Answers of the sources: one pool of actors for each model; the unit of work is a bucket.
 
-An actor reads its bucket's prompts, passes over the (prompt, sample) pairs that the store
-already holds, and commits the rest chunk by chunk. So a crash loses at most the chunks in
-hand, and more prompts or samples are only added. An actor has several buckets in hand, so
-that its engine stays full while the last long answers of one of them end.
+An actor reads its bucket's prompts, skips the (prompt, sample) pairs that the store already
+holds, and commits the rest chunk by chunk. So a crash loses at most the uncommitted chunks, and
+larger runs only add what is missing. An actor works on several buckets at once, so that its
+engine's batch stays full while the last long answers of one bucket finish.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
 from wrpo_ray.runtime.tasks import run_in_threads
-from wrpo_ray.stages.generate.endpoint import EndpointEngine
 from wrpo_ray.stages.generate.engine import (
     Answers,
     Engine,
     Request,
+    Row,
     SamplingIdentity,
     VllmEngine,
 )
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-IN_HAND, IN_HAND_ENDPOINT = 2, 8
-"""Buckets that an actor works on at once: few of an engine's own, which has them all in memory,
-more of an endpoint, whose limit of calls in flight is to be reached with small buckets too."""
+MAX_CONCURRENT_BUCKETS, MAX_ENDPOINT_BUCKETS = 2, 8
+"""Buckets that an actor works on at once: few for vLLM, which holds them all in memory; more for an
+endpoint, so that small buckets also reach its limit of calls in flight."""
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Generate(BaseJob):
     folder: Folder
     """The model's weights."""
     fingerprint: str
-    """What identifies the weights: part of the store's key."""
+    """The fingerprint of the weights: part of the store's key."""
     prompts: Prompts
     sampling: SamplingConfig
     seed: int
     retry: int = 0
     family: str = ""
-    """Models of one family differ in their weights only, and take turns in the same engines; one
-    without has its own."""
+    """Models of one family differ only in their weights and share engines, one after another; a
+    model without a family has engines of its own."""
 
     @property
     def engines(self) -> ModelConfig:
@@ -89,7 +89,7 @@ class Generate(BaseJob):
 
     @property
     def samples(self) -> Samples:
-        """What the step is done for, as later stages read it."""
+        """The answers of the step, as later stages read them."""
         return Samples(self.step, self.prompts, self.sampling.samples)
 
     @property
@@ -104,9 +104,9 @@ class Generate(BaseJob):
 
 
 def run(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -> None:
-    """Do each job; the jobs of one model, or family, share engines; pools run side by side.
+    """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
 
-    Each finished bucket is added to `ready_queue`; a job's last one when the whole job is done.
+    `ready_queue` is notified of each finished bucket; of a job's last one when the whole job is done.
 
     Raises:
         FailureLimitError: too many rows failed.
@@ -118,12 +118,18 @@ def run(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -
 
 
 def pool_of(model: ModelConfig) -> Pool:
-    """The model's engines as a pool of actors."""
+    """Return the pool of actors that hold the model's engines."""
     if model.endpoint:
-        return Pool(f"generate {model.name}", model.actors, threads=IN_HAND_ENDPOINT)
+        return Pool(f"generate {model.name}", model.actors, threads=MAX_ENDPOINT_BUCKETS)
     on_gpu = bool(model.actors.num_gpus)
     env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
-    return Pool(f"generate {model.name}", model.actors, env, threads=IN_HAND, parts=model.parts)
+    return Pool(
+        f"generate {model.name}",
+        model.actors,
+        env,
+        threads=MAX_CONCURRENT_BUCKETS,
+        parts=model.parts,
+    )
 
 
 def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
@@ -146,7 +152,7 @@ def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) ->
 
 
 def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
-    """One row for each job's bucket: all of the same weights, bucket by bucket, then the next."""
+    """Return a row for each bucket of each job; jobs of the same weights go together."""
     by_weights: dict[str, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
         by_weights[job.fingerprint].append(number)
@@ -159,7 +165,7 @@ def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
 
 
 class Generator:
-    """The actor: an engine that is started when the first missing answer is met."""
+    """The actor: an engine that is started at the first missing answer."""
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
@@ -170,31 +176,33 @@ class Generator:
         """The model's engine."""
         job = self.jobs[0]
         if job.model.endpoint:
+            from wrpo_ray.stages.generate.endpoint import EndpointEngine  # it imports a client
+
             return EndpointEngine(job.model, job.seed)
         return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fill one bucket of one job; what is returned are counts only. Threads call at once."""
+        """Fill one bucket of one job and return counts only; thread-safe."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
-        done = asked = said = 0
+        done = prompt_tokens = output_tokens = 0
         with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
             held, failed, requests = self._missing(job, bucket, earlier)
             for rows, failures in self._answers(job, requests):
                 self._commit(bucket, job, rows, failures, earlier)
                 done, failed = done + len(rows), failed + len(failures)
-                asked += self._prompt_tokens(job, rows)
-                said += sum(r["output_tokens"] or 0 for r in rows)
+                prompt_tokens += self._prompt_tokens(job, rows)
+                output_tokens += sum(r["output_tokens"] or 0 for r in rows)
         counts = {"rows": held + done, "new": done, "failed": failed}
-        return row | counts | {"prompt_tokens": asked, "output_tokens": said}
+        return row | counts | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
 
     def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
-        """Tokens read: an engine reads a prompt once for all its samples, a server for each."""
+        """Return tokens read: vLLM reads a prompt once for all its samples, a server for each."""
         lengths = [(r["prompt_id"], r["prompt_tokens"] or 0) for r in rows]
         return sum(n for _, n in (lengths if job.model.endpoint else dict(lengths).items()))
 
     def _answers(self, job: Generate, requests: list[Request]) -> Iterator[Answers]:
-        """Answers as they finish, gathered until there are enough for a shard."""
+        """Yield answers as they finish, collected until there are enough for a shard."""
         if not requests:
             return
         with self._starting:
@@ -217,7 +225,7 @@ class Generator:
     def _missing(
         self, job: Generate, bucket: Bucket, earlier: EarlierFailures
     ) -> tuple[int, int, list[Request]]:
-        """How many wanted answers are held, how many given up, and requests for the others."""
+        """Return the numbers of answers stored and given up, and requests for the others."""
         store = self.run.root / job.step.folder
         done = sample_keys(read_bucket(store, bucket, records.RESPONSE, ["prompt_id", "sample"]))
         given_up = earlier.given_up - done
@@ -237,7 +245,7 @@ class Generator:
         self,
         bucket: Bucket,
         job: Generate,
-        rows: list[dict],
+        rows: list[Row],
         failures: list[records.FailureRow],
         earlier: EarlierFailures,
     ) -> None:
@@ -249,7 +257,7 @@ class Generator:
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """(first, count) of each run of consecutive numbers: [0, 1, 4] gives (0, 2), (4, 1)."""
+    """Return (first, count) of each run of consecutive numbers: [0, 1, 4] gives (0, 2), (4, 1)."""
     groups = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
     runs = [[number for _, number in group] for _, group in groups]
     return [(run[0], len(run)) for run in runs]

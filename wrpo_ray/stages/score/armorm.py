@@ -31,7 +31,7 @@ from wrpo_ray.storage.tensors import Tensors, read_tensors
 HEADER = (128009, 128006, 78191, 128007, 271)
 """<|eot_id|><|start_header_id|>assistant<|end_header_id|> and an empty line, by Llama 3's ids."""
 BACKBONE = "model."
-"""What the names of the Llama's weights begin with."""
+"""Prefix of the Llama's weights."""
 
 
 class NoTurnError(ValueError):
@@ -39,10 +39,10 @@ class NoTurnError(ValueError):
 
 
 def gate_position(ids: list[int]) -> int:
-    """Where the gate reads: the token that ends the turn before the assistant's last.
+    """Return the position that the gate reads: the token that ends the turn before the answer.
 
     Raises:
-        NoTurnError: there is none.
+        NoTurnError: the conversation has no turn of the assistant.
     """
     for start in range(len(ids) - len(HEADER), -1, -1):
         if tuple(ids[start : start + len(HEADER)]) == HEADER:
@@ -50,7 +50,7 @@ def gate_position(ids: list[int]) -> int:
     raise NoTurnError(f"the conversation's tokens have no {list(HEADER)}, the assistant's header")
 
 
-class Gate(nn.Module):
+class Gate(nn.Module):  # type: ignore[misc]  # torch has no types here
     """Weights of K ratings: an MLP with ReLU, and a softmax with a temperature."""
 
     def __init__(self, width: int, ratings: int, config: LlamaConfig):
@@ -69,8 +69,8 @@ class Gate(nn.Module):
         return self.logit_scale * (self.layers[-1](states) / self.temperature).softmax(-1)
 
 
-class Heads(nn.Module):
-    """All of ArmoRM but the Llama; names are those of the published weights."""
+class Heads(nn.Module):  # type: ignore[misc]
+    """ArmoRM without the Llama; attribute names are those of the published weights."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -122,7 +122,8 @@ class ArmoReward(TokenReward):
             states = out.last_hidden_state  # (B, T, H)
             last = states[row, [len(ids) - 1 for ids in rows]]
             gate = states[row, [gate_position(ids) for ids in rows]]
-            return self.heads(last.float(), gate.float()).tolist()
+            rewards: list[float] = self.heads(last.float(), gate.float()).tolist()
+        return rewards
 
 
 # --- weights ---------------------------------------------------------------------------------
@@ -159,11 +160,12 @@ def check_tensors(folder: Path, tensors: Tensors | None) -> None:
 
 
 def load_heads(config: LlamaConfig, files: dict[str, Path]) -> Heads:
-    """The heads, in fp32."""
+    """Load the heads, in fp32."""
     heads = Heads(config)
     state: dict[str, Any] = {}
     for name in heads.state_dict():
         with safe_open(files[name], framework="pt") as file:
             state[name] = file.get_tensor(name)
     heads.load_state_dict(state)
-    return heads.float()
+    float32: Heads = heads.float()
+    return float32

@@ -1,4 +1,4 @@
-"""What all rewards share: the answer to be scored, the interface, and why a score can fail."""
+"""The interface of all rewards: the answer to be scored, the outcome, and its errors."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Item:
     messages: list[Message]
     text: str
     reference: str | None
-    """As the prompt's record has it."""
+    """As in the prompt's record."""
 
     @property
     def right(self) -> Reference | None:
-        """The right answer; of a list any is right."""
+        """The right answer; if it is a list, any of them is right."""
         return unpack_reference(self.reference)
 
 
 Outcome = float | Exception
-"""An answer that cannot be scored gets the error in place of a number."""
+"""A score, or the error of an answer that cannot be scored."""
 
 
 class Reward(Protocol):
-    """Scores answers."""
+    """A scorer of answers: a reward, or a verifier, whose scores are 1.0 and 0.0."""
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """One number or error for each item, in order."""
+        """Return one score or error for each item, in order."""
         ...
 
 
@@ -46,13 +46,13 @@ class NotFiniteError(ValueError):
 
 
 class MissingReferenceError(ValueError):
-    """A verifier has nothing to compare the answer with."""
+    """The prompt has no reference that a verifier could compare the answer with."""
 
 
 class ListOfTestsError(ValueError):
-    """Programs cannot be verified by a list: whether any or all tests are meant is not known."""
+    """A list of tests is ambiguous: it does not say whether any or all of them must pass."""
 
 
 def finite(value: float) -> Outcome:
-    """The value, or the error that it is not finite."""
+    """Return the value, or a NotFiniteError."""
     return value if math.isfinite(value) else NotFiniteError(f"the reward is {value}")

@@ -1,4 +1,4 @@
-"""Whether a folder holds a reward model that the config can use, before any work."""
+"""Check before any work that a folder holds a reward model that the config can use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from wrpo_ray.storage.tensors import Tensors
 
 
 def check_reward_folder(folder: Folder, part: ScoreConfig, what: str, name: str = "") -> None:
-    """Check without loading that a folder holds the reward model of `part`; see `name` there.
+    """Check without loading that a folder holds the reward model of `part`.
+
+    `what` and `name` are those of `check_model_folder`.
 
     Raises:
         UserError: it does not.

@@ -16,7 +16,8 @@ from wrpo_ray.llm.architecture import (
     telling_of,
     without_memory,
 )
-from wrpo_ray.llm.chat import conversation_ids, load_tokenizer, prompt_ids
+from wrpo_ray.llm.chat import conversation_ids, prompt_ids
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.llm.vllm import CPU_ENGINE
 from wrpo_ray.stages.score.base import (
     Item,
@@ -31,13 +32,13 @@ from wrpo_ray.text.files import decode
 ARMORM = "LlamaForRewardModelWithGating"
 CLASSIFIER = "ForSequenceClassification"
 HEAD = "score"
-"""What transformers calls the head of each decoder that is a classifier, but for two families."""
+"""The attribute of the head in transformers' decoder classifiers, except for two families."""
 OTHER_HEADS = ("CTRL", "ModernBertDecoder")
-"""Those two, which find the last token by the padding."""
+"""Those two; they find the last token by the padding."""
 
 
 def check_reward_model(config: dict[str, Any], part: ScoreConfig) -> None:
-    """Check by a folder's config.json that it is a reward model which `part` can be.
+    """Check a folder's config.json: it must describe a reward model that fits `part`.
 
     Raises:
         UserError: it is not.
@@ -62,7 +63,7 @@ def check_reward_model(config: dict[str, Any], part: ScoreConfig) -> None:
 
 
 def _is_decoder(config: dict[str, Any]) -> bool:
-    """Whether transformers makes of a config.json a classifier that is read at its last token."""
+    """Whether transformers builds a classifier from it that is read at its last token."""
     import transformers
 
     try:
@@ -70,13 +71,13 @@ def _is_decoder(config: dict[str, Any]) -> bool:
         return _has_head(
             without_memory(getattr(transformers, config["architectures"][0]), settings)
         )
-    except Exception:  # a config can make constructors raise anything; further checks tell what
+    except Exception:  # a config can make constructors raise anything; later checks report it
         return False
 
 
 def _has_head(model: Any) -> bool:
     """Whether a classifier is a decoder, whose head is read at the last token."""
-    return hasattr(model, HEAD) and not model.config.is_encoder_decoder
+    return hasattr(model, HEAD) and not bool(model.config.is_encoder_decoder)
 
 
 def _pad(config: dict[str, Any]) -> int | None:
@@ -84,9 +85,9 @@ def _pad(config: dict[str, Any]) -> int | None:
 
 
 def can_end_with_padding(folder: Folder) -> bool:
-    """Whether conversations may end with the token that pads, by the small files of a folder.
+    """Whether conversations may end with the padding token, by a folder's small files.
 
-    Where special tokens cannot be told apart it says yes.
+    True if special tokens cannot be identified.
     """
     config = read_json(folder, "config.json")
     pad = _pad(config.get("text_config") or {})
@@ -110,19 +111,19 @@ def _template(folder: Folder, settings: dict[str, Any]) -> str:
 
 def is_armorm(folder: Path) -> bool:
     """Whether a local folder's config.json says that it is ArmoRM."""
-    return json.loads((folder / "config.json").read_bytes()).get("architectures") == [ARMORM]
+    return bool(json.loads((folder / "config.json").read_bytes()).get("architectures") == [ARMORM])
 
 
 def use_of(part: ScoreConfig) -> Use:
-    """What the folder of a part's model is for."""
+    """Return the use of a part's model folder."""
     return Use.REWARD_ON_VLLM if part.engine == "vllm" else Use.REWARD
 
 
 def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenReward:
-    """The reward model in a folder.
+    """Load the reward model in a folder.
 
     Raises:
-        UserError: it is none, or its weights are not those of its architecture.
+        UserError: it is not one, or its weights are not those of its architecture.
     """
     with telling_of(f"reward: {folder}"):
         check_reward_model(json.loads((folder / "config.json").read_bytes()), part)
@@ -137,10 +138,10 @@ def load_classifier(part: ScoreConfig, folder: Path, *, on_gpu: bool) -> TokenRe
 
 
 class TokenReward(ABC):
-    """A model that gives token ids a reward."""
+    """A reward model that scores token ids."""
 
     context: int | None = None
-    """Tokens that the model itself takes; None if it does not say."""
+    """The model's own limit in tokens; None if its config has none."""
 
     def __init__(self, part: ScoreConfig, folder: Path):
         self.tokenizer = load_tokenizer(folder)
@@ -150,10 +151,10 @@ class TokenReward(ABC):
 
     @abstractmethod
     def rewards(self, rows: list[list[int]]) -> list[float]:
-        """The rewards of some rows of token ids."""
+        """Return the rewards of rows of token ids."""
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """Rows of like length go together; an item's reward does not depend on the others."""
+        """Score in batches of similar length; an item's reward does not depend on its batch."""
         scores: dict[int, Outcome] = {}
         encoded: dict[int, list[int]] = {}
         for i, item in enumerate(items):
@@ -169,7 +170,7 @@ class TokenReward(ABC):
         return [scores[i] for i in range(len(items))]
 
     def encode(self, item: Item) -> list[int]:
-        """The conversation's token ids, at most `max_length`.
+        """Return the conversation's token ids, at most `max_length`.
 
         Raises:
             TooLongError: they are more, and may not be cut.
@@ -191,13 +192,19 @@ class TokenReward(ABC):
 
 
 def padded(rows: list[list[int]], pad: int, device: str) -> tuple[Any, Any]:
-    """Token ids (B, T) with padding on the right, and their attention mask (B, T)."""
+    """Return token ids (B, T) with padding on the right, and their attention mask (B, T)."""
     import torch
 
     longest = max(map(len, rows))
     ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     return ids.to(device), mask.to(device)
+
+
+def to_list(outputs: Any) -> list[float]:
+    """Return a head's outputs (B, 1) as numbers."""
+    values: list[float] = outputs[:, 0].float().tolist()
+    return values
 
 
 class ClassifierReward(TokenReward):
@@ -233,10 +240,10 @@ class ClassifierReward(TokenReward):
         with torch.inference_mode():
             if not self.is_decoder:  # it reads its first token, or has a head of its own
                 out = self.model(input_ids=ids, attention_mask=mask)
-                return out.logits[:, 0].float().tolist()
+                return to_list(out.logits)
             states = self.model.base_model(input_ids=ids, attention_mask=mask)[0]  # (B, T, H)
             last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
-            return self.model.score(last)[:, 0].float().tolist()
+            return to_list(self.model.score(last))
 
 
 class VllmReward(TokenReward):
@@ -272,7 +279,7 @@ class VllmReward(TokenReward):
 
 
 def torch_dtype(part: ScoreConfig) -> Any:
-    """The precision as torch names it, or `auto`."""
+    """Return the precision as a torch dtype, or `auto`."""
     import torch
 
     return "auto" if part.dtype == "auto" else getattr(torch, part.dtype)

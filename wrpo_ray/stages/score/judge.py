@@ -55,7 +55,7 @@ RATING = re.compile(
 )
 """1: a rating, plain or with emphasis; 2: the end of the scale, if the judge says it."""
 READING = 2
-"""Version of how ratings are read: part of a judged step's key."""
+"""Version of the parser of ratings: part of a judged step's key."""
 
 
 class NoRatingError(ValueError):
@@ -63,7 +63,7 @@ class NoRatingError(ValueError):
 
 
 def template_text(config: JudgeConfig) -> str:
-    """The template's source.
+    """Return the template's source.
 
     Raises:
         UserError: the file cannot be read.
@@ -72,7 +72,7 @@ def template_text(config: JudgeConfig) -> str:
 
 
 class Question:
-    """What the judge is asked about an answer."""
+    """The question to the judge about an answer, from a Jinja template."""
 
     def __init__(self, config: JudgeConfig):
         self.config = config
@@ -87,7 +87,7 @@ class Question:
             ) from None
 
     def about(self, item: Item) -> str:
-        """The question about one answer."""
+        """Return the question about one answer."""
         return self.template.render(
             messages=item.messages,
             answer=item.text,
@@ -106,7 +106,7 @@ class JudgeReward:
         self.endpoint = Endpoint(config.endpoint, config.model)
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """One call an item, as many at a time as the endpoint's limits let."""
+        """Call the judge once for each item, concurrently within the endpoint's limits."""
         scores: dict[int, Outcome] = {}
         bodies: dict[int, Body] = {}
         for i, item in enumerate(items):
@@ -127,7 +127,7 @@ class JudgeReward:
         }
 
     def _rating(self, judgement: Completion) -> Outcome:
-        """The judgement's rating, or why it has none."""
+        """Return the judgement's rating, or a NoRatingError."""
         try:
             return read_rating(judgement.text, self.config.worst, self.config.best)
         except NoRatingError as error:
@@ -137,7 +137,7 @@ class JudgeReward:
 
 
 def read_rating(judgement: str, worst: float, best: float) -> float:
-    """The last rating of a judgement: others may be quoted from the answer before it.
+    """Return the last rating of a judgement: earlier ones may be quotes from the answer.
 
     A rating is a number in double brackets, alone or out of `best` (`[[8]]`, `[[8/10]]`,
     `[[rating: 8 out of 10]]`, `[[8]] (of 10)`). The last double brackets

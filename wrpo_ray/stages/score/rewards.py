@@ -1,4 +1,4 @@
-"""What turns (messages, answer) into a number: the reward that a config describes."""
+"""Rewards by config: a function, a verifier, a judge, a reward model, or a weighted sum of them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Function = Callable[[list[Message], str, Reference | None], float]
 
 
 def load_function(path: str) -> Function:
-    """The function that `module:function` names.
+    """Import the function that `module:function` names.
 
     Raises:
-        UserError: there is none.
+        UserError: it cannot be imported.
     """
     module, _, name = path.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the user's module can raise anything
         raise UserError(
             f"{path}: cannot be imported ({type(error).__name__}: {error}); put the module right, "
@@ -49,7 +49,7 @@ class FunctionReward:
         self.function = load_function(path)
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """One call an item; whatever the function raises is the item's error."""
+        """Call the function for each item; whatever it raises is the item's error."""
         return [self._one(item) for item in items]
 
     def _one(self, item: Item) -> Outcome:
@@ -60,20 +60,20 @@ class FunctionReward:
 
 
 class AnyReference:
-    """A verifier's outcomes where a reference may be a list: right if it is by one of them."""
+    """A verifier for references that may be lists: an answer is right if one of the list is."""
 
     def __init__(self, verifier: Reward):
         self.verifier = verifier
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """The best outcome of each item's references; an error if each of them gives one."""
+        """Return each item's best outcome over its references; an error only if all fail."""
         by_item = [list(_each(item)) for item in items]
         outcomes = iter(self.verifier.score([one for each in by_item for one in each]))
         return [_best(list(islice(outcomes, len(each)))) for each in by_item]
 
 
 def _each(item: Item) -> Iterator[Item]:
-    """The item once for each of its right answers."""
+    """Yield the item once for each of its right answers."""
     for right in item.right if isinstance(item.right, list) else [item.right]:
         yield replace(item, reference=right)
 
@@ -83,13 +83,13 @@ def _best(outcomes: list[Outcome]) -> Outcome:
 
 
 class OneTest:
-    """A verifier that a list means nothing to: of tests, any or all could be meant."""
+    """A verifier that rejects lists of references: any or all of the tests could be meant."""
 
     def __init__(self, verifier: Reward):
         self.verifier = verifier
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """The verifier's outcomes; an item whose reference is a list gets an error."""
+        """Return the verifier's outcomes; an item whose reference is a list gets an error."""
         asked = [item for item in items if not isinstance(item.right, list)]
         outcomes = iter(self.verifier.score(asked))
         return [
@@ -101,15 +101,15 @@ class OneTest:
 
 
 class MixtureReward:
-    """The sum of other rewards, as they are, each times its weight."""
+    """The weighted sum of other rewards, which are not normalized."""
 
     def __init__(self, weights: Sequence[float], parts: Sequence[Reward]):
         self.weights, self.parts = weights, parts
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """Sums; an item that a part cannot score has that part's error, the first's if several.
+        """Return the sums; an item that a part cannot score gets the first such part's error.
 
-        A later part is not asked about it.
+        Later parts do not score it.
         """
         scores: dict[int, Outcome] = dict.fromkeys(range(len(items)), 0.0)
         terms: dict[int, list[float]] = {i: [] for i in scores}
@@ -126,10 +126,10 @@ class MixtureReward:
 
 
 def load_reward(config: RewardConfig, folders: Sequence[Path | None]) -> Reward:
-    """The reward that the config describes; `folders` hold the weights of its parts.
+    """Load the reward that the config describes; `folders` contain the weights of its parts.
 
     Raises:
-        UserError: a part cannot work here.
+        UserError: a part does not work on this machine.
     """
     parts = [_load(*pair, config) for pair in zip(config.parts, folders, strict=True)]
     if not config.mixture:
@@ -138,7 +138,7 @@ def load_reward(config: RewardConfig, folders: Sequence[Path | None]) -> Reward:
 
 
 def _load(part: ScoreConfig, folder: Path | None, whole: RewardConfig) -> Reward:
-    """One part, on the devices of the whole; only what it needs is imported."""
+    """Load one part, on the devices of the whole; imports only what the part needs."""
     if part.function:
         return FunctionReward(part.function)
     if part.verifier:

@@ -1,11 +1,11 @@
-"""Runs a program that nobody has read with the tests that it has to pass, each run shut in.
+"""Run untrusted programs with their tests, each run in a sandbox of its own.
 
-What a run has: no network, a user of its own, an empty environment, its own processes, Python's
-standard library, a folder in memory, and limits on time, CPU, memory, processes and files. It
-needs the kernel's namespaces, as root or in a user namespace; `isolation: limits` does without.
+A run has no network, its own user and process namespace, an empty environment, Python's standard
+library, a folder in memory, and limits on time, CPU, memory, processes and files. This needs Linux
+namespaces, as root or in a user namespace; `isolation: limits` sets only the limits.
 
 Not covered: a program that is written to cheat. Program and tests share an interpreter, so one
-that searches it for the mark of a finished run, or answers with objects equal to anything, passes.
+that searches it for the token of a finished run, or returns objects equal to anything, passes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SLACK = 10.0
 
 
 class SandboxError(RuntimeError):
-    """The program could not be shut in and run; this says nothing about it."""
+    """The sandbox could not be set up; this says nothing about the program."""
 
 
 class BadTestsError(ValueError):
@@ -36,15 +36,15 @@ class BadTestsError(ValueError):
 
 @dataclass(frozen=True)
 class Sandbox:
-    """Where programs run; any number at a time."""
+    """Runs programs; thread-safe."""
 
     config: CodeConfig
     python: str = field(default_factory=lambda: os.path.realpath(sys.executable))
     prefix: str = field(default_factory=lambda: os.path.realpath(sys.base_prefix))
-    """Python itself, and the folder of its standard library."""
+    """The Python executable, and the folder of its standard library."""
 
     def passes(self, program: str, tests: str) -> bool:
-        """Whether the tests, Python code that sees what the program defines, come to their end.
+        """Whether the tests, Python code that sees the program's names, run to their end.
 
         Raises:
             BadTestsError: they do not compile.
@@ -64,11 +64,11 @@ class Sandbox:
                 "python": self.python,
                 "prefix": self.prefix,
             }
-            code, told = self._run(marshal.dumps(task))
+            code, message = self._run(marshal.dumps(task))
         if code == sandbox_process.BAD_TESTS:
-            raise BadTestsError(f"the reference is no Python code: {told}")
+            raise BadTestsError(f"the reference is no Python code: {message}")
         if code not in (sandbox_process.PASSED, sandbox_process.NOT_PASSED):
-            raise SandboxError(told or f"the sandbox process exited with code {code}")
+            raise SandboxError(message or f"the sandbox process exited with code {code}")
         return code == sandbox_process.PASSED
 
     def _run(self, task: bytes) -> tuple[int, str]:
@@ -81,24 +81,24 @@ class Sandbox:
             start_new_session=True,
         )
         try:
-            _, told = process.communicate(task, timeout=self.config.timeout + SLACK)
+            _, errors = process.communicate(task, timeout=self.config.timeout + SLACK)
         except subprocess.TimeoutExpired:
-            process.kill()  # and with it the guard
+            process.kill()  # and with it the supervisor
             process.communicate()
             raise SandboxError("the sandbox process did not end in time") from None
-        return process.returncode, " ".join(told.decode(errors="replace").split())
+        return process.returncode, " ".join(errors.decode(errors="replace").split())
 
     def check(self) -> None:
-        """Run something harmless.
+        """Run a harmless program to see whether the sandbox works.
 
         Raises:
-            UserError: this machine cannot shut programs in as the config asks.
+            UserError: this machine does not support the isolation that the config asks for.
         """
         try:
             works = self.passes("answer = 42", "assert answer == 42")
         except SandboxError as error:
             raise UserError(
-                f"verifier code: this machine does not let programs be shut in ({error}); allow "
+                f"verifier code: this machine cannot sandbox programs ({error}); allow "
                 f"namespaces (root with CAP_SYS_ADMIN, or user namespaces), or set "
                 f"code.isolation: limits, which leaves them the network and this user's files"
             ) from None

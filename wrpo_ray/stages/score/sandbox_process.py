@@ -1,11 +1,13 @@
-"""The inside of `sandbox`: a script that shuts a program in, runs its tests, and says how it went.
+"""Script that sandboxes one untrusted program, runs its tests, and exits with the result.
 
-Run as `python -I -S sandbox_process.py`, task on stdin, once an answer: it imports little.
-It starts a guard, which is process 1 of its own namespaces, and the guard starts the program: when
-the guard ends, the kernel ends all that the program left. The program is another user in an empty
-root folder with Python and the system's libraries, read only, and a small `/tmp` in memory.
+`sandbox` starts it as `python -I -S sandbox_process.py` for each answer, with a marshalled task on
+stdin; it imports little, so that it starts fast.
+It starts a supervisor, process 1 of its own namespaces, which starts the program. When the
+supervisor exits, the kernel kills every process that the program left. The program runs as another
+user, in an empty root folder with Python and the system's libraries, read only, and a small `/tmp`
+in memory.
 
-Ends with PASSED, NOT_PASSED, BAD_TESTS, or FAILED; with the last two the reason is on stderr.
+The exit code is PASSED, NOT_PASSED, BAD_TESTS or FAILED; the last two write the reason to stderr.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-PASSED, NOT_PASSED, BAD_TESTS, FAILED = 10, 11, 12, 13  # not 0, 1, 2: how a broken Python ends
+PASSED, NOT_PASSED, BAD_TESTS, FAILED = 10, 11, 12, 13  # not 0, 1, 2: exit codes of a broken Python
 
 PROCESSES, FILES, FILE_BYTES, DISK = 8, 64, 2**24, "size=64m,nr_inodes=4096"
 NOBODY = 65534
 FIRST_USER = 2_000_000_000
-"""Users from here on have no files; each run has one of its own, so that its limits are too."""
-SPEC, MARK = 3, 4
-"""The program's file descriptors: what to run, and where to say that the tests are over."""
+"""Users from here on own no files; each run has its own, so that limits per user are per run."""
+SPEC, TOKEN = 3, 4
+"""The program's file descriptors: the code to run, and the pipe for the completion token."""
 
 # <linux/sched.h>, <linux/mount.h>, <linux/prctl.h>
 NEWNS, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET = (
@@ -43,10 +45,10 @@ RUNNER = f"""
 def main():
     import builtins, marshal, os, sys
     with open({SPEC}, "rb") as spec:
-        program, tests, mark = marshal.load(spec)
+        program, tests, token = marshal.load(spec)
     tests = compile(tests, "tests", "exec")
     answer = sys.modules["answer"] = type(sys)("answer")
-    names, run, say, ends = vars(answer), exec, os.write, (sys.settrace, sys.setprofile)
+    names, run, finish, ends = vars(answer), exec, os.write, (sys.settrace, sys.setprofile)
     own = dict(vars(builtins))
     run(compile(program, "answer", "exec"), names)
     for end in ends:
@@ -54,89 +56,91 @@ def main():
     names["__builtins__"] = builtins
     vars(builtins).update(own)
     run(tests, names)
-    say({MARK}, mark)
+    finish({TOKEN}, token)
 main()
 """
-"""What the program's process runs. Only a run that comes to its end says the mark: one that exits
-early does not. What the answer changed of Python's own functions is put right before the tests."""
+"""The code of the program's process. Only a run that reaches its end writes the token; one that
+exits early does not. Builtins that the answer changed are restored before the tests."""
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def main() -> int:
-    """Run the program that stdin describes; what became of it is the exit code."""
+    """Run the program that stdin describes and return the exit code."""
     task = marshal.load(sys.stdin.buffer)
     try:
         compile(task["tests"], "tests", "exec")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
-        return _tell(BAD_TESTS, error)
+        return _exit_code(BAD_TESTS, error)
     try:
         return PASSED if _passes(task) else NOT_PASSED
     except OSError as error:
-        return _tell(FAILED, error)
+        return _exit_code(FAILED, error)
 
 
-def _tell(code: int, error: Exception) -> int:
+def _exit_code(code: int, error: Exception) -> int:
     print(error, file=sys.stderr)
     return code
 
 
 def _passes(task: dict[str, Any]) -> bool:
-    """Whether the tests come to their end in time.
+    """Whether the tests run to their end in time.
 
     Raises:
-        OSError: the program could not be shut in.
+        OSError: the sandbox could not be set up.
     """
-    mark = os.urandom(16)
+    token = os.urandom(16)
     user = _other_user()
     if task["isolated"]:
-        _leave(task, user)
-    said, say = os.pipe()
-    broken, breaks = os.pipe()
-    guard = os.fork()
-    if guard == 0:
+        _enter_namespaces(task, user)
+    finished, finish = os.pipe()
+    failed, failures = os.pipe()
+    supervisor = os.fork()
+    if supervisor == 0:
         os.setpgid(0, 0)
-        _end_with(lambda: _guard(task, user, mark, say, breaks), breaks)
-    for end in (say, breaks):
+        _call_and_exit(lambda: _supervise(task, user, token, finish, failures), failures)
+    for end in (finish, failures):
         os.close(end)
     try:
-        _wait(guard, task["timeout"])
+        _wait_until_exit(supervisor, task["timeout"])
     finally:
-        _end_all(guard, user, task["isolated"])
-    if reason := os.read(broken, 4096):
+        _kill_all(supervisor, user, task["isolated"])
+    if reason := os.read(failed, 4096):
         raise OSError(reason.decode())
-    os.set_blocking(said, False)
+    os.set_blocking(finished, False)
     try:
-        return os.read(said, len(mark)) == mark
-    except BlockingIOError:  # a process that got away still has the other end
+        return os.read(finished, len(token)) == token
+    except BlockingIOError:  # a process that escaped still holds the other end
         return False
 
 
-def _wait(guard: int, seconds: float) -> None:
+def _wait_until_exit(supervisor: int, seconds: float) -> None:
     watch = select.poll()
-    watch.register(os.pidfd_open(guard), select.POLLIN)
+    watch.register(os.pidfd_open(supervisor), select.POLLIN)
     watch.poll(seconds * 1000)
 
 
-def _end_all(guard: int, user: int | None, isolated: bool) -> None:
-    """End the guard, and with it all in its namespaces; without those, its group and its user's."""
-    os.killpg(guard, signal.SIGKILL)  # it waits to be reaped, so the id is its own
-    os.waitpid(guard, 0)
+def _kill_all(supervisor: int, user: int | None, isolated: bool) -> None:
+    """Kill the supervisor and its namespaces; without those, its process group and its user's."""
+    os.killpg(supervisor, signal.SIGKILL)  # it waits to be reaped, so the id is its own
+    os.waitpid(supervisor, 0)
     if isolated or user is None:
         return
-    sweeper = os.fork()
-    if sweeper == 0:
+    killer = os.fork()
+    if killer == 0:
         _become(user)
-        os.kill(-1, signal.SIGKILL)  # all that this user may: the run's processes
+        os.kill(-1, signal.SIGKILL)  # all processes of this user, which are the run's
         os._exit(0)
-    os.waitpid(sweeper, 0)
+    os.waitpid(killer, 0)
 
 
-# --- the guard -------------------------------------------------------------------------------
+# --- the supervisor --------------------------------------------------------------------------
 
 
-def _guard(task: dict[str, Any], user: int | None, mark: bytes, say: int, breaks: int) -> None:
-    """Shut this process in, start the program, and end with it."""
+def _supervise(
+    task: dict[str, Any], user: int | None, token: bytes, finish: int, failures: int
+) -> None:
+    """Isolate this process, start the program, and exit with it."""
     task["nothing"] = os.open(os.devnull, os.O_RDWR)
     if task["isolated"]:
         _build_root(task["root"], task["python"], task["prefix"])
@@ -148,17 +152,17 @@ def _guard(task: dict[str, Any], user: int | None, mark: bytes, say: int, breaks
     _check(libc.prctl(SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
     program = os.fork()
     if program == 0:
-        _end_with(lambda: _become_program(task, mark, say), breaks)
-    os.close(breaks)
+        _call_and_exit(lambda: _become_program(task, token, finish), failures)
+    os.close(failures)
     while os.wait()[0] != program:
-        pass  # an orphan of the program's
+        pass  # reap an orphan of the program
 
 
-def _become_program(task: dict[str, Any], mark: bytes, say: int) -> NoReturn:
+def _become_program(task: dict[str, Any], token: bytes, finish: int) -> NoReturn:
     spec = os.memfd_create("spec")
-    os.write(spec, marshal.dumps((task["program"], task["tests"], mark)))
+    os.write(spec, marshal.dumps((task["program"], task["tests"], token)))
     os.lseek(spec, 0, os.SEEK_SET)
-    given = [task["nothing"]] * 3 + [spec, say]
+    given = [task["nothing"]] * 3 + [spec, finish]
     apart = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FILES) for fd in given]
     for number, fd in enumerate(apart):
         os.dup2(fd, number)
@@ -174,20 +178,20 @@ def _become_program(task: dict[str, Any], mark: bytes, say: int) -> NoReturn:
     os.execve(task["python"], [task["python"], "-I", "-S", "-c", RUNNER], {})
 
 
-def _end_with(what: Callable[[], None], breaks: int) -> NoReturn:
-    """Do it and end this process; a fault is written to `breaks`, which an exec closes."""
+def _call_and_exit(what: Callable[[], None], failures: int) -> NoReturn:
+    """Call it and exit this process; an error is written to `failures`, which an exec closes."""
     try:
         what()
     except BaseException as error:  # nothing may leave this process
-        os.write(breaks, f"{type(error).__name__}: {error}".encode()[:4096])
+        os.write(failures, f"{type(error).__name__}: {error}".encode()[:4096])
     os._exit(0)
 
 
-# --- shutting in -----------------------------------------------------------------------------
+# --- isolation -------------------------------------------------------------------------------
 
 
 def _other_user() -> int | None:
-    """A user for this run alone, if this is root; else None."""
+    """Return a user id for this run alone, if this is root; else None."""
     return FIRST_USER + os.getpid() if os.geteuid() == 0 else None
 
 
@@ -201,16 +205,16 @@ def _become(user: int) -> None:
         os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
-def _leave(task: dict[str, Any], user: int | None) -> None:
+def _enter_namespaces(task: dict[str, Any], user: int | None) -> None:
     """Leave the machine's network, mounts and, for children, its processes."""
-    real = os.geteuid(), os.getegid()
+    outside = os.geteuid(), os.getegid()
     spaces = NEWNS | NEWUTS | NEWIPC | NEWPID | NEWNET
     _check(libc.unshare(spaces | (NEWUSER if user is None else 0)), "unshare")
     if user is None:  # in a user namespace it may do what follows, as the user that it was
         for name, line in (
             ("setgroups", "deny"),
-            ("uid_map", f"{NOBODY} {real[0]} 1"),
-            ("gid_map", f"{NOBODY} {real[1]} 1"),
+            ("uid_map", f"{NOBODY} {outside[0]} 1"),
+            ("gid_map", f"{NOBODY} {outside[1]} 1"),
         ):
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(line)
@@ -223,17 +227,17 @@ def _build_root(root: str, python: str, prefix: str) -> None:
     done: list[str] = []
     for path in (prefix, os.path.dirname(python), "/lib", "/lib64", "/usr/lib", "/usr/lib64"):
         if os.path.lexists(path) and not any(path.startswith(f"{d}/") or path == d for d in done):
-            _show(root, path)
+            _bind(root, path)
             done.append(path)
     for file in ("/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"):
         if os.path.exists(file):
-            _show(root, file)
+            _bind(root, file)
     os.mkdir(f"{root}/tmp")
     os.chmod(f"{root}/tmp", 0o1777)
 
 
-def _show(root: str, path: str) -> None:
-    """Make a folder, file or link of the machine seen in `root`."""
+def _bind(root: str, path: str) -> None:
+    """Make a folder, file or link of the machine visible under `root`, read only."""
     there = root + path
     os.makedirs(os.path.dirname(there), exist_ok=True)
     if os.path.islink(path):

@@ -1,6 +1,7 @@
-"""A pool of reward actors; the unit of work is a bucket of one store of answers.
+"""Scores of answers, by a pool of actors; the unit of work is a bucket of one store of answers.
 
-An actor passes over the answers that are scored, and commits the others chunk by chunk.
+An actor skips the answers that have a score, and commits the others chunk by chunk. Scores are
+rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -29,18 +30,23 @@ from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
 from wrpo_ray.stages.score.base import Item, Reward
 from wrpo_ray.stages.score.rewards import load_reward
+from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 Row = dict[str, Any]
-SAMPLED = 32
-"""Buckets, evenly, whose scores of all sources are read for the share of wins that is shown: a
-bucket's call reads two columns of each source, so in all of them it would grow with the run."""
+SCORE = "reward"
+"""The column of SCORED with the scores: rewards, or verdicts as 1.0 (right) and 0.0 (wrong)."""
+SHOWN_AS = {"reward": "mean reward", "verdict": "share right"}
+"""The mean of a job's scores, as the progress calls it."""
+SAMPLED_BUCKETS = 32
+"""Evenly chosen buckets in which the share of wins is counted. A bucket reads two columns of each
+source for it; counting in all of them would cost more with every bucket of the run."""
 
 
 @dataclass(frozen=True)
 class Score(BaseJob):
-    """The rewards of some answers."""
+    """The rewards of some answers, or a verifier's verdicts on them."""
 
     kind = JobKind.SCORE
     is_retryable = True
@@ -48,16 +54,18 @@ class Score(BaseJob):
     answers: Samples
     reward: RewardConfig
     folders: tuple[Folder | None, ...]
-    """The weights of each of the reward's parts; None for what has none."""
+    """The weights of each part of the reward; None for a part without weights."""
     fingerprints: tuple[str, ...]
-    """What identifies weights, code or text of each part."""
+    """Of weights, code or text of each part."""
     retry: int = 0
+    outcome: Literal["reward", "verdict"] = "reward"
+    """What a score is: a reward to be ranked by, or a verdict 1.0 or 0.0 beside the rewards."""
 
     @property
     def fingerprint(self) -> str:
-        """What identifies the reward: part of the store's key."""
+        """The fingerprint of the whole reward or verifier: part of the store's key."""
         whole = self.fingerprints
-        return whole[0] if len(whole) == 1 else records.digest(whole, 16)
+        return whole[0] if len(whole) == 1 else digest(whole, 16)
 
     @cached_property
     def step(self) -> Step:
@@ -75,7 +83,7 @@ class Score(BaseJob):
 
     @property
     def samples(self) -> Samples:
-        """The same answers with their rewards (records SCORED), as later stages read them."""
+        """The same answers with their scores (records SCORED), as later stages read them."""
         return Samples(self.step, self.answers.prompts, self.answers.count)
 
     @property
@@ -100,10 +108,10 @@ class Score(BaseJob):
 
 
 def run(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> None:
-    """Do each job; the jobs of one reward share its actors.
+    """Run the jobs; the jobs of one reward or verifier share its actors.
 
-    A `ready_queue` gives the buckets of the jobs' answers that can be read, while others are made;
-    the jobs have one reward then.
+    A `ready_queue` says which buckets of the jobs' answers are ready, while others are still generated;
+    then all jobs have the same reward.
 
     Raises:
         FailureLimitError: too many answers could not be scored.
@@ -113,7 +121,7 @@ def run(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> N
 
 
 def pool_of(reward: RewardConfig) -> Pool:
-    """The reward as a pool of actors."""
+    """Return the pool of a reward's or verifier's actors."""
     env = thread_env(reward.actors.num_cpus)
     if any(part.engine == "vllm" for part in reward.parts):
         env |= engine_env(on_gpu=bool(reward.actors.num_gpus))
@@ -123,7 +131,7 @@ def pool_of(reward: RewardConfig) -> Pool:
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
     pool = pool_of(jobs[0].reward)
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    shown = [_Shown(job, run.buckets) for job in jobs]
+    shown = [_SourceProgress(job, run.buckets) for job in jobs]
     tallies = [Tally(run, job.step) for job in jobs]
     for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, ready_queue):
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
@@ -135,37 +143,38 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
         )  # fmt: skip
 
 
-class _Shown(Progress):
-    """A source's progress, with its rewards so far."""
+class _SourceProgress(Progress):
+    """A source's progress, with its scores so far."""
 
     def __init__(self, job: Score, buckets: int):
         super().__init__(f"score {job.step.source}", buckets)
-        self.reward, self.wins = 0.0, 0
+        self.mean_is = SHOWN_AS[job.outcome]
+        self.score_sum, self.wins = 0.0, 0
 
 
-def _show(shown: list[_Shown], job: int, result: Row, wins: list[int]) -> None:
-    """Mean reward of a source, and how many prompts each source answers best, as told so far."""
+def _show(shown: list[_SourceProgress], job: int, result: Row, wins: list[int]) -> None:
+    """Show the mean score of a source, and the share of prompts that it answers best, so far."""
     for source, won in zip(shown, wins, strict=False):
         source.wins += won
     decided = sum(source.wins for source in shown)
     this = shown[job]
-    this.reward += result.pop("reward")
+    this.score_sum += result.pop("score_sum")
     if rows := this.rows + result["new"]:
-        this.about["mean reward"] = f"{this.reward / rows:.3g}"
+        this.about[this.mean_is] = f"{this.score_sum / rows:.3g}"
     if decided:
         this.about["best"] = f"{this.wins / decided:.0%}"
     this.add(result["new"], result["failed"])
 
 
 class Scorer:
-    """The actor: a reward that is loaded when the first unscored answer is met."""
+    """The actor: a reward or verifier that is loaded at the first answer without a score."""
 
     def __init__(self, run: Run, jobs: list[Score]):
         self.run, self.jobs = run, jobs
 
     @cached_property
     def reward(self) -> Reward:
-        """The loaded reward."""
+        """The loaded reward or verifier."""
         job = self.jobs[0]
         parts = zip(job.folders, job.fingerprints, strict=True)
         return load_reward(
@@ -173,10 +182,10 @@ class Scorer:
         )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Fill one bucket of one job; what is returned are counts only."""
+        """Score one bucket of one job; return counts only."""
         job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
         kept = job.step.failures(self.run.root)
-        done, reward = 0, 0.0
+        done, score_sum = 0, 0.0
         with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
             held, failed, missing = self._missing(job, bucket, earlier)
             prompts = self._prompts(job, bucket) if missing else {}
@@ -184,37 +193,37 @@ class Scorer:
                 good, failures = self._score(job, prompts, rows)
                 self._commit(job, bucket, rows, good, failures, earlier)
                 done, failed = done + len(good), failed + len(failures)
-                reward += sum(r["reward"] for r in good)
-        counts = {"rows": held + done, "new": done, "failed": failed, "reward": reward}
-        is_sampled = bucket.index % max(1, bucket.count // SAMPLED) == 0
+                score_sum += sum(r[SCORE] for r in good)
+        counts = {"rows": held + done, "new": done, "failed": failed, "score_sum": score_sum}
+        is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
         wins = self._wins(bucket) if done and is_sampled else []
         return row | counts | {"wins": json.dumps(wins)}
 
     def _wins(self, bucket: Bucket) -> list[int]:
-        """How many of the bucket's prompts each job's source answers best, if all are scored.
+        """Return how many of the bucket's prompts each job's source wins, if all are scored.
 
-        None, where a source has several jobs: of other seeds, or after other training.
+        Empty where a source has several jobs: of other seeds, or after other training.
         """
         if len({job.step.source for job in self.jobs}) < len(self.jobs):
             return []
-        columns, best = ["prompt_id", "reward"], []
+        columns, best = ["prompt_id", SCORE], []
         for job in self.jobs:
             store = job.samples.folder(self.run.root)
             table = read_bucket(store, bucket, records.SCORED, columns)
             if not table.num_rows:
                 return []
-            best.append(table.group_by("prompt_id").aggregate([("reward", "max")]))
-        rewards = pa.concat_tables(best)
-        most = rewards.group_by("prompt_id").aggregate([("reward_max", "max")])
+            best.append(table.group_by("prompt_id").aggregate([(SCORE, "max")]))
+        highest = f"{SCORE}_max"
+        most = pa.concat_tables(best).group_by("prompt_id").aggregate([(highest, "max")])
         return [
-            pc.sum(pc.equal(joined["reward_max"], joined["reward_max_max"])).as_py() or 0
+            pc.sum(pc.equal(joined[highest], joined[f"{highest}_max"])).as_py() or 0
             for joined in (table.join(most, "prompt_id") for table in best)
         ]
 
     def _missing(
         self, job: Score, bucket: Bucket, earlier: EarlierFailures
     ) -> tuple[int, int, list[Row]]:
-        """How many wanted answers are scored, how many given up, and the others."""
+        """Return how many wanted answers have a score, how many are given up, and the others."""
         store = job.samples.folder(self.run.root)
         done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
         answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
@@ -245,7 +254,7 @@ class Scorer:
                 key = {name: row[name] for name in ("prompt_id", "source", "sample")}
                 failed.append(records.failure("score", value, **key))
             else:
-                good.append(row | {"reward": value, "reward_model": job.fingerprint})
+                good.append(row | {SCORE: value, "reward_model": job.fingerprint})
         return good, failed
 
     def _commit(

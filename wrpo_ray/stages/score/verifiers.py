@@ -1,7 +1,7 @@
-"""Answers compared with the reference: the same text, the same number, or a program that works.
+"""Verifiers compare answers with the reference: same text, same number, or a program that works.
 
-A score is 1.0 or 0.0. Only what is no fault of the answer's fails the row: a reference that is
-missing or has no number, tests that are no Python, a program that could not be run.
+A verdict is 1.0 or 0.0. A row fails only for reasons outside the answer: a reference that is
+missing or has no number, tests that are no Python, a sandbox that could not be set up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from wrpo_ray.stages.score.base import Item, MissingReferenceError, Outcome
 from wrpo_ray.stages.score.sandbox import Sandbox
 
 Check = Callable[[str, str], bool]
-"""Whether an answer is right by a reference."""
+"""Whether an answer is right, given (answer, reference)."""
 
 
 VERSIONS: dict[VerifierName, str] = {
@@ -26,22 +26,22 @@ VERSIONS: dict[VerifierName, str] = {
     "number": "d6dd786e510b1211",
     "code": "0c2e9a5f50579091",
 }
-"""What each verifier's outcomes are known by in step keys. A change of what one finds right needs
-a new value, so that answers are verified again; any text will do."""
+"""The version of each verifier in step keys. If a change alters any verdict, put another text here,
+so that answers are verified again."""
 
 
 class BadReferenceError(ValueError):
-    """The reference holds nothing that an answer can be compared with."""
+    """The reference contains nothing that an answer can be compared with."""
 
 
 class VerifierReward:
-    """1.0 for an answer that the check finds right, else 0.0."""
+    """Verdicts: 1.0 for an answer that the check accepts, else 0.0."""
 
     def __init__(self, check: Check, threads: int = 1):
         self.check, self.threads = check, threads
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """One check an item, `threads` at a time."""
+        """Return one verdict or error an item, checked by `threads` threads."""
         if self.threads == 1:
             return [self._one(item) for item in items]
         with ThreadPoolExecutor(self.threads) as pool:
@@ -57,10 +57,10 @@ class VerifierReward:
 
 
 def load_verifier(name: VerifierName, code: CodeConfig, threads: int = 1) -> VerifierReward:
-    """The verifier of a name; `threads` programs run at a time.
+    """Return the verifier of a name; `threads` programs run at a time.
 
     Raises:
-        UserError: programs cannot be shut in here.
+        UserError: programs cannot be sandboxed on this machine.
     """
     if name != "code":
         return VerifierReward({"exact": is_same, "number": has_same_number}[name])

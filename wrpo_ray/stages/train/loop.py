@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.llm.chat import load_tokenizer
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.train import (
     checkpoint,
     deepspeed,

@@ -25,12 +25,8 @@ from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
 from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.chat import (
-    OWN,
-    Template,
-    end_ids,
-    load_tokenizer,
-)
+from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.rendering import OWN, Template, load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import Pool, thread_env

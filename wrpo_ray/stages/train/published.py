@@ -18,7 +18,8 @@ from typing import Any
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.data.records import Message
 from wrpo_ray.errors import TemplateError, UserError
-from wrpo_ray.llm.chat import CLOCK, check_said, check_written
+from wrpo_ray.llm.message_checks import check_said, check_written
+from wrpo_ray.llm.rendering import CLOCK
 
 Ids = list[int]
 

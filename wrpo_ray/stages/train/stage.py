@@ -15,7 +15,7 @@ from typing import Any
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.llm.chat import OWN, Template
+from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from wrpo_ray.config import TrainConfig, WrpoConfig
-from wrpo_ray.llm.chat import OWN, Template
+from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step

@@ -22,7 +22,7 @@ from wrpo_ray.config import (
     WrpoConfig,
 )
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.chat import load_tokenizer
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train import deepspeed, model, probe
 from wrpo_ray.stages.train.loop import Trainer
