@@ -14,8 +14,9 @@ from wrpo_ray.config import (
     ScoreConfig,
 )
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward
-from wrpo_ray.pipeline.models import checked_model, map_models, naming_key
+from wrpo_ray.pipeline.models import map_models, resolved
 from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.stages.pair.answers import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
@@ -42,7 +43,7 @@ def preflight(config: Config) -> Config:
             problems.append(f"cannot be read: {' '.join(shown(str(error)).split())}")
         return None
 
-    config = map_models(config, lambda what, model: told(checked_model, what, model) or model)
+    config = map_models(config, lambda what, model: told(resolved, what, model) or model)
     for check in _checks(config):
         told(check)
     if problems:
@@ -86,7 +87,7 @@ def _check_scorer(part: ScoreConfig) -> None:
 def _check_key(what: str, endpoint: EndpointConfig) -> None:
     from wrpo_ray.llm.endpoint import read_key
 
-    with naming_key(f"{what}.endpoint"):
+    with telling_of(f"{what}.endpoint"):
         read_key(endpoint)
 
 
