@@ -55,7 +55,7 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     else:
         with _reporting(reporter), session(config, root) as run, reporter:
             _begin(chain, told, planner)
-            _run_stages(run, stages, reporter.tell)
+            run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
     write_comparison(root, summary)
     if not root.says(SUMMARY, summary):
@@ -134,7 +134,14 @@ def _nothing(is_running: bool) -> None:
     """No report is wanted."""
 
 
-def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
+def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
+    """Run the jobs that are not done, phase by phase; `tell` is called after each phase.
+
+    A phase that can take the buckets of the one before it runs side by side with that.
+
+    Raises:
+        WrpoError: a job failed; what is finished is kept.
+    """
     phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
     while phases:
         number, phase = phases.pop(0)
@@ -145,18 +152,23 @@ def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None
         else:
             following = []
         label = f"[{number + 1}/{len(stages)}] {stages[number].name}"
-        started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
-        if not names:
+        if not jobs:
             log(f"{label}: done before")
             continue
-        log(f"{label}: {', '.join(names)}")
-        tell_resumed(run, jobs + following)
-        if following:
-            _stream(run, jobs, following)
-        else:
-            jobs[0].run(run, jobs)
-        log(f"{label}: finished in {time.time() - started:.0f} s")
+        _run_phase(run, label, jobs, following)
         tell()
+
+
+def _run_phase(run: Run, label: str, jobs: list[Job], following: list[Job]) -> None:
+    """Run a phase, and the one that takes its buckets, if there is one."""
+    started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
+    log(f"{label}: {', '.join(names)}")
+    log_resumed(run, jobs + following)
+    if following:
+        _stream(run, jobs, following)
+    else:
+        jobs[0].run(run, jobs)
+    log(f"{label}: finished in {time.time() - started:.0f} s")
 
 
 def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
@@ -164,11 +176,11 @@ def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not job.step.is_done(run.root)]
 
 
-def tell_resumed(run: Run, jobs: list[Job]) -> None:
-    """Log what is there already of stores that the jobs fill."""
+def log_resumed(run: Run, jobs: list[Job]) -> None:
+    """Log how many shards the stores that the jobs fill have already."""
     for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
         if found := len((run.root / step.folder).files(suffix=".parquet")):
-            log(f"{step.name}: {found:,} shards are there; what they hold is passed over")
+            log(f"{step.name}: {found:,} shards exist; the rows in them are skipped")
 
 
 def _can_stream(jobs: list[Job], following: list[Job]) -> bool:

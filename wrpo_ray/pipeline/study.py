@@ -16,9 +16,9 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.runner import (
+    log_resumed,
     missing,
     session,
-    tell_resumed,
 )
 from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.runtime.context import Run
@@ -128,7 +128,7 @@ def run_waves(run: Run, paths: Sequence[Path]) -> None:
         jobs = missing(run, wave)
         left = len({job.step.key for path in paths for job in path.jobs})
         log(f"{jobs[0].kind}: {len(jobs)} of {left} remaining jobs")
-        tell_resumed(run, jobs)
+        log_resumed(run, jobs)
         jobs[0].run(run, jobs)
 
 
