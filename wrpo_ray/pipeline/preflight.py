@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,16 +25,14 @@ from wrpo_ray.text.addresses import shown
 
 
 def preflight(config: Config) -> Config:
-    """Check whatever can be checked without starting anything.
-
-    Returns the config with every hub id at the commit that it is at now.
+    """Run all checks, and return the config with every hub id pinned to its current commit.
 
     Raises:
         UserError: with one line for each problem.
     """
     problems: list[str] = []
 
-    def told(check: Any, *arguments: Any) -> Any:
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return check(*arguments)
         except UserError as error:
@@ -43,15 +41,15 @@ def preflight(config: Config) -> Config:
             problems.append(f"cannot be read: {' '.join(shown(str(error)).split())}")
         return None
 
-    config = map_models(config, lambda what, model: told(resolved, what, model) or model)
+    config = map_models(config, lambda what, model: attempt(resolved, what, model) or model)
     for check in _checks(config):
-        told(check)
+        attempt(check)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
 
 
-def _checks(config: Config) -> Iterator[Any]:
+def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for model in config.sources:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
@@ -67,14 +65,14 @@ def _checks(config: Config) -> Iterator[Any]:
     yield partial(check_patterns, config.answers.refusal_patterns)
     for what, given in (("prompts", config.prompts), ("import", config.existing)):
         if given:
-            yield lambda what=what, g=given: _check_input(what, g)
+            yield partial(_check_input, what, given)
     if asked and (held_out := asked.prompts):
-        yield lambda: _check_input("evaluate.prompts", held_out)
-    yield lambda: check_writable(Folder(config.output))
+        yield partial(_check_input, "evaluate.prompts", held_out)
+    yield partial(check_writable, Folder(config.output))
 
 
 def _check_scorer(part: ScoreConfig) -> None:
-    """Check what a part of the reward needs, as far as this machine shows it."""
+    """Check that a reward's function, or its judge's key and template, can be loaded."""
     if part.function:
         load_function(part.function)
     if part.judge:

@@ -1,4 +1,4 @@
-"""Runs a chain: connects to Ray, runs what is missing, and leaves summary and report."""
+"""Run a chain: connect to Ray, run the missing jobs, and write the summary and the report."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 Planner = Callable[[Config, Folder, list["Stage"]], dict[str, dict[str, Any]]]
-"""Gives what each step is expected to take, by its key."""
+"""Return the expected work of each step, by its key."""
 SUMMARY = "summary.json"
 
 
 def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None) -> dict[str, Any]:
     """Run the chain up to and with the stage `until`, and return the summary.
 
-    Finished steps are skipped; if all are, not even Ray is started. What `planner` expects of the
-    steps is kept for the report.
+    Finished steps are skipped; if all are finished, Ray is not started. The work that `planner`
+    expects of each step is kept for the report.
 
     Raises:
         WrpoError: see `errors`.
@@ -68,10 +68,10 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
 
 @contextmanager
 def session(config: Config, root: Folder) -> Iterator[Run]:
-    """The output is this run's, and Ray is there.
+    """Hold the lease of the output and a connection to Ray.
 
     Raises:
-        WrpoError: another run holds the output, its budget is spent, or Ray cannot be had.
+        WrpoError: another run holds the output, its budget is spent, or Ray cannot be reached.
     """
     from wrpo_ray.runtime import cluster
     from wrpo_ray.runtime.lease import Lease
@@ -99,13 +99,13 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
 
 
 def outline_of(chain: Chain) -> Outline:
-    """What a built chain is to do, for those who have only its output."""
+    """The outline of a built chain, for `chain.json`."""
     jobs = [(stage.name, job) for stage in chain.stages for job in stage.jobs]
     return outline(chain.config, chain.until, jobs, model_addresses(chain.config))
 
 
 def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
-    """Leave the outline and the plan in the output."""
+    """Write the outline and the plan to the output."""
     with best_effort("outline"):
         told.write(chain.root)
     if planner:
@@ -115,7 +115,7 @@ def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
 
 @contextmanager
 def _reporting(reporter: Reporter) -> Iterator[None]:
-    """A report once more where the block fails: it tells of failures."""
+    """Write the report once more if the block fails, as it lists failures."""
     try:
         yield
     except Exception:
@@ -131,7 +131,7 @@ def _report(root: Folder, told: Outline, is_running: bool) -> None:
 
 
 def _nothing(is_running: bool) -> None:
-    """No report is wanted."""
+    """Write no report."""
 
 
 def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
@@ -184,9 +184,9 @@ def log_resumed(run: Run, jobs: list[Job]) -> None:
 
 
 def _can_stream(jobs: list[Job], following: list[Job]) -> bool:
-    """Whether `following` can take the buckets of `jobs` meanwhile: there has to be room for both.
+    """Whether `following` can take the buckets of `jobs` while these run, with room for both.
 
-    The reward's actors are those of the first job that follows; all of a phase share them.
+    All jobs of `following` share the pool of the first one.
     """
     producers = [job.stream for job in jobs if job.stream and not job.stream.source]
     consumers = [job.stream for job in following if job.stream and job.stream.source]
@@ -196,11 +196,11 @@ def _can_stream(jobs: list[Job], following: list[Job]) -> bool:
 
 
 def _stream(run: Run, jobs: list[Job], following: list[Job]) -> None:
-    """Run two phases at once: each bucket is taken up as soon as it is filled."""
+    """Run two phases side by side: `following` takes each bucket as soon as it is filled."""
     sources = [job.stream.source for job in following if job.stream and job.stream.source]
     queue, made = Feed(sources), {job.step.key for job in jobs}
     for step in sources:
-        if step.key not in made:  # made before
+        if step.key not in made:  # by an earlier run
             for bucket in buckets(run.buckets):
                 queue.add(step, bucket.index)
     side_by_side([partial(_with_queue, run, phase, queue) for phase in (jobs, following)])
