@@ -15,7 +15,6 @@ from wrpo_ray.storage.fingerprints import data_fingerprint, digest, unmarked
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.files import read_text
 
-
 Part = TypeVar("Part", bound=ScoreConfig)
 
 
