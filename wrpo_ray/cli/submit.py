@@ -20,8 +20,7 @@ def add_submit(commands: Any) -> None:
         "--address",
         metavar="URL",
         help="address of the head's dashboard, such as http://HEAD:8265 (else "
-        "RAY_API_SERVER_ADDRESS, "
-        "RAY_ADDRESS or the config's cluster.address)",
+        "RAY_API_SERVER_ADDRESS, RAY_ADDRESS or the config's cluster.address)",
     )
     submit.add_argument("--detach", action="store_true", help="return at once; the job continues")
     submit.add_argument(

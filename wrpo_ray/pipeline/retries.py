@@ -43,11 +43,11 @@ def failures_of(root: Folder, jobs: list[StageJob]) -> list[Row]:
     found = []
     for stage, job in jobs:
         step: Step = job.step
-        told = {"stage": stage, "done": step.is_done(root), "can_retry": job.is_retryable}
+        common = {"stage": stage, "done": step.is_done(root), "can_retry": job.is_retryable}
         folder = step.failures(root)
         for name, part in ((step.name, folder), (f"{step.name} {DROPPED}", folder / DROPPED)):
             groups = failed_by_error(part)
-            found += [{"step": name, **told, "folder": str(part), **group} for group in groups]
+            found += [{"step": name, **common, "folder": str(part), **group} for group in groups]
     return found
 
 

@@ -48,20 +48,20 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     """
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
-    told = outline_of(chain)
-    reporter = Reporter(partial(_report, root, told) if config.report else _nothing)
+    described = outline_of(chain)
+    reporter = Reporter(partial(_report, root, described) if config.report else _nothing)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {root}")
     else:
         with _reporting(reporter), session(config, root) as run, reporter:
-            _begin(chain, told, planner)
+            _begin(chain, described, planner)
             run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
     write_comparison(root, summary)
     if not root.says(SUMMARY, summary):
         root.write_json(SUMMARY, summary)
     if not root.exists(OUTLINE):
-        _begin(chain, told, None)
+        _begin(chain, described, None)
     reporter.finish()
     return summary
 
@@ -104,10 +104,10 @@ def outline_of(chain: Chain) -> Outline:
     return outline(chain.config, chain.until, jobs, model_addresses(chain.config))
 
 
-def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
+def _begin(chain: Chain, described: Outline, planner: Planner | None) -> None:
     """Write the outline and the plan to the output."""
     with best_effort("outline"):
-        told.write(chain.root)
+        described.write(chain.root)
     if planner:
         with best_effort("plan"):
             keep_plan(chain.root, planner(chain.config, chain.root, chain.stages))
@@ -124,10 +124,10 @@ def _reporting(reporter: Reporter) -> Iterator[None]:
         raise
 
 
-def _report(root: Folder, told: Outline, is_running: bool) -> None:
+def _report(root: Folder, described: Outline, is_running: bool) -> None:
     from wrpo_ray.report.page import write  # it imports a library of plots
 
-    write(root, told, is_running=is_running)
+    write(root, described, is_running=is_running)
 
 
 def _nothing(is_running: bool) -> None:

@@ -81,7 +81,7 @@ def check_pairs(summary: dict[str, Any], floor: float) -> None:
             name: math.nan if value is None else value for name, value in pair["win_rate"].items()
         }
         name = f"win rate of {pair['a']} against {pair['b']}"
-        below += [told] if (told := shortfall(name, Estimate(**rate), floor)) else []
+        below += [line] if (line := shortfall(name, Estimate(**rate), floor)) else []
     if below:
         raise RegressionError("\n".join(below))
 

@@ -354,8 +354,8 @@ class _Estimator:
             folder = self.root / job.step.folder
             if folder.exists(METRICS):
                 records = folder.read_records(METRICS)
-                if told := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
-                    return float(median(told) / job.config.workers)
+                if speeds := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
+                    return float(median(speeds) / job.config.workers)
         return None
 
     def _size(self, name: str, folder: Folder) -> float:
