@@ -70,7 +70,7 @@ def test_failed_scores_are_told_and_tried_again(on_cluster, tmp_path, capsys):
     scores = dict.fromkeys(tmp_path.glob("out/score-*/*.parquet"))
     told = wrpo("failures", "--retry")
     assert "1 of score-reward-a" in told
-    assert "done again after that:    score-reward-a, select" in told
+    assert "steps to run again:   score-reward-a, select" in told
     wrpo("select")
     assert wrpo("failures") == "no failed rows\n"
     assert sum(map(rows_of, tmp_path.glob("out/score-*/*.parquet"))) == 4

@@ -8,26 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from wrpo_ray.pipeline.stage import STAGES
 from wrpo_ray.text.addresses import Address, address_problem
-
-STAGE_HELP = {
-    "prompts": "read prompts, or existing answers, into records",
-    "generate": "sample answers from every source on vLLM",
-    "score": "score every answer with the reward",
-    "select": "choose the best source answer of each prompt (y_ws)",
-    "sft": "fine-tune the target on y_ws",
-    "sample": "sample and score answers of target-SFT",
-    "pair": "write the preference shards (x, y_ws, y_wt, y_l)",
-    "train": "WRPO from target-SFT, and DPO to compare with",
-    "evaluate": "compare all models on held-out prompts",
-}
 
 
 def config_command(
     commands: Any, name: str, text: str, run: Callable[..., Any], **defaults: Any
 ) -> argparse.ArgumentParser:
     """A command that takes a config and `--dry-run`."""
-    command = commands.add_parser(name, help=text, description=text)
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     config_arguments(command)
     command.add_argument(
         "--dry-run",
@@ -43,9 +32,9 @@ def until_argument(command: argparse.ArgumentParser, text: str) -> None:
     command.add_argument(
         "--until",
         metavar="STEP",
-        choices=STAGE_HELP,
-        default="evaluate",
-        help=f"{text}: {', '.join(STAGE_HELP)}",
+        choices=STAGES,
+        default=STAGES[-1],
+        help=f"{text}: {', '.join(STAGES)}",
     )
 
 

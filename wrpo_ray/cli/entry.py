@@ -1,7 +1,7 @@
 """The command `wrpo`: parse, load the config, import the stage, run.
 
 Neither torch nor ray is imported before a config is valid, so `--help` is instant. Exit codes:
-0 done, 1 the run failed, 2 something the user can put right, 3 the budget is spent, 4 a model does
+0 done, 1 the run failed, 2 an error that the user can fix, 3 the budget is spent, 4 a model does
 worse than --fail-below allows, 130 interrupted, 143 terminated.
 """
 
@@ -39,14 +39,14 @@ COMMANDS = (
     *(add_fuse, add_study, add_submit, add_fetch, add_plan, add_export, add_report, add_status),
     *(add_failures, add_config, add_serve, add_cluster, add_zoo),
 )
-"""Each adds one command, or several of a kind, in the order in which help lists them."""
+"""Functions that add commands, in the order of `wrpo --help`."""
 STORE = (
     "check the path or address, the network, and the rights or the credentials in the environment"
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     parsed = make_parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, terminate)
     if os.getcwd() not in sys.path:  # functions named in the config are the user's own
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:  # of a disk or a store
         print_trace()
         reason = " ".join(str(error).split())
-        code = 1 if parsed.is_run else 2  # a run may have begun, and goes on from there
+        code = 1 if parsed.is_run else 2  # a started run can be resumed
         return fail(f"{type(error).__name__}: {reason}; {STORE}", code)
     except WrpoError as error:
         print_trace()
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells what it does not take without secrets; parsers of commands are of its class too."""
+    """A parser whose errors hide secrets; argparse uses the class for subcommands too."""
 
     def error(self, message: str) -> NoReturn:
         super().error(redact(message))

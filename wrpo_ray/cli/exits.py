@@ -1,4 +1,4 @@
-"""How the command ends: exit codes, errors on stderr, SIGTERM."""
+"""Exit codes, errors on stderr, and SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ INTERRUPTED, TERMINATED = 130, 143
 
 
 def print_trace() -> None:
-    """The traceback of the current error, if WRPO_DEBUG asks for it."""
+    """Print the traceback of the current error if WRPO_DEBUG is set."""
     if os.environ.get("WRPO_DEBUG"):
         print(redact(traceback.format_exc()), file=sys.stderr, end="")
 
@@ -26,8 +26,8 @@ class Terminated(SystemExit):
 
 
 def terminate(*_: object) -> None:
-    """Handler of SIGTERM: end in order, once."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once: what follows puts things in order
+    """Handler of SIGTERM: raise `Terminated` once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleanup
     raise Terminated(TERMINATED)
 
 

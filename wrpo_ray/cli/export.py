@@ -6,9 +6,7 @@ import argparse
 from typing import Any
 
 from wrpo_ray.cli.arguments import config_arguments
-from wrpo_ray.errors import (
-    UserError,
-)
+from wrpo_ray.errors import UserError
 
 
 def add_export(commands: Any) -> None:
@@ -41,7 +39,7 @@ def add_export(commands: Any) -> None:
         type=_dtype,
         metavar="PRECISION",
         help="for model: float32, bfloat16, float16 or auto (default): the target's own, and "
-        "float32 for what LoRA trained; what rounding loses of the training is told",
+        "float32 for what LoRA trained; a loss by rounding is reported",
     )
     export.add_argument(
         "--weights",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wrpo_ray.cli.arguments import STAGE_HELP, config_command, finite, until_argument
+from wrpo_ray.cli.arguments import config_command, finite, until_argument
+from wrpo_ray.pipeline.stage import STAGE_HELP
 
 
 def _gate_argument(command: argparse.ArgumentParser) -> None:

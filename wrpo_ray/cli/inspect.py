@@ -1,4 +1,4 @@
-"""Commands that look at a run or a config: plan, report, status, failures, config."""
+"""Commands that read a run or a config: plan, report, status, failures, config."""
 
 from __future__ import annotations
 
@@ -6,12 +6,6 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from wrpo_ray.errors import (
-    UserError,
-)
-
-if TYPE_CHECKING:
-    from wrpo_ray.config import Config
 from wrpo_ray.cli.arguments import (
     config_arguments,
     interval,
@@ -19,6 +13,10 @@ from wrpo_ray.cli.arguments import (
     set_argument,
     until_argument,
 )
+from wrpo_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from wrpo_ray.config import Config
 
 
 def add_plan(commands: Any) -> None:
@@ -42,7 +40,7 @@ def add_report(commands: Any) -> None:
     )
     set_argument(report)
     report.add_argument(
-        "--compare", action="store_true", help="tell how two or more runs differ, the first first"
+        "--compare", action="store_true", help="show how the other runs differ from the first"
     )
     report.add_argument("--to", metavar="FILE", help="the page's file (default: in the output)")
     report.set_defaults(run=_report)
@@ -54,9 +52,9 @@ def add_status(commands: Any) -> None:
     status = commands.add_parser("status", help=text, description=text)
     status.add_argument("place", metavar="OUTPUT", help="the output of a run, or its config")
     set_argument(status)
-    status.add_argument("--watch", action="store_true", help="go on until the run ends")
+    status.add_argument("--watch", action="store_true", help="update until the run ends")
     status.add_argument(
-        "--every", type=interval, default=5.0, metavar="S", help="seconds between looks (5)"
+        "--every", type=interval, default=5.0, metavar="S", help="seconds between updates (5)"
     )
     status.set_defaults(run=_status)
 
@@ -71,7 +69,7 @@ def add_failures(commands: Any) -> None:
         "--retry", action="store_true", help="give failed answers and scores new attempts"
     )
     failures.add_argument(
-        "--yes", action="store_true", help="with --retry: also where models are trained again"
+        "--yes", action="store_true", help="with --retry: also if models must be trained again"
     )
     failures.set_defaults(run=_failures)
 
@@ -125,7 +123,7 @@ def _failures(arguments: argparse.Namespace) -> None:
 
 def add_config(commands: Any) -> None:
     """`config`."""
-    text = "every field of a config: type, bounds, default, and what it says"
+    text = "every field of a config: type, bounds, default and meaning"
     reference = commands.add_parser("config", help=text, description=text)
     reference.add_argument(
         "field",
@@ -147,10 +145,10 @@ def _retry(arguments: argparse.Namespace, settings: Config) -> None:
     from wrpo_ray.pipeline import retries
 
     plan = retries.plan_retry(settings, arguments.step)
-    told = ", ".join(f"{rows:,} of {step}" for step, rows in plan.rows.items())
-    print(f"failed rows to try again: {told}")
+    counts = ", ".join(f"{rows:,} of {step}" for step, rows in plan.rows.items())
+    print(f"failed rows to retry: {counts}")
     if plan.again:
-        print(f"done again after that:    {', '.join(plan.again)}")
+        print(f"steps to run again:   {', '.join(plan.again)}")
     if plan.trained and not arguments.yes:
         raise UserError(
             f"--retry: {', '.join(plan.trained)} would be trained again; add --yes to do so"

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from wrpo_ray.errors import (
-    UserError,
-)
+from wrpo_ray.errors import UserError
 
 
 def add_cluster(commands: Any) -> None:

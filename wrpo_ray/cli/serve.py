@@ -41,15 +41,15 @@ def _serve(arguments: argparse.Namespace) -> None:
     from wrpo_ray.serve.check import check_free, checked
 
     tree = config.read_serving(arguments.config) if arguments.config else {}
-    if arguments.models:  # beside those of the file; what is no list there is told as such
+    if arguments.models:  # added to those of the file; the config rejects a value that is no list
         given = tree.get("models") or []
         more = list(map(_served, arguments.models))
         tree["models"] = given + more if isinstance(given, list) else given
     settings = config.serving(tree, arguments.overrides)
-    told = ""
+    note = ""
     if settings.keys is None and ENVIRONMENT not in os.environ:
         key, os.environ[ENVIRONMENT] = new_key("this-run")
-        told = f"\nkey:    {key} (of this run; `keys` or {ENVIRONMENT} names lasting ones)"
+        note = f"\nkey:    {key} (of this run; `keys` or {ENVIRONMENT} names lasting ones)"
     settings = checked(settings)
     if "RAY_ADDRESS" not in os.environ:
         check_free(arguments.host, arguments.port)
@@ -57,12 +57,12 @@ def _serve(arguments: argparse.Namespace) -> None:
 
     names = ", ".join(name for m in settings.models for name in (m.name, *m.adapters))
     url = f"http://{arguments.host}:{arguments.port}"
-    ready = f"models: {names}\nAPI:    {url}/v1\npage:   {url}/{told}"
+    ready = f"models: {names}\nAPI:    {url}/v1\npage:   {url}/{note}"
     run(settings, arguments.host, arguments.port, lambda: print(ready, flush=True))
 
 
 def _served(model: str) -> dict[str, str]:
-    """`NAME=MODEL`, or a model that is called by the last part of its path."""
+    """`NAME=MODEL`, or a model whose name is the last part of its path."""
     from wrpo_ray.config import NAME
     from wrpo_ray.storage.folder import Folder
 

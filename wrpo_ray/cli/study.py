@@ -16,7 +16,7 @@ def add_study(commands: Any) -> None:
         "--only",
         metavar="VARIANT,...",
         default="",
-        help="only these variants; what others have is kept",
+        help="only these variants; results of the others are kept",
     )
 
 

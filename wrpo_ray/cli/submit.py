@@ -19,12 +19,10 @@ def add_submit(commands: Any) -> None:
     submit.add_argument(
         "--address",
         metavar="URL",
-        help="of the head's dashboard, such as http://HEAD:8265 (else RAY_API_SERVER_ADDRESS, "
-        "RAY_ADDRESS or the config's cluster.address)",
+        help="address of the head's dashboard, such as http://HEAD:8265 (else "
+        "RAY_API_SERVER_ADDRESS, RAY_ADDRESS or the config's cluster.address)",
     )
-    submit.add_argument(
-        "--detach", action="store_true", help="do not follow the job, which goes on by itself"
-    )
+    submit.add_argument("--detach", action="store_true", help="return at once; the job continues")
     submit.add_argument(
         "--on-interrupt",
         choices=("ask", "stop", "leave"),
@@ -42,15 +40,15 @@ def _submit(arguments: argparse.Namespace) -> int:
     rest = [f"--set={override}" for override in arguments.overrides]
     rest.append(f"--until={arguments.until}")
     job = SubmittedJob(prepare_submission(arguments.config, rest, settings, arguments.address))
-    told = f"`ray job logs --follow {job.id}` shows it, `ray job stop {job.id}` ends it"
-    print(f"job {job.id} is submitted; {told}", file=sys.stderr)
+    hint = f"`ray job logs --follow {job.id}` shows it, `ray job stop {job.id}` ends it"
+    print(f"job {job.id} is submitted; {hint}", file=sys.stderr)
     if arguments.detach:
         return 0
     try:
         return job.follow()
     except KeyboardInterrupt:
         if not _wants_stop(arguments.on_interrupt):
-            return fail(f"interrupted; the job goes on: {told}", INTERRUPTED)
+            return fail(f"interrupted; the job continues: {hint}", INTERRUPTED)
         job.stop()
         return fail("the job is stopped; submit it again to resume", INTERRUPTED)
 

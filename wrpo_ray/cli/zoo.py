@@ -6,14 +6,12 @@ import argparse
 from typing import Any
 
 from wrpo_ray.cli.arguments import local_path
-from wrpo_ray.errors import (
-    UserError,
-)
+from wrpo_ray.errors import UserError
 
 
 def add_zoo(commands: Any) -> None:
     """`zoo`."""
-    zoo = commands.add_parser("zoo", help="train the demo's tiny models from nothing")
+    zoo = commands.add_parser("zoo", help="train the demo's tiny models from scratch")
     zoo.add_argument("folder", metavar="FOLDER", type=local_path, help="where the models go")
     zoo.add_argument("--seed", type=int, default=0, help="decides data and weights (default 0)")
     zoo.add_argument(
@@ -21,7 +19,7 @@ def add_zoo(commands: Any) -> None:
         choices=("near", "distant"),
         default="near",
         help="near: the demo's nearly perfect sources (default); distant: sources that err often "
-        "and put it in words of their own, and a noisier reward",
+        "and use words of their own, and a noisier reward",
     )
     zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
     zoo.set_defaults(run=_zoo)

@@ -1,8 +1,8 @@
-"""The evaluation's part of the chain: who answers what, who judges it, and into which table.
+"""The judged part of the evaluation: answers to benchmarks and pairs, judgments, and the table.
 
 Phases: first answers of all models, second turns, mixtures, scores, judgments, continued
-judgments, verdicts, the table. Whatever calls a model is a `Generate` job: the judge's questions
-are prompts like others, so they are asked exactly once and resumed like others.
+judgments, verdicts, the table. Every call of a model is part of a `Generate` job: the questions to
+the judge are prompts like others, asked exactly once and resumed like others.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from wrpo_ray.config import EvaluateConfig, ModelConfig, SamplingConfig
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
+from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.answers import Answers
 from wrpo_ray.stages.evaluate.benchmarks import (
     TEMPERATURES,
@@ -43,7 +44,7 @@ from wrpo_ray.text.files import read_text
 
 BEST, MIXTURE = "best-of-sources", "mixture"
 MT_BENCH = "mt_bench"
-Phase = list[Any]
+Phase = list[Any]  # of jobs; typed when the phases are handed out
 
 
 @dataclass
@@ -100,7 +101,7 @@ class Evaluation:
 
     @cached_property
     def benchmarks(self) -> dict[str, ReadBenchmark]:
-        """What reads the questions, by name."""
+        """The jobs that read the questions, by name of the benchmark."""
         return {name: ReadBenchmark.of(name, folder) for name, folder in self._folders.items()}
 
     @cached_property
@@ -113,10 +114,11 @@ class Evaluation:
         return Prompts(self.benchmarks[name].step, (split_of(0),))
 
     def _sampling(self, name: str) -> SamplingConfig:
-        return getattr(self.config.benchmarks, name).sampling
+        sampling: SamplingConfig = getattr(self.config.benchmarks, name).sampling
+        return sampling
 
     def first_answers(self, model: ModelConfig) -> list[Generate]:
-        """What a model answers to the benchmarks, without any other answer."""
+        """A model's answers to the benchmarks that depend on no other answer."""
         jobs = []
         baselines = [name for name in self._baselines if self._is_judged(name)]
         is_source = model.name in self.sources and bool(baselines)
@@ -147,10 +149,10 @@ class Evaluation:
             for p in prompts
         ]
 
-    # --- all of it
+    # --- phases
 
-    def phases(self) -> list[tuple[Any, ...]]:
-        """Everything after the reading of the questions."""
+    def phases(self) -> list[tuple[Job, ...]]:
+        """All phases after the questions are read."""
         own = self._answers(self.own, self.config.sampling) if self.own and self._pairs else {}
         for name in self._folders:
             judging = read_judging(name, self._folders[name])
@@ -178,7 +180,7 @@ class Evaluation:
         return phases
 
     def _answers(self, prompts: Prompts, sampling: SamplingConfig) -> dict[str, Answers]:
-        """One answer to each prompt by every model, and by the collective ones."""
+        """One answer to each prompt by every model, and by the baselines made of several models."""
         found: dict[str, Answers] = {}
         rewarded: dict[str, Samples] = {}
         baselines = [b for b in self._baselines if self._is_wanted(b, prompts)]
@@ -274,11 +276,11 @@ class Evaluation:
 
 
 def _of(job: Generate, prompts: Prompts) -> Samples:
-    """What a job answers to derived prompts, by the prompts that these come from."""
+    """A job's answers to derived prompts, looked up by the original prompts."""
     return replace(job.samples, prompts=prompts)
 
 
-def _once(phase: Phase) -> tuple[Any, ...]:
+def _once(phase: Phase) -> tuple[Job, ...]:
     return tuple({job.step.key: job for job in phase}.values())
 
 

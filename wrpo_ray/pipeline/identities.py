@@ -1,9 +1,9 @@
-"""What identifies rewards and chat templates in step keys."""
+"""Fingerprints of rewards and chat templates, for step keys."""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TypeVar
 
 from wrpo_ray.config import (
     RewardConfig,
@@ -15,21 +15,25 @@ from wrpo_ray.storage.fingerprints import data_fingerprint, digest, distinguish_
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.files import read_text
 
+Part = TypeVar("Part", bound=ScoreConfig)
+
 
 def _absolute(path: str | None) -> str | None:
     return None if path is None else Folder(path).path
 
 
 def verifier_reward(name: str) -> RewardConfig:
-    """A verifier, built in or a function, as the reward that it is."""
+    """The reward config of a verifier: a built-in one by name, or `module:function`."""
     kind = "function" if ":" in name else "verifier"
-    return RewardConfig.model_validate({"name": "verifier", kind: name})
+    given = {"name": "verifier", kind: name}
+    reward: RewardConfig = RewardConfig.model_validate(given)
+    return reward
 
 
 def with_absolute_paths(reward: RewardConfig) -> RewardConfig:
-    """The reward with the files of its judges by paths that any working directory leads to."""
+    """The reward with absolute paths of its judges' templates: workers have other directories."""
 
-    def moved(part: Any) -> Any:
+    def moved(part: Part) -> Part:
         if not part.judge:
             return part
         template = _absolute(part.judge.template)
@@ -42,7 +46,7 @@ def with_absolute_paths(reward: RewardConfig) -> RewardConfig:
 
 
 def template_fingerprint(path: str) -> str:
-    """What identifies a chat template.
+    """A hash of a chat template file.
 
     Raises:
         UserError: it is not UTF-8.
@@ -53,7 +57,7 @@ def template_fingerprint(path: str) -> str:
 
 
 def scorer_fingerprint(part: ScoreConfig) -> str:
-    """Identity of a reward without weights, for step keys: its name and its version.
+    """A hash of the name and version of a reward without weights.
 
     The version of a function is its attribute `version`, else its module's source; that of a
     judge is its template.

@@ -1,32 +1,24 @@
-"""Resolving the models that a config names: hub ids to commits, folders to checked models."""
+"""The sections of a config that name models, resolved one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-from wrpo_ray.config import (
-    Config,
-    ModelConfig,
-    ScoreConfig,
-)
-from wrpo_ray.errors import UserError
+from wrpo_ray.config import Config, ModelConfig, ScoreConfig
+from wrpo_ray.llm import resolve
 from wrpo_ray.llm.architecture import Use
-from wrpo_ray.llm.model_folder import check_model_folder
-from wrpo_ray.llm.rendering import Template
-from wrpo_ray.stages.score.check import check_reward_folder
-from wrpo_ray.storage.folder import HUB_SCHEME, Folder
-from wrpo_ray.storage.hub import resolve_address
+from wrpo_ray.llm.resolve import resolved_model
+from wrpo_ray.stages.score.check import resolved_reward
 
 
 def pinned(config: Config) -> Config:
-    """The config with every hub id at the commit that it is at now.
+    """The config with every hub id pinned to its current commit.
 
     Raises:
         UserError: a model cannot be found.
     """
-    return map_models(config, _pinned)
+    return map_models(config, resolve.pinned)
 
 
 def map_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
@@ -60,31 +52,12 @@ def _changed(change: Callable[[str, Any], Any], what: str, model: ModelConfig) -
     return model if model.endpoint else change(what, model)
 
 
-def _pinned(what: str, model: Any) -> Any:
-    """The section with a hub id at the commit that it is at now."""
-    with naming_key(what):
-        return model.model_copy(
-            update={"model": resolve_address(model.model, model.revision), "revision": None}
-        )
+def resolved(what: str, section: Any) -> Any:
+    """The section with its model pinned to a commit, and checked for its use in the chain.
 
-
-def checked_model(what: str, model: Any) -> Any:
-    """The pinned section, once it holds a model that can be talked to."""
-    found = _pinned(what, model)
-    folder = Folder(found.model)
-    name = model.model if folder.uri.startswith(HUB_SCHEME) else ""
-    if isinstance(model, ScoreConfig):
-        check_reward_folder(folder, model, what, name)
-    else:
-        use = Use.TRAINED if what == "target" else Use.ANSWERS
-        check_model_folder(folder, what, use, Template.of(model), name)
-    return found
-
-
-@contextmanager
-def naming_key(what: str) -> Iterator[None]:
-    """Puts the config's key in front of a problem."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{what}: {error}") from None
+    Raises:
+        UserError: the model cannot be found or used.
+    """
+    if isinstance(section, ScoreConfig):
+        return resolved_reward(what, section)
+    return resolved_model(what, section, Use.TRAINED if what == "target" else Use.ANSWERS)

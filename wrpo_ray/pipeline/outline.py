@@ -1,8 +1,6 @@
-"""What a run leaves for those who look at it: its outline, its plan, and `report.html`.
+"""Run artifacts: `chain.json` (the steps and the config) and `plan.json` (expected work).
 
-All of it is best effort: a report that fails is told in one line and never stops or slows a run.
-It is made in a thread of the driver, at most a twentieth of the time; nothing waits for it but
-the end of a run.
+Reports and `wrpo status` read them, so that they need neither the config nor the models.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ Row = dict[str, Any]
 def outline(
     config: Config, until: str, jobs: list[tuple[str, Job]], models: dict[str, str]
 ) -> Outline:
-    """The chain as those see it who have only the output."""
+    """The record of a chain for `chain.json`, without credentials."""
     tree = without_secrets(config.model_dump(mode="json", by_alias=True))
     steps = tuple(_step(stage, job) for stage, job in jobs)
     return Outline(until, config.storage.buckets, tree, models, steps)
@@ -47,7 +45,7 @@ def _step(stage: str, job: Job) -> StepOutline:
 
 
 def keep_plan(root: Folder, planned: dict[str, Row]) -> None:
-    """Keep what steps were expected to take ({key of a step: its work}): the first word stays."""
+    """Add expected work to `plan.json` ({key of a step: work}); known steps keep their entry."""
     known = root.read_record(PLAN) if root.exists(PLAN) else {}
     new = {key: work for key, work in planned.items() if key not in known}
     if new:

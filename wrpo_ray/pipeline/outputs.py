@@ -30,7 +30,9 @@ SUFFIXES = (".yaml", ".yml")
 
 
 def find(place: str, overrides: Sequence[str] = ()) -> tuple[Folder, Outline]:
-    """The output of a run, and its outline: of an output as it was left, of a config as it is now.
+    """The output and the outline of a run, by its output folder or by its config.
+
+    An output has the outline of its last run; of a config it is built anew.
 
     Raises:
         UserError: no run is there.
@@ -49,7 +51,7 @@ def find(place: str, overrides: Sequence[str] = ()) -> tuple[Folder, Outline]:
 
 
 def report(place: str, overrides: Sequence[str] = (), to: str | None = None) -> str:
-    """Make the report of a run anew; returns where it lies.
+    """Write the report of a run and return its path.
 
     Raises:
         UserError: no run is there, or the page cannot be written.
@@ -69,7 +71,7 @@ def report(place: str, overrides: Sequence[str] = (), to: str | None = None) -> 
 
 
 def compare(places: Sequence[str], overrides: Sequence[str] = (), to: str | None = None) -> str:
-    """How runs differ, as text; also as a page in the file `to`.
+    """The differences between runs as text; also written to the file `to` as a page.
 
     Raises:
         UserError: there are fewer than two, or no run is there.
@@ -88,7 +90,9 @@ def _write(to: str, text: str) -> None:
 
 
 def show_status(place: str, overrides: Sequence[str] = (), every: float | None = None) -> None:
-    """Print where a run is; with `every`, again and again until it ends, in place on a terminal.
+    """Print the status of a run; with `every`, each so many seconds until the run ends.
+
+    On a terminal the status is redrawn in place.
 
     Raises:
         UserError: no run is there, or its files are not as a run writes them.
@@ -113,7 +117,7 @@ def show_status(place: str, overrides: Sequence[str] = (), every: float | None =
 
 
 def _status(place: str, overrides: Sequence[str]) -> tuple[Status, Any]:
-    """Where a run is, and the same for a terminal."""
+    """The status of a run, and its view for a terminal."""
     root, outline = find(place, overrides)
     with reading(root):
         found = status(root, outline)

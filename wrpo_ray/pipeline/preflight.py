@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,9 @@ from wrpo_ray.config import (
     ScoreConfig,
 )
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward
-from wrpo_ray.pipeline.models import checked_model, map_models, naming_key
+from wrpo_ray.pipeline.models import map_models, resolved
 from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
 from wrpo_ray.stages.pair.answers import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
@@ -24,16 +25,14 @@ from wrpo_ray.text.addresses import redact
 
 
 def preflight(config: Config) -> Config:
-    """Check whatever can be checked without starting anything.
-
-    Returns the config with every hub id at the commit that it is at now.
+    """Run all checks, and return the config with every hub id pinned to its current commit.
 
     Raises:
         UserError: with one line for each problem.
     """
     problems: list[str] = []
 
-    def told(check: Any, *arguments: Any) -> Any:
+    def attempt(check: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return check(*arguments)
         except UserError as error:
@@ -42,15 +41,15 @@ def preflight(config: Config) -> Config:
             problems.append(f"cannot be read: {' '.join(redact(str(error)).split())}")
         return None
 
-    config = map_models(config, lambda what, model: told(checked_model, what, model) or model)
+    config = map_models(config, lambda what, model: attempt(resolved, what, model) or model)
     for check in _checks(config):
-        told(check)
+        attempt(check)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
 
 
-def _checks(config: Config) -> Iterator[Any]:
+def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for model in config.sources:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
@@ -66,14 +65,14 @@ def _checks(config: Config) -> Iterator[Any]:
     yield partial(check_patterns, config.answers.refusal_patterns)
     for what, given in (("prompts", config.prompts), ("import", config.existing)):
         if given:
-            yield lambda what=what, g=given: _check_input(what, g)
+            yield partial(_check_input, what, given)
     if asked and (held_out := asked.prompts):
-        yield lambda: _check_input("evaluate.prompts", held_out)
-    yield lambda: check_writable(Folder(config.output))
+        yield partial(_check_input, "evaluate.prompts", held_out)
+    yield partial(check_writable, Folder(config.output))
 
 
 def _check_scorer(part: ScoreConfig) -> None:
-    """Check what a part of the reward needs, as far as this machine shows it."""
+    """Check that a reward's function, or its judge's key and template, can be loaded."""
     if part.function:
         load_function(part.function)
     if part.judge:
@@ -86,7 +85,7 @@ def _check_scorer(part: ScoreConfig) -> None:
 def _check_key(what: str, endpoint: EndpointConfig) -> None:
     from wrpo_ray.llm.endpoint import read_key
 
-    with naming_key(f"{what}.endpoint"):
+    with telling_of(f"{what}.endpoint"):
         read_key(endpoint)
 
 

@@ -43,34 +43,34 @@ def failures_of(root: Folder, jobs: list[StageJob]) -> list[Row]:
     found = []
     for stage, job in jobs:
         step: Step = job.step
-        told = {"stage": stage, "done": step.is_done(root), "can_retry": job.is_retryable}
+        common = {"stage": stage, "done": step.is_done(root), "can_retry": job.is_retryable}
         folder = step.failures(root)
         for name, part in ((step.name, folder), (f"{step.name} {DROPPED}", folder / DROPPED)):
             groups = failed_by_error(part)
-            found += [{"step": name, **told, "folder": str(part), **group} for group in groups]
+            found += [{"step": name, **common, "folder": str(part), **group} for group in groups]
     return found
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Failed rows that get new attempts, and what is done again for it."""
+    """Failed rows that get new attempts, and the steps that run again because of it."""
 
     rows: dict[str, int]
-    """By step: how many failed rows."""
+    """Number of failed rows by step."""
     again: list[str]
-    """Finished steps that the next run does again."""
+    """Finished steps that the next run repeats."""
     trained: list[str]
     """Those of them that train a model."""
     retries: dict[str, int]
-    """What the output's `retries.json` is to say."""
+    """The new content of `retries.json`."""
 
 
 def plan_retry(config: Config, only: str | None = None) -> Retry:
-    """What `retry` would do.
+    """The plan of a retry.
 
-    Failed answers and scores get new attempts; what else failed is as it is until its cause is
-    put right. A step that is retried is another request to its store, so it and all that
-    depends on it have new keys: what they hold now stays where it is.
+    Failed answers and scores get new attempts; other failed rows need their cause fixed first. A
+    retried step is a new request to its store, so it and all steps that depend on it get new keys;
+    earlier results stay in their folders.
 
     Raises:
         UserError: there is no failed row to retry.
@@ -93,7 +93,7 @@ def plan_retry(config: Config, only: str | None = None) -> Retry:
 
 
 def retry(config: Config, plan: Retry) -> None:
-    """Give the failed rows of a plan new attempts: the next run makes them.
+    """Write `retries.json`, so that the next run retries the failed rows of the plan.
 
     Raises:
         LeaseError: a run is using the output.
@@ -104,7 +104,7 @@ def retry(config: Config, plan: Retry) -> None:
 
 
 def _chain(config: Config, retries: dict[str, int] | None = None) -> Chain:
-    """As far as the config goes: without a target nothing is sampled from it or trained."""
+    """The chain up to its last possible stage: without a target there is no training."""
     without_target = "pair" if config.existing else "select"
     return Chain(pinned(config), STAGES[-1] if config.target else without_target, retries)
 
@@ -115,7 +115,7 @@ def jobs_of(chain: Chain) -> list[StageJob]:
 
 
 def _named(jobs: list[StageJob], only: str | None) -> list[StageJob]:
-    """Those of the stage or step `only`; all, where it is null.
+    """The jobs of the stage or step `only`; all jobs if it is None.
 
     Raises:
         UserError: there is none.

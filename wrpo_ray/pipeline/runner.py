@@ -1,4 +1,4 @@
-"""Runs a chain: connects to Ray, runs what is missing, and leaves summary and report."""
+"""Run a chain: connect to Ray, run the missing jobs, and write the summary and the report."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 Planner = Callable[[Config, Folder, list["Stage"]], dict[str, dict[str, Any]]]
-"""Gives what each step is expected to take, by its key."""
+"""Return the expected work of each step, by its key."""
 SUMMARY = "summary.json"
 
 
 def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None) -> dict[str, Any]:
     """Run the chain up to and with the stage `until`, and return the summary.
 
-    Finished steps are skipped; if all are, not even Ray is started. What `planner` expects of the
-    steps is kept for the report.
+    Finished steps are skipped; if all are finished, Ray is not started. The work that `planner`
+    expects of each step is kept for the report.
 
     Raises:
         WrpoError: see `errors`.
@@ -53,30 +53,30 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     """
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
-    told = outline_of(chain)
-    reporter = Reporter(partial(_report, root, told) if config.report else _nothing)
+    described = outline_of(chain)
+    reporter = Reporter(partial(_report, root, described) if config.report else _nothing)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {root}")
     else:
         with _reporting(reporter), session(config, root) as run, reporter:
-            _begin(chain, told, planner)
-            _run_stages(run, stages, reporter.tell)
+            _begin(chain, described, planner)
+            run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
     write_comparison(root, summary)
     if not root.holds_json(SUMMARY, summary):
         root.write_json(SUMMARY, summary)
     if not root.exists(OUTLINE):
-        _begin(chain, told, None)
+        _begin(chain, described, None)
     reporter.finish()
     return summary
 
 
 @contextmanager
 def session(config: Config, root: Folder) -> Iterator[Run]:
-    """The output is this run's, and Ray is there.
+    """Hold the lease of the output and a connection to Ray.
 
     Raises:
-        WrpoError: another run holds the output, its budget is spent, or Ray cannot be had.
+        WrpoError: another run holds the output, its budget is spent, or Ray cannot be reached.
     """
     from wrpo_ray.runtime import cluster
     from wrpo_ray.runtime.lease import Lease
@@ -104,15 +104,15 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
 
 
 def outline_of(chain: Chain) -> Outline:
-    """What a built chain is to do, for those who have only its output."""
+    """The outline of a built chain, for `chain.json`."""
     jobs = [(stage.name, job) for stage in chain.stages for job in stage.jobs]
     return outline(chain.config, chain.until, jobs, model_addresses(chain.config))
 
 
-def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
-    """Leave the outline and the plan in the output."""
+def _begin(chain: Chain, described: Outline, planner: Planner | None) -> None:
+    """Write the outline and the plan to the output."""
     with best_effort("outline"):
-        told.write(chain.root)
+        described.write(chain.root)
     if planner:
         with best_effort("plan"):
             keep_plan(chain.root, planner(chain.config, chain.root, chain.stages))
@@ -120,7 +120,7 @@ def _begin(chain: Chain, told: Outline, planner: Planner | None) -> None:
 
 @contextmanager
 def _reporting(reporter: Reporter) -> Iterator[None]:
-    """A report once more where the block fails: it tells of failures."""
+    """Write the report once more if the block fails, as it lists failures."""
     try:
         yield
     except Exception:
@@ -129,17 +129,24 @@ def _reporting(reporter: Reporter) -> Iterator[None]:
         raise
 
 
-def _report(root: Folder, told: Outline, is_running: bool) -> None:
+def _report(root: Folder, described: Outline, is_running: bool) -> None:
     from wrpo_ray.report.page import write  # it imports a library of plots
 
-    write(root, told, is_running=is_running)
+    write(root, described, is_running=is_running)
 
 
 def _nothing(is_running: bool) -> None:
-    """No report is wanted."""
+    """Write no report."""
 
 
-def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
+def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
+    """Run the jobs that are not done, phase by phase; `tell` is called after each phase.
+
+    A phase that can take the buckets of the one before it runs side by side with that.
+
+    Raises:
+        WrpoError: a job failed; what is finished is kept.
+    """
     phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
     while phases:
         number, phase = phases.pop(0)
@@ -150,18 +157,23 @@ def _run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None
         else:
             following = []
         label = f"[{number + 1}/{len(stages)}] {stages[number].name}"
-        started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
-        if not names:
+        if not jobs:
             log(f"{label}: done before")
             continue
-        log(f"{label}: {', '.join(names)}")
-        tell_resumed(run, jobs + following)
-        if following:
-            _stream(run, jobs, following)
-        else:
-            jobs[0].run(run, jobs)
-        log(f"{label}: finished in {time.time() - started:.0f} s")
+        _run_phase(run, label, jobs, following)
         tell()
+
+
+def _run_phase(run: Run, label: str, jobs: list[Job], following: list[Job]) -> None:
+    """Run a phase, and the one that takes its buckets, if there is one."""
+    started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
+    log(f"{label}: {', '.join(names)}")
+    log_resumed(run, jobs + following)
+    if following:
+        _stream(run, jobs, following)
+    else:
+        jobs[0].run(run, jobs)
+    log(f"{label}: finished in {time.time() - started:.0f} s")
 
 
 def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
@@ -169,17 +181,17 @@ def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
     return [job for job in jobs if not job.step.is_done(run.root)]
 
 
-def tell_resumed(run: Run, jobs: list[Job]) -> None:
-    """Log what is there already of stores that the jobs fill."""
+def log_resumed(run: Run, jobs: list[Job]) -> None:
+    """Log how many shards the stores that the jobs fill have already."""
     for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
         if found := len((run.root / step.folder).files(suffix=".parquet")):
-            log(f"{step.name}: {found:,} shards are there; what they hold is passed over")
+            log(f"{step.name}: {found:,} shards exist; the rows in them are skipped")
 
 
 def _can_stream(jobs: list[Job], following: list[Job]) -> bool:
-    """Whether `following` can take the buckets of `jobs` meanwhile: there has to be room for both.
+    """Whether `following` can take the buckets of `jobs` while these run, with room for both.
 
-    The reward's actors are those of the first job that follows; all of a phase share them.
+    All jobs of `following` share the pool of the first one.
     """
     producers = [job.stream for job in jobs if job.stream and not job.stream.source]
     consumers = [job.stream for job in following if job.stream and job.stream.source]
@@ -189,11 +201,11 @@ def _can_stream(jobs: list[Job], following: list[Job]) -> bool:
 
 
 def _stream(run: Run, jobs: list[Job], following: list[Job]) -> None:
-    """Run two phases at once: each bucket is taken up as soon as it is filled."""
+    """Run two phases side by side: `following` takes each bucket as soon as it is filled."""
     sources = [job.stream.source for job in following if job.stream and job.stream.source]
     queue, made = ReadyQueue(sources), {job.step.key for job in jobs}
     for step in sources:
-        if step.key not in made:  # made before
+        if step.key not in made:  # by an earlier run
             for bucket in buckets(run.buckets):
                 queue.add(step, bucket.index)
     run_in_threads([partial(_with_queue, run, phase, queue) for phase in (jobs, following)])

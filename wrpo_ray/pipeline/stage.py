@@ -1,24 +1,32 @@
-"""The stages of a chain, and phases of jobs that can run together."""
+"""The stages of a chain, in order. The command line reads the table, so imports are light."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from wrpo_ray.runtime.job import Job
-from wrpo_ray.stages.evaluate.stage import (
-    ScoredModel,
-)
-from wrpo_ray.stages.generate.stage import Generate
-from wrpo_ray.stages.score.stage import Score
-from wrpo_ray.storage.steps import Step
+if TYPE_CHECKING:
+    from wrpo_ray.runtime.job import Job
+    from wrpo_ray.storage.steps import Step
 
-STAGES = ("prompts", "generate", "score", "select", "sft", "sample", "pair", "train", "evaluate")
+STAGE_HELP = {
+    "prompts": "read prompts, or existing answers, into records",
+    "generate": "sample answers from every source on vLLM",
+    "score": "score every answer with the reward",
+    "select": "choose the best source answer of each prompt (y_ws)",
+    "sft": "fine-tune the target on y_ws",
+    "sample": "sample and score answers of target-SFT",
+    "pair": "write the preference shards (x, y_ws, y_wt, y_l)",
+    "train": "WRPO from target-SFT, and DPO to compare with",
+    "evaluate": "compare all models on held-out prompts",
+}
+"""{name of a stage: what it does}"""
+STAGES = tuple(STAGE_HELP)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A name to stop after, and phases of jobs that run one after another."""
+    """A name to stop after, and phases that run one after another, each of jobs of one kind."""
 
     name: str
     phases: tuple[tuple[Job, ...], ...]
@@ -32,26 +40,3 @@ class Stage:
     def steps(self) -> list[Step]:
         """The steps of all jobs."""
         return [job.step for job in self.jobs]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A model's answers to the held-out prompts, with rewards and a verifier's outcomes."""
-
-    answers: Generate
-    rewards: Score | None
-    checks: Score | None
-    name: str
-
-    @property
-    def scored_model(self) -> ScoredModel:
-        """As `Evaluate` reads it."""
-        found = (job.samples if job else None for job in (self.rewards, self.checks))
-        return ScoredModel(self.name, *found)
-
-
-def by_phase(models: list[Compared]) -> Iterator[tuple[Job, ...]]:
-    """Jobs that can run together: answers, rewards, checks."""
-    yield tuple(model.answers for model in models)
-    yield tuple(model.rewards for model in models if model.rewards)
-    yield tuple(model.checks for model in models if model.checks)

@@ -1,8 +1,8 @@
 """A study: variants of training over seeds, compared on the same held-out prompts.
 
-Each variant of each seed is a chain like that of `wrpo fuse`, in one output folder, so what they
-have in common is made once. They go on side by side: jobs of one kind that all of them are ready
-for run together, and share their engines. Run again, it goes on where it stopped.
+Each variant of each seed is a chain like that of `wrpo fuse`, in one output folder, so common steps
+run once. The chains advance side by side: jobs of one kind that are ready in several chains run
+together and share engines. A second run resumes where the first one stopped.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.runner import (
+    log_resumed,
     missing,
     session,
-    tell_resumed,
 )
 from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.runtime.context import Run
@@ -30,7 +30,7 @@ from wrpo_ray.storage.steps import Step
 
 RESULT = "study.json"
 UNTIL = {FUSED: "train", SFT: "sft"}
-"""The last stage that a model of the run needs; given models need none."""
+"""The last stage that a trained model needs; given models need none."""
 
 
 def study(settings: StudyConfig, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -73,12 +73,12 @@ def chosen(settings: StudyConfig, only: Sequence[str]) -> list[str]:
     return [name for name in settings.variants if not only or name in only]
 
 
-# --- chains that go on side by side ------------------------------------------------------------
+# --- chains that advance side by side ----------------------------------------------------------
 
 
 @dataclass
 class Path:
-    """The phases of one chain that are left, in their order."""
+    """The remaining phases of one chain, in order."""
 
     phases: list[tuple[int, tuple[Job, ...]]]
     """(number of the stage in the chain, jobs of one kind)"""
@@ -94,15 +94,16 @@ class Path:
         return [job for _, jobs in self.phases for job in jobs]
 
     def skip_done(self, root: Folder) -> None:
-        """Leave out what is done at the front."""
+        """Drop the finished phases at the front."""
         while self.phases and all(job.step.is_done(root) for job in self.phases[0][1]):
             self.phases.pop(0)
 
 
 def next_wave(paths: Sequence[Path]) -> list[Job]:
-    """The jobs to run now: of the path that is least far its next, and their like of the others.
+    """The jobs to run now: the next phase of the path that is furthest behind, and equal jobs.
 
-    Whatever is next in a path can be run, as a path's phases build upon each other.
+    Jobs of the same kind that are next in other paths join. A path's next phase can always run, as
+    phases depend on earlier ones only.
     """
     fronts = [path.phases[0] for path in paths if path.phases]
     if not fronts:
@@ -128,7 +129,7 @@ def run_waves(run: Run, paths: Sequence[Path]) -> None:
         jobs = missing(run, wave)
         left = len({job.step.key for path in paths for job in path.jobs})
         log(f"{jobs[0].kind}: {len(jobs)} of {left} remaining jobs")
-        tell_resumed(run, jobs)
+        log_resumed(run, jobs)
         jobs[0].run(run, jobs)
 
 
@@ -140,7 +141,7 @@ class Case:
     """The chains of all variants and seeds in one setting."""
 
     config: Config
-    """Of one of them: where and within which limits to run is common to all."""
+    """Of one of the chains: output, cluster and limits are common to all."""
     table: VariantTable
     root: Folder
     paths: list[Path] = field(default_factory=list)
@@ -175,11 +176,12 @@ class Case:
         return Case(first, VariantTable(tuple(models), contrasts), root, paths)
 
     def run(self) -> dict[str, Any]:
-        """Run what is missing; returns the table."""
+        """Run the missing steps and return the table."""
         step = self.table.step
         if not step.is_done(self.root):
             with session(self.config, self.root) as run:
                 run_waves(run, self.paths)
                 log(f"{step.name}: comparing {len(self.table.models)} models")
                 self.table.run(run, [self.table])
-        return (self.root / step.folder).read_json(TABLE)
+        table: dict[str, Any] = (self.root / step.folder).read_json(TABLE)
+        return table

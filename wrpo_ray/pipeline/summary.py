@@ -1,4 +1,4 @@
-"""The summary of a run: its steps, the tables of the evaluation, and where the fused model lies."""
+"""The summary of a run: its steps, the evaluation's tables, and the path of the fused model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from wrpo_ray.storage.steps import Step, versions
 
 
 def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
-    """What a run did: its steps, the evaluation's table, and where the fused model lies."""
+    """The steps of a run, the evaluation's tables, and the path of the fused model, as JSON."""
     root = chain.root
     summary: dict[str, Any] = {
         "output": str(root),
@@ -43,7 +43,7 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
 
 
 def _results(kind: JobKind, folder: Folder) -> dict[str, Any]:
-    """What a finished step adds to the summary."""
+    """The part of the summary that a finished step adds."""
     if kind is JobKind.EVALUATE:
         return {"evaluation": folder.read_json(TABLE), "example": folder.read_json(EXAMPLE)}
     if kind is JobKind.COMPARE:
@@ -52,7 +52,7 @@ def _results(kind: JobKind, folder: Folder) -> dict[str, Any]:
 
 
 def write_comparison(root: Folder, summary: dict[str, Any]) -> None:
-    """The table of the judged models for those who read, beside the step's own."""
+    """Write the table of the judged models as Markdown and HTML beside the step's JSON."""
     if "comparison" not in summary:
         return
     name, table = summary["comparison_folder"].rpartition("/")[2], summary["comparison"]
@@ -81,13 +81,13 @@ def check_pairs(summary: dict[str, Any], floor: float) -> None:
             name: math.nan if value is None else value for name, value in pair["win_rate"].items()
         }
         name = f"win rate of {pair['a']} against {pair['b']}"
-        below += [told] if (told := shortfall(name, Estimate(**rate), floor)) else []
+        below += [line] if (line := shortfall(name, Estimate(**rate), floor)) else []
     if below:
         raise RegressionError("\n".join(below))
 
 
 def model_addresses(config: Config) -> dict[str, str]:
-    """{name: where it lies} of the given models; a hub id with its commit."""
+    """{name: address} of the given models; a hub id with its commit."""
     found: dict[str, str] = {}
     map_models(
         config, lambda what, m: found.update({getattr(m, "name", what): str(Folder(m.model))}) or m
@@ -111,4 +111,4 @@ def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
 
 
 def _rows(record: dict[str, Any]) -> int:
-    return record["counts"].get("rows", 0)
+    return int(record["counts"].get("rows", 0))

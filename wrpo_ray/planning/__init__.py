@@ -1,1 +1,1 @@
-"""What a run will take before it runs: work, tokens, GPU-hours, money, time; and a simulator."""
+"""Estimates before a run: work, tokens, GPU-hours, money and time."""

@@ -1,8 +1,8 @@
 """The works of a config: the chain's jobs with counts, lengths and rates.
 
-Read are: footers of Parquet files, newlines of JSONL files, manifests, the ledger, and the token
-counts in some shards of each store. Rows of a store are an upper bound of what is skipped: it
-can hold answers to prompts that are not asked for here.
+Sources of the numbers: footers of Parquet files, newlines of JSONL files, manifests, the ledger,
+and token counts of some shards of each store. The rows of a store are an upper bound of what is
+skipped: they can hold answers to prompts that are not part of this config.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from wrpo_ray.storage.steps import Step
 
 GIVEN, MEASURED, GUESS = "given", "measured", "guess"
 SHARDS = 32
-"""Shards of a store whose token counts are read."""
+"""Number of shards of a store whose token counts are read."""
 METRICS = "metrics.jsonl"
 KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
-"""Of each work, for the report."""
+"""Fields of a work that the report shows."""
 BLOCK = 16 * 2**20
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
@@ -80,7 +80,7 @@ def plan(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Pl
 
 
 def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dict[str, Any]]:
-    """What each step of a built chain is to take, by its key; of finished ones nothing."""
+    """The expected work of each unfinished step of a built chain, by its key."""
     works = list(_Estimator(config, root, stages).works())
     record = Plan(works, config.prices).record()
     steps = [step for stage in stages for step in stage.steps]
@@ -142,7 +142,7 @@ class _Estimator:
         guess = self._power(actors).decode_rate(size)
         if job.model.endpoint:
             guess = job.model.endpoint.concurrency * rates.STREAM
-        rate = self._rate(name, self._told(name, "output_tokens", JobKind.GENERATE), guess)
+        rate = self._rate(name, self._measured_rate(name, "output_tokens", JobKind.GENERATE), guess)
         tokens = round(left * lengths.output)
         startup = self.config.plan.startup.get(name, rates.startup(size, actors.num_gpus))
         return self._pool(
@@ -173,7 +173,9 @@ class _Estimator:
         if folders:
             size = sum(self._size(reward.name, folder) for folder in folders)
             guess = self._power(reward.actors).forward_rate(size) / tokens
-        rate = self._rate(reward.name, self._told(reward.name, "rows", JobKind.SCORE), guess)
+        rate = self._rate(
+            reward.name, self._measured_rate(reward.name, "rows", JobKind.SCORE), guess
+        )
         return self._pool(
             Work(
                 step=job.step.name,
@@ -224,7 +226,7 @@ class _Estimator:
         )
 
     def _plain(self, job: Job) -> Work:
-        """Ingesting, selecting, pairing, tables: not estimated, CPUs do it in passing."""
+        """Ingesting, selecting, pairing, tables: short CPU work, which is not estimated."""
         rows = self._rows(job.step)
         done = rows if job.step.is_done(self.root) else 0
         return Work(step=job.step.name, pool="", rows=rows, done=done)
@@ -255,7 +257,7 @@ class _Estimator:
         if isinstance(job, Prepare) and job.name == "sft" and not job.config.takes_all_prompts:
             return round(self._rows(job.rows) * self.config.split.sft)
         if step.is_done(self.root):
-            return step.read_manifest(self.root)["counts"]["rows"]
+            return int(step.read_manifest(self.root)["counts"]["rows"])
         match job.row_source:
             case int(rows):
                 return rows
@@ -268,7 +270,7 @@ class _Estimator:
         raise ValueError(f"{step.name}: nothing tells how many rows it has")
 
     def _read(self, given: PromptsConfig | ImportConfig, step: str) -> int:
-        """Rows of the input, which is counted once."""
+        """Rows of an input; its files are counted once."""
         if given.path not in self._inputs:
             self._inputs[given.path] = self._count_input(given.path, step)
         rows = self._inputs[given.path]
@@ -288,7 +290,7 @@ class _Estimator:
             return sum(threads.map(count_rows, input_files(path, what)))
 
     def _stored(self, step: Step, wanted: int) -> int:
-        """Rows that the store has, at most those wanted."""
+        """Rows that the store has, capped at those wanted."""
         if step.is_done(self.root):
             return wanted
         return min(wanted, stored_rows(self.root / step.folder))
@@ -296,7 +298,7 @@ class _Estimator:
     # --- lengths and rates
 
     def _lengths(self, job: Generate | None = None) -> _Lengths:
-        """Of the job's own answers so far; else of all; else what is given."""
+        """Mean lengths of the job's own answers so far; else of all answers; else as given."""
         own = self._measured.get(job.step.folder) if job else None
         found = [own] if own else list(self._measured.values())
         given, sampling = self.config.plan, job.sampling if job else self.config.sampling
@@ -322,13 +324,13 @@ class _Estimator:
         return found
 
     def _rate(self, pool: str, measured: float | None, guess: float) -> Origin:
-        """What an actor does in a second."""
+        """Tokens or rows that an actor makes in a second: given, measured or guessed."""
         given = [self.config.plan.rates.get(name) for name in self._names(pool)]
         choices = [(n, GIVEN) for n in given if n] + ([(measured, MEASURED)] if measured else [])
         return (*choices, (guess, GUESS))[0]
 
-    def _told(self, pool: str, unit: str, kind: JobKind) -> float | None:
-        """`unit` an actor's second, by the ledger; its folders' names begin with their kind."""
+    def _measured_rate(self, pool: str, unit: str, kind: JobKind) -> float | None:
+        """`unit` per actor-second by the ledger, whose folders are named by kind."""
         for name in self._names(pool):
             spent = [
                 e.usage
@@ -337,7 +339,7 @@ class _Estimator:
             ]
             held = sum(s.actor_seconds for s in spent)
             if held and (made := sum(getattr(s, unit) for s in spent)):
-                return made / held
+                return float(made / held)
         return None
 
     @cached_property
@@ -345,23 +347,23 @@ class _Estimator:
         return read_ledger(self.root)
 
     def _names(self, pool: str) -> tuple[str, ...]:
-        """A model that is trained here is like the target."""
+        """Names under which a rate may be given: a trained model is as fast as the target."""
         target = self.config.target
         return (pool, target.name) if target and pool in (SFT, DPO, FUSED) else (pool,)
 
     @cached_property
     def _trained_rate(self) -> float | None:
-        """Tokens/s a worker, as the metrics of a training run in the output tell it."""
+        """Tokens/s a worker, by the metrics of an earlier training in the output."""
         for job in self._of(Train).values():
             folder = self.root / job.step.folder
             if folder.exists(METRICS):
                 records = folder.read_records(METRICS)
-                if told := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
-                    return median(told) / job.config.workers
+                if speeds := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
+                    return float(median(speeds) / job.config.workers)
         return None
 
     def _size(self, name: str, folder: Folder) -> float:
-        """Weights that a token meets; a model that is trained here has the target's."""
+        """Parameters that each token uses; a trained model has those of the target."""
         target = self.config.target
         if target and folder.is_within(self.root):
             name, folder = target.name, Folder(target.model).absolute()
@@ -381,7 +383,7 @@ def count_rows(uri: str) -> int:
     """Rows of a Parquet file by its footer, lines of a JSONL file by its newlines."""
     file = Folder(uri)
     if str(file).endswith(".parquet"):
-        return ds.dataset(file.path, filesystem=file.filesystem, format="parquet").count_rows()
+        return int(ds.dataset(file.path, filesystem=file.filesystem, format="parquet").count_rows())
     lines, last = 0, b"\n"
     with file.filesystem.open_input_stream(file.path) as stream:
         while block := stream.read(BLOCK):

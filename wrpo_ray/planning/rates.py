@@ -1,4 +1,4 @@
-"""How fast a model is when nothing was measured: guesses by its size, good to a factor of two.
+"""Throughput of a model that was not measured: guesses by its size, within a factor of two.
 
 On GPUs: generation at 15 % of peak (a 67B model made 8,700 tokens/s on 8 GPUs of 990 TFLOP/s in
 arXiv 2405.04434, section 3.2.3), forward passes and training at 35 %. On a CPU: what one core did
@@ -18,19 +18,19 @@ from wrpo_ray.storage.folder import Folder
 DECODE, FORWARD = 0.15, 0.35
 """Shares of a GPU's peak."""
 CORE_DECODE, CORE_FORWARD = 17e9, 65e9
-"""FLOP/s that a CPU core does."""
+"""Achieved FLOP/s of a CPU core."""
 MOST = 10_000.0
-"""Tokens/s of an engine on a CPU, however small its model."""
+"""Upper bound of tokens/s of an engine on a CPU."""
 STREAM = 40.0
 """Tokens/s of one call of an endpoint."""
 UNKNOWN = 8e9
-"""Parameters of a model of which nothing is known."""
+"""Parameters assumed for a model whose size is unknown."""
 START, START_PER_WEIGHT = 60.0, 3e-9
-"""Seconds of an engine's start: itself, and the reading of a weight (two bytes at 0.7 GB/s)."""
+"""Seconds until an engine is up, and for loading each weight (two bytes at 0.7 GB/s)."""
 
 
 def parameters(folder: Folder, name: str) -> float:
-    """Weights that a token meets: by config.json, by `72B` in a name, or `UNKNOWN`."""
+    """Parameters that each token uses: by config.json, by `72B` in a name, or `UNKNOWN`."""
     if folder.exists("config.json"):
         return weights(folder.read_json("config.json"))
     for text in (folder.uri.rsplit("/", 1)[-1], name):
@@ -40,9 +40,9 @@ def parameters(folder: Folder, name: str) -> float:
 
 
 def weights(config: dict[str, Any]) -> float:
-    """Weights that a token is multiplied with, by a Hugging Face config.
+    """Parameters that each token uses, by a Hugging Face config.
 
-    Gated MLPs, of several experts those that a token goes to, and the head.
+    Attention, gated MLPs (of a mixture of experts the active ones), and the output head.
     """
     config = config.get("text_config") or config
     width, layers = config.get("hidden_size", 4096), config.get("num_hidden_layers", 32)
@@ -54,12 +54,12 @@ def weights(config: dict[str, Any]) -> float:
     experts = config.get("num_experts_per_tok") or 1
     shared = config.get("n_shared_experts") or 0
     mlp = 3 * width * (dense if experts == 1 else inner * (experts + shared))
-    return layers * (attention + mlp) + width * config.get("vocab_size", 32000)
+    return float(layers * (attention + mlp) + width * config.get("vocab_size", 32000))
 
 
 @dataclass(frozen=True)
 class Power:
-    """What an actor, or a worker, computes with."""
+    """Compute resources of an actor or worker."""
 
     gpus: float
     cpus: float
@@ -79,7 +79,7 @@ class Power:
         return self._flops(FORWARD, CORE_FORWARD) / ((8 if checkpointing else 6) * size)
 
     def _flops(self, share: float, core: float) -> float:
-        """Operations a second that are reached."""
+        """Achieved FLOP/s."""
         if self.gpus:
             return share * self.gpus * self.gpu_tflops * 1e12
         return max(self.cpus, 1) * core

@@ -80,7 +80,7 @@ def _totals(plan: Plan) -> Iterator[str]:
 
 
 def _advice(plan: Plan) -> Iterator[str]:
-    """A source's engine has two buckets in hand, and some more for even ends (SIMULATION.md)."""
+    """Advice on too few buckets: an engine works on two, more balance the end (SIMULATION.md)."""
     sources = [w for w in plan.works if w.stage == "generate"]
     works = [w for w in sources if w.output_tokens and w.units < 4 * w.engines]
     if works:

@@ -1,4 +1,4 @@
-"""The sums of a plan, without files: what each pool has to do, what that costs, how long it takes.
+"""The sums of a plan, without files: work, cost and time of each pool.
 
 A pool's work is cut into equal buckets, which its engines take one after another. Pools of a
 phase share the GPUs. Not covered: network, storage, and answers that are longer than others
@@ -24,16 +24,16 @@ SUMS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What one step has to do; tokens and seconds are of what is left."""
+    """The work of one step; tokens and seconds are those of the missing rows."""
 
     step: str
     pool: str
-    """Who does it: works of a stage, phase and pool share their engines. Empty for CPU work that
-    is not estimated."""
+    """The pool: works of one stage, phase and pool share engines. Empty for CPU work, which is not
+    estimated."""
     rows: int = 0
     """Of the step's result when it is finished."""
     done: int = 0
-    """Rows that are there already, at most."""
+    """Upper bound of the rows that exist already."""
     prompts: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -45,7 +45,7 @@ class Work:
     units: int = 1
     """Equal parts that engines take one after another."""
     startup: float = 0.0
-    """Seconds until an engine begins."""
+    """Seconds until an engine is up."""
     lengths: str = ""
     """Where lengths come from: given, measured or guess."""
     rate: str = ""
@@ -62,7 +62,7 @@ class Work:
 
     @property
     def seconds(self) -> float:
-        """On the clock, where all its engines are there from the beginning."""
+        """Wall-clock seconds, if all engines start at once."""
         rounds = math.ceil(self.units / self.engines)
         return self.startup + rounds * self.actor_seconds / self.units
 
@@ -87,7 +87,7 @@ class Plan:
         return list(dict.fromkeys(w.stage for w in self.works))
 
     def seconds(self, stage: str | None = None) -> float:
-        """On the clock, of one stage or of all: phases follow each other."""
+        """Wall-clock seconds of one stage or of all; phases run one after another."""
         works = [w for w in self.works if stage in (None, w.stage)]
         return sum(phase_seconds(part, self.gpus) for part in phases(works))
 
@@ -120,7 +120,7 @@ class Plan:
 
 
 def phases(works: Sequence[Work]) -> list[list[Work]]:
-    """Those that run side by side, in order."""
+    """Groups of works that run side by side, in order."""
     parts: dict[tuple[str, str], list[Work]] = {}
     for work in works:
         parts.setdefault((work.stage, work.phase), []).append(work)
@@ -128,7 +128,7 @@ def phases(works: Sequence[Work]) -> list[list[Work]]:
 
 
 def pools(works: Sequence[Work]) -> list[Work]:
-    """One work for each pool of a phase: its engines do all its works."""
+    """The works of each pool of a phase, added up."""
     found: dict[str, Work] = {}
     for work in works:
         held = found.get(work.pool)
@@ -138,7 +138,7 @@ def pools(works: Sequence[Work]) -> list[Work]:
 
 
 def phase_seconds(works: Sequence[Work], gpus: int | None) -> float:
-    """On the clock, for works side by side.
+    """Wall-clock seconds of works that run side by side.
 
     With `gpus` the GPUs of a pool that ends go to those that still have buckets, so all of them
     are busy, but for the bucket that ends last.

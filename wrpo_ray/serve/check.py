@@ -13,14 +13,13 @@ from wrpo_ray.config import (
 )
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, telling_of
-from wrpo_ray.llm.model_folder import check_model_folder, opened
-from wrpo_ray.llm.rendering import Template
+from wrpo_ray.llm.model_folder import opened
+from wrpo_ray.llm.resolve import resolved_model
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.keys import ENVIRONMENT, Keys
-from wrpo_ray.stages.score.check import check_reward_folder
+from wrpo_ray.stages.score.check import resolved_reward
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.hub import resolve_address
 
 
 def checked(settings: ServeConfig) -> ServeConfig:
@@ -56,26 +55,23 @@ def _part(part: ScoreConfig) -> ScoreConfig:
         raise UserError("serve: reward: a verifier needs a reference, which no client has")
     if part.model is None:
         return part
-    folder = Folder(resolve_address(part.model, part.revision))
-    check_reward_folder(folder, part, "serve: reward", part.model)
-    return part.model_copy(update={"model": folder.absolute().uri, "revision": None})
+    found = resolved_reward("serve: reward", part)
+    return found.model_copy(update={"model": Folder(found.model or "").absolute().uri})
 
 
 def _checked(model: ServedModel) -> ServedModel:
-    folder = Folder(resolve_address(model.model, model.revision))
-    what = f"serve: {model.name}"
-    check_model_folder(folder, what, Use.ANSWERS, Template.of(model), model.model)
+    resolved = resolved_model(f"serve: {model.name}", model, Use.ANSWERS)
+    folder = Folder(resolved.model)
     adapters = {name: Folder(place) for name, place in model.adapters.items()}
     for name, adapter in adapters.items():
         with telling_of(f"serve: {name}"):
             check_adapter(adapter, *opened(folder))
     found = {  # replicas have other working directories
         "model": folder.absolute().uri,
-        "revision": None,
         "chat_template": _absolute(model.chat_template),
         "adapters": {name: adapter.absolute().uri for name, adapter in adapters.items()},
     }
-    return model.model_copy(update=found)
+    return resolved.model_copy(update=found)
 
 
 def _absolute(path: str | None) -> str | None:

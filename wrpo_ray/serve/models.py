@@ -15,8 +15,8 @@ from ray.serve.llm import LLMConfig, LLMServer
 from wrpo_ray.config import RewardConfig, ServedModel
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_weights
-from wrpo_ray.llm.chat import Template, end_ids
-from wrpo_ray.llm.rendering import load_tokenizer
+from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.backends import DONE, Call, Rejection, Replies

@@ -302,6 +302,6 @@ def test_only_prompts_with_cells_that_were_read_otherwise_have_a_new_key(
         pq.write_table(pa.Table.from_pylist(rows), path)
     columns = {"group" if name == "g" else "reference": name}
     without = key(tmp_path, {}), key(tmp_path, columns)
-    monkeypatch.setattr("wrpo_ray.pipeline.chain.READING", 99)
+    monkeypatch.setattr("wrpo_ray.pipeline.inputs.READING", 99)
     assert key(tmp_path, {}) == without[0]
     assert (key(tmp_path, columns) != without[1]) == changes

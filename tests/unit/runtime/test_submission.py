@@ -196,7 +196,7 @@ def test_ctrl_c_stops_the_job_by_choice(
     monkeypatch.setattr("builtins.input", lambda question: typed)
     assert command(f"--on-interrupt={answer}") == 130
     assert interrupted.stops == stops
-    told = "submit it again to resume" if stops else "interrupted; the job goes on: `ray job logs"
+    told = "submit it again to resume" if stops else "interrupted; the job continues: `ray job logs"
     assert told in capsys.readouterr().err
 
 

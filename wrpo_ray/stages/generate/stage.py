@@ -106,7 +106,7 @@ class Generate(BaseJob):
 def run(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -> None:
     """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
 
-    `ready_queue` is notified of each finished bucket; of a job's last one when the whole job is done.
+    Each finished bucket is added to `ready_queue`; a job's last one when the job is done.
 
     Raises:
         FailureLimitError: too many rows failed.

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from wrpo_ray.config import ScoreConfig
 from wrpo_ray.llm.architecture import Use, check_tensors
 from wrpo_ray.llm.model_folder import check_model_folder
+from wrpo_ray.llm.resolve import hub_id, pinned
 from wrpo_ray.stages.score.classifiers import check_reward_model, is_armorm, use_of
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import Tensors
+
+Part = TypeVar("Part", bound=ScoreConfig)
+
+
+def resolved_reward(what: str, part: Part) -> Part:
+    """The section of a reward model, pinned to a commit and checked; `what` is its key.
+
+    Raises:
+        UserError: it cannot be found, or it is no reward model that the config can use.
+    """
+    found = pinned(what, part)
+    place = found.model or ""
+    check_reward_folder(Folder(place), part, what, hub_id(part, place))
+    return found
 
 
 def check_reward_folder(folder: Folder, part: ScoreConfig, what: str, name: str = "") -> None:

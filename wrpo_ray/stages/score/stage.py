@@ -110,8 +110,8 @@ class Score(BaseJob):
 def run(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> None:
     """Run the jobs; the jobs of one reward or verifier share its actors.
 
-    A `ready_queue` says which buckets of the jobs' answers are ready, while others are still generated;
-    then all jobs have the same reward.
+    A `ready_queue` gives the buckets of the jobs' answers that are ready, while others are still
+    generated; then all jobs have the same reward.
 
     Raises:
         FailureLimitError: too many answers could not be scored.

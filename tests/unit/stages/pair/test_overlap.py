@@ -129,7 +129,7 @@ def test_only_contamination_of_scripts_without_spaces_has_a_new_key(
     texts = ("plain", text) if place == "evaluation" else (text, "plain")
     keys = chain(tmp_path, *texts, suffix, escaped=escaped)
     assert len(keys) == 2
-    monkeypatch.setattr("wrpo_ray.pipeline.chain.Chain._is_unspaced", lambda *_: False)
+    monkeypatch.setattr("wrpo_ray.pipeline.inputs.Inputs.is_unspaced", lambda *_: False)
     as_before = chain(tmp_path, *texts, suffix, escaped=escaped)
     assert (keys != as_before) == (script in UNSPACED)
 

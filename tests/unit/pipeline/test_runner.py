@@ -1,0 +1,149 @@
+"""The runner on toy jobs: it knows no stage, only what every job says of itself."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import pytest
+
+from wrpo_ray.config import Actors
+from wrpo_ray.errors import WrpoError
+from wrpo_ray.pipeline import runner
+from wrpo_ray.pipeline.runner import run_stages
+from wrpo_ray.pipeline.stage import Stage
+from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+
+class Log:
+    """The calls of toy jobs, by name."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.fails: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Toy(BaseJob):
+    """Finishes its step; those that the log says fail do not."""
+
+    kind: ClassVar[JobKind] = JobKind.SELECT
+    name: str
+    log: Log = field(compare=False)
+    inputs: tuple[Step, ...] = ()
+
+    @property
+    def step(self) -> Step:
+        return Step(self.name, {}, self.inputs)
+
+    @classmethod
+    def run(cls, context: Run, jobs: list["Toy"]) -> None:
+        log = jobs[0].log
+        log.calls.append([job.name for job in jobs])
+        for job in jobs:
+            if job.name in log.fails:
+                raise WrpoError(f"{job.name} failed")
+            job.step.finish(context.root, {"rows": 1}, 0)
+
+
+@dataclass(frozen=True)
+class Streaming(Toy):
+    """Passes on its buckets, or takes those of `source`."""
+
+    source: Step | None = None
+
+    @property
+    def stream(self) -> Stream:
+        return Stream(_run_streaming, Pool(self.name, Actors()), self.source)
+
+
+def _run_streaming(context, jobs, queue):
+    """Producers add their buckets to the queue; consumers take rows until all have come."""
+    rows = []
+    if jobs[0].source:
+        while len(rows) < context.buckets * len(jobs):
+            rows += queue.take()
+    else:
+        for job in jobs:
+            for bucket in range(context.buckets):
+                queue.add(job.step, bucket)
+    taken = sorted(f"{jobs[row['job']].name} {row['bucket']}" for row in rows)
+    jobs[0].log.calls.append(taken or [job.name for job in jobs])
+    for job in jobs:
+        job.step.finish(context.root, {"rows": 1}, 0)
+
+
+@pytest.fixture
+def context(tmp_path) -> Run:
+    return Run(Folder(str(tmp_path)), 2)
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log()
+
+
+def chain(log: Log) -> list[Stage]:
+    """Two stages; the second has two phases, of which the last depends on all before."""
+    first = Toy("a", log), Toy("b", log)
+    second = Toy("c", log, tuple(job.step for job in first))
+    last = Toy("d", log, (second.step,)), Toy("e", log)
+    return [Stage("one", (first,)), Stage("two", ((second,), last))]
+
+
+def test_phases_run_in_order_and_the_reporter_is_told_after_each(context, log):
+    told = []
+    run_stages(context, chain(log), lambda: told.append(len(log.calls)))
+    assert log.calls == [["a", "b"], ["c"], ["d", "e"]]
+    assert told == [1, 2, 3]
+    assert all(step.is_done(context.root) for stage in chain(log) for step in stage.steps)
+
+
+def test_jobs_that_are_done_are_skipped(context, log, capsys):
+    stages = chain(log)
+    for step in (stages[0].jobs[1].step, stages[1].jobs[0].step):
+        step.finish(context.root, {"rows": 1}, 0)
+    told = []
+    run_stages(context, stages, lambda: told.append(True))
+    assert log.calls == [["a"], ["d", "e"]]
+    assert len(told) == 2
+    assert "[2/2] two: done before" in capsys.readouterr().err
+
+
+def test_a_job_that_fails_keeps_what_is_done_and_the_next_run_resumes(context, log):
+    log.fails = {"e"}
+    with pytest.raises(WrpoError, match="e failed"):
+        run_stages(context, chain(log), lambda: None)
+    assert log.calls == [["a", "b"], ["c"], ["d", "e"]]
+    log.calls, log.fails = [], set()
+    run_stages(context, chain(log), lambda: None)
+    assert log.calls == [["e"]]
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_buckets_stream_into_the_next_phase_where_there_is_room(
+    context, log, monkeypatch, has_room
+):
+    """Without room the phases follow each other, in calls that know of no queue."""
+    monkeypatch.setattr(runner, "fit_together", lambda pools: has_room)
+    before, now = Streaming("before", log), Streaming("now", log)
+    before.step.finish(context.root, {"rows": 1}, 0)
+    scores = tuple(Streaming(f"score {j.name}", log, source=j.step) for j in (before, now))
+    stages, told = [Stage("g", ((before, now),)), Stage("s", (scores,))], []
+    run_stages(context, stages, lambda: told.append(True))
+    if has_room:  # buckets of an earlier run are in the queue from the beginning
+        scored = ["score before 0", "score before 1", "score now 0", "score now 1"]
+        assert sorted(log.calls) == [["now"], scored]
+        assert len(told) == 1
+    else:
+        assert log.calls == [["now"], ["score before", "score now"]]
+        assert len(told) == 2
+
+
+def test_a_phase_without_a_stream_never_runs_beside_another(context, log, monkeypatch):
+    monkeypatch.setattr(runner, "fit_together", lambda pools: pytest.fail("not asked"))
+    producer, plain = Streaming("g", log), Toy("x", log)
+    run_stages(context, [Stage("g", ((producer,),)), Stage("x", ((plain,),))], lambda: None)
+    assert log.calls == [["g"], ["x"]]
