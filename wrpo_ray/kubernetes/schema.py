@@ -14,7 +14,7 @@ from typing import Any
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
-from wrpo_ray.kubernetes.objects import LONGEST_SHOWN, path_text, shown
+from wrpo_ray.kubernetes.ray_objects import LONGEST_SHOWN, path_text, shown
 from wrpo_ray.text.documents import read_documents
 from wrpo_ray.text.files import read_text
 

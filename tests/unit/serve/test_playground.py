@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_report_browser import findings
+from support.in_browser import findings
 from test_serve import DONE, KEY, LINES, Noted, Rewarded, Scripted, chunk, usage
 
 from wrpo_ray import config

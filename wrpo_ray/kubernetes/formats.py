@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from wrpo_ray.kubernetes.objects import shown
+from wrpo_ray.kubernetes.ray_objects import shown
 
 Wrong = Callable[[Any], str | None]
 """What is wrong with a value, as the end of a sentence; None where nothing is."""
 
 
 @dataclass(frozen=True)
-class Form:
+class Format:
     """What a value has to be."""
 
     rule: str
@@ -51,21 +51,21 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _is(wanted: type, words: str) -> Form:
+def _is(wanted: type, words: str) -> Format:
     def wrong(value: Any) -> str | None:
         if type(value) is wanted:
             return None
         quoted = "; write it in quotes" if wanted is str and isinstance(value, int | float) else ""
         return f"is {shown(value)}, {_kind(value)}; it has to be {words}{quoted}"
 
-    return Form("wrong-type", wrong)
+    return Format("wrong-type", wrong)
 
 
 TEXT, LIST, MAP = _is(str, "a text"), _is(list, "a list"), _is(dict, "a mapping")
 BOOLEAN = _is(bool, "true or false")
 
 
-def integer(least: int, most: int = INT32, rule: str = "number") -> Form:
+def integer(least: int, most: int = INT32, rule: str = "number") -> Format:
     """A whole number within bounds."""
     words = f" from {least} to {most}" if least >= 0 else ""
 
@@ -73,13 +73,13 @@ def integer(least: int, most: int = INT32, rule: str = "number") -> Form:
         is_one = type(value) is int and least <= value <= most
         return None if is_one else f"is {shown(value)}; it has to be a whole number{words}"
 
-    return Form(rule, wrong)
+    return Format(rule, wrong)
 
 
-def one_of(*words: str) -> Form:
+def one_of(*words: str) -> Format:
     """One of some words."""
     known = ", ".join(word or '""' for word in words)
-    return Form("word", lambda v: None if v in words else f"is {shown(v)}; known: {known}")
+    return Format("word", lambda v: None if v in words else f"is {shown(v)}; known: {known}")
 
 
 def _no_number(value: Any) -> str | None:
@@ -87,13 +87,13 @@ def _no_number(value: Any) -> str | None:
     return None if is_number else f"is {shown(value)}; it has to be a number, 0 or more"
 
 
-NUMBER = Form("number", _no_number)
+NUMBER = Format("number", _no_number)
 
 
 # --- texts -----------------------------------------------------------------------------------
 
 
-def text(rule: str, pattern: str, longest: int, words: str) -> Form:
+def text(rule: str, pattern: str, longest: int, words: str) -> Format:
     """A text of a pattern."""
 
     def wrong(value: Any) -> str | None:
@@ -104,7 +104,7 @@ def text(rule: str, pattern: str, longest: int, words: str) -> Form:
         found = re.fullmatch(pattern, value, re.ASCII)
         return None if found else f"is {shown(value)}; it has to be {words}"
 
-    return Form(rule, wrong)
+    return Format(rule, wrong)
 
 
 DNS_LABEL = text("name", LABEL, LONGEST_LABEL, LABEL_WORDS)
@@ -133,9 +133,9 @@ PATH_SEGMENT = text("name", r"(?s)(?!\.\.?$)[^/%]+", 100_000, "a text without / 
 """A name of RBAC's objects."""
 
 
-def or_empty(form: Form) -> Form:
+def or_empty(form: Format) -> Format:
     """The same, or an empty text, which stands for none."""
-    return Form(form.rule, lambda value: None if value == "" else form.wrong(value))
+    return Format(form.rule, lambda value: None if value == "" else form.wrong(value))
 
 
 PORT_NAME = text(
@@ -146,7 +146,7 @@ PORT_NAME = text(
 )
 """An IANA service name."""
 PORT_NUMBER = integer(1, 65535, "port")
-PORT = Form("port", lambda v: (PORT_NAME if isinstance(v, str) else PORT_NUMBER).wrong(v))
+PORT = Format("port", lambda v: (PORT_NAME if isinstance(v, str) else PORT_NUMBER).wrong(v))
 """A port, or the name of one."""
 
 
@@ -159,7 +159,7 @@ def _no_key(value: Any) -> str | None:
     return f"the key {wrong}" if wrong else None
 
 
-KEY = Form("name", _no_key)
+KEY = Format("name", _no_key)
 """Of a label, an annotation or a resource: PREFIX/NAME, or NAME."""
 
 
@@ -170,7 +170,7 @@ def _no_toleration(value: Any) -> str | None:
     return None if is_right else "has no key, which only the operator Exists may leave out"
 
 
-TOLERATION = Form("toleration", _no_toleration)
+TOLERATION = Format("toleration", _no_toleration)
 """Without a key it tolerates every taint."""
 
 
@@ -197,9 +197,9 @@ def _no_whole_quantity(value: Any) -> str | None:
     return wrong or (None if is_whole else f"is {shown(value)}; it has to be a whole number")
 
 
-QUANTITY = Form("quantity", _no_quantity)
+QUANTITY = Format("quantity", _no_quantity)
 """An amount of CPUs, of bytes or of things: 2, 0.5, 500m, 16Gi, 1e3; not below 0."""
-WHOLE_QUANTITY = Form("quantity", _no_whole_quantity)
+WHOLE_QUANTITY = Format("quantity", _no_whole_quantity)
 """An amount of a device, which is not divided."""
 
 
@@ -208,7 +208,7 @@ def _no_go_duration(value: Any) -> str | None:
     return None if is_one else f"is {shown(value)}; it has to be a time such as 90s, 30m or 1h30m"
 
 
-GO_TIME = Form("duration", _no_go_duration)
+GO_TIME = Format("duration", _no_go_duration)
 """A time as Go writes it, or seconds."""
 
 
@@ -217,11 +217,11 @@ def _no_prometheus_duration(value: Any) -> str | None:
     return None if is_one else f"is {shown(value)}; it has to be a time such as 30s or 1m"
 
 
-PROMETHEUS_TIME = Form("duration", _no_prometheus_duration)
+PROMETHEUS_TIME = Format("duration", _no_prometheus_duration)
 """A time as Prometheus writes it."""
 
 
-def _digits(rule: str, most: int, words: str) -> Form:
+def _digits(rule: str, most: int, words: str) -> Format:
     """A whole number as a text, as `ray start` takes it."""
 
     def wrong(value: Any) -> str | None:
@@ -230,7 +230,7 @@ def _digits(rule: str, most: int, words: str) -> Form:
         is_one = re.fullmatch(r"\d{1,19}", value, re.ASCII) and int(value) <= most
         return None if is_one else f"is {shown(value)}; it has to be {words}"
 
-    return Form(rule, wrong)
+    return Format(rule, wrong)
 
 
 COUNT = _digits("number", INT32, "a whole number in quotes")
@@ -262,7 +262,7 @@ def _no_quoted_resources(value: Any) -> str | None:
     return _resources_text(value[1:-1].replace("\\", ""), is_int=True)
 
 
-JSON_RESOURCES = Form("resources", _no_json_resources)
+JSON_RESOURCES = Format("resources", _no_json_resources)
 """Resources as JSON."""
-QUOTED_RESOURCES = Form("resources", _no_quoted_resources)
+QUOTED_RESOURCES = Format("resources", _no_quoted_resources)
 """Resources as JSON in further quotes, the form in which KubeRay hands them to `ray start`."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.manifests import Problem
-from wrpo_ray.kubernetes.objects import RayObject, path_text
+from wrpo_ray.kubernetes.ray_objects import RayObject, path_text
 from wrpo_ray.text.documents import read_document, yaml_problem
 
 FIELD = "spec.serveConfigV2"

@@ -18,8 +18,8 @@ from wrpo_ray.config import (
     serving,
 )
 from wrpo_ray.errors import UserError
-from wrpo_ray.kubernetes.objects import Job
-from wrpo_ray.kubernetes.serving import own_applications
+from wrpo_ray.kubernetes.ray_objects import Job
+from wrpo_ray.kubernetes.serve_config import own_applications
 from wrpo_ray.runtime.placement import Pool
 
 Needs = dict[str, float]

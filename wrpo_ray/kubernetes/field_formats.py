@@ -10,42 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from wrpo_ray.kubernetes.grammar import (
-    BOOLEAN,
-    BYTES,
-    COUNT,
-    DATA_KEY,
-    DNS_1035,
-    DNS_LABEL,
-    ENV_NAME,
-    GO_TIME,
-    INT32,
-    JSON_RESOURCES,
-    KEY,
-    LABEL_VALUE,
-    LIST,
-    MAP,
-    NOT_EMPTY,
-    NUMBER,
-    PATH_SEGMENT,
-    PORT,
-    PORT_NAME,
-    PORT_NUMBER,
-    PORT_TEXT,
-    PROMETHEUS_TIME,
-    QUANTITY,
-    QUOTED_RESOURCES,
-    SUBDOMAIN,
-    TEXT,
-    TOLERATION,
-    WHOLE_QUANTITY,
-    Form,
-    integer,
-    one_of,
-    or_empty,
-)
+from wrpo_ray.kubernetes import formats as f
+from wrpo_ray.kubernetes.formats import Format, integer, one_of, or_empty
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem
-from wrpo_ray.kubernetes.objects import SPECS, path_text
+from wrpo_ray.kubernetes.ray_objects import SPECS, path_text
 
 Path = tuple[str | int, ...]
 
@@ -81,118 +49,121 @@ RAY_PORTS += " metrics-export-port dashboard-agent-listen-port min-worker-port m
 MONITOR_LISTS = "podMetricsEndpoints endpoints relabelings metricRelabelings"
 
 
-def _each(keys: str, form: Form, *above: str) -> dict[tuple[str, ...], Form]:
+def _each(keys: str, form: Format, *above: str) -> dict[tuple[str, ...], Format]:
     return {(*above, name): form for name in keys.split()}
 
 
-def _lists(keys: str, item: Form) -> dict[tuple[str, ...], Form]:
-    items: dict[tuple[str, ...], Form] = {(name, "[]"): item for name in keys.split()}
-    return _each(keys, LIST) | items
+def _lists(keys: str, item: Format) -> dict[tuple[str, ...], Format]:
+    items: dict[tuple[str, ...], Format] = {(name, "[]"): item for name in keys.split()}
+    return _each(keys, f.LIST) | items
 
 
 FREE_MAPS = (("csi", "volumeAttributes"), ("flexVolume", "options"))
 """Of a driver's own words."""
 MODE = one_of("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod")
-FORMS: dict[tuple[str, ...], Form] = {
-    **_lists(LISTS_OF_MAPS, MAP),
-    **_lists(LISTS_OF_TEXTS, TEXT),
+FORMS: dict[tuple[str, ...], Format] = {
+    **_lists(LISTS_OF_MAPS, f.MAP),
+    **_lists(LISTS_OF_TEXTS, f.TEXT),
     **_lists("accessModes", MODE),
     **_lists("policyTypes", one_of("Ingress", "Egress")),
-    **_lists("coveredResources", KEY),
-    **_each(MAPS, MAP),
-    **_each(TEXTS, TEXT),
-    **_each(FLAGS, BOOLEAN),
-    **_each(COUNTS, integer(-INT32, INT32)),
-    **_each(PORTS, PORT_NUMBER),
+    **_lists("coveredResources", f.KEY),
+    **_each(MAPS, f.MAP),
+    **_each(TEXTS, f.TEXT),
+    **_each(FLAGS, f.BOOLEAN),
+    **_each(COUNTS, integer(-f.INT32, f.INT32)),
+    **_each(PORTS, f.PORT_NUMBER),
     **_each(SECONDS, integer(0)),
-    **_each(ANY_SECONDS, integer(-INT32, INT32)),
-    **_each(NAMES, SUBDOMAIN),
-    **_each(NAMES_OR_NONE, or_empty(SUBDOMAIN)),
-    **{(*path, "*"): TEXT for path in FREE_MAPS},
-    **dict.fromkeys(FREE_MAPS, MAP),
-    ("image",): NOT_EMPTY,
-    ("groupName",): DNS_LABEL,
-    ("serviceName",): DNS_1035,
-    ("metadata", "name"): SUBDOMAIN,
-    ("metadata", "generateName"): TEXT,
-    ("metadata", "namespace"): DNS_LABEL,
-    ("labels", "*"): LABEL_VALUE,
-    ("annotations", "*"): TEXT,
-    ("annotations", "ray.io/initializing-timeout"): GO_TIME,
-    **{(name, "*"): LABEL_VALUE for name in SELECTORS.split()},
-    ("containers", "[]", "name"): DNS_LABEL,
-    ("initContainers", "[]", "name"): DNS_LABEL,
-    ("volumes", "[]", "name"): DNS_LABEL,
-    ("volumeMounts", "[]", "name"): DNS_LABEL,
-    ("env", "[]", "name"): ENV_NAME,
-    ("ports", "[]", "name"): DNS_LABEL,  # of a service
-    **{(name, "[]", "ports", "[]", "name"): PORT_NAME for name in ("containers", "initContainers")},
-    ("ports", "[]", "port"): PORT,
-    ("ports", "[]", "targetPort"): PORT,
+    **_each(ANY_SECONDS, integer(-f.INT32, f.INT32)),
+    **_each(NAMES, f.SUBDOMAIN),
+    **_each(NAMES_OR_NONE, or_empty(f.SUBDOMAIN)),
+    **{(*path, "*"): f.TEXT for path in FREE_MAPS},
+    **dict.fromkeys(FREE_MAPS, f.MAP),
+    ("image",): f.NOT_EMPTY,
+    ("groupName",): f.DNS_LABEL,
+    ("serviceName",): f.DNS_1035,
+    ("metadata", "name"): f.SUBDOMAIN,
+    ("metadata", "generateName"): f.TEXT,
+    ("metadata", "namespace"): f.DNS_LABEL,
+    ("labels", "*"): f.LABEL_VALUE,
+    ("annotations", "*"): f.TEXT,
+    ("annotations", "ray.io/initializing-timeout"): f.GO_TIME,
+    **{(name, "*"): f.LABEL_VALUE for name in SELECTORS.split()},
+    ("containers", "[]", "name"): f.DNS_LABEL,
+    ("initContainers", "[]", "name"): f.DNS_LABEL,
+    ("volumes", "[]", "name"): f.DNS_LABEL,
+    ("volumeMounts", "[]", "name"): f.DNS_LABEL,
+    ("env", "[]", "name"): f.ENV_NAME,
+    ("ports", "[]", "name"): f.DNS_LABEL,  # of a service
+    **{
+        (name, "[]", "ports", "[]", "name"): f.PORT_NAME
+        for name in ("containers", "initContainers")
+    },
+    ("ports", "[]", "port"): f.PORT,
+    ("ports", "[]", "targetPort"): f.PORT,
     ("ports", "[]", "protocol"): one_of("TCP", "UDP", "SCTP"),
-    ("tcpSocket", "port"): PORT,
-    ("httpGet", "port"): PORT,
-    ("secretKeyRef", "key"): DATA_KEY,
-    ("configMapKeyRef", "key"): DATA_KEY,
-    **{(ref, "name"): SUBDOMAIN for ref in ("secretKeyRef", "configMapKeyRef", "configMap")},
-    **{(ref, "name"): SUBDOMAIN for ref in ("secretRef", "configMapRef")},
-    ("imagePullSecrets", "[]", "name"): SUBDOMAIN,
+    ("tcpSocket", "port"): f.PORT,
+    ("httpGet", "port"): f.PORT,
+    ("secretKeyRef", "key"): f.DATA_KEY,
+    ("configMapKeyRef", "key"): f.DATA_KEY,
+    **{(ref, "name"): f.SUBDOMAIN for ref in ("secretKeyRef", "configMapKeyRef", "configMap")},
+    **{(ref, "name"): f.SUBDOMAIN for ref in ("secretRef", "configMapRef")},
+    ("imagePullSecrets", "[]", "name"): f.SUBDOMAIN,
     ("imagePullPolicy",): one_of("Always", "IfNotPresent", "Never"),
     ("restartPolicy",): one_of("Always", "OnFailure", "Never"),
     ("emptyDir", "medium"): one_of("", "Memory", "HugePages", "HugePages-2Mi", "HugePages-1Gi"),
-    ("emptyDir", "sizeLimit"): QUANTITY,
-    ("resources", "limits", "*"): QUANTITY,
-    ("resources", "requests", "*"): QUANTITY,
-    ("capacity", "*"): QUANTITY,
-    ("tolerations", "[]"): TOLERATION,
-    ("tolerations", "[]", "key"): or_empty(KEY),
+    ("emptyDir", "sizeLimit"): f.QUANTITY,
+    ("resources", "limits", "*"): f.QUANTITY,
+    ("resources", "requests", "*"): f.QUANTITY,
+    ("capacity", "*"): f.QUANTITY,
+    ("tolerations", "[]"): f.TOLERATION,
+    ("tolerations", "[]", "key"): or_empty(f.KEY),
     ("tolerations", "[]", "operator"): one_of("Exists", "Equal", "Lt", "Gt"),
     ("tolerations", "[]", "effect"): one_of("", "NoSchedule", "PreferNoSchedule", "NoExecute"),
     ("fsGroupChangePolicy",): one_of("OnRootMismatch", "Always"),
     ("seccompProfile", "type"): one_of("RuntimeDefault", "Unconfined", "Localhost"),
-    ("env", "[]", "value"): TEXT,
-    ("spec", "resources"): MAP,
+    ("env", "[]", "value"): f.TEXT,
+    ("spec", "resources"): f.MAP,
     # Ray
-    **{(name, "[]", "resources"): MAP for name in ("containers", "workerGroupSpecs")},
-    ("autoscalerOptions", "resources"): MAP,
-    ("headGroupSpec", "resources"): MAP,
-    ("workerGroupSpecs", "[]", "resources", "*"): QUANTITY,
-    ("headGroupSpec", "resources", "*"): QUANTITY,
-    **_each("num-cpus num-gpus", COUNT, "rayStartParams"),
-    **_each("memory object-store-memory", BYTES, "rayStartParams"),
-    **_each(RAY_PORTS, PORT_TEXT, "rayStartParams"),
-    ("rayStartParams", "resources"): QUOTED_RESOURCES,
-    ("rayStartParams", "*"): TEXT,
-    ("spec", "entrypointNumCpus"): NUMBER,
-    ("spec", "entrypointNumGpus"): NUMBER,
-    ("spec", "entrypointResources"): JSON_RESOURCES,
+    **{(name, "[]", "resources"): f.MAP for name in ("containers", "workerGroupSpecs")},
+    ("autoscalerOptions", "resources"): f.MAP,
+    ("headGroupSpec", "resources"): f.MAP,
+    ("workerGroupSpecs", "[]", "resources", "*"): f.QUANTITY,
+    ("headGroupSpec", "resources", "*"): f.QUANTITY,
+    **_each("num-cpus num-gpus", f.COUNT, "rayStartParams"),
+    **_each("memory object-store-memory", f.BYTES, "rayStartParams"),
+    **_each(RAY_PORTS, f.PORT_TEXT, "rayStartParams"),
+    ("rayStartParams", "resources"): f.QUOTED_RESOURCES,
+    ("rayStartParams", "*"): f.TEXT,
+    ("spec", "entrypointNumCpus"): f.NUMBER,
+    ("spec", "entrypointNumGpus"): f.NUMBER,
+    ("spec", "entrypointResources"): f.JSON_RESOURCES,
     ("upscalingMode",): one_of("Default", "Aggressive", "Conservative"),
     ("submitterConfig", "backoffLimit"): integer(0),
     # Kueue
-    **_each("nominalQuota borrowingLimit lendingLimit", QUANTITY),
-    ("flavors", "[]", "name"): SUBDOMAIN,
-    ("flavors", "[]", "resources"): LIST,
-    ("flavors", "[]", "resources", "[]"): MAP,
+    **_each("nominalQuota borrowingLimit lendingLimit", f.QUANTITY),
+    ("flavors", "[]", "name"): f.SUBDOMAIN,
+    ("flavors", "[]", "resources"): f.LIST,
+    ("flavors", "[]", "resources", "[]"): f.MAP,
     ("withinClusterQueue",): one_of("Never", "LowerPriority", "LowerOrNewerEqualPriority"),
 }
 """Forms by the end of a field's path; `*` is any key, `[]` any item. The longest end counts."""
-MONITORS: dict[tuple[str, ...], Form] = {
-    **_lists(MONITOR_LISTS, MAP),
-    **_lists("sourceLabels", TEXT),
-    ("targetLabel",): TEXT,
-    ("spec",): MAP,
-    ("selector",): MAP,
-    ("podMetricsEndpoints", "[]", "port"): PORT_NAME,
-    ("endpoints", "[]", "port"): PORT_NAME,
-    ("interval",): PROMETHEUS_TIME,
-    ("scrapeTimeout",): PROMETHEUS_TIME,
-    ("matchLabels",): MAP,
-    ("matchLabels", "*"): LABEL_VALUE,
+MONITORS: dict[tuple[str, ...], Format] = {
+    **_lists(MONITOR_LISTS, f.MAP),
+    **_lists("sourceLabels", f.TEXT),
+    ("targetLabel",): f.TEXT,
+    ("spec",): f.MAP,
+    ("selector",): f.MAP,
+    ("podMetricsEndpoints", "[]", "port"): f.PORT_NAME,
+    ("endpoints", "[]", "port"): f.PORT_NAME,
+    ("interval",): f.PROMETHEUS_TIME,
+    ("scrapeTimeout",): f.PROMETHEUS_TIME,
+    ("matchLabels",): f.MAP,
+    ("matchLabels", "*"): f.LABEL_VALUE,
 }
 """Those of Prometheus' monitors."""
 METADATA = {path: form for path, form in FORMS.items() if "metadata" in path}
 METADATA |= {path: FORMS[path] for path in (("labels",), ("labels", "*"), ("annotations",))}
-METADATA |= {("annotations", "*"): TEXT, ("kind",): TEXT, ("apiVersion",): TEXT}
+METADATA |= {("annotations", "*"): f.TEXT, ("kind",): f.TEXT, ("apiVersion",): f.TEXT}
 """Those of objects of other groups, at their top."""
 TOP = ("apiVersion", "kind", "metadata")
 MONITOR_KINDS = ("PodMonitor", "ServiceMonitor")
@@ -215,31 +186,31 @@ def _is_monitor(manifest: Manifest, group: str) -> bool:
     return group == "monitoring.coreos.com" and manifest.kind in MONITOR_KINDS
 
 
-def _forms_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Form]:
+def _forms_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]:
     name = ("metadata", "name")
     if _is_monitor(manifest, group):
         return METADATA | MONITORS
     if group not in KNOWN_GROUPS:
-        return METADATA | ({name: PATH_SEGMENT} if group == "rbac.authorization.k8s.io" else {})
-    own: dict[tuple[str, ...], Form] = {}
+        return METADATA | ({name: f.PATH_SEGMENT} if group == "rbac.authorization.k8s.io" else {})
+    own: dict[tuple[str, ...], Format] = {}
     if manifest.kind in ("ConfigMap", "Secret"):
         maps = ("data", "stringData", "binaryData")
-        return METADATA | {(k,): MAP for k in maps} | {(k, "*"): TEXT for k in maps}
+        return METADATA | {(k,): f.MAP for k in maps} | {(k, "*"): f.TEXT for k in maps}
     if manifest.kind == "LimitRange":
-        own = {("spec", "limits"): LIST, ("spec", "limits", "[]"): MAP}
+        own = {("spec", "limits"): f.LIST, ("spec", "limits", "[]"): f.MAP}
     if manifest.kind in SPECS:  # `rules` are stricter about their names
-        own = {name: TEXT}
+        own = {name: f.TEXT}
     if manifest.kind == "Service":
-        own = {name: DNS_1035, ("spec", "selector", "*"): LABEL_VALUE}
+        own = {name: f.DNS_1035, ("spec", "selector", "*"): f.LABEL_VALUE}
     if manifest.kind == "Namespace":
-        own = {name: DNS_LABEL}
+        own = {name: f.DNS_LABEL}
     if manifest.kind == "WorkloadPriorityClass":
-        own = {("value",): integer(-INT32)}
+        own = {("value",): integer(-f.INT32)}
     return FORMS | own
 
 
 def _walk(
-    value: Any, path: Path, forms: dict[tuple[str, ...], Form]
+    value: Any, path: Path, forms: dict[tuple[str, ...], Format]
 ) -> Iterator[tuple[Path, str, str]]:
     """(path, rule, what is wrong) of a value and all below it; nothing below a wrong one."""
     if value is None and not isinstance(path[-1], int):
@@ -253,21 +224,21 @@ def _walk(
         items = list(value.items())
     elif isinstance(value, list):
         items = list(enumerate(value))
-    is_keyed = bool(path) and path[-1] in KEYED and isinstance(value, dict) and form is MAP
+    is_keyed = bool(path) and path[-1] in KEYED and isinstance(value, dict) and form is f.MAP
     for name, part in items:
-        if is_keyed and (wrong := KEY.wrong(name)):
-            yield (*path, name), KEY.rule, wrong
+        if is_keyed and (wrong := f.KEY.wrong(name)):
+            yield (*path, name), f.KEY.rule, wrong
         else:
             yield from _walk(part, (*path, name), forms)
 
 
-def _form(path: Path, forms: dict[tuple[str, ...], Form]) -> Form | None:
+def _form(path: Path, forms: dict[tuple[str, ...], Format]) -> Format | None:
     """That of the longest end of a path; of two as long the one that names the last key."""
     ends = tuple("[]" if isinstance(part, int) else part for part in path)
     for length in (5, 4, 3, 2, 1):
         end = ends[-length:]
         if len(end) == length and (found := forms.get(end) or forms.get((*end[:-1], "*"))):
-            return WHOLE_QUANTITY if found is QUANTITY and _is_device(path) else found
+            return f.WHOLE_QUANTITY if found is f.QUANTITY and _is_device(path) else found
     return None
 
 

@@ -11,8 +11,8 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from wrpo_ray.kubernetes.objects import Cluster, RayObject
-from wrpo_ray.kubernetes.requests import Needs, Request
+from wrpo_ray.kubernetes.ray_objects import Cluster, RayObject
+from wrpo_ray.kubernetes.resource_requests import Needs, Request
 
 HEAD = "headgroup"
 
