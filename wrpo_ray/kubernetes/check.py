@@ -1,4 +1,4 @@
-"""All checks of some manifests."""
+"""Runs all checks of manifests."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
 
 HARMLESS = ("unknown-field", "missing")
-"""Rules with which, broken, the fields that are there can be counted with."""
+"""Rules after whose violation the remaining fields can still be evaluated."""
 
 
 @dataclass
 class Report:
-    """What was found in some manifests."""
+    """The problems and placements found in manifests."""
 
     manifests: list[Manifest]
     problems: list[Problem] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    """For each request the nodes that Ray would start for it."""
+    """For each request, the nodes that Ray would start for it."""
 
 
 def check(
@@ -57,15 +57,15 @@ def check(
 def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
-    """The same for objects that are read."""
+    """Check objects that are already read."""
     report = Report(manifests)
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
         report.problems += pod_rules.check_references(manifest, manifests)
         faults = list(schemas.problems(manifest)) if schemas else []
-        told = {fault.field for fault in faults}
+        reported = {fault.field for fault in faults}
         faults += [
-            problem for problem in field_formats.check(manifest) if problem.field not in told
+            problem for problem in field_formats.check(manifest) if problem.field not in reported
         ]
         report.problems += faults
         if manifest.kind == LAUNCHER:
@@ -79,11 +79,11 @@ def check_objects(
 def _check_ray(
     report: Report, manifest: Manifest, faults: list[Problem], config: Config | None
 ) -> None:
-    """The rules for an object of Ray's; those that count with its fields need them right."""
+    """Apply the rules for a Ray object; those that evaluate fields need them to be valid."""
     found = typed(manifest)
     if not isinstance(found, RayObject):
-        told = tuple(fault.field for fault in faults)
-        report.problems += [p for p in found if not told or not p.field.startswith(told)]
+        reported = tuple(fault.field for fault in faults)
+        report.problems += [p for p in found if not reported or not p.field.startswith(reported)]
         return
     broken = list(operator_rules.check(found))
     report.problems += broken
@@ -104,11 +104,11 @@ def _check_ray(
 def _fit(
     report: Report, manifest: Manifest, types: Callable[[], NodeTypes], asked: list[Request]
 ) -> None:
-    """Tell where each request goes, or why it cannot."""
+    """Report the nodes of each request, or why it does not fit."""
     try:
         known = types()
         results = [(r, capacity.misfit(known, r), _nodes(known, r)) for r in asked]
-    except Exception as error:  # Ray's code takes for granted what it does not look at
+    except Exception as error:  # Ray's code does not validate its input
         text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return

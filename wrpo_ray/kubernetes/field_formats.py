@@ -1,8 +1,8 @@
-"""Each field of an object by the grammar of its value: types, quantities, names, labels, ports.
+"""Checks the format of each field: types, quantities, names, labels, ports.
 
-An object is walked from top to bottom; a field is known by its key and those above it. What is
-null is left out for Kubernetes. Not covered: fields without a form here, which KubeRay's schemas
-(`--crds`) have, and objects of other groups, of which only metadata is looked at.
+A field is identified by its key and the keys above it. Null counts as absent, as in Kubernetes.
+Not covered: fields without a format here, which KubeRay's schemas (`--crds`) have, and objects of
+other API groups, of which only the metadata is checked.
 """
 
 from __future__ import annotations
@@ -18,16 +18,15 @@ from wrpo_ray.kubernetes.ray_objects import SPECS, path_text
 Path = tuple[str | int, ...]
 
 KNOWN_GROUPS = ("", "apps", "batch", "networking.k8s.io", "policy", "ray.io", "kueue.x-k8s.io")
-"""API groups whose fields have the meanings below."""
+"""API groups whose fields have the formats below."""
 LISTS_OF_MAPS = "containers initContainers env envFrom volumeMounts volumes tolerations ports"
 LISTS_OF_MAPS += " imagePullSecrets volumeClaimTemplates ingress egress from to workerGroupSpecs"
 LISTS_OF_MAPS += " deletionRules resourceGroups flavors"
 LISTS_OF_TEXTS = "command args add drop"
 MAPS = "metadata labels annotations limits requests emptyDir template matchLabels nodeSelector spec"
 MAPS += " securityContext podSelector namespaceSelector secretKeyRef configMapKeyRef secretRef"
-MAPS += (
-    " configMapRef persistentVolumeClaim secret configMap valueFrom headGroupSpec rayStartParams"
-)
+MAPS += " configMapRef persistentVolumeClaim secret configMap valueFrom headGroupSpec"
+MAPS += " rayStartParams"
 MAPS += " rayClusterSpec rayClusterConfig autoscalerOptions authOptions submitterPodTemplate"
 MAPS += " submitterConfig capabilities seccompProfile readinessProbe livenessProbe startupProbe"
 MAPS += " tcpSocket httpGet preemption selector clusterSelector"
@@ -49,8 +48,8 @@ RAY_PORTS += " metrics-export-port dashboard-agent-listen-port min-worker-port m
 MONITOR_LISTS = "podMetricsEndpoints endpoints relabelings metricRelabelings"
 
 
-def _each(keys: str, form: Format, *above: str) -> dict[tuple[str, ...], Format]:
-    return {(*above, name): form for name in keys.split()}
+def _each(keys: str, expected: Format, *above: str) -> dict[tuple[str, ...], Format]:
+    return {(*above, name): expected for name in keys.split()}
 
 
 def _lists(keys: str, item: Format) -> dict[tuple[str, ...], Format]:
@@ -59,9 +58,9 @@ def _lists(keys: str, item: Format) -> dict[tuple[str, ...], Format]:
 
 
 FREE_MAPS = (("csi", "volumeAttributes"), ("flexVolume", "options"))
-"""Of a driver's own words."""
+"""Maps with any keys, defined by a storage driver."""
 MODE = one_of("ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod")
-FORMS: dict[tuple[str, ...], Format] = {
+FORMATS: dict[tuple[str, ...], Format] = {
     **_lists(LISTS_OF_MAPS, f.MAP),
     **_lists(LISTS_OF_TEXTS, f.TEXT),
     **_lists("accessModes", MODE),
@@ -146,7 +145,7 @@ FORMS: dict[tuple[str, ...], Format] = {
     ("flavors", "[]", "resources", "[]"): f.MAP,
     ("withinClusterQueue",): one_of("Never", "LowerPriority", "LowerOrNewerEqualPriority"),
 }
-"""Forms by the end of a field's path; `*` is any key, `[]` any item. The longest end counts."""
+"""Formats by the end of a field's path; `*` is any key, `[]` any item. The longest end wins."""
 MONITORS: dict[tuple[str, ...], Format] = {
     **_lists(MONITOR_LISTS, f.MAP),
     **_lists("sourceLabels", f.TEXT),
@@ -160,25 +159,25 @@ MONITORS: dict[tuple[str, ...], Format] = {
     ("matchLabels",): f.MAP,
     ("matchLabels", "*"): f.LABEL_VALUE,
 }
-"""Those of Prometheus' monitors."""
-METADATA = {path: form for path, form in FORMS.items() if "metadata" in path}
-METADATA |= {path: FORMS[path] for path in (("labels",), ("labels", "*"), ("annotations",))}
+"""Formats of Prometheus' monitors."""
+METADATA = {path: expected for path, expected in FORMATS.items() if "metadata" in path}
+METADATA |= {path: FORMATS[path] for path in (("labels",), ("labels", "*"), ("annotations",))}
 METADATA |= {("annotations", "*"): f.TEXT, ("kind",): f.TEXT, ("apiVersion",): f.TEXT}
-"""Those of objects of other groups, at their top."""
+"""Formats at the top of objects of other groups."""
 TOP = ("apiVersion", "kind", "metadata")
 MONITOR_KINDS = ("PodMonitor", "ServiceMonitor")
 KEYED = ("labels", "annotations", "limits", "requests", *SELECTORS.split())
-"""Mappings whose keys have a form."""
+"""Mappings whose keys have a format."""
 
 
 def check(manifest: Manifest) -> Iterator[Problem]:
-    """Each field whose type or form Kubernetes would refuse."""
+    """Yield each field whose type or format Kubernetes would reject."""
     if manifest.kind == LAUNCHER:
         return
     group = manifest.api_version.rpartition("/")[0]
     is_known = group in KNOWN_GROUPS or _is_monitor(manifest, group)
     body = {k: v for k, v in manifest.body.items() if is_known or k in TOP}
-    for path, rule, text in _walk(body, (), _forms_of(manifest, group)):
+    for path, rule, text in _walk(body, (), _formats_of(manifest, group)):
         yield Problem(manifest, path_text(path), rule, text)
 
 
@@ -186,7 +185,7 @@ def _is_monitor(manifest: Manifest, group: str) -> bool:
     return group == "monitoring.coreos.com" and manifest.kind in MONITOR_KINDS
 
 
-def _forms_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]:
+def _formats_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]:
     name = ("metadata", "name")
     if _is_monitor(manifest, group):
         return METADATA | MONITORS
@@ -206,38 +205,38 @@ def _forms_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]:
         own = {name: f.DNS_LABEL}
     if manifest.kind == "WorkloadPriorityClass":
         own = {("value",): integer(-f.INT32)}
-    return FORMS | own
+    return FORMATS | own
 
 
 def _walk(
-    value: Any, path: Path, forms: dict[tuple[str, ...], Format]
+    value: Any, path: Path, formats: dict[tuple[str, ...], Format]
 ) -> Iterator[tuple[Path, str, str]]:
-    """(path, rule, what is wrong) of a value and all below it; nothing below a wrong one."""
+    """Yield (path, rule, problem) for a value and all below it; nothing below a wrong one."""
     if value is None and not isinstance(path[-1], int):
         return
-    form = _form(path, forms)
-    if form and (wrong := form.wrong(value)):
-        yield path, form.rule, wrong
+    expected = _format(path, formats)
+    if expected and (wrong := expected.wrong(value)):
+        yield path, expected.rule, wrong
         return
     items: list[tuple[str | int, Any]] = []
     if isinstance(value, dict):
         items = list(value.items())
     elif isinstance(value, list):
         items = list(enumerate(value))
-    is_keyed = bool(path) and path[-1] in KEYED and isinstance(value, dict) and form is f.MAP
+    is_keyed = bool(path) and path[-1] in KEYED and isinstance(value, dict) and expected is f.MAP
     for name, part in items:
         if is_keyed and (wrong := f.KEY.wrong(name)):
             yield (*path, name), f.KEY.rule, wrong
         else:
-            yield from _walk(part, (*path, name), forms)
+            yield from _walk(part, (*path, name), formats)
 
 
-def _form(path: Path, forms: dict[tuple[str, ...], Format]) -> Format | None:
-    """That of the longest end of a path; of two as long the one that names the last key."""
+def _format(path: Path, formats: dict[tuple[str, ...], Format]) -> Format | None:
+    """Return the format of the longest matching end of a path; a named key goes before `*`."""
     ends = tuple("[]" if isinstance(part, int) else part for part in path)
     for length in (5, 4, 3, 2, 1):
         end = ends[-length:]
-        if len(end) == length and (found := forms.get(end) or forms.get((*end[:-1], "*"))):
+        if len(end) == length and (found := formats.get(end) or formats.get((*end[:-1], "*"))):
             return f.WHOLE_QUANTITY if found is f.QUANTITY and _is_device(path) else found
     return None
 

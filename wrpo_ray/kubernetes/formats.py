@@ -1,4 +1,4 @@
-"""Kubernetes' own grammar of values: quantities, names, labels, ports, times, and their types.
+"""Formats of values in Kubernetes and Ray: quantities, names, labels, ports, times, and types.
 
 Sources: apimachinery's `resource.Quantity` and `validation`, Ray's `ray start`.
 """
@@ -14,21 +14,21 @@ from typing import Any
 from wrpo_ray.kubernetes.ray_objects import shown
 
 Wrong = Callable[[Any], str | None]
-"""What is wrong with a value, as the end of a sentence; None where nothing is."""
+"""Returns what is wrong with a value, as the end of a sentence; None if it is right."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """What a value has to be."""
+    """A rule that a value has to meet."""
 
     rule: str
-    """Its name in problems."""
+    """The rule's name in problems."""
     wrong: Wrong
 
 
 LONGEST_LABEL, LONGEST_SUBDOMAIN, LONGEST_PORT_NAME = 63, 253, 15
 LARGEST = 2**63 - 1
-"""Of a quantity; Kubernetes cuts larger ones off."""
+"""The largest quantity; Kubernetes truncates larger ones."""
 INT32 = 2**31 - 1
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 LABEL_WORDS = "small letters, digits and -, beginning and ending with a letter or digit"
@@ -66,7 +66,7 @@ BOOLEAN = _is(bool, "true or false")
 
 
 def integer(least: int, most: int = INT32, rule: str = "number") -> Format:
-    """A whole number within bounds."""
+    """Return the format of a whole number within bounds."""
     words = f" from {least} to {most}" if least >= 0 else ""
 
     def wrong(value: Any) -> str | None:
@@ -77,7 +77,7 @@ def integer(least: int, most: int = INT32, rule: str = "number") -> Format:
 
 
 def one_of(*words: str) -> Format:
-    """One of some words."""
+    """Return the format of a value that is one of some words."""
     known = ", ".join(word or '""' for word in words)
     return Format("word", lambda v: None if v in words else f"is {shown(v)}; known: {known}")
 
@@ -94,7 +94,7 @@ NUMBER = Format("number", _no_number)
 
 
 def text(rule: str, pattern: str, longest: int, words: str) -> Format:
-    """A text of a pattern."""
+    """Return the format of a text that matches a pattern."""
 
     def wrong(value: Any) -> str | None:
         if type(value) is not str:
@@ -130,11 +130,11 @@ ENV_NAME = text(
 DATA_KEY = text("name", r"[-._a-zA-Z0-9]+", LONGEST_SUBDOMAIN, "letters, digits, -, _ and .")
 NOT_EMPTY = text("text", r"(?s).*\S.*", 100_000, "a text that is not empty")
 PATH_SEGMENT = text("name", r"(?s)(?!\.\.?$)[^/%]+", 100_000, "a text without / and %, not . or ..")
-"""A name of RBAC's objects."""
+"""The name of an RBAC object."""
 
 
 def or_empty(form: Format) -> Format:
-    """The same, or an empty text, which stands for none."""
+    """Return the same format, with an empty text allowed."""
     return Format(form.rule, lambda value: None if value == "" else form.wrong(value))
 
 
@@ -147,7 +147,7 @@ PORT_NAME = text(
 """An IANA service name."""
 PORT_NUMBER = integer(1, 65535, "port")
 PORT = Format("port", lambda v: (PORT_NAME if isinstance(v, str) else PORT_NUMBER).wrong(v))
-"""A port, or the name of one."""
+"""A port number, or a port's name."""
 
 
 def _no_key(value: Any) -> str | None:
@@ -160,7 +160,7 @@ def _no_key(value: Any) -> str | None:
 
 
 KEY = Format("name", _no_key)
-"""Of a label, an annotation or a resource: PREFIX/NAME, or NAME."""
+"""The key of a label, an annotation or a resource: PREFIX/NAME or NAME."""
 
 
 def _no_toleration(value: Any) -> str | None:
@@ -171,7 +171,7 @@ def _no_toleration(value: Any) -> str | None:
 
 
 TOLERATION = Format("toleration", _no_toleration)
-"""Without a key it tolerates every taint."""
+"""A toleration; without a key it tolerates every taint."""
 
 
 def _no_quantity(value: Any) -> str | None:
@@ -198,9 +198,9 @@ def _no_whole_quantity(value: Any) -> str | None:
 
 
 QUANTITY = Format("quantity", _no_quantity)
-"""An amount of CPUs, of bytes or of things: 2, 0.5, 500m, 16Gi, 1e3; not below 0."""
+"""An amount of CPUs, bytes or devices: 2, 0.5, 500m, 16Gi, 1e3; not below 0."""
 WHOLE_QUANTITY = Format("quantity", _no_whole_quantity)
-"""An amount of a device, which is not divided."""
+"""A whole number of devices."""
 
 
 def _no_go_duration(value: Any) -> str | None:
@@ -209,7 +209,7 @@ def _no_go_duration(value: Any) -> str | None:
 
 
 GO_TIME = Format("duration", _no_go_duration)
-"""A time as Go writes it, or seconds."""
+"""A duration in Go's notation, or seconds."""
 
 
 def _no_prometheus_duration(value: Any) -> str | None:
@@ -218,11 +218,11 @@ def _no_prometheus_duration(value: Any) -> str | None:
 
 
 PROMETHEUS_TIME = Format("duration", _no_prometheus_duration)
-"""A time as Prometheus writes it."""
+"""A duration in Prometheus' notation."""
 
 
 def _digits(rule: str, most: int, words: str) -> Format:
-    """A whole number as a text, as `ray start` takes it."""
+    """Return the format of a whole number in a text, as `ray start` expects it."""
 
     def wrong(value: Any) -> str | None:
         if type(value) is not str:
@@ -265,4 +265,4 @@ def _no_quoted_resources(value: Any) -> str | None:
 JSON_RESOURCES = Format("resources", _no_json_resources)
 """Resources as JSON."""
 QUOTED_RESOURCES = Format("resources", _no_quoted_resources)
-"""Resources as JSON in further quotes, the form in which KubeRay hands them to `ray start`."""
+"""Resources as JSON in another pair of quotes, as KubeRay passes them to `ray start`."""

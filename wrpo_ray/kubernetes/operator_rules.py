@@ -1,6 +1,6 @@
-"""What KubeRay's operator, Ray and Kueue refuse or misread, though the schema allows it.
+"""Configurations that KubeRay's operator, Ray or Kueue reject, though the schema allows them.
 
-Each rule takes an object and yields its problems. Sources: KubeRay 1.7's validation of RayCluster,
+Each rule yields the problems of an object. Sources: KubeRay 1.7's validation of RayCluster,
 RayJob and RayService, its documentation, and Kueue's webhooks for Ray.
 """
 
@@ -24,16 +24,16 @@ from wrpo_ray.kubernetes.ray_objects import (
 from wrpo_ray.text.documents import read_document, yaml_problem
 
 LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
-"""KubeRay appends to names, which may then have 63 characters."""
+"""KubeRay appends to names, and the result may have 63 characters."""
 AUTH_SINCE = (2, 52)
 """The first Ray with token authentication."""
 SWITCH_V2 = "RAY_enable_autoscaler_v2"
 QUEUE, ELASTIC = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"
 POD_SETS = 8
-"""Kinds of pods in a workload of Kueue."""
+"""Maximum pod sets in a workload of Kueue."""
 UPGRADES = (None, "None", "NewCluster", "NewClusterWithIncrementalUpgrade")
 UNREADABLE = frozenset({"min-max-replicas", "replicas-range", "no-container"})
-"""Rules that Ray's autoscaler relies on: with one of them broken it cannot be asked."""
+"""Rules that Ray's autoscaler relies on; it cannot evaluate objects that violate them."""
 Faults = Iterator[tuple[str, str, str]]
 """(field, rule, what is wrong)."""
 
@@ -59,7 +59,7 @@ def _faults(found: RayObject) -> Faults:
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """(2, 60, 0) of "2.60.0"; empty where it is no version."""
+    """Return (2, 60, 0) for "2.60.0"; empty if it is not a version."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     return tuple(int(part) for part in match.groups(default="0")) if match else ()
 
@@ -277,7 +277,7 @@ def _runtime_env_keys(field: str, given: Any) -> Faults:
 
     try:
         RuntimeEnv(**given)
-    except Exception as error:  # its checks take for granted what they do not look at
+    except Exception as error:  # its checks do not validate all input
         yield field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}"
         return
     for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
@@ -329,11 +329,11 @@ KINDS = {
         ("ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass"),
     ),
 }
-"""Versions and kinds of groups that are closed here; kinds of other groups are passed over."""
+"""Known versions and kinds, by group; kinds of other groups are ignored."""
 
 
 def check_kind(manifest: Manifest) -> Iterator[Problem]:
-    """Whether it is an object of a kind that there is."""
+    """Check that the version and kind exist, and that the object has a name."""
     if manifest.kind == LAUNCHER:
         return
     for key, value in (("apiVersion", manifest.api_version), ("kind", manifest.kind)):

@@ -1,4 +1,4 @@
-"""What the pods of a Ray cluster need: images of one version, GPUs, shared memory, Secrets."""
+"""Rules for the pods of a Ray cluster: image versions, GPUs, shared memory, references."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from wrpo_ray.kubernetes.ray_objects import (
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
 EXTERNAL = "wrpo-ray/external"
-"""Annotation: `Kind/name` of objects that are made elsewhere, with spaces between."""
+"""Annotation: `Kind/name` of objects that exist elsewhere, separated by spaces."""
 GPU = "nvidia.com/gpu"
 OBJECT_STORE = 0.3
-"""Share of a node's memory that Ray takes for objects, unless it is told otherwise."""
+"""Ray's default share of a node's memory for its object store."""
 Faults = Iterator[tuple[str, str, str]]
 """(field, rule, what is wrong)."""
 
@@ -76,7 +76,7 @@ def _images(found: RayObject) -> Faults:
 
 
 def _containers(found: RayObject) -> Iterator[tuple[str, Container]]:
-    """The containers that run Ray, and the one that submits."""
+    """Yield the containers that run Ray, and the one that submits the job."""
     for path, group in found.groups:
         if group.template.spec.containers:
             yield f"{path}.template.spec.containers[0]", group.ray
@@ -109,7 +109,7 @@ def _gpus(path: str, group: Group) -> Faults:
 
 
 def _shared_memory(path: str, group: Group) -> Faults:
-    """Ray's objects, and what GPUs of a node tell each other, lie in /dev/shm."""
+    """/dev/shm holds Ray's object store and the buffers that the GPUs of a node share."""
     if not group.template.spec.containers:
         return
     field = f"{path}.template.spec"
@@ -134,7 +134,7 @@ def _shared_memory(path: str, group: Group) -> Faults:
 
 
 def _number(quantity: Quantity) -> float:
-    """The number of a Kubernetes quantity: "1500m" is 1.5, "2Gi" is 2147483648."""
+    """Return a Kubernetes quantity as a number: "1500m" is 1.5, "2Gi" is 2147483648."""
     from ray.autoscaler._private.kuberay.utils import parse_quantity
 
     return float(parse_quantity(quantity))
@@ -153,14 +153,14 @@ REFERENCES = {
     "configMap": ("ConfigMap", "name"),
     "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
 }
-"""Key of a reference, the kind that it means, and the key of the name."""
+"""Key of a reference: (kind of the object, key of its name)."""
 
 
-def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Iterator[Problem]:
-    """Whether what pods refer to is among the manifests, optional, or told to be external."""
+def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    """Check that references of pods are among the manifests, optional, or declared external."""
     if "spec" not in manifest.body:
         return
-    there = {f"{m.kind}/{m.name}" for m in all_of_them}
+    there = {f"{m.kind}/{m.name}" for m in manifests}
     external = manifest.annotations.get(EXTERNAL, "")
     there |= set(str(external).replace(",", " ").split())
     for path, kind, name in _references(manifest.body["spec"], ("spec",)):
@@ -175,7 +175,7 @@ def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Ite
 
 
 def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, str]]:
-    """(path, kind, name) of each reference below; optional ones are passed over."""
+    """Yield (path, kind, name) of each reference below that is not optional."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from _references(item, (*path, number))
