@@ -28,7 +28,7 @@ import pytest
 import yaml
 from support.harness import ROOT
 from support.in_browser import picture
-from support.request_values import TAKEN, TOOL, VALUES, is_taken
+from support.request_values import ACCEPTED, TOOL, VALUES, is_accepted
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.llm.chat import load_tokenizer, prompt_ids
@@ -247,9 +247,9 @@ def test_what_the_engine_takes_or_refuses_of_every_field_names_the_field(server:
     asked: list[tuple[str, str, dict[str, Any]]] = [
         (call, field, {field: value})
         for call in ("chat", "completions")
-        for field in TAKEN[call]
+        for field in ACCEPTED[call]
         for value in VALUES
-        if is_taken(call, field, value)
+        if is_accepted(call, field, value)
     ]
     refused: list[tuple[str, str, dict[str, Any]]] = [
         ("completions", "prompt", {"prompt": [2**31 - 1]}),

@@ -240,14 +240,14 @@ PORT_TEXT = _digits("port", 65535, "a port in quotes")
 
 def _resources_text(given: Any, is_int: bool) -> str | None:
     words = "an integer" if is_int else "a number"
-    told = f"is {shown(given)}; it has to be a JSON object, as a text, with {words} a resource"
+    wrong = f"is {shown(given)}; it has to be a JSON object, as a text, with {words} a resource"
     try:
         tree = json.loads(given)
     except (TypeError, ValueError, RecursionError):
-        return told
+        return wrong
     values = tree.values() if isinstance(tree, dict) else [None]
     is_right = all(not _no_number(v) and (not is_int or type(v) is int) for v in values)
-    return None if is_right else told
+    return None if is_right else wrong
 
 
 def _no_json_resources(value: Any) -> str | None:

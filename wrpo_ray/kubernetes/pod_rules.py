@@ -101,10 +101,10 @@ def _gpus(path: str, group: Group) -> Faults:
                 f"Kubernetes wants both equal",
             )
     has = _number(asked.limits.get(GPU, 0))
-    told = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
-    if told is not None and _number(told) != has:
+    given = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
+    if given is not None and _number(given) != has:
         where = "resources.GPU" if "GPU" in group.resources else "rayStartParams.num-gpus"
-        text = f"is {told}, and the container has {has:g}: Ray would count others than there are"
+        text = f"is {given}, and the container has {has:g}: Ray would count others than there are"
         yield f"{path}.{where}", "gpu-count", text
 
 

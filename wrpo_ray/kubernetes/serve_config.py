@@ -33,8 +33,8 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
     except Exception as error:  # of YAML, or of a validator that expects other types
         return None, [found.problem(FIELD, "serve-config", yaml_problem(error))]
-    told = [*_unknown(given), *_own_arguments(given)]
-    return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in told]
+    problems = [*_unknown(given), *_own_arguments(given)]
+    return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in problems]
 
 
 def own_applications(given: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
