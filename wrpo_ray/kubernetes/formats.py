@@ -26,7 +26,7 @@ class Format:
     wrong: Wrong
 
 
-LONGEST_LABEL, LONGEST_SUBDOMAIN, LONGEST_PORT_NAME = 63, 253, 15
+LONGEST_LABEL, LONGEST_SUBDOMAIN, LONGEST_PORT_NAME, LONGEST_DURATION = 63, 253, 15, 100
 LARGEST = 2**63 - 1
 """The largest quantity; Kubernetes truncates larger ones."""
 INT32 = 2**31 - 1
@@ -36,10 +36,6 @@ _QUANTITY = re.compile(
     r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,2}|[KMGTPE]i|[numkMGTPE])?", re.ASCII
 )
 MISSPELT_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGTPE])(i?)[bB]", re.ASCII)
-GO_DURATION = re.compile(r"(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+", re.ASCII)
-PROMETHEUS_DURATION = re.compile(
-    r"0|(?=.)(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?", re.ASCII
-)
 
 
 # --- types -----------------------------------------------------------------------------------
@@ -203,21 +199,19 @@ WHOLE_QUANTITY = Format("quantity", _no_whole_quantity)
 """A whole number of devices."""
 
 
-def _no_go_duration(value: Any) -> str | None:
-    is_one = isinstance(value, str) and (value.isdigit() or GO_DURATION.fullmatch(value))
-    return None if is_one else f"is {shown(value)}; it has to be a time such as 90s, 30m or 1h30m"
-
-
-GO_TIME = Format("duration", _no_go_duration)
+GO_TIME = text(
+    "duration",
+    r"\d+|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+",
+    LONGEST_DURATION,
+    "a time such as 90s, 30m or 1h30m",
+)
 """A duration in Go's notation, or seconds."""
-
-
-def _no_prometheus_duration(value: Any) -> str | None:
-    is_one = isinstance(value, str) and PROMETHEUS_DURATION.fullmatch(value)
-    return None if is_one else f"is {shown(value)}; it has to be a time such as 30s or 1m"
-
-
-PROMETHEUS_TIME = Format("duration", _no_prometheus_duration)
+PROMETHEUS_TIME = text(
+    "duration",
+    r"0|(?=.)(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?",
+    LONGEST_DURATION,
+    "a time such as 30s or 1m",
+)
 """A duration in Prometheus' notation."""
 
 
