@@ -211,7 +211,7 @@ def test_the_playground_shows_what_models_say_and_what_it_is_worth(server: Serve
     page.fill("#temperature", "0")
     page.fill("#prompt", "Vowels in jaf:")
     page.keyboard.press("Control+Enter")
-    page.get_by_text("2 of 2 answers are whole").wait_for()
+    page.get_by_text("2 of 2 answers complete").wait_for()
     for said in page.locator("article").all_inner_texts():
         assert re.search(r"tokens/s.*reward -?\d+\.\d{3}", said), said
     picture(page, "playground")

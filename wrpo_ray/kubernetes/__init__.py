@@ -1,1 +1,1 @@
-"""Offline checks of Kubernetes manifests: do they say what KubeRay and Ray will accept and need?"""
+"""Offline checks of Kubernetes manifests: will KubeRay and Ray accept them and find room?"""

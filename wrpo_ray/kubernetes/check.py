@@ -1,4 +1,4 @@
-"""All checks of some manifests."""
+"""Runs all checks of manifests."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from functools import partial
 
 from wrpo_ray.config import Config
 from wrpo_ray.kubernetes import (
-    fields,
-    fit,
-    pods,
-    requests,
-    rules,
-    serving,
+    capacity,
+    field_formats,
+    operator_rules,
+    pod_rules,
+    resource_requests,
+    serve_config,
 )
-from wrpo_ray.kubernetes.fit import NodeTypes
+from wrpo_ray.kubernetes.capacity import NodeTypes
 from wrpo_ray.kubernetes.manifests import (
     LAUNCHER,
     Manifest,
     Problem,
     read,
 )
-from wrpo_ray.kubernetes.objects import SPECS, RayObject, typed
-from wrpo_ray.kubernetes.requests import Request
+from wrpo_ray.kubernetes.ray_objects import SPECS, RayObject, typed
+from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
 
 HARMLESS = ("unknown-field", "missing")
-"""Rules with which, broken, the fields that are there can be counted with."""
+"""Rules after whose violation the remaining fields can still be evaluated."""
 
 
 @dataclass
 class Report:
-    """What was found in some manifests."""
+    """The problems and placements found in manifests."""
 
     manifests: list[Manifest]
     problems: list[Problem] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    """For each request the nodes that Ray would start for it."""
+    """For each request, the nodes that Ray would start for it."""
 
 
 def check(
@@ -57,18 +57,20 @@ def check(
 def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
-    """The same for objects that are read."""
+    """Check objects that are already read."""
     report = Report(manifests)
     for manifest in manifests:
-        report.problems += rules.check_kind(manifest)
-        report.problems += pods.check_references(manifest, manifests)
+        report.problems += operator_rules.check_kind(manifest)
+        report.problems += pod_rules.check_references(manifest, manifests)
         faults = list(schemas.problems(manifest)) if schemas else []
-        told = {fault.field for fault in faults}
-        faults += [problem for problem in fields.check(manifest) if problem.field not in told]
+        reported = {fault.field for fault in faults}
+        faults += [
+            problem for problem in field_formats.check(manifest) if problem.field not in reported
+        ]
         report.problems += faults
         if manifest.kind == LAUNCHER:
-            asked = list(requests.of_config(config)) if config else []
-            _fit(report, manifest, partial(fit.launcher_node_types, manifest.body), asked)
+            asked = list(resource_requests.of_config(config)) if config else []
+            _fit(report, manifest, partial(capacity.launcher_node_types, manifest.body), asked)
         elif manifest.kind in SPECS:
             _check_ray(report, manifest, faults, config)
     return report
@@ -77,36 +79,36 @@ def check_objects(
 def _check_ray(
     report: Report, manifest: Manifest, faults: list[Problem], config: Config | None
 ) -> None:
-    """The rules for an object of Ray's; those that count with its fields need them right."""
+    """Apply the rules for a Ray object; those that evaluate fields need them to be valid."""
     found = typed(manifest)
     if not isinstance(found, RayObject):
-        told = tuple(fault.field for fault in faults)
-        report.problems += [p for p in found if not told or not p.field.startswith(told)]
+        reported = tuple(fault.field for fault in faults)
+        report.problems += [p for p in found if not reported or not p.field.startswith(reported)]
         return
-    broken = list(rules.check(found))
+    broken = list(operator_rules.check(found))
     report.problems += broken
     if any(fault.rule not in HARMLESS for fault in faults):
         return
-    report.problems += pods.check(found)
-    serve, faults = serving.read(found)
+    report.problems += pod_rules.check(found)
+    serve, faults = serve_config.read(found)
     report.problems += faults
     cluster = found.cluster
-    if cluster is None or any(problem.rule in rules.UNREADABLE for problem in broken):
+    if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
-    asked = list(requests.of_serving(serve)) if serve else []
-    asked += requests.of_driver(found.job) if found.job else []
-    asked += requests.of_config(config) if config and not found.service else []
-    _fit(report, manifest, partial(fit.node_types, found, cluster), asked)
+    asked = list(resource_requests.of_serving(serve)) if serve else []
+    asked += resource_requests.of_driver(found.job) if found.job else []
+    asked += resource_requests.of_config(config) if config and not found.service else []
+    _fit(report, manifest, partial(capacity.node_types, found, cluster), asked)
 
 
 def _fit(
     report: Report, manifest: Manifest, types: Callable[[], NodeTypes], asked: list[Request]
 ) -> None:
-    """Tell where each request goes, or why it cannot."""
+    """Report the nodes of each request, or why it does not fit."""
     try:
         known = types()
-        results = [(r, fit.misfit(known, r), _nodes(known, r)) for r in asked]
-    except Exception as error:  # Ray's code takes for granted what it does not look at
+        results = [(r, capacity.misfit(known, r), _nodes(known, r)) for r in asked]
+    except Exception as error:  # Ray's code does not validate its input
         text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return

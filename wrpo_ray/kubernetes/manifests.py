@@ -1,4 +1,4 @@
-"""Manifests as objects, and what can be wrong with them in words."""
+"""Reads manifests, and defines the problems that are found in them."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from wrpo_ray.text.files import decode, read_text
 
 Body = dict[str, Any]
 LONGEST = 600
-"""Characters of a problem's text, and of its place."""
+"""Maximum characters of a problem's text, and of its path."""
 LAUNCHER = "launcher"
-"""The kind given to a file of Ray's cluster launcher, which has none."""
+"""The kind assigned to a file of Ray's cluster launcher, which has none."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong, where, and by which rule."""
+    """A violation of a rule, with its place."""
 
     where: Manifest | str
-    """The object, or a file that holds none."""
+    """The object, or a file without objects."""
     field: str
     """Path in the object, groups by their names: `spec.workerGroupSpecs[train].replicas`."""
     rule: str
@@ -90,16 +90,16 @@ def _mapping(value: Any) -> Body:
 
 
 def _printable(text: str) -> str:
-    """A text on one line, and not too long, which names and values of a file need not be."""
+    """Return a text on one line and cut to `LONGEST`; names and values in a file may be longer."""
     cut = text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
-    """The objects of YAML files, of folders (kustomize's are rendered), or of stdin (`-`).
+    """Return the objects of YAML files, folders (kustomizations are rendered) or stdin (`-`).
 
     Raises:
-        UserError: a path is not there, or a folder cannot be rendered.
+        UserError: a path does not exist, or a folder cannot be rendered.
     """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
@@ -108,7 +108,7 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
             try:
                 documents = [d for d in read_documents(text) if d is not None]
                 for document in documents:
-                    json.dumps(document, default=str)  # to the end, and without a circle
+                    json.dumps(document, default=str)  # raises if the document has a circle
             except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
                 problems.append(Problem(file, "", "yaml", describe_yaml_error(error)))
                 continue
@@ -121,14 +121,14 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
 
 
 def _items(document: Any) -> list[Any]:
-    """What `kubectl get -o yaml` wraps into a List, or the document itself."""
+    """Return the items of a List, which `kubectl get -o yaml` prints, or the document itself."""
     is_list = isinstance(document, dict) and document.get("kind") == "List"
     items = document.get("items") if is_list else None
     return items if isinstance(items, list) else [document]
 
 
 def _no_object(item: Any) -> str | None:
-    """What is wrong with a document that can be no object."""
+    """Return why a document is not an object; None if it may be one."""
     if not isinstance(item, dict):
         return f"holds a {type(item).__name__}; an object is a mapping of keys"
     for key, place in _keys(item):
@@ -139,7 +139,7 @@ def _no_object(item: Any) -> str | None:
 
 
 def _keys(value: Any, place: Any = None) -> Iterator[tuple[Any, Any]]:
-    """Each key of a tree, with the one above it."""
+    """Yield each key of a tree with the key above it."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield key, place

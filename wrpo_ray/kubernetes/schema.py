@@ -1,8 +1,8 @@
-"""Objects against KubeRay's own schemas (CustomResourceDefinitions), closed to unknown fields.
+"""Validates objects with KubeRay's CustomResourceDefinitions; unknown fields are problems.
 
-Kubernetes fills in defaults before it validates and drops unknown fields with a warning at most;
-here a required field has to be written, and an unknown one is a problem. Not covered: rules in
-CEL (`x-kubernetes-validations`), of which `rules` has those that matter, and number formats.
+Kubernetes fills in defaults before it validates, and drops unknown fields with a warning at most.
+Here required fields have to be present, and unknown ones are rejected. Not covered: rules in CEL
+(`x-kubernetes-validations`; `operator_rules` has the relevant ones), and number formats.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
-from wrpo_ray.kubernetes.objects import LONGEST_SHOWN, path_text, shown
+from wrpo_ray.kubernetes.ray_objects import LONGEST_SHOWN, path_text, shown
 from wrpo_ray.text.documents import read_documents
 from wrpo_ray.text.files import read_text
 
@@ -22,7 +22,7 @@ Schema = dict[str, Any]
 
 
 class Schemas:
-    """Schemas of a folder of CRDs, by kind and version."""
+    """The schemas of a folder of CRDs, by kind and version."""
 
     def __init__(self, folder: str):
         texts = [read_text(file, "--crds") for file in sorted(Path(folder).glob("*.yaml"))]
@@ -38,7 +38,7 @@ class Schemas:
         }
 
     def problems(self, manifest: Manifest) -> Iterator[Problem]:
-        """What of the object its schema does not allow; nothing for other kinds."""
+        """Yield the violations of an object's schema; none for kinds without one."""
         from jsonschema import Draft7Validator
 
         schema = self._schemas.get((manifest.kind, manifest.api_version))
@@ -53,7 +53,7 @@ def _is_crd(document: Any) -> bool:
 
 
 def _closed(schema: Schema) -> Schema:
-    """The schema with unknown properties forbidden wherever properties are named."""
+    """Return the schema with unknown properties forbidden wherever properties are listed."""
     closed = dict(schema)
     if "properties" in schema:
         closed["properties"] = {name: _closed(part) for name, part in schema["properties"].items()}
@@ -66,7 +66,7 @@ def _closed(schema: Schema) -> Schema:
 
 
 def _explained(manifest: Manifest, error: Any) -> Iterator[Problem]:
-    """A validator's error in words; one problem for each unknown or missing field."""
+    """Explain a validator's error; one problem for each unknown or missing field."""
     path = list(error.absolute_path)
     if error.validator == "additionalProperties":
         for name in sorted(set(error.instance) - set(error.schema["properties"])):

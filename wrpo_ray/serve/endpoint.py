@@ -247,7 +247,7 @@ class Endpoint:
         deadline: float,
         wants_usage: bool,
     ) -> AsyncGenerator[str, None]:
-        """Yield a stream's events; the last is DONE, or an error if the answer broke off."""
+        """Yield a stream's events; the last is DONE, or an error if the answer was interrupted."""
         self.record.first_token(log.model, log.seconds)
         outcome = "left"
         try:
@@ -276,7 +276,9 @@ class Endpoint:
             return too_slow(self.settings.timeout)
         if isinstance(error, ClientError) and error.status < 500:
             return error
-        return ClientError(503, "the answer broke off: its replica was lost", code="broken_off")
+        return ClientError(
+            503, "the answer was interrupted: its replica was lost", code="broken_off"
+        )
 
 
 def _client_error(rejection: Rejection, body: Mapping[str, object]) -> ClientError:

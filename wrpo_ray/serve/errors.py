@@ -60,7 +60,7 @@ def overloaded() -> ClientError:
 
 def too_slow(seconds: float) -> ClientError:
     """The error when an answer takes longer than `timeout`."""
-    return ClientError(504, f"no whole answer in {seconds:g} seconds", code="timeout")
+    return ClientError(504, f"no complete answer in {seconds:g} seconds", code="timeout")
 
 
 def name_field(message: str, param: str | None, body: Mapping[str, Any]) -> tuple[str, str]:

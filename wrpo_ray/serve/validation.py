@@ -41,7 +41,7 @@ async def read(
         async with asyncio.timeout(settings.read_timeout):
             data = await _gather(chunks, settings)
     except TimeoutError:
-        raise ClientError(408, f"no whole body in {settings.read_timeout:g} seconds") from None
+        raise ClientError(408, f"no complete body in {settings.read_timeout:g} seconds") from None
     return decode(data, settings.max_depth)
 
 

@@ -17,9 +17,9 @@ from support.manifests import CLUSTER, Body, ray_objects
 from support.request_values import path_text, places, replaced
 
 from wrpo_ray import cli
-from wrpo_ray.kubernetes import grammar
+from wrpo_ray.kubernetes import formats
 from wrpo_ray.kubernetes.check import check, check_objects
-from wrpo_ray.kubernetes.grammar import Form
+from wrpo_ray.kubernetes.formats import Format
 from wrpo_ray.kubernetes.manifests import Manifest, Problem, read
 
 OTHERS = (
@@ -287,66 +287,66 @@ def test_an_object_takes_what_kubernetes_takes(
 # --- the grammar -----------------------------------------------------------------------------
 
 LONG = "a" * 63
-VALUES: dict[str, tuple[Form, list[Any], list[Any]]] = {
+VALUES: dict[str, tuple[Format, list[Any], list[Any]]] = {
     # form: what it takes, what it refuses
     "quantity": (
-        grammar.QUANTITY,
+        formats.QUANTITY,
         [0, 1, 1.5, "0", "1", "0.5", ".5", "5.", "+1", "500m", "100u", "7n", "1k", "1M", "1G", "1T",
          "1P", "1E", "1Ki", "1Mi", "1.5Gi", "1Ti", "1Pi", "1Ei", "1e3", "1E3", "1e-3", "12e6"],
         ["", " ", "16GB", "16gb", "16 Gi", "16gi", "16K", "1kB", "1Gib", "1m5", "0x10", "1e", "e3",
          "1e999999999", "1_000", "1,5", "١", "many", "-1", "-1Gi", -1, -0.5, True, None, [], {},
          10**30, float("nan"), float("inf"), "9" * 31, "1\n", "Gi", "."],
     ),
-    "device": (grammar.WHOLE_QUANTITY, [0, 8, "8", "1k", "1.0"], ["500m", 0.5, "0.5", "1e-3", "x"]),
+    "device": (formats.WHOLE_QUANTITY, [0, 8, "8", "1k", "1.0"], ["500m", 0.5, "0.5", "1e-3", "x"]),
     "label": (
-        grammar.LABEL_VALUE,
+        formats.LABEL_VALUE,
         ["", "a", "A", "1", "a_b.c-d", LONG],
         ["a b", "-a", "a-", ".a", "é", "a/b", LONG + "a", "a\n", True, 1, None, []],
     ),
     "key": (
-        grammar.KEY,
+        formats.KEY,
         ["a", "a.b_c-D", "a/b", "x.y.z/b", f"{'a.' * 126}a/{LONG}"],
         ["", "a/", "/a", "a/b/c", "A/b", "a b", f"{'a.' * 127}a/b", LONG + "a", 1, "a_/b"],
     ),
     "name": (
-        grammar.DNS_LABEL,
+        formats.DNS_LABEL,
         ["a", "1", "a-1", LONG],
         ["", "A", "a.b", "-a", "a-", "a_b", "é", 1, LONG + "a"],
     ),
-    "service": (grammar.DNS_1035, ["a", "a-1"], ["1", "1a", "A", "a.b", ""]),
+    "service": (formats.DNS_1035, ["a", "a-1"], ["1", "1a", "A", "a.b", ""]),
     "subdomain": (
-        grammar.SUBDOMAIN,
+        formats.SUBDOMAIN,
         ["a", "1.2", "a-b.c"],
         ["", "a..b", ".a", "a.", "A", "a_b", "a" * 254, 7],
     ),
     "variable": (
-        grammar.ENV_NAME, ["A", "_", "a.b-c", "A1"], ["", "1A", "A=B", "A B", "é", 1, None]
+        formats.ENV_NAME, ["A", "_", "a.b-c", "A1"], ["", "1A", "A=B", "A B", "é", 1, None]
     ),
-    "data": (grammar.DATA_KEY, ["a", ".A_b-1"], ["", "a/b", "a b", 1]),
+    "data": (formats.DATA_KEY, ["a", ".A_b-1"], ["", "a/b", "a b", 1]),
     "port name": (
-        grammar.PORT_NAME,
+        formats.PORT_NAME,
         ["a", "http", "a-1", "1a", "x" * 15],
         ["", "1", "123", "a--b", "-a", "a-", "A", "a_b", "x" * 16, 80],
     ),
-    "port": (grammar.PORT, [1, 65535, "http"], [0, -1, 65536, "80", True, 80.0, None, ""]),
-    "port of Ray": (grammar.PORT_TEXT, ["0", "6379"], [6379, "-1", "65536", "a", "", "1.5", "٣"]),
-    "bytes": (grammar.BYTES, ["0", "1000"], ["1Gi", "1e9", "1.5", "", 5, "9" * 19, "9" * 20]),
-    "count": (grammar.COUNT, ["0", "8"], ["500m", "-1", "1.0", 1, "", "9" * 10]),
+    "port": (formats.PORT, [1, 65535, "http"], [0, -1, 65536, "80", True, 80.0, None, ""]),
+    "port of Ray": (formats.PORT_TEXT, ["0", "6379"], [6379, "-1", "65536", "a", "", "1.5", "٣"]),
+    "bytes": (formats.BYTES, ["0", "1000"], ["1Gi", "1e9", "1.5", "", 5, "9" * 19, "9" * 20]),
+    "count": (formats.COUNT, ["0", "8"], ["500m", "-1", "1.0", 1, "", "9" * 10]),
     "Go time": (
-        grammar.GO_TIME, ["30m", "1h30m", "1.5s", "100ms", "90"], ["", "m", "1d", "-1s", "1 m", 30]
+        formats.GO_TIME, ["30m", "1h30m", "1.5s", "100ms", "90"], ["", "m", "1d", "-1s", "1 m", 30]
     ),
     "Prometheus time": (
-        grammar.PROMETHEUS_TIME,
+        formats.PROMETHEUS_TIME,
         ["0", "30s", "1m30s", "1d"],
         ["", "30", "1.5s", "s", "1s1m", 30, None],
     ),
     "resources": (
-        grammar.JSON_RESOURCES,
+        formats.JSON_RESOURCES,
         ["", '{"a": 1}', '{"a": 0.5}', "{}"],
         ["{a: 1}", "[]", "1", '{"a": "1"}', '{"a": -1}', '{"a": true}', "[" * 9999, 7, {"a": 1}],
     ),
     "resources of ray start": (
-        grammar.QUOTED_RESOURCES,
+        formats.QUOTED_RESOURCES,
         ['"{\\"a\\": 1}"', "'{\"a\": 1}'"],
         ['{"a": 1}', '"{\\"a\\": 0.5}"', '"{a: 1}"', '""', "", 7, None],
     ),
@@ -360,11 +360,11 @@ def test_a_form_takes_what_kubernetes_takes(name: str):
     assert not [value for value in bad if not form.wrong(value)]
 
 
-@given(st.from_regex(grammar._QUANTITY, fullmatch=True) | st.text(max_size=6))
+@given(st.from_regex(formats._QUANTITY, fullmatch=True) | st.text(max_size=6))
 def test_what_is_taken_as_a_quantity_is_one_that_ray_reads(text: str):
     from ray.autoscaler._private.kuberay.utils import parse_quantity
 
-    if not grammar.QUANTITY.wrong(text):
+    if not formats.QUANTITY.wrong(text):
         assert parse_quantity(text) >= 0
 
 

@@ -17,11 +17,11 @@ from support.manifests import FUSION, Body, crds, ray_objects
 
 from wrpo_ray import cli, config
 from wrpo_ray.config import loader
+from wrpo_ray.kubernetes.capacity import misfit, node_types
 from wrpo_ray.kubernetes.check import check
-from wrpo_ray.kubernetes.fit import misfit, node_types
 from wrpo_ray.kubernetes.manifests import Manifest
-from wrpo_ray.kubernetes.objects import RayObject, typed
-from wrpo_ray.kubernetes.requests import Request, of_config
+from wrpo_ray.kubernetes.ray_objects import RayObject, typed
+from wrpo_ray.kubernetes.resource_requests import Request, of_config
 from wrpo_ray.stages.generate import stage as generate
 from wrpo_ray.stages.score import stage as score
 

@@ -21,7 +21,7 @@ from support.manifests import CLUSTER, FUSION, OVERLAYS, ROOT, crds, ray_objects
 from wrpo_ray import __version__, config
 from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
-from wrpo_ray.kubernetes.objects import RayObject, typed
+from wrpo_ray.kubernetes.ray_objects import RayObject, typed
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.runtime.metrics import exported_names
 from wrpo_ray.text.documents import FAST_LOADER

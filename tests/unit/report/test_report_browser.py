@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.in_browser import findings
 from support.made_run import MadeRun
 from test_report import HOSTILE
 
@@ -11,8 +12,6 @@ from wrpo_ray.data.outline import read_outline
 from wrpo_ray.report import compare_runs as comparing
 from wrpo_ray.report import page
 from wrpo_ray.report.facts import gather
-
-axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 
 @pytest.fixture(scope="module")
@@ -84,14 +83,3 @@ def test_axe_finds_nothing_where_runs_are_compared(opened: Any, made: MadeRun, t
     assert opened.locator("tbody tr").count() > 5
     assert findings(opened) == []
     assert opened.told == []
-
-
-def findings(tab: Any) -> list[str]:
-    """What axe-core calls serious or critical, with where."""
-    found = axe.Axe().run(tab, options={"resultTypes": ["violations"]}).response["violations"]
-    return [
-        f"{v['id']}: {node['target']} {node['html'][:200]}"
-        for v in found
-        if v["impact"] in ("serious", "critical")
-        for node in v["nodes"][:3]
-    ]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import uvicorn
-from test_report_browser import findings
+from support.in_browser import findings
 from test_serve import DONE, KEY, LINES, Noted, Rewarded, Scripted, chunk, usage
 
 from wrpo_ray import config
@@ -65,7 +65,7 @@ def test_by_keyboard_three_models_answer_side_by_side(page: Any, url: str):
     articles = page.locator("article")
     articles.nth(1).get_by_text("a<b>&").wait_for()
     assert "tokens" not in articles.nth(0).inner_text(), "text comes before the end"
-    page.get_by_text("2 of 3 answers are whole").wait_for()
+    page.get_by_text("2 of 3 answers complete").wait_for()
     tops = {articles.nth(i).bounding_box()["y"] for i in range(3)}
     assert len(tops) == 1, "side by side"
     for i in range(2):
@@ -73,7 +73,7 @@ def test_by_keyboard_three_models_answer_side_by_side(page: Any, url: str):
         assert "5 + 7 tokens in" in articles.nth(i).inner_text()
         assert "tokens/s" in articles.nth(i).inner_text()
         assert "helpful -1.250" in articles.nth(i).inner_text()
-    assert "broke off" in articles.nth(2).inner_text()
+    assert "was interrupted" in articles.nth(2).inner_text()
     assert page.told == []
     assert all(asked.startswith(url) for asked in page.asked)
     assert page.evaluate("JSON.stringify([localStorage.length, sessionStorage.length])") == "[0,0]"
@@ -91,7 +91,7 @@ def test_a_wrong_key_is_told_and_a_stopped_answer_stops(page: Any):
     page.keyboard.press("Control+Enter")
     page.locator("article").nth(0).get_by_text("a<b>&").wait_for()
     page.click("#stop")
-    page.get_by_text("0 of 3 answers are whole").wait_for()
+    page.get_by_text("0 of 3 answers complete").wait_for()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -111,7 +111,7 @@ def test_axe_finds_nothing(page: Any):
     page.wait_for_selector("#ask:visible")
     page.fill("#prompt", "What?")
     page.keyboard.press("Control+Enter")
-    page.get_by_text("2 of 3 answers are whole").wait_for()
+    page.get_by_text("2 of 3 answers complete").wait_for()
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         assert findings(page) == []

@@ -1,7 +1,7 @@
-"""What the rules read of Ray's objects, typed; other fields are passed over.
+"""Typed views of Ray's objects with the fields that rules read; other fields are ignored.
 
-Names are KubeRay's in Python's spelling: `min_replicas` is `minReplicas`. Values are taken as they
-are: "2" is no integer, as for Kubernetes.
+Names are KubeRay's in snake case: `min_replicas` is `minReplicas`. Values are not converted: "2" is
+not an integer, as in Kubernetes.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ RAY_KINDS = {
     "RayJob": "spec.rayClusterSpec",
     "RayService": "spec.rayClusterConfig",
 }
-"""Kinds with a Ray cluster, and where it is in them."""
-
-
+"""Kinds that contain a Ray cluster, and its path."""
 LONGEST_SHOWN = 80
-"""Characters of a value in a message."""
+"""Maximum characters of a value in a message."""
 
 
 class View(BaseModel):
-    """The part of an object that is looked at."""
+    """A part of an object with the fields that rules read."""
 
     model_config = ConfigDict(
         alias_generator=to_camel, extra="ignore", frozen=True, strict=True, populate_by_name=True
@@ -37,28 +35,28 @@ class View(BaseModel):
 
 
 class Resources(View):
-    """What a container asks for."""
+    """The resources of a container."""
 
     requests: dict[str, Quantity] = {}
     limits: dict[str, Quantity] = {}
 
 
 class EnvVar(View):
-    """A variable; where its value comes from is looked at as it is (`references`)."""
+    """An environment variable; `check_references` reads `valueFrom`."""
 
     name: str
     value: str | None = None
 
 
 class Mount(View):
-    """A volume inside a container."""
+    """The mount of a volume."""
 
     name: str
     mount_path: str
 
 
 class Container(View):
-    """The first container of a pod is Ray's."""
+    """A container; the first of a pod runs Ray."""
 
     name: str = ""
     image: str = ""
@@ -68,7 +66,7 @@ class Container(View):
 
 
 class EmptyDir(View):
-    """A volume that lives as long as its pod."""
+    """A volume with the lifetime of its pod."""
 
     medium: str = ""
     size_limit: Quantity | None = None
@@ -97,7 +95,7 @@ class Template(View):
 
 
 class Group(View):
-    """The head, or what it shares with worker groups."""
+    """The head group, or the common fields of head and worker groups."""
 
     ray_start_params: dict[str, str] = {}
     resources: dict[str, str] = {}
@@ -106,13 +104,13 @@ class Group(View):
 
     @property
     def ray(self) -> Container:
-        """The container that runs Ray; an empty one where there is none."""
+        """The container that runs Ray; an empty one if the pod has none."""
         containers = self.template.spec.containers
         return containers[0] if containers else Container()
 
 
 class WorkerGroup(Group):
-    """Pods of one kind."""
+    """A group of worker pods with one template."""
 
     group_name: str
     replicas: int | None = None
@@ -124,21 +122,21 @@ class WorkerGroup(Group):
 
 
 class AutoscalerOptions(View):
-    """The autoscaler beside the head."""
+    """Options of the autoscaler."""
 
     version: str | None = None
     idle_timeout_seconds: int | None = None
 
 
 class AuthOptions(View):
-    """Ray's token."""
+    """Ray's authentication."""
 
     mode: Literal["disabled", "token"] = "token"
     secret_name: str | None = None
 
 
 class Cluster(View):
-    """A Ray cluster, wherever it is written."""
+    """The spec of a Ray cluster, alone or inside a RayJob or RayService."""
 
     ray_version: str = ""
     auth_options: AuthOptions | None = None
@@ -164,14 +162,14 @@ class Condition(View):
 
 
 class DeletionRule(View):
-    """What is deleted when."""
+    """What to delete, and when."""
 
     policy: str
     condition: Condition
 
 
 class DeletionStrategy(View):
-    """RayJob's finer form of cleaning up."""
+    """RayJob's rules for cleaning up."""
 
     deletion_rules: list[DeletionRule] = []
     on_success: dict[str, Any] | None = None
@@ -200,7 +198,7 @@ class Job(View):
 
 
 class UpgradeStrategy(View):
-    """How a changed RayService comes into being."""
+    """How a changed RayService is rolled out."""
 
     type: str | None = None
     cluster_upgrade_options: dict[str, Any] | None = None
@@ -223,29 +221,29 @@ SPECS: dict[str, type[Cluster | Job | Service]] = {
 
 @dataclass(frozen=True)
 class RayObject:
-    """A manifest of Ray's with its typed spec."""
+    """A Ray object with its typed spec."""
 
     manifest: Manifest
     spec: Cluster | Job | Service
 
     @property
     def at(self) -> str:
-        """Where the cluster is in it."""
+        """The path of the cluster."""
         return RAY_KINDS[self.manifest.kind]
 
     @property
     def job(self) -> Job | None:
-        """The RayJob, if it is one."""
+        """The spec, if the object is a RayJob."""
         return self.spec if isinstance(self.spec, Job) else None
 
     @property
     def service(self) -> Service | None:
-        """The RayService, if it is one."""
+        """The spec, if the object is a RayService."""
         return self.spec if isinstance(self.spec, Service) else None
 
     @property
     def cluster(self) -> Cluster | None:
-        """Its Ray cluster; None for a RayJob that is given to one which is there."""
+        """The Ray cluster; None for a RayJob that runs on an existing one."""
         if isinstance(self.spec, Cluster):
             return self.spec
         if isinstance(self.spec, Service):
@@ -266,12 +264,12 @@ class RayObject:
             yield from self.workers
 
     def problem(self, field: str, rule: str, text: str) -> Problem:
-        """A problem of this object."""
+        """Return a problem of this object."""
         return Problem(self.manifest, field, rule, text)
 
 
 def typed(manifest: Manifest) -> RayObject | list[Problem]:
-    """The manifest with its typed spec, or what keeps it from being read."""
+    """Return the manifest with its typed spec, or the problems of its types."""
     try:
         return RayObject(manifest, SPECS[manifest.kind].model_validate(manifest.body.get("spec")))
     except ValidationError as error:
@@ -289,12 +287,12 @@ def typed(manifest: Manifest) -> RayObject | list[Problem]:
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
+    """Return a value for a message, cut to `LONGEST_SHOWN`."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
 
 
 def path_text(path: Any) -> str:
-    """A path of keys and numbers as text: `spec.containers[0].image`."""
+    """Return a path of keys and numbers as text: `spec.containers[0].image`."""
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
     return "".join(parts).removeprefix(".")

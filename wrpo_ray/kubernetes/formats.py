@@ -1,4 +1,4 @@
-"""Kubernetes' own grammar of values: quantities, names, labels, ports, times, and their types.
+"""Formats of values in Kubernetes and Ray: quantities, names, labels, ports, times, and types.
 
 Sources: apimachinery's `resource.Quantity` and `validation`, Ray's `ray start`.
 """
@@ -11,24 +11,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from wrpo_ray.kubernetes.objects import shown
+from wrpo_ray.kubernetes.ray_objects import shown
 
 Wrong = Callable[[Any], str | None]
-"""What is wrong with a value, as the end of a sentence; None where nothing is."""
+"""Returns what is wrong with a value, as the end of a sentence; None if it is right."""
 
 
 @dataclass(frozen=True)
-class Form:
-    """What a value has to be."""
+class Format:
+    """A rule that a value has to meet."""
 
     rule: str
-    """Its name in problems."""
+    """The rule's name in problems."""
     wrong: Wrong
 
 
-LONGEST_LABEL, LONGEST_SUBDOMAIN, LONGEST_PORT_NAME = 63, 253, 15
+LONGEST_LABEL, LONGEST_SUBDOMAIN, LONGEST_PORT_NAME, LONGEST_DURATION = 63, 253, 15, 100
 LARGEST = 2**63 - 1
-"""Of a quantity; Kubernetes cuts larger ones off."""
+"""The largest quantity; Kubernetes truncates larger ones."""
 INT32 = 2**31 - 1
 LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
 LABEL_WORDS = "small letters, digits and -, beginning and ending with a letter or digit"
@@ -36,10 +36,6 @@ _QUANTITY = re.compile(
     r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,2}|[KMGTPE]i|[numkMGTPE])?", re.ASCII
 )
 MISSPELT_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGTPE])(i?)[bB]", re.ASCII)
-GO_DURATION = re.compile(r"(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+", re.ASCII)
-PROMETHEUS_DURATION = re.compile(
-    r"0|(?=.)(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?", re.ASCII
-)
 
 
 # --- types -----------------------------------------------------------------------------------
@@ -51,35 +47,35 @@ def _kind(value: Any) -> str:
     return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _is(wanted: type, words: str) -> Form:
+def _is(wanted: type, words: str) -> Format:
     def wrong(value: Any) -> str | None:
         if type(value) is wanted:
             return None
         quoted = "; write it in quotes" if wanted is str and isinstance(value, int | float) else ""
         return f"is {shown(value)}, {_kind(value)}; it has to be {words}{quoted}"
 
-    return Form("wrong-type", wrong)
+    return Format("wrong-type", wrong)
 
 
 TEXT, LIST, MAP = _is(str, "a text"), _is(list, "a list"), _is(dict, "a mapping")
 BOOLEAN = _is(bool, "true or false")
 
 
-def integer(least: int, most: int = INT32, rule: str = "number") -> Form:
-    """A whole number within bounds."""
+def integer(least: int, most: int = INT32, rule: str = "number") -> Format:
+    """Return the format of a whole number within bounds."""
     words = f" from {least} to {most}" if least >= 0 else ""
 
     def wrong(value: Any) -> str | None:
         is_one = type(value) is int and least <= value <= most
         return None if is_one else f"is {shown(value)}; it has to be a whole number{words}"
 
-    return Form(rule, wrong)
+    return Format(rule, wrong)
 
 
-def one_of(*words: str) -> Form:
-    """One of some words."""
+def one_of(*words: str) -> Format:
+    """Return the format of a value that is one of some words."""
     known = ", ".join(word or '""' for word in words)
-    return Form("word", lambda v: None if v in words else f"is {shown(v)}; known: {known}")
+    return Format("word", lambda v: None if v in words else f"is {shown(v)}; known: {known}")
 
 
 def _no_number(value: Any) -> str | None:
@@ -87,14 +83,14 @@ def _no_number(value: Any) -> str | None:
     return None if is_number else f"is {shown(value)}; it has to be a number, 0 or more"
 
 
-NUMBER = Form("number", _no_number)
+NUMBER = Format("number", _no_number)
 
 
 # --- texts -----------------------------------------------------------------------------------
 
 
-def text(rule: str, pattern: str, longest: int, words: str) -> Form:
-    """A text of a pattern."""
+def text(rule: str, pattern: str, longest: int, words: str) -> Format:
+    """Return the format of a text that matches a pattern."""
 
     def wrong(value: Any) -> str | None:
         if type(value) is not str:
@@ -104,7 +100,7 @@ def text(rule: str, pattern: str, longest: int, words: str) -> Form:
         found = re.fullmatch(pattern, value, re.ASCII)
         return None if found else f"is {shown(value)}; it has to be {words}"
 
-    return Form(rule, wrong)
+    return Format(rule, wrong)
 
 
 DNS_LABEL = text("name", LABEL, LONGEST_LABEL, LABEL_WORDS)
@@ -130,12 +126,12 @@ ENV_NAME = text(
 DATA_KEY = text("name", r"[-._a-zA-Z0-9]+", LONGEST_SUBDOMAIN, "letters, digits, -, _ and .")
 NOT_EMPTY = text("text", r"(?s).*\S.*", 100_000, "a text that is not empty")
 PATH_SEGMENT = text("name", r"(?s)(?!\.\.?$)[^/%]+", 100_000, "a text without / and %, not . or ..")
-"""A name of RBAC's objects."""
+"""The name of an RBAC object."""
 
 
-def or_empty(form: Form) -> Form:
-    """The same, or an empty text, which stands for none."""
-    return Form(form.rule, lambda value: None if value == "" else form.wrong(value))
+def or_empty(form: Format) -> Format:
+    """Return the same format, with an empty text allowed."""
+    return Format(form.rule, lambda value: None if value == "" else form.wrong(value))
 
 
 PORT_NAME = text(
@@ -146,8 +142,8 @@ PORT_NAME = text(
 )
 """An IANA service name."""
 PORT_NUMBER = integer(1, 65535, "port")
-PORT = Form("port", lambda v: (PORT_NAME if isinstance(v, str) else PORT_NUMBER).wrong(v))
-"""A port, or the name of one."""
+PORT = Format("port", lambda v: (PORT_NAME if isinstance(v, str) else PORT_NUMBER).wrong(v))
+"""A port number, or a port's name."""
 
 
 def _no_key(value: Any) -> str | None:
@@ -159,8 +155,8 @@ def _no_key(value: Any) -> str | None:
     return f"the key {wrong}" if wrong else None
 
 
-KEY = Form("name", _no_key)
-"""Of a label, an annotation or a resource: PREFIX/NAME, or NAME."""
+KEY = Format("name", _no_key)
+"""The key of a label, an annotation or a resource: PREFIX/NAME or NAME."""
 
 
 def _no_toleration(value: Any) -> str | None:
@@ -170,8 +166,8 @@ def _no_toleration(value: Any) -> str | None:
     return None if is_right else "has no key, which only the operator Exists may leave out"
 
 
-TOLERATION = Form("toleration", _no_toleration)
-"""Without a key it tolerates every taint."""
+TOLERATION = Format("toleration", _no_toleration)
+"""A toleration; without a key it tolerates every taint."""
 
 
 def _no_quantity(value: Any) -> str | None:
@@ -197,32 +193,30 @@ def _no_whole_quantity(value: Any) -> str | None:
     return wrong or (None if is_whole else f"is {shown(value)}; it has to be a whole number")
 
 
-QUANTITY = Form("quantity", _no_quantity)
-"""An amount of CPUs, of bytes or of things: 2, 0.5, 500m, 16Gi, 1e3; not below 0."""
-WHOLE_QUANTITY = Form("quantity", _no_whole_quantity)
-"""An amount of a device, which is not divided."""
+QUANTITY = Format("quantity", _no_quantity)
+"""An amount of CPUs, bytes or devices: 2, 0.5, 500m, 16Gi, 1e3; not below 0."""
+WHOLE_QUANTITY = Format("quantity", _no_whole_quantity)
+"""A whole number of devices."""
 
 
-def _no_go_duration(value: Any) -> str | None:
-    is_one = isinstance(value, str) and (value.isdigit() or GO_DURATION.fullmatch(value))
-    return None if is_one else f"is {shown(value)}; it has to be a time such as 90s, 30m or 1h30m"
+GO_TIME = text(
+    "duration",
+    r"\d+|(\d+(\.\d*)?(ns|us|µs|ms|s|m|h))+",
+    LONGEST_DURATION,
+    "a time such as 90s, 30m or 1h30m",
+)
+"""A duration in Go's notation, or seconds."""
+PROMETHEUS_TIME = text(
+    "duration",
+    r"0|(?=.)(\d+y)?(\d+w)?(\d+d)?(\d+h)?(\d+m)?(\d+s)?(\d+ms)?",
+    LONGEST_DURATION,
+    "a time such as 30s or 1m",
+)
+"""A duration in Prometheus' notation."""
 
 
-GO_TIME = Form("duration", _no_go_duration)
-"""A time as Go writes it, or seconds."""
-
-
-def _no_prometheus_duration(value: Any) -> str | None:
-    is_one = isinstance(value, str) and PROMETHEUS_DURATION.fullmatch(value)
-    return None if is_one else f"is {shown(value)}; it has to be a time such as 30s or 1m"
-
-
-PROMETHEUS_TIME = Form("duration", _no_prometheus_duration)
-"""A time as Prometheus writes it."""
-
-
-def _digits(rule: str, most: int, words: str) -> Form:
-    """A whole number as a text, as `ray start` takes it."""
+def _digits(rule: str, most: int, words: str) -> Format:
+    """Return the format of a whole number in a text, as `ray start` expects it."""
 
     def wrong(value: Any) -> str | None:
         if type(value) is not str:
@@ -230,7 +224,7 @@ def _digits(rule: str, most: int, words: str) -> Form:
         is_one = re.fullmatch(r"\d{1,19}", value, re.ASCII) and int(value) <= most
         return None if is_one else f"is {shown(value)}; it has to be {words}"
 
-    return Form(rule, wrong)
+    return Format(rule, wrong)
 
 
 COUNT = _digits("number", INT32, "a whole number in quotes")
@@ -240,14 +234,14 @@ PORT_TEXT = _digits("port", 65535, "a port in quotes")
 
 def _resources_text(given: Any, is_int: bool) -> str | None:
     words = "an integer" if is_int else "a number"
-    told = f"is {shown(given)}; it has to be a JSON object, as a text, with {words} a resource"
+    wrong = f"is {shown(given)}; it has to be a JSON object, as a text, with {words} a resource"
     try:
         tree = json.loads(given)
     except (TypeError, ValueError, RecursionError):
-        return told
+        return wrong
     values = tree.values() if isinstance(tree, dict) else [None]
     is_right = all(not _no_number(v) and (not is_int or type(v) is int) for v in values)
-    return None if is_right else told
+    return None if is_right else wrong
 
 
 def _no_json_resources(value: Any) -> str | None:
@@ -262,7 +256,7 @@ def _no_quoted_resources(value: Any) -> str | None:
     return _resources_text(value[1:-1].replace("\\", ""), is_int=True)
 
 
-JSON_RESOURCES = Form("resources", _no_json_resources)
+JSON_RESOURCES = Format("resources", _no_json_resources)
 """Resources as JSON."""
-QUOTED_RESOURCES = Form("resources", _no_quoted_resources)
-"""Resources as JSON in further quotes, the form in which KubeRay hands them to `ray start`."""
+QUOTED_RESOURCES = Format("resources", _no_quoted_resources)
+"""Resources as JSON in another pair of quotes, as KubeRay passes them to `ray start`."""

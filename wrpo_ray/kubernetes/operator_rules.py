@@ -1,45 +1,65 @@
-"""What KubeRay's operator, Ray and Kueue refuse or misread, though the schema allows it.
+"""Configurations that KubeRay's operator, Ray or Kueue reject, though the schema allows them.
 
-Each rule takes an object and yields its problems. Sources: KubeRay 1.7's validation of RayCluster,
+Each rule yields the problems of an object. Sources: KubeRay 1.7's validation of RayCluster,
 RayJob and RayService, its documentation, and Kueue's webhooks for Ray.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
 
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem
-from wrpo_ray.kubernetes.objects import RayObject
+from wrpo_ray.kubernetes.ray_objects import (
+    Cluster,
+    DeletionRule,
+    Job,
+    RayObject,
+    Service,
+    UpgradeStrategy,
+)
 from wrpo_ray.text.documents import describe_yaml_error, read_document
 
 LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
-"""KubeRay appends to names, which may then have 63 characters."""
+"""KubeRay appends to names, and the result may have 63 characters."""
 AUTH_SINCE = (2, 52)
 """The first Ray with token authentication."""
 SWITCH_V2 = "RAY_enable_autoscaler_v2"
 QUEUE, ELASTIC = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"
 POD_SETS = 8
-"""Kinds of pods in a workload of Kueue."""
+"""Maximum pod sets in a workload of Kueue."""
 UPGRADES = (None, "None", "NewCluster", "NewClusterWithIncrementalUpgrade")
 UNREADABLE = frozenset({"min-max-replicas", "replicas-range", "no-container"})
-"""Rules that Ray's autoscaler relies on: with one of them broken it cannot be asked."""
-Found = Iterator[Problem]
+"""Rules that Ray's autoscaler relies on; it cannot evaluate objects that violate them."""
+Faults = Iterator[tuple[str, str, str]]
+"""(field, rule, what is wrong)."""
 
 
-def check(found: RayObject) -> Found:
-    """All rules."""
-    for rule in (_name, _head, _autoscaling, _worker_groups, _group_settings, _auth, _redis):
-        yield from rule(found)
-    for rule in (_job, _job_modes, _clean_up, _runtime_env, _upgrade, _queue):
-        yield from rule(found)
+def check(found: RayObject) -> Iterator[Problem]:
+    """Yield the problems of an object by all rules."""
+    for field, rule, text in _faults(found):
+        yield found.problem(field, rule, text)
+
+
+def _faults(found: RayObject) -> Faults:
+    yield from _name(found)
+    if cluster := found.cluster:
+        for check_cluster in (_head, _autoscaling, _worker_groups, _auth, _redis, _queue):
+            yield from check_cluster(found, cluster)
+        yield from _group_settings(found)
+    if job := found.job:
+        for check_job in (_job, _job_modes, _clean_up):
+            yield from check_job(found, job)
+        yield from _runtime_env(job)
+    if found.service and found.service.upgrade_strategy:
+        yield from _upgrade(found, found.service, found.service.upgrade_strategy)
 
 
 def version_of(text: str) -> tuple[int, ...]:
-    """(2, 60, 0) of "2.60.0"; empty where it is no version."""
+    """Return (2, 60, 0) for "2.60.0"; empty if it is not a version."""
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
     return tuple(int(part) for part in match.groups(default="0")) if match else ()
 
@@ -47,177 +67,133 @@ def version_of(text: str) -> tuple[int, ...]:
 # --- every object ----------------------------------------------------------------------------
 
 
-def _name(found: RayObject) -> Found:
+def _name(found: RayObject) -> Faults:
     name, most = found.manifest.name, LONGEST_NAME[found.manifest.kind]
     if len(name) > most:
-        yield found.problem(
-            "metadata.name",
-            "name-length",
-            f"has {len(name)} characters; KubeRay allows {most} for a {found.manifest.kind}",
-        )
+        text = f"has {len(name)} characters; KubeRay allows {most} for a {found.manifest.kind}"
+        yield "metadata.name", "name-length", text
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        yield found.problem(
-            "metadata.name",
-            "name-form",
-            f"{name!r}: small letters, digits and -, beginning with a letter",
-        )
+        text = f"{name!r}: small letters, digits and -, beginning with a letter"
+        yield "metadata.name", "name-form", text
 
 
-def _head(found: RayObject) -> Found:
-    if not found.cluster:
-        return
-    head = found.cluster.head_group_spec
+def _head(found: RayObject, cluster: Cluster) -> Faults:
+    head = cluster.head_group_spec
     cpus = head.resources.get("CPU", head.ray_start_params.get("num-cpus"))
     if cpus != "0":
-        yield found.problem(
-            f"{found.at}.headGroupSpec.rayStartParams.num-cpus",
-            "head-cpus",
-            f'is {cpus or "missing"}; set "0", so that no step runs beside the control processes',
-        )
+        text = f'is {cpus or "missing"}; set "0", so that no step runs beside the control processes'
+        yield f"{found.at}.headGroupSpec.rayStartParams.num-cpus", "head-cpus", text
 
 
-def _autoscaling(found: RayObject) -> Found:
-    cluster = found.cluster
-    if not cluster:
-        return
+def _autoscaling(found: RayObject, cluster: Cluster) -> Faults:
     options = f"{found.at}.autoscalerOptions"
     if cluster.autoscaler_options and not cluster.enable_in_tree_autoscaling:
-        yield found.problem(
-            f"{found.at}.enableInTreeAutoscaling",
-            "autoscaling-off",
-            "is not true, so autoscalerOptions has no effect",
-        )
+        text = "is not true, so autoscalerOptions has no effect"
+        yield f"{found.at}.enableInTreeAutoscaling", "autoscaling-off", text
     head_env = {e.name: e.value for e in cluster.head_group_spec.ray.env}
     if SWITCH_V2 in head_env and cluster.autoscaler_options and cluster.autoscaler_options.version:
-        yield found.problem(
-            f"{options}.version", "autoscaler-twice", f"and the head's {SWITCH_V2}: set the former"
-        )
+        text = f"and the head's {SWITCH_V2}: set the former"
+        yield f"{options}.version", "autoscaler-twice", text
     for path, group in found.workers:
         if group.idle_timeout_seconds is not None and not cluster.has_v2:
-            yield found.problem(
+            yield (
                 f"{path}.idleTimeoutSeconds",
                 "idle-timeout-v2",
                 f"has an effect only with {options}.version: v2 and enableInTreeAutoscaling: true",
             )
         if group.suspend and cluster.enable_in_tree_autoscaling:
-            yield found.problem(
-                f"{path}.suspend", "suspended-group", "cannot be with the autoscaler; leave it out"
-            )
+            text = "cannot be with the autoscaler; leave it out"
+            yield f"{path}.suspend", "suspended-group", text
     for path, each in found.groups:
         policy = each.template.spec.restart_policy
         if policy not in ("", "Never") and cluster.has_v2:
-            yield found.problem(
-                f"{path}.template.spec.restartPolicy",
-                "restart-policy",
-                f"is {policy}; autoscaler v2 needs Never, or nothing",
-            )
+            text = f"is {policy}; autoscaler v2 needs Never, or nothing"
+            yield f"{path}.template.spec.restartPolicy", "restart-policy", text
 
 
-def _worker_groups(found: RayObject) -> Found:
-    names = [group.group_name for _, group in found.workers]
+def _worker_groups(found: RayObject, cluster: Cluster) -> Faults:
+    names = [group.group_name for group in cluster.worker_group_specs]
     for name in sorted({n for n in names if names.count(n) > 1}):
         text = "is the name of two groups; the autoscaler knows groups by their names"
-        yield found.problem(f"{found.at}.workerGroupSpecs[{name}].groupName", "group-name", text)
+        yield f"{found.at}.workerGroupSpecs[{name}].groupName", "group-name", text
     for path, group in found.workers:
         least, most, now = group.min_replicas, group.max_replicas, group.replicas
         for key, value in (("minReplicas", least), ("maxReplicas", most)):
             if value is None:
                 text = "is missing; set both minReplicas and maxReplicas"
-                yield found.problem(f"{path}.{key}", "min-max-replicas", text)
+                yield f"{path}.{key}", "min-max-replicas", text
         if least is not None and most is not None:
             if not 0 <= least <= most:
                 text = f"is {least}; it has to be from 0 to maxReplicas ({most})"
-                yield found.problem(f"{path}.minReplicas", "replicas-range", text)
+                yield f"{path}.minReplicas", "replicas-range", text
             elif now is not None and not least <= now <= most:
                 text = f"is {now}; it has to be from minReplicas ({least}) to maxReplicas ({most})"
-                yield found.problem(f"{path}.replicas", "replicas-range", text)
+                yield f"{path}.replicas", "replicas-range", text
         if group.num_of_hosts < 1:
             text = f"is {group.num_of_hosts}; a replica has at least one pod"
-            yield found.problem(f"{path}.numOfHosts", "replicas-range", text)
+            yield f"{path}.numOfHosts", "replicas-range", text
 
 
-def _group_settings(found: RayObject) -> Found:
+def _group_settings(found: RayObject) -> Faults:
     for path, group in found.groups:
         if not group.template.spec.containers:
             text = "is empty; the first container runs Ray"
-            yield found.problem(f"{path}.template.spec.containers", "no-container", text)
+            yield f"{path}.template.spec.containers", "no-container", text
         twice = {"num-cpus", "num-gpus", "memory", "resources"} & set(group.ray_start_params)
         if group.resources and twice:
-            yield found.problem(
-                f"{path}.resources",
-                "resources-twice",
-                f"and rayStartParams.{sorted(twice)[0]}: KubeRay refuses both; keep one",
-            )
+            text = f"and rayStartParams.{sorted(twice)[0]}: KubeRay refuses both; keep one"
+            yield f"{path}.resources", "resources-twice", text
         if "labels" in group.ray_start_params:
             text = "is not supported; use the group's own field `labels`"
-            yield found.problem(f"{path}.rayStartParams.labels", "labels", text)
+            yield f"{path}.rayStartParams.labels", "labels", text
 
 
-def _auth(found: RayObject) -> Found:
-    cluster = found.cluster
-    if not cluster or not cluster.auth_options or cluster.auth_options.mode != "token":
-        return
-    if version_of(cluster.ray_version) < AUTH_SINCE:
-        yield found.problem(
-            f"{found.at}.authOptions.mode",
-            "auth-version",
-            f"token needs rayVersion 2.52.0 or later (got {cluster.ray_version or 'none'})",
-        )
+def _auth(found: RayObject, cluster: Cluster) -> Faults:
+    is_token = cluster.auth_options and cluster.auth_options.mode == "token"
+    if is_token and version_of(cluster.ray_version) < AUTH_SINCE:
+        text = f"token needs rayVersion 2.52.0 or later (got {cluster.ray_version or 'none'})"
+        yield f"{found.at}.authOptions.mode", "auth-version", text
 
 
-def _redis(found: RayObject) -> Found:
-    if not found.cluster:
-        return
-    path, head = f"{found.at}.headGroupSpec", found.cluster.head_group_spec
+def _redis(found: RayObject, cluster: Cluster) -> Faults:
+    path, head = f"{found.at}.headGroupSpec", cluster.head_group_spec
     named = {"RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME"}
     for name in sorted(named & {e.name for e in head.ray.env}):
-        yield found.problem(
-            f"{path}.template.spec.containers[0].env[{name}]",
-            "redis",
-            f"belongs to {found.at}.gcsFaultToleranceOptions",
-        )
+        text = f"belongs to {found.at}.gcsFaultToleranceOptions"
+        yield f"{path}.template.spec.containers[0].env[{name}]", "redis", text
     for name in sorted({"redis-password", "redis-username"} & set(head.ray_start_params)):
-        yield found.problem(
-            f"{path}.rayStartParams.{name}",
-            "redis",
-            f"belongs to {found.at}.gcsFaultToleranceOptions",
-        )
+        text = f"belongs to {found.at}.gcsFaultToleranceOptions"
+        yield f"{path}.rayStartParams.{name}", "redis", text
 
 
 # --- RayJob ----------------------------------------------------------------------------------
 
 
-def _job(found: RayObject) -> Found:
-    job = found.job
-    if not job:
-        return
+def _job(_: RayObject, job: Job) -> Faults:
     if not job.ray_cluster_spec and not job.cluster_selector:
         text = "is missing; give it, or clusterSelector for a cluster that is there"
-        yield found.problem("spec.rayClusterSpec", "no-cluster", text)
+        yield "spec.rayClusterSpec", "no-cluster", text
     if job.cluster_selector and not job.cluster_selector.get("ray.io/cluster"):
         text = "names no cluster; write {ray.io/cluster: NAME}"
-        yield found.problem("spec.clusterSelector", "no-cluster", text)
+        yield "spec.clusterSelector", "no-cluster", text
     if not job.entrypoint.strip() and job.submission_mode != "InteractiveMode":
         text = "is missing; it is the command to run"
-        yield found.problem("spec.entrypoint", "entrypoint", text)
+        yield "spec.entrypoint", "entrypoint", text
     if job.active_deadline_seconds is not None and job.active_deadline_seconds <= 0:
         text = f"is {job.active_deadline_seconds}; it is a number of seconds above 0"
-        yield found.problem("spec.activeDeadlineSeconds", "deadline", text)
+        yield "spec.activeDeadlineSeconds", "deadline", text
     if job.backoff_limit < 0:
         text = f"is {job.backoff_limit}; it is a number of further tries, 0 or more"
-        yield found.problem("spec.backoffLimit", "backoff", text)
+        yield "spec.backoffLimit", "backoff", text
     if job.suspend and (not job.shutdown_after_job_finishes or job.cluster_selector):
         text = "needs shutdownAfterJobFinishes: true, and a cluster of the job's own"
-        yield found.problem("spec.suspend", "suspended-job", text)
+        yield "spec.suspend", "suspended-job", text
 
 
-def _job_modes(found: RayObject) -> Found:
-    job = found.job
-    if not job:
-        return
+def _job_modes(found: RayObject, job: Job) -> Faults:
     if job.submission_mode == "InteractiveMode" and job.backoff_limit > 0:
         text = "cannot be with submissionMode: InteractiveMode"
-        yield found.problem("spec.backoffLimit", "backoff", text)
+        yield "spec.backoffLimit", "backoff", text
     if job.submission_mode != "SidecarMode":
         return
     unfit = {
@@ -228,58 +204,51 @@ def _job_modes(found: RayObject) -> Found:
     for name, value in unfit.items():
         if value is not None:
             text = "cannot be with submissionMode: SidecarMode, which submits from the head's pod"
-            yield found.problem(f"spec.{name}", "sidecar-mode", text)
+            yield f"spec.{name}", "sidecar-mode", text
     head = job.ray_cluster_spec and job.ray_cluster_spec.head_group_spec
     if head and head.template.spec.restart_policy not in ("", "Never"):
         text = "SidecarMode needs Never, or nothing"
         place = f"{found.at}.headGroupSpec.template.spec.restartPolicy"
-        yield found.problem(place, "sidecar-mode", text)
+        yield place, "sidecar-mode", text
 
 
-def _clean_up(found: RayObject) -> Found:
-    job = found.job
-    if not job:
-        return
+def _clean_up(found: RayObject, job: Job) -> Faults:
     if job.ttl_seconds_after_finished < 0:
         text = f"is {job.ttl_seconds_after_finished}; it is a number of seconds, 0 or more"
-        yield found.problem("spec.ttlSecondsAfterFinished", "clean-up", text)
+        yield "spec.ttlSecondsAfterFinished", "clean-up", text
     if job.ttl_seconds_after_finished > 0 and not job.shutdown_after_job_finishes:
         text = "needs shutdownAfterJobFinishes: true"
-        yield found.problem("spec.ttlSecondsAfterFinished", "clean-up", text)
+        yield "spec.ttlSecondsAfterFinished", "clean-up", text
     strategy = job.deletion_strategy
     if not strategy:
         return
     path, rules = "spec.deletionStrategy", strategy.deletion_rules
     older = [p for p in (strategy.on_success, strategy.on_failure) if p is not None]
     if rules and job.shutdown_after_job_finishes:
-        yield found.problem(
-            f"{path}.deletionRules",
-            "both-clean-ups",
-            "and shutdownAfterJobFinishes: two ways to clean up; keep one",
-        )
+        text = "and shutdownAfterJobFinishes: two ways to clean up; keep one"
+        yield f"{path}.deletionRules", "both-clean-ups", text
     if rules and older:
         text = "and onSuccess or onFailure: two ways to clean up; keep one"
-        yield found.problem(f"{path}.deletionRules", "both-clean-ups", text)
+        yield f"{path}.deletionRules", "both-clean-ups", text
     if not rules and len(older) < 2:
         text = "needs deletionRules, or both onSuccess and onFailure"
-        yield found.problem(path, "clean-up", text)
+        yield path, "clean-up", text
     policies = [rule.policy for rule in rules] + [str(p.get("policy")) for p in older]
     if "DeleteWorkers" in policies and found.cluster and found.cluster.enable_in_tree_autoscaling:
         text = "DeleteWorkers cannot be with the autoscaler; use DeleteCluster"
-        yield found.problem(path, "clean-up", text)
-    yield from _rules_in_order(found)
+        yield path, "clean-up", text
+    yield from _deletion_order(rules)
 
 
-def _rules_in_order(found: RayObject) -> Found:
-    """For one status, workers go no later than the cluster, and that no later than the job."""
-    strategy = found.job and found.job.deletion_strategy
+def _deletion_order(rules: Sequence[DeletionRule]) -> Faults:
+    """For one status, workers are deleted before the cluster, and the cluster before the job."""
     order = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
     by_status: dict[tuple[str | None, str | None], list[tuple[int, int]]] = {}
-    for rule in strategy.deletion_rules if strategy else ():
+    for rule in rules:
         when = rule.condition
         if (when.job_status is None) == (when.job_deployment_status is None):
             text = "a condition has either jobStatus or jobDeploymentStatus"
-            yield found.problem("spec.deletionStrategy.deletionRules", "clean-up", text)
+            yield "spec.deletionStrategy.deletionRules", "clean-up", text
         if rule.policy in order:
             key = when.job_status, when.job_deployment_status
             by_status.setdefault(key, []).append((order.index(rule.policy), when.ttl_seconds))
@@ -287,71 +256,68 @@ def _rules_in_order(found: RayObject) -> Found:
         seconds = [ttl for _, ttl in sorted(steps)]
         if seconds != sorted(seconds) or len({place for place, _ in steps}) < len(steps):
             text = f"{status}: each policy once, with ttlSeconds rising from workers to the job"
-            yield found.problem("spec.deletionStrategy.deletionRules", "clean-up", text)
+            yield "spec.deletionStrategy.deletionRules", "clean-up", text
 
 
-def _runtime_env(found: RayObject) -> Found:
-    if not found.job or not found.job.runtime_env:
+def _runtime_env(job: Job) -> Faults:
+    if not job.runtime_env:
         return
     field = "spec.runtimeEnvYAML"
     try:
-        given = read_document(found.job.runtime_env)
+        given = read_document(job.runtime_env)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         text = f"is not valid YAML: {describe_yaml_error(error)}"
-        yield found.problem(field, "runtime-env", text)
+        yield field, "runtime-env", text
         return
-    yield from _runtime_env_keys(found, field, given)
+    yield from _runtime_env_keys(field, given)
 
 
-def _runtime_env_keys(found: RayObject, field: str, given: Any) -> Found:
+def _runtime_env_keys(field: str, given: Any) -> Faults:
     from ray.runtime_env import RuntimeEnv
 
     try:
         RuntimeEnv(**given)
-    except Exception as error:  # its checks take for granted what they do not look at
-        yield found.problem(field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}")
+    except Exception as error:  # its checks do not validate all input
+        yield field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}"
         return
     for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
-        yield found.problem(f"{field}.{name}", "runtime-env", "Ray has no such key")
+        yield f"{field}.{name}", "runtime-env", "Ray has no such key"
 
 
 # --- RayService, Kueue -----------------------------------------------------------------------
 
 
-def _upgrade(found: RayObject) -> Found:
-    service = found.service
-    if not service or not service.upgrade_strategy:
-        return
-    strategy, path = service.upgrade_strategy, "spec.upgradeStrategy"
+def _upgrade(found: RayObject, service: Service, strategy: UpgradeStrategy) -> Faults:
+    path = "spec.upgradeStrategy"
     if strategy.type not in UPGRADES:
         text = f"is {strategy.type!r}; known: {', '.join(filter(None, UPGRADES))}"
-        yield found.problem(f"{path}.type", "upgrade", text)
+        yield f"{path}.type", "upgrade", text
     if strategy.type != "NewClusterWithIncrementalUpgrade":
         return
     if not service.ray_cluster_config.enable_in_tree_autoscaling:
         text = "an incremental upgrade needs the autoscaler"
-        yield found.problem(f"{found.at}.enableInTreeAutoscaling", "upgrade", text)
+        yield f"{found.at}.enableInTreeAutoscaling", "upgrade", text
     if not strategy.cluster_upgrade_options:
         text = "an incremental upgrade needs clusterUpgradeOptions with a gatewayClassName"
-        yield found.problem(f"{path}.clusterUpgradeOptions", "upgrade", text)
+        yield f"{path}.clusterUpgradeOptions", "upgrade", text
 
 
-def _queue(found: RayObject) -> Found:
-    """What Kueue asks of an object that is queued."""
-    if QUEUE not in found.manifest.labels or not found.cluster:
+def _queue(found: RayObject, cluster: Cluster) -> Faults:
+    """Kueue's conditions for an object in a queue."""
+    if QUEUE not in found.manifest.labels:
         return
     annotations = found.manifest.annotations
-    if found.cluster.enable_in_tree_autoscaling and annotations.get(ELASTIC) != "true":
+    if cluster.enable_in_tree_autoscaling and annotations.get(ELASTIC) != "true":
         text = f'a queued cluster scales only with the annotation {ELASTIC}: "true"'
-        yield found.problem(f"{found.at}.enableInTreeAutoscaling", "queue", text)
+        yield f"{found.at}.enableInTreeAutoscaling", "queue", text
     job = found.job
     if job and not job.shutdown_after_job_finishes:
         text = "has to be true in a queue, or the quota is never given back"
-        yield found.problem("spec.shutdownAfterJobFinishes", "queue", text)
+        yield "spec.shutdownAfterJobFinishes", "queue", text
     room = POD_SETS - 1 - bool(job and job.submission_mode == "K8sJobMode")
     if len(found.workers) > room:
         text = f"has {len(found.workers)} groups; a workload of Kueue has room for {room} here"
-        yield found.problem(f"{found.at}.workerGroupSpecs", "queue", text)
+        yield f"{found.at}.workerGroupSpecs", "queue", text
 
 
 # --- kinds -----------------------------------------------------------------------------------
@@ -363,11 +329,11 @@ KINDS = {
         ("ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass"),
     ),
 }
-"""Versions and kinds of groups that are closed here; kinds of other groups are passed over."""
+"""Known versions and kinds, by group; kinds of other groups are ignored."""
 
 
-def check_kind(manifest: Manifest) -> Found:
-    """Whether it is an object of a kind that there is."""
+def check_kind(manifest: Manifest) -> Iterator[Problem]:
+    """Check that the version and kind exist, and that the object has a name."""
     if manifest.kind == LAUNCHER:
         return
     for key, value in (("apiVersion", manifest.api_version), ("kind", manifest.kind)):
@@ -378,7 +344,7 @@ def check_kind(manifest: Manifest) -> Found:
     yield from _known_kind(manifest)
 
 
-def _known_kind(manifest: Manifest) -> Found:
+def _known_kind(manifest: Manifest) -> Iterator[Problem]:
     group, _, version = manifest.api_version.rpartition("/")
     ray_kinds = KINDS["ray.io"][1]
     if manifest.kind in ray_kinds and group != "ray.io":

@@ -1,7 +1,7 @@
-"""Whether a Ray cluster has room for a request, told by Ray's own KubeRay code and autoscaler.
+"""Whether a Ray cluster has room for a request, by Ray's own KubeRay code and autoscaler.
 
-Ray derives the autoscaler's node types from the RayCluster, and its scheduler says which nodes it
-would start for a request from nothing. Private code of Ray's, of the pinned version.
+Ray derives the autoscaler's node types from the RayCluster, and its scheduler decides which nodes
+it would start for a request on an empty cluster. This is private code of the pinned Ray version.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from wrpo_ray.kubernetes.objects import Cluster, RayObject
-from wrpo_ray.kubernetes.requests import Needs, Request
+from wrpo_ray.kubernetes.ray_objects import Cluster, RayObject
+from wrpo_ray.kubernetes.resource_requests import Needs, Request
 
 HEAD = "headgroup"
 
 
 @dataclass(frozen=True)
 class NodeTypes:
-    """The kinds of nodes that an autoscaler may start."""
+    """The node types that an autoscaler may start."""
 
     config: dict[str, Any]
     """The autoscaler's own config."""
     hosts: dict[str, int]
-    """Nodes of a replica, for groups that have more than one."""
+    """Nodes per replica, for groups with more than one."""
 
     @property
     def resources(self) -> dict[str, Needs]:
-        """What a node of each worker group has."""
+        """The resources of a node of each worker group."""
         types = self.config["available_node_types"]
         return {
             name: kind["resources"]
@@ -37,7 +37,7 @@ class NodeTypes:
         }
 
     def nodes_for(self, request: Request) -> dict[str, int] | None:
-        """How many nodes of which group Ray would start; None where it never has room."""
+        """Return the nodes of each group that Ray would start; None if there is never room."""
         from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
         from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
         from ray.autoscaler.v2.utils import ResourceRequestUtil
@@ -59,7 +59,7 @@ class NodeTypes:
 
 
 def node_types(found: RayObject, cluster: Cluster) -> NodeTypes:
-    """The node types of an object's cluster.
+    """Return the node types of an object's cluster.
 
     Raises:
         ValueError: Ray cannot read its resources.
@@ -78,10 +78,10 @@ def node_types(found: RayObject, cluster: Cluster) -> NodeTypes:
 
 
 def launcher_node_types(body: dict[str, Any]) -> NodeTypes:
-    """Those of a file of Ray's cluster launcher.
+    """Return the node types of a file of Ray's cluster launcher.
 
     Raises:
-        ValueError: the launcher would refuse the file.
+        ValueError: the launcher would reject the file.
     """
     from jsonschema import ValidationError
     from ray.autoscaler._private.util import fillout_defaults, validate_config
@@ -98,7 +98,7 @@ def launcher_node_types(body: dict[str, Any]) -> NodeTypes:
 
 
 def misfit(types: NodeTypes, request: Request) -> tuple[str, str] | None:
-    """(rule, what is wrong) where the cluster has no room for a request."""
+    """Return (rule, problem) if the cluster has no room for a request."""
     if types.nodes_for(request) is None:
         return "no-room", _no_room(types, request)
     return _apart(types, request) if request.parts > 1 else None
@@ -107,17 +107,17 @@ def misfit(types: NodeTypes, request: Request) -> tuple[str, str] | None:
 def _no_room(types: NodeTypes, request: Request) -> str:
     for bundle in request.bundles:
         if types.nodes_for(Request(request.what, (bundle,))) is None:
-            has = "; ".join(f"{n} has {_words(r)}" for n, r in types.resources.items())
-            return f"asks for {_words(bundle)} on one node, and no group has it: {has}"
+            has = "; ".join(f"{n} has {_resources_text(r)}" for n, r in types.resources.items())
+            return f"asks for {_resources_text(bundle)} on one node, and no group has it: {has}"
     bundles = len(request.bundles) * request.count
     return (
-        f"asks for {bundles} times {_words(request.bundles[-1])} at the same time, more than the "
-        f"groups may have; raise their maxReplicas, or ask for less"
+        f"asks for {bundles} times {_resources_text(request.bundles[-1])} at the same time, more "
+        f"than the groups may have; raise their maxReplicas, or ask for less"
     )
 
 
 def _apart(types: NodeTypes, request: Request) -> tuple[str, str] | None:
-    """Parts of an engine exchange activations all the time: they need one node, or one replica."""
+    """Check that all parts of an engine fit one node or replica: they exchange activations."""
     part, parts = request.bundles[-1], request.parts
     room = {
         name: types.hosts.get(name, 1) * _times(has, part) for name, has in types.resources.items()
@@ -141,10 +141,10 @@ def _apart(types: NodeTypes, request: Request) -> tuple[str, str] | None:
 
 
 def _times(has: Needs, part: Needs) -> int:
-    """How many of a part a node has room for."""
+    """Return how many of a part fit a node."""
     return min(int(has.get(name, 0) / n) for name, n in part.items()) if part else 0
 
 
-def _words(needs: Needs) -> str:
+def _resources_text(needs: Needs) -> str:
     shown = {name: n for name, n in needs.items() if name != "memory"}
     return ", ".join(f"{n:g} {name}" for name, n in shown.items()) or "nothing"

@@ -1,4 +1,4 @@
-"""The Serve config of a RayService, by Ray Serve's own schema, closed to unknown keys."""
+"""Checks the Serve config of a RayService with Ray Serve's schema; unknown keys are problems."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.manifests import Problem
-from wrpo_ray.kubernetes.objects import RayObject, path_text
+from wrpo_ray.kubernetes.ray_objects import RayObject, path_text
 from wrpo_ray.text.documents import describe_yaml_error, read_document
 
 FIELD = "spec.serveConfigV2"
@@ -18,7 +18,7 @@ OWN = "wrpo_ray.serve.app:build"
 
 
 def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
-    """The config of a RayService, and what is wrong with it; no config where it cannot be read."""
+    """Return the config of a RayService and its problems; None if it cannot be parsed."""
     from ray.serve.schema import ServeDeploySchema
 
     if not found.service:
@@ -31,21 +31,21 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
     except ValidationError as error:
         lines = [(path_text((*e["loc"],)), e["msg"]) for e in error.errors()]
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
-    except Exception as error:  # of YAML, or of a validator that takes other types for granted
+    except Exception as error:  # of YAML, or of a validator that expects other types
         return None, [found.problem(FIELD, "serve-config", describe_yaml_error(error))]
-    told = [*_unknown(given), *_own_arguments(given)]
-    return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in told]
+    problems = [*_unknown(given), *_own_arguments(given)]
+    return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in problems]
 
 
 def own_applications(given: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and arguments of the applications that are this project's."""
+    """Yield the index and arguments of the applications that are this project's."""
     for number, app in enumerate(given.get("applications", [])):
         if app.get("import_path") == OWN:
             yield number, app.get("args") or {}
 
 
 def _own_arguments(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """What is wrong with the arguments of `wrpo serve`'s application."""
+    """Yield the problems in the arguments of `wrpo_ray.serve.app:build`."""
     for number, arguments in own_applications(given):
         try:
             serving(arguments)
@@ -55,7 +55,7 @@ def _own_arguments(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _unknown(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys that Serve would pass over."""
+    """Yield the keys that Ray Serve would ignore."""
     from ray.serve.schema import DeploymentSchema, ServeApplicationSchema, ServeDeploySchema
 
     parts: list[tuple[str, dict[str, Any], type[BaseModel]]] = [("", given, ServeDeploySchema)]

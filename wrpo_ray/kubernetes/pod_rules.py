@@ -1,4 +1,4 @@
-"""What the pods of a Ray cluster need: images of one version, GPUs, shared memory, Secrets."""
+"""Rules for the pods of a Ray cluster: image versions, GPUs, shared memory, references."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from wrpo_ray import __version__
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
-from wrpo_ray.kubernetes.objects import (
+from wrpo_ray.kubernetes.ray_objects import (
     Container,
+    Group,
     Quantity,
     RayObject,
     path_text,
@@ -19,35 +20,37 @@ from wrpo_ray.kubernetes.objects import (
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
 EXTERNAL = "wrpo-ray/external"
-"""Annotation: `Kind/name` of objects that are made elsewhere, with spaces between."""
+"""Annotation: `Kind/name` of objects that exist elsewhere, separated by spaces."""
 GPU = "nvidia.com/gpu"
 OBJECT_STORE = 0.3
-"""Share of a node's memory that Ray takes for objects, unless it is told otherwise."""
-Found = Iterator[Problem]
+"""Ray's default share of a node's memory for its object store."""
+Faults = Iterator[tuple[str, str, str]]
+"""(field, rule, what is wrong)."""
 
 
-def check(found: RayObject) -> Found:
-    """All rules but that of references, which needs the other objects."""
-    yield from _ray_version(found)
+def check(found: RayObject) -> Iterator[Problem]:
+    """Yield the problems of an object's pods; `check_references` needs all objects."""
+    for field, rule, text in _faults(found):
+        yield found.problem(field, rule, text)
+
+
+def _faults(found: RayObject) -> Faults:
+    if found.cluster:
+        yield from _ray_version(found.at, found.cluster.ray_version)
     yield from _images(found)
     for path, group in found.groups:
-        yield from _gpus(found, path, group)
-        yield from _shared_memory(found, path, group)
+        yield from _gpus(path, group)
+        yield from _shared_memory(path, group)
 
 
 # --- versions --------------------------------------------------------------------------------
 
 
-def _ray_version(found: RayObject) -> Found:
-    if not found.cluster:
-        return
-    pinned, given = _ray_here(), found.cluster.ray_version
+def _ray_version(at: str, given: str) -> Faults:
+    pinned = _ray_here()
     if given != pinned:
-        yield found.problem(
-            f"{found.at}.rayVersion",
-            "ray-version",
-            f"is {given or 'missing'}; the image has Ray {pinned}, and both have to be equal",
-        )
+        text = f"is {given or 'missing'}; the image has Ray {pinned}, and both have to be equal"
+        yield f"{at}.rayVersion", "ray-version", text
 
 
 @cache
@@ -55,25 +58,25 @@ def _ray_here() -> str:
     return importlib.metadata.version("ray")
 
 
-def _images(found: RayObject) -> Found:
+def _images(found: RayObject) -> Faults:
     for path, container in _containers(found):
         name, _, tag = container.image.rpartition("/")[2].partition("@")[0].partition(":")
         field = f"{path}.image"
         if not tag or tag == "latest":
             text = f"{container.image or 'no image'}: give a tag of one version, not the newest"
-            yield found.problem(field, "image-version", text)
+            yield field, "image-version", text
             continue
         expected = {IMAGE: __version__, "ray": _ray_here()}.get(name)
         if expected and tag.partition("-")[0] != expected:
             text = f"is {container.image}; this is version {expected}: all nodes have the same"
-            yield found.problem(field, "image-version", text)
+            yield field, "image-version", text
         if tag.endswith("-cpu") and GPU in container.resources.limits:
             text = f"is {container.image}, built without CUDA, and the container asks for GPUs"
-            yield found.problem(field, "image-version", text)
+            yield field, "image-version", text
 
 
 def _containers(found: RayObject) -> Iterator[tuple[str, Container]]:
-    """The containers that run Ray, and the one that submits."""
+    """Yield the containers that run Ray, and the one that submits the job."""
     for path, group in found.groups:
         if group.template.spec.containers:
             yield f"{path}.template.spec.containers[0]", group.ray
@@ -85,28 +88,28 @@ def _containers(found: RayObject) -> Iterator[tuple[str, Container]]:
 # --- resources -------------------------------------------------------------------------------
 
 
-def _gpus(found: RayObject, path: str, group: Any) -> Found:
+def _gpus(path: str, group: Group) -> Faults:
     asked = group.ray.resources
     field = f"{path}.template.spec.containers[0].resources"
     for name in sorted(n for n in {*asked.requests, *asked.limits} if n.endswith("/gpu")):
         request, limit = asked.requests.get(name), asked.limits.get(name)
         if limit is None or (request is not None and _number(request) != _number(limit)):
-            yield found.problem(
+            yield (
                 f"{field}.limits.{name}",
                 "gpu-limits",
                 f"is {limit or 'missing'} and the request is {request}: GPUs are not shared, so "
                 f"Kubernetes wants both equal",
             )
     has = _number(asked.limits.get(GPU, 0))
-    told = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
-    if told is not None and _number(told) != has:
+    given = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
+    if given is not None and _number(given) != has:
         where = "resources.GPU" if "GPU" in group.resources else "rayStartParams.num-gpus"
-        text = f"is {told}, and the container has {has:g}: Ray would count others than there are"
-        yield found.problem(f"{path}.{where}", "gpu-count", text)
+        text = f"is {given}, and the container has {has:g}: Ray would count others than there are"
+        yield f"{path}.{where}", "gpu-count", text
 
 
-def _shared_memory(found: RayObject, path: str, group: Any) -> Found:
-    """Ray's objects, and what GPUs of a node tell each other, lie in /dev/shm."""
+def _shared_memory(path: str, group: Group) -> Faults:
+    """/dev/shm holds Ray's object store and the buffers that the GPUs of a node share."""
     if not group.template.spec.containers:
         return
     field = f"{path}.template.spec"
@@ -114,18 +117,15 @@ def _shared_memory(found: RayObject, path: str, group: Any) -> Found:
     volumes = [v for v in group.template.spec.volumes if mounted and v.name == mounted.name]
     volume = volumes[0].empty_dir if volumes else None
     if volume is None or volume.medium != "Memory":
-        yield found.problem(
-            f"{field}.volumes",
-            "shared-memory",
-            "no emptyDir of medium Memory is mounted at /dev/shm, so it has 64 MB",
-        )
+        text = "no emptyDir of medium Memory is mounted at /dev/shm, so it has 64 MB"
+        yield f"{field}.volumes", "shared-memory", text
         return
     memory = group.ray.resources.limits.get("memory")
     if memory is None or volume.size_limit is None:
         return
     size, whole = _number(volume.size_limit), _number(memory)
     if size >= whole or size < OBJECT_STORE * whole:
-        yield found.problem(
+        yield (
             f"{field}.volumes[{mounted.name if mounted else ''}].emptyDir.sizeLimit",
             "shared-memory",
             f"is {volume.size_limit} of {memory} memory; it counts as memory, and Ray takes "
@@ -134,7 +134,7 @@ def _shared_memory(found: RayObject, path: str, group: Any) -> Found:
 
 
 def _number(quantity: Quantity) -> float:
-    """The number of a Kubernetes quantity: "1500m" is 1.5, "2Gi" is 2147483648."""
+    """Return a Kubernetes quantity as a number: "1500m" is 1.5, "2Gi" is 2147483648."""
     from ray.autoscaler._private.kuberay.utils import parse_quantity
 
     return float(parse_quantity(quantity))
@@ -153,14 +153,14 @@ REFERENCES = {
     "configMap": ("ConfigMap", "name"),
     "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
 }
-"""Key of a reference, the kind that it means, and the key of the name."""
+"""Key of a reference: (kind of the object, key of its name)."""
 
 
-def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Found:
-    """Whether what pods refer to is among the manifests, optional, or told to be external."""
+def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    """Check that references of pods are among the manifests, optional, or declared external."""
     if "spec" not in manifest.body:
         return
-    there = {f"{m.kind}/{m.name}" for m in all_of_them}
+    there = {f"{m.kind}/{m.name}" for m in manifests}
     external = manifest.annotations.get(EXTERNAL, "")
     there |= set(str(external).replace(",", " ").split())
     for path, kind, name in _references(manifest.body["spec"], ("spec",)):
@@ -175,7 +175,7 @@ def check_references(manifest: Manifest, all_of_them: Sequence[Manifest]) -> Fou
 
 
 def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, str]]:
-    """(path, kind, name) of each reference below; optional ones are passed over."""
+    """Yield (path, kind, name) of each reference below that is not optional."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from _references(item, (*path, number))

@@ -1,4 +1,4 @@
-"""What the steps of a config, a RayJob's driver and a RayService's replicas ask of the cluster."""
+"""Resource requests of a config's steps, a RayJob's driver and a RayService's replicas."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from wrpo_ray.config import (
     serving,
 )
 from wrpo_ray.errors import UserError
-from wrpo_ray.kubernetes.objects import Job
-from wrpo_ray.kubernetes.serving import own_applications
+from wrpo_ray.kubernetes.ray_objects import Job
+from wrpo_ray.kubernetes.serve_config import own_applications
 from wrpo_ray.runtime.placement import Pool
 
 Needs = dict[str, float]
@@ -27,22 +27,22 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Request:
-    """Bundles of resources, each for one node, that have to be there at the same time."""
+    """Bundles of resources, each on one node, that are needed at the same time."""
 
     what: str
-    """Who asks, as a user knows it."""
+    """The step or process, as users know it."""
     bundles: tuple[Needs, ...]
-    """Those of one actor, engine or training run."""
+    """The bundles of one actor, engine or training run."""
     count: int = 1
-    """How many of it."""
+    """The number of actors, engines or training runs."""
     parts: int = 1
-    """Workers of one engine, which belong on nodes that lie together."""
+    """Workers of one engine, which need nodes of one replica."""
 
 
 def of_config(config: Config) -> Iterator[Request]:
-    """One request for each step: its least number of actors, or all workers of a training run.
+    """Yield one request for each step: its minimum of actors, or all workers of a training run.
 
-    Models and rewards are asked for wherever they are in the config.
+    Models and rewards are found anywhere in the config.
     """
     yield Request("steps without a model", ({"CPU": 1.0},))
     models = {(m.name, repr(m.actors), m.parts): m for m in _sections(config, ModelConfig)}
@@ -57,7 +57,7 @@ def of_config(config: Config) -> Iterator[Request]:
 
 
 def _sections(value: Any, kind: type[S]) -> Iterator[S]:
-    """All sections of a kind, in the order of the config."""
+    """Yield all sections of a type, in the order of the config."""
     if isinstance(value, kind):
         yield value
     elif isinstance(value, Section):
@@ -69,7 +69,7 @@ def _sections(value: Any, kind: type[S]) -> Iterator[S]:
 
 
 def of_model(what: str, model: ModelConfig) -> Request:
-    """The engines that are kept for certain; one with parts asks for a place for each of them."""
+    """Return the minimum of engines; one with parts requests a bundle for each part."""
     if model.parts == 1:
         return _of_pool(Pool(what, model.actors))
     part = _given({"GPU": model.actors.num_gpus} | model.actors.resources)
@@ -93,7 +93,7 @@ def _given(needs: Needs) -> Needs:
 
 
 def of_driver(job: Job) -> Iterator[Request]:
-    """The process that runs the entrypoint; without resources of its own it is on the head."""
+    """Yield the request of the entrypoint, if it has one; otherwise it runs on the head."""
     needs = {"CPU": job.entrypoint_num_cpus, "GPU": job.entrypoint_num_gpus}
     if job.entrypoint_resources:
         needs |= json.loads(job.entrypoint_resources)
@@ -102,12 +102,12 @@ def of_driver(job: Job) -> Iterator[Request]:
 
 
 def of_serving(serve: dict[str, Any]) -> Iterator[Request]:
-    """The least replicas of a Serve config: its deployments, and the models of `wrpo serve`."""
+    """Yield the minimum replicas of a Serve config: its deployments, and the served models."""
     for app in serve.get("applications", []):
         for deployment in app.get("deployments", []):
             yield _of_deployment(f"serve {deployment.get('name')}", deployment)
     for _, arguments in own_applications(serve):
-        with suppress(UserError):  # told by `serving.read`
+        with suppress(UserError):  # reported by `serve_config.read`
             served = serving(arguments)
             for model in served.models:
                 yield of_model(f"serve {model.name}", model)
