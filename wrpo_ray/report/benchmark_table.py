@@ -19,7 +19,7 @@ Table = list[list[str]]
 def comparison_text(comparison: Row) -> str:
     """The tables of benchmarks and pairs as aligned text."""
     return "\n\n".join(
-        f"{title}\n{_aligned(table)}" for title, table in tables(comparison, with_paper=False)
+        f"{title}\n{aligned(table)}" for title, table in tables(comparison, with_paper=False)
     )
 
 
@@ -74,7 +74,8 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _aligned(table: Table) -> str:
+def aligned(table: Table) -> str:
+    """A table as text: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from wrpo_ray.report.benchmark_table import aligned
 from wrpo_ray.report.figures import ends
 from wrpo_ray.report.histogram import Histogram
 from wrpo_ray.report.plots import Table, number
@@ -137,14 +138,7 @@ def _estimate(estimate: Row, scale: int) -> str:
 
 def text(differences: Differences) -> str:
     """The tables as aligned text."""
-    parts = []
-    for title, table in differences.tables.items():
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in table
-        ]
-        parts.append("\n".join([title, *lines]))
+    parts = [f"{title}\n{aligned(table)}" for title, table in differences.tables.items()]
     return "\n\n".join(parts) or "the runs do not differ"
 
 
