@@ -1,7 +1,7 @@
-"""What `mkdocs build` adds to docs/: pages from elsewhere in the repository, and reference.
+"""Hooks of `mkdocs build`: add pages from outside docs/, and generated reference.
 
-Files keep the links that work in the repository. A page's link to a file outside docs/ leads to a
-copy of it in the site; one to a folder is shown as text.
+Links in the sources work in the repository. In the site, a link to a file outside docs/ points to a
+copy of the file, and a link to a folder becomes text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PAGES = {
     "benchmarks/RESULTS.md": "benchmarks/results.md",
     "benchmarks/SIMULATION.md": "benchmarks/simulation.md",
 }
-"""Pages that lie outside docs/, by their paths in the repository."""
+"""Pages outside docs/: {path in the repository: path in the site}."""
 LINK = re.compile(r"(!?)\[([^\]\n]*(?:\n[^\]\n]+)?)\]\(([^()\s]+)\)")
 MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
@@ -37,7 +37,7 @@ MARKER = re.compile(r"<!-- generated: (\w+) -->")
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages that lie elsewhere, and every file that a page links to."""
+    """Add the pages from outside docs/, and every file that a page links to."""
     for source, target in PAGES.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     for page in pages():
@@ -49,7 +49,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put in what is generated, and turn the repository's links into the site's."""
+    """Insert generated parts, and convert links of the repository to links of the site."""
     source = {target: path for path, target in PAGES.items()}.get(page.file.src_uri)
     source = source or f"docs/{page.file.src_uri}"
     return MARKER.sub(lambda found: GENERATED[found[1]](), site_links(markdown, source))
@@ -64,14 +64,14 @@ def pages() -> list[str]:
 
 
 def links(page: str) -> Iterator[tuple[str, str]]:
-    """(what is written, path in the repository) of each of a page's links to files."""
+    """(link, path in the repository) of each link to a file in a page."""
     for found in LINK.finditer((ROOT / page).read_text(encoding="utf-8")):
         if path := repository_path(found[3], page):
             yield found[3], path
 
 
 def repository_path(link: str, page: str) -> str | None:
-    """Where a link leads, without its anchor; none for an address or an anchor of the page."""
+    """The path that a link points to, without anchor; None for a URL or an anchor of the page."""
     path = link.partition("#")[0]
     if not path or re.match(r"[a-z]+:", link):
         return None
@@ -79,14 +79,14 @@ def repository_path(link: str, page: str) -> str | None:
 
 
 def site_path(path: str) -> str:
-    """Where the site has a file of the repository."""
+    """The path in the site of a file of the repository."""
     if path in PAGES:
         return PAGES[path]
     return path.removeprefix("docs/") if path.startswith("docs/") else f"files/{path}"
 
 
 def site_links(markdown: str, page: str) -> str:
-    """The page's text with the site's links."""
+    """The text of a page with links of the site."""
     here = posixpath.dirname(site_path(page)) or "."
 
     def change(found: re.Match[str]) -> str:
@@ -106,7 +106,7 @@ def site_links(markdown: str, page: str) -> str:
 
 
 def commands() -> str:
-    """Every command with its options, from the parser."""
+    """The reference of every command, from the parser."""
     return "\n\n".join(_command("wrpo", make_parser()))
 
 
@@ -128,7 +128,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
     left_out = (argparse._HelpAction, argparse._SubParsersAction)
     actions = [a for a in parser._actions if not isinstance(a, left_out)]
     if actions:
-        yield "| argument | what it says |\n| --- | --- |"
+        yield "| argument | description |\n| --- | --- |"
     for action in actions:
         option = action.option_strings[-1:]
         choices = f"{{{','.join(map(str, action.choices))}}}" if action.choices else None
@@ -137,7 +137,7 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def tree(root: str) -> str:
-    """The files of a folder, each with the first line of its docstring."""
+    """The tree of a folder's files, each with the first line of its docstring."""
     lines, folder = [], ROOT
     for file in sorted((ROOT / root).rglob("*.py"), key=_order):
         text = (ast.get_docstring(ast.parse(file.read_text())) or "").partition("\n")[0]
@@ -152,7 +152,7 @@ def tree(root: str) -> str:
 
 
 def _order(file: Path) -> list[tuple[bool, str]]:
-    """Of a folder first itself, then its files, then its folders."""
+    """Sort key: a folder, then its files, then its subfolders."""
     *folders, name = file.parts
     return [*((True, folder) for folder in folders), (False, name.replace("__init__", ""))]
 
@@ -165,4 +165,4 @@ GENERATED: dict[str, Callable[[], str]] = {
     "tests": lambda: tree("tests"),
     "benchmarks": lambda: tree("benchmarks"),
 }
-"""What a marker `<!-- generated: NAME -->` in a page is followed by."""
+"""Text for a marker `<!-- generated: NAME -->` in a page."""

@@ -82,8 +82,8 @@ def test_export_into_an_object_store(bucket):
     """As on disk, from shards that lie there too."""
     from support.tiny_models import preference_rows, write_preferences
 
+    from wrpo_ray.export.dataset_files import write_file, write_folder
     from wrpo_ray.export.forms import Form
-    from wrpo_ray.export.write import write_file, write_folder
 
     store = Folder(bucket)
     rows = preference_rows(20)

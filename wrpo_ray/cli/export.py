@@ -62,8 +62,9 @@ def _dtype(text: str) -> str:
 
 def _export(arguments: argparse.Namespace) -> None:
     from wrpo_ray import config
-    from wrpo_ray.export import run
     from wrpo_ray.export.forms import Form
+    from wrpo_ray.export.fused_model import export_model
+    from wrpo_ray.export.preferences import export_preferences
     from wrpo_ray.storage.folder import Folder
 
     if arguments.pairs != "target" and arguments.format != "trl":
@@ -73,8 +74,8 @@ def _export(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.format == "model":
         dtype, form = arguments.dtype or "auto", arguments.weights or "merged"
-        size = run.export_model(settings, arguments.to, dtype, form)
+        size = export_model(settings, arguments.to, dtype, form)
         print(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
         return
-    rows = run.export(settings, arguments.to, Form(arguments.format, arguments.pairs))
+    rows = export_preferences(settings, arguments.to, Form(arguments.format, arguments.pairs))
     print(f"{rows:,} preference rows in {Folder(arguments.to)}")

@@ -1,4 +1,4 @@
-"""What every section of the config has in common: frozen, strict, and hashable for step keys."""
+"""Base of all sections of the config: frozen, strict, with an identity for step keys."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Section(BaseModel):
         return as_written(value, cls.model_fields[info.field_name or ""].annotation)
 
     def identity(self) -> dict[str, Any]:
-        """The JSON-ready fields that decide a result: all but those marked `PLACEMENT`."""
+        """The fields that decide a result, JSON-ready: all that are not marked `PLACEMENT`."""
         names = [n for n, f in type(self).model_fields.items() if f.json_schema_extra != PLACEMENT]
         dumped = self.model_dump(mode="json", include=set(names))
         return {n: _identity(getattr(self, n), dumped[n]) for n in names}
@@ -63,10 +63,10 @@ Positive = Annotated[float, Field(gt=0)]
 
 
 def required(value: T | None, key: str) -> T:
-    """The value of an optional key that is needed here.
+    """Return the value of an optional key that is required here.
 
     Raises:
-        UserError: the config leaves it out.
+        UserError: the config omits it.
     """
     if value is None:
         raise UserError(f"{key}: missing; this step needs it in the config")

@@ -1,4 +1,4 @@
-"""YAML and `--set` into a checked config; every problem is one line with the field's path."""
+"""Loads configs from YAML and `--set`; each problem is one line with the field's path."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from wrpo_ray.text.files import read_text
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), check everything.
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), and validate the config.
 
     Raises:
         UserError: with one line for each problem.
@@ -32,7 +32,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
-    """Check the settings of `wrpo serve`, given as a tree, after applying overrides.
+    """Apply overrides to a tree of settings of `wrpo serve`, and validate them.
 
     Raises:
         UserError: with one line for each problem.
@@ -41,7 +41,7 @@ def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
 
 
 def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
-    """Read a study's YAML file; the configs of its cases are not read yet (see `study_config`).
+    """Read the YAML file of a study; `study_config` reads the configs of its cases.
 
     Raises:
         UserError: with one line for each problem.
@@ -55,7 +55,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> StudyConfig:
 
 
 def study_config(study: StudyConfig, case: str, variant: str) -> Config:
-    """The config of a variant in a case, with the first seed.
+    """Return the config of a variant in a case, with the first seed.
 
     Raises:
         UserError: with one line for each problem.
@@ -77,7 +77,7 @@ def study_config(study: StudyConfig, case: str, variant: str) -> Config:
 
 
 def read_serving(path: str | Path) -> dict[str, Any]:
-    """A YAML file's tree for `serving`.
+    """Read a YAML file as a tree for `serving`.
 
     Raises:
         UserError: the file cannot be read.
@@ -132,7 +132,7 @@ def _override(tree: Any, override: str) -> None:
 
 
 def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
-    """Change the value at `a.b` in a tree."""
+    """Set the value at `a.b` in a tree."""
     *parents, last = dotted.split(".")
     try:
         for key in parents:
@@ -143,7 +143,7 @@ def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
 
 
 def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
-    """A problem of a section in one line, as `path: problem (got value)`."""
+    """Format a validation error as `path: problem (got value)`."""
     where = ".".join(str(without_secrets(part)) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(kind, error['loc'])}"

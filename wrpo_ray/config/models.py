@@ -20,21 +20,21 @@ class SamplingConfig(Section):
     """How answers are sampled (paper, section 4.1)."""
 
     samples: int = Field(5, ge=1, le=1024)
-    """Answers a prompt from each model."""
+    """Answers of each model to a prompt."""
     temperature: float = Field(0.8, ge=0, le=2)
     """0 is greedy."""
     top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus mass."""
+    """Probability mass of nucleus sampling."""
     top_k: int = Field(0, ge=0)
-    """Tokens that are drawn from; 0 is no bound."""
+    """Number of likeliest tokens to sample from; 0 is no limit."""
     min_p: float = Field(0, ge=0, le=1)
-    """Least probability of a token, as a share of the likeliest one's."""
+    """Minimum probability of a token, relative to the likeliest token."""
     repetition_penalty: float = Field(1, gt=0)
-    """Divides the logits of tokens that are there already; 1 does nothing."""
+    """Divides the logits of tokens that already occur; 1 turns it off."""
     max_tokens: int = Field(2048, ge=1)
-    """Longest answer in tokens."""
+    """Maximum tokens of an answer."""
     logprobs: int = Field(0, ge=0, le=20)
-    """So many of the likeliest first tokens are kept with their log-probs, as judges need them."""
+    """Number of likeliest first tokens to record with their log-probs; some judges need them."""
 
     @model_validator(mode="after")
     def _greedy_once(self) -> SamplingConfig:
@@ -43,51 +43,51 @@ class SamplingConfig(Section):
         return self
 
     def updated(self, changes: SamplingOverride | None) -> SamplingConfig:
-        """These settings with what `changes` sets."""
+        """These settings with the values of `changes`."""
         given = changes.model_dump(exclude_none=True) if changes else {}
         return SamplingConfig(**self.model_dump() | given)
 
 
 class SamplingOverride(Section):
-    """A model's own sampling; null leaves the run's."""
+    """Sampling of one model; null keeps the run's setting."""
 
     samples: int | None = Field(None, ge=1, le=1024)
-    """Answers a prompt."""
+    """Answers to a prompt."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0 is greedy."""
     top_p: float | None = Field(None, gt=0, le=1)
-    """Nucleus mass."""
+    """Probability mass of nucleus sampling."""
     top_k: int | None = Field(None, ge=0)
-    """Tokens that are drawn from; 0 is no bound."""
+    """Number of likeliest tokens to sample from; 0 is no limit."""
     min_p: float | None = Field(None, ge=0, le=1)
-    """Least probability of a token, as a share of the likeliest one's."""
+    """Minimum probability of a token, relative to the likeliest token."""
     repetition_penalty: float | None = Field(None, gt=0)
-    """Divides the logits of tokens that are there already; 1 does nothing."""
+    """Divides the logits of tokens that already occur; 1 turns it off."""
     max_tokens: int | None = Field(None, ge=1)
-    """Longest answer in tokens."""
+    """Maximum tokens of an answer."""
 
 
 class EndpointConfig(Section):
-    """A server that speaks OpenAI's chat completions, and what may be asked of it."""
+    """A server with OpenAI's chat completions API, and its limits."""
 
     url: str
-    """Its base, such as https://api.example.com/v1. It decides results: nothing else tells one
-    server's weights and precision from another's under the same name."""
+    """Base URL, such as https://api.example.com/v1. It is part of the steps' keys, because servers
+    can have different weights or precisions under the same model name."""
     key_env: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """Name of the environment variable with the key; null sends none."""
+    """Name of the environment variable with the API key; null sends no key."""
     concurrency: int = Field(32, ge=1, le=65536, json_schema_extra=PLACEMENT)
-    """Calls in flight at the most."""
+    """Maximum concurrent calls."""
     requests_per_minute: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
-    """Calls a minute at the most, spread evenly; null sets no limit."""
+    """Maximum calls per minute, evenly spaced; null is no limit."""
     tokens_per_minute: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
-    """Tokens of prompts and answers a minute at the most; null sets no limit."""
+    """Maximum tokens of prompts and answers per minute; null is no limit."""
     timeout: float = Field(600, gt=0, json_schema_extra=PLACEMENT)
-    """Seconds for one whole answer."""
+    """Timeout for a whole answer, in seconds."""
     attempts: int = Field(6, ge=1, le=100, json_schema_extra=PLACEMENT)
-    """Times that a call is tried whose fault may pass."""
+    """Attempts of a call that fails with a temporary error."""
     extra: dict[str, Any] = {}
-    """Further fields of each call, such as `reasoning_effort`; null leaves one out that is sent
-    otherwise (`seed`, `top_p`, or `max_tokens` where a server wants `max_completion_tokens`)."""
+    """Additional fields of each call, such as `reasoning_effort`; null omits a field that is sent
+    by default (`seed`, `top_p`, or `max_tokens` if a server needs `max_completion_tokens`)."""
 
     @field_validator("url")
     @classmethod
@@ -125,41 +125,41 @@ class ModelConfig(Section):
     """A model that answers prompts, on vLLM or behind an endpoint."""
 
     name: Name
-    """Its name in tables and records."""
+    """Name of the model in tables and records."""
     model: str
     """A Hugging Face model: a folder, local or in an object store, or a hub id (`org/name`, or
-    `hf://org/name`). An existing local folder comes before a hub id. With an endpoint: the model's
-    name there."""
+    `hf://org/name`). An existing local folder takes precedence over a hub id. With an endpoint: the
+    model's name there."""
     endpoint: EndpointConfig | None = None
-    """The server that has the model; null loads it into vLLM."""
+    """The server that hosts the model; null loads it into vLLM."""
     revision: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """Branch, tag or commit of a hub id; null is the main branch. The commit that it is at when a
-    run starts is what counts."""
+    """Branch, tag or commit of a hub id; null is the main branch. A run uses the commit that it
+    points to when the run starts."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the engine."""
     max_model_len: int | None = Field(None, ge=8)
-    """Context in tokens, prompt and answer together; null takes the model's own."""
+    """Context in tokens, prompt and answer together; null uses the model's own limit."""
     chat_template: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """A Jinja file that replaces the tokenizer's own chat template; its content is what counts."""
+    """A Jinja file that replaces the tokenizer's own chat template; results depend on its
+    content, not on its path."""
     chat_template_args: dict[str, str | int | float | bool | None] = {}
     """Variables of the chat template, such as {enable_thinking: false}."""
     quantization: str | None = None
-    """vLLM's name of the weights' format, such as `fp8`; null takes what the weights say."""
+    """vLLM's name of the weights' format, such as `fp8`; null uses the one in config.json."""
     sampling: SamplingOverride | None = None
-    """What differs for this model from the run's `sampling`."""
+    """Changes to the run's `sampling` for this model."""
     tensor_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
-    """GPUs that each layer is divided over."""
+    """Number of GPUs that each layer is split over."""
     pipeline_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
-    """Stages that the layers are divided into, each of `tensor_parallel` GPUs; they may lie on
-    different nodes."""
+    """Number of pipeline stages, each on `tensor_parallel` GPUs; they may be on different nodes."""
     engine: dict[str, Any] = {}
-    """Further arguments of `vllm.LLM`; its tokenizer is always that of the model's own folder."""
+    """Additional arguments of `vllm.LLM`; the tokenizer is always the one in the model's folder."""
     license: str | None = Field(None, json_schema_extra=PLACEMENT)
     """The model's licence by its Hugging Face id, for the card of exported rows; null reads it
     from the model folder's README.md."""
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
-    """Its pool of engines; with parallelism, `num_gpus` and `resources` are those of each part. An
-    endpoint has one actor, so that its limits hold over all calls."""
+    """Its pool of engines; with parallelism, `num_gpus` and `resources` are per worker. An endpoint
+    has one actor, so that its limits hold over all calls."""
 
     @property
     def parts(self) -> int:

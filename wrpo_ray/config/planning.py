@@ -1,4 +1,4 @@
-"""Sections for prices, the budget, and what `wrpo plan` assumes."""
+"""Sections for prices, the budget, and the assumptions of `wrpo plan`."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from wrpo_ray.config.base import Name, NotNegative, Positive, Section
 
 
 class PricesConfig(Section):
-    """What work costs, in any one currency.
+    """Prices of work, in any one currency.
 
     A pool has the name of its model or reward, or of its step: `rows-sft`, `rows-wrpo`, `sft`,
     `wrpo`, `dpo`.
     """
 
     gpu_hour: NotNegative = 0.0
-    """One GPU for an hour, in pools that `pools` does not name."""
+    """Price of a GPU-hour, for pools that are not in `pools`."""
     pools: dict[Name, NotNegative] = {}
-    """One GPU for an hour, by pool: for clusters with several kinds of GPUs."""
+    """Price of a GPU-hour by pool, for clusters with several kinds of GPUs."""
     input_tokens: dict[Name, NotNegative] = {}
-    """A million prompt tokens, by source: for endpoints."""
+    """Price of a million prompt tokens by source, for endpoints."""
     output_tokens: dict[Name, NotNegative] = {}
-    """A million answer tokens, by source: for endpoints."""
+    """Price of a million answer tokens by source, for endpoints."""
 
 
 class BudgetConfig(Section):
-    """When to stop, over all calls on this output together; null is no bound.
+    """Limits on the work in this output, over all calls together; null is no limit.
 
-    A run stops at the next finished bucket, or checkpoint in training, with exit code 3. What
-    actors had in hand since they last committed is done again when a higher budget goes on.
+    A run stops at the next finished bucket, or checkpoint in training, with exit code 3. Work
+    that actors had not committed by then is repeated when the run resumes with a higher budget.
     """
 
     output_tokens: int | None = Field(None, ge=1)
-    """Tokens that sources and target-SFT may answer."""
+    """Maximum answer tokens of the sources and target-SFT."""
     money: float | None = Field(None, gt=0)
-    """Money by `prices`; with `gpu_hour: 1` it is a budget of GPU-hours."""
+    """Maximum cost by `prices`; with `gpu_hour: 1` it is a limit on GPU-hours."""
     hours: float | None = Field(None, gt=0)
-    """Hours on the clock."""
+    """Maximum hours of wall-clock time."""
 
 
 class PlanConfig(Section):
-    """What `wrpo plan` cannot know; what the output already shows is measured there instead."""
+    """Assumptions of `wrpo plan`; values that can be measured in the output replace them."""
 
     prompts: int | None = Field(None, ge=1)
-    """Number of prompts (or imported rows), where their file is not there yet."""
+    """Number of prompts (or imported rows), if their file does not exist yet."""
     prompt_tokens: float = Field(200, gt=0)
     """Mean tokens of a prompt."""
     output_tokens: float = Field(400, gt=0)
@@ -54,8 +54,8 @@ class PlanConfig(Section):
     """By pool (see `prices`) and for one actor or worker: a model's output tokens a second, the
     reward's answers a second, the tokens a second of `rows-wrpo`, `sft`, `wrpo` and `dpo`."""
     parameters: dict[Name, Positive] = {}
-    """Weights that a token meets, by model, for guessed rates of models that are not there."""
+    """Active parameters by model, to estimate rates of models whose files do not exist yet."""
     startup: dict[Name, NotNegative] = {}
-    """Seconds until an engine of a model answers; else guessed by its size."""
+    """Startup time of an engine in seconds, by model; estimated from its size if not given."""
     gpu_tflops: float = Field(990, gt=0)
-    """Dense bf16 TFLOP/s of a GPU, for guessed rates; the default is an H100's."""
+    """Dense bf16 TFLOP/s of a GPU, to estimate rates; the default is an H100's."""

@@ -1,4 +1,4 @@
-"""The reference of all config fields, from the config's JSON schema: for terminal and docs."""
+"""Reference of all config fields for the terminal and the site, from the JSON schema."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from wrpo_ray.errors import UserError
 
 Schema = dict[str, Any]
 ROOTS: dict[str, type[Section]] = {"": Config, "serve": ServeConfig}
-"""What a path begins in: a run's config, or below `serve` that of `wrpo serve`."""
+"""Root section by first part of a path: a run's config, or `serve` for `wrpo serve`."""
 KINDS = {
     "string": "text",
     "integer": "whole number",
@@ -39,12 +39,12 @@ BOUNDS = {
 
 STAR = "* says where and how fast a step runs, or names what is known by its content"
 LONG = 100
-"""Characters above which a list is not shown as a default."""
+"""Maximum characters of a list that is shown as a default."""
 
 
 @dataclass(frozen=True)
 class FieldLine:
-    """What the reference says of a field."""
+    """The reference of a field."""
 
     key: str
     kind: str
@@ -52,17 +52,17 @@ class FieldLine:
     bounds: str
     """Such as `at least 1`; empty without."""
     default: str
-    """As YAML takes it; `required` without."""
+    """The default as YAML, or `required`."""
     text: str
     decides: bool
-    """Whether its value is part of a step's identity, and not only where and how fast it runs."""
+    """Whether its value is part of step keys, because it can change results."""
     section: str | None
-    """The section that it holds, alone, in a list or optionally."""
+    """Class name of the section in its value, also inside a list or mapping; None without."""
 
 
 @dataclass(frozen=True)
 class SectionLines:
-    """A section of the tree, at the first path that it is met at."""
+    """The reference of a section, at the first path where it occurs."""
 
     path: str
     name: str
@@ -72,7 +72,7 @@ class SectionLines:
 
 @cache
 def sections(root: type[Section]) -> dict[str, SectionLines]:
-    """Every section below a root by its class's name, parents first."""
+    """Every section below a root by class name, parents first."""
     schema = root.model_json_schema()
     found: dict[str, SectionLines] = {}
     _collect(schema, root.__name__, "", schema.get("$defs", {}), found, True)
@@ -87,7 +87,7 @@ def _collect(
     found: dict[str, SectionLines],
     decides: bool,
 ) -> None:
-    """Fields of a section that decides nothing decide nothing either."""
+    """Add a section and those below it; fields below a placement field are placement too."""
     if name in found:
         return
     fields = tuple(_fields(schema, defs, decides))
@@ -134,14 +134,14 @@ def _kind(field: Schema) -> str:
 
 
 def _values_of(field: Schema) -> Schema | None:
-    """The schema of a mapping's values; none where they may be anything."""
+    """The schema of a mapping's values; None if they can be anything."""
     by_name = next(iter(field.get("patternProperties", {}).values()), None)
     values = by_name or field.get("additionalProperties")
     return values if isinstance(values, dict) else None
 
 
 def _bounds(field: Schema) -> Iterator[str]:
-    """Bounds of the value, or, where it is a list or mapping, of those in it."""
+    """Bounds of a value and of the values inside a list or mapping."""
     for name, words in BOUNDS.items():
         if name in field:
             yield f"{words} {field[name]:,}" + " long" * (name == "minItems")
@@ -153,7 +153,7 @@ def _bounds(field: Schema) -> Iterator[str]:
 
 
 def _section(field: Schema) -> str | None:
-    """The section's name in a field's schema, however deep."""
+    """Class name of the section in a field's schema, at any depth."""
     if "$ref" in field:
         return str(field["$ref"]).rpartition("/")[2]
     parts = [*field.get("anyOf", ()), field.get("items"), _values_of(field)]
@@ -161,7 +161,7 @@ def _section(field: Schema) -> str | None:
 
 
 def _default(field: Schema, section: Schema) -> str:
-    """A section's default is told by what differs from its own fields' defaults."""
+    """The default as YAML; of a section only values that differ from its fields' defaults."""
     value = field.get("default")
     if "$ref" in field and isinstance(value, dict):
         own = {key: f.get("default") for key, f in section.get("properties", {}).items()}
@@ -172,7 +172,7 @@ def _default(field: Schema, section: Schema) -> str:
 
 def _yaml(value: Any) -> str:
     if isinstance(value, list) and len(str(value)) > LONG:
-        return f"{len(value)} of them, see wrpo_ray/config/root.py"
+        return f"{len(value)} of them, see wrpo_ray/config/pairing.py"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {_yaml(v)}" for k, v in value.items()) + "}"
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
@@ -182,7 +182,7 @@ def _yaml(value: Any) -> str:
 
 
 def config_text(path: str, width: int = 100) -> str:
-    """What `wrpo config PATH` prints: a section with its fields, or one field.
+    """The output of `wrpo config PATH`: a section with its fields, or one field.
 
     Raises:
         UserError: there is no such field.
@@ -234,7 +234,7 @@ def _default_text(field: FieldLine) -> str:
 
 
 def config_markdown(root: type[Section], prefix: str = "") -> str:
-    """The reference of a tree as Markdown: a heading and a table for each section."""
+    """The reference as Markdown: a heading and a table for each section."""
     known = sections(root)
     parts = []
     for section in known.values():
@@ -245,7 +245,7 @@ def config_markdown(root: type[Section], prefix: str = "") -> str:
 
 
 def _table(section: SectionLines, known: dict[str, SectionLines], prefix: str) -> Iterator[str]:
-    yield "| field | type | default | what it says |"
+    yield "| field | type | default | description |"
     yield "| --- | --- | --- | --- |"
     for field in section.fields:
         kind = escaped(field.kind)
@@ -259,12 +259,12 @@ def _table(section: SectionLines, known: dict[str, SectionLines], prefix: str) -
 
 
 def anchor(path: str) -> str:
-    """A heading's anchor, as Python-Markdown and GitHub make it of a dotted path."""
+    """The anchor that Python-Markdown and GitHub give to the heading of a dotted path."""
     return path.replace(".", "").lower()
 
 
 def escaped(text: str) -> str:
-    """Text as Markdown for a table's cell that shows it as it is; code spans stay code."""
+    """Escape text for a cell of a Markdown table; code spans stay code."""
     parts = text.split("`")
     parts[::2] = [re.sub(r"([*_\[<|])", r"\\\1", part) for part in parts[::2]]
     return "`".join(parts)

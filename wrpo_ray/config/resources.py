@@ -14,15 +14,15 @@ class Actors(Section):
     """An autoscaling pool of Ray actors."""
 
     min: int = Field(1, ge=1)
-    """Actors kept for certain."""
+    """Minimum number of actors."""
     max: int = Field(1, ge=1)
-    """Actors at the most, as the cluster has room."""
+    """Maximum number of actors; the pool grows while the cluster has room."""
     num_cpus: float = Field(1, ge=0)
-    """CPUs for an actor."""
+    """CPUs of each actor."""
     num_gpus: float = Field(0, ge=0)
-    """GPUs for an actor; 0 runs it on the CPU."""
+    """GPUs of each actor; 0 runs it on the CPU."""
     resources: dict[str, float] = {}
-    """Custom resources for an actor, such as a node type's: {h100: 1}."""
+    """Custom Ray resources of each actor, such as a node type's: {h100: 1}."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Actors:
@@ -35,9 +35,9 @@ class ClusterConfig(Section):
     """The Ray cluster to run on."""
 
     address: str | None = None
-    """Ray address; null takes RAY_ADDRESS, and without it starts Ray on this machine."""
+    """Ray address; null uses RAY_ADDRESS, or starts Ray on this machine if that is not set."""
     num_cpus: int | None = Field(None, ge=1)
-    """CPUs of a Ray started on this machine; null takes the cores it has."""
+    """CPUs of a Ray that is started on this machine; null uses all cores."""
     cache_gb: float | None = Field(None, gt=0)
-    """GB (10^9 bytes) of disk that copies of weights may take on each node, in its WRPO_CACHE;
-    null takes the node's WRPO_CACHE_GB, and without that all but 1 GB of the disk."""
+    """Disk for copies of weights on each node (in its WRPO_CACHE), in GB (10^9 bytes); null uses
+    the node's WRPO_CACHE_GB, or all but 1 GB of the disk if that is not set."""

@@ -15,12 +15,12 @@ from wrpo_ray.config.resources import Actors
 
 
 class CodeConfig(Section):
-    """How the verifier `code` runs an answer's program."""
+    """Sandbox of the verifier `code`, which runs the program in an answer."""
 
     timeout: float = Field(10, gt=0, le=3600)
-    """Seconds for program and tests together."""
+    """Timeout for program and tests together, in seconds."""
     memory: int = Field(512, ge=64)
-    """MiB of address space for each of its processes, of which there are at most eight."""
+    """Memory limit (address space) of each process in MiB; a program has at most eight."""
     isolation: Literal["namespaces", "limits"] = "namespaces"
     """`namespaces`: no network, and no files but Python's own; refused where the kernel does not
     allow it, as in many containers. `limits`: limits alone (and another user, if this is root), so
@@ -28,21 +28,22 @@ class CodeConfig(Section):
 
 
 class JudgeConfig(Section):
-    """A language model that rates answers."""
+    """A language model behind an endpoint that rates answers."""
 
     model: str
-    """Its name at the endpoint."""
+    """Name of the model at the endpoint."""
     endpoint: EndpointConfig
-    """The server that has it."""
+    """The server that hosts the model."""
     template: str | None = Field(None, json_schema_extra=PLACEMENT)
     """A Jinja file with the question to the judge, of `messages`, `answer` and `reference`, that
-    asks for a rating such as [[5]]. Its content is what counts; null takes score/judge.py's."""
+    asks for a rating such as [[5]]. Results depend on its content, not on its path; null uses the
+    template in score/judge.py."""
     worst: float = 1
-    """The lowest rating that there is."""
+    """Lowest rating of the scale."""
     best: float = 10
-    """The highest."""
+    """Highest rating of the scale."""
     max_tokens: int = Field(1024, ge=1)
-    """Longest judgement in tokens."""
+    """Maximum tokens of a judgement."""
 
     @model_validator(mode="after")
     def _ordered(self) -> JudgeConfig:
@@ -55,34 +56,34 @@ VerifierName = Literal["exact", "number", "code"]
 
 
 class ScoreConfig(Section):
-    """One thing that scores an answer: a reward model, a function, a verifier or a judge."""
+    """A scorer of answers: a reward model, a function, a verifier or a judge."""
 
     model: str | None = Field(None, json_schema_extra=PLACEMENT)
     """A Hugging Face sequence classifier with one label, or ArmoRM-Llama3-8B-v0.1: a folder or a
-    hub id, as for `sources`. Its content is what counts."""
+    hub id, as for `sources`. Results depend on its content, not on its path."""
     revision: str | None = Field(None, json_schema_extra=PLACEMENT)
     """Branch, tag or commit of a hub id, as for `sources`."""
     function: ImportPath | None = None
-    """`module:function` called as f(messages, response, reference) -> float."""
+    """`module:function`, called as f(messages, response, reference) -> float."""
     verifier: VerifierName | None = None
-    """Compares with the reference, 1.0 or 0.0. `exact`: the same text, but for case and spaces.
+    """Compares with the reference: 1.0 or 0.0. `exact`: the same text, ignoring case and spaces.
     `number`: the same last number. `code`: the last Python block passes the tests that the
     reference holds (asserts)."""
     judge: JudgeConfig | None = None
     """A language model behind an endpoint that rates the answer."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the classifier; ArmoRM runs on transformers."""
+    """Library that runs the classifier; ArmoRM needs transformers."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the reward model."""
     max_length: int = Field(4096, ge=8)
-    """Tokens of prompt and answer together that the reward model is given."""
+    """Maximum tokens of prompt and answer together for the reward model."""
     overflow: Literal["fail", "cut_prompt"] = "fail"
-    """What to do with a longer pair: `fail` keeps it as a failed row, `cut_prompt` leaves out the
-    prompt's beginning. An answer is never cut: one that is too long by itself fails."""
+    """Handling of longer pairs: `fail` makes a failed row, `cut_prompt` truncates the prompt's
+    beginning. An answer is never truncated: one that is too long by itself fails."""
     batch_size: int = Field(32, ge=1, json_schema_extra=PLACEMENT)
     """Answers in one forward pass of the reward model."""
     code: CodeConfig = CodeConfig()
-    """How the verifier `code` runs programs."""
+    """Sandbox of the verifier `code`."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> ScoreConfig:
@@ -103,23 +104,23 @@ class PartConfig(ScoreConfig):
     """A part of a mixture."""
 
     weight: float = Field(allow_inf_nan=False)
-    """What its score is multiplied by; below 0 is a penalty."""
+    """Factor of its score; a negative one is a penalty."""
 
 
 class RewardConfig(ScoreConfig):
-    """What scores the answers."""
+    """The reward: the score of an answer."""
 
     name: Name = "reward"
-    """Its name in tables and records."""
+    """Name of the reward in tables and records."""
     mixture: tuple[PartConfig, ...] = ()
-    """The reward is the sum of these parts' scores, as they are, each times its weight; an answer
-    that one of them cannot score is a failed row."""
+    """The reward is the weighted sum of the scores of these parts, without normalization; an answer
+    that one part cannot score is a failed row."""
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
-    """The pool that scores; each actor holds all parts."""
+    """The pool of scoring actors; each actor loads all parts."""
 
     @property
     def parts(self) -> tuple[ScoreConfig, ...]:
-        """What it consists of: the parts of a mixture, or this alone."""
+        """The parts of a mixture, or this scorer alone."""
         return self.mixture or (self,)
 
     @model_validator(mode="after")

@@ -1,7 +1,7 @@
 """One frozen config tree, read from YAML: every field with type, bound, default and unit.
 
 Nothing here imports torch or ray. `load` reports all problems of a file at once, each as
-`path: problem (got value)`, and suggests the nearest name for an unknown key.
+`path: problem (got value)`, and suggests the closest match for an unknown key.
 Fields marked `PLACEMENT` say where and how fast a step runs, never what it computes, and
 stay out of its identity (`Section.identity`).
 """
@@ -26,17 +26,20 @@ from wrpo_ray.config.resources import ClusterConfig
 from wrpo_ray.config.reward import RewardConfig, VerifierName
 from wrpo_ray.config.training import SftConfig, WrpoConfig
 
+RESERVED = frozenset({"target-sft", "target-dpo", "fused", "best-of-sources", "mixture"})
+"""Names of the run's own models in tables."""
+
 
 class Config(Section):
-    """A fusion run."""
+    """The config of a fusion run."""
 
     output: str
-    """Folder of all results, local or in an object store (s3://, gs://). What opens the store is in
-    the environment or the machine's role, never in an address."""
+    """Folder of all results, local or in an object store (s3://, gs://). Credentials come
+    from the environment or the machine's role, never from the address."""
     seed: int = Field(42, ge=0, lt=2**31)
-    """Decides splits, samples, orders."""
+    """Random seed of splits, samples and orders."""
     prompts: PromptsConfig | None = None
-    """Prompts to generate answers for."""
+    """The prompts to generate answers for."""
     existing: ImportConfig | None = Field(None, alias="import")
     """Existing answers, instead of `prompts` and `sources`."""
     sources: tuple[ModelConfig, ...] = ()
@@ -44,18 +47,18 @@ class Config(Section):
     target: ModelConfig | None = None
     """The model to be improved."""
     sampling: SamplingConfig = SamplingConfig()
-    """How sources and target-SFT are sampled."""
+    """Sampling of the sources and target-SFT."""
     reward: RewardConfig | None = None
-    """What scores the answers."""
+    """The score of an answer."""
     split: SplitConfig = SplitConfig()
-    """SFT and preference prompts."""
+    """Shares of prompts for SFT and for preferences."""
     answers: AnswersConfig = AnswersConfig()
     """Which answers may be chosen or rejected."""
     pair: PairConfig = PairConfig()
     """Selection of y_ws, y_wt, y_l."""
     sft: SftConfig | None = SftConfig()
-    """SFT of the target on y_ws (paper, section 4.1). null leaves it out: the target itself is
-    sampled, trained and compared with; with `wrpo.alpha.end: 0` that is on-policy DPO."""
+    """SFT of the target on y_ws (paper, section 4.1). null skips it: the target itself is sampled,
+    trained and used as the reference; with `wrpo.alpha.end: 0` that is on-policy DPO."""
     wrpo: WrpoConfig = WrpoConfig()
     """Preference training of target-SFT."""
     evaluate: EvaluateConfig | None = None
@@ -63,20 +66,20 @@ class Config(Section):
     storage: StorageConfig = StorageConfig()
     """Layout of the output."""
     cluster: ClusterConfig = Field(ClusterConfig(), json_schema_extra=PLACEMENT)
-    """Where to run."""
+    """The Ray cluster."""
     prices: PricesConfig = Field(PricesConfig(), json_schema_extra=PLACEMENT)
-    """What work costs."""
+    """Prices of work."""
     budget: BudgetConfig = Field(BudgetConfig(), json_schema_extra=PLACEMENT)
-    """When to stop."""
+    """Limits on tokens, cost and time."""
     plan: PlanConfig = Field(PlanConfig(), json_schema_extra=PLACEMENT)
-    """What `wrpo plan` reckons with."""
+    """Assumptions of `wrpo plan`."""
     report: bool = Field(True, json_schema_extra=PLACEMENT)
     """Write `report.html` into the output as steps finish; `wrpo report` makes it at any time."""
     failure_limit: float = Field(0.01, ge=0, le=1, json_schema_extra=PLACEMENT)
-    """Greatest share of failed rows in a step before the run stops."""
+    """Maximum share of failed rows in a step; beyond it the run stops."""
     max_attempts: int = Field(3, ge=1, json_schema_extra=PLACEMENT)
-    """Runs in which an answer or a score is tried before it stays failed; `wrpo failures --retry`
-    gives as many again."""
+    """Number of runs that attempt an answer or a score before it stays failed; `wrpo failures
+    --retry` resets the count."""
 
     @model_validator(mode="after")
     def _whole(self) -> Config:
@@ -86,21 +89,35 @@ class Config(Section):
         return self
 
     def _problems(self) -> Iterator[str]:
-        asked, has_input = self.evaluate, self.prompts or self.existing
-        if (self.prompts and self.existing) or (not has_input and not (asked and asked.models)):
+        yield from self._input_problems()
+        yield from self._without_reference()
+        if self.target and self.target.endpoint:
+            yield "target: it is trained, so it needs weights: give a model folder, no endpoint"
+        yield from self._evaluation_problems()
+        yield from self._pairing_problems()
+        yield from self._name_problems()
+
+    def _input_problems(self) -> Iterator[str]:
+        has_input = self.prompts or self.existing
+        is_evaluation = bool(self.evaluate and self.evaluate.models)
+        if (self.prompts and self.existing) or (not has_input and not is_evaluation):
             yield "give exactly one of `prompts` and `import`"
         if self.prompts and not self.sources:
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self.prompts and not self.reward:
             yield "reward: missing; give `model`, `function`, `verifier`, `judge` or `mixture`"
-        yield from self._without_reference()
-        if self.target and self.target.endpoint:
-            yield "target: it is trained, so it needs weights: give a model folder, no endpoint"
-        if asked and has_input and not self.target:
+
+    def _evaluation_problems(self) -> Iterator[str]:
+        asked = self.evaluate
+        if asked is None:
+            return
+        if (self.prompts or self.existing) and not self.target:
             yield "evaluate: needs a `target`"
-        if asked and not (self.reward or asked.verifier or asked.judge):
+        if not (self.reward or asked.verifier or asked.judge):
             yield "evaluate: needs a `reward`, a `verifier` or a `judge`"
-        yield from self._without_judge()
+        yield from self._without_judge(asked)
+
+    def _pairing_problems(self) -> Iterator[str]:
         if self.pair.policy == "fusechat3" and self.wrpo.alpha.end:
             yield (
                 "pair.policy: fusechat3 trains by DPO, its rows have one chosen answer; set "
@@ -108,20 +125,18 @@ class Config(Section):
             )
         if self.pair.verifier and self.existing:
             yield "pair.verifier: works on generated answers, not on those of `import`"
-        names = [m.name for m in self.sources] + ([self.target.name] if self.target else [])
-        names += [m.name for m in asked.models] if asked else []
-        taken = {"target-sft", "target-dpo", "fused", "best-of-sources", "mixture"}
-        reserved = taken & set(names)
-        if reserved:
-            yield f"sources: the name {sorted(reserved)[0]!r} is taken by the run's own models"
+
+    def _name_problems(self) -> Iterator[str]:
+        asked = self.evaluate.models if self.evaluate else ()
+        models = [*self.sources, *([self.target] if self.target else []), *asked]
+        names = [model.name for model in models]
+        if reserved := RESERVED & set(names):
+            yield f"sources: the name {min(reserved)!r} is taken by the run's own models"
         for name in {n for n in names if names.count(n) > 1}:
             yield f"sources: the name {name!r} is given twice"
 
-    def _without_judge(self) -> Iterator[str]:
-        """What an evaluation lacks for what it is asked for."""
-        asked = self.evaluate
-        if asked is None:
-            return
+    def _without_judge(self, asked: EvaluateConfig) -> Iterator[str]:
+        """Sections that the evaluation needs and that are missing."""
         pairs, baselines = asked.pairwise, asked.baselines
         has_benchmark = any(
             getattr(asked.benchmarks, name) for name in BenchmarksConfig.model_fields
@@ -138,7 +153,7 @@ class Config(Section):
             yield "evaluate.baselines: need `sources`"
 
     def _without_reference(self) -> Iterator[str]:
-        """Verifiers that have nothing to compare with."""
+        """Verifiers of prompts that have no reference column."""
         lack = "verifies answers, so set {}.columns.reference to the column with the right ones"
         verifies = bool(self.reward and any(part.verifier for part in self.reward.parts))
         if verifies and self.prompts and not self.prompts.columns.reference:

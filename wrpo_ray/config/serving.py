@@ -13,10 +13,10 @@ from wrpo_ray.config.reward import RewardConfig
 
 
 class ServedModel(ModelConfig):
-    """A model behind `wrpo serve`: `actors` are its replicas, `name` what clients ask for."""
+    """A model behind `wrpo serve`: `actors` are its replicas, clients request it by `name`."""
 
     adapters: dict[Name, str] = {}
-    """LoRA adapters of this model, each a model of its own to clients: {name: folder}."""
+    """LoRA adapters of this model, {name: folder}; clients see each as a model of its own."""
 
     @model_validator(mode="after")
     def _is_here(self) -> ServedModel:
@@ -26,42 +26,42 @@ class ServedModel(ModelConfig):
 
 
 class ServeConfig(Section):
-    """What `wrpo serve` and a RayService serve, and how much of it a client gets.
+    """Models and limits of `wrpo serve` and of a RayService.
 
     Limits hold over all replicas of the ingress together: each enforces its share.
     """
 
     models: tuple[ServedModel, ...] = Field(min_length=1)
-    """The models, side by side."""
+    """The models that are served."""
     reward: RewardConfig | None = None
-    """What scores an answer at POST /v1/score, as in a run but without a reference; the playground
-    shows it. Null scores nothing."""
+    """Reward of an answer at POST /v1/score, as in a run but without a reference; the playground
+    shows it. Null turns scoring off."""
     keys: str | None = None
     """A file of API keys, one a line: a name, the SHA-256 of the key in hex, and optionally the
-    day (ISO 8601, UTC) on which it expires. It is read again when it changes. Null takes such
-    lines from WRPO_SERVE_KEYS."""
+    day (ISO 8601, UTC) on which it expires. It is read again when it changes. Null reads the
+    same lines from the variable WRPO_SERVE_KEYS."""
     ingress_replicas: int = Field(1, ge=1, le=64)
-    """Processes that check requests and pass answers on."""
+    """Ingress processes, which check requests and stream answers."""
     requests_per_minute: int = Field(600, ge=1)
-    """Requests of one key in any 60 seconds."""
+    """Maximum requests of one key in any 60 seconds."""
     concurrent: int = Field(64, ge=1)
-    """Requests of one key in hand at once."""
+    """Maximum concurrent requests of one key."""
     ongoing: int = Field(64, ge=1)
-    """Requests that a replica of a model works on at once."""
+    """Maximum concurrent requests in a replica of a model."""
     queue: int = Field(128, ge=0)
-    """Requests for a model that wait for a replica; above it clients are told to try later."""
+    """Maximum requests that wait for a replica of a model; beyond it, requests get HTTP 429."""
     max_body: int = Field(1_000_000, ge=100)
-    """Bytes of a request."""
+    """Maximum bytes of a request."""
     max_depth: int = Field(32, ge=4, le=200)
-    """Levels of a request's JSON."""
+    """Maximum nesting depth of a request's JSON."""
     max_tokens: int = Field(4096, ge=1)
-    """Tokens of an answer at the most."""
+    """Maximum tokens of an answer."""
     max_answers: int = Field(8, ge=1)
-    """Answers of one request: prompts times `n`."""
+    """Maximum answers of one request: prompts times `n`."""
     read_timeout: float = Field(10.0, gt=0)
-    """Seconds in which a request's body has to arrive."""
+    """Timeout for receiving a request's body, in seconds."""
     timeout: float = Field(300.0, gt=0)
-    """Seconds for a whole answer, and for what is in hand when a replica is stopped."""
+    """Timeout for a whole answer, and for open requests when a replica stops, in seconds."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> ServeConfig:

@@ -16,41 +16,41 @@ class CaseConfig(Section):
     """A setting in which variants are compared, such as a set of sources."""
 
     config: str
-    """A run's YAML file, by a path from the study's own."""
+    """The YAML file of a run, relative to the study's file."""
     set: dict[str, Any] = {}
-    """Changes of it: {a.b: value}."""
+    """Changes to that config: {a.b: value}."""
 
 
 class VariantConfig(Section):
-    """A way to train that is compared with others, as changes of the case's config."""
+    """A training method to compare, as changes to the config of the case."""
 
     model: Name = "fused"
-    """The model of the run that is compared: `fused`, `target-sft`, or a given one by its name;
-    the chain runs no further than that needs."""
+    """The model to compare: `fused`, `target-sft`, or the name of a given model. The chain runs
+    only as far as this model needs."""
     sources: int | None = Field(None, ge=1)
-    """Only the first so many sources; null takes all."""
+    """Number of sources to use, from the first; null uses all."""
     set: dict[str, Any] = {}
-    """Changes of the case's config: {wrpo.beta: 0.3}."""
+    """Changes to the config of the case: {wrpo.beta: 0.3}."""
     seeds: int | None = Field(None, ge=1)
-    """Only the first so many seeds; null takes all."""
+    """Number of seeds to use, from the first; null uses all."""
 
 
 class StudyConfig(Section):
     """Variants of training, over seeds and cases: `wrpo study`.
 
-    What variants have in common, such as the sources' answers, is made once.
+    Work that variants share, such as the answers of the sources, is done once.
     """
 
     output: str
-    """Folder of all results; each case has one of its own in it."""
+    """Folder of all results, with a subfolder for each case."""
     seeds: tuple[int, ...] = Field((42,), min_length=1)
-    """The runs' `seed`: splits, samples, orders."""
+    """Seeds of the runs: they decide splits, samples and orders."""
     cases: dict[Name, CaseConfig] = Field(min_length=1)
-    """Where they are compared."""
+    """The settings in which variants are compared."""
     variants: dict[Name, VariantConfig] = Field(min_length=1)
-    """What is compared."""
+    """The training methods to compare."""
     contrasts: tuple[tuple[Name, Name], ...] = ()
-    """(a, b): the paired difference a - b, over the seeds and prompts that both have."""
+    """Pairs (a, b) of variants: the paired difference a - b over shared seeds and prompts."""
 
     @model_validator(mode="after")
     def _known(self) -> StudyConfig:

@@ -1,4 +1,4 @@
-"""Values of a YAML tree for typed fields: numbers that are numbers, addresses without secrets."""
+"""Strict conversion of YAML values: numbers must be numbers, addresses hold no secrets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from wrpo_ray.text.documents import PlainNumber
 
 
 class _NoNumber:
-    """What is given for a number and is none; no type takes it."""
+    """Wraps a value that is not a number; validation of every type rejects it."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -29,9 +29,9 @@ _NUMBER = re.compile(r"[-+]?[\d_.]+([eE][-+]?\d+)?")
 
 
 def as_written(value: Any, annotation: Any) -> Any:
-    """A value of YAML for a field of this type, at any depth.
+    """Convert a YAML value for a field of this type, at any depth.
 
-    pydantic by itself reads true as 1.0 and "1" as 1.
+    pydantic alone would read true as 1.0 and "1" as 1.
 
     Raises:
         ValueError: an address holds credentials, or a number among other values is not finite.
@@ -59,7 +59,7 @@ def as_written(value: Any, annotation: Any) -> Any:
 
 
 def _word(value: bool, annotation: Any) -> Any:
-    """The one word of a literal that YAML 1.1 reads as this: `off` without quotes is false."""
+    """The word of a literal that YAML 1.1 reads as a boolean: unquoted `off` is false."""
     meant = [word for word in _WORDS[value] if word in _literals(annotation)]
     return meant[0] if len(meant) == 1 else value
 
@@ -84,7 +84,7 @@ def _text_or_number(value: Any, kinds: set[Any]) -> Any:
 
 
 def _kinds(annotation: Any) -> set[Any]:
-    """The types that a type allows: of a union all of them, of literals those of their values."""
+    """The types that an annotation allows: all of a union, and the types of literal values."""
     origin, inside = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _kinds(inside[0])
@@ -98,6 +98,6 @@ def _arguments(kinds: set[Any], origin: type) -> tuple[Any, ...] | None:
 
 
 def _each(values: Sequence[Any], types: tuple[Any, ...]) -> Iterator[tuple[Any, Any]]:
-    """Each value with the type that it should have."""
+    """Pairs of a value and its expected type."""
     is_open = types[-1] is ... or len(types) != len(values)
     return zip(values, (types[0] for _ in values) if is_open else types, strict=True)

@@ -1,1 +1,1 @@
-"""Preference rows for others to use: files, and a dataset card."""
+"""Exports of a finished run: preference rows, the fused model, and rows read in Python."""

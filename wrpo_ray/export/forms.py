@@ -1,10 +1,10 @@
-"""The forms that preference rows leave in: functions of Arrow batches, no row is a Python object.
+"""Formats of exported preference rows, as functions of Arrow batches.
 
-- `published`: {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}, as the method's authors
-  released theirs (`core.published`).
+- `published`: {prompt_id, prompt, chosen: [y_ws, y_wt], rejected: [y_l]}, the format of the data
+  sets that the method's authors released (`data.published`).
 - `trl`: {prompt, chosen, rejected}, each a list of messages: TRL's conversational preference form
   with an explicit prompt. The pair is (y_wt, y_l), (y_ws, y_l), or one row of each.
-- `records`: all that is known (`core.records.PREFERENCE`).
+- `records`: every column (`data.records.PREFERENCE`).
 """
 
 from __future__ import annotations
@@ -30,57 +30,57 @@ TRL = pa.schema([("prompt", MESSAGES), ("chosen", MESSAGES), ("rejected", MESSAG
 
 @dataclass(frozen=True)
 class Form:
-    """A form, and for `trl` which pairs."""
+    """A format, and for `trl` which pairs."""
 
     name: Name = "published"
     pairs: Pairs = "target"
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the rows that leave."""
+        """Schema of the exported rows."""
         return {"published": PUBLISHED, "trl": TRL, "records": PREFERENCE}[self.name]
 
     @property
     def answers(self) -> tuple[str, ...]:
-        """The columns that hold whole ANSWER records."""
+        """Columns of the type ANSWER."""
         return tuple(field.name for field in self.schema if field.type == ANSWER)
 
     @property
     def rows_each(self) -> int:
-        """Rows that one PREFERENCE record becomes."""
+        """Exported rows for each PREFERENCE record."""
         return len(CHOSEN[self.pairs]) if self.name == "trl" else 1
 
     def of(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Rows of this form, from PREFERENCE records."""
+        """Convert PREFERENCE records to rows of this format."""
         if self.name == "records":
             return batch.cast(PREFERENCE)
         if self.name == "published":
-            chosen = said(text(batch, "source_chosen"), text(batch, "target_chosen"))
-            rejected = said(text(batch, "rejected"))
+            chosen = assistant_messages(text(batch, "source_chosen"), text(batch, "target_chosen"))
+            rejected = assistant_messages(text(batch, "rejected"))
             columns = [batch["prompt_id"], batch["messages"].cast(MESSAGES), chosen, rejected]
             return pa.RecordBatch.from_arrays(columns, schema=PUBLISHED)
-        answers = [said(text(batch, name)) for name in CHOSEN[self.pairs]]
-        again = [batch["messages"].cast(MESSAGES), said(text(batch, "rejected"))]
-        prompts, rejected = (in_turn([column] * len(answers)) for column in again)
-        return pa.RecordBatch.from_arrays([prompts, in_turn(answers), rejected], schema=TRL)
+        answers = [assistant_messages(text(batch, name)) for name in CHOSEN[self.pairs]]
+        again = [batch["messages"].cast(MESSAGES), assistant_messages(text(batch, "rejected"))]
+        prompts, rejected = (interleaved([column] * len(answers)) for column in again)
+        return pa.RecordBatch.from_arrays([prompts, interleaved(answers), rejected], schema=TRL)
 
 
 def text(batch: pa.RecordBatch, answer: str) -> pa.Array:
-    """The texts of an answer."""
+    """The texts of the column of an answer."""
     return batch[answer].field("text")
 
 
-def said(*texts: pa.Array) -> pa.ListArray:
-    """For each row a list of assistant's messages, one of each column of texts."""
-    contents = in_turn(list(texts))
+def assistant_messages(*texts: pa.Array) -> pa.ListArray:
+    """For each row a list of assistant messages, one from each column of texts."""
+    contents = interleaved(list(texts))
     roles = pa.repeat(pa.scalar("assistant"), len(contents))
     messages = pa.StructArray.from_arrays([roles, contents], fields=list(MESSAGES.value_type))
     starts = np.arange(0, len(contents) + 1, len(texts), dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(starts), messages, type=MESSAGES)
 
 
-def in_turn(columns: list[pa.Array]) -> pa.Array:
-    """The first value of each column, then the second of each, and so on."""
+def interleaved(columns: list[pa.Array]) -> pa.Array:
+    """Interleave columns: the first value of each, then the second of each, and so on."""
     if len(columns) == 1:
         return columns[0]
     order = np.arange(len(columns) * len(columns[0])).reshape(len(columns), -1).T.ravel()

@@ -1,4 +1,4 @@
-"""Counts over preference rows for the dataset card: sums, so that parts are counted apart."""
+"""Counts over preference rows for the dataset card, which add up over shards."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import pyarrow.parquet as pq
 
 ANSWERS = {"source_chosen": "y_ws", "target_chosen": "y_wt", "rejected": "y_l"}
 BINS = 10
-"""Of a histogram of rewards, between the least and the greatest."""
+"""Bins of a histogram of rewards, from the lowest to the highest reward."""
 
 
 @dataclass
 class Statistics:
-    """Of PREFERENCE records."""
+    """Counts of PREFERENCE records."""
 
     bounds: tuple[float, float] | None
-    """The least and the greatest reward; None where there are none."""
+    """The lowest and highest reward; None without rewards."""
     rows: int = 0
     wins: Counter[str] = field(default_factory=Counter)
     """Rows by the source of y_ws."""
@@ -43,7 +43,7 @@ class Statistics:
                 self._count(self.rewards, name, self._bins(rewards))
 
     def merge(self, other: Statistics) -> None:
-        """Add what another counted within the same bounds."""
+        """Add the counts of other rows, made with the same bounds."""
         self.rows += other.rows
         self.wins.update(other.wins)
         for mine, theirs in ((self.rewards, other.rewards), (self.lengths, other.lengths)):
@@ -52,7 +52,7 @@ class Statistics:
 
     @property
     def edges(self) -> np.ndarray:
-        """(BINS + 1,): between the bins of rewards."""
+        """Edges of the bins of rewards, shape (BINS + 1,)."""
         return np.linspace(*(self.bounds or (0.0, 0.0)), BINS + 1)
 
     def _bins(self, rewards: np.ndarray) -> np.ndarray:
@@ -65,7 +65,7 @@ class Statistics:
 
 
 def _lengths(texts: pa.Array) -> np.ndarray:
-    """For each text e: its characters are fewer than 2^e, and not fewer than half of that."""
+    """For each text the exponent e of its length: 2^(e-1) <= characters < 2^e."""
     return _exponents(pc.utf8_length(texts).to_numpy(zero_copy_only=False))
 
 
@@ -77,11 +77,12 @@ def _prompt_lengths(batch: pa.RecordBatch) -> np.ndarray:
 
 
 def _exponents(lengths: np.ndarray) -> np.ndarray:
-    return np.frexp(lengths)[1]
+    exponents: np.ndarray = np.frexp(lengths)[1]
+    return exponents
 
 
 def bounds(files: Iterable[pq.FileMetaData]) -> tuple[float, float] | None:
-    """The least and the greatest reward in Parquet files, by what their footers say."""
+    """The lowest and highest reward in Parquet files, from their footers."""
     found: list[float] = []
     for file in files:
         paths = [file.schema.column(i).path for i in range(file.num_columns)]

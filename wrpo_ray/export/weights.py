@@ -1,4 +1,4 @@
-"""A model's weights in another precision, file by file, and what of the training that loses."""
+"""Converts a model's weights to another precision, and measures the training that it loses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
-"""What weights can be written as, with their bits."""
+"""Precisions that weights can be written in, with their bits."""
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 INDEX = "model.safetensors.index.json"
 Row = dict[str, Any]
@@ -26,28 +26,28 @@ Row = dict[str, Any]
 
 @dataclass
 class Weights:
-    """How weights are written, and what became of them."""
+    """The precision to write weights in, and the rounding that it caused."""
 
     dtype: str = ""
-    """Empty writes them as they are."""
+    """Precision to convert to; empty copies the weights as they are."""
     before: Tensors | None = None
-    """The model that training began with; null leaves unknown what is lost."""
+    """Weights before training; without them the loss is unknown."""
     written: str = ""
-    """The precision, as it is told."""
+    """The precision for the card."""
     is_wider: bool = False
-    """Whether nothing is rounded."""
+    """Whether the new precision is wider, so that nothing is rounded."""
     as_before: bool = False
-    """Leave each tensor the precision that it had in `before`, such as a router's fp32."""
+    """Keep the precision of each tensor in `before`, such as a router's fp32."""
     rounding: Rounding = field(default_factory=Rounding)
-    """What rounding has lost, once they are written."""
+    """The loss by rounding, measured while writing."""
 
-    def told(self) -> str:
-        """What rounding loses, in words; empty where it loses nothing."""
+    def loss_text(self) -> str:
+        """The loss by rounding as a sentence; empty if nothing is lost."""
         share = self.rounding.share
         if not self.dtype or self.is_wider or (share is None and self.rounding.compared):
             return ""
         if share is None:
-            return "how much is rounded away is not known: the target's weights are not at hand"
+            return "the share lost by rounding is unknown: the target's weights cannot be read"
         return (
             f"{share:.1%} of the weights that changed are in {self.dtype} what they were before "
             "(export with --dtype float32 keeps all)"
@@ -55,14 +55,14 @@ class Weights:
 
 
 def dtype_of(config: Row) -> str:
-    """The precision that a model's config.json names; empty where it names none of ours."""
+    """The precision in a model's config.json; empty if it is none of `DTYPES`."""
     own = config.get("dtype") or config.get("torch_dtype")
     own = own or (config.get("text_config") or {}).get("dtype") or ""
     return own if own in DTYPES else ""
 
 
 def converted(config: Row, dtype: str) -> Row:
-    """A config.json with another precision."""
+    """A copy of a config.json with another precision."""
     names = ("dtype", "torch_dtype")
     changed = {n: dtype for n in names if n in config} or {"dtype": dtype}
     parts = {n: converted(p, dtype) for n, p in config.items() if _has_dtype(p)}
@@ -74,7 +74,7 @@ def _has_dtype(part: Any) -> bool:
 
 
 def write(model: Folder, to: Folder, names: list[str], how: Weights) -> None:
-    """Write the weight files `names` of a model in another precision, and count what is lost.
+    """Write the weight files `names` of a model in another precision, and measure the loss.
 
     Raises:
         UserError: the files are not safetensors, or a weight is too large for the precision.
@@ -96,7 +96,7 @@ def write(model: Folder, to: Folder, names: list[str], how: Weights) -> None:
 
 
 def _write_file(source: Path, path: Path, how: Weights) -> int:
-    """One file; returns the bytes of its tensors."""
+    """Convert a file; return the bytes of its tensors."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 

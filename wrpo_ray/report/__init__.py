@@ -1,1 +1,1 @@
-"""What people look at after a run."""
+"""Reports of runs: the live page, the status screen, comparisons, and text summaries."""

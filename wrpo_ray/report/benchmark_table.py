@@ -1,6 +1,6 @@
-"""The table of judged models as text, Markdown and HTML, with the paper's own beside it.
+"""Tables of judged models as text, Markdown and HTML, next to the paper's own figures.
 
-Rates are in percent. Each cell tells how many games or answers were judged where some were not.
+Rates are in percent. A cell shows how many games or answers were judged if some were not.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ Table = list[list[str]]
 
 
 def comparison_text(comparison: Row) -> str:
-    """Both tables, aligned, for a terminal."""
+    """The tables of benchmarks and pairs as aligned text."""
     return "\n\n".join(
-        f"{title}\n{_aligned(table)}" for title, table in tables(comparison, with_paper=False)
+        f"{title}\n{aligned(table)}" for title, table in tables(comparison, with_paper=False)
     )
 
 
@@ -34,7 +34,7 @@ def markdown(comparison: Row) -> str:
 
 
 def html(comparison: Row) -> str:
-    """All tables as one page, without scripts or anything from elsewhere."""
+    """All tables as one HTML page, without scripts or external resources."""
     parts = []
     for title, table in tables(comparison):
         head, *body = ["".join(_cells(row, tag)) for row, tag in _tagged(table)]
@@ -70,11 +70,12 @@ def _cells(row: list[str], tag: str) -> list[str]:
 
 
 def _cell(text: str) -> str:
-    """Text that ends no cell."""
+    """Escape a cell for Markdown."""
     return text.replace("|", "\\|")
 
 
-def _aligned(table: Table) -> str:
+def aligned(table: Table) -> str:
+    """A table as text: the first column left-aligned, the others right-aligned."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
     return "\n".join("  ".join(line).rstrip() for line in lines)
@@ -84,7 +85,7 @@ def _aligned(table: Table) -> str:
 
 
 def tables(comparison: Row, *, with_paper: bool = True) -> list[tuple[str, Table]]:
-    """Title and table of benchmarks, pairs and the paper's own figures, as far as there are any."""
+    """(title, table) of the benchmarks, the pairs and the paper's figures, if there are any."""
     found: list[tuple[str, Table]] = []
     judge = f", judged by {comparison['judge']}" if comparison["judge"] else ""
     if comparison["benchmarks"]:
@@ -104,7 +105,7 @@ def _number(value: float | None, digits: int = 1) -> str:
 
 
 def _judged(figures: Row) -> str:
-    """Nothing where all were judged."""
+    """The number of judged answers if some failed; else empty."""
     failed, judged = figures["failed"], figures["judged"]
     return f" ({judged:,} of {judged + failed:,} judged)" if failed else ""
 
@@ -173,7 +174,7 @@ def _has_style(benchmarks: dict[str, dict[str, Row]]) -> bool:
 
 
 def _tokens(model: str, benchmarks: dict[str, dict[str, Row]]) -> str:
-    """Output tokens, of all models that have a part in an answer, by benchmark."""
+    """Mean output tokens of an answer by benchmark, summed over the models that make it."""
     given = [f[model]["tokens"] for f in benchmarks.values() if model in f]
     return " / ".join("-" if tokens is None else f"{tokens:,.0f}" for tokens in given)
 

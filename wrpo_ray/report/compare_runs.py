@@ -1,6 +1,7 @@
-"""How runs differ in config, data and results: tables with a column for each run.
+"""Comparison of runs: tables of config, data and results with a column for each run.
 
-Of the config only what differs is told; of data and results all, with what differs marked.
+Config, models and versions list only differences; data and results list all rows and mark those
+that differ.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from wrpo_ray.report.benchmark_table import aligned
 from wrpo_ray.report.figures import ends
 from wrpo_ray.report.histogram import Histogram
 from wrpo_ray.report.plots import Table, number
@@ -22,14 +24,14 @@ METRICS = ("loss", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens
 
 @dataclass(frozen=True)
 class Differences:
-    """Tables by title; the first column has names, the last a mark where runs differ."""
+    """Tables by title; the first column has names, the last marks rows that differ."""
 
     runs: list[str]
     tables: dict[str, Table]
 
 
 def compare(runs: list[Row]) -> Differences:
-    """The differences of some runs' facts."""
+    """Compare runs by their facts (see `facts.gather`)."""
     names = _names([facts["output"] for facts in runs])
     config = [_flat(facts["config"]) for facts in runs]
     parts = {
@@ -43,7 +45,7 @@ def compare(runs: list[Row]) -> Differences:
 
 
 def _names(outputs: list[str]) -> list[str]:
-    """The last part of each path, or the whole where those are equal."""
+    """The last part of each path, or whole paths if those are equal."""
     short = [output.rstrip("/").rsplit("/", 1)[-1] for output in outputs]
     return short if len(set(short)) == len(short) else outputs
 
@@ -131,27 +133,21 @@ def _estimate(estimate: Row, scale: int) -> str:
     return f"{mean} [{low}, {high}]"
 
 
-# --- for readers -----------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------------
 
 
 def text(differences: Differences) -> str:
-    """For a terminal."""
-    parts = []
-    for title, table in differences.tables.items():
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        lines = [
-            "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-            for row in table
-        ]
-        parts.append("\n".join([title, *lines]))
+    """The tables as aligned text."""
+    parts = [f"{title}\n{aligned(table)}" for title, table in differences.tables.items()]
     return "\n\n".join(parts) or "the runs do not differ"
 
 
 def html(differences: Differences) -> str:
-    """As one page, with nothing from elsewhere."""
+    """The tables as one HTML page, without external resources."""
     from wrpo_ray.report.page import template
 
     title = " · ".join(differences.runs)
-    return template("compare.html").render(
+    page: str = template("compare.html").render(
         title=title, runs=differences.runs, tables=differences.tables, mark=MARK
     )
+    return page

@@ -1,8 +1,8 @@
-"""All that a report tells of a run, as JSON, gathered from its output alone.
+"""Facts of a run for its report, as JSON, from the files in its output.
 
-Read are manifests, the ledger, metrics and tables, and a bounded part of the rows (`sample`).
-What is read of the rows of a finished step is kept in the output's folder `report`, so each bucket
-is read once, however often a report is made.
+They come from manifests, the ledger, metrics and tables, and from a bounded sample of the rows
+(`sample`). The sample of a finished step is cached in the output's folder `report`, so that each
+bucket is read once, however often a report is written.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 
 FORMAT = 1
-"""Version of what is kept of the rows."""
+"""Version of the cached samples."""
 KEPT = "report"
-"""Folder within the output."""
+"""Folder of the cache within the output."""
 METRICS = "metrics.jsonl"
 POINTS = 400
-"""Points of a curve."""
+"""Maximum points of a curve."""
 SHARDS = 256
-"""Shards of failed rows that are read of a step."""
+"""Maximum shards of failed rows to read for a step."""
 Row = dict[str, Any]
 
 
 def gather(root: Folder, outline: Outline, *, is_running: bool = False) -> Row:
-    """The facts of a run; the same output gives the same facts."""
+    """Gather the facts of a run; the same output gives the same facts."""
     done = {step.key: step.read_manifest(root) for step in outline.steps if step.is_done(root)}
     facts: Row = {
         "output": str(root),
@@ -114,18 +114,18 @@ def _plan(root: Folder) -> Row:
 
 
 def _kept(root: Folder, name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives, from the output if it was made before."""
+    """Return the cached value, or make and cache it."""
     folder, file = root / KEPT, f"{name}-{FORMAT}.json"
-    with suppress(FileNotFoundError, UserError):  # a broken one is made again
+    with suppress(FileNotFoundError, UserError):  # a broken file is written again
         return folder.read_json(file)
     value = make()
-    with suppress(OSError):  # of another's output a report can be made, too
+    with suppress(OSError):  # the output may be read-only
         folder.write(file, json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode())
     return value
 
 
 def _distributions(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
-    """{`answers`: of scored answers by model, `pairs`: of y_ws, y_wt and y_l}."""
+    """Distributions of scored answers by model (`answers`), and of y_ws, y_wt, y_l (`pairs`)."""
     answers, pairs = Distributions(), Distributions()
     for step in (step for step in outline.steps if step.key in done):
         name = f"distributions-{step.name}-{step.key}"
@@ -139,7 +139,7 @@ def _distributions(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
 
 
 def _scores_candidates(outline: Outline, step: StepOutline) -> bool:
-    """Whether its answers are among those that y_ws, y_wt and y_l are chosen from."""
+    """Whether the step scores answers that y_ws, y_wt and y_l are chosen from."""
     if step.stage not in ("score", "sample") or not step.stores:
         return False
     reward = (outline.config.get("reward") or {}).get("name", "")
@@ -156,7 +156,7 @@ def _preferences(folder: Folder, buckets: int) -> Row:
 
 
 def _rows(root: Folder, outline: Outline, done: dict[str, Row]) -> list[Row]:
-    """Rows to browse, of what is there: preference rows, or y_ws with its candidates."""
+    """Rows to browse: preference rows, and selected y_ws with their candidates."""
     there = {s.stage: s for s in outline.steps if s.key in done and s.kind in ("select", "pair")}
     pairs, selection = there.get("pair"), there.get("select")
     if pairs is None:  # imported
@@ -170,7 +170,8 @@ def _rows(root: Folder, outline: Outline, done: dict[str, Row]) -> list[Row]:
     stores = list(dict.fromkeys(store for step in steps for store in step.stores))
     name = f"rows-{digest([step.key for step in steps], 12)}"
     make = partial(sample.rows, root, of_pairs, of_selection, stores, outline.buckets)
-    return _kept(root, name, make)
+    rows: list[Row] = _kept(root, name, make)
+    return rows
 
 
 def _failures(root: Folder, outline: Outline, done: dict[str, Row]) -> Iterator[Row]:
@@ -193,7 +194,7 @@ def _failures(root: Folder, outline: Outline, done: dict[str, Row]) -> Iterator[
 
 
 def _training(root: Folder, step: StepOutline) -> Row | None:
-    """{step of the optimizer and each metric: [...]}, at most `POINTS` of each, as means."""
+    """Curves {metric: values} of a training, averaged to at most `POINTS` values each."""
     folder = root / step.folder
     if step.kind != "train" or not folder.exists(METRICS):
         return None

@@ -1,4 +1,4 @@
-"""Which plots a report has, from its facts."""
+"""The plots of a report, from its facts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from wrpo_ray.report.sample import Distributions
 
 Row = dict[str, Any]
 MOST_SERIES = 24
-"""Models in one plot."""
+"""Maximum models in one plot."""
 HALF = 4.9
-"""Inches of a plot that has another beside it."""
+"""Width of a plot in half a page, in inches."""
 CURVES = {
     "loss": ("Loss", {"loss": ("training", "fused"), "holdout/loss": ("held out", "muted")}),
     "rewards": (
@@ -60,7 +60,7 @@ CURVES = {
 
 
 def palette(facts: Row) -> Palette:
-    """The colours of a run's models."""
+    """The colours of the models of a run."""
     answers = facts["distributions"]["answers"]["series"]
     measures = [facts.get("evaluation", {}).get(m, {}) for m in ("accuracy", "reward")]
     compared = [name for measure in measures for name in measure.get("models", {})]
@@ -72,7 +72,7 @@ def palette(facts: Row) -> Palette:
 
 
 def figures(facts: Row) -> dict[str, Plot]:
-    """All plots there are facts for, by name."""
+    """Draw every plot that the facts have data for, by name."""
     colors = palette(facts)
     made = [
         *_wins_plot(facts, colors),

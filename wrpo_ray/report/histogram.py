@@ -1,8 +1,8 @@
-"""Histograms whose parts are counted apart and merged: the merged one is that of the whole.
+"""Histograms that merge exactly: shards are counted in parallel, without a known range.
 
 Bin i of a histogram with exponent k holds the values in [i * 2^k, (i + 1) * 2^k). The exponent is
-the least at which the values span at most `MOST` bins, so nothing has to be known about them
-before, and merging only ever joins two neighbouring bins into one, which is exact.
+the smallest at which the values span at most `MOST` bins. A merge joins neighbouring bins only, so
+merged histograms equal the histogram of all values.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 MOST = 512
-"""Bins that the values of a histogram span at the most."""
+"""Maximum bins of a histogram."""
 LEAST_EXPONENT = -24
-"""Of the finest bins, which are 6e-8 wide."""
+"""Exponent of the finest bins, which are 6e-8 wide."""
 SHOWN = 40
-"""Bins of a plot at the most."""
+"""Maximum bins of a plot."""
 TAIL = 0.002
-"""Share of values at either end of a plot that may be gathered in its outermost bins."""
+"""Share of values at each end that a plot may move into its outermost bins."""
 
 
 @dataclass
 class Histogram:
-    """Counts by bin, with what means and spreads need."""
+    """Counts by bin, with the sum and the range of the values."""
 
     exponent: int = LEAST_EXPONENT
     counts: Counter[int] = field(default_factory=Counter)
@@ -36,7 +36,7 @@ class Histogram:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Histogram:
-        """Of the finite values among these."""
+        """The histogram of the finite values."""
         values = np.asarray(values, float)
         values = values[np.isfinite(values)]
         if not len(values):
@@ -57,16 +57,16 @@ class Histogram:
 
     @property
     def n(self) -> int:
-        """How many values."""
+        """Number of values."""
         return sum(self.counts.values())
 
     @property
     def mean(self) -> float:
-        """NaN of nothing."""
+        """The mean; NaN without values."""
         return self.total / self.n if self.n else math.nan
 
     def quantile(self, share: float) -> float:
-        """The middle of the bin that holds this share's value; NaN of nothing."""
+        """The quantile, as the middle of its bin; NaN without values."""
         left = share * self.n
         for index in sorted(self.counts):
             left -= self.counts[index]
@@ -75,7 +75,7 @@ class Histogram:
         return math.nan
 
     def coarser(self, exponent: int) -> Counter[int]:
-        """The counts in bins of a greater exponent."""
+        """The counts in wider bins of this exponent."""
         counts: Counter[int] = Counter()
         for index, count in self.counts.items():
             counts[index >> (exponent - self.exponent)] += count
@@ -99,10 +99,9 @@ class Histogram:
 def shown(
     histograms: list[Histogram], least: int = LEAST_EXPONENT
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Edges (E,) of at most about `SHOWN` bins for all of them, and each one's counts (E - 1,).
+    """Common edges (E,) of about `SHOWN` bins, and the counts (E - 1,) of each histogram.
 
-    With `least` 0 no bin is narrower than 1, as suits whole numbers. Where a few values lie far
-    from all others, the outermost bins hold them.
+    With `least` 0 no bin is narrower than 1, for whole numbers. The outermost bins hold outliers.
     """
     found = [h for h in histograms if h.counts]
     if not found:
@@ -121,14 +120,14 @@ def shown(
 
 
 def _middle(histograms: list[Histogram]) -> tuple[float, float]:
-    """Where values lie but for a share of `TAIL` at either end, if that is much less than all."""
+    """The range without a share of `TAIL` at each end, if it is much narrower than the whole."""
     low, high = min(h.low for h in histograms), max(h.high for h in histograms)
     inner = min(h.quantile(TAIL) for h in histograms), max(h.quantile(1 - TAIL) for h in histograms)
     return inner if high - low > 1.6 * (inner[1] - inner[0]) > 0 else (low, high)
 
 
 def _exponent(low: float, high: float, most: int = MOST) -> int:
-    """The least exponent at which values from `low` to `high` span at most `most` bins."""
+    """The smallest exponent at which `low` to `high` span at most `most` bins."""
     exponent = LEAST_EXPONENT
     if high > low:
         exponent = max(exponent, math.frexp((high - low) / most)[1] - 1)

@@ -1,4 +1,4 @@
-"""Writing the report while a run is under way, in a thread that never stops or slows the run."""
+"""Live report: writes the page during a run, in a thread that cannot stop or slow the run."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Any
 from wrpo_ray.runtime.progress import log
 
 EVERY = 20.0
-"""Seconds between two reports at the least."""
+"""Minimum seconds between two reports."""
 SHARE = 20
-"""The time between two reports is at least so many times what one took."""
+"""Minimum time between two reports, as a multiple of the time that one took."""
 PATIENCE = 60.0
-"""Seconds that the end of a run waits for a report that is being made."""
+"""Timeout of the last report at the end of a run, in seconds."""
 
 
 class Reporter:
-    """Makes the report of a run when it is told that something has changed.
+    """Writes the report of a run after each change.
 
-    `make(is_running)` writes it; within the `with` block it is called in a thread.
+    `make(is_running)` writes it. Within the `with` block a thread calls it.
     """
 
     def __init__(self, make: Callable[[bool], Any], every: float = EVERY):
@@ -34,7 +34,7 @@ class Reporter:
         return self
 
     def tell(self) -> None:
-        """A step is finished."""
+        """Report a change, such as a finished step."""
         self._changed.set()
 
     def __exit__(self, *_: object) -> None:
@@ -43,11 +43,11 @@ class Reporter:
 
     @property
     def has_begun(self) -> bool:
-        """Whether the run has got as far as its first step."""
+        """Whether the run has reached its first step."""
         return self._thread.ident is not None
 
     def finish(self) -> None:
-        """The last report, which the caller waits for, though not for ever."""
+        """Write the last report; wait for it at most `PATIENCE` seconds."""
         last = threading.Thread(target=self._last, name="report", daemon=True)
         last.start()
         last.join(PATIENCE)
@@ -75,8 +75,8 @@ class Reporter:
 
 @contextmanager
 def best_effort(what: str) -> Any:
-    """Whatever goes wrong in the block is told in a line."""
+    """Log an error of the block in one line, and go on."""
     try:
         yield
-    except Exception as error:  # nobody shall lose a run for its report
+    except Exception as error:  # a report must never stop a run
         log(f"{what}: not written: {type(error).__name__}: {' '.join(str(error).split())[:300]}")

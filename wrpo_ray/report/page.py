@@ -1,7 +1,7 @@
-"""`report.html`: one file, with nothing from elsewhere, of less than `MOST` bytes.
+"""`report.html`: one file of less than `MOST` bytes, without external resources.
 
-Whatever models wrote is untrusted: Jinja escapes it, and rows are JSON in which no `<` stands,
-which the page's script shows as text only.
+Text from models is untrusted. Jinja escapes it; rows are JSON without `<`, which the page's
+script inserts as text only.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from wrpo_ray.storage.folder import Folder
 
 FILE = "report.html"
 STATE = "page.json"
-"""In the folder `report`: what the page was made of."""
+"""File in the folder `report` with fingerprints of the facts and the page's source."""
 MOST = 5_000_000
-"""Bytes of the page, at most."""
+"""Maximum bytes of the page."""
 ROWS_BYTES = 3_000_000
-"""Of them, rows to browse."""
+"""Maximum bytes of the rows to browse."""
 TEXT, OTHER, PROMPT = 4000, 1200, 4000
-"""Characters that are shown of y_ws, y_wt and y_l, of another candidate, and of a prompt."""
+"""Maximum characters of y_ws, y_wt and y_l, of other candidates, and of prompts."""
 Row = dict[str, Any]
 
 
 def write(root: Folder, outline: Outline, *, is_running: bool = False) -> bool:
-    """Write the report into the output, unless it tells the same already; whether it did."""
+    """Write the report into the output; return False if it is up to date."""
     facts = gather(root, outline, is_running=is_running)
     state = {"facts": digest(facts), "page": digest(_source())}
     kept = root / KEPT
@@ -43,7 +43,7 @@ def write(root: Folder, outline: Outline, *, is_running: bool = False) -> bool:
 
 
 def render(facts: Row) -> str:
-    """The page."""
+    """Render the page; with fewer rows if it would be too large."""
     from wrpo_ray.report.figures import figures, palette
     from wrpo_ray.report.view import view
 
@@ -52,7 +52,7 @@ def render(facts: Row) -> str:
     names = dict.fromkeys(str(c[0]) for row in rows for c in row["candidates"])
     while True:
         data = {"rows": rows, "colors": {name: colors[name] for name in names}}
-        page = template("report.html").render(
+        page: str = template("report.html").render(
             view(facts), plots=figures(facts), config=_yaml(facts["config"]), rows=len(rows),
             data=embedded(data),
         )  # fmt: skip
@@ -62,7 +62,7 @@ def render(facts: Row) -> str:
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand in a <script>: it neither ends it nor opens a comment."""
+    """JSON escaped for a <script>: it cannot end the script or open a comment."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -70,7 +70,7 @@ def embedded(value: Any) -> str:
 
 
 def fitting(rows: list[Row], most: int) -> list[Row]:
-    """As many of the first rows as take at most so many bytes, with long texts cut."""
+    """The first rows that fit into `most` bytes, with long texts truncated."""
     kept, size = [], 0
     for row in map(_cut_row, rows):
         size += len(embedded(row).encode())
@@ -98,12 +98,12 @@ def _cut(text: str | None, most: int) -> str | None:
 
 
 def _yaml(config: Row) -> str:
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 @cache
 def _source() -> str:
-    """All that makes a page of facts: another version writes it again."""
+    """The source of the page; a change makes `write` render it again."""
     files = sorted(resources.files(__package__).iterdir(), key=lambda file: file.name)
     kinds = (".py", ".html", ".css", ".js")
     return "".join(f.read_text(encoding="utf-8") for f in files if f.name.endswith(kinds))
@@ -111,7 +111,7 @@ def _source() -> str:
 
 @cache
 def template(name: str) -> Any:
-    """One of the package's pages."""
+    """A template of the package."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(

@@ -1,8 +1,8 @@
-"""Plots as SVG that stands in a page: drawn by matplotlib, coloured by the page's own variables.
+"""Plots as inline SVG: drawn by matplotlib, coloured by CSS variables of the page.
 
-Each has a title and a description for screen readers, and its numbers as a table. Colours are
-names of CSS variables, so that one page is light and dark, and a model has one colour everywhere.
-Only `Figure` is used, no global state of pyplot, so a thread may draw.
+Each has a title and a description for screen readers, and its numbers as a table. CSS variables
+allow light and dark mode, and a model has the same colour in all plots. Only `Figure` is used, not
+the global state of pyplot, so that a thread can draw.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 WIDTH = 10.4
-"""Inches of a plot over the whole page, of 72 points each."""
+"""Width of a plot over the whole page, in inches of 72 points."""
 COLORS = (
     "ink", "muted", "grid", "paper", "y_ws", "y_wt", "y_l", "target", "sft", "dpo", "fused",
     *(f"s{i}" for i in range(8)),
@@ -38,7 +38,7 @@ Table = list[list[str]]
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot with its alternative in words and numbers."""
+    """A plot with its description and numbers."""
 
     name: str
     title: str
@@ -91,7 +91,7 @@ def bars(names: Sequence[str], values: Sequence[float], colors: Sequence[str], t
 def ridges(
     series: Sequence[tuple[str, str, Histogram]], label: str, least: int = LEAST_EXPONENT
 ) -> Figure:
-    """One row of bars a series over the same bins, as shares of the series; a line at its mean."""
+    """A row of bars for each series over common bins, scaled to its maximum; a line at its mean."""
     edges, counts = shown([h for _, _, h in series], least)
     figure, axes = _figure(0.52 * len(series) + 0.5, [name for name, _, _ in series])
     for row, ((_, color, histogram), own) in enumerate(zip(series, counts, strict=True)):
@@ -119,7 +119,7 @@ def _ends(edges: np.ndarray) -> tuple[float, float]:
 def intervals(
     rows: Sequence[tuple[str, str, float, float, float]], label: str, width: float = WIDTH
 ) -> Figure:
-    """A dot with its interval a row: (name, colour, mean, low, high); a line at 0 if inside."""
+    """A dot with an interval for each (name, colour, mean, low, high); a line at 0 if visible."""
     figure, axes = _figure(0.32 * len(rows) + 0.5, [row[0] for row in rows], width)
     for place, (_, color, mean, low, high) in enumerate(rows):
         axes.plot([low, high], [place, place], color=_hex(color), linewidth=2.2)
@@ -144,11 +144,11 @@ class Panel:
 
 
 STYLES = ("-", (0, (5, 1.6)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
-"""Of lines, so that they are told apart without colour."""
+"""Line styles, so that lines differ without colour."""
 
 
 def curves(steps: Sequence[float], panels: Sequence[Panel], columns: int = 3) -> Figure:
-    """Small panels over the same steps: each curve faint, and its running mean over it."""
+    """Small panels over the same steps: each curve faint, with its running mean on top."""
     rows = -(-len(panels) // columns)
     height = 1.95 * rows
     figure = Figure(figsize=(WIDTH, height))
@@ -174,7 +174,7 @@ def curves(steps: Sequence[float], panels: Sequence[Panel], columns: int = 3) ->
 
 
 def _widen(axes: Any) -> None:
-    """Room around curves that hardly change, whose ticks would all read the same."""
+    """Widen the axis of almost constant curves, whose tick labels would all be equal."""
     low, high = axes.dataLim.intervaly
     if high - low <= 1e-3 * abs(high):
         axes.set_ylim(0, 1.6 * high or 1)
@@ -193,19 +193,20 @@ def _curve(
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Over about a twentieth of the values, fewer at the ends."""
+    """Running mean over about a twentieth of the values, fewer at the ends."""
     reach = len(values) // 40
     sums = np.append(0, np.cumsum(values))
     places = np.arange(len(values))
     reaches = np.minimum(reach, np.minimum(places, places[::-1]))
-    return (sums[places + reaches + 1] - sums[places - reaches]) / (2 * reaches + 1)
+    means: np.ndarray = (sums[places + reaches + 1] - sums[places - reaches]) / (2 * reaches + 1)
+    return means
 
 
 # --- SVG -------------------------------------------------------------------------------------
 
 
 def svg(figure: Figure, name: str, title: str, description: str) -> str:
-    """The figure as an <svg> whose ids begin with `name`."""
+    """Render a figure as an <svg> whose ids begin with `name`."""
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(stream, format="svg", transparent=True, metadata=_NO_METADATA)
@@ -239,16 +240,16 @@ def _font(match: re.Match[str]) -> str:
 
 
 def _hex(color: str) -> str:
-    """What stands for a CSS variable while matplotlib draws."""
+    """The placeholder colour of a CSS variable while matplotlib draws."""
     return f"#0a00{COLORS.index(color):02x}"
 
 
 def _figure(
     height: float, names: Sequence[str], width: float = WIDTH, below: float = 0.42
 ) -> tuple[Figure, Any]:
-    """A figure with room for names at its left and `below` inches under it.
+    """A figure with space for names at its left and `below` inches under it.
 
-    matplotlib's own layout would draw everything twice.
+    matplotlib's automatic layout would draw everything twice.
     """
     figure = Figure(figsize=(width, height))
     axes = figure.subplots()
@@ -274,7 +275,7 @@ def _dress(axes: Any) -> None:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """Such as 12,345, 1.25, 0.0031, 4.5e-07: about `digits` significant digits."""
+    """Format with about `digits` significant digits, as 12,345, 1.25, 0.0031 or 4.5e-07."""
     if value is None or not np.isfinite(value):
         return "–"
     if value == int(value) and abs(value) < 1e15:

@@ -1,8 +1,8 @@
-"""What a report reads of the rows: a bounded part of them, which is the same at every call.
+"""A bounded, deterministic sample of the rows for a report.
 
-A bucket holds the prompts whose hash ends alike, so some whole buckets are a fair sample of all.
-Of `BUCKETS` of them, evenly, at most so many rows are read, whatever the size of the run; exact
-sums come from manifests. Rows to browse are the first by prompt_id, which is a hash as well.
+A bucket is a hash partition of the prompts, so whole buckets are a fair sample. At most `ANSWERS`
+or `PAIRS` rows of `BUCKETS` evenly spaced buckets are read, whatever the size of the run; exact
+sums come from manifests. Rows to browse are the first by prompt_id, which is also a hash.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from wrpo_ray.report.histogram import Histogram
 from wrpo_ray.storage.folder import Folder
 
 BUCKETS = 32
-"""Buckets that distributions are read from."""
+"""Maximum buckets for distributions."""
 ANSWERS, PAIRS = 100_000, 20_000
-"""Answers of a store, and preference rows, that are counted at the most (about)."""
+"""Maximum answers of a store, and preference rows, to count (approximate)."""
 BROWSED, ROWS = 8, 240
-"""Buckets and rows of the browser."""
+"""Maximum buckets and rows to browse."""
 SHARDS = 64
-"""Shards of a store and bucket that are searched for the texts of candidates."""
+"""Maximum shards of a store and bucket to search for texts of candidates."""
 BATCH = 4096
 THREADS = 8
 ROLES = {"source_chosen": "y_ws", "target_chosen": "y_wt", "rejected": "y_l"}
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 
 
 def spread(count: int, most: int) -> list[Bucket]:
-    """At most `most` of the buckets, evenly."""
+    """At most `most` buckets, evenly spaced."""
     step = max(1, -(-count // most))
     return [Bucket(index, count) for index in range(0, count, step)]
 
@@ -50,16 +50,16 @@ class Distributions:
     """Rewards and lengths by series, such as a source or y_wt."""
 
     rows: int = 0
-    """That were counted."""
+    """Number of counted rows."""
     of: int = 0
-    """Shards there are; 0 where all were read."""
+    """Number of shards that exist."""
     unit: str = "tokens"
-    """Of lengths: tokens, or characters where no tokens are known."""
+    """Unit of lengths: tokens, or characters if token counts are unknown."""
     series: dict[str, dict[str, Histogram]] = field(default_factory=dict)
     """{series: {`reward`, `length` or `margin`: histogram}}"""
 
     def add(self, name: str, measure: str, values: pa.Array | pa.ChunkedArray) -> None:
-        """Count values; nulls are passed over."""
+        """Count values, ignoring nulls."""
         found = Histogram.of(pc.drop_null(values).to_numpy(zero_copy_only=False))
         held = self.series.setdefault(name, {})
         held[measure] = held.get(measure, Histogram()) + found
@@ -92,17 +92,17 @@ class Distributions:
 
 
 def answers(store: Folder, buckets: int) -> Distributions:
-    """Of the scored answers (records SCORED) in a store, by source."""
+    """Distributions of the scored answers (records SCORED) in a store, by source."""
     return _merged(store, buckets, ANSWERS, _answers_of)
 
 
 def preferences(folder: Folder, buckets: int) -> Distributions:
-    """Of preference rows (records PREFERENCE): y_ws, y_wt and y_l, and their margins."""
+    """Distributions of y_ws, y_wt and y_l in preference rows, and of their margins."""
     return _merged(folder, buckets, PAIRS, _preferences_of)
 
 
 def _merged(folder: Folder, buckets: int, most: int, count: Any) -> Distributions:
-    """The shards' distributions, in an order that is the same each time, until there are `most`."""
+    """Sum the distributions of shards in a fixed order, until `most` rows are counted."""
     names = _shards(folder, spread(buckets, BUCKETS))
     names.sort(key=lambda name: name.rpartition("-")[2])  # a hash: no bucket is preferred
     total = Distributions()
@@ -122,7 +122,7 @@ def _shards(folder: Folder, buckets: list[Bucket]) -> list[str]:
 
 
 def _batches(folder: Folder, name: str, columns: list[str], most: int) -> Iterator[pa.RecordBatch]:
-    """The first rows of a shard, until there are `most`."""
+    """Batches of the first rows of a shard, up to about `most` rows."""
     with pq.ParquetFile(f"{folder.path}/{name}", filesystem=folder.filesystem) as file:
         seen = 0
         for batch in file.iter_batches(batch_size=min(BATCH, most), columns=columns):
@@ -146,7 +146,7 @@ def _answers_of(folder: Folder, most: int, name: str) -> Distributions:
 
 
 def _add_characters(found: Distributions, folder: Folder, name: str, most: int) -> None:
-    """Lengths of imported answers, whose tokens are not known."""
+    """Add lengths in characters, for imported answers without token counts."""
     found.unit = "characters"
     for measures in found.series.values():
         measures["length"] = Histogram()
@@ -213,7 +213,7 @@ def _bucket_rows(
 
 
 def _first(folder: Folder, bucket: Bucket, most: int) -> list[Row]:
-    """The bucket's first rows by prompt_id, of shards that are sorted by it."""
+    """The first rows of a bucket by prompt_id; shards are sorted by it."""
     found: list[Row] = []
     for name in _shards(folder, [bucket])[:SHARDS]:
         columns = pq.read_schema(f"{folder.path}/{name}", filesystem=folder.filesystem).names
@@ -243,7 +243,7 @@ def _row(row: Row, kind: str) -> Row:
 def _texts(
     root: Folder, stores: list[str], bucket: Bucket, ids: set[str]
 ) -> dict[tuple[str, str, int], list[Any]]:
-    """{(prompt_id, source, sample): [text, finish_reason]} as far as some shards hold them."""
+    """{(prompt_id, source, sample): [text, finish_reason]} of answers in the searched shards."""
     wanted, found = pa.array(sorted(ids), pa.string()), {}
     for folder in (root / store for store in stores):
         for name in _shards(folder, [bucket])[:SHARDS]:

@@ -1,7 +1,7 @@
-"""Where a run is, from its output alone: one screen, from any machine that sees the folder.
+"""Status of a run from the files in its output, as one screen; works on any machine.
 
-Read are the outline, manifests, the ledger, the lease, the last lines of metrics, and listings of
-unfinished steps' folders; no rows. Rows of answers and scores are those of finished buckets.
+It reads the outline, manifests, the ledger, the lease, the last lines of metrics, and listings of
+the folders of unfinished steps, but no rows. Answers and scores are counted by finished buckets.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 
 Row = dict[str, Any]
 RECENT = 300.0
-"""Seconds over which a rate is taken."""
+"""Window of a rate, in seconds."""
 LAST = 20
-"""Optimizer steps over which a rate is taken."""
+"""Window of a rate, in optimizer steps."""
 METRICS = "metrics.jsonl"
 STEPS = ("step", "steps")
 """Fields of a line of metrics: the optimizer step, from 0, and how many there will be."""
@@ -43,7 +43,7 @@ DONE, ACTIVE, BEGUN, WAITING = "done", "running", "begun", "waiting"
 
 @dataclass(frozen=True)
 class StepStatus:
-    """A step: how many of its rows, buckets or optimizer steps there are."""
+    """Progress of a step in rows, buckets or optimizer steps."""
 
     stage: str
     name: str
@@ -52,14 +52,14 @@ class StepStatus:
     total: int | None = None
     unit: str = "rows"
     rate: float | None = None
-    """Units a second."""
+    """Units per second."""
     failed: int = 0
     seconds: float | None = None
-    """That it took."""
+    """Duration of a finished step."""
 
     @property
     def left(self) -> float | None:
-        """Seconds until it is done, at this rate."""
+        """Estimated seconds until it is done; None if unknown."""
         if not self.rate or self.total is None or self.state != ACTIVE:
             return None
         return max(0, self.total - self.done) / self.rate
@@ -67,34 +67,34 @@ class StepStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """A run."""
+    """Status of a run."""
 
     output: str
     holder: str
-    """Who holds the lease, in words."""
+    """The holder of the lease, as text."""
     is_running: bool
     steps: tuple[StepStatus, ...]
     spent: Row
-    """{what: (so much, bound or None)}"""
+    """{resource: (spent, limit or None)}"""
 
 
 def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
-    """The status of a run; `now` is Unix seconds."""
+    """Return the status of a run; `now` is Unix seconds."""
     now = time.time() if now is None else now
     holder, is_running = _holder(root, now)
-    look = _Look(root, outline, is_running, now)
+    reader = _StepReader(root, outline, is_running, now)
     return Status(
-        str(root), holder, is_running, tuple(map(look.step, outline.steps)), _spent(root, outline)
+        str(root), holder, is_running, tuple(map(reader.step, outline.steps)), _spent(root, outline)
     )
 
 
 def is_running(root: Folder) -> bool:
-    """Whether a run holds the output."""
+    """Whether a run holds the lease of the output."""
     return _holder(root, time.time())[1]
 
 
 def _holder(root: Folder, now: float) -> tuple[str, bool]:
-    """Who holds the lease, and whether its heart beats."""
+    """The holder of the lease as text, and whether its heartbeat is recent."""
     try:
         held = lease.read(root)
     except (FileNotFoundError, BrokenFileError):
@@ -123,8 +123,8 @@ def _spent(root: Folder, outline: Outline) -> Row:
     }
 
 
-class _Look:
-    """What listings tell of steps."""
+class _StepReader:
+    """Reads the progress of steps from files and listings."""
 
     def __init__(self, root: Folder, outline: Outline, is_running: bool, now: float):
         self.root, self.outline, self.is_running, self.now = root, outline, is_running, now
@@ -153,13 +153,14 @@ class _Look:
         )  # fmt: skip
 
     def _total(self, step: StepOutline) -> int | None:
-        """Rows it is to make, where the number of prompts is known."""
+        """Expected rows; None if unknown."""
         if step.kind in ("generate", "score") and step.prompts in self.rows and step.samples:
             sft = (self.outline.config.get("split") or {}).get("sft", 0.0)
             shares = {"sft": sft, "preference": 1 - sft}
             share = sum(shares.get(split, 1.0) for split in step.splits)
-            return round(self.rows[step.prompts] * share) * step.samples
-        return (self.plan.get(step.key) or {}).get("rows")
+            return int(round(self.rows[step.prompts] * share) * step.samples)
+        planned: int | None = (self.plan.get(step.key) or {}).get("rows")
+        return planned
 
     def _training(self, step: StepOutline) -> Any:
         folder = self.root / step.folder
@@ -190,7 +191,7 @@ class _Look:
 
 
 def _files(folder: Folder) -> Iterator[tuple[str, float | None]]:
-    """Name and time of change of the finished shards right in a folder."""
+    """(name, modification time) of the finished shards of a folder."""
     found = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
     for info in found:
         if (
@@ -202,7 +203,7 @@ def _files(folder: Folder) -> Iterator[tuple[str, float | None]]:
 
 
 def _rate(times: list[float], done: int) -> float | None:
-    """Units a second, as shards that appeared lately tell; None of fewer than two."""
+    """Units per second, from recent shards; None with fewer than two."""
     recent = [time for time in times if time > times[-1] - RECENT] if times else []
     if len(recent) < 2 or recent[-1] == recent[0]:
         return None
@@ -210,24 +211,24 @@ def _rate(times: list[float], done: int) -> float | None:
 
 
 def _rows(folder: Folder) -> int:
-    """By the footers of a few small files."""
+    """Number of rows, from the footers of the files."""
     paths = [f"{folder.path}/{name}" for name in folder.files(suffix=".parquet")]
     if not paths:
         return 0
-    return ds.dataset(paths, format="parquet", filesystem=folder.filesystem).count_rows()
+    return int(ds.dataset(paths, format="parquet", filesystem=folder.filesystem).count_rows())
 
 
 def _is_whole(record: Row) -> bool:
-    """Whether a line of metrics is a run's own."""
+    """Whether a line of metrics has the fields that a run writes."""
     return all(type(record.get(name)) is int for name in STEPS)
 
 
 @contextmanager
 def reading(root: Folder) -> Iterator[None]:
-    """For what reads and shows files of a run, which others may have changed.
+    """Turn errors from damaged files of a run into a UserError.
 
     Raises:
-        UserError: something in them is not as a run writes it.
+        UserError: a file is not as a run writes it.
     """
     try:
         yield
@@ -245,7 +246,7 @@ def reading(root: Folder) -> Iterator[None]:
 
 
 def screen(found: Status) -> Any:
-    """The status as something that rich prints: a line a step, or a stage that is all alike."""
+    """The status for rich: a line for each step, or for a stage whose steps have one state."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -267,7 +268,7 @@ def screen(found: Status) -> Any:
 
 
 def _lines(steps: Sequence[StepStatus]) -> Iterator[StepStatus]:
-    """Steps, but one for several of a stage that are all done or all waiting."""
+    """Merge the steps of a stage that are all done or all waiting."""
     for stage, group in groupby(steps, key=lambda step: step.stage):
         parts = list(group)
         state = parts[0].state

@@ -1,4 +1,4 @@
-"""A study's tables as text."""
+"""Tables of a study as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TITLES = {"accuracy": ("Verifier accuracy, %", 100, 1), "reward": ("Mean reward"
 
 
 def study_text(result: Row) -> str:
-    """What `wrpo study` prints."""
+    """The result of a study, as printed by `wrpo study`."""
     return "\n\n".join(
         "\n".join(_table(name, measure, table))
         for name, measures in result["cases"].items()

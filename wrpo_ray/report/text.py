@@ -1,4 +1,4 @@
-"""The end of a run as text: counts by stage, the evaluation's table, one example."""
+"""Text summaries: the result of a run, and its failed rows."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from wrpo_ray.report.benchmark_table import comparison_text
 
 Row = dict[str, Any]
 EXAMPLE = 120
-"""Characters of an example that are shown."""
+"""Maximum characters of an example."""
 
 
 def summary_text(summary: Row) -> str:
-    """What `wrpo fuse` prints when it is done."""
+    """The summary that `wrpo fuse` prints: counts, winners, evaluation, an example, folders."""
     parts = ["\n".join(_stages(summary)), "\n".join(_wins(summary))]
     if "evaluation" in summary:
         parts += ["\n".join(lines) for lines in _tables(summary["evaluation"])]
@@ -107,7 +107,7 @@ def _example(example: Row) -> Iterator[str]:
 
 
 def failures_text(groups: list[Row]) -> str:
-    """What `wrpo failures` prints: a line for each step and type of error, with an example."""
+    """The output of `wrpo failures`: a line for each step and type of error, with an example."""
     if not groups:
         return "no failed rows"
     width = max(len(group["step"]) for group in groups) + 2

@@ -1,4 +1,4 @@
-"""A run's facts as the words and numbers that its page shows; the template only lays them out."""
+"""Formats the facts of a run for the template of its page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from wrpo_ray.report.plots import Table, number
 
 Row = dict[str, Any]
 TRAINED = {"sft": "target-sft", "dpo": "target-dpo", "wrpo": "fused"}
-"""Models by the step that trains them."""
+"""Name of the model that each training step makes."""
 MARGINS = {
     "rewards/margins": "weighted margin over y_l",
     "rewards/margins_source": "r(y_ws) − r(y_l)",
@@ -23,7 +23,7 @@ MARGINS = {
 
 
 def view(facts: Row) -> Row:
-    """What the template is given, beside plots and rows."""
+    """The variables of the template, except plots and rows."""
     return {
         "title": facts["output"].rstrip("/").rsplit("/", 1)[-1],
         "output": facts["output"],
@@ -59,7 +59,7 @@ def _summary(facts: Row) -> str:
 
 
 def _tiles(facts: Row) -> Iterator[tuple[str, str, str]]:
-    """(label, value, note) of what one looks for first."""
+    """(label, value, note) of the key figures."""
     counts = facts["counts"]
     if select := counts.get("select"):
         ties = f"{select.get('ties', 0):,} with a tie"
@@ -98,7 +98,7 @@ def _scaled(value: float | None, scale: int, sign: str = "") -> str:
 
 
 def _chain(facts: Row) -> list[Row]:
-    """The steps, each with the place of its bar in the time in which anything ran, in percent."""
+    """The steps, each with the position of its bar on the timeline, in percent."""
     done = [step for step in facts["steps"] if step["state"] == "done"]
     places = _places([(s["started"], s["ended"]) for s in done])
     bars = dict(zip((s["key"] for s in done), places, strict=True))
@@ -116,7 +116,7 @@ def _chain(facts: Row) -> list[Row]:
 
 
 def busy(spans: list[tuple[float, float]]) -> float:
-    """Seconds in which at least one of them was under way."""
+    """Total seconds covered by at least one span."""
     total, end = 0.0, -math.inf
     for low, high in sorted(spans):
         total += max(0.0, high - max(low, end))
@@ -125,7 +125,7 @@ def busy(spans: list[tuple[float, float]]) -> float:
 
 
 def _places(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """(left, width) in percent of each span, where times in which nothing ran are cut out."""
+    """(left, width) of each span in percent of the timeline, with idle times removed."""
     cuts: list[tuple[float, float]] = []  # (where a busy time begins, idle time before it)
     end, idle = (min(s for s, _ in spans) if spans else 0.0), 0.0
     start = end
@@ -147,7 +147,7 @@ def _places(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _spending(facts: Row) -> Row:
-    """{`columns`: names, `rows`: [(step, [(so much, as planned)])]}, without empty columns."""
+    """{`columns`: names, `rows`: [(step, [(spent, planned)])]}, without empty columns."""
     told = {
         "rows": ("rows", "{:,.0f}".format),
         "answer tokens": ("output_tokens", "{:,.0f}".format),
@@ -202,7 +202,7 @@ def _evaluation(facts: Row) -> Iterator[tuple[str, Table]]:
 
 
 def _left_out(facts: Row) -> Iterator[tuple[str, str, int]]:
-    """(step, reason, rows) of what was left out by a rule and is no failure."""
+    """(step, reason, rows) of rows that a rule dropped; they are no failures."""
     for step, counts in facts["counts"].items():
         for name, count in counts.items():
             kind, _, reason = name.partition(".")
@@ -212,7 +212,7 @@ def _left_out(facts: Row) -> Iterator[tuple[str, str, int]]:
 
 
 def _read(facts: Row) -> str:
-    """How much of the rows distributions are of."""
+    """The number of rows in the distributions, as text."""
     answers, pairs = (facts["distributions"][name]["rows"] for name in ("answers", "pairs"))
     parts = [f"{answers:,} answers"] * bool(answers) + [f"{pairs:,} preference rows"] * bool(pairs)
     return " and ".join(parts)

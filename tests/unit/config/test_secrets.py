@@ -8,6 +8,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from support.config_fields import fields
 
 from wrpo_ray import config
+from wrpo_ray.cli import entry
 from wrpo_ray.cli.entry import main
 from wrpo_ray.config import loader
 from wrpo_ray.errors import UserError
@@ -111,6 +113,14 @@ def addresses(tree: Any, path: str = "") -> list[str]:
 def command(kind: str, file: Path) -> list[str]:
     known = {"import": ["fuse", str(file)], "serve": ["serve", "--config", str(file)]}
     return known.get(kind, [kind, str(file)])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_parser() -> Iterator[None]:
+    """Build the parser of all commands once: most of the time of a refused command goes there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(entry, "make_parser", cache(entry.make_parser))
+        yield
 
 
 def test_there_are_addresses_everywhere():

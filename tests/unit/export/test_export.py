@@ -17,16 +17,11 @@ from wrpo_ray.config import Config
 from wrpo_ray.data.published import from_published
 from wrpo_ray.data.records import PREFERENCE
 from wrpo_ray.errors import UserError
-from wrpo_ray.export import write
-from wrpo_ray.export.card import (
-    Facts,
-    Model,
-    card,
-    license_of,
-    size_category,
-)
+from wrpo_ray.export import dataset_files
+from wrpo_ray.export.card_parts import CardFacts, CardModel, license_of
+from wrpo_ray.export.dataset_card import card, size_category
 from wrpo_ray.export.forms import Form
-from wrpo_ray.export.run import export
+from wrpo_ray.export.preferences import export_preferences
 from wrpo_ray.export.statistics import Statistics
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.stages.ingest.readers import read_rows
@@ -104,9 +99,9 @@ def test_a_folder_is_read_by_datasets(shards, tmp_path, monkeypatch, size):
     """As many files as there are shards with rows, or one; each row once; the counts are right."""
     from datasets import load_dataset
 
-    monkeypatch.setattr(write, "FILE_BYTES", size)
+    monkeypatch.setattr(dataset_files, "FILE_BYTES", size)
     to = Folder(str(tmp_path / "set"))
-    statistics = write.write_folder(shards, to, Form("published"))
+    statistics = dataset_files.write_folder(shards, to, Form("published"))
     files = to.files("data")
     assert len(files) == (4 if size == 1 else 1)
     assert files[-1] == f"train-{len(files) - 1:05d}-of-{len(files):05d}.parquet"
@@ -204,7 +199,7 @@ def test_every_reader_reads_every_file(tmp_path, form, rows, kind):
     for number in range(0, len(rows), 25):
         part = pa.Table.from_pylist(rows[number : number + 25], schema=PREFERENCE)
         shards.write_table(f"{number:05d}-of-00064-x.parquet", part)
-    count = write.write_file(shards, to, form)
+    count = dataset_files.write_file(shards, to, form)
     wanted = form.of(batch(rows)).to_pylist()
     assert count == len(wanted)
     if kind == "jsonl":
@@ -229,12 +224,12 @@ def test_every_reader_reads_every_file(tmp_path, form, rows, kind):
 
 def test_a_folder_with_other_files_is_left_alone(shards, tmp_path, monkeypatch):
     to = Folder(str(tmp_path / "set"))
-    write.write_folder(shards, to, Form("trl"))
-    write.write_folder(shards, to, Form("trl", "both"))  # the same files again
+    dataset_files.write_folder(shards, to, Form("trl"))
+    dataset_files.write_folder(shards, to, Form("trl", "both"))  # the same files again
     assert sum(pq.read_metadata(f).num_rows for f in Path(to.path).glob("data/*")) == 120
-    monkeypatch.setattr(write, "FILE_BYTES", 1)
+    monkeypatch.setattr(dataset_files, "FILE_BYTES", 1)
     with pytest.raises(UserError, match="holds other files, such as train-00000-of-00001.parquet"):
-        write.write_folder(shards, to, Form("trl"))
+        dataset_files.write_folder(shards, to, Form("trl"))
 
 
 def test_trl_trains_on_its_rows(shards, tmp_path):
@@ -245,7 +240,7 @@ def test_trl_trains_on_its_rows(shards, tmp_path):
     from trl.data_utils import is_conversational, maybe_apply_chat_template
 
     to, tokenizer = Folder(str(tmp_path / "set")), make_tokenizer()
-    write.write_folder(shards, to, Form("trl"))
+    dataset_files.write_folder(shards, to, Form("trl"))
     rows = load_dataset(to.path, split="train", cache_dir=str(tmp_path / "cache"))
     assert all(map(is_conversational, rows))
     (row,) = (r for r in rows if len(r["prompt"]) == 2)
@@ -293,8 +288,8 @@ def test_licences_come_from_the_config_or_the_model_card(tmp_path, capsys):
      (["mit", "llama3"], "other")],
 )  # fmt: skip
 def test_the_licence_of_the_whole(licenses, one):
-    models = [Model("source", f"s{i}", "m", "w", x) for i, x in enumerate(licenses)]
-    facts = Facts([*models, Model("reward", "r", "m", "w", "gpl")], {}, [], [], {})
+    models = [CardModel("source", f"s{i}", "m", "w", x) for i, x in enumerate(licenses)]
+    facts = CardFacts([*models, CardModel("reward", "r", "m", "w", "gpl")], {}, [], [], {})
     text = card(Form(), Statistics(None), facts)
     assert yaml.safe_load(text.split("---")[1])["license"] == one
 
@@ -328,7 +323,7 @@ def test_the_card_tells_what_the_rows_are(run, tmp_path):
     from huggingface_hub import DatasetCard
 
     to = tmp_path / "set"
-    assert export(run, str(to), Form("trl", "both")) == 120
+    assert export_preferences(run, str(to), Form("trl", "both")) == 120
     loaded = DatasetCard.load(to / "README.md")
     data = loaded.data.to_dict()
     assert data["license"] == "other"

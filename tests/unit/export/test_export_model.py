@@ -15,9 +15,11 @@ from support.tiny_models import make_model, make_tokenizer
 from wrpo_ray.cli.entry import main
 from wrpo_ray.config import Config, LoraConfig
 from wrpo_ray.errors import UserError
-from wrpo_ray.export.card import Facts, Model
-from wrpo_ray.export.model import licence_notes, write
-from wrpo_ray.export.run import export_model
+from wrpo_ray.export.card_parts import CardFacts, CardModel
+from wrpo_ray.export.fused_model import export_model
+from wrpo_ray.export.model_card import licence_notes
+from wrpo_ray.export.model_files import copy
+from wrpo_ray.export.weights import Weights
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.stages.train import model as train_model
 from wrpo_ray.storage.folder import Folder
@@ -109,9 +111,13 @@ def test_the_card(config, weights, tmp_path):
 
 
 def test_no_warning_where_all_have_one_licence():
-    models = [Model(role, role, "m", "", "apache-2.0") for role in ("source", "target")]
+    models = [CardModel(role, role, "m", "", "apache-2.0") for role in ("source", "target")]
     assert (
-        list(licence_notes(Facts([*models, Model("reward", "r", "m", "", None)], {}, [], [], {})))
+        list(
+            licence_notes(
+                CardFacts([*models, CardModel("reward", "r", "m", "", None)], {}, [], [], {})
+            )
+        )
         == []
     )
 
@@ -127,12 +133,12 @@ def test_templates_beside_the_main_one_are_exported(tmp_path):
     make_model().save_pretrained(model)
     tokenizer.save_pretrained(model)
     for _ in range(2):  # again into the same folder
-        write(Folder(str(model)), Folder(str(to)), "")
+        copy(Folder(str(model)), Folder(str(to)), Weights())
         assert AutoTokenizer.from_pretrained(to).chat_template == named
-        assert {p.name for p in to.rglob("*")} == {p.name for p in model.rglob("*")} | {"README.md"}
+        assert {p.name for p in to.rglob("*")} == {p.name for p in model.rglob("*")}
     (model / "additional_chat_templates" / "rag.jinja").unlink()
     with pytest.raises(UserError, match="holds other chat templates, such as .*rag.jinja; give a"):
-        write(Folder(str(model)), Folder(str(to)), "")
+        copy(Folder(str(model)), Folder(str(to)), Weights())
 
 
 def test_what_lacks_is_told(config, weights, tmp_path):
@@ -141,11 +147,11 @@ def test_what_lacks_is_told(config, weights, tmp_path):
     bare = tmp_path / "bare"
     make_model().save_pretrained(bare)
     with pytest.raises(UserError, match="lacks a tokenizer, a chat template"):
-        write(Folder(str(bare)), Folder(str(tmp_path / "to")), "")
+        copy(Folder(str(bare)), Folder(str(tmp_path / "to")), Weights())
     (tmp_path / "to").mkdir()
     (tmp_path / "to" / "model-00001-of-00002.safetensors").write_bytes(b"x")
     with pytest.raises(UserError, match="holds other weights, such as model-00001"):
-        write(Folder(str(weights)), Folder(str(tmp_path / "to")), "")
+        copy(Folder(str(weights)), Folder(str(tmp_path / "to")), Weights())
 
 
 # --- precision and adapters -----------------------------------------------------------------------
@@ -259,7 +265,7 @@ def test_of_what_did_not_change_nothing_is_lost(config, tmp_path):
 def test_an_unknown_loss_is_told_as_that(config, tmp_path, capsys):
     put_trained(config, train_a_little(make_model(), 1e-3), tmp_path)
     export_model(config, str(tmp_path / "to"), "bfloat16")
-    assert "how much is rounded away is not known" in (tmp_path / "to" / "README.md").read_text()
+    assert "the share lost by rounding is unknown" in (tmp_path / "to" / "README.md").read_text()
 
 
 def test_a_weight_too_large_for_float16_is_refused(config, tmp_path):

@@ -22,7 +22,7 @@ from support.tiny_models import make_model, write_model
 from wrpo_ray.config import Config, ModelConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.forms import Form
-from wrpo_ray.export.run import export
+from wrpo_ray.export.preferences import export_preferences
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.check import checked
@@ -391,7 +391,7 @@ def test_an_export_finds_the_steps_of_a_hub_model(hub, model, tmp_path):
         update={"target": ModelConfig(name="t", model="org/name")}
     )
     with pytest.raises(UserError, match="the preference rows are not there yet"):
-        export(settings, str(tmp_path / "rows.jsonl"), Form())
+        export_preferences(settings, str(tmp_path / "rows.jsonl"), Form())
 
 
 # --- an object store -----------------------------------------------------------------------------

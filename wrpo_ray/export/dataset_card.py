@@ -1,23 +1,23 @@
-"""The dataset card: README.md as the Hugging Face hub reads it."""
+"""The dataset card: README.md with the metadata that the Hugging Face hub reads."""
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
 
-import yaml
-
+from wrpo_ray.export.card_parts import (
+    CardFacts,
+    fenced_settings,
+    models_table,
+    steps_table,
+    table,
+)
+from wrpo_ray.export.dataset_files import DATA
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import BINS, Statistics
-from wrpo_ray.export.write import DATA
-from wrpo_ray.runtime.progress import log
-from wrpo_ray.storage.folder import Folder
 
 BAR = 24
-"""Characters of a histogram's longest bar."""
+"""Length of a histogram's longest bar, in characters."""
 COLUMNS = {
     "published": {
         "prompt_id": "hash of the prompt",
@@ -43,62 +43,13 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model that had a part in the rows."""
-
-    role: str
-    name: str
-    model: str
-    """Where its weights are from, without a path of this machine."""
-    weights: str
-    """What identifies them."""
-    license: str | None
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a card tells beside the rows' own counts."""
-
-    models: list[Model]
-    settings: dict[str, Any]
-    steps: list[dict[str, Any]]
-    """{step, counts} of the finished steps."""
-    failures: list[dict[str, Any]]
-    """{step, error, rows, message}"""
-    versions: dict[str, str]
-
-
-def license_of(name: str, given: str | None, folder: Folder | None) -> str | None:
-    """A model's licence: as the config gives it, else as its model card or config.json does.
-
-    `folder` is null where the model lies in none that can be read here.
-    """
-    found = _stated(folder) if folder else None
-    if given and found and given != found:
-        log(f"{name}: the config says licence {given}, {folder} says {found}; the config's is used")
-    return given or found
-
-
-def _stated(folder: Folder) -> str | None:
-    from huggingface_hub import ModelCard
-
-    stated: Any = None
-    if folder.exists("README.md"):
-        content = folder.read("README.md").decode("utf-8-sig", "replace")
-        stated = ModelCard(content, ignore_metadata_errors=True).data.to_dict().get("license")
-    if stated is None and folder.exists("config.json"):
-        stated = json.loads(folder.read("config.json")).get("license")
-    return stated if isinstance(stated, str) else None
-
-
-def card(form: Form, statistics: Statistics, facts: Facts) -> str:
+def card(form: Form, statistics: Statistics, facts: CardFacts) -> str:
     """The whole README.md."""
     sections = {
         "Rows": _rows(form, statistics),
         "Models": _models(facts),
         "How they were made": fenced_settings(facts.settings),
-        "Counts": counted(facts),
+        "Counts": steps_table(facts),
         "y_ws by source": _wins(statistics),
         "Rewards": _rewards(statistics),
         "Lengths": _lengths(statistics),
@@ -112,7 +63,7 @@ def card(form: Form, statistics: Statistics, facts: Facts) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(form: Form, statistics: Statistics, facts: Facts) -> str:
+def _front_matter(form: Form, statistics: Statistics, facts: CardFacts) -> str:
     from huggingface_hub import DatasetCardData
 
     data = DatasetCardData(
@@ -130,8 +81,8 @@ def _front_matter(form: Form, statistics: Statistics, facts: Facts) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _license(facts: Facts) -> str:
-    """One for all, where all models that answered have the same."""
+def _license(facts: CardFacts) -> str:
+    """The licence that all answering models share; else `other`, or `unknown`."""
     found = {m.license for m in facts.models if m.role != "reward"}
     if not found - {None}:
         return "unknown"
@@ -139,7 +90,7 @@ def _license(facts: Facts) -> str:
 
 
 def size_category(rows: int) -> str:
-    """The hub's word for a number of rows, such as `10K<n<100K`."""
+    """The hub's size category for a number of rows, such as `10K<n<100K`."""
     power = len(str(rows)) - 1
     return f"{_short(power)}<n<{_short(power + 1)}" if power >= 3 else "n<1K"
 
@@ -168,46 +119,18 @@ def _rows(form: Form, statistics: Statistics) -> Iterator[str]:
         which = {"target": "y_wt, the target's own best", "source": "y_ws, the best of all sources"}
         told = which.get(form.pairs, "y_ws in one row, y_wt in the next")
         columns["chosen"] = f"the preferred answer: {told}"
-    yield from table(("column", "what it holds"), columns.items())
+    yield from table(("column", "content"), columns.items())
     if form.rows_each > 1:
         yield f"\nEach of {statistics.rows:,} prompts has {form.rows_each} rows."
 
 
-def models_table(facts: Facts) -> Iterator[str]:
-    """The models that had a part, with their licences."""
-    told = ((m.role, m.name, m.model, m.weights, m.license or "unknown") for m in facts.models)
-    yield from table(("role", "name", "model", "weights", "licence"), told)
-
-
-def _models(facts: Facts) -> Iterator[str]:
+def _models(facts: CardFacts) -> Iterator[str]:
     yield from models_table(facts)
     answered = {m.license or "unknown" for m in facts.models if m.role != "reward"}
     if len(answered) > 1:
         yield "\nThe answers come from models under different licences; each row is under its"
         yield "models' terms (`records` names the source of each answer), and the prompts under"
         yield "their own."
-
-
-def fenced_settings(settings: dict[str, Any]) -> Iterator[str]:
-    """Settings as YAML."""
-    yield "```yaml"
-    yield yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
-    yield "```"
-
-
-def counted(facts: Facts) -> Iterator[str]:
-    """Rows of each step."""
-    told = []
-    for step in facts.steps:
-        counts = step["counts"]
-        dropped = [
-            f"{name.removeprefix('dropped.')} {number:,}"
-            for name, number in counts.items()
-            if name.startswith("dropped") and number
-        ]
-        numbers = f"{counts.get('rows', 0):,}", f"{counts.get('failed', 0):,}"
-        told.append((step["step"], *numbers, ", ".join(dropped)))
-    yield from table(("step", "rows", "failed", "dropped"), told)
 
 
 def _wins(statistics: Statistics) -> Iterator[str]:
@@ -230,23 +153,15 @@ def _lengths(statistics: Statistics) -> Iterator[str]:
     yield from _histograms(statistics.lengths, names, "characters")
 
 
-def _failures(facts: Facts) -> Iterator[str]:
+def _failures(facts: CardFacts) -> Iterator[str]:
     told = [
         (f["step"], f["error"], f"{f['rows']:,}", _escaped(f["message"])[:100])
         for f in facts.failures
     ]
-    yield from table(("step", "error", "rows", "such as"), told) if told else ["None."]
+    yield from table(("step", "error", "rows", "example"), told) if told else ["None."]
 
 
 # --- tables and bars ---------------------------------------------------------------------------
-
-
-def table(head: tuple[str, ...], rows: Any) -> Iterator[str]:
-    """A Markdown table."""
-    yield "| " + " | ".join(head) + " |"
-    yield "| " + " | ".join("---" for _ in head) + " |"
-    for row in rows:
-        yield "| " + " | ".join(str(cell) for cell in row) + " |"
 
 
 def _escaped(text: str) -> str:

@@ -1,7 +1,7 @@
-"""Preference shards into one file, or into a folder that Hugging Face `datasets` reads.
+"""Writes preference shards as one file, or as a folder that Hugging Face `datasets` reads.
 
-Shards are read batch by batch and written file by file, some side by side; what is held in
-memory is a batch for each of them, whatever the size of the set.
+Shards are read in batches, and several files are written in parallel. Memory holds one batch for
+each of them, whatever the size of the data set.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from wrpo_ray.storage.folder import Folder
 FILES = (".jsonl", ".parquet")
 DATA = "data"
 FILE_BYTES = 256 * 2**20
-"""Bytes of shards that go into one file of a folder."""
+"""Bytes of shards in one file of a folder."""
 BATCH = 4096
-"""Rows in memory."""
+"""Rows of a batch."""
 
 
 def is_file(to: Folder) -> bool:
-    """Whether one file is wanted, by its ending, and not a folder."""
+    """Whether the address is of one file, by its suffix, and not of a folder."""
     return str(to).endswith(FILES)
 
 
 def write_file(shards: Folder, to: Folder, form: Form) -> int:
-    """Write one JSONL or Parquet file; returns its rows.
+    """Write one JSONL or Parquet file; return its number of rows.
 
     Raises:
-        UserError: it is to lie in a folder that is not there.
+        UserError: its parent folder does not exist.
     """
     parent = os.path.dirname(to.path)
     if not to.is_remote and not os.path.isdir(parent):
@@ -59,10 +59,10 @@ def _has_conversations(shards: Folder, names: list[str]) -> bool:
 
 
 def write_folder(shards: Folder, to: Folder, form: Form) -> Statistics:
-    """Write `data/train-*.parquet`; returns counts of the PREFERENCE records.
+    """Write `data/train-*.parquet`; return the counts of the PREFERENCE records.
 
     Raises:
-        UserError: there are no rows, or files of another export are there.
+        UserError: there are no rows, or the folder holds files of another export.
     """
     footers = {name: _open(shards, name).metadata for name in shards.files(suffix=".parquet")}
     parts = _parts({name: footer for name, footer in footers.items() if footer.num_rows})
@@ -84,7 +84,7 @@ def write_folder(shards: Folder, to: Folder, form: Form) -> Statistics:
 
 
 def _parts(footers: dict[str, pq.FileMetaData]) -> list[list[str]]:
-    """Names of shards, by the file that they go into."""
+    """Group the names of shards by output file."""
     parts: list[list[str]] = []
     room = 0
     for name, footer in footers.items():
@@ -129,7 +129,7 @@ def _batches(
 
 
 def _write_parquet(to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch]) -> int:
-    """A prompt is always a list of messages here, because a Parquet column has one type."""
+    """Write Parquet; a prompt is always a list of messages, because a column has one type."""
     count = 0
     with (
         to.open_output(name) as stream,
@@ -145,11 +145,10 @@ def _write_parquet(to: Folder, name: str, form: Form, batches: Iterator[pa.Recor
 def _write_jsonl(
     to: Folder, name: str, form: Form, batches: Iterator[pa.RecordBatch], *, prompts_alone: bool
 ) -> int:
-    """Each column has one type in all lines, as readers of JSONL ask for.
+    """Write JSONL in which each column has one type in all lines, as readers require.
 
-    Where `prompts_alone`, a prompt is its one message, as in the published rows, and else a list.
-    Token ids that are not known are an empty list: pyarrow takes a list behind nulls for another
-    type.
+    With `prompts_alone` a prompt is its one message, as in the published rows; else a list.
+    Unknown token ids are an empty list, because pyarrow infers another type from null.
     """
     count = 0
     with to.open_output(name) as stream:
