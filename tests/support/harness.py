@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("WRPO_TEST_DATA", ROOT.parent / "shared" / "data"))
 """Real data; tests that need it are skipped where it is not."""
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
-PROMPTS, HELD_OUT = 240, 120
+PROMPTS, HELD_OUT = 300, 240
 """How many of the zoo's prompts the demo is run on."""
 
 
