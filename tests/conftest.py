@@ -44,15 +44,14 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 class Lanes(LoadFileScheduling):
-    """One process runs all tests with a cluster or an engine; files of unit tests go beside them.
+    """One process runs all of tests/e2e, the other all of tests/ray and then unit tests, by file.
 
-    So those of one process share what takes long to start (`head`, `fused`), and two engines
-    never take the same cores.
+    So those of one process share what takes long to start, such as `head` and `fused`.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        file = super()._split_scope(nodeid)
-        return file if file.startswith("tests/unit/") else "engines"
+        folder = "/".join(nodeid.split("/")[:2])
+        return super()._split_scope(nodeid) if folder == "tests/unit" else folder
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:

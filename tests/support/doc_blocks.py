@@ -39,7 +39,7 @@ RAY, E2E = (f"tests/{kind}/test_{{}}.py::test_{{}}" for kind in ("ray", "e2e"))
 FUSE = E2E.format("fuse", "summary_tells_every_step_and_compares_every_model")
 TESTED = {
     r"make demo": FUSE,  # its second line; the first is tested by test_zoo.py
-    r"make (test|lint|docs|soak|format)": "Makefile",
+    r"make (check|test|lint|docs|soak|format)": "Makefile",
     r"\. \.venv/bin/activate": "Makefile",
     r"wrpo zoo \S+( --recipe distant)?": "tests/unit/zoo/test_zoo.py",
     r"wrpo study \S+": E2E.format("studies", "variants_share_what_they_have_in_common"),

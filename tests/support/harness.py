@@ -22,7 +22,7 @@ from support.waiting import LIMIT, wait_until
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("llama-bytes", "qwen3-bpe", "gemma2-chars")
-PROMPTS, HELD_OUT = 240, 120
+PROMPTS, HELD_OUT = 300, 240
 """How many of the zoo's prompts the demo is run on."""
 
 
