@@ -59,7 +59,7 @@ class Score(BaseJob):
     """Of weights, code or text of each part."""
     retry: int = 0
     outcome: Literal["reward", "verdict"] = "reward"
-    """What a score is: a reward to be ranked by, or a verdict 1.0 or 0.0 beside the rewards."""
+    """The meaning of a score: a reward to rank by, or a verdict (1.0 or 0.0) beside the rewards."""
 
     @property
     def fingerprint(self) -> str:

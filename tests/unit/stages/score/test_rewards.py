@@ -484,4 +484,4 @@ def test_a_bucket_tells_who_answers_best_once_all_sources_are_scored(run):
     actor = Scorer(run, jobs)
     told = [actor(ROW), actor(ROW | {"job": 1}), actor(ROW)]
     assert [json.loads(t["wins"]) for t in told] == [[], [2, 2], []]
-    assert [t["reward"] for t in told] == [3.0, 3.0, 0.0]
+    assert [t["score_sum"] for t in told] == [3.0, 3.0, 0.0]
