@@ -16,14 +16,7 @@ from typing import Any
 
 import numpy as np
 from results import save_rows
-from simulation import (
-    Chunk,
-    Cluster,
-    Outcome,
-    Policy,
-    Source,
-    simulate,
-)
+from simulation import Chunk, Cluster, Outcome, Policy, Source, simulate
 
 from wrpo_ray import config
 from wrpo_ray.planning.estimate import plan as make_plan

@@ -39,14 +39,7 @@ if TYPE_CHECKING:
     from wrpo_ray.stages.evaluate.pairwise import pairwise
     from wrpo_ray.stages.evaluate.statistics import crossed_interval, wilson_interval
     from wrpo_ray.stages.pair.pairs import select_pairs
-    from wrpo_ray.stages.train.loss import (
-        Answers,
-        Ipo,
-        Simpo,
-        Wrpo,
-        preference_loss,
-        row_metrics,
-    )
+    from wrpo_ray.stages.train.loss import Answers, Ipo, Simpo, Wrpo, preference_loss, row_metrics
     from wrpo_ray.stages.train.model import packed_policy
     from wrpo_ray.stages.train.packing import pack, pad
     from wrpo_ray.stages.train.rows import tokenize_pairs

@@ -18,13 +18,7 @@ import torch
 from support.tiny_models import preference_rows, write_model, write_preferences, write_selection
 from support.waiting import LIMIT, wait_until
 
-from wrpo_ray.config import (
-    AlphaConfig,
-    LoraConfig,
-    ReferenceConfig,
-    TrainConfig,
-    WrpoConfig,
-)
+from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train import prepare

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-)
+from pydantic import Field
 
 from wrpo_ray.config.base import PLACEMENT, Name, Section
 from wrpo_ray.config.data import PromptsConfig

@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
-from pydantic import (
-    ValidationError,
-)
+from pydantic import ValidationError
 
 from wrpo_ray.config.base import S, Section
 from wrpo_ray.config.root import Config

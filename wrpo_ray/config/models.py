@@ -6,11 +6,7 @@ import re
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import (
-    Field,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from wrpo_ray.config.base import PLACEMENT, Name, Section
 from wrpo_ray.config.resources import Actors

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from wrpo_ray.config.base import ImportPath, Section
 

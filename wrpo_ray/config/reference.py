@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from wrpo_ray.config import (
-    PLACEMENT,
-    Config,
-    Section,
-    ServeConfig,
-)
+from wrpo_ray.config import PLACEMENT, Config, Section, ServeConfig
 from wrpo_ray.errors import UserError
 
 Schema = dict[str, Any]

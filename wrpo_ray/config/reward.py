@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from wrpo_ray.config.base import PLACEMENT, ImportPath, Name, Section
 from wrpo_ray.config.models import EndpointConfig

@@ -11,10 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import get_args
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from wrpo_ray.config.base import PLACEMENT, Section
 from wrpo_ray.config.data import ImportConfig, PromptsConfig, SplitConfig, StorageConfig

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from wrpo_ray.config.base import Name, Section
 from wrpo_ray.config.models import ModelConfig

@@ -5,13 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from wrpo_ray.export.card_parts import (
-    CardFacts,
-    fenced_settings,
-    models_table,
-    steps_table,
-    table,
-)
+from wrpo_ray.export.card_parts import CardFacts, fenced_settings, models_table, steps_table, table
 from wrpo_ray.export.dataset_files import DATA
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import BINS, Statistics

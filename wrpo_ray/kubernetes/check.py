@@ -16,12 +16,7 @@ from wrpo_ray.kubernetes import (
     serve_config,
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
-from wrpo_ray.kubernetes.manifests import (
-    LAUNCHER,
-    Manifest,
-    Problem,
-    read,
-)
+from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, read
 from wrpo_ray.kubernetes.ray_objects import SPECS, RayObject, typed
 from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas

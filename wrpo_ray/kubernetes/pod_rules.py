@@ -9,13 +9,7 @@ from typing import Any
 
 from wrpo_ray import __version__
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
-from wrpo_ray.kubernetes.ray_objects import (
-    Container,
-    Group,
-    Quantity,
-    RayObject,
-    path_text,
-)
+from wrpo_ray.kubernetes.ray_objects import Container, Group, Quantity, RayObject, path_text
 
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""

@@ -8,14 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from wrpo_ray.config import (
-    Config,
-    ModelConfig,
-    RewardConfig,
-    Section,
-    TrainConfig,
-    serving,
-)
+from wrpo_ray.config import Config, ModelConfig, RewardConfig, Section, TrainConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.ray_objects import Job
 from wrpo_ray.kubernetes.serve_config import own_applications

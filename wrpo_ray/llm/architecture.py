@@ -20,13 +20,7 @@ from typing import Any
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.tensors import (
-    SAVE_AGAIN,
-    TensorHeader,
-    Tensors,
-    read_json,
-    read_tensors,
-)
+from wrpo_ray.storage.tensors import SAVE_AGAIN, TensorHeader, Tensors, read_json, read_tensors
 
 HARMLESS = re.compile(
     r"(rotary_emb\.inv_freq|\.masked_bias|position_ids|_extra_state"

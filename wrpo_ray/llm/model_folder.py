@@ -20,12 +20,7 @@ from typing import Any
 
 from wrpo_ray.data.records import Message
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.architecture import (
-    LANGUAGE_MODEL,
-    Use,
-    check_tensors,
-    telling_of,
-)
+from wrpo_ray.llm.architecture import LANGUAGE_MODEL, Use, check_tensors, telling_of
 from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids
 from wrpo_ray.llm.rendering import OWN, PROBE, Template, load_tokenizer
 from wrpo_ray.storage.cache import node_cache

@@ -17,25 +17,10 @@ from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.answers import Answers
-from wrpo_ray.stages.evaluate.benchmarks import (
-    TEMPERATURES,
-    ReadBenchmark,
-    read_judging,
-    split_of,
-)
+from wrpo_ray.stages.evaluate.benchmarks import TEMPERATURES, ReadBenchmark, read_judging, split_of
 from wrpo_ray.stages.evaluate.comparison import Compare, RewardPair
-from wrpo_ray.stages.evaluate.protocols import (
-    PAIR,
-    Judging,
-    PairJudging,
-    judging_sampling,
-)
-from wrpo_ray.stages.evaluate.questions import (
-    Continued,
-    Mixture,
-    Questions,
-    SecondTurn,
-)
+from wrpo_ray.stages.evaluate.protocols import PAIR, Judging, PairJudging, judging_sampling
+from wrpo_ray.stages.evaluate.questions import Continued, Mixture, Questions, SecondTurn
 from wrpo_ray.stages.evaluate.verdicts import Game, Verdicts
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.stage import Score

@@ -5,10 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TypeVar
 
-from wrpo_ray.config import (
-    RewardConfig,
-    ScoreConfig,
-)
+from wrpo_ray.config import RewardConfig, ScoreConfig
 from wrpo_ray.config.base import required
 from wrpo_ray.stages.score.verifiers import VERSIONS
 from wrpo_ray.storage.fingerprints import data_fingerprint, digest, distinguish_bom

@@ -16,13 +16,7 @@ from wrpo_ray.pipeline.runner import outline_of
 from wrpo_ray.pipeline.stage import STAGES
 from wrpo_ray.report import compare_runs as comparing
 from wrpo_ray.report.facts import gather
-from wrpo_ray.report.status import (
-    Status,
-    is_running,
-    reading,
-    screen,
-    status,
-)
+from wrpo_ray.report.status import Status, is_running, reading, screen, status
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.addresses import redact
 

@@ -6,13 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import (
-    Config,
-    EndpointConfig,
-    ImportConfig,
-    PromptsConfig,
-    ScoreConfig,
-)
+from wrpo_ray.config import Config, EndpointConfig, ImportConfig, PromptsConfig, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward

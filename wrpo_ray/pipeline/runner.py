@@ -10,9 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import (
-    Config,
-)
+from wrpo_ray.config import Config
 from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline

@@ -15,11 +15,7 @@ from wrpo_ray.config import Config, StudyConfig, study_config
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
 from wrpo_ray.pipeline.preflight import preflight
-from wrpo_ray.pipeline.runner import (
-    log_resumed,
-    missing,
-    session,
-)
+from wrpo_ray.pipeline.runner import log_resumed, missing, session
 from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job, JobKind

@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from wrpo_ray.config import (
-    Config,
-)
+from wrpo_ray.config import Config
 from wrpo_ray.errors import RegressionError, UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.models import map_models
@@ -16,10 +14,7 @@ from wrpo_ray.report import benchmark_table as comparison
 from wrpo_ray.runtime.job import JobKind
 from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON
 from wrpo_ray.stages.evaluate.pairwise import shortfall
-from wrpo_ray.stages.evaluate.stage import (
-    EXAMPLE,
-    TABLE,
-)
+from wrpo_ray.stages.evaluate.stage import EXAMPLE, TABLE
 from wrpo_ray.stages.evaluate.statistics import Estimate
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step, versions

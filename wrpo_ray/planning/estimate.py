@@ -21,23 +21,13 @@ import pyarrow.dataset as ds
 from wrpo_ray.config import Actors, Config, ImportConfig, ModelConfig, PromptsConfig
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
-from wrpo_ray.pipeline.chain import (
-    DPO,
-    FUSED,
-    SFT,
-    Chain,
-)
+from wrpo_ray.pipeline.chain import DPO, FUSED, SFT, Chain
 from wrpo_ray.pipeline.models import pinned
 from wrpo_ray.pipeline.stage import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import (
-    Entry,
-    read_ledger,
-    stored_rows,
-    stored_tokens,
-)
+from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.readers import input_files
 from wrpo_ray.stages.score.stage import Score

@@ -5,12 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from wrpo_ray.planning.work import (
-    Plan,
-    Work,
-    phases,
-    pools,
-)
+from wrpo_ray.planning.work import Plan, Work, phases, pools
 
 HEAD = (
     "stage",

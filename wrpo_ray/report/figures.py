@@ -7,13 +7,7 @@ from typing import Any
 
 from wrpo_ray.report import plots
 from wrpo_ray.report.histogram import LEAST_EXPONENT, Histogram
-from wrpo_ray.report.plots import (
-    Palette,
-    Panel,
-    Plot,
-    Table,
-    number,
-)
+from wrpo_ray.report.plots import Palette, Panel, Plot, Table, number
 from wrpo_ray.report.sample import Distributions
 
 Row = dict[str, Any]

@@ -20,12 +20,7 @@ from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.runtime import lease
-from wrpo_ray.runtime.ledger import (
-    Entry,
-    Usage,
-    read_ledger,
-    read_seconds,
-)
+from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, read_seconds
 from wrpo_ray.runtime.progress import format_rate
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.publish import TEMPORARY_PREFIX

@@ -13,12 +13,7 @@ from typing import Any
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import first_of, telling_of
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.tensors import (
-    SAVE_AGAIN,
-    Tensors,
-    read_file,
-    read_json,
-)
+from wrpo_ray.storage.tensors import SAVE_AGAIN, Tensors, read_file, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -5,12 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from wrpo_ray.config import (
-    RewardConfig,
-    ScoreConfig,
-    ServeConfig,
-    ServedModel,
-)
+from wrpo_ray.config import RewardConfig, ScoreConfig, ServeConfig, ServedModel
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, telling_of
 from wrpo_ray.llm.model_folder import opened

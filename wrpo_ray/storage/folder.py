@@ -25,12 +25,7 @@ from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.storage.cache import node_cache, plain_path
 from wrpo_ray.storage.publish import TEMPORARY_PREFIX, Publication, dictionary_columns
 from wrpo_ray.storage.remote import RemoteFolder
-from wrpo_ray.text.addresses import (
-    Address,
-    address_problem,
-    redact,
-    without_secrets,
-)
+from wrpo_ray.text.addresses import Address, address_problem, redact, without_secrets
 
 HUB_SCHEME = "hf://"
 """Scheme of the address of a model on the Hugging Face hub (see `hub`)."""

@@ -26,12 +26,7 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.submission import Submission
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
-from wrpo_ray.text.addresses import (
-    Address,
-    address_problem,
-    redact,
-    without_secrets,
-)
+from wrpo_ray.text.addresses import Address, address_problem, redact, without_secrets
 
 CANARY = "Xyzzy0Plugh"
 SECRETS = [

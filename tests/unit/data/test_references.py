@@ -24,12 +24,7 @@ from wrpo_ray.config import (
     RewardConfig,
 )
 from wrpo_ray.data.published import RowError
-from wrpo_ray.data.references import (
-    JSON_MARK,
-    pack_reference,
-    show_reference,
-    unpack_reference,
-)
+from wrpo_ray.data.references import JSON_MARK, pack_reference, show_reference, unpack_reference
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.report.text import _example
 from wrpo_ray.stages.ingest.cells import exact_text

@@ -22,12 +22,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from wrpo_ray.config import ModelConfig
-from wrpo_ray.errors import (
-    SpelledTokenError,
-    TemplateError,
-    TokenizeError,
-    UserError,
-)
+from wrpo_ray.errors import SpelledTokenError, TemplateError, TokenizeError, UserError
 from wrpo_ray.llm.chat import answer_ids, check_sampled, conversation_ids, end_ids, prompt_ids
 from wrpo_ray.llm.rendering import Template, load_tokenizer, render
 from wrpo_ray.llm.special_tokens import MARKS

@@ -31,12 +31,7 @@ from transformers import (
     LogitsProcessor,
 )
 
-from wrpo_ray.config import (
-    LoraConfig,
-    ModelConfig,
-    SftConfig,
-    TrainConfig,
-)
+from wrpo_ray.config import LoraConfig, ModelConfig, SftConfig, TrainConfig
 from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids, separator
 from wrpo_ray.llm.rendering import Template, load_tokenizer

@@ -12,13 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.tiny_models import TEMPLATE, make_model, make_tokenizer, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
-from wrpo_ray.config import (
-    Config,
-    LoraConfig,
-    ModelConfig,
-    RewardConfig,
-    SftConfig,
-)
+from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_tensors, check_weights
 from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder

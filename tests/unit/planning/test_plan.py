@@ -21,12 +21,7 @@ from wrpo_ray.planning import rates
 from wrpo_ray.planning.estimate import count_rows
 from wrpo_ray.planning.estimate import plan as make_plan
 from wrpo_ray.planning.text import count, duration, plan_text
-from wrpo_ray.planning.work import (
-    Plan,
-    Work,
-    balance,
-    share,
-)
+from wrpo_ray.planning.work import Plan, Work, balance, share
 from wrpo_ray.runtime.ledger import FILE
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.storage.folder import Folder

@@ -4,13 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulation import (
-    Cluster,
-    Policy,
-    Source,
-    _Simulation,
-    simulate,
-)
+from benchmarks.simulation import Cluster, Policy, Source, _Simulation, simulate
 
 PLAIN = Policy(in_hand=1, ahead=0)
 

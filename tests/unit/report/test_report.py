@@ -23,12 +23,7 @@ from wrpo_ray.report import page, sample
 from wrpo_ray.report.facts import gather
 from wrpo_ray.report.histogram import MOST, Histogram, shown
 from wrpo_ray.report.live import Reporter
-from wrpo_ray.report.plots import (
-    Palette,
-    bars,
-    number,
-    svg,
-)
+from wrpo_ray.report.plots import Palette, bars, number, svg
 from wrpo_ray.report.view import _places, busy
 from wrpo_ray.storage.folder import Folder
 

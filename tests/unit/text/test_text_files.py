@@ -13,12 +13,7 @@ import yaml
 from support.tiny_models import TEMPLATE, write_model
 
 from wrpo_ray import config
-from wrpo_ray.config import (
-    Columns,
-    JudgeConfig,
-    ModelConfig,
-    PromptsConfig,
-)
+from wrpo_ray.config import Columns, JudgeConfig, ModelConfig, PromptsConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes import manifests, schema
 from wrpo_ray.llm.rendering import Template

@@ -23,21 +23,10 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.alpaca_eval import alpaca_eval, read_reference
-from wrpo_ray.stages.evaluate.arena_hard import (
-    Games,
-    Style,
-    arena_hard,
-    length_of,
-    style_of,
-)
+from wrpo_ray.stages.evaluate.arena_hard import Games, Style, arena_hard, length_of, style_of
 from wrpo_ray.stages.evaluate.benchmarks import GAMED
 from wrpo_ray.stages.evaluate.mt_bench import Rating, mt_bench
-from wrpo_ray.stages.evaluate.pairwise import (
-    Comparison,
-    pairwise,
-    share_of_games,
-    share_of_rewards,
-)
+from wrpo_ray.stages.evaluate.pairwise import Comparison, pairwise, share_of_games, share_of_rewards
 from wrpo_ray.stages.evaluate.questions import items
 from wrpo_ray.stages.evaluate.verdicts import Verdicts, once
 from wrpo_ray.storage.folder import Folder

@@ -12,12 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from wrpo_ray.data.buckets import Bucket, read_bucket
-from wrpo_ray.data.records import (
-    ITEM,
-    PROMPT,
-    RESPONSE,
-    Message,
-)
+from wrpo_ray.data.records import ITEM, PROMPT, RESPONSE, Message
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.stages.evaluate.answers import Answer, Answers
 from wrpo_ray.stages.evaluate.arena_hard import is_unfinished

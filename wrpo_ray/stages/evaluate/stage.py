@@ -17,12 +17,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
-from wrpo_ray.stages.evaluate.statistics import (
-    Sums,
-    normal_interval,
-    plain,
-    wilson_interval,
-)
+from wrpo_ray.stages.evaluate.statistics import Sums, normal_interval, plain, wilson_interval
 from wrpo_ray.storage.steps import Step
 
 Row = dict[str, Any]

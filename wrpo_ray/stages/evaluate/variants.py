@@ -16,12 +16,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.evaluate.stage import ScoredModel
-from wrpo_ray.stages.evaluate.statistics import (
-    Crossed,
-    crossed_interval,
-    crossed_of,
-    plain,
-)
+from wrpo_ray.stages.evaluate.statistics import Crossed, crossed_interval, crossed_of, plain
 from wrpo_ray.storage.steps import Step
 
 TABLE = "table.json"

@@ -14,13 +14,7 @@ from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm.completion import INT32, Completion, EndpointError
 from wrpo_ray.llm.endpoint import Body, Endpoint
-from wrpo_ray.stages.generate.engine import (
-    Answers,
-    Request,
-    Row,
-    SamplingIdentity,
-    seed_base,
-)
+from wrpo_ray.stages.generate.engine import Answers, Request, Row, SamplingIdentity, seed_base
 
 NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
 """Not among OpenAI's own fields, so that they are sent only where they do something."""

@@ -19,13 +19,7 @@ from wrpo_ray.data.published import RowError, check_text, parse_messages
 from wrpo_ray.data.records import Message, prompt_id
 from wrpo_ray.data.references import pack_reference
 from wrpo_ray.errors import UserError
-from wrpo_ray.stages.ingest.cells import (
-    JsonFloat,
-    group_of,
-    narrow_columns,
-    reference_of,
-    widened,
-)
+from wrpo_ray.stages.ingest.cells import JsonFloat, group_of, narrow_columns, reference_of, widened
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.documents import read_row

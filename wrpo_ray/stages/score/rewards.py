@@ -12,13 +12,7 @@ from wrpo_ray.config import RewardConfig, ScoreConfig
 from wrpo_ray.data.records import Message
 from wrpo_ray.data.references import Reference
 from wrpo_ray.errors import UserError
-from wrpo_ray.stages.score.base import (
-    Item,
-    ListOfTestsError,
-    Outcome,
-    Reward,
-    finite,
-)
+from wrpo_ray.stages.score.base import Item, ListOfTestsError, Outcome, Reward, finite
 
 Function = Callable[[list[Message], str, Reference | None], float]
 

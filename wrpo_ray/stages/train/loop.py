@@ -21,33 +21,13 @@ from torch import distributed as dist
 
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.stages.train import (
-    checkpoint,
-    deepspeed,
-    faults,
-    model,
-    packing,
-    probe,
-    schedule,
-)
-from wrpo_ray.stages.train.metrics import (
-    MetricsFile,
-    Sums,
-    Tracker,
-    peak_memory,
-    trackers,
-)
+from wrpo_ray.stages.train import checkpoint, deepspeed, faults, model, packing, probe, schedule
+from wrpo_ray.stages.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
 from wrpo_ray.stages.train.order import Order
 from wrpo_ray.stages.train.packing import Batch
 from wrpo_ray.stages.train.rows import PreparedRows, Row
-from wrpo_ray.stages.train.task import (
-    ADAPTERS,
-    MODEL,
-    TRAINED,
-    Task,
-    TrainedCounts,
-)
+from wrpo_ray.stages.train.task import ADAPTERS, MODEL, TRAINED, Task, TrainedCounts
 
 
 def work(tasks: Sequence[Task]) -> list[TrainedCounts] | WrpoError:

@@ -15,29 +15,13 @@ from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.llm.architecture import (
-    Use,
-    check_loaded,
-    check_weights,
-    telling_of,
-)
+from wrpo_ray.llm.architecture import Use, check_loaded, check_weights, telling_of
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.rounding import Rounding, Tensors
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
-from wrpo_ray.stages.train.packing import (
-    Batch,
-    assign_micro_batches,
-    costs,
-    pack,
-    pad,
-)
-from wrpo_ray.stages.train.probe import (
-    NOT_HERE,
-    UNPACKED,
-    as_user_error,
-    check_forward,
-)
+from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad
+from wrpo_ray.stages.train.probe import NOT_HERE, UNPACKED, as_user_error, check_forward
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.storage.folder import Folder
 

@@ -17,10 +17,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from wrpo_ray.config import (
-    Actors,
-    TrainConfig,
-)
+from wrpo_ray.config import Actors, TrainConfig
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
 from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
@@ -32,14 +29,7 @@ from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress, log
-from wrpo_ray.stages.train.rows import (
-    SUFFIX,
-    Record,
-    Rows,
-    Tokenizing,
-    read_counts,
-    write_rows,
-)
+from wrpo_ray.stages.train.rows import SUFFIX, Record, Rows, Tokenizing, read_counts, write_rows
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 

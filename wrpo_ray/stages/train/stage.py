@@ -20,12 +20,7 @@ from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
-from wrpo_ray.runtime.placement import (
-    capacity_for,
-    check_capacity,
-    is_own_ray,
-    thread_env,
-)
+from wrpo_ray.runtime.placement import capacity_for, check_capacity, is_own_ray, thread_env
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error

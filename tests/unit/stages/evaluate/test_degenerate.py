@@ -16,26 +16,11 @@ import pytest
 
 from wrpo_ray.report.benchmark_table import comparison_text
 from wrpo_ray.report.study_table import study_text
-from wrpo_ray.stages.evaluate.alpaca_eval import (
-    ANNOTATION,
-    AlpacaEval,
-    Reference,
-    alpaca_eval,
-)
-from wrpo_ray.stages.evaluate.arena_hard import (
-    ArenaHard,
-    Games,
-    Style,
-    arena_hard,
-)
+from wrpo_ray.stages.evaluate.alpaca_eval import ANNOTATION, AlpacaEval, Reference, alpaca_eval
+from wrpo_ray.stages.evaluate.arena_hard import ArenaHard, Games, Style, arena_hard
 from wrpo_ray.stages.evaluate.comparison import Compare, RewardPair, _without_nan
 from wrpo_ray.stages.evaluate.mt_bench import Rating, mt_bench
-from wrpo_ray.stages.evaluate.pairwise import (
-    Comparison,
-    Pairwise,
-    pairwise,
-    shortfall,
-)
+from wrpo_ray.stages.evaluate.pairwise import Comparison, Pairwise, pairwise, shortfall
 from wrpo_ray.stages.evaluate.statistics import (
     Crossed,
     Estimate,

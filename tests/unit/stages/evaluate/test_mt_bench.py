@@ -5,12 +5,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from wrpo_ray.stages.evaluate.mt_bench import (
-    Mean,
-    Rating,
-    mt_bench,
-    parse_rating,
-)
+from wrpo_ray.stages.evaluate.mt_bench import Mean, Rating, mt_bench, parse_rating
 
 OTHERS = ("8/10", "4/5", "-1", "11", "10.5", "4 out of 5", "7-8", "7,5", "Score: 8", "9" * 400)
 """What is no rating, in double brackets."""

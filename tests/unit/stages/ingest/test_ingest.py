@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from support.hostile import hostile_lines
 
 from wrpo_ray.config import Columns, ImportConfig, PromptsConfig
-from wrpo_ray.data.published import (
-    ROLES,
-    RowError,
-    from_published,
-    parse_messages,
-)
+from wrpo_ray.data.published import ROLES, RowError, from_published, parse_messages
 from wrpo_ray.data.records import FAILURE, PROMPT, SCORED
 from wrpo_ray.stages.ingest.readers import prompt_record, read_rows, scored_records
 from wrpo_ray.stages.ingest.stage import IngestPrompts, IngestResponses, _placed

@@ -29,13 +29,7 @@ from wrpo_ray.stages.pair import pairs as pairs_module
 from wrpo_ray.stages.pair.answers import check_patterns
 from wrpo_ray.stages.pair.overlap import ngrams, similarity
 from wrpo_ray.stages.pair.pairs import select_pairs
-from wrpo_ray.stages.pair.stage import (
-    Answers,
-    Contamination,
-    EvalNgrams,
-    Pair,
-    Select,
-)
+from wrpo_ray.stages.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step

@@ -15,12 +15,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from wrpo_ray.config import (
-    Config,
-    PartConfig,
-    RewardConfig,
-    load,
-)
+from wrpo_ray.config import Config, PartConfig, RewardConfig, load
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.samples import Prompts, Samples

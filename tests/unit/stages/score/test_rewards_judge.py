@@ -12,12 +12,7 @@ from wrpo_ray.llm import endpoint
 from wrpo_ray.pipeline.identities import scorer_fingerprint
 from wrpo_ray.stages.score import judge
 from wrpo_ray.stages.score.base import Item
-from wrpo_ray.stages.score.judge import (
-    JudgeReward,
-    NoRatingError,
-    Question,
-    read_rating,
-)
+from wrpo_ray.stages.score.judge import JudgeReward, NoRatingError, Question, read_rating
 
 
 @dataclass

@@ -14,30 +14,14 @@ import pytest
 import torch
 from support.tiny_models import preference_rows, write_model
 
-from wrpo_ray.config import (
-    AlphaConfig,
-    LoraConfig,
-    ReferenceConfig,
-    TrainConfig,
-    WrpoConfig,
-)
+from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train import deepspeed, model, probe
 from wrpo_ray.stages.train.loop import Trainer
-from wrpo_ray.stages.train.rows import (
-    SUFFIX,
-    Row,
-    Tokenizing,
-    write_rows,
-)
-from wrpo_ray.stages.train.task import (
-    METRICS,
-    SFT_ANSWERS,
-    WRPO_ANSWERS,
-    Task,
-)
+from wrpo_ray.stages.train.rows import SUFFIX, Row, Tokenizing, write_rows
+from wrpo_ray.stages.train.task import METRICS, SFT_ANSWERS, WRPO_ANSWERS, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 

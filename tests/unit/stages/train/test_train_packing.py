@@ -15,13 +15,7 @@ from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.logprobs import token_logps
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import Policy, disable_dropout
-from wrpo_ray.stages.train.packing import (
-    Block,
-    assign_micro_batches,
-    costs,
-    pack,
-    pad,
-)
+from wrpo_ray.stages.train.packing import Block, assign_micro_batches, costs, pack, pad
 from wrpo_ray.stages.train.rows import Row
 
 VOCABULARY = 61

@@ -16,21 +16,10 @@ import torch
 import yaml
 from support.tiny_models import TEMPLATE, make_model, make_tokenizer, write_model
 
-from wrpo_ray.config import (
-    LoraConfig,
-    ReferenceConfig,
-    TrainConfig,
-    WrpoConfig,
-    load,
-)
+from wrpo_ray.config import LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig, load
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.train import (
-    checkpoint,
-    loop,
-    model,
-    probe,
-)
+from wrpo_ray.stages.train import checkpoint, loop, model, probe
 from wrpo_ray.stages.train.deepspeed import engine_config
 from wrpo_ray.stages.train.metrics import (
     MetricsFile,

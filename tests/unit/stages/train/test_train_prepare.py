@@ -17,12 +17,7 @@ from support.tiny_models import (
     write_selection,
 )
 
-from wrpo_ray.config import (
-    Actors,
-    ReferenceConfig,
-    TrainConfig,
-    WrpoConfig,
-)
+from wrpo_ray.config import Actors, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.data.buckets import buckets
 from wrpo_ray.errors import FailureLimitError, UserError
 from wrpo_ray.llm import chat

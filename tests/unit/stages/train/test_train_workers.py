@@ -21,12 +21,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train import deepspeed
 from wrpo_ray.stages.train.loop import Trainer
 from wrpo_ray.stages.train.rows import SUFFIX, Tokenizing, write_rows
-from wrpo_ray.stages.train.task import (
-    METRICS,
-    SFT_ANSWERS,
-    WRPO_ANSWERS,
-    Task,
-)
+from wrpo_ray.stages.train.task import METRICS, SFT_ANSWERS, WRPO_ANSWERS, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
