@@ -249,28 +249,30 @@ TEXT = """# Generation: five answers to a prompt, side by side
 
 {table}
 
-{machine}, one thread for the model. `make bench` measures it all again and writes this section and
-[results.json](results.json); `data.py --only generate` does this part.
+{machine}, one thread for the model. `make bench` repeats the measurements and writes this section
+and [results.json](results.json); `data.py --only generate` runs this part.
 
 - {prompts} prompts of {prompt_mean} tokens on average, {samples} answers to each: {units:,} tokens
   of a Llama of {weights:.0f}M random weights over bytes, fp32. Three of its 260 tokens end an
-  answer, so that lengths are spread (geometric, at most {longest} tokens). Sampling is the paper's;
+  answer, so lengths vary (geometric, at most {longest} tokens). Sampling is as in the paper;
   `max_num_seqs` is {slots}.
-- **ours**: `wrpo generate` with one engine. Prompts lie in {buckets} buckets; an engine has two in
-  hand, and answers are committed as Parquet. **vllm.LLM.chat**: one call with n = 5 for all
-  prompts. **ray.data.llm**: `build_processor` with its defaults; it keeps one answer of a request,
-  so each prompt is {samples} times in its data set.
-- All three have the environment and the arguments of our engine (`wrpo_ray/llm/vllm.py`) and
-  the same seeds. Answers are compared token by token, and at least 99% have to be the same.
-- Time goes from the first request to a warm engine to the last answer: committed, returned, or read
-  from the data set. Ours and vLLM answer 8 other prompts before. ray.data.llm's time begins when
-  its engine gets the first request: what its other stages did before is not counted.
-- CPU time is of all processes of a run in this time, with Ray's own; other load on the machine
-  disturbs it less. The load of the minute before was {load:.1f}. "with start" is all: imports, the
-  starts of Ray and of the engine, and for ours the ingestion of the prompts.
-- ray.data.llm has its engine in a process apart, whatever `VLLM_ENABLE_V1_MULTIPROCESSING` says, so
-  it can use a second core beside the model's. With this variable at 1 all three have; a run like
-  that, on a machine that had other work, gave 0.939 and 1.065.
+- **ours**: `wrpo generate` with one engine. Prompts are in {buckets} buckets (hash partitions); an
+  engine works on two at once, and answers are committed as Parquet. **vllm.LLM.chat**: one call
+  with n = 5 for all prompts. **ray.data.llm**: `build_processor` with its defaults; it keeps one
+  answer per request, so its data set has each prompt {samples} times.
+- All three use the environment and the arguments of our engine (`wrpo_ray/llm/vllm.py`) and the
+  same seeds. Answers are compared token by token, and at least 99% must be equal.
+- Time is measured from the first request to a warm engine until the last answer is committed,
+  returned, or read from the data set. Ours and vLLM first answer 8 other prompts. The time of
+  ray.data.llm begins when its engine gets the first request; earlier work of its other stages is
+  not counted.
+- CPU time is the sum over all processes of a run in this time, with Ray's own; other load on the
+  machine disturbs it less. The load average of the minute before was {load:.1f}. "with start" is
+  the total: imports, the starts of Ray and of the engine, and for ours the ingestion of the
+  prompts.
+- ray.data.llm runs its engine in a separate process, whatever `VLLM_ENABLE_V1_MULTIPROCESSING`
+  says, so it can use a second core. With this variable set to 1, all three do; such a run, on a
+  machine with other work, gave ratios of 0.939 and 1.065.
 - Versions: {versions}.
 
 What it does not show: GPUs, several engines and nodes, a large vocabulary, object stores.

@@ -373,30 +373,31 @@ TEXT = """# Pairing: y_ws, y_wt and y_l, side by side
 
 {table}
 
-{machine}. `make bench` measures it all again and writes this section and
+{machine}. `make bench` repeats the measurements and writes this section and
 [results.json](results.json).
 
-- The query: the best answer of three sources, the best and the worst of the target's own, and
-  every score, {samples} answers a model and prompt; both tables, `select` and `pair`, are written
-  as Parquet (zstd). 3% of the answers were cut off, and may not be chosen. All rows of all three
-  are checked to be equal: rewards are random doubles, so nothing is tied.
-- **ours**: the two stages as the pipeline runs them, on a Ray of two CPUs that has started.
-  **DuckDB**, **Polars** (streaming engine): the same two tables by a query each, two threads,
-  written for speed: answers go through the aggregation as structs (joining them back by their
-  keys took DuckDB as long).
-- Texts have 6 to 40 words, about 130 bytes, with as many token ids; 10M candidates are 1.3 GB of
-  Parquet, in one shard a bucket and model, in the page cache.
-- Each is measured in a process of its own, in turn; here is the quicker of {repeats} runs. The load
-  of the machine was {load}. CPU time, which load disturbs less, is of all processes, without
-  Ray's own services; so is memory, resident MB at the peak, where pages that processes share are
-  counted for each.
+- The query: y_ws (the best answer of three sources), y_wt and y_l (the best and the worst of the
+  target's own answers), and every score, with {samples} answers per model and prompt. Both tables,
+  `select` and `pair`, are written as Parquet (zstd). 3% of the answers were cut off and may not be
+  chosen. The rows of all three are checked to be equal; rewards are random doubles, so there are
+  no ties.
+- **ours**: the two stages as the pipeline runs them, on a running Ray with two CPUs.
+  **DuckDB**, **Polars** (streaming engine): the same two tables with one query each, on two
+  threads, written for speed: answers pass through the aggregation as structs (joining them back by
+  their keys took DuckDB the same time).
+- Texts have 6 to 40 words, about 130 bytes, and as many token ids. 10M candidates are 1.3 GB of
+  Parquet, one shard per bucket and model, in the page cache.
+- Each contender runs in its own process, in turn; the table has the faster of {repeats} runs. The
+  load average was {load}. CPU time, which other load disturbs less, is the sum over all processes
+  except Ray's own services. Memory is the sum of their peak resident MB; shared pages are counted
+  for each process. A bucket is a hash partition of the prompts.
 
-Memory: a worker of ours holds one bucket at a time, so its peak follows the candidates of a bucket,
-not their number. DuckDB and Polars hold the groups of all prompts, or spill.
+Memory: each of our workers holds one bucket at a time, so its peak depends on the candidates per
+bucket, not on their total. DuckDB and Polars hold the groups of all prompts, or spill.
 
-What it does not show: several nodes, object stores, stores of many small shards (an interrupted
-generation leaves one for each 64 prompts), ties (a hash in Python for each tied answer, about
-4 us), and `refusals`, `duplicates`, `max_similarity`, which are off by default.
+What it does not show: several nodes, object stores, stores with many small shards (an interrupted
+generation leaves one per 64 prompts), ties (a hash in Python for each tied answer, about 4 us),
+and `refusals`, `duplicates`, `max_similarity`, which are off by default.
 """
 
 

@@ -248,84 +248,87 @@ TEXT = """# Training: one step, side by side
 {targets}
 
 One WRPO step (forward and backward of {rows} rows, and the optimizer's) on {machine},
-{threads} thread(s) of torch, {device}. `make bench` measures it all again and writes this section
-and [results.json](results.json); options are in `train.py --help`.
+{threads} thread(s) of torch, {device}. `make bench` repeats the measurements and writes this
+section and [results.json](results.json); `train.py --help` lists options.
 
 ## Speed
 
-**ours**: rows packed with a shared prompt, the head on answer tokens only, stored log-probs of the
-reference. **published**: the published algorithm, written plainly: each row three padded
-sequences, logits of all tokens, a live reference model, `sdpa` attention.
+**ours**: rows packed with a shared prompt, the head on answer tokens only, stored reference
+log-probs. **published**: a plain implementation of the published algorithm: three padded sequences
+per row, logits of all tokens, a live reference model, `sdpa` attention.
 
 {published}
 
-- r is the mean prompt length over the mean answer length. Lengths are log-normal (sigma 0.6) or
-  all equal; an answer has {answer_mean} tokens on average.
-- "with our reference pass": our step also pays for its share of the pass that stores the
-  reference's log-probs, once an epoch. The paper trains one epoch, so this is what a whole run
-  gains; each further epoch gains "ratio".
-- "bound of sharing" is 3(r+1)/(r+3), the tokens that a shared prompt saves. A step without the
-  reference's forward saves a further 4/3. What lies beyond is padding, and the head on prompts.
-- "by work" counts the multiplications with weights on these rows, without attention; "8B" counts
-  them for the shape of Llama-3 8B.
-- Where lengths are equal nothing is padded: there the ratio is what sharing, the reference and
-  the head give alone. At r 0.4 that is below 2: the rest of that target comes from padding.
+- r is the mean prompt length divided by the mean answer length. Lengths are log-normal (sigma 0.6)
+  or all equal; an answer has {answer_mean} tokens on average.
+- "with our reference pass": the time of our step includes its share of the pass that stores the
+  reference log-probs once. The paper trains one epoch, so this is the gain of a whole run; in each
+  further epoch the gain is "ratio".
+- "bound of sharing" is 3(r+1)/(r+3), the ratio of tokens without and with a shared prompt. Without
+  the reference's forward pass, a step gains a further factor of 4/3. Gains beyond that come from
+  padding and from the head on prompts.
+- "by work" is the ratio of multiplications with weights on these rows, without attention; "8B" is
+  the same for the shape of Llama-3 8B.
+- With equal lengths nothing is padded, so the ratio shows the gain of sharing, the reference and
+  the head alone. At r 0.4 it is below 2: the rest of that target comes from padding.
 
 **TRL**: `DPOTrainer` on the pairs (y_wt, y_l) of the same rows, its own collation and
-`training_step`, `precompute_ref_log_probs=True`. It trains two answers a row and ours three, so
-times are compared an answer token.
+`training_step`, `precompute_ref_log_probs=True`. It trains two answers per row and ours three, so
+times are compared per answer token.
 
 {trl}
 
 ## Memory
 
-The peak of tensor memory in a step above weights, gradients and the optimizer's states (the
-reference's weights in `published` are not counted either), at two rows a micro-batch.
+The peak of tensor memory in a step, beyond weights, gradients and optimizer states, with two rows
+per micro-batch. The reference's weights in `published` are not counted either.
 
 {memory}
 
-Sharing and packing leave fewer tokens whose activations are kept, and ours never has the logits of
-all tokens; published peaks in the reference's forward, while the policy's activations and logits
-wait for the backward pass. Where prompts are short and nothing is padded, both keep nearly the
-same activations, so the ratio is least.
+With sharing and packing, activations of fewer tokens are kept, and our step never holds the logits
+of all tokens. The published algorithm peaks in the reference's forward pass, while the policy's
+activations and logits are kept for the backward pass. With short prompts and no padding, both keep
+nearly the same activations, so the ratio is smallest.
 
 ## How it was measured
 
 - A Llama of {weights:.0f}M random weights, the same for all three: width {hidden}, {layers}
   layers, vocabulary {vocabulary}; fp32 on the CPU, bf16 on a GPU. The learning rate is 0: the work
-  is the same, and every cell starts alike.
-- The same rows, seeded, in micro-batches of two rows, the published script's. Ours deals rows by a
-  token budget: it is set to the least at which micro-batches hold two rows on average.
-- Plain AdamW (fused) for all, not DeepSpeed, so that the step is compared and not the engine. No
-  gradient checkpointing, which is off in our defaults and was switched off in TRL.
-- In turn, ours, published, TRL, ours, ...; medians of {repeats} steps after a warm-up. On one CPU
-  thread times are CPU time of the process, which other processes disturb less. The machine's load
-  in the last 15 minutes was {load:.1f}, of which this run was 1.
-- Memory on the CPU is the greatest running sum of the allocations that torch's profiler records.
+  is the same, and every cell starts from the same weights.
+- The same seeded rows, in micro-batches of two rows as in the published script. Ours assigns rows
+  by a token budget; it is set to the smallest value at which micro-batches hold two rows on
+  average.
+- Plain fused AdamW for all instead of DeepSpeed, to compare the step and not the engine. No
+  gradient checkpointing; it is off in our defaults and was switched off in TRL.
+- The three take turns (ours, published, TRL, ours, ...); medians of {repeats} steps after a
+  warm-up. On one CPU thread, times are CPU time of the process, which other processes disturb
+  less. The machine's load average over 15 minutes was {load:.1f}, of which this run was 1.
+- Memory on the CPU is the maximum of the running sum of allocations in torch's profiler.
 - Each cell checks that the gradients of ours and published agree (relative difference below 1e-3).
-- TRL scores answer tokens only on a GPU, and all tokens on a CPU; here it does the former.
+- TRL computes logits of answer tokens only on a GPU, and of all tokens on a CPU; here it is set to
+  answer tokens.
 - Versions: {versions}.
 
 ## What it does not show
 
-- GPUs: there our attention takes another kernel
-  ([two cells](#on-a-gpu-training-one-step-side-by-side)).
-- Other shapes: here the head has {share:.0%} of the weights that are multiplied with, in Llama-3 8B
-  {share_8b:.0%}. The larger that share, the more ours gains where prompts are long, and the less
-  where they are short.
-- A caching allocator: on the CPU large tensors get fresh pages from the system, seen to take 8 to
-  15% of a step of published, 6 to 10% of ours, next to nothing of TRL's.
-- Many workers, ZeRO, communication, checkpoints, reading of rows, storing of log-probs.
-- TRL with a live reference, its default, which costs it a forward pass more.
-- Real data: lengths of a row's answers are independent here, and in real rows are often alike.
+- GPUs: there, our attention uses another kernel ([two
+  cells](#on-a-gpu-training-one-step-side-by-side)).
+- Other shapes: here the head has {share:.0%} of the weights used in multiplications, in Llama-3 8B
+  {share_8b:.0%}. With a larger share, ours gains more on long prompts and less on short ones.
+- A caching allocator: on the CPU, large tensors get new pages from the system. This took 8 to 15%
+  of a published step, 6 to 10% of ours, and almost nothing of TRL's.
+- Several workers, ZeRO, communication, checkpoints, reading rows, storing log-probs.
+- TRL with a live reference, its default, which needs one more forward pass.
+- Real data: the lengths of a row's answers are independent here; in real rows they are often
+  similar.
 """
 
 
 GPU_TEXT = """# On a GPU: training, one step side by side
 
-One WRPO step (forward and backward of {rows} rows, and the optimizer's) on {machine},
-in bf16. Contenders and figures are those of
-[the same on a CPU](#training-one-step-side-by-side). `train.py --device cuda` measures it.
+One WRPO step (forward and backward of {rows} rows, and the optimizer's) on {machine}, in bf16. The
+contenders and columns are those of [the measurement on a CPU](#training-one-step-side-by-side).
+`train.py --device cuda` measures it.
 
 {published}
 
@@ -334,18 +337,18 @@ in bf16. Contenders and figures are those of
 {memory}
 
 - A Llama of {weights:.0f}M random weights: width {hidden}, {layers} layers, vocabulary
-  {vocabulary}; the head has {share:.0%} of the weights that are multiplied with. An answer has
+  {vocabulary}; the head has {share:.0%} of the weights used in multiplications. An answer has
   {answer_mean} tokens on average.
-- Medians of {repeats} steps after a warm-up, in turn; the GPU is waited for. Tokens of a step, of
-  ours and of published with its padding, by r: {tokens}.
-- The gradients of ours and published differ by {difference:.3f} of their size at most: ours come
+- Medians of {repeats} steps after a warm-up, in turn, with the GPU synchronised. Tokens of a step
+  by r, for ours and for published with its padding: {tokens}.
+- The gradients of ours and published differ by at most {difference:.3f} of their norm: ours come
   from the varlen kernel, published's from `sdpa`, both in bf16.
 - Versions: {versions}.
 
-What it does not show: r that is in no row; FlashAttention in the peers; a full GPU. Where ours
-takes as long at a larger r, with more tokens, a step waits for the launching of kernels, and ratios
-fall short of the work's: micro-batches hold two short rows here for likeness, while our training
-fills them to `micro_batch_tokens`, 8,192 by default.
+What it does not show: other values of r; FlashAttention in the peers; a fully used GPU. Where our
+step takes the same time at a larger r with more tokens, kernel launches limit it, and the ratios
+stay below those of the work: to be comparable, micro-batches hold two short rows here, while our
+training fills them to `micro_batch_tokens`, 8,192 by default.
 """
 
 

@@ -184,20 +184,21 @@ TEXT = """# Scoring: rewards of answers, side by side
 
 {table}
 
-{machine}, one thread. `make bench` measures it all again and writes this section and
-[results.json](results.json); `data.py --only score` does this part.
+{machine}, one thread. `make bench` repeats the measurements and writes this section and
+[results.json](results.json); `data.py --only score` runs this part.
 
 - {units} answers of {answer_mean} tokens on average to {prompts} prompts of {prompt_mean}
-  (log-normal, sigma 0.6), and a sequence classifier of {weights:.0f}M random weights, fp32, {batch}
-  answers in a pass.
-- **ours**: `wrpo score` with one actor, where the answers are there. They lie in {buckets} buckets;
-  each is read, sorted by length, scored and committed as Parquet. **loop**:
-  `apply_chat_template(..., padding=True)` and the model, batch by batch, in the order given or with
-  all answers sorted by length before.
-- Scores are compared: none may be further than 1e-4 from ours.
-- Time goes from the first batch of a warm model to the last score, committed or in a list. CPU time
-  is of all processes of a run in this time. The load of the minute before was {load:.1f}. "with
-  start" is all: imports, starts of Ray, and for ours the ingestion of prompts and answers.
+  (log-normal, sigma 0.6), and a sequence classifier of {weights:.0f}M random weights, fp32, with
+  {batch} answers per forward pass.
+- **ours**: `wrpo score` with one actor on existing answers. They are in {buckets} buckets (hash
+  partitions of the prompts); each is read, sorted by length, scored and committed as Parquet.
+  **loop**: `apply_chat_template(..., padding=True)` and the model, batch by batch, in the given
+  order or with all answers sorted by length first.
+- Scores are compared: each must be within 1e-4 of ours.
+- Time is measured from the first batch of a warm model until the last score is committed or in a
+  list. CPU time is the sum over all processes of a run in this time. The load average of the
+  minute before was {load:.1f}. "with start" is the total: imports, the start of Ray, and for ours
+  the ingestion of prompts and answers.
 - Versions: {versions}.
 
 What it does not show: GPUs, several actors, rewards other than classifiers.

@@ -395,24 +395,25 @@ TEXT = """# Serving: against the bare server, and in overload
 
 {table}
 
-{machine}. `make bench` measures it all again and writes this section and
+{machine}. `make bench` repeats the measurements and writes this section and
 [results.json](results.json).
 
 - A Llama of {weights:.0f}M random weights over bytes, fp32, one replica, one thread for the model.
-  {clients} clients, each with one request after another: {requests} streamed, then {requests} whole
+  {clients} clients send one request after another: {requests} streamed, then {requests} whole
   answers of {answer} tokens to prompts of {prompt_mean} (log-normal, sigma 0.6).
 - **`wrpo serve`**: ingress, keys, limits, Ray Serve, a replica of Ray Serve LLM. **`vllm serve`**:
-  the bare server. Both have the environment and the arguments of our engine
-  (`wrpo_ray/llm/vllm.py`), `max_num_seqs` {clients}, and the same clients in a process beside
-  them. They take turns, {rounds} each, with as many requests in each, warmed up before.
-  {same:.1%} of their answers are the same.
+  the bare server. Both use the environment and the arguments of our engine
+  (`wrpo_ray/llm/vllm.py`), `max_num_seqs` {clients}, and the same clients in a separate process.
+  They take turns, {rounds} each after a warm-up, with the same number of requests. {same:.1%} of
+  their answers are equal.
 - The engine, the server's other processes and the clients share the machine's cores. CPU time is
-  the server's, of all its processes. The load of the minute before was {load:.1f}.
+  the sum over all processes of the server. The load average of the minute before was {load:.1f}.
 - Versions: {versions}.
 
-At capacity {places} clients ask: {ongoing} requests are in hand, {queue} wait. In overload {crowd}
-do, streamed and whole; what finds no place is told 429 and when to come again, which these clients
-do. Latency is of the requests that were taken, from the try that was:
+At capacity, {places} clients send requests: {ongoing} are processed at once and {queue} wait in
+the queue. In overload, {crowd} clients do, streamed and whole. A request that finds the queue full
+gets HTTP 429 with Retry-After, and these clients retry then. Latency is that of accepted requests,
+from the accepted attempt on:
 
 {overload}
 

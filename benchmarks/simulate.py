@@ -42,20 +42,20 @@ class Setting:
 
 ONE = Policy(in_hand=1, ahead=1)
 TWO = Policy(in_hand=2, ahead=2)
-FIRST = Setting("one bucket in hand", ONE, 64, 64)
+FIRST = Setting("one bucket at a time", ONE, 64, 64)
 """As generation was first: each chunk waits for the longest answer of the one before."""
 NOW = Policy(in_hand=2, ahead=0, barrier=False)
 """As it is: an engine is given more as it finishes, and no bucket is bound to it ahead."""
-BEST = Setting("as it is, more buckets", NOW, 256, 64)
+BEST = Setting("current scheduling, more buckets", NOW, 256, 64)
 SETTINGS = (
     FIRST,
-    Setting("two buckets in hand", TWO, 64, 64),
-    Setting("two in hand, more buckets", TWO, 256, 64),
-    Setting("two in hand, large chunks, more buckets", TWO, 256, 256),
-    Setting("two in hand, no chunk waits", Policy(2, 2, barrier=False), 256, 64),
-    Setting("as it is", NOW, 64, 64),
+    Setting("two buckets at once", TWO, 64, 64),
+    Setting("two at once, more buckets", TWO, 256, 64),
+    Setting("two at once, large chunks, more buckets", TWO, 256, 256),
+    Setting("two at once, no chunk waits", Policy(2, 2, barrier=False), 256, 64),
+    Setting("current scheduling", NOW, 64, 64),
     BEST,
-    Setting("as it is, 1,024 buckets", NOW, 1024, 64),
+    Setting("current scheduling, 1,024 buckets", NOW, 1024, 64),
 )
 
 
@@ -207,13 +207,17 @@ def row(name: str, ours: float, peer: float, ratio: float, unit: str, nodes: int
 TEXT = """# Generation on a simulated cluster
 
 The paper's data: 10 sources (9B to 236B), 61,800 prompts, 5 answers each: 3.09M answers, of 450
-tokens in the mean (log-normal, sigma {sigma}, cut at 2,048). Rates and starts are guesses by size
-([paper.yaml](paper.yaml)), so what counts are shares and ratios, not hours.
-`python benchmarks/simulate.py` makes this file again, in some minutes.
+tokens on average (log-normal, sigma {sigma}, cut at 2,048). Rates and start times are guessed from
+model sizes ([paper.yaml](paper.yaml)), so shares and ratios are meaningful, hours are not. `python
+benchmarks/simulate.py` writes this file again in a few minutes.
 
-**efficiency**: committed tokens at an engine's full rate, over all GPUs' time. **starting**:
-engines that load weights. **no engine**: GPUs that nobody holds. **slack**: engines with fewer
-answers than slots, or on slow nodes. **plan**: what `wrpo plan --gpus` foretells.
+A bucket is a hash partition of the prompts; an engine works on some buckets at once and commits
+their answers chunk by chunk. A slot is a place for one answer in an engine's batch.
+
+The columns are shares of all GPUs' time. **efficiency**: the time that the committed tokens take
+at an engine's full rate. **starting**: engines that load weights. **no engine**: GPUs that no
+engine uses. **slack**: engines with fewer answers than slots, or on slow nodes. **plan** is the
+estimate of `wrpo plan --gpus`.
 
 ## 1 to 64 nodes of 8 GPUs
 
@@ -221,40 +225,40 @@ answers than slots, or on slow nodes. **plan**: what `wrpo plan --gpus` foretell
 
 {curve}
 
-As generation was first (64 buckets, one in hand, chunks of 64 prompts):
+The first version (64 buckets, one at a time, chunks of 64 prompts):
 
 {first}
 
 ![efficiency over nodes](../docs/img/simulate.svg)
 
-## 64 nodes: where it goes
+## 64 nodes: where the time goes
 
 {settings}
 
-Ten times the prompts (1,024 buckets): {tenfold:.2f}.
+With ten times the prompts (1,024 buckets), the efficiency is {tenfold:.2f}.
 
-## What follows
+## Conclusions
 
-- A chunk that waits for the longest answer of the one before leaves an engine half empty: lengths
-  are heavy-tailed, and 320 answers hardly fill 256 slots. So no chunk waits, and two buckets are in
-  hand, which keeps the slots full.
-- Two in hand alone makes it worse on many nodes: with two more bound ahead, four of 64 buckets lie
-  with each engine, and most engines of a pool find none. So none is bound ahead. `storage.buckets`
-  should be about six
-  times the engines of the largest pool; `wrpo plan` says so. With far more, a bucket is too small
-  to fill an engine.
-- Engines in proportion to work (`wrpo plan --gpus N` prints them; `actors.min`) and free GPUs going
-  to pools that still have buckets (`actors.max` above that) make the sources end together.
-- What remains on 64 nodes is starts: the whole work is half an hour, and a 236B engine takes twelve
-  minutes to start. More data gives that back.
-- The plan knows nothing of slots, tails and fragments of nodes: it is right within about a tenth
-  where engines are kept full, and too hopeful by a third or more where they are not.
+- If a chunk waits for the longest answer of the previous one, the engine is half empty: lengths
+  are heavy-tailed, and 320 answers barely fill 256 slots. So no chunk waits, and an engine works
+  on two buckets at once, which keeps the slots full.
+- Two at once alone makes it worse on many nodes: with two more assigned in advance, each engine
+  holds four of 64 buckets, and most engines of a pool get none. So no bucket is assigned in
+  advance. `storage.buckets` should be about six times the engines of the largest pool; `wrpo plan`
+  prints the number. With far more, a bucket is too small to fill an engine.
+- The sources finish together if engines are proportional to work (`wrpo plan --gpus N` prints
+  their numbers for `actors.min`) and free GPUs go to pools that still have buckets (a larger
+  `actors.max`).
+- On 64 nodes, engine starts are the largest remaining loss: all work takes half an hour, and a
+  236B engine takes twelve minutes to start. With more data, this share is smaller.
+- The plan does not model slots, long last answers and partly used nodes. It is right within about
+  a tenth where engines stay full, and too optimistic by a third or more where they do not.
 
-## Trouble, at 64 nodes
+## Slow and lost nodes, at 64 nodes
 
 {trouble}
 
-Static: each source has a tenth of the GPUs for good.
+Static: each source has a tenth of the GPUs for the whole run.
 """
 
 
