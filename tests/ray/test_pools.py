@@ -216,12 +216,17 @@ def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, tmp_path):
     said: list[str] = []
     monkeypatch.setattr(pools, "WAITING_INTERVAL", 1.0)
     monkeypatch.setattr(pools, "log", said.append)
-    after(lambda: said, (tmp_path / "end").touch)
-    run_side_by_side(
-        (Pool("holds", Actors(num_cpus=8)), held(1, tmp_path / "end")),
-        (Pool("waits", Actors(num_cpus=8)), sleeps(1, 0)),
-    )
-    assert said[0] == "waits: waiting for its first actor, which needs 8 CPU"
+    message = "waits: waiting for its first actor, which needs 8 CPU"
+    after(lambda: message in said, (tmp_path / "end").touch)
+
+    def wait() -> None:
+        wait_until(lambda: alive("holds") == 1)
+        list(pools.map_rows(Pool("waits", Actors(num_cpus=8)), sleeps(1, 0), Sleeper, {}))
+
+    holds = Pool("holds", Actors(num_cpus=8))
+    rows = held(1, tmp_path / "end")
+    side_by_side([lambda: list(pools.map_rows(holds, rows, Sleeper, {})), wait])
+    assert message in said
 
 
 class Unreadable:
