@@ -56,7 +56,7 @@ def test_a_pool_reaches_its_most_actors_where_there_is_room(calls, least):
     assert len({r["actor"] for r in done}) == 4
 
 
-def run_run_in_threads(*mapped: tuple[Pool, list[dict]]) -> list[list[dict]]:
+def run_pools(*mapped: tuple[Pool, list[dict]]) -> list[list[dict]]:
     """Each pool in a thread of its own, as sources are; their results."""
     done: list[list[dict]] = [[] for _ in mapped]
 
@@ -87,7 +87,7 @@ def test_every_pool_has_its_first_actor_before_another_grows(calls, tmp_path):
     made = [Pool(name, actors, threads=calls) for name in ("short", "long", "longer")]
     rows = sleeps(4 * calls, 0.5) + held(4 * calls, grown)
     after(lambda: max(alive("long"), alive("longer")) > 1, grown.touch)
-    short, *others = run_run_in_threads(
+    short, *others = run_pools(
         (made[0], sleeps(4 * calls, 0.5)), (made[1], rows), (made[2], rows)
     )
     ended = max(r["ended"] for r in short)
