@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import Part
-from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
+from workload import SAMPLES, Clock, ContenderRun, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
 from wrpo_ray.data.buckets import buckets
@@ -129,7 +129,7 @@ class Clocked(stage.Generator):
         return result
 
 
-def ours(folder: Path, work: Work) -> Made:
+def ours(folder: Path, work: Work) -> ContenderRun:
     """`wrpo generate`, with one engine."""
     from wrpo_ray.pipeline.chain import Chain
     from wrpo_ray.pipeline.preflight import preflight
@@ -146,10 +146,10 @@ def ours(folder: Path, work: Work) -> Made:
         for row in answers.read(chain.root, bucket, RESPONSE).to_pylist()
     ]
     results = {f"{row['prompt_id']}/{row['sample']}": row["token_ids"] for row in rows}
-    return Made(*Clock.read(folder / "out" / CLOCK), results)
+    return ContenderRun(*Clock.read(folder / "out" / CLOCK), results)
 
 
-def vllm(folder: Path, work: Work) -> Made:
+def vllm(folder: Path, work: Work) -> ContenderRun:
     """One call of `LLM.chat` with n = 5 for all prompts."""
     os.environ |= work.environ | QUIET
     from vllm import LLM, SamplingParams
@@ -166,10 +166,10 @@ def vllm(folder: Path, work: Work) -> Made:
     clock = Clock(folder / CLOCK)
     results = dict(chat(work.asked))
     clock.lap()
-    return Made(*Clock.read(folder / CLOCK), results)
+    return ContenderRun(*Clock.read(folder / CLOCK), results)
 
 
-def ray_data_llm(folder: Path, work: Work) -> Made:
+def ray_data_llm(folder: Path, work: Work) -> ContenderRun:
     """A processor that is given every prompt five times, since it keeps one answer of a request.
 
     Its clock starts when the engine gets the first request, so after what it does before.
@@ -213,7 +213,7 @@ def ray_data_llm(folder: Path, work: Work) -> Made:
         queued.append(row["queued"])
         clock.lap()
     ray.shutdown()
-    return Made(min(queued), Clock.read(folder / CLOCK)[1], results)
+    return ContenderRun(min(queued), Clock.read(folder / CLOCK)[1], results)
 
 
 # --- the report --------------------------------------------------------------------------------

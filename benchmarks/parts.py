@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from workload import SAMPLES, Made, Measured
+from workload import SAMPLES, ContenderRun, Measured
 
 Results = Mapping[str, Any]
 
@@ -25,7 +25,7 @@ class Part:
     """How many units there are."""
     check: Callable[[Results, Results], str]
     """Makes sure that ours and a peer's results are the same, and tells how far."""
-    contenders: Sequence[Callable[..., Made]]
+    contenders: Sequence[Callable[..., ContenderRun]]
     """In the order in which they run; one is `ours`."""
     titles: Mapping[str, str]
     """Of the contenders in tables, in their order."""

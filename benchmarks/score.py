@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from parts import Part
-from workload import SAMPLES, Clock, Made, Message, Shape, key, texts, user, write_prompts
+from workload import SAMPLES, Clock, ContenderRun, Message, Shape, key, texts, user, write_prompts
 
 from wrpo_ray.config import Config
 from wrpo_ray.data.buckets import buckets, write_shard
@@ -90,7 +90,7 @@ class Clocked(stage.Scorer):
         return result
 
 
-def ours(folder: Path, work: Work) -> Made:
+def ours(folder: Path, work: Work) -> ContenderRun:
     """`wrpo score` where the answers are there."""
     from wrpo_ray.pipeline.chain import Chain
     from wrpo_ray.pipeline.preflight import preflight
@@ -109,7 +109,7 @@ def ours(folder: Path, work: Work) -> Made:
         for bucket in buckets(work.buckets)
         for row in scored.read(chain.root, bucket, SCORED).to_pylist()
     }
-    return Made(*Clock.read(folder / "out" / CLOCK), results)
+    return ContenderRun(*Clock.read(folder / "out" / CLOCK), results)
 
 
 def put_answers(job: Any, root: Any, work: Work) -> None:
@@ -125,7 +125,7 @@ def put_answers(job: Any, root: Any, work: Work) -> None:
     job.step.finish(root, {"rows": len(work.answers)}, time.time())
 
 
-def loop(folder: Path, work: Work, by_length: bool = False) -> Made:
+def loop(folder: Path, work: Work, by_length: bool = False) -> ContenderRun:
     """Batches in the given order or by the texts' length, padded to their longest."""
     os.environ |= thread_env(1)
     import torch
@@ -158,10 +158,10 @@ def loop(folder: Path, work: Work, by_length: bool = False) -> Made:
     scores = score([(messages, text) for messages, _, text in answers])
     clock.lap()
     keys = [key(messages, sample) for messages, sample, _ in answers]
-    return Made(*Clock.read(folder / CLOCK), dict(zip(keys, scores, strict=True)))
+    return ContenderRun(*Clock.read(folder / CLOCK), dict(zip(keys, scores, strict=True)))
 
 
-def sorted_loop(folder: Path, work: Work) -> Made:
+def sorted_loop(folder: Path, work: Work) -> ContenderRun:
     """The same, with all answers sorted by length before."""
     return loop(folder, work, by_length=True)
 

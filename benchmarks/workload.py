@@ -109,7 +109,7 @@ def write_prompts(file: Path, prompts: list[list[Message]]) -> None:
 
 
 @dataclass(frozen=True)
-class Made:
+class ContenderRun:
     """What a contender made, and when, on the machine's monotonic clock."""
 
     started: float
@@ -149,7 +149,7 @@ class Clock:
         return json.loads(file.read_text())
 
 
-def alone(contender: Callable[..., Made], *args: Any) -> Measured:
+def alone(contender: Callable[..., ContenderRun], *args: Any) -> Measured:
     """Run it in a process of its own, and watch what that and its descendants use."""
     import numpy as np
 
@@ -165,7 +165,7 @@ def alone(contender: Callable[..., Made], *args: Any) -> Measured:
     return Measured(made.results, made.ended - made.started, float(cpu[1] - cpu[0]), whole)
 
 
-def _quiet_end(contender: Callable[..., Made], *args: Any) -> Made:
+def _quiet_end(contender: Callable[..., ContenderRun], *args: Any) -> ContenderRun:
     made = contender(*args)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # vLLM's libraries list their leaks at exit
     return made

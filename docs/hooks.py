@@ -161,8 +161,18 @@ GENERATED: dict[str, Callable[[], str]] = {
     "config": lambda: config_markdown(Config),
     "serve": lambda: config_markdown(ServeConfig, "serve."),
     "commands": commands,
-    "package": lambda: tree("wrpo_ray"),
     "tests": lambda: tree("tests"),
     "benchmarks": lambda: tree("benchmarks"),
 }
 """Text for a marker `<!-- generated: NAME -->` in a page."""
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+TREE = re.compile(r"(?<=<!-- tree -->\n).*?(?=<!-- end of tree -->)", re.DOTALL)
+
+
+def with_tree(page: str) -> str:
+    """The architecture page with the present tree of the package, for those who read the file."""
+    return TREE.sub(lambda _: tree("wrpo_ray") + "\n", page)
+
+
+if __name__ == "__main__":
+    ARCHITECTURE.write_text(with_tree(ARCHITECTURE.read_text()))

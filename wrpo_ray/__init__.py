@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     )
     from wrpo_ray.errors import UserError, WrpoError
     from wrpo_ray.export.read import read
-    from wrpo_ray.llm.chat import render
+    from wrpo_ray.llm.rendering import render
     from wrpo_ray.pipeline.chain import Chain
     from wrpo_ray.pipeline.runner import fuse
     from wrpo_ray.planning.estimate import plan
@@ -65,7 +65,7 @@ _MODULES = {
     "UserError": "errors",
     # from scored answers to preference rows to token ids
     "select_pairs": "stages.pair.pairs",
-    "render": "llm.chat",
+    "render": "llm.rendering",
     "tokenize_pairs": "stages.train.rows",
     "pack": "stages.train.packing",
     "pad": "stages.train.packing",

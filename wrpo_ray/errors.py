@@ -2,11 +2,22 @@
 
 
 class WrpoError(Exception):
-    """Root of the project's own errors; the CLI prints its text without a traceback."""
+    """Root of the project's own errors; the CLI prints its text without a traceback.
+
+    Example:
+        >>> issubclass(UserError, WrpoError)
+        True
+    """
 
 
 class UserError(WrpoError, ValueError):
-    """A problem in the config, the data or the environment that the user can fix."""
+    """A problem in the config, the data or the environment that the user can fix.
+
+    Example:
+        >>> raise UserError("prompts: no such file: prompts.jsonl")
+        Traceback (most recent call last):
+        wrpo_ray.errors.UserError: prompts: no such file: prompts.jsonl
+    """
 
 
 class BrokenFileError(UserError):

@@ -29,6 +29,7 @@ LONG = """
 import sys, ray
 from wrpo_ray.config import ClusterConfig
 from wrpo_ray.runtime import cluster
+from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.storage.folder import Folder
 
 cluster.connect(ClusterConfig(num_cpus=1), Folder(sys.argv[1]), "test")

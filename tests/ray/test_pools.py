@@ -56,7 +56,7 @@ def test_a_pool_reaches_its_most_actors_where_there_is_room(calls, least):
     assert len({r["actor"] for r in done}) == 4
 
 
-def run_side_by_side(*mapped: tuple[Pool, list[dict]]) -> list[list[dict]]:
+def run_pools(*mapped: tuple[Pool, list[dict]]) -> list[list[dict]]:
     """Each pool in a thread of its own, as sources are; their results."""
     done: list[list[dict]] = [[] for _ in mapped]
 
@@ -87,9 +87,7 @@ def test_every_pool_has_its_first_actor_before_another_grows(calls, tmp_path):
     made = [Pool(name, actors, threads=calls) for name in ("short", "long", "longer")]
     rows = sleeps(4 * calls, 0.5) + held(4 * calls, grown)
     after(lambda: max(alive("long"), alive("longer")) > 1, grown.touch)
-    short, *others = run_side_by_side(
-        (made[0], sleeps(4 * calls, 0.5)), (made[1], rows), (made[2], rows)
-    )
+    short, *others = run_pools((made[0], sleeps(4 * calls, 0.5)), (made[1], rows), (made[2], rows))
     ended = max(r["ended"] for r in short)
     assert {actors_before(results, ended) for results in others} == {1}
     assert ended - min(r["began"] for r in short) < LIMIT  # no row waits for actors without room
@@ -216,12 +214,17 @@ def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, tmp_path):
     said: list[str] = []
     monkeypatch.setattr(pools, "WAITING_INTERVAL", 1.0)
     monkeypatch.setattr(pools, "log", said.append)
-    after(lambda: said, (tmp_path / "end").touch)
-    run_side_by_side(
-        (Pool("holds", Actors(num_cpus=8)), held(1, tmp_path / "end")),
-        (Pool("waits", Actors(num_cpus=8)), sleeps(1, 0)),
-    )
-    assert said[0] == "waits: waiting for its first actor, which needs 8 CPU"
+    message = "waits: waiting for its first actor, which needs 8 CPU"
+    after(lambda: message in said, (tmp_path / "end").touch)
+
+    def wait() -> None:
+        wait_until(lambda: alive("holds") == 1)
+        list(pools.map_rows(Pool("waits", Actors(num_cpus=8)), sleeps(1, 0), Sleeper, {}))
+
+    holds = Pool("holds", Actors(num_cpus=8))
+    rows = held(1, tmp_path / "end")
+    run_in_threads([lambda: list(pools.map_rows(holds, rows, Sleeper, {})), wait])
+    assert message in said
 
 
 class Unreadable:

@@ -32,7 +32,12 @@ class Columns(Section):
 
 
 class PromptsConfig(Section):
-    """The file of prompts that the models answer."""
+    """The file of prompts that the models answer.
+
+    Example:
+        >>> PromptsConfig(path="prompts.jsonl", columns={"prompt": "question"}).columns.prompt
+        'question'
+    """
 
     path: str
     """A JSONL or Parquet file, or a folder of them, local or in an object store. Write the name

@@ -25,6 +25,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
     Raises:
         UserError: with one line for each problem.
+
+    Example:
+        >>> load("fusion.yaml", ["wrpo.beta=0.1"]).wrpo.beta  # doctest: +SKIP
+        0.1
     """
     return _checked(Config, _read_yaml(path), overrides, f"{path}: ")
 

@@ -118,7 +118,12 @@ class EndpointConfig(Section):
 
 
 class ModelConfig(Section):
-    """A model that answers prompts, on vLLM or behind an endpoint."""
+    """A model that answers prompts, on vLLM or behind an endpoint.
+
+    Example:
+        >>> ModelConfig(name="qwen", model="Qwen/Qwen3-8B", actors={"max": 4}).actors.max
+        4
+    """
 
     name: Name
     """Name of the model in tables and records."""

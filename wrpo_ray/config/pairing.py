@@ -16,6 +16,10 @@ class AnswersConfig(Section):
     """Which sampled answers may be chosen or rejected. The scores of all answers are kept.
 
     An answer that matches several of these policies counts under the first.
+
+    Example:
+        >>> AnswersConfig(refusals="drop").cut_off
+        'reject_only'
     """
 
     empty: Literal["keep", "drop"] = "drop"
@@ -58,6 +62,10 @@ class PairConfig(Section):
     """How scored answers become preference rows (y_ws, y_wt, y_l).
 
     y_ws is the source's chosen answer, y_wt the target's chosen answer, y_l the rejected answer.
+
+    Example:
+        >>> PairConfig(min_margin=0.05).policy
+        'wrpo'
     """
 
     policy: Literal["wrpo", "fusechat3"] = "wrpo"

@@ -86,7 +86,8 @@ def _collect(
     if name in found:
         return
     fields = tuple(_fields(schema, defs, decides))
-    found[name] = SectionLines(path, name, _flat(schema.get("description", "")), fields)
+    about = schema.get("description", "").partition("\n\nExample:")[0]
+    found[name] = SectionLines(path, name, _flat(about), fields)
     for field in fields:
         if field.section:
             below = f"{path}.{field.key}".lstrip(".")

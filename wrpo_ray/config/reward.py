@@ -105,7 +105,12 @@ class PartConfig(ScoreConfig):
 
 
 class RewardConfig(ScoreConfig):
-    """The reward: the score of an answer."""
+    """The reward: the score of an answer.
+
+    Example:
+        >>> RewardConfig(verifier="number").name
+        'reward'
+    """
 
     name: Name = "reward"
     """Name of the reward in tables and records."""

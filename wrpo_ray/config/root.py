@@ -28,7 +28,12 @@ RESERVED = frozenset({"target-sft", "target-dpo", "fused", "best-of-sources", "m
 
 
 class Config(Section):
-    """The config of a fusion run."""
+    """The config of a fusion run.
+
+    Example:
+        >>> Config(output="out", existing={"path": "answers.parquet"}).existing.path
+        'answers.parquet'
+    """
 
     output: str
     """Folder of all results, local or in an object store (s3://, gs://). Credentials come

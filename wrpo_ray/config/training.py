@@ -139,7 +139,12 @@ class TrainConfig(Section):
 
 
 class SftConfig(TrainConfig):
-    """SFT of the target on y_ws."""
+    """SFT of the target on y_ws.
+
+    Example:
+        >>> SftConfig(workers=8).learning_rate
+        7e-06
+    """
 
     prompts: Literal["split", "all"] = "split"
     """Prompts whose y_ws are trained on: those of the SFT split, or `all`, as in plain
@@ -184,7 +189,12 @@ class ReferenceConfig(Section):
 
 
 class WrpoConfig(TrainConfig):
-    """Preference training (paper, equations 4 to 6)."""
+    """Preference training (paper, equations 4 to 6).
+
+    Example:
+        >>> WrpoConfig(beta=0.1).alpha.end
+        0.1
+    """
 
     answers: ClassVar[tuple[str, ...]] = ("source_chosen", "target_chosen", "rejected")
     is_preference: ClassVar[bool] = True

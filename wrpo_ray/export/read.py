@@ -78,6 +78,11 @@ def read(
 
     Raises:
         UserError: no run is there, it has no such rows or columns, or a step is not done.
+
+    Example:
+        >>> pairs = read("out/demo", columns=["prompt_id", "source_margin"])  # doctest: +SKIP
+        >>> pairs.num_rows  # doctest: +SKIP
+        1834
     """
     root = Folder(str(output)).absolute()
     reading = _Reading(root, outlines.read_outline(root), what, _columns(what, columns), split)

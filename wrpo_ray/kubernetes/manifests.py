@@ -78,7 +78,7 @@ class Problem:
     rule: str
     """Name of the rule, such as `name-length`."""
     text: str
-    """What is wrong, and the remedy."""
+    """The problem, and the remedy."""
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else str(self.where)

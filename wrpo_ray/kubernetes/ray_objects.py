@@ -162,7 +162,7 @@ class Condition(View):
 
 
 class DeletionRule(View):
-    """What to delete, and when."""
+    """The resources to delete, and the time to do so."""
 
     policy: str
     condition: Condition

@@ -28,7 +28,7 @@ guess: by the model's size, good to a factor of two on GPUs, less so on CPUs, wh
 
 
 def plan_text(plan: Plan) -> str:
-    """What `wrpo plan` prints."""
+    """The output of `wrpo plan`."""
     lines = [_line(HEAD)]
     for stage in plan.stages:
         parts = phases([w for w in plan.works if w.stage == stage])

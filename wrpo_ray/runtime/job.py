@@ -81,7 +81,7 @@ class Job(Protocol):
 
     @property
     def row_source(self) -> RowSource | None:
-        """What tells the number of rows of the result, before it is there; None if nothing does."""
+        """The source of the number of rows of the result, for plans; None if there is none."""
 
     @property
     def samples(self) -> Samples | None:
@@ -97,7 +97,7 @@ class Job(Protocol):
 
 
 class BaseJob:
-    """What holds for most jobs."""
+    """Defaults for most jobs."""
 
     is_retryable: ClassVar[bool] = False
 

@@ -1,4 +1,4 @@
-"""The config tree: everything documented, all errors at once, nearest names."""
+"""The config tree: everything documented, all errors at once, closest matches."""
 
 from pathlib import Path
 

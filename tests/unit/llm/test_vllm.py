@@ -48,7 +48,7 @@ def test_the_root_cause_is_told_in_place_of_that_there_is_one(outputs, logged, p
         raise RuntimeError(RAISED)
 
     result = capture_error("generate qwen", fail, {})
-    assert result["message"].startswith(f"generate qwen failed: EngineProcessError: {cause}; put")
+    assert result["message"].startswith(f"generate qwen failed: EngineProcessError: {cause}; fix")
     assert RAISED in result["trace"]
 
 

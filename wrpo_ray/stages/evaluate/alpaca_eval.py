@@ -121,6 +121,11 @@ def alpaca_eval(annotations: pa.Table, reference: Reference) -> AlpacaEval:
 
     Raises:
         UserError: the reference lacks an instruction.
+
+    Example:
+        >>> reference = read_reference(Path("alpaca_eval/df_gamed.csv"))  # doctest: +SKIP
+        >>> alpaca_eval(annotations, reference).length_controlled_win_rate  # doctest: +SKIP
+        55.9
     """
     annotations = annotations.select(ANNOTATION.names).cast(ANNOTATION)
     won = _won(annotations["preference"].to_numpy())

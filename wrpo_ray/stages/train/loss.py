@@ -26,6 +26,11 @@ class Answers(NamedTuple):
     """One number for each of the three answers of each row, each (B,).
 
     Log-probs are in nats, summed over the answer's tokens; lengths are in tokens.
+
+    Example:
+        >>> from torch import tensor
+        >>> Answers.of(tensor([-8.0, -3.0, -4.0])).rejected
+        tensor([-4.])
     """
 
     source_chosen: Tensor  # of y_ws
@@ -54,7 +59,13 @@ class PreferenceObjective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Wrpo:
-    """r = beta * log(pi / pi_ref); the loss is -log sigmoid(m)."""
+    """r = beta * log(pi / pi_ref); the loss is -log sigmoid(m).
+
+    Example:
+        >>> from torch import tensor
+        >>> Wrpo(beta=0.5).reward(tensor([-4.0]), tensor([-6.0]), tensor([2]))
+        tensor([1.])
+    """
 
     beta: float = 0.01
     """Scale of the implicit reward; 0.01 is the paper's."""
@@ -75,7 +86,13 @@ class Wrpo:
 
 @dataclass(frozen=True, slots=True)
 class Ipo:
-    """r = beta * log(pi / pi_ref) / length; the loss is (m / beta - 1 / (2 * beta))^2."""
+    """r = beta * log(pi / pi_ref) / length; the loss is (m / beta - 1 / (2 * beta))^2.
+
+    Example:
+        >>> from torch import tensor
+        >>> Ipo(beta=0.5).reward(tensor([-4.0]), tensor([-6.0]), tensor([2]))
+        tensor([0.5000])
+    """
 
     beta: float
     """Strength of the regularization towards the reference."""
@@ -93,7 +110,13 @@ class Ipo:
 
 @dataclass(frozen=True, slots=True)
 class Simpo:
-    """r = beta * log(pi) / length; the loss is -log sigmoid(m - margin)."""
+    """r = beta * log(pi) / length; the loss is -log sigmoid(m - margin).
+
+    Example:
+        >>> from torch import tensor
+        >>> Simpo(beta=2.0).reward(tensor([-4.0]), tensor([-6.0]), tensor([2]))
+        tensor([-4.])
+    """
 
     beta: float
     """Scale of the reward."""
@@ -184,6 +207,14 @@ def row_metrics(
 
     `accuracies` is 1 where the weighted reward lies above the rejected answer's, and
     `margins` is their difference; `*_source` and `*_target` take y_ws or y_wt alone.
+
+    Example:
+        >>> from torch import tensor
+        >>> policy = Answers.of(tensor([-10.0, -4.0, -6.0]))
+        >>> reference = Answers.of(tensor([-14.0, -6.0, -5.0]))
+        >>> lengths = Answers.of(tensor([8, 2, 1]))
+        >>> row_metrics(policy, reference, lengths, Wrpo(beta=0.5), alpha=0.25)["rewards/margins"]
+        tensor([1.7500])
     """
     policy = Answers(*(value.detach() for value in policy))
     reward = rewards(policy, reference, lengths, objective)

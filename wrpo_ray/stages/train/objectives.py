@@ -32,7 +32,7 @@ Losses = tuple[Tensor, dict[str, Tensor]]
 
 
 class Objective(Protocol):
-    """What a training run minimizes: the sum of its rows' losses over `divisor`."""
+    """The function that training minimizes: the sum of its rows' losses over `divisor`."""
 
     @property
     def answers(self) -> tuple[str, ...]:

@@ -94,7 +94,15 @@ def costs(lengths: np.ndarray, *, packed: bool) -> list[int]:
 
 
 def pack(rows: Sequence[Row]) -> Batch:
-    """Pack rows into one sequence, each prompt once."""
+    """Pack rows into one sequence, each prompt once.
+
+    Example:
+        >>> ids = np.array([5, 6, 7], np.int32)
+        >>> row = Row("p1", prompt=ids, answers=(ids[:1], ids[:2], ids[:1]))
+        >>> batch = pack([row])
+        >>> batch.size, batch.lengths.tolist()
+        (7, [1, 2, 1])
+    """
     blocks: list[Block] = []
     ids, positions, predict = [], [], []
     start = 0
@@ -121,7 +129,14 @@ def pack(rows: Sequence[Row]) -> Batch:
 
 
 def pad(rows: Sequence[Row]) -> Batch:
-    """Pad rows to one sequence per answer; padding is on the right."""
+    """Pad rows to one sequence per answer; padding is on the right.
+
+    Example:
+        >>> ids = np.array([5, 6, 7], np.int32)
+        >>> row = Row("p1", prompt=ids, answers=(ids[:1], ids[:2], ids[:1]))
+        >>> pad([row]).ids.shape
+        torch.Size([3, 5])
+    """
     pairs = [(row.prompt, answer) for row in rows for answer in row.answers]
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
     ids = torch.zeros((len(pairs), longest), dtype=torch.long)
