@@ -13,9 +13,11 @@ Example:
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # type checkers take it for true; typing need not be loaded
 if TYPE_CHECKING:
+    from typing import Any
+
     from wrpo_ray.config import (
         AnswersConfig,
         Config,
