@@ -87,10 +87,7 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
         uuid.uuid4().hex,
         config.max_attempts,
     )
-    with (
-        Lease(root, run.session),
-        Ledger(root, config.prices, config.budget) as ledger,
-    ):
+    with Lease(root, run.session), Ledger(root, config.prices, config.budget) as ledger:
         ledger.check()
         cluster.connect(config.cluster, root, run.session)
         try:

@@ -104,11 +104,7 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The plan as JSON."""
         derived = [
-            {
-                "gpu_hours": w.gpu_seconds / 3600,
-                "money": w.money(self.prices),
-                "seconds": w.seconds,
-            }
+            {"gpu_hours": w.gpu_seconds / 3600, "money": w.money(self.prices), "seconds": w.seconds}
             for w in self.works
         ]
         return {

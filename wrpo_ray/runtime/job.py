@@ -64,7 +64,7 @@ class Job(Protocol):
         """The step; the job is done when its manifest is there."""
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Self]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Run jobs of this kind whose steps are not done, and finish their steps.
 
         Raises:

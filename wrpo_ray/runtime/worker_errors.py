@@ -21,11 +21,7 @@ def capture_error(
         own = (
             error if isinstance(error, WrpoError) else summarize_error(with_root_cause(error), what)
         )
-        return {
-            "error": type(own).__name__,
-            "message": str(own),
-            "trace": traceback.format_exc(),
-        }
+        return {"error": type(own).__name__, "message": str(own), "trace": traceback.format_exc()}
 
 
 def restore_error(result: dict[str, Any]) -> WrpoError:

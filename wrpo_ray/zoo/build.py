@@ -50,11 +50,7 @@ Log = Callable[[str], Any]
 
 
 def build_zoo(
-    folder: Path,
-    seed: int = 0,
-    processes: int = 2,
-    log: Log = print,
-    recipe: str = "near",
+    folder: Path, seed: int = 0, processes: int = 2, log: Log = print, recipe: str = "near"
 ) -> dict[str, Any]:
     """Train every model of the zoo that the folder does not hold yet, and write its prompts.
 

@@ -206,12 +206,7 @@ def train_reward(base: Path, seed: int, recipe: Recipe) -> Trained:
     questions = make_questions(recipe.reward_steps * BATCH, f"{seed}/reward", "train")
     triples = reworded(wrong_pairs(questions, f"{seed}/reward"), seed, recipe)
     training.train_reward_model(
-        model,
-        language.lm_head,
-        tokenizer,
-        triples,
-        learning_rate=1e-3,
-        report=_reporter("reward"),
+        model, language.lm_head, tokenizer, triples, learning_rate=1e-3, report=_reporter("reward")
     )
     held = wrong_pairs(heldout(seed), f"{seed}/reward/heldout")
     right = training.score(model, tokenizer, [(p, chosen) for p, chosen, _ in held])

@@ -213,18 +213,13 @@ class ReadBenchmark(BaseJob):
         return len(self.items)
 
     @classmethod
-    def run(cls, context: Run, jobs: list[ReadBenchmark]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
-
-
-def run(run: Run, jobs: list[ReadBenchmark]) -> None:
-    """Write each benchmark's questions, a few MB, in one task each."""
-    for job in jobs:
-        started = time.time()
-        tasks = iter([{"job": job, "run": run}])
-        counts = [r["rows"] for r in map_tasks(job.step.name, tasks, _write)]
-        job.step.finish(run.root, {"rows": sum(counts)}, started)
+    def run(cls, run: Run, jobs: list[ReadBenchmark]) -> None:
+        """Write each benchmark's questions, a few MB, in one task each."""
+        for job in jobs:
+            started = time.time()
+            tasks = iter([{"job": job, "run": run}])
+            counts = [r["rows"] for r in map_tasks(job.step.name, tasks, _write)]
+            job.step.finish(run.root, {"rows": sum(counts)}, started)
 
 
 def _write(task: dict[str, Any]) -> dict[str, Any]:

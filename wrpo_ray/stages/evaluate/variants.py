@@ -72,22 +72,17 @@ class VariantTable(BaseJob):
         return found
 
     @classmethod
-    def run(cls, context: Run, jobs: list[VariantTable]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
-
-
-def run(run: Run, jobs: list[VariantTable]) -> None:
-    """Write each job's table."""
-    for job in jobs:
-        started, sums = time.time(), dict[Key, Crossed]()
-        rows = ({"run": run, "job": job, "bucket": b} for b in buckets(run.buckets))
-        for result in map_tasks(job.step.name, rows, _bucket):
-            for measure, name, values in json.loads(result["sums"]):
-                found, key = Crossed(**values), (measure, name)
-                sums[key] = sums[key] + found if key in sums else found
-        (run.root / job.step.folder).write_json(TABLE, tabulate(job, sums))
-        job.step.finish(run.root, {"rows": max(s.prompts for s in sums.values())}, started)
+    def run(cls, run: Run, jobs: list[VariantTable]) -> None:
+        """Write each job's table."""
+        for job in jobs:
+            started, sums = time.time(), dict[Key, Crossed]()
+            rows = ({"run": run, "job": job, "bucket": b} for b in buckets(run.buckets))
+            for result in map_tasks(job.step.name, rows, _bucket):
+                for measure, name, values in json.loads(result["sums"]):
+                    found, key = Crossed(**values), (measure, name)
+                    sums[key] = sums[key] + found if key in sums else found
+            (run.root / job.step.folder).write_json(TABLE, tabulate(job, sums))
+            job.step.finish(run.root, {"rows": max(s.prompts for s in sums.values())}, started)
 
 
 def _bucket(task: dict[str, Any]) -> dict[str, Any]:

@@ -104,23 +104,18 @@ class Prepare(BaseJob):
         return self.rows
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Prepare]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Prepare]) -> None:
+        """Run the jobs; those with equal actors share a pool, one after another.
 
-
-def run(run: Run, jobs: list[Prepare]) -> None:
-    """Run the jobs; those with equal actors share a pool, one after another.
-
-    Raises:
-        UserError: no row is left to train on.
-        FailureLimitError: more rows failed than `failure_limit` allows.
-    """
-    pools: dict[str, list[Prepare]] = {}
-    for job in jobs:
-        pools.setdefault(job.actors.model_dump_json(), []).append(job)
-    for pool in pools.values():
-        _prepare(run, pool)
+        Raises:
+            UserError: no row is left to train on.
+            FailureLimitError: more rows failed than `failure_limit` allows.
+        """
+        pools: dict[str, list[Prepare]] = {}
+        for job in jobs:
+            pools.setdefault(job.actors.model_dump_json(), []).append(job)
+        for pool in pools.values():
+            _prepare(run, pool)
 
 
 def _prepare(run: Run, jobs: list[Prepare]) -> None:

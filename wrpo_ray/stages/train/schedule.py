@@ -31,9 +31,5 @@ def learning_rate_at(config: TrainConfig, step: int, steps: int) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)  # in [0, 1)
-    shape = {
-        "constant": 1.0,
-        "linear": 1 - done,
-        "cosine": 0.5 * (1 + math.cos(math.pi * done)),
-    }
+    shape = {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}
     return config.learning_rate * shape[config.schedule]

@@ -65,23 +65,18 @@ class Train(BaseJob):
     a short training."""
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Train]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Train]) -> None:
+        """Train the jobs, as many at once as resources allow, and write each one's manifest.
 
-
-def run(run: Run, jobs: list[Train]) -> None:
-    """Train the jobs, as many at once as resources allow, and write each one's manifest.
-
-    Raises:
-        UserError: no rows to train on, or not enough resources for the workers.
-        WrpoError: the workers failed more often than `max_failures` allows.
-    """
-    most = min(capacity_for(_needs(job, job.config.workers)) for job in jobs)
-    series = [
-        part for alike in _grouped_by_workers(jobs) for part in _split_into_series(alike, most)
-    ]
-    run_in_threads([partial(_train, run, part) for part in series], most)
+        Raises:
+            UserError: no rows to train on, or not enough resources for the workers.
+            WrpoError: the workers failed more often than `max_failures` allows.
+        """
+        most = min(capacity_for(_needs(job, job.config.workers)) for job in jobs)
+        series = [
+            part for alike in _grouped_by_workers(jobs) for part in _split_into_series(alike, most)
+        ]
+        run_in_threads([partial(_train, run, part) for part in series], most)
 
 
 def _grouped_by_workers(jobs: list[Train]) -> list[list[Train]]:
