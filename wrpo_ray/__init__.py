@@ -10,8 +10,6 @@ Example:
     0.1
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -5,8 +5,6 @@ Neither torch nor ray is imported before a config is valid, so `--help` is insta
 worse than --fail-below allows, 130 interrupted, 143 terminated.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

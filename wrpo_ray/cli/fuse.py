@@ -1,7 +1,5 @@
 """`wrpo fuse` and the commands of single stages: run the chain of a config."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`wrpo study`: variants of a config compared over seeds."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

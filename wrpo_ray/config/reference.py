@@ -1,7 +1,5 @@
 """Reference of all config fields for the terminal and the site, from the JSON schema."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import re

@@ -1,7 +1,5 @@
 """Export of the fused model: a folder to upload, with merged weights, LoRA adapters or both."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -3,8 +3,6 @@
 Reports and `wrpo status` read them, so that they need neither the config nor the models.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from wrpo_ray.config import Config

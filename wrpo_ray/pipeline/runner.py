@@ -1,7 +1,5 @@
 """Run a chain: connect to Ray, run the missing jobs, and write the summary and the report."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence

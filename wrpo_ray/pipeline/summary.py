@@ -1,7 +1,5 @@
 """The summary of a run: its steps, the evaluation's tables, and the path of the fused model."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

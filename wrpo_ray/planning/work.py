@@ -5,8 +5,6 @@ phase share the GPUs. Not covered: network, storage, and answers that are longer
 (`simulate` has those).
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence

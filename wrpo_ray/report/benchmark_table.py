@@ -3,8 +3,6 @@
 Rates are in percent. A cell shows how many games or answers were judged if some were not.
 """
 
-from __future__ import annotations
-
 import html as escaping
 import json
 from collections.abc import Callable

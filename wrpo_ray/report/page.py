@@ -4,8 +4,6 @@ Text from models is untrusted. Jinja escapes it; rows are JSON without `<`, whic
 script inserts as text only.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from importlib import resources

@@ -1,7 +1,5 @@
 """Tables of a study as text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Text summaries: the result of a run, and its failed rows."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The Ray cluster: connect, check that nodes see the output, kill orphaned processes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -1,7 +1,5 @@
 """Jobs: the units that a chain consists of, as the runner, the planner and the reports see them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum

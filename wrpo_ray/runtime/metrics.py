@@ -5,8 +5,6 @@ when a lost actor's bucket is done again, and series do not come and go with act
 labelled by `stage` and, for a stage that generates or scores one model's answers, `source`.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

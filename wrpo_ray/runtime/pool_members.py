@@ -1,7 +1,5 @@
 """The actors of a pool: starting them, ending them, and the errors that mean that one is lost."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from contextlib import suppress

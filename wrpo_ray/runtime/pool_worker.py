@@ -1,7 +1,5 @@
 """The code that runs inside a pool's actors: one worker, its errors as results, and its times."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable

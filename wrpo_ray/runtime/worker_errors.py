@@ -1,7 +1,5 @@
 """Errors of workers and of Ray, as one line that names the root cause."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any

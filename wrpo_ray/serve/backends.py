@@ -1,7 +1,5 @@
 """The interfaces between the endpoint and what runs behind it: models, a reward, metrics."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol

@@ -6,8 +6,6 @@ and `[DONE]` follows only what a model has finished. Logs and metrics have names
 never a key, prompt or answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

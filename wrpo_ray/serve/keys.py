@@ -4,8 +4,6 @@ A key has 256 random bits and cannot be guessed, so one round of SHA-256 is enou
 is in no file, log or message.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import logging

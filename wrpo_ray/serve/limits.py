@@ -1,7 +1,5 @@
 """Limits of each key: requests a minute, and concurrent requests."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter, defaultdict, deque

@@ -3,8 +3,6 @@
 Imports no torch, so that a finished zoo is recognised at once; only child processes train.
 """
 
-from __future__ import annotations
-
 import fcntl
 import importlib.metadata
 import json

@@ -4,8 +4,6 @@ The target has latent ability and bad habits, as a real instruct model has: it l
 skill, then, briefly, wrong habits. Preference optimisation elicits; it does not teach.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time

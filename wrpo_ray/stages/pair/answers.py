@@ -1,7 +1,5 @@
 """Which answers may be chosen or rejected, by the config's section `answers` and a verifier."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Metrics of each optimizer step: summed over rows and workers, kept as JSON lines, tracked."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import resource

@@ -4,8 +4,6 @@ The rows of a step depend on (seed, epoch, index) alone. So they are the same fo
 workers, any micro-batches (`packing.assign_micro_batches`), and in a resumed run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from dataclasses import dataclass

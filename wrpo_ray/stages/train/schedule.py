@@ -3,8 +3,6 @@
 Steps count from 0; `steps` is the number of steps of the whole run.
 """
 
-from __future__ import annotations
-
 import math
 
 from wrpo_ray.config import AlphaConfig, TrainConfig
