@@ -4,15 +4,13 @@ Each task reads the verdicts (numbers, no texts) of one benchmark or one pair. P
 compared by reward are read from the scores.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -82,7 +80,7 @@ class Compare(BaseJob):
         return len(self.verdicts) + len(self.reward_pairs)
 
     @classmethod
-    def run(cls, run: Run, jobs: list[Compare]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Write each job's table."""
         for job in jobs:
             started = time.time()

@@ -1,11 +1,9 @@
 """Sums of rewards and verifier outcomes by model and group, bucket by bucket, into one table."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import Actors
 from wrpo_ray.data import records
@@ -62,7 +60,7 @@ class Evaluate(BaseJob):
         return self.prompts
 
     @classmethod
-    def run(cls, run: Run, jobs: list[Evaluate]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Write each job's table and one example prompt."""
         for job in jobs:
             started = time.time()

@@ -1,13 +1,11 @@
 """A study's table: mean scores of variants over seeds, and paired differences of variants."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.data.buckets import Bucket, buckets
 from wrpo_ray.data.records import SCORED
@@ -72,7 +70,7 @@ class VariantTable(BaseJob):
         return found
 
     @classmethod
-    def run(cls, run: Run, jobs: list[VariantTable]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Write each job's table."""
         for job in jobs:
             started, sums = time.time(), dict[Key, Crossed]()

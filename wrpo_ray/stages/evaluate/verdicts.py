@@ -4,14 +4,12 @@ A verdict fails if a model gave no answer, if the judge gave no judgment (its ow
 repeated), or if the judgment holds no valid verdict.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import Actors
 from wrpo_ray.data.buckets import Bucket, buckets, write_shard
@@ -101,7 +99,7 @@ class Verdicts(BaseJob):
         return self.prompts
 
     @classmethod
-    def run(cls, run: Run, jobs: list[Verdicts]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Parse each job's judgments.
 
         Raises:

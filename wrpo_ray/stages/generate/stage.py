@@ -6,15 +6,13 @@ larger runs only add what is missing. An actor works on several buckets at once,
 engine's batch stays full while the last long answers of one bucket finish.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
@@ -98,7 +96,7 @@ class Generate(BaseJob):
         return Stream(self.run, pool_of(self.model))
 
     @classmethod
-    def run(cls, run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -> None:
+    def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
         """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
 
         Each finished bucket is added to `ready_queue`; a job's last one when the job is done.

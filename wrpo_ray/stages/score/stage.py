@@ -4,13 +4,11 @@ An actor skips the answers that have a score, and commits the others chunk by ch
 rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -102,7 +100,7 @@ class Score(BaseJob):
         return Stream(self.run, pool_of(self.reward), self.answers.step)
 
     @classmethod
-    def run(cls, run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> None:
+    def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
         """Run the jobs; the jobs of one reward or verifier share its actors.
 
         A `ready_queue` gives the buckets of the jobs' answers that are ready, while others are

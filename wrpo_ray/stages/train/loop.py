@@ -5,14 +5,12 @@ over all workers, divided by their real number: the same for every number of wor
 micro-batch and ZeRO stage. Not covered: the driver (`stage`).
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -89,7 +87,7 @@ class Trainer:
     device: torch.device
 
     @classmethod
-    def create(cls, task: Task) -> Trainer:
+    def create(cls, task: Task) -> Self:
         """Load the policy and, if the objective needs a live one, the reference model.
 
         Raises:

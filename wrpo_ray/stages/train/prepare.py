@@ -6,14 +6,12 @@ The step's key holds the model, its tokenizer and template, and the length limit
 any of them recomputes the rows. Training then needs no reference model.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.compute as pc
 
@@ -104,7 +102,7 @@ class Prepare(BaseJob):
         return self.rows
 
     @classmethod
-    def run(cls, run: Run, jobs: list[Prepare]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Run the jobs; those with equal actors share a pool, one after another.
 
         Raises:
