@@ -102,9 +102,8 @@ def plain(
     """
     from transformers import AutoModelForCausalLM
 
-    from wrpo_ray.stages.train.order import Order
+    from wrpo_ray.stages.train.order import Order, alpha_at, learning_rate_at
     from wrpo_ray.stages.train.rows import PreparedRows
-    from wrpo_ray.stages.train.schedule import alpha_at, learning_rate_at
 
     preference, base = isinstance(config, WrpoConfig), root.local() / "base"
     rows = PreparedRows((root / prepared(root, config).step.folder).local())

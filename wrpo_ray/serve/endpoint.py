@@ -33,8 +33,7 @@ from wrpo_ray.serve.backends import (
     Scorer,
 )
 from wrpo_ray.serve.errors import ClientError, model_not_found, name_field, too_slow, unavailable
-from wrpo_ray.serve.keys import Keys
-from wrpo_ray.serve.limits import Limits
+from wrpo_ray.serve.keys import Keys, Limits
 from wrpo_ray.serve.prompts import plain
 from wrpo_ray.serve.requests import Ask, Chat, Completion
 

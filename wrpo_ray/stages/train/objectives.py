@@ -23,7 +23,7 @@ from wrpo_ray.stages.train.loss import (
     preference_loss,
     row_metrics,
 )
-from wrpo_ray.stages.train.schedule import alpha_at
+from wrpo_ray.stages.train.order import alpha_at
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """The loss of each row (B,), and metrics of each row, each (B,)."""
