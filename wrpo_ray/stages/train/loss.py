@@ -10,7 +10,7 @@ costs at m:
 - `Simpo` (arXiv 2405.14734)
 
 B is the number of rows. Not covered: the log-probs (`logprobs`), the schedule of alpha
-(`schedule`), SFT and the sum over a batch (`objectives`).
+(`order`), SFT and the sum over a batch (`objectives`).
 """
 
 from dataclasses import dataclass
