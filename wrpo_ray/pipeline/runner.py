@@ -50,7 +50,7 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
     described = outline_of(chain)
-    reporter = Reporter(partial(_report, root, described) if config.report else _nothing)
+    reporter = Reporter(partial(_report, root, described) if config.report else lambda _: None)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {root}")
     else:
@@ -126,10 +126,6 @@ def _report(root: Folder, described: Outline, is_running: bool) -> None:
     from wrpo_ray.report.page import write  # it imports a library of plots
 
     write(root, described, is_running=is_running)
-
-
-def _nothing(is_running: bool) -> None:
-    """Write no report."""
 
 
 def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from wrpo_ray.data.buckets import Bucket, buckets, write_shard
+from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.data.records import ITEM
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
@@ -226,10 +226,6 @@ def _write(task: dict[str, Any]) -> dict[str, Any]:
     job, run = task["job"], task["run"]
     rows = read_items(job.name, job.folder)
     for bucket in buckets(run.buckets):
-        _write_bucket(run, job, bucket, [row for row in rows if row["prompt_id"] in bucket])
+        if found := [row for row in rows if row["prompt_id"] in bucket]:
+            write_shard(run.root / job.step.folder, bucket, ITEM, found, "all")
     return {"rows": len(rows)}
-
-
-def _write_bucket(run: Run, job: ReadBenchmark, bucket: Bucket, rows: list[Item]) -> None:
-    if rows:
-        write_shard(run.root / job.step.folder, bucket, ITEM, rows, "all")

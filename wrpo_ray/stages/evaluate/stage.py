@@ -84,13 +84,9 @@ class Evaluate(BaseJob):
                 EXAMPLE,
                 min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
             )
-            rows_compared = sums[_measures(job)[0], _first(job), ALL].n
+            rows_compared = sums[_measures(job)[0], job.models[0].name, ALL].n
             metrics.add_counts(job.step, rows=rows_compared)
             job.step.finish(run.root, {"rows": rows_compared}, started)
-
-
-def _first(job: Evaluate) -> str:
-    return job.models[0].name
 
 
 def _measures(job: Evaluate) -> list[str]:

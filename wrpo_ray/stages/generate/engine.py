@@ -65,7 +65,6 @@ class Engine(Protocol):
 
         `identity` defaults to the one that the engine was created with.
         """
-        ...
 
 
 class PromptTooLongError(ValueError):

@@ -32,7 +32,6 @@ class Reward(Protocol):
 
     def score(self, items: list[Item]) -> list[Outcome]:
         """Return one score or error for each item, in order."""
-        ...
 
 
 class TooLongError(ValueError):

@@ -237,7 +237,7 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         thread.join(PROGRESS_INTERVAL)
         _count(task, time.monotonic() - started)
         shown = _progress(task, shown)
-        while waiting and _has_ended(task):
+        while waiting and task.folder.exists(TRAINED):  # its workers train the next model
             task = waiting.pop(0)
             shown = _progress(task, -1)
         if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
@@ -246,11 +246,6 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     fitted: list[TrainedCounts] | WrpoError = outcome["value"]
     return fitted
-
-
-def _has_ended(task: Task) -> bool:
-    """Whether a model of a series is trained, so that its workers train the next."""
-    return task.folder.exists(TRAINED)
 
 
 def _count(task: Task, seconds: float) -> None:
