@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from wrpo_ray.config import PLACEMENT, Config, Section, ServeConfig
+from wrpo_ray.config import Config, Section, ServeConfig
+from wrpo_ray.config.base import PLACEMENT
 from wrpo_ray.errors import UserError
 
 Schema = dict[str, Any]

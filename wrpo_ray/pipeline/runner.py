@@ -13,10 +13,15 @@ from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.outline import keep_plan, outline
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.stage import STAGES, Stage
-from wrpo_ray.pipeline.summary import model_addresses, summarise, write_comparison
+from wrpo_ray.pipeline.summary import (
+    keep_plan,
+    model_addresses,
+    outline,
+    summarise,
+    write_comparison,
+)
 from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job

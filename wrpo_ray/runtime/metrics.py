@@ -32,11 +32,6 @@ GAUGES = {
 LABELS = ("stage", "source")
 
 
-def exported_names() -> set[str]:
-    """The names of all metrics in Prometheus."""
-    return {f"ray_wrpo_{n}_total" for n in COUNTERS} | {f"ray_wrpo_{n}" for n in GAUGES}
-
-
 def add_counts(step: Step, **amounts: float) -> None:
     """Add amounts to the step's counters, by name."""
     for name, amount in amounts.items():
