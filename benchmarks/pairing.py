@@ -39,8 +39,7 @@ from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.data.records import prompt_id
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.pair.stage import Answers, Pair, Select
-from wrpo_ray.stages.pair.stage import run as run_jobs
+from wrpo_ray.stages.pair.stage import Answers, BucketJob, Pair, Select
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -185,7 +184,7 @@ def ours(data: Data) -> Taken:
     select = Select(prompts, Answers(tuple(stores[name] for name in SOURCES), policies))
     pair = Pair(select, Answers((stores[OWN],), policies), PairConfig())
     with Taken() as taken:
-        run_jobs(Run(root, data.buckets), [select, pair])
+        BucketJob.run(Run(root, data.buckets), [select, pair])
     for name, job in (("selection", select), ("preference", pair)):
         (data.folder / job.step.folder).rename(data.folder / f"ours-{name}")
     cluster.disconnect()

@@ -10,8 +10,6 @@ Example:
     0.1
 """
 
-from __future__ import annotations
-
 import importlib
 
 TYPE_CHECKING = False  # type checkers take it for true; typing need not be loaded

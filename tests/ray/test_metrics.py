@@ -12,7 +12,6 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, write_shard
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.score import stage
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -62,7 +61,7 @@ def test_a_step_is_found_by_prometheus_and_by_name(local_ray, tmp_path):
     reward = RewardConfig(function=f"{__name__}:last_digit", actors=Actors(num_cpus=1))
     samples = Samples(source, Prompts(prompts, ("sft",)), None)
     job = Score(samples, reward, (None,), ("function",))
-    stage.run(Run(root, 2, failure_limit=0.5), [job])
+    Score.run(Run(root, 2, failure_limit=0.5), [job])
 
     label = ("score-reward", "a-b")
     wait_until(lambda: scraped().get(("rows_total", *label)) == 5)

@@ -21,9 +21,8 @@ from support.waiting import LIMIT, wait_until
 from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.train import prepare
 from wrpo_ray.stages.train.prepare import Prepare
-from wrpo_ray.stages.train.stage import Train, run
+from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -63,7 +62,7 @@ def prepared(root: Folder, config: TrainConfig) -> Prepare:
     name, rows = ("wrpo", PAIRS) if preference else ("sft", SELECTION)
     job = Prepare(name, rows, root / "base", "base", config)
     if not job.step.is_done(root):
-        prepare.run(Run(root, 4), [job])
+        Prepare.run(Run(root, 4), [job])
     return job
 
 
@@ -74,7 +73,7 @@ def step_of(name: str, rows: Prepare, config: TrainConfig) -> Step:
 def train(root: Folder, name: str, config: TrainConfig) -> Step:
     rows = prepared(root, config)
     step = step_of(name, rows, config)
-    run(Run(root, 4), [Train(step, rows.step, root / "base", "base", config, SEED)])
+    Train.run(Run(root, 4), [Train(step, rows.step, root / "base", "base", config, SEED)])
     return step
 
 
@@ -103,9 +102,8 @@ def plain(
     """
     from transformers import AutoModelForCausalLM
 
-    from wrpo_ray.stages.train.order import Order
+    from wrpo_ray.stages.train.order import Order, alpha_at, learning_rate_at
     from wrpo_ray.stages.train.rows import PreparedRows
-    from wrpo_ray.stages.train.schedule import alpha_at, learning_rate_at
 
     preference, base = isinstance(config, WrpoConfig), root.local() / "base"
     rows = PreparedRows((root / prepared(root, config).step.folder).local())
@@ -199,8 +197,8 @@ def trained(local_ray, root) -> dict[str, Train]:
         jobs[name] = Train(
             step, rows.step, root / "base", "base", config, SEED, in_series=in_series
         )
-    run(Run(root, 4), [job for job in jobs.values() if job.in_series])
-    run(Run(root, 4), [job for job in jobs.values() if not job.in_series])
+    Train.run(Run(root, 4), [job for job in jobs.values() if job.in_series])
+    Train.run(Run(root, 4), [job for job in jobs.values() if not job.in_series])
     return jobs
 
 
@@ -241,7 +239,7 @@ def test_too_few_rows_and_workers_are_told_clearly(local_ray, root):
     with pytest.raises(UserError, match=r"99 workers need 99 CPUs and Ray has 4"):
         train(root, "crowd", WRPO.model_copy(update={"workers": 99}))
     with pytest.raises(UserError, match=r"21 rows have more than 8 tokens.*wrpo.max_length"):
-        prepare.run(
+        Prepare.run(
             Run(root, 4),
             [
                 Prepare(

@@ -5,8 +5,6 @@ Neither torch nor ray is imported before a config is valid, so `--help` is insta
 worse than --fail-below allows, 130 interrupted, 143 terminated.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal
@@ -25,11 +23,10 @@ from wrpo_ray.cli.exits import (
 )
 from wrpo_ray.cli.export import add_export
 from wrpo_ray.cli.fetch import add_fetch
-from wrpo_ray.cli.fuse import add_fuse
+from wrpo_ray.cli.fuse import add_fuse, add_study
 from wrpo_ray.cli.inspect import add_config, add_failures, add_plan, add_report, add_status
 from wrpo_ray.cli.kubernetes import add_cluster
 from wrpo_ray.cli.serve import add_serve
-from wrpo_ray.cli.study import add_study
 from wrpo_ray.cli.submit import add_submit
 from wrpo_ray.cli.zoo import add_zoo
 from wrpo_ray.errors import WrpoError

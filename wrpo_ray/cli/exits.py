@@ -1,7 +1,5 @@
 """Exit codes, errors on stderr, and SIGTERM."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

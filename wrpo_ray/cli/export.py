@@ -1,7 +1,5 @@
 """`wrpo export`: preference rows for other trainers, or the fused model."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`wrpo fetch`: the files of a benchmark, with their checksums."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,7 +1,5 @@
 """`wrpo cluster check`: manifests checked without a cluster."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

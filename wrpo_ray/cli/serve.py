@@ -1,7 +1,5 @@
 """`wrpo serve`: models behind an OpenAI-compatible endpoint."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """`wrpo submit`: run the chain as a job of a Ray cluster."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 from typing import Any

@@ -1,7 +1,5 @@
 """`wrpo zoo`: the demo's tiny models and prompts."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

@@ -1,6 +1,6 @@
 """The config of a run: one frozen tree with a module for each subject."""
 
-from wrpo_ray.config.base import NAME, PLACEMENT, ImportPath, Name, NotNegative, Positive, Section
+from wrpo_ray.config.base import NAME, Section
 from wrpo_ray.config.data import (
     Columns,
     ImportConfig,
@@ -19,7 +19,7 @@ from wrpo_ray.config.evaluation import (
     PairwiseConfig,
 )
 from wrpo_ray.config.loader import explain, load, load_study, read_serving, serving, study_config
-from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig, SamplingOverride
+from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
 from wrpo_ray.config.resources import Actors, ClusterConfig
@@ -45,7 +45,6 @@ from wrpo_ray.config.training import (
 
 __all__ = [
     "NAME",
-    "PLACEMENT",
     "Actors",
     "AlpacaEvalConfig",
     "AlphaConfig",
@@ -63,25 +62,20 @@ __all__ = [
     "EndpointConfig",
     "EvaluateConfig",
     "ImportConfig",
-    "ImportPath",
     "JudgeConfig",
     "LoraConfig",
     "MTBenchConfig",
     "ModelConfig",
-    "Name",
-    "NotNegative",
     "PairConfig",
     "PairwiseConfig",
     "PartConfig",
     "PlanConfig",
-    "Positive",
     "PricesConfig",
     "PromptsConfig",
     "ReferenceConfig",
     "ResponseColumns",
     "RewardConfig",
     "SamplingConfig",
-    "SamplingOverride",
     "ScoreConfig",
     "Section",
     "ServeConfig",

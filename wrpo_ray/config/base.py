@@ -1,7 +1,5 @@
 """Base of all sections of the config: frozen, strict, with an identity for step keys."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator

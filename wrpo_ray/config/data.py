@@ -1,8 +1,6 @@
 """Sections for input files, their columns, the split of prompts, and the storage of outputs."""
 
-from __future__ import annotations
-
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -120,7 +118,7 @@ class StorageConfig(Section):
     work of each actor."""
 
     @model_validator(mode="after")
-    def _power_of_two(self) -> StorageConfig:
+    def _power_of_two(self) -> Self:
         if self.buckets & (self.buckets - 1):
             raise ValueError(f"buckets must be a power of two, such as 64 (got {self.buckets})")
         return self

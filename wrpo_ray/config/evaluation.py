@@ -1,7 +1,5 @@
 """Sections of `evaluate`: held-out prompts, benchmarks, and pairwise comparisons."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import Field

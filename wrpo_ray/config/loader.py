@@ -1,7 +1,5 @@
 """Loads configs from YAML and `--set`; each problem is one line with the field's path."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -3,9 +3,7 @@
 y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the target's own.
 """
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,7 +98,7 @@ class PairConfig(Section):
         return low, high if self.max_margin is None else self.max_margin
 
     @model_validator(mode="after")
-    def _consistent(self) -> PairConfig:
+    def _consistent(self) -> Self:
         low, high = self.margins
         if high < low:
             raise ValueError(f"max_margin ({high:g}) must be at least min_margin ({low:g})")

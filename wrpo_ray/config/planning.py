@@ -1,7 +1,5 @@
 """Sections for prices, the budget, and the assumptions of `wrpo plan`."""
 
-from __future__ import annotations
-
 from pydantic import Field
 
 from wrpo_ray.config.base import Name, NotNegative, Positive, Section

@@ -1,7 +1,5 @@
 """Reference of all config fields for the terminal and the site, from the JSON schema."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import re
@@ -11,7 +9,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from wrpo_ray.config import PLACEMENT, Config, Section, ServeConfig
+from wrpo_ray.config import Config, Section, ServeConfig
+from wrpo_ray.config.base import PLACEMENT
 from wrpo_ray.errors import UserError
 
 Schema = dict[str, Any]

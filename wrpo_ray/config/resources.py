@@ -1,6 +1,6 @@
 """Sections for actors and the Ray cluster."""
 
-from __future__ import annotations
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -22,7 +22,7 @@ class Actors(Section):
     """Custom Ray resources of each actor, such as a node type's: {h100: 1}."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> Actors:
+    def _ordered(self) -> Self:
         if self.max < self.min:
             raise ValueError(f"max ({self.max}) must be at least min ({self.min})")
         return self

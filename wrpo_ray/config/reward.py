@@ -1,8 +1,6 @@
 """Sections for rewards: reward models, functions, verifiers, judges, and mixtures of them."""
 
-from __future__ import annotations
-
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -43,7 +41,7 @@ class JudgeConfig(Section):
     """Maximum tokens of a judgement."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> JudgeConfig:
+    def _ordered(self) -> Self:
         if self.worst >= self.best:
             raise ValueError(f"worst ({self.worst:g}) must be below best ({self.best:g})")
         return self
@@ -83,7 +81,7 @@ class ScoreConfig(Section):
     """Sandbox of the verifier `code`."""
 
     @model_validator(mode="after")
-    def _one_kind(self) -> ScoreConfig:
+    def _one_kind(self) -> Self:
         known = ("model", "function", "verifier", "judge", "mixture")
         kinds = [kind for kind in known if kind in type(self).model_fields]
         given = [kind for kind in kinds if getattr(self, kind)]
@@ -126,7 +124,7 @@ class RewardConfig(ScoreConfig):
         return self.mixture or (self,)
 
     @model_validator(mode="after")
-    def _one_judge(self) -> RewardConfig:
+    def _one_judge(self) -> Self:
         if self.actors.max > 1 and any(part.judge for part in self.parts):
             raise ValueError(
                 "a judge is asked by one actor, so that its limits hold (actors.max: 1)"

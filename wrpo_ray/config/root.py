@@ -6,10 +6,8 @@ Fields marked `PLACEMENT` say where and how fast a step runs, never what it comp
 stay out of its identity (`Section.identity`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import get_args
+from typing import Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -84,7 +82,7 @@ class Config(Section):
     --retry` resets the count."""
 
     @model_validator(mode="after")
-    def _whole(self) -> Config:
+    def _whole(self) -> Self:
         problems = list(self._problems())
         if problems:
             raise ValueError("; ".join(problems))

@@ -1,6 +1,6 @@
 """Sections for `wrpo serve`."""
 
-from __future__ import annotations
+from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -16,7 +16,7 @@ class ServedModel(ModelConfig):
     """LoRA adapters of this model, {name: folder}; clients see each as a model of its own."""
 
     @model_validator(mode="after")
-    def _is_here(self) -> ServedModel:
+    def _is_here(self) -> Self:
         if self.endpoint is not None:
             raise ValueError("endpoint: a served model is on vLLM; drop it")
         return self
@@ -61,7 +61,7 @@ class ServeConfig(Section):
     """Timeout for a whole answer, and for open requests when a replica stops, in seconds."""
 
     @model_validator(mode="after")
-    def _names_differ(self) -> ServeConfig:
+    def _names_differ(self) -> Self:
         names = [name for m in self.models for name in (m.name, *m.adapters)]
         for name in {n for n in names if names.count(n) > 1}:
             raise ValueError(f"models: the name {name!r} is given twice; write NAME=FOLDER")

@@ -1,8 +1,6 @@
 """Sections for `wrpo study`: cases, variants, seeds."""
 
-from __future__ import annotations
-
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -50,7 +48,7 @@ class StudyConfig(Section):
     """Pairs (a, b) of variants: the paired difference a - b over shared seeds and prompts."""
 
     @model_validator(mode="after")
-    def _known(self) -> StudyConfig:
+    def _known(self) -> Self:
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: one is given twice")
         for name in {name for pair in self.contrasts for name in pair} - set(self.variants):

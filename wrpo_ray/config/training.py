@@ -1,8 +1,6 @@
 """Sections for training: SFT and the preference objectives."""
 
-from __future__ import annotations
-
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -121,7 +119,7 @@ class TrainConfig(Section):
         return None
 
     @model_validator(mode="after")
-    def _consistent(self) -> TrainConfig:
+    def _consistent(self) -> Self:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
             raise ValueError(
                 f"max_prompt_length ({self.max_prompt_length}) must be below max_length "
@@ -156,7 +154,7 @@ class SftConfig(TrainConfig):
         return self.prompts == "all"
 
     @model_validator(mode="after")
-    def _is_ours(self) -> SftConfig:
+    def _is_ours(self) -> Self:
         if self.compat == "published":
             raise ValueError(
                 "compat: published is for wrpo; the published SFT packs sequences of several rows, "
@@ -232,7 +230,7 @@ class WrpoConfig(TrainConfig):
         return self.reference.actors
 
     @model_validator(mode="after")
-    def _fits_objective(self) -> WrpoConfig:
+    def _fits_objective(self) -> Self:
         # not a discriminated union: it would put the objective into the paths of errors and
         # reject `margin: 0` elsewhere; `loss` has a class with its own fields per objective
         if self.margin and self.objective != "simpo":

@@ -1,7 +1,5 @@
 """Strict conversion of YAML values: numbers must be numbers, addresses hold no secrets."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,6 @@ under another number are still found: bucket i of B overlaps bucket j of C exact
 min(B, C).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Failed rows: kept with their reasons and attempts, and retried by later runs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

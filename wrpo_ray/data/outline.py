@@ -4,8 +4,6 @@ It names the steps with their folders, so that reports and `wrpo status` need ne
 file nor the models. It holds the config without credentials.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any
 

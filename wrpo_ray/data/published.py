@@ -5,8 +5,6 @@ rejected: [y_l]}` with answers `{content, role: "assistant"}`. They hold neither
 sources, so a row read from them has none, and its margins are null.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from typing import Any
 

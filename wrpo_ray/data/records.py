@@ -4,8 +4,6 @@ A record is keyed by `prompt_id`, a hash of the conversation, and, for an answer
 (prompt_id, source, sample). Every Parquet shard of a step has one of these schemas.
 """
 
-from __future__ import annotations
-
 from typing import TypedDict
 
 import pyarrow as pa

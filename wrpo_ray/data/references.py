@@ -1,7 +1,5 @@
 """Correct answers to a prompt, one or several alternatives, stored as one text."""
 
-from __future__ import annotations
-
 import json
 
 Reference = str | list[str]

@@ -1,7 +1,5 @@
 """Shared by the cards of data sets and models: facts of the run, licences, Markdown tables."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass

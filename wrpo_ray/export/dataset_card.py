@@ -1,7 +1,5 @@
 """The dataset card: README.md with the metadata that the Hugging Face hub reads."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ Shards are read in batches, and several files are written in parallel. Memory ho
 each of them, whatever the size of the data set.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -7,8 +7,6 @@
 - `records`: every column (`data.records.PREFERENCE`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

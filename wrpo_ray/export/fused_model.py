@@ -1,7 +1,5 @@
 """Export of the fused model: a folder to upload, with merged weights, LoRA adapters or both."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +56,8 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
         size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
         lines += [ADAPTERS_USE]
     if form != "adapters":
-        how = _weights(config, step / "model", dtype, _has_lora(trained))
+        is_lora = trained["wrpo"].config.lora is not None  # merged weights are wider
+        how = _weights(config, step / "model", dtype, is_lora)
         size += model_files.copy(step / "model", place, how)
         lines += [f"The weights are in {how.written}."]
         if lost := how.loss_text():
@@ -67,11 +66,6 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
     made = replace(_card_facts(config, chain, jobs, facts, place), weights=tuple(lines))
     place.write(CARD, model_card.card(made, facts).encode())
     return size
-
-
-def _has_lora(trained: dict[str, Train]) -> bool:
-    """Whether WRPO trained adapters; its merged weights are then wider than the training's."""
-    return trained["wrpo"].config.lora is not None
 
 
 def _weights(config: Config, model: Folder, dtype: str, has_lora: bool) -> Weights:

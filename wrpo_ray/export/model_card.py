@@ -4,8 +4,6 @@ Not covered: what licences allow. The card names them, warns where they differ o
 and quotes no law.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The files of an exported model, complete for transformers and vLLM, and without local paths."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

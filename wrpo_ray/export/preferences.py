@@ -1,7 +1,5 @@
 """Export of the preference rows: a JSONL or Parquet file, or a data set with its card."""
 
-from __future__ import annotations
-
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.card_parts import CARD

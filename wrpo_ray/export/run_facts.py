@@ -1,7 +1,5 @@
 """Facts of a run for the cards of exports, without paths of this machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

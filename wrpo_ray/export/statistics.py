@@ -1,10 +1,9 @@
 """Counts over preference rows for the dataset card, which add up over shards."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
@@ -42,7 +41,7 @@ class Statistics:
                 rewards = batch[column].field("reward").drop_null().to_numpy(zero_copy_only=False)
                 self._count(self.rewards, name, self._bins(rewards))
 
-    def merge(self, other: Statistics) -> None:
+    def merge(self, other: Self) -> None:
         """Add the counts of other rows, made with the same bounds."""
         self.rows += other.rows
         self.wins.update(other.wins)

@@ -4,8 +4,6 @@ Ray derives the autoscaler's node types from the RayCluster, and its scheduler d
 it would start for a request on an empty cluster. This is private code of the pinned Ray version.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from dataclasses import dataclass

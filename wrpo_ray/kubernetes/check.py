@@ -1,7 +1,5 @@
 """Runs all checks of manifests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial

@@ -5,8 +5,6 @@ Not covered: fields without a format here, which KubeRay's schemas (`--crds`) ha
 other API groups, of which only the metadata is checked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -3,8 +3,6 @@
 Sources: apimachinery's `resource.Quantity` and `validation`, Ray's `ray start`.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Reads manifests, and defines the problems that are found in them."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import subprocess

@@ -4,8 +4,6 @@ Each rule yields the problems of an object. Sources: KubeRay 1.7's validation of
 RayJob and RayService, its documentation, and Kueue's webhooks for Ray.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Rules for the pods of a Ray cluster: image versions, GPUs, shared memory, references."""
 
-from __future__ import annotations
-
 import importlib.metadata
 from collections.abc import Iterator, Sequence
 from functools import cache

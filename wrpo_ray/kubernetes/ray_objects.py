@@ -4,8 +4,6 @@ Names are KubeRay's in snake case: `min_replicas` is `minReplicas`. Values are n
 not an integer, as in Kubernetes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Resource requests of a config's steps, a RayJob's driver and a RayService's replicas."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from contextlib import suppress

@@ -5,8 +5,6 @@ Here required fields have to be present, and unknown ones are rejected. Not cove
 (`x-kubernetes-validations`; `operator_rules` has the relevant ones), and number formats.
 """
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterator
 from pathlib import Path

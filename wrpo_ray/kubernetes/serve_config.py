@@ -1,7 +1,5 @@
 """Checks the Serve config of a RayService with Ray Serve's schema; unknown keys are problems."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -9,8 +9,6 @@ Not covered: architectures that transformers does not know, shapes of quantized 
 of quantized experts.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -15,8 +15,6 @@ Engines get token ids, not text, so nothing is tokenized twice. Guarantees:
 Not covered: tools, images.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from functools import partial

@@ -7,8 +7,6 @@ same call would give and cost the same again; a response that is no completion i
 Not covered: streams, several choices (the first is taken), images, audio.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -11,8 +11,6 @@ variable, and is removed from everything that the server says before it is store
 Not covered: streaming, tools, images, servers that do not take the key as a bearer token.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Checks that a chat template writes every message of a conversation, each as its role's."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Callable

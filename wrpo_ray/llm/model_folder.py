@@ -6,8 +6,6 @@ seconds, mostly of imports; a folder that passed is recorded in the node's cache
 again until a file changes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

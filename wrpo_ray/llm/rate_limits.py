@@ -5,8 +5,6 @@ an `aiolimiter.AsyncLimiter`: that lets a burst of a whole minute start at once,
 above its capacity, cannot be refunded what an answer did not use, and cannot be paused.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import AsyncIterator

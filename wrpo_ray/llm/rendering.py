@@ -3,14 +3,12 @@
 The date that a template may ask for is fixed, so that no rendering depends on the day.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig
 from wrpo_ray.errors import TemplateError
@@ -37,7 +35,7 @@ class Template:
     values: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, model: ModelConfig) -> Template:
+    def of(cls, model: ModelConfig) -> Self:
         """Return the template of a model's config, with an absolute path."""
         file = None if model.chat_template is None else Folder(model.chat_template).path
         return cls(file, tuple(sorted(model.chat_template_args.items())))

@@ -4,8 +4,6 @@ A hub id is pinned to the commit that it is at now, and the folder is checked fo
 models are checked by `stages.score.check`, which knows their architectures.
 """
 
-from __future__ import annotations
-
 from typing import TypeVar, cast
 
 from wrpo_ray.config import ModelConfig, ScoreConfig

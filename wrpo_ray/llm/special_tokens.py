@@ -4,8 +4,6 @@ Only the chat template writes special tokens. Where a text spells one, a mark hi
 from the template and the tokenizer, and is dropped when the text is encoded.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Settings of vLLM in our actors; variables of the driver's environment override them."""
 
-from __future__ import annotations
-
 import os
 import re
 from contextlib import suppress

@@ -7,8 +7,6 @@ more than a few lines are beside it: `inputs` (the user's files), `model_jobs` (
 scores), `held_out` and `evaluation` (comparison of models).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property

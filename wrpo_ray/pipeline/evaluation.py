@@ -5,8 +5,6 @@ judgments, verdicts, the table. Every call of a model is part of a `Generate` jo
 the judge are prompts like others, asked exactly once and resumed like others.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property

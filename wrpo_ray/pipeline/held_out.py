@@ -26,10 +26,7 @@ class ComparedModel:
 
     @staticmethod
     def of(
-        model: ModelConfig,
-        prompts: Prompts,
-        config: EvaluateConfig,
-        jobs: ModelJobs,
+        model: ModelConfig, prompts: Prompts, config: EvaluateConfig, jobs: ModelJobs
     ) -> ComparedModel:
         """The jobs for a model's answers to `prompts`."""
         answers = jobs.generate(model, prompts, config.sampling)

@@ -1,7 +1,5 @@
 """Fingerprints of rewards and chat templates, for step keys."""
 
-from __future__ import annotations
-
 import importlib
 from typing import TypeVar
 

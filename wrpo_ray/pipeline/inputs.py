@@ -1,7 +1,5 @@
 """Steps that read the user's files: their keys hold the content of the files, not their paths."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -63,10 +63,7 @@ class ModelJobs:
     """Whether the target and the models trained from it take turns in the same engines."""
 
     def generate(
-        self,
-        model: ModelConfig,
-        prompts: Prompts,
-        sampling: SamplingConfig | None = None,
+        self, model: ModelConfig, prompts: Prompts, sampling: SamplingConfig | None = None
     ) -> Generate:
         """The job in which a model answers prompts."""
         trained = self.trained.get(model.name)
@@ -92,7 +89,7 @@ class ModelJobs:
             for part, folder in zip(reward.parts, folders, strict=True)
         ]
         return self._retried(
-            Score(answers, with_absolute_paths(reward), tuple(folders), tuple(identities)),
+            Score(answers, with_absolute_paths(reward), tuple(folders), tuple(identities))
         )
 
     def fingerprint(self, folder: Folder, model: ModelConfig | None = None) -> str:

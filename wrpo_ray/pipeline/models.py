@@ -1,7 +1,5 @@
 """The sections of a config that name models, resolved one by one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

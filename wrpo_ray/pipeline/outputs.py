@@ -1,7 +1,5 @@
 """Reports and the status of runs, by their outputs or their configs."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import Any

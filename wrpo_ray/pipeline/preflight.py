@@ -1,7 +1,5 @@
 """Checks before any work: everything that can be checked without starting Ray or an engine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any

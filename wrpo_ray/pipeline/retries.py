@@ -1,7 +1,5 @@
 """Failed rows of a run: listing them, and giving them new attempts."""
 
-from __future__ import annotations
-
 import uuid
 from collections import Counter
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Run a chain: connect to Ray, run the missing jobs, and write the summary and the report."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +13,15 @@ from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.outline import keep_plan, outline
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.stage import STAGES, Stage
-from wrpo_ray.pipeline.summary import model_addresses, summarise, write_comparison
+from wrpo_ray.pipeline.summary import (
+    keep_plan,
+    model_addresses,
+    outline,
+    summarise,
+    write_comparison,
+)
 from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job
@@ -52,7 +55,7 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
     chain = Chain(preflight(config), until)
     stages, root = chain.build(), chain.root
     described = outline_of(chain)
-    reporter = Reporter(partial(_report, root, described) if config.report else _nothing)
+    reporter = Reporter(partial(_report, root, described) if config.report else lambda _: None)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {root}")
     else:
@@ -87,10 +90,7 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
         uuid.uuid4().hex,
         config.max_attempts,
     )
-    with (
-        Lease(root, run.session),
-        Ledger(root, config.prices, config.budget) as ledger,
-    ):
+    with Lease(root, run.session), Ledger(root, config.prices, config.budget) as ledger:
         ledger.check()
         cluster.connect(config.cluster, root, run.session)
         try:
@@ -131,10 +131,6 @@ def _report(root: Folder, described: Outline, is_running: bool) -> None:
     from wrpo_ray.report.page import write  # it imports a library of plots
 
     write(root, described, is_running=is_running)
-
-
-def _nothing(is_running: bool) -> None:
-    """Write no report."""
 
 
 def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:

@@ -1,29 +1,34 @@
-"""The summary of a run: its steps, the evaluation's tables, and the path of the fused model."""
+"""Run artifacts: `chain.json` (steps and config), `plan.json` (expected work) and the summary.
 
-from __future__ import annotations
+Reports and `wrpo status` read the first two, so that they need neither the config nor the models.
+"""
 
 import math
 from typing import Any
 
 from wrpo_ray.config import Config
+from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import RegressionError, UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.models import map_models
 from wrpo_ray.pipeline.stage import Stage
 from wrpo_ray.report import benchmark_table as comparison
-from wrpo_ray.runtime.job import JobKind
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON
 from wrpo_ray.stages.evaluate.pairwise import shortfall
 from wrpo_ray.stages.evaluate.stage import EXAMPLE, TABLE
 from wrpo_ray.stages.evaluate.statistics import Estimate
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step, versions
+from wrpo_ray.text.addresses import without_secrets
+
+Row = dict[str, Any]
 
 
-def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
+def summarise(chain: Chain, stages: list[Stage]) -> Row:
     """The steps of a run, the evaluation's tables, and the path of the fused model, as JSON."""
     root = chain.root
-    summary: dict[str, Any] = {
+    summary: Row = {
         "output": str(root),
         "versions": versions(),
         "models": model_addresses(chain.config),
@@ -37,7 +42,7 @@ def summarise(chain: Chain, stages: list[Stage]) -> dict[str, Any]:
     return summary
 
 
-def _results(kind: JobKind, folder: Folder) -> dict[str, Any]:
+def _results(kind: JobKind, folder: Folder) -> Row:
     """The part of the summary that a finished step adds."""
     if kind is JobKind.EVALUATE:
         return {"evaluation": folder.read_json(TABLE), "example": folder.read_json(EXAMPLE)}
@@ -46,7 +51,7 @@ def _results(kind: JobKind, folder: Folder) -> dict[str, Any]:
     return {}
 
 
-def write_comparison(root: Folder, summary: dict[str, Any]) -> None:
+def write_comparison(root: Folder, summary: Row) -> None:
     """Write the table of the judged models as Markdown and HTML beside the step's JSON."""
     if "comparison" not in summary:
         return
@@ -60,7 +65,7 @@ def write_comparison(root: Folder, summary: dict[str, Any]) -> None:
             folder.write(name, text.encode())
 
 
-def check_pairs(summary: dict[str, Any], floor: float) -> None:
+def check_pairs(summary: Row, floor: float) -> None:
     """Check that no pair of a run's comparison has a win rate below `floor`.
 
     Raises:
@@ -72,7 +77,7 @@ def check_pairs(summary: dict[str, Any], floor: float) -> None:
         raise UserError("--fail-below: the config compares no pairs; set evaluate.pairwise")
     below = []
     for pair in pairs:
-        rate: dict[str, Any] = {
+        rate: Row = {
             name: math.nan if value is None else value for name, value in pair["win_rate"].items()
         }
         name = f"win rate of {pair['a']} against {pair['b']}"
@@ -90,7 +95,7 @@ def model_addresses(config: Config) -> dict[str, str]:
     return found
 
 
-def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
+def _step_summary(root: Folder, stage: str, step: Step) -> Row:
     summary = {"stage": stage, "step": step.name, "folder": step.folder, "state": "to do"}
     if not step.is_done(root):
         return summary
@@ -105,5 +110,41 @@ def _step_summary(root: Folder, stage: str, step: Step) -> dict[str, Any]:
     }
 
 
-def _rows(record: dict[str, Any]) -> int:
+def _rows(record: Row) -> int:
     return int(record["counts"].get("rows", 0))
+
+
+def outline(
+    config: Config, until: str, jobs: list[tuple[str, Job]], models: dict[str, str]
+) -> Outline:
+    """The record of a chain for `chain.json`, without credentials."""
+    tree = without_secrets(config.model_dump(mode="json", by_alias=True))
+    steps = tuple(_step(stage, job) for stage, job in jobs)
+    return Outline(until, config.storage.buckets, tree, models, steps)
+
+
+def _step(stage: str, job: Job) -> StepOutline:
+    step = job.step
+    asked: Row = {}
+    if samples := job.samples:
+        prompts = samples.prompts
+        asked = {"samples": samples.count, "prompts": prompts.step.key, "splits": prompts.splits}
+    return StepOutline(
+        stage=stage,
+        name=step.name,
+        key=step.key,
+        folder=step.folder,
+        manifest=step.manifest,
+        kind=job.kind,
+        source=step.source,
+        stores=tuple(dict.fromkeys(job.stores)),
+        **asked,
+    )
+
+
+def keep_plan(root: Folder, planned: dict[str, Row]) -> None:
+    """Add expected work to `plan.json` ({key of a step: work}); known steps keep their entry."""
+    known = root.read_record(PLAN) if root.exists(PLAN) else {}
+    new = {key: work for key, work in planned.items() if key not in known}
+    if new:
+        root.write_json(PLAN, known | new)

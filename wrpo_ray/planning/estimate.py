@@ -5,8 +5,6 @@ and token counts of some shards of each store. The rows of a store are an upper 
 skipped: they can hold answers to prompts that are not part of this config.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

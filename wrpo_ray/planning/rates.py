@@ -7,8 +7,6 @@ with SmolLM2-135M (vLLM in bf16 50 to 75 output tokens/s, training in fp32 80 to
 Other CPUs differ from that one by more than a factor of two.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ phase share the GPUs. Not covered: network, storage, and answers that are longer
 (`simulate` has those).
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 from collections.abc import Sequence
@@ -104,11 +102,7 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The plan as JSON."""
         derived = [
-            {
-                "gpu_hours": w.gpu_seconds / 3600,
-                "money": w.money(self.prices),
-                "seconds": w.seconds,
-            }
+            {"gpu_hours": w.gpu_seconds / 3600, "money": w.money(self.prices), "seconds": w.seconds}
             for w in self.works
         ]
         return {

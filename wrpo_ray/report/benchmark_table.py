@@ -3,8 +3,6 @@
 Rates are in percent. A cell shows how many games or answers were judged if some were not.
 """
 
-from __future__ import annotations
-
 import html as escaping
 import json
 from collections.abc import Callable
@@ -37,7 +35,7 @@ def html(comparison: Row) -> str:
     """All tables as one HTML page, without scripts or external resources."""
     parts = []
     for title, table in tables(comparison):
-        head, *body = ["".join(_cells(row, tag)) for row, tag in _tagged(table)]
+        head, *body = [_html_row(row, "td" if i else "th") for i, row in enumerate(table)]
         rows = "".join(f"<tr>{row}</tr>\n" for row in body)
         parts.append(
             f"<h2>{escaping.escape(title)}</h2>\n<table><thead><tr>{head}</tr></thead>\n"
@@ -61,12 +59,8 @@ th:first-child, td:first-child {{ text-align: left; }}
 """
 
 
-def _tagged(table: Table) -> list[tuple[list[str], str]]:
-    return [(row, "td" if i else "th") for i, row in enumerate(table)]
-
-
-def _cells(row: list[str], tag: str) -> list[str]:
-    return [f"<{tag}>{escaping.escape(cell)}</{tag}>" for cell in row]
+def _html_row(row: list[str], tag: str) -> str:
+    return "".join(f"<{tag}>{escaping.escape(cell)}</{tag}>" for cell in row)
 
 
 def _cell(text: str) -> str:

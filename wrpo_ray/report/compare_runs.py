@@ -4,8 +4,6 @@ Config, models and versions list only differences; data and results list all row
 that differ.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

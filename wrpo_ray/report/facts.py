@@ -5,8 +5,6 @@ They come from manifests, the ledger, metrics and tables, and from a bounded sam
 bucket is read once, however often a report is written.
 """
 
-from __future__ import annotations
-
 import calendar
 import json
 import time

@@ -1,7 +1,5 @@
 """The plots of a report, from its facts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,12 +1,10 @@
 """Live report: writes the page during a run, in a thread that cannot stop or slow the run."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.runtime.progress import log
 
@@ -29,7 +27,7 @@ class Reporter:
         self._changed, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="report", daemon=True)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -4,8 +4,6 @@ Text from models is untrusted. Jinja escapes it; rows are JSON without `<`, whic
 script inserts as text only.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from importlib import resources
@@ -53,8 +51,8 @@ def render(facts: Row) -> str:
     while True:
         data = {"rows": rows, "colors": {name: colors[name] for name in names}}
         page: str = template("report.html").render(
-            view(facts), plots=figures(facts), config=_yaml(facts["config"]), rows=len(rows),
-            data=embedded(data),
+            view(facts), plots=figures(facts), rows=len(rows), data=embedded(data),
+            config=yaml.safe_dump(facts["config"], sort_keys=False, allow_unicode=True),
         )  # fmt: skip
         if len(page.encode()) < MOST or not rows:
             return page
@@ -95,10 +93,6 @@ def _cut(text: str | None, most: int) -> str | None:
     if text is None or len(text) <= most:
         return text
     return f"{text[:most]}… ({len(text) - most:,} more characters)"
-
-
-def _yaml(config: Row) -> str:
-    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
 
 
 @cache

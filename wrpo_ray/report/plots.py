@@ -5,8 +5,6 @@ allow light and dark mode, and a model has the same colour in all plots. Only `F
 the global state of pyplot, so that a thread can draw.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

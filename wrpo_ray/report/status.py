@@ -4,8 +4,6 @@ It reads the outline, manifests, the ledger, the lease, the last lines of metric
 the folders of unfinished steps, but no rows. Answers and scores are counted by finished buckets.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

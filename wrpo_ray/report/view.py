@@ -1,7 +1,5 @@
 """Formats the facts of a run for the template of its page."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The Ray cluster: connect, check that nodes see the output, kill orphaned processes."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal
@@ -154,15 +152,11 @@ def check_reachable(root: Folder) -> None:
     probe = f"{TEMPORARY_PREFIX}probe-{uuid.uuid4().hex[:8]}"
     root.write(probe, b"")
     try:
-        blind = _on_every_node(_sees, root, probe).count(False)
+        blind = _on_every_node(Folder.exists, root, probe).count(False)
     finally:
         root.delete(probe)
     if blind:
         raise UserError(f"output: {root} is not seen by {blind} of {len(nodes())} nodes; {remedy}")
-
-
-def _sees(root: Folder, name: str) -> bool:
-    return root.exists(name)
 
 
 def kill_orphans(root: Folder, session: str) -> None:

@@ -1,7 +1,5 @@
 """Guards Ray calls of threads against the end of the connection."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Run context: the output, limits and ledger that every stage of a run shares."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Jobs: the units that a chain consists of, as the runner, the planner and the reports see them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,7 +62,7 @@ class Job(Protocol):
         """The step; the job is done when its manifest is there."""
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Self]) -> None:
+    def run(cls, run: Run, jobs: list[Self]) -> None:
         """Run jobs of this kind whose steps are not done, and finish their steps.
 
         Raises:

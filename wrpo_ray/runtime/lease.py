@@ -6,14 +6,12 @@ covered: object stores have no compare-and-swap here, so two runs that start wit
 can both take the lease; reading it back makes that unlikely.
 """
 
-from __future__ import annotations
-
 import _thread
 import os
 import socket
 import threading
 import time
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -40,7 +38,7 @@ class Lease:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
 
-    def __enter__(self) -> Lease:
+    def __enter__(self) -> Self:
         held = self._read()
         if held and not is_dead(held) and self._is_beating(held):
             raise LeaseError(

@@ -5,8 +5,6 @@ when a lost actor's bucket is done again, and series do not come and go with act
 labelled by `stage` and, for a stage that generates or scores one model's answers, `source`.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 
@@ -32,11 +30,6 @@ GAUGES = {
     "train_tokens_per_second": "Tokens of the last step per second",
 }
 LABELS = ("stage", "source")
-
-
-def exported_names() -> set[str]:
-    """The names of all metrics in Prometheus."""
-    return {f"ray_wrpo_{n}_total" for n in COUNTERS} | {f"ray_wrpo_{n}" for n in GAUGES}
 
 
 def add_counts(step: Step, **amounts: float) -> None:

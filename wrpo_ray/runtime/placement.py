@@ -1,7 +1,5 @@
 """Resources of actor pools, and whether the cluster has room for them."""
 
-from __future__ import annotations
-
 import math
 import threading
 import time

@@ -7,8 +7,6 @@ new row when it finishes one, none in advance; the rows of a lost actor go to th
 covered: how pools of several drivers share a cluster.
 """
 
-from __future__ import annotations
-
 import math
 import time
 import uuid

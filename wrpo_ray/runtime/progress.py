@@ -4,8 +4,6 @@ Both go to stderr. On a terminal each step in progress has a row, and log lines 
 table; a finished step becomes a line.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

@@ -1,10 +1,8 @@
 """A queue between two pools: buckets that one has finished and the other can read."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.storage.steps import Step
 
@@ -22,7 +20,7 @@ class ReadyQueue:
         self._rows: deque[Row] = deque()
 
     @classmethod
-    def of(cls, rows: list[Row]) -> ReadyQueue:
+    def of(cls, rows: list[Row]) -> Self:
         """A queue with rows that are ready."""
         queue = cls([])
         queue._rows.extend(rows)

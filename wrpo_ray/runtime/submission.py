@@ -5,8 +5,6 @@ the nodes have to see models, prompts and outputs elsewhere. Not covered: two su
 output to different addresses of a cluster are kept apart by the lease of the run only.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shlex

@@ -1,7 +1,5 @@
 """Sum a job's counts over its buckets, and finish its step after the last bucket."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Map rows by Ray tasks, and run calls in threads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any

@@ -4,8 +4,6 @@ Ray and vLLM create sockets in them, whose paths may have 107 bytes (AF_UNIX). A
 longer path is used through a symbolic link with a short path.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Errors of workers and of Ray, as one line that names the root cause."""
 
-from __future__ import annotations
-
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,11 +19,7 @@ def capture_error(
         own = (
             error if isinstance(error, WrpoError) else summarize_error(with_root_cause(error), what)
         )
-        return {
-            "error": type(own).__name__,
-            "message": str(own),
-            "trace": traceback.format_exc(),
-        }
+        return {"error": type(own).__name__, "message": str(own), "trace": traceback.format_exc()}
 
 
 def restore_error(result: dict[str, Any]) -> WrpoError:

@@ -4,8 +4,6 @@ vLLM ignores tensors that fit no layer of the model, and takes the rank from the
 So an adapter of another model, or an incomplete one, would answer, but not as it was trained.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

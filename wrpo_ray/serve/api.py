@@ -1,7 +1,5 @@
 """The routes of the endpoint as a web application, without Ray."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The application on Ray Serve: `build` for a RayService, `run` for `wrpo serve`."""
 
-from __future__ import annotations
-
 import logging
 import math
 import os

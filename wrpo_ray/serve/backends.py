@@ -1,7 +1,5 @@
 """The interfaces between the endpoint and what runs behind it: models, a reward, metrics."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -43,11 +41,9 @@ class Backend(Protocol):
             LostError: the replica died.
             ClientError: the queue is full.
         """
-        ...
 
     async def ready(self) -> bool:
         """Whether a replica is running."""
-        ...
 
 
 class Scorer(Protocol):
@@ -60,7 +56,6 @@ class Scorer(Protocol):
             LostError: the replica died.
             ClientError: the queue is full.
         """
-        ...
 
 
 class Recorder(Protocol):
@@ -68,12 +63,9 @@ class Recorder(Protocol):
 
     def finished(self, model: str, outcome: str, seconds: float) -> None:
         """Record the end of a request: an HTTP status, or `broken` or `left` during a stream."""
-        ...
 
     def first_token(self, model: str, seconds: float) -> None:
         """Record the time to a stream's first tokens."""
-        ...
 
     def tokens(self, model: str, prompt: int, answer: int) -> None:
         """Record the token counts of a request."""
-        ...

@@ -1,7 +1,5 @@
 """Checks of a server's settings before anything starts."""
 
-from __future__ import annotations
-
 import os
 import socket
 

@@ -6,8 +6,6 @@ and `[DONE]` follows only what a model has finished. Logs and metrics have names
 never a key, prompt or answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -35,8 +33,7 @@ from wrpo_ray.serve.backends import (
     Scorer,
 )
 from wrpo_ray.serve.errors import ClientError, model_not_found, name_field, too_slow, unavailable
-from wrpo_ray.serve.keys import Keys
-from wrpo_ray.serve.limits import Limits
+from wrpo_ray.serve.keys import Keys, Limits
 from wrpo_ray.serve.prompts import plain
 from wrpo_ray.serve.requests import Ask, Chat, Completion
 

@@ -1,7 +1,5 @@
 """Errors that clients get, in OpenAI's format."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The ingress on Ray Serve: the endpoint's process and its handles of models and reward."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

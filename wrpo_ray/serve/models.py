@@ -1,7 +1,5 @@
 """Replicas of a model and of the reward: the processes behind the endpoint, on Ray Serve LLM."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -6,8 +6,6 @@ spells a special token becomes that token. A chat is rejected if the template le
 it, with tools or without.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """HAProxy in front of the ingress on one machine: its environment, files and ports."""
 
-from __future__ import annotations
-
 import math
 import os
 import random

@@ -4,8 +4,6 @@ Only fields that are declared here are passed to vLLM. Others are ignored, as cl
 some that vLLM knows would let a client choose file names, templates or request ids.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal
 

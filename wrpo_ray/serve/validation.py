@@ -1,7 +1,5 @@
 """Request bodies: read within bounds, and checked before a model sees them."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping

@@ -43,11 +43,9 @@ class Source(Protocol):
 
     def sizes(self) -> dict[str, int]:
         """Return {path within the folder: bytes} of its files."""
-        ...
 
     def fetch(self, sizes: dict[str, int], to: Path) -> None:
         """Download these files; the folder may hold some from an interrupted attempt."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Content fingerprints: hashes of model folders and data files."""
 
-from __future__ import annotations
-
 import codecs
 import hashlib
 import json

@@ -5,8 +5,6 @@ sees it. The driver resolves a revision once; from then on a model is identified
 complete model in the user's own cache (HF_HOME) is used in place and never evicted.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import re
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
@@ -53,7 +52,7 @@ class HubModel:
     commit: str
 
     @classmethod
-    def at(cls, uri: str) -> HubModel:
+    def at(cls, uri: str) -> Self:
         """Return the model at `hf://org/name@commit`.
 
         Raises:

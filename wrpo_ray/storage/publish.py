@@ -1,7 +1,5 @@
 """Writing files that appear complete or not at all, and the encoding of their Parquet columns."""
 
-from __future__ import annotations
-
 import os
 import uuid
 from collections.abc import Iterable, Iterator

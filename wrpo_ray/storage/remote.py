@@ -1,7 +1,5 @@
 """Copying a folder of an object store into the node cache."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ Only a few kB of each file are read, also from an object store. So a missing or 
 git-lfs pointer, is reported before any work. Not covered: the values of the tensors.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

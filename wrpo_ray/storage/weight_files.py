@@ -1,7 +1,5 @@
 """The files of a model folder that an engine or a trainer reads."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch

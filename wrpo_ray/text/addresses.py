@@ -6,12 +6,10 @@ the store if it has the form `option=value&...`. Names are not escaped:
 `storage.folder` opens them.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 OPTIONS = (
     *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
@@ -67,7 +65,7 @@ class Address:
     options: str
 
     @classmethod
-    def of(cls, text: str) -> Address | None:
+    def of(cls, text: str) -> Self | None:
         """Parse an address; None for a local path."""
         found = re.match(_SCHEME, text)
         if not found or found[1].lower() == "file":

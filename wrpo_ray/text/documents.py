@@ -4,8 +4,6 @@ YAML 1.1 reads numbers without a decimal point, such as `3e-7`, as text. They ar
 `PlainNumber`, so that a numeric field can convert them.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections import deque

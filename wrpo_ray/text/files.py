@@ -1,7 +1,5 @@
 """Text files that a user names: UTF-8, with or without a byte-order mark."""
 
-from __future__ import annotations
-
 import codecs
 from pathlib import Path
 

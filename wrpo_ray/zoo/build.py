@@ -3,8 +3,6 @@
 Imports no torch, so that a finished zoo is recognised at once; only child processes train.
 """
 
-from __future__ import annotations
-
 import fcntl
 import importlib.metadata
 import json
@@ -50,11 +48,7 @@ Log = Callable[[str], Any]
 
 
 def build_zoo(
-    folder: Path,
-    seed: int = 0,
-    processes: int = 2,
-    log: Log = print,
-    recipe: str = "near",
+    folder: Path, seed: int = 0, processes: int = 2, log: Log = print, recipe: str = "near"
 ) -> dict[str, Any]:
     """Train every model of the zoo that the folder does not hold yet, and write its prompts.
 

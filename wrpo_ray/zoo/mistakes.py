@@ -1,7 +1,5 @@
 """Wrong answers: another skill's, a slip, a near miss, a cut-off, a wrong word. Pure."""
 
-from __future__ import annotations
-
 import random
 import string
 

@@ -4,8 +4,6 @@ The head size is 32, set explicitly: vLLM's CPU attention takes no smaller one. 
 ids are in the config, with no BOS, so that generation stops alike in transformers and vLLM.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import (

@@ -4,8 +4,6 @@ The target has latent ability and bad habits, as a real instruct model has: it l
 skill, then, briefly, wrong habits. Preference optimisation elicits; it does not teach.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import time
@@ -206,12 +204,7 @@ def train_reward(base: Path, seed: int, recipe: Recipe) -> Trained:
     questions = make_questions(recipe.reward_steps * BATCH, f"{seed}/reward", "train")
     triples = reworded(wrong_pairs(questions, f"{seed}/reward"), seed, recipe)
     training.train_reward_model(
-        model,
-        language.lm_head,
-        tokenizer,
-        triples,
-        learning_rate=1e-3,
-        report=_reporter("reward"),
+        model, language.lm_head, tokenizer, triples, learning_rate=1e-3, report=_reporter("reward")
     )
     held = wrong_pairs(heldout(seed), f"{seed}/reward/heldout")
     right = training.score(model, tokenizer, [(p, chosen) for p, chosen, _ in held])

@@ -5,8 +5,6 @@ have three to five letters, consonants and vowels alternating. A stable hash of 
 a fifth of the words for held-out questions. Pure: no torch, no I/O.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

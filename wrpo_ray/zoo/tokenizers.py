@@ -4,8 +4,6 @@ All are fast tokenizers that `AutoTokenizer.from_pretrained` loads. None adds a 
 a post-processor. A template closes each assistant turn, and nothing else, with the eos token.
 """
 
-from __future__ import annotations
-
 import string
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Letters in shape comments: B rows, T tokens, V vocabulary. Not covered: GPUs, mi
 checkpoints. A model takes half a minute; an interrupted training starts from the beginning.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar

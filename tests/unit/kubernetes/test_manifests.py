@@ -23,7 +23,7 @@ from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
 from wrpo_ray.kubernetes.ray_objects import RayObject, typed
 from wrpo_ray.kubernetes.schema import Schemas
-from wrpo_ray.runtime.metrics import exported_names
+from wrpo_ray.runtime.metrics import COUNTERS, GAUGES
 from wrpo_ray.text.documents import FAST_LOADER
 
 JOBS = {"overlays/demo": ROOT / "jobs" / "demo.yaml"}
@@ -244,7 +244,7 @@ def test_the_dashboard_asks_for_metrics_that_are_exported():
     asked = {m for p in panels for t in p["targets"] for m in metrics(t["expr"])}
     own = {name for name in asked if name.startswith("ray_wrpo_")}
     assert {f"ray_wrpo_{name}_total" for name in ("rows", "tokens", "failures")} <= own
-    assert own <= exported_names()
+    assert own <= {f"ray_wrpo_{n}_total" for n in COUNTERS} | {f"ray_wrpo_{n}" for n in GAUGES}
     assert asked - own <= metrics_of_ray()
 
 

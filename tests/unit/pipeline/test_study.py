@@ -12,7 +12,7 @@ from wrpo_ray.config import load_study, study_config
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import study
 from wrpo_ray.pipeline.study import Path, chosen, next_wave
-from wrpo_ray.report.study_table import study_text
+from wrpo_ray.report.text import study_text
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.evaluate.statistics import (

@@ -37,8 +37,7 @@ from wrpo_ray.serve.api import create
 from wrpo_ray.serve.backends import DONE, LostError, Rejection
 from wrpo_ray.serve.check import checked
 from wrpo_ray.serve.errors import ClientError, overloaded
-from wrpo_ray.serve.keys import CHECK_INTERVAL, Keys, new_key, parse
-from wrpo_ray.serve.limits import Limits
+from wrpo_ray.serve.keys import CHECK_INTERVAL, Keys, Limits, new_key, parse
 from wrpo_ray.serve.prompts import Prompts
 from wrpo_ray.zoo.tokenizers import byte_tokenizer
 

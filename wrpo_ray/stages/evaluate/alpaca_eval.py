@@ -5,8 +5,6 @@ solver is sensitive to its random numbers, so the order of rows and columns, the
 are part of the algorithm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

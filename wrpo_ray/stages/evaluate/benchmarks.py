@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from wrpo_ray.data.buckets import Bucket, buckets, write_shard
+from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.data.records import ITEM
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
@@ -213,28 +213,19 @@ class ReadBenchmark(BaseJob):
         return len(self.items)
 
     @classmethod
-    def run(cls, context: Run, jobs: list[ReadBenchmark]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
-
-
-def run(run: Run, jobs: list[ReadBenchmark]) -> None:
-    """Write each benchmark's questions, a few MB, in one task each."""
-    for job in jobs:
-        started = time.time()
-        tasks = iter([{"job": job, "run": run}])
-        counts = [r["rows"] for r in map_tasks(job.step.name, tasks, _write)]
-        job.step.finish(run.root, {"rows": sum(counts)}, started)
+    def run(cls, run: Run, jobs: list[ReadBenchmark]) -> None:
+        """Write each benchmark's questions, a few MB, in one task each."""
+        for job in jobs:
+            started = time.time()
+            tasks = iter([{"job": job, "run": run}])
+            counts = [r["rows"] for r in map_tasks(job.step.name, tasks, _write)]
+            job.step.finish(run.root, {"rows": sum(counts)}, started)
 
 
 def _write(task: dict[str, Any]) -> dict[str, Any]:
     job, run = task["job"], task["run"]
     rows = read_items(job.name, job.folder)
     for bucket in buckets(run.buckets):
-        _write_bucket(run, job, bucket, [row for row in rows if row["prompt_id"] in bucket])
+        if found := [row for row in rows if row["prompt_id"] in bucket]:
+            write_shard(run.root / job.step.folder, bucket, ITEM, found, "all")
     return {"rows": len(rows)}
-
-
-def _write_bucket(run: Run, job: ReadBenchmark, bucket: Bucket, rows: list[Item]) -> None:
-    if rows:
-        write_shard(run.root / job.step.folder, bucket, ITEM, rows, "all")

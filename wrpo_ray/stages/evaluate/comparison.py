@@ -4,15 +4,13 @@ Each task reads the verdicts (numbers, no texts) of one benchmark or one pair. P
 compared by reward are read from the scores.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -82,9 +80,23 @@ class Compare(BaseJob):
         return len(self.verdicts) + len(self.reward_pairs)
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Compare]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Self]) -> None:
+        """Write each job's table."""
+        for job in jobs:
+            started = time.time()
+            pairs: list[Any] = [v for v in job.verdicts if v.against] + list(job.reward_pairs)
+            tasks: list[Row] = [{"benchmark": v} for v in job.benchmarks().values()]
+            tasks += [{"pair": pair} for pair in pairs]
+            rows = (task | {"run": run, "number": i, "job": job} for i, task in enumerate(tasks))
+            found = {r["number"]: r for r in map_tasks(job.step.name, rows, _figures)}
+            results = [found[i] for i in range(len(tasks))]
+            table = {
+                "judge": job.judge,
+                "benchmarks": {r["name"]: r["models"] for r in results if "models" in r},
+                "pairs": [r["pair"] for r in results if "pair" in r],
+            }
+            (run.root / job.step.folder).write_json(FILE, _without_nan(table))
+            job.step.finish(run.root, {"rows": job.row_source}, started)
 
     def benchmarks(self) -> dict[str, list[Verdicts]]:
         """The verdicts on models, by benchmark."""
@@ -93,25 +105,6 @@ class Compare(BaseJob):
             if verdicts.against is None:
                 found[verdicts.judging.name].append(verdicts)
         return found
-
-
-def run(run: Run, jobs: list[Compare]) -> None:
-    """Write each job's table."""
-    for job in jobs:
-        started = time.time()
-        pairs: list[Any] = [v for v in job.verdicts if v.against] + list(job.reward_pairs)
-        tasks: list[Row] = [{"benchmark": v} for v in job.benchmarks().values()]
-        tasks += [{"pair": pair} for pair in pairs]
-        rows = (task | {"run": run, "number": i, "job": job} for i, task in enumerate(tasks))
-        found = {r["number"]: r for r in map_tasks(job.step.name, rows, _figures)}
-        results = [found[i] for i in range(len(tasks))]
-        table = {
-            "judge": job.judge,
-            "benchmarks": {r["name"]: r["models"] for r in results if "models" in r},
-            "pairs": [r["pair"] for r in results if "pair" in r],
-        }
-        (run.root / job.step.folder).write_json(FILE, _without_nan(table))
-        job.step.finish(run.root, {"rows": job.row_source}, started)
 
 
 def _figures(task: Row) -> Row:

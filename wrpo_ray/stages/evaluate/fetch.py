@@ -4,8 +4,6 @@ Each address names a commit, which fixes the content. A file without a known che
 in `SHA256SUMS` at the first download and compared with that from then on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import urllib.request
 from pathlib import Path

@@ -3,8 +3,6 @@
 They follow the official code (FastChat, single answer grading) and give the same figures.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Pure functions. The bootstrap is paired: it draws whole prompts, with both models' answers.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The official templates come with the benchmarks' files (see `benchmarks`). Only 
 pairwise comparisons is written here.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

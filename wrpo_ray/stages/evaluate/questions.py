@@ -4,8 +4,6 @@ They are not stored. A judge's prompt, a second turn or a mixture's prompt keeps
 prompt it is derived from; `asks` distinguishes the stores of their answers.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,11 +1,9 @@
 """Sums of rewards and verifier outcomes by model and group, bucket by bucket, into one table."""
 
-from __future__ import annotations
-
 import json
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import Actors
 from wrpo_ray.data import records
@@ -62,42 +60,33 @@ class Evaluate(BaseJob):
         return self.prompts
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Evaluate]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
-
-
-def run(run: Run, jobs: list[Evaluate]) -> None:
-    """Write each job's table and one example prompt."""
-    for job in jobs:
-        started = time.time()
-        sums: dict[Key, Sums] = {}
-        examples: list[dict[str, Any]] = []
-        rows = [{"bucket": b.index} for b in buckets(run.buckets)]
-        pool = Pool(job.step.name, Actors(num_cpus=0.5, max=64))
-        for result in map_rows(pool, rows, Summer, {"run": run, "job": job}):
-            part = json.loads(result["part"])
-            for key, values in part["sums"]:
-                measure, name, group = key
-                sums[measure, name, group] = sums.get((measure, name, group), Sums()) + Sums(
-                    *values
-                )
-            examples += part["examples"]
-        folder = run.root / job.step.folder
-        table = tabulate(job, sums)
-        folder.write_json(TABLE, table)
-        # One example of all buckets is kept: first where the models differ, then by prompt id.
-        folder.write_json(
-            EXAMPLE,
-            min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
-        )
-        rows_compared = sums[_measures(job)[0], _first(job), ALL].n
-        metrics.add_counts(job.step, rows=rows_compared)
-        job.step.finish(run.root, {"rows": rows_compared}, started)
-
-
-def _first(job: Evaluate) -> str:
-    return job.models[0].name
+    def run(cls, run: Run, jobs: list[Self]) -> None:
+        """Write each job's table and one example prompt."""
+        for job in jobs:
+            started = time.time()
+            sums: dict[Key, Sums] = {}
+            examples: list[dict[str, Any]] = []
+            rows = [{"bucket": b.index} for b in buckets(run.buckets)]
+            pool = Pool(job.step.name, Actors(num_cpus=0.5, max=64))
+            for result in map_rows(pool, rows, Summer, {"run": run, "job": job}):
+                part = json.loads(result["part"])
+                for key, values in part["sums"]:
+                    measure, name, group = key
+                    sums[measure, name, group] = sums.get((measure, name, group), Sums()) + Sums(
+                        *values
+                    )
+                examples += part["examples"]
+            folder = run.root / job.step.folder
+            table = tabulate(job, sums)
+            folder.write_json(TABLE, table)
+            # One example of all buckets is kept: first where the models differ, then by prompt id.
+            folder.write_json(
+                EXAMPLE,
+                min(examples, key=lambda e: (not e["told_apart"], e["prompt_id"]), default=None),
+            )
+            rows_compared = sums[_measures(job)[0], job.models[0].name, ALL].n
+            metrics.add_counts(job.step, rows=rows_compared)
+            job.step.finish(run.root, {"rows": rows_compared}, started)
 
 
 def _measures(job: Evaluate) -> list[str]:

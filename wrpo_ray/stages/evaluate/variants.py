@@ -1,13 +1,11 @@
 """A study's table: mean scores of variants over seeds, and paired differences of variants."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.data.buckets import Bucket, buckets
 from wrpo_ray.data.records import SCORED
@@ -72,22 +70,17 @@ class VariantTable(BaseJob):
         return found
 
     @classmethod
-    def run(cls, context: Run, jobs: list[VariantTable]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
-
-
-def run(run: Run, jobs: list[VariantTable]) -> None:
-    """Write each job's table."""
-    for job in jobs:
-        started, sums = time.time(), dict[Key, Crossed]()
-        rows = ({"run": run, "job": job, "bucket": b} for b in buckets(run.buckets))
-        for result in map_tasks(job.step.name, rows, _bucket):
-            for measure, name, values in json.loads(result["sums"]):
-                found, key = Crossed(**values), (measure, name)
-                sums[key] = sums[key] + found if key in sums else found
-        (run.root / job.step.folder).write_json(TABLE, tabulate(job, sums))
-        job.step.finish(run.root, {"rows": max(s.prompts for s in sums.values())}, started)
+    def run(cls, run: Run, jobs: list[Self]) -> None:
+        """Write each job's table."""
+        for job in jobs:
+            started, sums = time.time(), dict[Key, Crossed]()
+            rows = ({"run": run, "job": job, "bucket": b} for b in buckets(run.buckets))
+            for result in map_tasks(job.step.name, rows, _bucket):
+                for measure, name, values in json.loads(result["sums"]):
+                    found, key = Crossed(**values), (measure, name)
+                    sums[key] = sums[key] + found if key in sums else found
+            (run.root / job.step.folder).write_json(TABLE, tabulate(job, sums))
+            job.step.finish(run.root, {"rows": max(s.prompts for s in sums.values())}, started)
 
 
 def _bucket(task: dict[str, Any]) -> dict[str, Any]:

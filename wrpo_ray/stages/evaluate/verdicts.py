@@ -4,14 +4,12 @@ A verdict fails if a model gave no answer, if the judge gave no judgment (its ow
 repeated), or if the judgment holds no valid verdict.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import Actors
 from wrpo_ray.data.buckets import Bucket, buckets, write_shard
@@ -101,30 +99,27 @@ class Verdicts(BaseJob):
         return self.prompts
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Verdicts]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Self]) -> None:
+        """Parse each job's judgments.
 
-
-def run(run: Run, jobs: list[Verdicts]) -> None:
-    """Parse each job's judgments.
-
-    Raises:
-        FailureLimitError: too many judgments hold no verdict.
-    """
-    rows = [{"job": j, "bucket": b.index} for j in range(len(jobs)) for b in buckets(run.buckets)]
-    counts = [Counter[str](rows=0, failed=0) for _ in jobs]
-    left, started = Counter(row["job"] for row in rows), time.time()
-    pool = Pool("verdicts", Actors(num_cpus=0.5, max=64))
-    for result in map_rows(pool, rows, Reader, {"run": run, "jobs": jobs}):
-        number, job = result["job"], jobs[result["job"]]
-        counts[number].update(rows=result["rows"], failed=result["failed"])
-        left[number] -= 1
-        if not left[number]:
-            count = counts[number]
-            run.check_failures(job.step, count["failed"], count["rows"])
-            job.step.finish(run.root, dict(count), started)
-            log(f"{job.step.name}  {count['rows']:,} of {count.total():,} judged")
+        Raises:
+            FailureLimitError: too many judgments hold no verdict.
+        """
+        rows = [
+            {"job": j, "bucket": b.index} for j in range(len(jobs)) for b in buckets(run.buckets)
+        ]
+        counts = [Counter[str](rows=0, failed=0) for _ in jobs]
+        left, started = Counter(row["job"] for row in rows), time.time()
+        pool = Pool("verdicts", Actors(num_cpus=0.5, max=64))
+        for result in map_rows(pool, rows, Reader, {"run": run, "jobs": jobs}):
+            number, job = result["job"], jobs[result["job"]]
+            counts[number].update(rows=result["rows"], failed=result["failed"])
+            left[number] -= 1
+            if not left[number]:
+                count = counts[number]
+                run.check_failures(job.step, count["failed"], count["rows"])
+                job.step.finish(run.root, dict(count), started)
+                log(f"{job.step.name}  {count['rows']:,} of {count.total():,} judged")
 
 
 class Reader:

@@ -5,8 +5,6 @@ engines, cut to the 31 bits that all servers take. Text comes back and no token 
 renders the conversation, by its own template.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Iterator
 

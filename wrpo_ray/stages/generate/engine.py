@@ -8,8 +8,6 @@ only for what is missing. Models that differ only in their weights can share one
 loading weights takes a moment, starting an engine up to minutes. Not covered: images.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,7 +65,6 @@ class Engine(Protocol):
 
         `identity` defaults to the one that the engine was created with.
         """
-        ...
 
 
 class PromptTooLongError(ValueError):

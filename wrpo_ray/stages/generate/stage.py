@@ -6,15 +6,13 @@ larger runs only add what is missing. An actor works on several buckets at once,
 engine's batch stays full while the last long answers of one bucket finish.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
@@ -95,26 +93,21 @@ class Generate(BaseJob):
     @property
     def stream(self) -> Stream:
         """Finished buckets can be scored while others are generated."""
-        return Stream(run, pool_of(self.model))
+        return Stream(self.run, pool_of(self.model))
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Generate]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
+        """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
 
+        Each finished bucket is added to `ready_queue`; a job's last one when the job is done.
 
-def run(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None = None) -> None:
-    """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
-
-    Each finished bucket is added to `ready_queue`; a job's last one when the job is done.
-
-    Raises:
-        FailureLimitError: too many rows failed.
-    """
-    pools: dict[str, list[Generate]] = defaultdict(list)
-    for job in jobs:
-        pools[job.engines.model_dump_json()].append(job)
-    run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
+        Raises:
+            FailureLimitError: too many rows failed.
+        """
+        pools: dict[str, list[Generate]] = defaultdict(list)
+        for job in jobs:
+            pools[job.engines.model_dump_json()].append(job)
+        run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
 
 
 def pool_of(model: ModelConfig) -> Pool:

@@ -4,8 +4,6 @@ A text, a whole number or a truth value has one spelling. Values with several (a
 struct) are rejected, because answers are compared with the text character by character.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -14,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -44,7 +42,7 @@ class JsonFloat(float):
     written: str
 
     @classmethod
-    def read(cls, written: str) -> JsonFloat:
+    def read(cls, written: str) -> Self:
         """For `json.loads(..., parse_float=)`."""
         number = cls(written)
         number.written = written

@@ -1,7 +1,5 @@
 """Read rows of JSONL and Parquet files into records; a bad row becomes an error, not a gap."""
 
-from __future__ import annotations
-
 import codecs
 import io
 import reprlib

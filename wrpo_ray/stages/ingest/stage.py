@@ -52,13 +52,46 @@ SMALL = 32_000_000
 
 
 @dataclass(frozen=True)
-class IngestPrompts(BaseJob):
+class IngestJob(BaseJob):
+    """A job that reads input files; the tasks write records and failures of one bucket each."""
+
+    step: Step
+    input: PromptsConfig | ImportConfig
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns that the input must have."""
+        return self.input.needed
+
+    @property
+    def row_source(self) -> PromptsConfig | ImportConfig:
+        """The rows of the input."""
+        return self.input
+
+    @classmethod
+    def run(cls, run: Run, jobs: Sequence[AnyIngest]) -> None:
+        """Run each job.
+
+        Raises:
+            UserError: no such file or column, or no usable row.
+            FailureLimitError: too many unusable rows.
+        """
+        for job in jobs:
+            started = time.time()
+            counts = _ingest(run, job)
+            job.step.finish(run.root, counts, started)
+            log(
+                f"{job.step.name}  {counts['rows']:,} rows, {counts['failed']} failed, "
+                f"{counts['dropped']} dropped as duplicates or held out"
+            )
+
+
+@dataclass(frozen=True)
+class IngestPrompts(IngestJob):
     """Write prompts into PROMPT shards: each prompt once, with its split."""
 
     kind = JobKind.INGEST_PROMPTS
 
-    step: Step
-    input: PromptsConfig | ImportConfig
     splits: dict[str, float]
     seed: int
     without: Prompts | None = None
@@ -70,16 +103,6 @@ class IngestPrompts(BaseJob):
     def columns(self) -> list[str]:
         """Columns that the input must have."""
         return self.input.columns.of_prompt
-
-    @property
-    def row_source(self) -> PromptsConfig | ImportConfig:
-        """The rows of the input."""
-        return self.input
-
-    @classmethod
-    def run(cls, context: Run, jobs: list[IngestPrompts]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
 
     def records(self, row: Row) -> list[PromptRow | RowError]:
         """One PROMPT record."""
@@ -98,35 +121,19 @@ class IngestPrompts(BaseJob):
 
 
 @dataclass(frozen=True)
-class IngestResponses(BaseJob):
+class IngestResponses(IngestJob):
     """Write existing scored answers into SCORED shards, separately for target and sources."""
 
     kind = JobKind.INGEST_RESPONSES
 
-    step: Step
     input: ImportConfig
 
     schema = records.SCORED
 
     @property
-    def columns(self) -> list[str]:
-        """Columns that the input must have."""
-        return self.input.needed
-
-    @property
-    def row_source(self) -> ImportConfig:
-        """The rows of the input."""
-        return self.input
-
-    @property
     def stores(self) -> tuple[str, ...]:
         """Both parts of its folder."""
         return tuple(f"{self.step.folder}/{part}" for part in (SOURCES, TARGET))
-
-    @classmethod
-    def run(cls, context: Run, jobs: list[IngestResponses]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
 
     def records(self, row: Row) -> list[ScoredRow | RowError]:
         """One SCORED record for each of the row's answers."""
@@ -148,30 +155,14 @@ class IngestResponses(BaseJob):
 
 
 @dataclass(frozen=True)
-class IngestPreferences(BaseJob):
+class IngestPreferences(IngestJob):
     """Write published preference rows into PREFERENCE shards."""
 
     kind = JobKind.INGEST_PREFERENCES
 
-    step: Step
     input: ImportConfig
 
     schema = records.PREFERENCE
-
-    @property
-    def columns(self) -> list[str]:
-        """Columns that the input must have."""
-        return self.input.needed
-
-    @property
-    def row_source(self) -> ImportConfig:
-        """The rows of the input."""
-        return self.input
-
-    @classmethod
-    def run(cls, context: Run, jobs: list[IngestPreferences]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
 
     def records(self, row: Row) -> list[Row | RowError]:
         """One PREFERENCE record."""
@@ -182,27 +173,10 @@ class IngestPreferences(BaseJob):
         return {"": sorted(rows, key=lambda r: digest(r))}
 
 
-Ingest = IngestPrompts | IngestResponses | IngestPreferences
+AnyIngest = IngestPrompts | IngestResponses | IngestPreferences
 
 
-def run(run: Run, jobs: Sequence[Ingest]) -> None:
-    """Run each job.
-
-    Raises:
-        UserError: no such file or column, or no usable row.
-        FailureLimitError: too many unusable rows.
-    """
-    for job in jobs:
-        started = time.time()
-        counts = _ingest(run, job)
-        job.step.finish(run.root, counts, started)
-        log(
-            f"{job.step.name}  {counts['rows']:,} rows, {counts['failed']} failed, "
-            f"{counts['dropped']} dropped as duplicates or held out"
-        )
-
-
-def _ingest(run: Run, job: Ingest) -> dict[str, int]:
+def _ingest(run: Run, job: AnyIngest) -> dict[str, int]:
     what = job.step.name
     files = input_files(job.input.path, what)
     check_columns(files[0], job.columns, what)
@@ -240,7 +214,7 @@ def _ingest_here(task: Row) -> dict[str, int]:
     return dict(totals)
 
 
-def _shuffled(run: Run, job: Ingest, files: list[str], limit: int | None) -> dict[str, int]:
+def _shuffled(run: Run, job: AnyIngest, files: list[str], limit: int | None) -> dict[str, int]:
     """Read each file in a task, shuffle the rows and write each bucket in another."""
     import ray
 
@@ -260,7 +234,7 @@ def _shuffled(run: Run, job: Ingest, files: list[str], limit: int | None) -> dic
     return {name: int(done[f"sum({name})"] or 0) for name in COUNTS}
 
 
-def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:
+def _reader(job: AnyIngest, buckets: int, limit: int | None) -> Callable[[Row], Iterator[Row]]:
     texts = job.input.columns.of_text if isinstance(job, IngestPrompts) else ()
 
     def read(task: Row) -> Iterator[Row]:
@@ -272,7 +246,7 @@ def _reader(job: Ingest, buckets: int, limit: int | None) -> Callable[[Row], Ite
     return read
 
 
-def _placed(job: Ingest, place: str, row: Row | Exception, buckets: int) -> Iterator[Row]:
+def _placed(job: AnyIngest, place: str, row: Row | Exception, buckets: int) -> Iterator[Row]:
     """Yield the row's records, or failure rows, each with its bucket."""
     try:
         found: list[Any] = [row] if isinstance(row, Exception) else job.records(row)
@@ -292,7 +266,7 @@ def _in_bucket(key: str, buckets: int, record: Row, *, good: bool) -> Row:
     return {"bucket": int(key[:8], 16) % buckets, "good": good, "record": json.dumps(record)}
 
 
-def _writer(run: Run, job: Ingest) -> Callable[[pa.Table], pa.Table]:
+def _writer(run: Run, job: AnyIngest) -> Callable[[pa.Table], pa.Table]:
     def write(group: pa.Table) -> pa.Table:
         """Write one bucket's shard; Ray Data calls it with all rows of the bucket."""
         bucket = Bucket(group["bucket"][0].as_py(), run.buckets)

@@ -1,7 +1,5 @@
 """Which answers may be chosen or rejected, by the config's section `answers` and a verifier."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 
@@ -46,7 +44,8 @@ def eligible_answers(
 
     restrict("no_reward", np.isnan(candidates.rewards))
     if config.empty == "drop":
-        restrict("empty", candidates.mask(_is_blank(candidates.table["text"])))
+        texts = pc.utf8_trim_whitespace(candidates.table["text"])
+        restrict("empty", candidates.mask(pc.equal(texts, "")))
     if config.refusals == "drop":
         matches = _is_refusal(candidates.table["text"], config.refusal_patterns)
         restrict("refusal", candidates.mask(matches))
@@ -59,10 +58,6 @@ def eligible_answers(
         chosen &= verdicts.right
         rejected &= verdicts.wrong
     return Eligible(chosen, rejected, counts)
-
-
-def _is_blank(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    return pc.equal(pc.utf8_trim_whitespace(texts), "")
 
 
 def _is_refusal(texts: pa.ChunkedArray, patterns: tuple[str, ...]) -> pa.ChunkedArray:

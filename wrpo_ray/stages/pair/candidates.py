@@ -1,7 +1,5 @@
 """Scored answers as columns. Token ids are read only for the answers that are chosen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property

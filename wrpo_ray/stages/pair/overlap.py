@@ -1,7 +1,5 @@
 """Overlap of texts: of training prompts with evaluation prompts, and of answers with each other."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

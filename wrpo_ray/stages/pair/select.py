@@ -5,8 +5,6 @@ prompt, or those of one source to one prompt. Equal rewards are ordered by a has
 source, sample): no source wins all ties, and the same candidates always give the same choice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -31,11 +31,46 @@ WHOLE = Bucket(0, 1)
 """One bucket of all prompts."""
 
 
+class BucketJob(BaseJob):
+    """A job with a task for each bucket: `fill` writes its shard and returns counts."""
+
+    def buckets(self, run: Run) -> list[Bucket]:
+        """The buckets that `fill` is called for."""
+        return buckets(run.buckets)
+
+    @classmethod
+    def run(cls, run: Run, jobs: Sequence[AnyBucketJob]) -> None:
+        """Run each job; its tasks return only counts to the driver."""
+        for job in jobs:
+            started, totals = time.time(), Counter[str]()
+            rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
+            for counts in map_tasks(job.step.name, rows, partial(_fill, run, job)):
+                totals.update(counts)
+                metrics.add_counts(job.step, rows=counts["rows"])
+            record = job.step.finish(run.root, dict(sorted(totals.items())), started)
+            shown = _without_sources(record["counts"]).items()
+            log(f"{job.step.name}  {', '.join(f'{name} {count:,}' for name, count in shown)}")
+
+
+def _fill(run: Run, job: AnyBucketJob, row: dict[str, int]) -> dict[str, int]:
+    return job.fill(run, Bucket(**row))
+
+
+def _without_sources(totals: dict[str, int]) -> dict[str, int]:
+    """The counts for the log: no wins by source, and one count of answers for each policy."""
+    shown: Counter[str] = Counter()
+    for name, count in totals.items():
+        kind, _, rest = name.partition(".")
+        if kind != "wins":
+            shown[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
+    return shown
+
+
 # --- contamination -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class EvalNgrams(BaseJob):
+class EvalNgrams(BucketJob):
     """The distinct n-grams of the evaluation prompts, in one shard: there are few such prompts."""
 
     kind = JobKind.EVAL_NGRAMS
@@ -61,11 +96,6 @@ class EvalNgrams(BaseJob):
         """At most one row a prompt."""
         return self.prompts
 
-    @classmethod
-    def run(cls, context: Run, jobs: list[EvalNgrams]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
-
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the NGRAMS shard, sorted by hash."""
         texts = _texts(self.prompts.read(run.root, bucket))
@@ -76,7 +106,7 @@ class EvalNgrams(BaseJob):
 
 
 @dataclass(frozen=True)
-class Contamination(BaseJob):
+class Contamination(BucketJob):
     """The share of each training prompt's n-grams that evaluation prompts have too."""
 
     kind = JobKind.CONTAMINATION
@@ -90,19 +120,10 @@ class Contamination(BaseJob):
         config = {"splits": list(self.prompts.splits)}
         return Step("contamination", config, (self.prompts.step, self.ngrams.step))
 
-    def buckets(self, run: Run) -> list[Bucket]:
-        """The buckets that `fill` is called for."""
-        return buckets(run.buckets)
-
     @property
     def row_source(self) -> Prompts:
         """At most one row a prompt."""
         return self.prompts
-
-    @classmethod
-    def run(cls, context: Run, jobs: list[Contamination]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's OVERLAP shard."""
@@ -173,7 +194,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Select(BaseJob):
+class Select(BucketJob):
     """Choose y_ws, the best answer of all sources, of every prompt; these are the rows of SFT."""
 
     kind = JobKind.SELECT
@@ -186,16 +207,9 @@ class Select(BaseJob):
     @property
     def step(self) -> Step:
         """The step of the output folder."""
-        config = {
-            "splits": list(self.prompts.splits),
-            "answers": self.sources.policies.identity(),
-        }
+        config = {"splits": list(self.prompts.splits), "answers": self.sources.policies.identity()}
         left_out = (self.contamination.step,) if self.contamination else ()
         return Step("select", config, (self.prompts.step, *self.sources.steps, *left_out))
-
-    def buckets(self, run: Run) -> list[Bucket]:
-        """The buckets that `fill` is called for."""
-        return buckets(run.buckets)
 
     @property
     def row_source(self) -> Prompts:
@@ -206,11 +220,6 @@ class Select(BaseJob):
     def stores(self) -> tuple[str, ...]:
         """Those of the sources."""
         return self.sources.stores
-
-    @classmethod
-    def run(cls, context: Run, jobs: list[Select]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's SELECTION shard; return its counts, such as `wins.<source>`."""
@@ -228,7 +237,7 @@ class Select(BaseJob):
 
 
 @dataclass(frozen=True)
-class Pair(BaseJob):
+class Pair(BucketJob):
     """Choose y_wt and y_l, the best and the worst of the target's answers, of each prompt."""
 
     kind = JobKind.PAIR
@@ -253,10 +262,6 @@ class Pair(BaseJob):
         }
         return Step("pair", config, (self.select.step, *self.answers.steps))
 
-    def buckets(self, run: Run) -> list[Bucket]:
-        """The buckets that `fill` is called for."""
-        return buckets(run.buckets)
-
     @property
     def row_source(self) -> Prompts:
         """At most one row a prompt."""
@@ -266,11 +271,6 @@ class Pair(BaseJob):
     def stores(self) -> tuple[str, ...]:
         """Those of the sources, and of the answers that y_wt and y_l are among."""
         return self.select.stores + self.answers.stores
-
-    @classmethod
-    def run(cls, context: Run, jobs: list[Pair]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
         """Write the bucket's PREFERENCE shard; return its counts, such as `dropped.<reason>`."""
@@ -293,33 +293,4 @@ class Pair(BaseJob):
         return table.append_column("reference", given["reference"].take(places))
 
 
-# --- running -----------------------------------------------------------------------------------
-
-BucketJob = EvalNgrams | Contamination | Select | Pair
-
-
-def run(run: Run, jobs: Sequence[BucketJob]) -> None:
-    """Run each job; its tasks return only counts to the driver."""
-    for job in jobs:
-        started, totals = time.time(), Counter[str]()
-        rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
-        for counts in map_tasks(job.step.name, rows, partial(_fill, run, job)):
-            totals.update(counts)
-            metrics.add_counts(job.step, rows=counts["rows"])
-        record = job.step.finish(run.root, dict(sorted(totals.items())), started)
-        shown = _without_sources(record["counts"]).items()
-        log(f"{job.step.name}  {', '.join(f'{name} {count:,}' for name, count in shown)}")
-
-
-def _fill(run: Run, job: BucketJob, row: dict[str, int]) -> dict[str, int]:
-    return job.fill(run, Bucket(**row))
-
-
-def _without_sources(totals: dict[str, int]) -> dict[str, int]:
-    """The counts for the log: no wins by source, and one count of answers for each policy."""
-    shown: Counter[str] = Counter()
-    for name, count in totals.items():
-        kind, _, rest = name.partition(".")
-        if kind != "wins":
-            shown[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
-    return shown
+AnyBucketJob = EvalNgrams | Contamination | Select | Pair

@@ -9,8 +9,6 @@ last turn of the assistant begins, which know the prompt alone, give the ratings
 Backbone and heads keep their own precision: published are bf16 and fp32.
 """
 
-from __future__ import annotations
-
 from itertools import pairwise
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The interface of all rewards: the answer to be scored, the outcome, and its errors."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -34,7 +32,6 @@ class Reward(Protocol):
 
     def score(self, items: list[Item]) -> list[Outcome]:
         """Return one score or error for each item, in order."""
-        ...
 
 
 class TooLongError(ValueError):

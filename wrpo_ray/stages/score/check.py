@@ -1,7 +1,5 @@
 """Check before any work that a folder holds a reward model that the config can use."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import TypeVar

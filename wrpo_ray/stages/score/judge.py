@@ -1,7 +1,5 @@
 """A language model behind an endpoint that rates answers, as in MT-Bench (arXiv 2306.05685)."""
 
-from __future__ import annotations
-
 import re
 
 from jinja2 import StrictUndefined, TemplateError

@@ -1,7 +1,5 @@
 """Rewards by config: a function, a verifier, a judge, a reward model, or a weighted sum of them."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace

@@ -8,8 +8,6 @@ Not covered: a program that is written to cheat. Program and tests share an inte
 that searches it for the token of a finished run, or returns objects equal to anything, passes.
 """
 
-from __future__ import annotations
-
 import marshal
 import os
 import subprocess

@@ -10,8 +10,6 @@ in memory.
 The exit code is PASSED, NOT_PASSED, BAD_TESTS or FAILED; the last two write the reason to stderr.
 """
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import marshal

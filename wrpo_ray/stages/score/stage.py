@@ -4,13 +4,11 @@ An actor skips the answers that have a score, and commits the others chunk by ch
 rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -99,25 +97,20 @@ class Score(BaseJob):
     @property
     def stream(self) -> Stream:
         """It can score the buckets of answers that are generated meanwhile."""
-        return Stream(run, pool_of(self.reward), self.answers.step)
+        return Stream(self.run, pool_of(self.reward), self.answers.step)
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Score]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
+        """Run the jobs; the jobs of one reward or verifier share its actors.
 
+        A `ready_queue` gives the buckets of the jobs' answers that are ready, while others are
+        still generated; then all jobs have the same reward.
 
-def run(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None = None) -> None:
-    """Run the jobs; the jobs of one reward or verifier share its actors.
-
-    A `ready_queue` gives the buckets of the jobs' answers that are ready, while others are still
-    generated; then all jobs have the same reward.
-
-    Raises:
-        FailureLimitError: too many answers could not be scored.
-    """
-    for _, group in groupby(jobs, key=lambda job: job.reward):
-        _run_pool(run, list(group), ready_queue)
+        Raises:
+            FailureLimitError: too many answers could not be scored.
+        """
+        for _, group in groupby(jobs, key=lambda job: job.reward):
+            _run_pool(run, list(group), ready_queue)
 
 
 def pool_of(reward: RewardConfig) -> Pool:

@@ -4,8 +4,6 @@ A verdict is 1.0 or 0.0. A row fails only for reasons outside the answer: a refe
 missing or has no number, tests that are no Python, a sandbox that could not be set up.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 import unicodedata

@@ -7,8 +7,6 @@ transformers makes no mask (5.23: `_preprocess_mask_arguments`). Two ways, equal
 H query heads, K key heads, T tokens, D head size.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -8,8 +8,6 @@ parts are uploaded. So a run never resumes from an incomplete checkpoint: if a w
 its upload ends, training resumes from the checkpoint before.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

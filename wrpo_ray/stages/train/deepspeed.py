@@ -4,8 +4,6 @@ DeepSpeed averages gradients over workers; its division by gradient accumulation
 off. So a loss of `workers * own share of the mean` makes the gradient the exact mean (see `loop`).
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import logging

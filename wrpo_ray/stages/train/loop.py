@@ -5,14 +5,12 @@ over all workers, divided by their real number: the same for every number of wor
 micro-batch and ZeRO stage. Not covered: the driver (`stage`).
 """
 
-from __future__ import annotations
-
 import gc
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,10 +19,10 @@ from torch import distributed as dist
 
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.stages.train import checkpoint, deepspeed, faults, model, packing, probe, schedule
+from wrpo_ray.stages.train import checkpoint, deepspeed, faults, model, packing, probe
 from wrpo_ray.stages.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
-from wrpo_ray.stages.train.order import Order
+from wrpo_ray.stages.train.order import Order, learning_rate_at
 from wrpo_ray.stages.train.packing import Batch
 from wrpo_ray.stages.train.rows import PreparedRows, Row
 from wrpo_ray.stages.train.task import ADAPTERS, MODEL, TRAINED, Task, TrainedCounts
@@ -89,7 +87,7 @@ class Trainer:
     device: torch.device
 
     @classmethod
-    def create(cls, task: Task) -> Trainer:
+    def create(cls, task: Task) -> Self:
         """Load the policy and, if the objective needs a live one, the reference model.
 
         Raises:
@@ -153,7 +151,7 @@ class Trainer:
         started, sums = time.monotonic(), Sums()
         config, steps = self.task.config, self.order.steps
         batch = self.train_rows[list(self.order.batch(step))]
-        rate = schedule.learning_rate_at(config, step, steps)
+        rate = learning_rate_at(config, step, steps)
         deepspeed.set_learning_rate(self.policy, rate)
         objective = training_objective(config).at(self.order.consumed(step))
         divisor = objective.divisor(self.rows.lengths[batch])

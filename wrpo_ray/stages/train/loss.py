@@ -10,13 +10,11 @@ costs at m:
 - `Simpo` (arXiv 2405.14734)
 
 B is the number of rows. Not covered: the log-probs (`logprobs`), the schedule of alpha
-(`schedule`), SFT and the sum over a batch (`objectives`).
+(`order`), SFT and the sum over a batch (`objectives`).
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import Tensor
@@ -38,7 +36,7 @@ class Answers(NamedTuple):
     rejected: Tensor  # of y_l
 
     @classmethod
-    def of(cls, values: Tensor) -> Answers:
+    def of(cls, values: Tensor) -> Self:
         """Values (3 * B,), row by row, as the three columns (B,)."""
         return cls(*values.reshape(-1, 3).unbind(1))
 

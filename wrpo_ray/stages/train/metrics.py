@@ -1,7 +1,5 @@
 """Metrics of each optimizer step: summed over rows and workers, kept as JSON lines, tracked."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import resource
@@ -161,10 +159,7 @@ def _mlflow(task: Task) -> Tracker:
 
     mlflow.start_run(run_name=task.step.folder)
     mlflow.log_params(task.config.identity())
-    return Tracker(
-        lambda r: mlflow.log_metrics(_numbers(r), step=r["step"]),
-        mlflow.end_run,
-    )
+    return Tracker(lambda r: mlflow.log_metrics(_numbers(r), step=r["step"]), mlflow.end_run)
 
 
 def _numbers(record: Record) -> dict[str, float]:

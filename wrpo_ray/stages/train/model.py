@@ -1,7 +1,5 @@
 """Models to train: loading a folder, log-probs of answers, writing an ordinary model folder."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext

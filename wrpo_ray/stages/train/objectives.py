@@ -7,10 +7,8 @@ write its class in `loss` and name it in `preference_objective` and in `WrpoConf
 B rows, R answers (responses) of a row.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +23,7 @@ from wrpo_ray.stages.train.loss import (
     preference_loss,
     row_metrics,
 )
-from wrpo_ray.stages.train.schedule import alpha_at
+from wrpo_ray.stages.train.order import alpha_at
 
 Losses = tuple[Tensor, dict[str, Tensor]]
 """The loss of each row (B,), and metrics of each row, each (B,)."""
@@ -42,7 +40,7 @@ class Objective(Protocol):
     def coefficients(self) -> dict[str, float]:
         """Coefficients that change from step to step, by their names in the metrics."""
 
-    def at(self, progress: float) -> Objective:
+    def at(self, progress: float) -> Self:
         """The objective at a share of the way from the first step (0) to the last (1)."""
 
     def divisor(self, lengths: np.ndarray) -> int:
@@ -63,7 +61,7 @@ class Sft:
         """None change."""
         return {}
 
-    def at(self, progress: float) -> Sft:
+    def at(self, progress: float) -> Self:
         """The same at every step."""
         return self
 
@@ -90,7 +88,7 @@ class Preference:
         """The fusion coefficient."""
         return {"alpha": self.alpha}
 
-    def at(self, progress: float) -> Preference:
+    def at(self, progress: float) -> Self:
         """The objective with the alpha that is due."""
         return replace(self, alpha=alpha_at(self.schedule, progress))
 

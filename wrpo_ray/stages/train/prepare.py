@@ -6,14 +6,12 @@ The step's key holds the model, its tokenizer and template, and the length limit
 any of them recomputes the rows. Training then needs no reference model.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import pyarrow.compute as pc
 
@@ -104,23 +102,18 @@ class Prepare(BaseJob):
         return self.rows
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Prepare]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Self]) -> None:
+        """Run the jobs; those with equal actors share a pool, one after another.
 
-
-def run(run: Run, jobs: list[Prepare]) -> None:
-    """Run the jobs; those with equal actors share a pool, one after another.
-
-    Raises:
-        UserError: no row is left to train on.
-        FailureLimitError: more rows failed than `failure_limit` allows.
-    """
-    pools: dict[str, list[Prepare]] = {}
-    for job in jobs:
-        pools.setdefault(job.actors.model_dump_json(), []).append(job)
-    for pool in pools.values():
-        _prepare(run, pool)
+        Raises:
+            UserError: no row is left to train on.
+            FailureLimitError: more rows failed than `failure_limit` allows.
+        """
+        pools: dict[str, list[Prepare]] = {}
+        for job in jobs:
+            pools.setdefault(job.actors.model_dump_json(), []).append(job)
+        for pool in pools.values():
+            _prepare(run, pool)
 
 
 def _prepare(run: Run, jobs: list[Prepare]) -> None:

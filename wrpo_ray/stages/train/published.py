@@ -10,8 +10,6 @@ Two things differ from the script: the date that a template may ask for is fixed
 a tokenizer without a BOS, with which the script crashes, works.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

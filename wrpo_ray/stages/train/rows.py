@@ -6,8 +6,6 @@ the number of its workers, and reads a row when it trains on it. Rows are indexe
 their prompt_id, whatever shards they came through.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterable

@@ -65,23 +65,18 @@ class Train(BaseJob):
     a short training."""
 
     @classmethod
-    def run(cls, context: Run, jobs: list[Train]) -> None:
-        """Run the jobs together."""
-        run(context, jobs)
+    def run(cls, run: Run, jobs: list[Train]) -> None:
+        """Train the jobs, as many at once as resources allow, and write each one's manifest.
 
-
-def run(run: Run, jobs: list[Train]) -> None:
-    """Train the jobs, as many at once as resources allow, and write each one's manifest.
-
-    Raises:
-        UserError: no rows to train on, or not enough resources for the workers.
-        WrpoError: the workers failed more often than `max_failures` allows.
-    """
-    most = min(capacity_for(_needs(job, job.config.workers)) for job in jobs)
-    series = [
-        part for alike in _grouped_by_workers(jobs) for part in _split_into_series(alike, most)
-    ]
-    run_in_threads([partial(_train, run, part) for part in series], most)
+        Raises:
+            UserError: no rows to train on, or not enough resources for the workers.
+            WrpoError: the workers failed more often than `max_failures` allows.
+        """
+        most = min(capacity_for(_needs(job, job.config.workers)) for job in jobs)
+        series = [
+            part for alike in _grouped_by_workers(jobs) for part in _split_into_series(alike, most)
+        ]
+        run_in_threads([partial(_train, run, part) for part in series], most)
 
 
 def _grouped_by_workers(jobs: list[Train]) -> list[list[Train]]:
@@ -242,7 +237,7 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         thread.join(PROGRESS_INTERVAL)
         _count(task, time.monotonic() - started)
         shown = _progress(task, shown)
-        while waiting and _has_ended(task):
+        while waiting and task.folder.exists(TRAINED):  # its workers train the next model
             task = waiting.pop(0)
             shown = _progress(task, -1)
         if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
@@ -251,11 +246,6 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     fitted: list[TrainedCounts] | WrpoError = outcome["value"]
     return fitted
-
-
-def _has_ended(task: Task) -> bool:
-    """Whether a model of a series is trained, so that its workers train the next."""
-    return task.folder.exists(TRAINED)
 
 
 def _count(task: Task, seconds: float) -> None:

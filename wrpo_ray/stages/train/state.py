@@ -13,8 +13,6 @@ parameters, which are not saved; gradients within a step; optimizers other than 
 fused, no amsgrad); optimizer state on NVMe or partly offloaded; fp16 with loss scaling.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Iterator

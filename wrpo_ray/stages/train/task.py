@@ -1,7 +1,5 @@
 """The inputs of one training run, as the driver sends them to the workers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import TypedDict
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 
 from wrpo_ray.report.benchmark_table import comparison_text
-from wrpo_ray.report.study_table import study_text
+from wrpo_ray.report.text import study_text
 from wrpo_ray.stages.evaluate.alpaca_eval import ANNOTATION, AlpacaEval, Reference, alpaca_eval
 from wrpo_ray.stages.evaluate.arena_hard import ArenaHard, Games, Style, arena_hard
 from wrpo_ray.stages.evaluate.comparison import Compare, RewardPair, _without_nan

@@ -26,9 +26,9 @@ from wrpo_ray.stages.train.loss import (
 )
 from wrpo_ray.stages.train.model import Policy
 from wrpo_ray.stages.train.objectives import preference_objective, training_objective
+from wrpo_ray.stages.train.order import alpha_at
 from wrpo_ray.stages.train.packing import pad
 from wrpo_ray.stages.train.rows import Row
-from wrpo_ray.stages.train.schedule import alpha_at
 
 NAMES = Answers._fields
 OBJECTIVES = {

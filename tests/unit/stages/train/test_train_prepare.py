@@ -251,7 +251,7 @@ def without_ray(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("without_ray")
 def test_the_stage_sums_counts_into_the_manifest(root, base):
-    prepare.run(Run(root, COUNT), [job(base)])
+    Prepare.run(Run(root, COUNT), [job(base)])
     tokens = int(read(root, job(base)).lengths.sum())
     expected = {"rows": 21, "dropped": 0, "cut": 0, "failed": 0, "tokens": tokens}
     assert job(base).step.read_manifest(root)["counts"] == expected
@@ -269,10 +269,10 @@ def test_too_many_failures_end_the_stage(tmp_path, base):
     records[1]["messages"] = [{"role": "user", "content": "w1 " * 70}]
     write_preferences(root / PAIRS.folder, records, COUNT)
     with pytest.raises(FailureLimitError, match="1 of 4 rows failed") as caught:
-        prepare.run(Run(root, COUNT, failure_limit=0.1), [job(base)])
+        Prepare.run(Run(root, COUNT, failure_limit=0.1), [job(base)])
     assert records[0]["prompt_id"] in str(caught.value)
     assert not job(base).step.is_done(root)
-    prepare.run(Run(root, COUNT, failure_limit=0.5), [job(base)])
+    Prepare.run(Run(root, COUNT, failure_limit=0.5), [job(base)])
     assert job(base).step.is_done(root)
 
 
@@ -285,10 +285,10 @@ def test_no_row_is_an_error_with_a_remedy(root, tmp_path):
     ):
         short = job(tmp_path / "tokenizer", WrpoConfig(**(SETTINGS | settings)))
         with pytest.raises(UserError, match=told):
-            prepare.run(Run(root, COUNT), [short])
+            Prepare.run(Run(root, COUNT), [short])
     root.delete(PAIRS.folder)
     with pytest.raises(UserError, match=rf"wrpo: {PAIRS.folder} holds no row .*give more prompts"):
-        prepare.run(Run(root, COUNT), [job(tmp_path / "tokenizer")])
+        Prepare.run(Run(root, COUNT), [job(tmp_path / "tokenizer")])
 
 
 # --- the step's key ---------------------------------------------------------------------------

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wrpo_ray.config import AlphaConfig, WrpoConfig
-from wrpo_ray.stages.train.order import Order
-from wrpo_ray.stages.train.schedule import alpha_at, learning_rate_at
+from wrpo_ray.stages.train.order import Order, alpha_at, learning_rate_at
 
 
 def test_alpha_grows_with_the_rows_consumed():
