@@ -19,10 +19,10 @@ from workload import SAMPLES, Clock, ContenderRun, Message, Shape, key, texts, u
 from wrpo_ray.config import Config
 from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.records import RESPONSE, prompt_id
-from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.stages.generate import stage
-from wrpo_ray.stages.generate.engine import Request, seed_base
+from wrpo_ray.stages.generate.vllm_engine import Request, seed_base
 
 SOURCE, SEED = "llama", 0
 QUIET = {"VLLM_LOGGING_LEVEL": "ERROR"}
@@ -260,8 +260,9 @@ and [results.json](results.json); `data.py --only generate` runs this part.
   engine works on two at once, and answers are committed as Parquet. **vllm.LLM.chat**: one call
   with n = 5 for all prompts. **ray.data.llm**: `build_processor` with its defaults; it keeps one
   answer per request, so its data set has each prompt {samples} times.
-- All three use the environment and the arguments of our engine (`wrpo_ray/llm/vllm.py`) and the
-  same seeds. Answers are compared token by token, and at least 99% must be equal.
+- All three use the environment and the arguments of our engine
+  (`wrpo_ray/llm/vllm_settings.py`) and the same seeds. Answers are compared token by token, and
+  at least 99% must be equal.
 - Time is measured from the first request to a warm engine until the last answer is committed,
   returned, or read from the data set. Ours and vLLM first answer 8 other prompts. The time of
   ray.data.llm begins when its engine gets the first request; earlier work of its other stages is

@@ -30,7 +30,7 @@ import results
 import yaml
 from workload import Shape, texts, user, weights
 
-from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.keys import ENVIRONMENT, new_key
 
@@ -403,7 +403,8 @@ TEXT = """# Serving: against the bare server, and in overload
   answers of {answer} tokens to prompts of {prompt_mean} (log-normal, sigma 0.6).
 - **`wrpo serve`**: ingress, keys, limits, Ray Serve, a replica of Ray Serve LLM. **`vllm serve`**:
   the bare server. Both use the environment and the arguments of our engine
-  (`wrpo_ray/llm/vllm.py`), `max_num_seqs` {clients}, and the same clients in a separate process.
+  (`wrpo_ray/llm/vllm_settings.py`), `max_num_seqs` {clients}, and the same clients in a separate
+  process.
   They take turns, {rounds} each after a warm-up, with the same number of requests. {same:.1%} of
   their answers are equal.
 - The engine, the server's other processes and the clients share the machine's cores. CPU time is

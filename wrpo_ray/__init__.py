@@ -1,4 +1,4 @@
-"""Weighted-Reward Preference Optimization (WRPO, arXiv 2412.03187) on Ray.
+"""Fuses several LLMs into one: Weighted-Reward Preference Optimization (WRPO) on Ray.
 
 The names in `__all__` are the public Python API; the guide "From Python" shows them at work.
 `import wrpo_ray` is instant: a name is imported when it is first used, so neither torch nor ray is

@@ -19,7 +19,7 @@ from wrpo_ray.data.records import PREFERENCE
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
-from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.pipeline.stage_table import STAGES
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train.prepare import Prepare, Preparer
 from wrpo_ray.stages.train.rows import PreparedRows

@@ -15,7 +15,7 @@ import json, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from wrpo_ray.config import ModelConfig, SamplingConfig
-from wrpo_ray.stages.generate.engine import Request, VllmEngine, SamplingIdentity
+from wrpo_ray.stages.generate.vllm_engine import Request, VllmEngine, SamplingIdentity
 
 folder, prompts, start = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[4])
 engine = VllmEngine(ModelConfig(name="m", model=str(start), dtype="float32"), start, seed=0)
@@ -106,7 +106,7 @@ def table(output, step: str) -> list[dict]:
 
 def test_an_engine_answers_with_two_sets_of_weights_in_turn(zoo, tmp_path):
     """Started with weights of another model, it answers by both at the same time."""
-    from wrpo_ray.llm.vllm import engine_env
+    from wrpo_ray.llm.vllm_settings import engine_env
 
     model, prompts, out = zoo / "target", questions(zoo), tmp_path / "ids.json"
     start = upside_down(model, tmp_path / "other")
@@ -123,7 +123,7 @@ PLAIN = """
 import json, sys
 from pathlib import Path
 import vllm
-from wrpo_ray.llm.vllm import CPU_ENGINE
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE
 
 llm = vllm.LLM(model=sys.argv[1], dtype="float32", **CPU_ENGINE)
 prompts = [{"prompt_token_ids": ids} for ids in json.loads(sys.argv[2])]
@@ -141,7 +141,7 @@ def test_a_saved_model_ends_its_answers_where_only_its_template_does(zoo, tmp_pa
     from wrpo_ray.config import SftConfig
     from wrpo_ray.llm.chat import prompt_ids
     from wrpo_ray.llm.rendering import load_tokenizer
-    from wrpo_ray.llm.vllm import engine_env
+    from wrpo_ray.llm.vllm_settings import engine_env
     from wrpo_ray.stages.train.model import Policy, save
     from wrpo_ray.storage.folder import Folder
 

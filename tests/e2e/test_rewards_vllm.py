@@ -28,7 +28,7 @@ def test_vllm_gives_the_rewards_of_transformers(tmp_path):
     from transformers import LlamaForSequenceClassification
 
     from wrpo_ray.config import RewardConfig
-    from wrpo_ray.llm.vllm import engine_env
+    from wrpo_ray.llm.vllm_settings import engine_env
     from wrpo_ray.stages.score.base import Item
     from wrpo_ray.stages.score.rewards import load_reward
 

@@ -35,7 +35,7 @@ from wrpo_ray.config import RewardConfig
 from wrpo_ray.llm.chat import prompt_ids
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.score.base import Item
-from wrpo_ray.stages.score.classifiers import load_classifier
+from wrpo_ray.stages.score.reward_models import load_classifier
 
 SECRET = "xyzzyplugh"
 SETTINGS = {

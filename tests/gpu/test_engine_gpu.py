@@ -10,8 +10,8 @@ import torch
 from support.tiny_models import write_model
 
 from wrpo_ray.config import Actors, ModelConfig, SamplingConfig
-from wrpo_ray.llm.vllm import engine_env
-from wrpo_ray.stages.generate.engine import Request, SamplingIdentity, VllmEngine
+from wrpo_ray.llm.vllm_settings import engine_env
+from wrpo_ray.stages.generate.vllm_engine import Request, SamplingIdentity, VllmEngine
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

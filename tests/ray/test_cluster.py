@@ -161,7 +161,7 @@ def test_a_node_that_was_lost_just_now_is_passed_over(local_ray, monkeypatch, tm
     """A listed node whose tasks Ray cannot place any more."""
     listed = [*cluster.nodes(), "ab" * 28]
     monkeypatch.setattr(cluster, "nodes", lambda: listed)
-    assert cluster._on_every_node(cluster._sees, Folder(str(tmp_path)), "") == [True]
+    assert cluster._on_every_node(Folder.exists, Folder(str(tmp_path)), "") == [True]
 
 
 class Dies:

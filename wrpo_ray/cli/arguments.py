@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.pipeline.stage_table import STAGES
 from wrpo_ray.text.addresses import Address, address_problem
 
 

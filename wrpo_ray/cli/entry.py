@@ -1,4 +1,4 @@
-"""The command `wrpo`: parse, load the config, import the stage, run.
+"""The command `wrpo`: the table of commands, and how one is run.
 
 Neither torch nor ray is imported before a config is valid, so `--help` is instant. Exit codes:
 0 done, 1 the run failed, 2 an error that the user can fix, 3 the budget is spent, 4 a model does

@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from wrpo_ray.cli.arguments import config_command, finite, until_argument
-from wrpo_ray.pipeline.stage import STAGE_HELP
+from wrpo_ray.pipeline.stage_table import STAGE_HELP
 
 
 def _gate_argument(command: argparse.ArgumentParser) -> None:

@@ -106,7 +106,7 @@ def _status(arguments: argparse.Namespace) -> None:
 
 def _failures(arguments: argparse.Namespace) -> None:
     from wrpo_ray import config
-    from wrpo_ray.pipeline import retries
+    from wrpo_ray.pipeline import failed_rows as retries
 
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.retry:
@@ -142,7 +142,7 @@ def _reference(arguments: argparse.Namespace) -> None:
 
 
 def _retry(arguments: argparse.Namespace, settings: Config) -> None:
-    from wrpo_ray.pipeline import retries
+    from wrpo_ray.pipeline import failed_rows as retries
 
     plan = retries.plan_retry(settings, arguments.step)
     counts = ", ".join(f"{rows:,} of {step}" for step, rows in plan.rows.items())

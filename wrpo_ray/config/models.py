@@ -1,4 +1,4 @@
-"""Sections for models that answer: sampling, vLLM, and OpenAI-compatible endpoints."""
+"""Sections of models that answer (`sources`, `target`, judges): vLLM, endpoints, sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sections for actors and the Ray cluster."""
+"""Sections `actors` and `cluster`: numbers and resources of actors, and the Ray cluster."""
 
 from typing import Self
 

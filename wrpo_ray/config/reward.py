@@ -1,4 +1,4 @@
-"""Sections for rewards: reward models, functions, verifiers, judges, and mixtures of them."""
+"""Section `reward`: reward models, functions, verifiers, judges, and mixtures of them."""
 
 from typing import Literal, Self
 

@@ -1,4 +1,4 @@
-"""One frozen config tree, read from YAML: every field with type, bound, default and unit.
+"""The root of the config, `Config`: joins the sections of the other modules.
 
 Nothing here imports torch or ray. `load` reports all problems of a file at once, each as
 `path: problem (got value)`, and suggests the closest match for an unknown key.

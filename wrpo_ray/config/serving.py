@@ -1,4 +1,4 @@
-"""Sections for `wrpo serve`."""
+"""The config of `wrpo serve`: models, keys and limits."""
 
 from typing import Self
 

@@ -1,4 +1,4 @@
-"""Sections for training: SFT and the preference objectives."""
+"""Sections `sft` and `wrpo`: SFT and the preference objectives."""
 
 from typing import Any, ClassVar, Literal, Self
 

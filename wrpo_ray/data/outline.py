@@ -1,4 +1,4 @@
-"""The outline of a run: its steps and its config, as `chain.json` in the output.
+"""Reads and writes chain.json, the outline of a run in its output: its steps and its config.
 
 It names the steps with their folders, so that reports and `wrpo status` need neither the config
 file nor the models. It holds the config without credentials.

@@ -13,8 +13,8 @@ from wrpo_ray.export.weights import DTYPES as BITS
 from wrpo_ray.export.weights import Weights, dtype_of
 from wrpo_ray.llm.rounding import Tensors
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.models import pinned
-from wrpo_ray.pipeline.retries import jobs_of
+from wrpo_ray.pipeline.failed_rows import jobs_of
+from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.evaluate.stage import Evaluate
 from wrpo_ray.stages.train.stage import Train

@@ -8,8 +8,8 @@ from wrpo_ray.export.dataset_files import is_file, write_file, write_folder
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.run_facts import run_facts
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.models import pinned
-from wrpo_ray.pipeline.retries import jobs_of
+from wrpo_ray.pipeline.failed_rows import jobs_of
+from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.storage.folder import Folder, check_writable
 from wrpo_ray.storage.steps import Step
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from wrpo_ray.config import Config, ScoreConfig
 from wrpo_ray.export.card_parts import CardFacts, CardModel, license_of
-from wrpo_ray.pipeline.retries import failures_of
+from wrpo_ray.pipeline.failed_rows import failures_of
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare

@@ -1,4 +1,4 @@
-"""Checks the format of each field: types, quantities, names, labels, ports.
+"""Checks every field of a manifest against its format.
 
 A field is identified by its key and the keys above it. Null counts as absent, as in Kubernetes.
 Not covered: fields without a format here, which KubeRay's schemas (`--crds`) have, and objects of

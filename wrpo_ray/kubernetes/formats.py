@@ -1,4 +1,4 @@
-"""Formats of values in Kubernetes and Ray: quantities, names, labels, ports, times, and types.
+"""Formats of single values: quantities, names, labels, ports, durations, types.
 
 Sources: apimachinery's `resource.Quantity` and `validation`, Ray's `ray start`.
 """

@@ -1,4 +1,4 @@
-"""Rules for the pods of a Ray cluster: image versions, GPUs, shared memory, references."""
+"""Rules for pods that no schema knows: one Ray version, equal GPUs, shared memory, references."""
 
 import importlib.metadata
 from collections.abc import Iterator, Sequence

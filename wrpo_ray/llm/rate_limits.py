@@ -1,4 +1,4 @@
-"""Limits over all calls of an endpoint: calls in flight, requests and tokens a minute.
+"""Limits of our own calls to an endpoint: calls in flight, requests and tokens a minute.
 
 Starts are spaced evenly: any stretch of time has its share of the minute's limit and no more. Not
 an `aiolimiter.AsyncLimiter`: that lets a burst of a whole minute start at once, takes no charge

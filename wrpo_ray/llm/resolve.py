@@ -1,4 +1,4 @@
-"""Resolution of the models that a config names, for the chain and for the server.
+"""Pins one model to a commit and checks its folder; for the chain and for the server.
 
 A hub id is pinned to the commit that it is at now, and the folder is checked for its use. Reward
 models are checked by `stages.score.check`, which knows their architectures.

@@ -21,7 +21,7 @@ from wrpo_ray.pipeline.held_out import ComparedModel, by_phase
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.inputs import Inputs
 from wrpo_ray.pipeline.model_jobs import ModelJobs, Trained
-from wrpo_ray.pipeline.stage import STAGES, Stage
+from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import Evaluate, ScoredModel
 from wrpo_ray.stages.generate.stage import Generate

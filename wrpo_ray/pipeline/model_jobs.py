@@ -17,7 +17,7 @@ from wrpo_ray.pipeline.identities import (
     with_absolute_paths,
 )
 from wrpo_ray.stages.generate.stage import Generate
-from wrpo_ray.stages.score.classifiers import can_end_with_padding
+from wrpo_ray.stages.score.reward_models import can_end_with_padding
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.fingerprints import digest, model_fingerprint

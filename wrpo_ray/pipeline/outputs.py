@@ -9,9 +9,9 @@ from wrpo_ray.data import outline as outlines
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.models import pinned
+from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.runner import outline_of
-from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.pipeline.stage_table import STAGES
 from wrpo_ray.report import compare_runs as comparing
 from wrpo_ray.report.facts import gather
 from wrpo_ray.report.status import Status, is_running, reading, screen, status

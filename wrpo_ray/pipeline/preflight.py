@@ -8,9 +8,9 @@ from wrpo_ray.config import Config, EndpointConfig, ImportConfig, PromptsConfig,
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward
-from wrpo_ray.pipeline.models import map_models, resolved
+from wrpo_ray.pipeline.model_sections import map_models, resolved
 from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
-from wrpo_ray.stages.pair.answers import check_patterns
+from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
 from wrpo_ray.text.addresses import redact
@@ -75,7 +75,7 @@ def _check_scorer(part: ScoreConfig) -> None:
 
 
 def _check_key(what: str, endpoint: EndpointConfig) -> None:
-    from wrpo_ray.llm.endpoint import read_key
+    from wrpo_ray.llm.endpoint_client import read_key
 
     with telling_of(f"{what}.endpoint"):
         read_key(endpoint)

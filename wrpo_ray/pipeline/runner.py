@@ -14,7 +14,7 @@ from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
-from wrpo_ray.pipeline.stage import STAGES, Stage
+from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.pipeline.summary import (
     keep_plan,
     model_addresses,

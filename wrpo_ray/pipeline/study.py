@@ -16,7 +16,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.runner import log_resumed, missing, session
-from wrpo_ray.pipeline.stage import STAGES, Stage
+from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.progress import log

@@ -10,8 +10,8 @@ from wrpo_ray.config import Config
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import RegressionError, UserError
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.models import map_models
-from wrpo_ray.pipeline.stage import Stage
+from wrpo_ray.pipeline.model_sections import map_models
+from wrpo_ray.pipeline.stage_table import Stage
 from wrpo_ray.report import benchmark_table as comparison
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON

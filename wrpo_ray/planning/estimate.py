@@ -20,8 +20,8 @@ from wrpo_ray.config import Actors, Config, ImportConfig, ModelConfig, PromptsCo
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import DPO, FUSED, SFT, Chain
-from wrpo_ray.pipeline.models import pinned
-from wrpo_ray.pipeline.stage import STAGES, Stage
+from wrpo_ray.pipeline.model_sections import pinned
+from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind

@@ -1,4 +1,4 @@
-"""`report.html`: one file of less than `MOST` bytes, without external resources.
+"""Renders report.html from facts, figures and the template; one file without external resources.
 
 Text from models is untrusted. Jinja escapes it; rows are JSON without `<`, which the page's
 script inserts as text only.

@@ -1,4 +1,4 @@
-"""A bounded, deterministic sample of the rows for a report.
+"""The rows in a report's table and in its distributions: a bounded, deterministic sample.
 
 A bucket is a hash partition of the prompts, so whole buckets are a fair sample. At most `ANSWERS`
 or `PAIRS` rows of `BUCKETS` evenly spaced buckets are read, whatever the size of the run; exact

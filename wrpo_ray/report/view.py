@@ -1,4 +1,4 @@
-"""Formats the facts of a run for the template of its page."""
+"""From facts to the values that the template report.html shows: text, tables, links to figures."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Pools of actors that map rows. A pool grows while rows wait and there is room, then shrinks.
+"""Pools of actors: how many run, when a pool grows or shrinks, and which rows each actor gets.
 
 A pool requests `min` actors from Ray first, then up to `max`, as long as there is a row for each.
 Requests without room stay open: Ray's autoscaler sees them as demand. Pools of one driver run at

@@ -1,4 +1,4 @@
-"""The actors of a pool: the code inside them, their start and end, and the errors of a lost one."""
+"""One actor of a pool: its start, its end, and the errors that mean that it is lost."""
 
 import threading
 import time

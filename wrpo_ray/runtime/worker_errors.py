@@ -6,7 +6,7 @@ from typing import Any
 
 from wrpo_ray import errors
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.llm.vllm import with_root_cause
+from wrpo_ray.llm.vllm_settings import with_root_cause
 
 
 def capture_error(

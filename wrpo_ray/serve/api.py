@@ -11,9 +11,9 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.serve.backends import Backend, Recorder, Scorer
-from wrpo_ray.serve.endpoint import Endpoint
 from wrpo_ray.serve.errors import ClientError, model_not_found
 from wrpo_ray.serve.keys import Keys
+from wrpo_ray.serve.request_handling import Endpoint
 from wrpo_ray.serve.requests import Chat, Completion
 
 PAGE = Path(__file__).with_name("playground.html")

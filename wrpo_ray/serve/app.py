@@ -18,7 +18,7 @@ from ray.serve.llm import build_llm_deployment
 from wrpo_ray import config
 from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.llm.vllm import engine_env
+from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.cluster import keeping_sigterm
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.runtime.temporary import shorten_temporary_folders

@@ -15,7 +15,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.rendering import Template, load_tokenizer
-from wrpo_ray.llm.vllm import CPU_ENGINE, engine_env
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.backends import DONE, Call, Rejection, Replies
 from wrpo_ray.serve.prompts import Prompts

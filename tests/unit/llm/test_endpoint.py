@@ -37,14 +37,14 @@ from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm import completion, rate_limits
-from wrpo_ray.llm import endpoint as core
+from wrpo_ray.llm import endpoint_client as core
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.completion import EndpointError
-from wrpo_ray.llm.endpoint import Endpoint
+from wrpo_ray.llm.endpoint_client import Endpoint
 from wrpo_ray.pipeline import preflight, runner
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.generate.endpoint import EndpointEngine
-from wrpo_ray.stages.generate.engine import Request
+from wrpo_ray.stages.generate.vllm_engine import Request
 from wrpo_ray.stages.pair.stage import Answers, Select
 from wrpo_ray.stages.train.rows import Tokenizing
 from wrpo_ray.stages.train.task import SFT_ANSWERS

@@ -20,9 +20,9 @@ from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked
-from wrpo_ray.stages.generate.engine import VllmEngine
+from wrpo_ray.stages.generate.vllm_engine import VllmEngine
 from wrpo_ray.stages.score.check import check_reward_folder
-from wrpo_ray.stages.score.classifiers import load_classifier
+from wrpo_ray.stages.score.reward_models import load_classifier
 from wrpo_ray.stages.train import deepspeed
 from wrpo_ray.stages.train.model import Reference, _with_adapters, load
 from wrpo_ray.storage.folder import Folder
@@ -774,7 +774,7 @@ def test_the_marker_of_a_checked_folder_depends_on_our_code(tmp_path, monkeypatc
     shutil.copytree(Path(model_folder.__file__).parents[1], copy)
     monkeypatch.setattr(model_folder, "__file__", str(copy / "llm" / "model_folder.py"))
     digests = {model_folder._own_code.__wrapped__()}
-    for file in ("llm/chat.py", "stages/score/classifiers.py"):
+    for file in ("llm/chat.py", "stages/score/reward_models.py"):
         (copy / file).write_text((copy / file).read_text() + "\n# changed\n")
         digests.add(model_folder._own_code.__wrapped__())
     assert len(digests) == 3

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wrpo_ray.llm import vllm
+from wrpo_ray.llm import vllm_settings as vllm
 from wrpo_ray.runtime.worker_errors import capture_error
 
 RAISED = "Engine core initialization failed. See root cause above. Failed core proc(s): {}"

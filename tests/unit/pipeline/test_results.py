@@ -11,7 +11,7 @@ from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.records import failure
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.retries import failures, plan_retry, retry
+from wrpo_ray.pipeline.failed_rows import failures, plan_retry, retry
 from wrpo_ray.report.text import failures_text
 from wrpo_ray.storage.fingerprints import digest
 

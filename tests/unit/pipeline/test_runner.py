@@ -9,7 +9,7 @@ from wrpo_ray.config import Actors
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.pipeline import runner
 from wrpo_ray.pipeline.runner import run_stages
-from wrpo_ray.pipeline.stage import Stage
+from wrpo_ray.pipeline.stage_table import Stage
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool

@@ -32,7 +32,8 @@ from support.tiny_models import write_model
 from wrpo_ray import cli, config
 from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.llm.chat import prompt_ids
-from wrpo_ray.serve import endpoint, requests, validation
+from wrpo_ray.serve import request_handling as endpoint
+from wrpo_ray.serve import requests, validation
 from wrpo_ray.serve.api import create
 from wrpo_ray.serve.backends import DONE, LostError, Rejection
 from wrpo_ray.serve.check import checked

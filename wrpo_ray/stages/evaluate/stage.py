@@ -1,4 +1,4 @@
-"""Sums of rewards and verifier outcomes by model and group, bucket by bucket, into one table."""
+"""The held-out comparison: mean reward and accuracy of each model, with intervals."""
 
 import json
 import time

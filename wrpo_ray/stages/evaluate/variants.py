@@ -1,4 +1,4 @@
-"""A study's table: mean scores of variants over seeds, and paired differences of variants."""
+"""Computes the table of a study: mean scores of variants, and their paired differences."""
 
 import json
 import math

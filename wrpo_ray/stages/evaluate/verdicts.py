@@ -1,4 +1,4 @@
-"""Parse judgments into verdicts: one row for each prompt and position, and a row for each failure.
+"""The job that turns judgments into verdicts: one row for each prompt and position.
 
 A verdict fails if a model gave no answer, if the judge gave no judgment (its own error is
 repeated), or if the judgment holds no valid verdict.

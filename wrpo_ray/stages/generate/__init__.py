@@ -1,1 +1,1 @@
-"""Answers of a model to prompts, sampled by vLLM."""
+"""Answers of each source and of the target: by vLLM in our actors, or by an endpoint."""

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible server, as a source like any other.
+"""The source kind `endpoint`: a model behind an OpenAI-compatible server.
 
 Each sample is a call of its own, because servers differ in `n`; its seed is that of the other
 engines, cut to the 31 bits that all servers take. Text comes back and no token ids: the server
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm.completion import INT32, Completion, EndpointError
-from wrpo_ray.llm.endpoint import Body, Endpoint
-from wrpo_ray.stages.generate.engine import Answers, Request, Row, SamplingIdentity, seed_base
+from wrpo_ray.llm.endpoint_client import Body, Endpoint
+from wrpo_ray.stages.generate.vllm_engine import Answers, Request, Row, SamplingIdentity, seed_base
 
 NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
 """Not among OpenAI's own fields, so that they are sent only where they do something."""

@@ -19,7 +19,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
 from wrpo_ray.data.samples import Prompts, Samples, sample_keys
-from wrpo_ray.llm.vllm import engine_env
+from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env
@@ -28,7 +28,7 @@ from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
 from wrpo_ray.runtime.tasks import run_in_threads
-from wrpo_ray.stages.generate.engine import (
+from wrpo_ray.stages.generate.vllm_engine import (
     Answers,
     Engine,
     Request,

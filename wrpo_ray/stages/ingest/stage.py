@@ -1,4 +1,4 @@
-"""Read the user's files into bucketed records, with Ray Data.
+"""Distributes the user's rows into buckets with Ray Data; `readers` opens the files.
 
 Each file is read in one task, Ray Data shuffles its rows to their buckets, and each bucket is
 written as one shard; no row passes through the driver. Small inputs are read and written by a

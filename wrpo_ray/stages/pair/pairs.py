@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data.records import ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
 from wrpo_ray.errors import UserError
-from wrpo_ray.stages.pair.answers import Eligible, eligible_answers
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, candidates_of
+from wrpo_ray.stages.pair.eligibility import Eligible, eligible_answers
 from wrpo_ray.stages.pair.overlap import similarity
 from wrpo_ray.stages.pair.select import (
     FOUND,

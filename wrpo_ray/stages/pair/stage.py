@@ -22,8 +22,8 @@ from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import map_tasks
 from wrpo_ray.stages.pair import overlap, pairs
-from wrpo_ray.stages.pair.answers import Eligible, eligible_answers
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, read_candidates, read_verdicts
+from wrpo_ray.stages.pair.eligibility import Eligible, eligible_answers
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 

@@ -22,7 +22,7 @@ from wrpo_ray.config import ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import first_of, telling_of
 from wrpo_ray.stages.score.base import Item
-from wrpo_ray.stages.score.classifiers import TokenReward, padded, torch_dtype
+from wrpo_ray.stages.score.reward_models import TokenReward, padded, torch_dtype
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import Tensors, read_tensors
 

@@ -1,4 +1,4 @@
-"""The interface of all rewards: the answer to be scored, the outcome, and its errors."""
+"""The interface that every reward implements: item, outcome, and errors of an item."""
 
 import math
 from dataclasses import dataclass

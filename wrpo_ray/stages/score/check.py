@@ -8,7 +8,7 @@ from wrpo_ray.config import ScoreConfig
 from wrpo_ray.llm.architecture import Use, check_tensors
 from wrpo_ray.llm.model_folder import check_model_folder
 from wrpo_ray.llm.resolve import hub_id, pinned
-from wrpo_ray.stages.score.classifiers import check_reward_model, is_armorm, use_of
+from wrpo_ray.stages.score.reward_models import check_reward_model, is_armorm, use_of
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import Tensors
 

@@ -9,7 +9,7 @@ from wrpo_ray.config import JudgeConfig
 from wrpo_ray.data.references import show_reference
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.completion import Completion
-from wrpo_ray.llm.endpoint import Body, Endpoint
+from wrpo_ray.llm.endpoint_client import Body, Endpoint
 from wrpo_ray.stages.score.base import Item, Outcome
 from wrpo_ray.text.files import read_text
 

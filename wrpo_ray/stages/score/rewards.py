@@ -1,4 +1,4 @@
-"""Rewards by config: a function, a verifier, a judge, a reward model, or a weighted sum of them."""
+"""Builds the reward that a config asks for; a new kind of reward is registered here."""
 
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -143,7 +143,7 @@ def _load(part: ScoreConfig, folder: Path | None, whole: RewardConfig) -> Reward
         from wrpo_ray.stages.score.judge import JudgeReward
 
         return JudgeReward(part.judge)
-    from wrpo_ray.stages.score.classifiers import load_classifier
+    from wrpo_ray.stages.score.reward_models import load_classifier
 
     assert folder is not None
     return load_classifier(part, folder, on_gpu=whole.actors.num_gpus > 0)

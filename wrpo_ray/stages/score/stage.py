@@ -18,7 +18,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket, write_shard
 from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
 from wrpo_ray.data.samples import Samples, sample_keys
-from wrpo_ray.llm.vllm import engine_env
+from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env

@@ -1,4 +1,4 @@
-"""Training objectives: one interface for SFT and the preference losses.
+"""Which loss, divisor and answers an objective uses; a new objective is registered here.
 
 The training loop knows no objective by name: it asks one for the loss of each row, for the number
 that a step's sum is divided by, and for the names of a row's answers. To add a preference loss,

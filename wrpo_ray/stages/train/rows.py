@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from wrpo_ray.config import TrainConfig, WrpoConfig
 from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm import chat
-from wrpo_ray.stages.train import published
+from wrpo_ray.stages.train import published_tokens as published
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
 

@@ -12,8 +12,8 @@ from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.generate.engine import Request, SamplingIdentity, failures
 from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
+from wrpo_ray.stages.generate.vllm_engine import Request, SamplingIdentity, failures
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 

@@ -26,7 +26,7 @@ from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.pair import pairs as pairs_module
-from wrpo_ray.stages.pair.answers import check_patterns
+from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.pair.overlap import ngrams, similarity
 from wrpo_ray.stages.pair.pairs import select_pairs
 from wrpo_ray.stages.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select

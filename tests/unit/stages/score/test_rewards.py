@@ -24,7 +24,7 @@ from wrpo_ray.pipeline import chain, runner
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, NotFiniteError
 from wrpo_ray.stages.score.check import check_reward_folder
-from wrpo_ray.stages.score.classifiers import check_reward_model, load_classifier
+from wrpo_ray.stages.score.reward_models import check_reward_model, load_classifier
 from wrpo_ray.stages.score.rewards import load_reward
 from wrpo_ray.stages.score.stage import Score, Scorer
 from wrpo_ray.storage.fingerprints import model_fingerprint

@@ -22,7 +22,7 @@ from wrpo_ray.stages.score.armorm import (
     shapes,
 )
 from wrpo_ray.stages.score.base import Item
-from wrpo_ray.stages.score.classifiers import load_classifier
+from wrpo_ray.stages.score.reward_models import load_classifier
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import read_tensors
 

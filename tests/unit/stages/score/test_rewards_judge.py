@@ -8,7 +8,7 @@ from support.openai_server import Call, Server, serving
 
 from wrpo_ray.config import EndpointConfig, JudgeConfig, ScoreConfig
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm import endpoint
+from wrpo_ray.llm import endpoint_client as endpoint
 from wrpo_ray.pipeline.identities import scorer_fingerprint
 from wrpo_ray.stages.score import judge
 from wrpo_ray.stages.score.base import Item

@@ -1,4 +1,4 @@
-"""Chat completions of an OpenAI-compatible server, for sources and judges alike.
+"""The client of OpenAI-compatible servers, for sources and judges: calls, timeouts, retries.
 
 Calls run concurrently on one event loop in a thread of its own. Any number of threads may call,
 and the limits hold over all of them: calls in flight, requests a minute, tokens a minute. A

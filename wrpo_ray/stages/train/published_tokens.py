@@ -1,4 +1,4 @@
-"""Tokenizes rows as the method's published script does, for replication (`compat: published`).
+"""Tokenizes as the method's published script does, for replication (`compat: published`).
 
 Read in scripts/run_wrpo.py and scripts/wrpo_trainer.py of github.com/SLIT-AI/WRPO (commit e6f2867);
 no code is taken from there. The prompt is the conversation without a generation prompt, after an

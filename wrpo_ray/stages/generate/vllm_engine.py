@@ -20,7 +20,7 @@ from wrpo_ray.data.records import FailureRow, Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
 from wrpo_ray.llm.rendering import Template, load_tokenizer
-from wrpo_ray.llm.vllm import CPU_ENGINE
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE
 from wrpo_ray.storage.fingerprints import digest
 
 Row = dict[str, Any]

@@ -1,4 +1,4 @@
-"""A client's request, from its key to the end of its answer.
+"""A client's request on our server, from its key to the end of its answer.
 
 The endpoint knows models only as `Backend`s, so it runs without Ray. An answer is complete or it is
 an error: before the first byte a lost replica leads to a retry or 503, after it to an error event,

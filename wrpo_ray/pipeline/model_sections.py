@@ -1,4 +1,4 @@
-"""The sections of a config that name models, resolved one by one."""
+"""Applies a change, such as pinning to a commit, to every section that names a model."""
 
 from collections.abc import Callable
 from typing import Any

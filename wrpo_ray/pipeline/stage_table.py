@@ -1,4 +1,4 @@
-"""The stages of a chain, in order. The command line reads the table, so imports are light."""
+"""The table of stages, in order, for the chain and the command line; imports are light."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_loaded, check_weights, telling_of, without_memory
 from wrpo_ray.llm.chat import conversation_ids, prompt_ids
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.llm.vllm import CPU_ENGINE
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE
 from wrpo_ray.stages.score.base import Item, Outcome, TooLongError, finite
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import read_json

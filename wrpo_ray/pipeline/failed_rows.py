@@ -1,4 +1,4 @@
-"""Failed rows of a run: listing them, and giving them new attempts."""
+"""Failed rows of a run: lists them, and gives them new attempts."""
 
 import uuid
 from collections import Counter
@@ -9,8 +9,8 @@ from wrpo_ray.config import Config
 from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import RETRIES, Chain
-from wrpo_ray.pipeline.models import pinned
-from wrpo_ray.pipeline.stage import STAGES
+from wrpo_ray.pipeline.model_sections import pinned
+from wrpo_ray.pipeline.stage_table import STAGES
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.lease import Lease
 from wrpo_ray.stages.train.prepare import DROPPED
