@@ -10,6 +10,8 @@ Example:
     0.1
 """
 
+from __future__ import annotations
+
 import importlib
 
 TYPE_CHECKING = False  # type checkers take it for true; typing need not be loaded
