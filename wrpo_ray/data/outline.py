@@ -39,6 +39,8 @@ class StepOutline:
     samples: int | None = None
     stores: tuple[str, ...] = ()
     """Folders with the scored answers to choose y_ws (select), y_wt and y_l (pair) from."""
+    outcome: str = ""
+    """Of a step that scores: `reward`, or `verdict` of a verifier; empty for other steps."""
 
     def failures(self, root: Folder) -> Folder:
         """The folder with its failed rows."""

@@ -11,6 +11,7 @@ from wrpo_ray.export.model_card import ModelCardFacts
 from wrpo_ray.export.run_facts import StageJobs, last_name, run_facts, without_paths
 from wrpo_ray.export.weights import DTYPES as BITS
 from wrpo_ray.export.weights import Weights, dtype_of
+from wrpo_ray.llm.model_folder import small_files
 from wrpo_ray.llm.rounding import Tensors
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.failed_rows import jobs_of
@@ -20,7 +21,6 @@ from wrpo_ray.stages.evaluate.stage import Evaluate
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.stages.train.task import ADAPTERS
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder, check_writable
-from wrpo_ray.storage.hub import HubModel
 from wrpo_ray.storage.weight_files import weight_files
 
 Row = dict[str, Any]
@@ -90,9 +90,7 @@ def _required_target(config: Config) -> Folder:
 def _config_of(model: Folder) -> Row:
     """The config.json of a model; empty if it cannot be read."""
     try:
-        if model.uri.startswith(HUB_SCHEME):
-            model = Folder(str(HubModel.at(model.uri).fetch_metadata()))
-        return model.read_record("config.json")
+        return small_files(model).read_record("config.json")
     except (UserError, OSError):
         return {}
 

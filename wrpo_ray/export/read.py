@@ -71,8 +71,9 @@ def read(
             columns.
         columns: The columns to load; None loads all of them.
         split: Of prompts, answers and selections only those of this split of the prompts: `sft`,
-            `preference` or `eval`; None is `sft` and `preference`.
-        step: Only the rows of this stage or step, such as `sample` or `score-reward-qwen`.
+            `preference` or `eval`; None is `sft` and `preference`, or all of a named `step`.
+        step: Only the rows of this stage or step, such as `sample` or `score-reward-qwen`. A
+            verifier's outcomes are read only by their step, such as `score-verifier-qwen`.
         as_: `arrow` is a `pyarrow.Table`. `reader` is a `pyarrow.RecordBatchReader`, which loads
             one bucket of the prompts at a time. `dataset` is a `datasets.Dataset` in memory.
 
@@ -85,8 +86,10 @@ def read(
         1834
     """
     root = Folder(str(output)).absolute()
-    reading = _Reading(root, outlines.read_outline(root), what, _columns(what, columns), split)
-    steps = reading.steps(step)
+    reading = _Reading(
+        root, outlines.read_outline(root), what, _columns(what, columns), split, step
+    )
+    steps = reading.steps()
     if as_ not in get_args(As):
         raise UserError(f"read: as_={as_!r}: give one of {', '.join(get_args(As))}")
     reader = pa.RecordBatchReader.from_batches(reading.schema, reading.batches(steps))
@@ -121,6 +124,7 @@ class _Reading:
     what: What
     columns: list[str]
     split: str | None
+    step: str | None
 
     @property
     def schema(self) -> pa.Schema:
@@ -129,25 +133,29 @@ class _Reading:
         return pa.schema([whole.field(name) for name in self.columns])
 
     @property
-    def splits(self) -> tuple[str, ...]:
-        """Splits of the prompts whose rows are wanted."""
-        return TRAINING if self.split is None else (self.split,)
+    def splits(self) -> tuple[str, ...] | None:
+        """Splits of the prompts whose rows are wanted; None for all of a named step."""
+        if self.split is not None:
+            return (self.split,)
+        return None if self.step else TRAINING
 
-    def steps(self, only: str | None) -> list[StepOutline]:
-        """The steps with these rows, of the stage or step `only` where it is given.
+    def steps(self) -> list[StepOutline]:
+        """The steps with these rows, of the stage or step that is named, if one is.
 
         Raises:
-            UserError: there is none, or one is not done.
+            UserError: there is none, one is not done, or its rows are not divided by split.
         """
-        named = [s for s in self.outline.steps if only in (None, s.stage, s.name)]
+        named = [s for s in self.outline.steps if self.step in (None, s.stage, s.name)]
         if self.what == "failures" and named:
             return named
-        found = [s for s in named if s.kind in KINDS.get(self.what, ()) and self._has_split(s)]
+        found = [s for s in named if s.kind in KINDS.get(self.what, ()) and self._has_rows(s)]
         if not found:
-            asked = {"split": self.split, "step": only}
+            asked = {"split": self.split, "step": self.step}
             of = "".join(f" of {name} {value}" for name, value in asked.items() if value)
             stages = ", ".join(dict.fromkeys(step.stage for step in self.outline.steps))
             raise UserError(f"read: {self.root} has no {self.what}{of}; it has the stages {stages}")
+        if self.split and any(step.kind == "ingestresponses" for step in found):
+            raise UserError("read: imported answers are not divided by split; leave `split` out")
         for step in found:
             if not step.is_done(self.root):
                 raise UserError(
@@ -156,9 +164,10 @@ class _Reading:
                 )
         return found
 
-    def _has_split(self, step: StepOutline) -> bool:
-        """Whether a step can have rows of the wanted splits."""
-        return not step.splits or bool(set(step.splits) & set(self.splits))
+    def _has_rows(self, step: StepOutline) -> bool:
+        """Whether a step can have wanted rows; a verifier's verdicts only where it is named."""
+        is_of_split = self.splits is None or not step.splits or set(step.splits) & set(self.splits)
+        return bool(is_of_split) and (self.step is not None or step.outcome != "verdict")
 
     def batches(self, steps: list[StepOutline]) -> Iterator[pa.RecordBatch]:
         """The rows, step by step and bucket by bucket."""
@@ -183,6 +192,8 @@ class _Reading:
         needed = [name for name in (*ANSWER_KEY, "split") if name in schema.names]
         table = read_bucket(folder, bucket, schema, list(dict.fromkeys([*needed, *self.columns])))
         if "split" in needed:
+            if self.splits is None:
+                return table
             return table.filter(pc.is_in(table["split"], pa.array(self.splits)))
         if not step.splits:
             return table
@@ -196,5 +207,6 @@ class _Reading:
         prompts = next(s for s in self.outline.steps if s.key == step.prompts)
         folder = self.root / prompts.folder
         table = read_bucket(folder, bucket, records.PROMPT, ["prompt_id", "split"])
-        wanted = pa.array(sorted(set(step.splits) & set(self.splits)), pa.string())
+        splits = step.splits if self.splits is None else set(step.splits) & set(self.splits)
+        wanted = pa.array(sorted(splits), pa.string())
         return table.filter(pc.is_in(table["split"], wanted))["prompt_id"].combine_chunks()

@@ -233,7 +233,8 @@ def _marker(folder: Path, use: Use, template: Template, tensors: Tensors | None)
 def _own_code() -> str:
     """Return a digest of our code: after a change of it, folders are checked again."""
     package = Path(__file__).parents[1]
-    files = sorted([*package.glob("llm/*.py"), *package.glob("stages/score/*.py")])
+    folders = ("llm", "stages/score", "storage", "text")
+    files = sorted(file for folder in folders for file in package.glob(f"{folder}/*.py"))
     return digest([file.read_text() for file in files], 16)
 
 

@@ -18,7 +18,7 @@ from wrpo_ray.pipeline.identities import (
 )
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.reward_models import can_end_with_padding
-from wrpo_ray.stages.score.stage import Score
+from wrpo_ray.stages.score.stage import Outcome, Score
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.fingerprints import digest, model_fingerprint
 from wrpo_ray.storage.folder import Folder
@@ -80,17 +80,17 @@ class ModelJobs:
         seed = self.config.seed
         return self._retried(Generate(model, folder, identity, prompts, sampling, seed, 0, family))
 
-    def score(self, answers: Samples, reward: RewardConfig | None = None) -> Score:
-        """The job that scores answers, with the config's reward unless another is given."""
-        reward = reward or required(self.config.reward, "reward")
+    def score(self, answers: Samples, verifier: RewardConfig | None = None) -> Score:
+        """The job that scores answers with the config's reward, or checks them with a verifier."""
+        reward = verifier or required(self.config.reward, "reward")
         folders = [Folder(p.model).absolute() if p.model else None for p in reward.parts]
         identities = [
             self._classifier_fingerprint(part, folder) if folder else scorer_fingerprint(part)
             for part, folder in zip(reward.parts, folders, strict=True)
         ]
-        return self._retried(
-            Score(answers, with_absolute_paths(reward), tuple(folders), tuple(identities))
-        )
+        outcome: Outcome = "verdict" if verifier else "reward"
+        known = tuple(folders), tuple(identities)
+        return self._retried(Score(answers, with_absolute_paths(reward), *known, outcome=outcome))
 
     def fingerprint(self, folder: Folder, model: ModelConfig | None = None) -> str:
         """A hash of the given weights, and of the chat template where the config sets one."""

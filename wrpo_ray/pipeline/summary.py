@@ -18,6 +18,7 @@ from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON
 from wrpo_ray.stages.evaluate.pairwise import shortfall
 from wrpo_ray.stages.evaluate.stage import EXAMPLE, TABLE
 from wrpo_ray.stages.evaluate.statistics import Estimate
+from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step, versions
 from wrpo_ray.text.addresses import without_secrets
@@ -138,6 +139,7 @@ def _step(stage: str, job: Job) -> StepOutline:
         kind=job.kind,
         source=step.source,
         stores=tuple(dict.fromkeys(job.stores)),
+        outcome=job.outcome if isinstance(job, Score) else "",
         **asked,
     )
 

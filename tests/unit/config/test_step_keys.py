@@ -21,6 +21,7 @@ from support import benchmark_files
 
 from wrpo_ray.config import Config
 from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.runtime.job import JobKind
 from wrpo_ray.storage.steps import Step
 
 ROOT = Path(__file__).parents[3]
@@ -125,6 +126,16 @@ def test_no_step_key_changes_unnoticed() -> None:
     for name, keys in found.items():
         assert keys == recorded[name], f"{name}: see the docstring of {Path(__file__).name}"
     assert sum(map(len, found.values())) > 400
+
+
+def test_a_verifiers_scores_are_verdicts_and_a_rewards_are_not(tmp_path, monkeypatch) -> None:
+    tree = with_values(dict(trees())["demo"], {"pair.verifier": "wrpo_ray.zoo.skills:verify"})
+    make_inputs(tree, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    stages = Chain(Config.model_validate(tree)).build()
+    scores = [j for s in stages for phase in s.phases for j in phase if j.kind is JobKind.SCORE]
+    found = {(job.reward.name, job.outcome) for job in scores}
+    assert found == {("verifier", "verdict"), ("reward", "reward")}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Rows of a run's output in Python: only this run's, only what is asked for, and clear errors."""
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 from support.made_run import MadeRun
@@ -10,6 +12,7 @@ from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.read import read
+from wrpo_ray.storage.folder import Folder
 
 PAIRS = 64
 
@@ -51,6 +54,24 @@ def test_scored_answers_are_of_one_step_or_of_all(output):
     assert table["source"].unique().to_pylist() == ["qwen"]
     assert table.num_rows == PAIRS * 2
     assert read(output, "scored", step="sample").num_rows == PAIRS * 2
+
+
+def test_a_verifiers_outcomes_are_not_taken_for_rewards(tmp_path):
+    run = MadeRun(tmp_path, rows=PAIRS, buckets=4)
+    outline = run.write()
+    scored = next(s for s in outline.steps if s.name == "score-reward-qwen")
+    checked = replace(scored, name="score-verifier-qwen", outcome="verdict")
+    replace(outline, steps=(*outline.steps, checked)).write(Folder(str(tmp_path)))
+    assert read(tmp_path, "scored").num_rows == PAIRS * 4 * 2
+    assert read(tmp_path, "scored", step="score-verifier-qwen").num_rows == PAIRS * 2
+
+
+def test_a_named_step_gives_all_its_splits(output):
+    splits = [
+        read(output, "prompts", split=name).num_rows for name in ("sft", "preference", "eval")
+    ]
+    assert read(output, "prompts", step="prompts").num_rows == sum(splits)
+    assert read(output, "prompts", step="prompts", split="sft").num_rows == PAIRS // 2
 
 
 def test_a_store_that_holds_more_gives_only_what_the_run_asked_for(made, output):

@@ -124,7 +124,10 @@ def _arena_hard(folder: Folder) -> list[Item]:
 
 
 def _answer(row: Row) -> str:
-    return str(row["choices"][0]["turns"][0]["content"])
+    text = row["choices"][0]["turns"][0]["content"]
+    if not isinstance(text, str):
+        raise TypeError(f"the baseline's answer to {row['question_id']} is not a text")
+    return text
 
 
 def _mt_bench(folder: Folder) -> list[Item]:

@@ -35,6 +35,7 @@ from wrpo_ray.storage.steps import Step
 Row = dict[str, Any]
 SCORE = "reward"
 """The column of SCORED with the scores: rewards, or verdicts as 1.0 (right) and 0.0 (wrong)."""
+Outcome = Literal["reward", "verdict"]
 SHOWN_AS = {"reward": "mean reward", "verdict": "share right"}
 """The mean of a job's scores, as the progress calls it."""
 SAMPLED_BUCKETS = 32
@@ -56,7 +57,7 @@ class Score(BaseJob):
     fingerprints: tuple[str, ...]
     """Of weights, code or text of each part."""
     retry: int = 0
-    outcome: Literal["reward", "verdict"] = "reward"
+    outcome: Outcome = "reward"
     """The meaning of a score: a reward to rank by, or a verdict (1.0 or 0.0) beside the rewards."""
 
     @property
