@@ -245,7 +245,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util import get_current_placement_group, placement_group_table
 from wrpo_ray.config import Actors, ClusterConfig
-from wrpo_ray.runtime import cluster, pool
+from wrpo_ray.runtime import cluster, pool as pools
+from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.errors import UserError, WrpoError
 
