@@ -141,7 +141,7 @@ def check(trial: Trial, undisturbed: Path, count: int, sources: Sequence[str]) -
     assert [r[0] for r in chosen] == [r[0] for r in rows(undisturbed, "select", "prompt_id")]
     later = [log.read_text() for log in sorted(trial.logs.iterdir())[1:]]
     assert len(later) == trial.killed["driver"]
-    assert all("shards are there" in log for log in later if "generate-" in log)  # else too short
+    assert all("shards exist" in log for log in later if "generate-" in log)  # else too short
     wait_until(lambda: not processes_of(trial.output))
 
 
