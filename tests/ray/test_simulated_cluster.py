@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.simulation import simulate
+from benchmarks import simulation as simulate
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.runtime import cluster
 from wrpo_ray.runtime import pool as pools
