@@ -249,6 +249,7 @@ from wrpo_ray.runtime import cluster, pool as pools
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.errors import UserError, WrpoError
+from support.waiting import start_patiently
 
 
 class Parallel:
@@ -272,8 +273,9 @@ class Part:
         return ray.get_runtime_context().get_node_id()
 
 
-nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "resources": {"chip": 2}})
-nodes.add_node(num_cpus=2, resources={"chip": 2})
+each = {"num_cpus": 2, "resources": {"chip": 2}}
+nodes = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=each))
+start_patiently(lambda: nodes.add_node(**each))
 shared = Folder(sys.argv[1])
 cluster.connect(ClusterConfig(address=nodes.address), shared, "test")
 for output in (Folder("out"), shared):

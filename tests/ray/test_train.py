@@ -16,7 +16,7 @@ import psutil
 import pytest
 import torch
 from support.tiny_models import preference_rows, write_model, write_preferences, write_selection
-from support.waiting import LIMIT, wait_until
+from support.waiting import LIMIT, start_patiently, wait_until
 
 from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
@@ -378,8 +378,9 @@ def lose_a_node(root: Folder, name: str) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
-    second = cluster.add_node(num_cpus=1)
+    head = {"num_cpus": 1}
+    cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
+    second = start_patiently(lambda: cluster.add_node(num_cpus=1))
     ray.init(address=cluster.address, log_to_driver=False)
     step = step_of(name, prepared(root, ELASTIC), ELASTIC)
 
