@@ -15,9 +15,9 @@ from typing import Any
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.data.records import Message
-from wrpo_ray.errors import TemplateError, UserError
+from wrpo_ray.errors import UserError
 from wrpo_ray.llm.message_checks import check_said, check_written
-from wrpo_ray.llm.rendering import CLOCK
+from wrpo_ray.llm.rendering import render
 
 Ids = list[int]
 
@@ -32,8 +32,8 @@ def tokenize(tokenizer: Any, messages: list[Message], texts: list[str]) -> tuple
     """
     check_written(tokenizer, messages)
     messages = _with_system(tokenizer, messages)
-    text = _render(tokenizer, messages)
-    check_said(messages, text, partial(_render, tokenizer))
+    text = render(messages, tokenizer)
+    check_said(messages, text, partial(render, tokenizer=tokenizer))
     alone = _ids(tokenizer, text)
     wholes = [_ids(tokenizer, text + _answer(tokenizer, answer)) for answer in texts]
     # a last token that merges with the answer behind it is the answer's
@@ -73,19 +73,9 @@ def _with_system(tokenizer: Any, messages: list[Message]) -> list[Message]:
 def _answer(tokenizer: Any, text: str) -> str:
     """The template's text of a lone assistant turn, without a BOS."""
     turn: list[Message] = [{"role": "assistant", "content": text}]
-    rendered = _render(tokenizer, turn)
-    check_said(turn, rendered, partial(_render, tokenizer))
+    rendered = render(turn, tokenizer)
+    check_said(turn, rendered, partial(render, tokenizer=tokenizer))
     return rendered.removeprefix(tokenizer.bos_token or "")
-
-
-def _render(tokenizer: Any, messages: list[Message]) -> str:
-    template = tokenizer.get_chat_template()
-    template = CLOCK * ("strftime_now" in template) + template
-    try:
-        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    except Exception as error:  # a template can raise anything
-        raise TemplateError(f"chat template: {type(error).__name__}: {error}") from error
-    return str(text)
 
 
 def _ids(tokenizer: Any, text: str) -> Ids:
