@@ -22,10 +22,7 @@ def pinned(config: Config) -> Config:
 def map_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     """The config with each section that names a model changed: `change(what, section)`."""
     models: dict[str, Any] = {
-        "sources": tuple(
-            model if model.endpoint else change(f"sources.{model.name}", model)
-            for model in config.sources
-        )
+        "sources": tuple(_changed(change, f"sources.{m.name}", m) for m in config.sources)
     }
     if config.target:
         models["target"] = change("target", config.target)
