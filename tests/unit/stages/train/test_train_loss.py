@@ -305,7 +305,7 @@ def test_preferences_have_the_alpha_of_their_step():
 
 def test_the_docstring_example():
     found = doctest.testmod(losses)
-    assert (found.attempted, found.failed) == (5, 0)
+    assert found.attempted and not found.failed
 
 
 # --- TRL --------------------------------------------------------------------------------------
