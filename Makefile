@@ -6,7 +6,9 @@
 # They install what they need into .venv; a second call installs nothing.
 PYTHON ?= python3.11
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
+# pip compiles on one core; files for other versions of Python are no fault
+COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 OUT ?= out/demo
 
 .PHONY: demo check test lint format docs soak bench clean
@@ -53,6 +55,7 @@ clean:
 .venv/.dev: requirements-dev.txt .venv/.cpu
 	@echo "installing test tools ..."
 	@$(PIP) -r requirements-dev.txt
+	@$(COMPILE)
 	@touch $@
 
 .venv/.cpu: requirements-cpu.txt pyproject.toml
@@ -62,4 +65,5 @@ clean:
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) -r requirements-cpu.txt
 	@$(PIP) --no-build-isolation -e .
+	@$(COMPILE)
 	@touch $@

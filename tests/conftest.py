@@ -26,6 +26,8 @@ _HOME = tempfile.TemporaryDirectory(prefix="wrpo-home-")
 os.environ |= {
     "HOME": _HOME.name,
     "WRPO_CACHE": f"{_HOME.name}/wrpo-cache",
+    "VLLM_CACHE_ROOT": str(ROOT / ".cache" / "vllm"),  # else each HOME inspects each architecture
+    "MPLCONFIGDIR": str(ROOT / ".cache" / "matplotlib"),  # else each HOME lists the fonts
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # else whatever runs beside a test starves its actors
@@ -123,7 +125,7 @@ def local_ray() -> Iterator[None]:
     from wrpo_ray.storage.folder import Folder
 
     with tempfile.TemporaryDirectory(prefix="wrpo-ray-") as folder:
-        cluster.connect(ClusterConfig(num_cpus=4, cache_gb=20), Folder(folder), "tests")
+        cluster.connect(ClusterConfig(num_cpus=3, cache_gb=20), Folder(folder), "tests")
         yield
         cluster.disconnect()
 

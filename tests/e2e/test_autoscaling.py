@@ -1,5 +1,7 @@
 """A run on Ray's autoscaler: each step's nodes come and go, and the run outlives lost nodes.
 
+The source's engine and the reward are fakes that start at once; training is real.
+
 With WRPO_PLOTS=FOLDER the nodes over time are drawn into it (docs/img/autoscaling.svg).
 """
 
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from support import fake_engine
 from support.harness import ROOT, shards
 from support.ray_head import RayHead
 from support.waiting import LIMIT, wait_until
@@ -91,7 +94,7 @@ def draw(changes: dict[float, dict[str, int]], to: Path) -> None:
     figure.savefig(to)
 
 
-def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, tmp_path):
+def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, monkeypatch, tmp_path):
     """From no node to those of generation, to none of them and those of training, to none."""
     output, log = tmp_path / "run", tmp_path / "log"
     of = {"resources": {"generate": 1}}
@@ -100,10 +103,11 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, tmp_path
         output,
         prompts={"path": str(zoo / "prompts.jsonl"), "limit": 800},
         sources=[source | {"actors": of | {"max": 2}}],
-        reward={"model": str(zoo / "reward"), "actors": of},
+        reward={"function": "support.fake_engine:reward", "actors": of},
         storage={"buckets": 64, "chunk": 8},
         evaluate=None,
     )
+    monkeypatch.setenv("PYTHONPATH", fake_engine.PYTHONPATH)
     with RayHead(0, NODES, idle_seconds=3) as head, Watch(head) as watch, log.open("w") as file:
         driver = subprocess.Popen(
             config.arguments(

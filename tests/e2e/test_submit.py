@@ -76,7 +76,10 @@ def test_a_stopped_job_is_submitted_again_and_goes_on(head, zoo, tmp_path):
     again = submitted(command)
     assert again.returncode == 0, again.stdout[-3000:] + again.stderr
     assert finished.items() <= shards(output, "**/*.parquet").items()  # none was made again
-    assert "shards exist; the rows in them are skipped" in again.stdout or ": done before" in again.stdout
+    assert (
+        "shards exist; the rows in them are skipped" in again.stdout
+        or ": done before" in again.stdout
+    )
     assert (next(output.glob("sft-*")) / "model" / "config.json").exists()
     wait_until(lambda: not working_for(output))
 
