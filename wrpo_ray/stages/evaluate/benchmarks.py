@@ -1,4 +1,4 @@
-"""Readers of the public benchmarks' files: questions, baseline answers, judge templates.
+"""The public benchmarks, from their files: questions, baselines, judge templates; add one here.
 
 The files are not part of this project; `fetch` downloads them.
 """

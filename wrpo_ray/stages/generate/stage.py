@@ -1,9 +1,9 @@
-"""Answers of the sources: one pool of actors for each model; the unit of work is a bucket.
+"""Answers of the sources, on a pool of actors each; a new kind of source is added here.
 
-An actor reads its bucket's prompts, skips the (prompt, sample) pairs that the store already
-holds, and commits the rest chunk by chunk. So a crash loses at most the uncommitted chunks, and
-larger runs only add what is missing. An actor works on several buckets at once, so that its
-engine's batch stays full while the last long answers of one bucket finish.
+The unit of work is a bucket. An actor reads its bucket's prompts, skips the (prompt, sample) pairs
+that the store already holds, and commits the rest chunk by chunk. So a crash loses at most the
+uncommitted chunks, and larger runs only add what is missing. An actor works on several buckets at
+once, so that its engine's batch stays full while the last long answers of one bucket finish.
 """
 
 import threading

@@ -1,4 +1,4 @@
-"""Read rows of JSONL and Parquet files into records; a bad row becomes an error, not a gap."""
+"""Rows of JSONL and Parquet files to records, each prompt to its split; bad rows to failures."""
 
 import codecs
 import io
