@@ -305,7 +305,8 @@ def test_preferences_have_the_alpha_of_their_step():
 
 def test_the_docstring_example():
     found = doctest.testmod(losses)
-    assert found.attempted and not found.failed
+    assert found.attempted
+    assert not found.failed
 
 
 # --- TRL --------------------------------------------------------------------------------------
