@@ -15,7 +15,7 @@ from support.tiny_models import TEMPLATE, make_model, make_tokenizer, write_mode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.architecture import Use, check_tensors, check_weights
 from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder
 from wrpo_ray.llm.rendering import Template, load_tokenizer
@@ -665,7 +665,7 @@ def test_code_in_a_folder_never_runs(kind, tmp_path, monkeypatch):
     loaders |= {"vLLM": lambda folder: EngineArgs(model=str(folder)).create_model_config()}
     loaders |= {"tokenizer": load_tokenizer}
     for loads in loaders.values():
-        with contextlib.suppress(UserError, ValueError):
+        with contextlib.suppress(WrpoError, ValueError):
             loads(folder)
     assert not ran.exists()
 
