@@ -289,3 +289,17 @@ def test_the_lease_that_is_shown_is_that_of_the_run_that_lives(tmp_path):
         assert lease.read(folder)["session"] == "me"
         (tmp_path / file_name("1")).write_text(json.dumps({"session": "1"}))
         assert lease.read(folder)["session"] == "me"
+
+
+def test_on_a_disk_a_heartbeat_leaves_the_file_in_its_place(tmp_path):
+    """A listing could miss an entry that is replaced meanwhile; and none comes back deleted."""
+    folder = Folder(str(tmp_path))
+    with Lease(folder, "me", beat=LIMIT) as one:
+        place = (tmp_path / one.name).stat().st_ino
+        assert one._beat()
+        assert (tmp_path / one.name).stat().st_ino == place
+        assert lease.read(folder)["beat"] == 2
+        folder.delete(one.name)
+        with pytest.raises(FileNotFoundError):
+            one._write(is_held=True)
+        assert files(folder) == []
