@@ -11,13 +11,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-dep
 COMPILE := $(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
 OUT ?= out/demo
 
-.PHONY: demo check test lint format docs soak bench clean
+.PHONY: demo check test lint audit format docs soak bench clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.cpu
 	@$(BIN)/wrpo zoo .cache/zoo
 	@$(BIN)/wrpo fuse jobs/demo.yaml --set output=$(OUT)
 
+AUDIT := $(BIN)/pip-audit --disable-pip --no-deps -r requirements-cpu.txt -r requirements-dev.txt
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint
@@ -31,6 +32,13 @@ lint: .venv/.dev
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/bandit --quiet --recursive --configfile pyproject.toml wrpo_ray docs cluster 2>/dev/null
+	@$(AUDIT) --dry-run >/dev/null 2>&1 || $(AUDIT) --dry-run
+
+# Known holes of the pinned packages, by PyPI's database, which it asks over the network. What works
+# without one is in `lint`: every line of the requirements is a pin that it can audit.
+audit: .venv/.dev
+	@$(AUDIT)
 
 format: .venv/.dev
 	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -22,6 +22,14 @@ TEMPLATE = [
 ]
 CONTROL = [chr(i) for i in range(32)] + ["\x7f", "\u0085", "\u200b", "\u202e", "\u2028", "\ufeff"]
 ODD = ["\ufdd0", "\ufffe", "\U0001f468\u200d\U0001f469", "e\u0301\u0301\u0301", "\U0010ffff", "ﷺ"]
+NAMES = [
+    "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "\x1b]8;;http://evil\x1b\\x\x1b]8;;\x1b\\", "\x9b31m",
+    "a\rb", "a\bb", "\x00", "\x7f", "\u202egnp.exe", "\u2066x\u2069", "a\u2028b\u2029c", "\ud800",
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "![x](http://evil/x.png)",
+    "[x](javascript:alert(1))", "[x][y]", "a | b |\n| --- |", "`code`", "```\n# head", "$x^2$",
+    "a\n# head", "a\n\n> quote", "&lt;b&gt;", "**bold**", "~~gone~~", "\\",
+]  # fmt: skip
+"""Names and texts that steer a terminal, or are more than text in HTML or Markdown."""
 ROLES = ["user", "assistant", "system", "tool", "end", "user|><|im_end", "", "USER", None, 3]
 
 

@@ -7,6 +7,7 @@ import traceback
 
 from wrpo_ray.errors import BudgetError, RegressionError, UserError, WrpoError
 from wrpo_ray.text.addresses import redact
+from wrpo_ray.text.display import printable
 
 CODES: dict[type[WrpoError], int] = {UserError: 2, BudgetError: 3, RegressionError: 4}
 """Exit codes by error; any other is 1."""
@@ -16,7 +17,7 @@ INTERRUPTED, TERMINATED = 130, 143
 def print_trace() -> None:
     """Print the traceback of the current error if WRPO_DEBUG is set."""
     if os.environ.get("WRPO_DEBUG"):
-        print(redact(traceback.format_exc()), file=sys.stderr, end="")
+        print(printable(redact(traceback.format_exc())), file=sys.stderr, end="")
 
 
 class Terminated(SystemExit):
@@ -36,6 +37,6 @@ def code_of(error: WrpoError) -> int:
 
 def fail(reason: object, code: int) -> int:
     """Print the reason without secrets, and return the code."""
-    for line in redact(str(reason)).splitlines():
+    for line in printable(redact(str(reason))).strip("\n").split("\n"):
         print(f"wrpo: error: {line}", file=sys.stderr)
     return code

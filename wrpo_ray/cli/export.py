@@ -5,6 +5,7 @@ from typing import Any
 
 from wrpo_ray.cli.arguments import config_arguments
 from wrpo_ray.errors import UserError
+from wrpo_ray.text.display import say
 
 
 def add_export(commands: Any) -> None:
@@ -73,7 +74,7 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.format == "model":
         dtype, form = arguments.dtype or "auto", arguments.weights or "merged"
         size = export_model(settings, arguments.to, dtype, form)
-        print(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
+        say(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
         return
     rows = export_preferences(settings, arguments.to, Form(arguments.format, arguments.pairs))
-    print(f"{rows:,} preference rows in {Folder(arguments.to)}")
+    say(f"{rows:,} preference rows in {Folder(arguments.to)}")

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from wrpo_ray.cli.arguments import local_path
+from wrpo_ray.text.display import say
 
 
 def add_fetch(commands: Any) -> None:
@@ -27,4 +28,4 @@ def _fetch(arguments: argparse.Namespace) -> None:
 
     pinned = dict(text.partition("=")[::2] for text in arguments.sha256)
     for file, digest in fetch(arguments.name, arguments.folder, pinned).items():
-        print(f"{digest}  {arguments.folder / file}")
+        say(f"{digest}  {arguments.folder / file}")

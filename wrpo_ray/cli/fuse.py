@@ -5,6 +5,7 @@ from typing import Any
 
 from wrpo_ray.cli.arguments import config_command, finite, until_argument
 from wrpo_ray.pipeline.stage_table import STAGE_HELP
+from wrpo_ray.text.display import say
 
 
 def _gate_argument(command: argparse.ArgumentParser) -> None:
@@ -34,14 +35,14 @@ def _fuse(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config, arguments.overrides)
     if arguments.dry_run:
         for stage, step, done in runner.plan(settings, arguments.until):
-            print(f"{stage:9} {'done' if done else 'to do':6} {step.folder}")
+            say(f"{stage:9} {'done' if done else 'to do':6} {step.folder}")
         return
     from wrpo_ray.planning.estimate import expected
 
     summary = runner.fuse(settings, arguments.until, expected)
     from wrpo_ray.report.text import summary_text
 
-    print(summary_text(summary))
+    say(summary_text(summary))
     if getattr(arguments, "fail_below", None) is not None:
         from wrpo_ray.pipeline.summary import check_pairs
 
@@ -68,9 +69,9 @@ def _study(arguments: argparse.Namespace) -> None:
     only = [name for name in arguments.only.split(",") if name]
     if arguments.dry_run:
         for case, step, done in study.plan(settings, only):
-            print(f"{case:12} {'done' if done else 'to do':6} {step.folder}")
+            say(f"{case:12} {'done' if done else 'to do':6} {step.folder}")
         return
     result = study.study(settings, only)
     from wrpo_ray.report.text import study_text
 
-    print(study_text(result))
+    say(study_text(result))

@@ -14,6 +14,7 @@ from wrpo_ray.cli.arguments import (
     until_argument,
 )
 from wrpo_ray.errors import UserError
+from wrpo_ray.text.display import say
 
 if TYPE_CHECKING:
     from wrpo_ray.config import Config
@@ -81,7 +82,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     settings = config.load(arguments.config, arguments.overrides)
     plan = make_plan(settings, arguments.until, arguments.gpus)
-    print(json.dumps(plan.record(), indent=1) if arguments.json else plan_text(plan))
+    say(json.dumps(plan.record(), indent=1) if arguments.json else plan_text(plan))
 
 
 def _report(arguments: argparse.Namespace) -> None:
@@ -89,12 +90,12 @@ def _report(arguments: argparse.Namespace) -> None:
 
     places, overrides = arguments.places, arguments.overrides
     if arguments.compare:
-        print(outputs.compare(places, overrides, arguments.to))
+        say(outputs.compare(places, overrides, arguments.to))
         return
     if arguments.to and len(places) > 1:
         raise UserError("report: --to takes the page of one run; or add --compare")
     for place in places:
-        print(outputs.report(place, overrides, arguments.to))
+        say(outputs.report(place, overrides, arguments.to))
 
 
 def _status(arguments: argparse.Namespace) -> None:
@@ -114,11 +115,11 @@ def _failures(arguments: argparse.Namespace) -> None:
         return
     groups = retries.failures(settings, arguments.step)
     if arguments.json:
-        print(json.dumps(groups, indent=2, ensure_ascii=False))
+        say(json.dumps(groups, indent=2, ensure_ascii=False))
         return
     from wrpo_ray.report.text import failures_text
 
-    print(failures_text(groups))
+    say(failures_text(groups))
 
 
 def add_config(commands: Any) -> None:
@@ -138,7 +139,7 @@ def add_config(commands: Any) -> None:
 def _reference(arguments: argparse.Namespace) -> None:
     from wrpo_ray.config.reference import config_text
 
-    print(config_text(arguments.field))
+    say(config_text(arguments.field))
 
 
 def _retry(arguments: argparse.Namespace, settings: Config) -> None:
@@ -146,12 +147,12 @@ def _retry(arguments: argparse.Namespace, settings: Config) -> None:
 
     plan = retries.plan_retry(settings, arguments.step)
     counts = ", ".join(f"{rows:,} of {step}" for step, rows in plan.rows.items())
-    print(f"failed rows to retry: {counts}")
+    say(f"failed rows to retry: {counts}")
     if plan.again:
-        print(f"steps to run again:   {', '.join(plan.again)}")
+        say(f"steps to run again:   {', '.join(plan.again)}")
     if plan.trained and not arguments.yes:
         raise UserError(
             f"--retry: {', '.join(plan.trained)} would be trained again; add --yes to do so"
         )
     retries.retry(settings, plan)
-    print("run the same `wrpo fuse` as before")
+    say("run the same `wrpo fuse` as before")

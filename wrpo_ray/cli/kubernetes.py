@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.text.display import say
 
 
 def add_cluster(commands: Any) -> None:
@@ -32,5 +33,5 @@ def _check_cluster(arguments: argparse.Namespace) -> None:
     if report.problems:
         raise UserError("\n".join(map(str, report.problems)))
     for place in report.places:
-        print(place)
-    print(f"{len(report.manifests)} objects: no problem found")
+        say(place)
+    say(f"{len(report.manifests)} objects: no problem found")

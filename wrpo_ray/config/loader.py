@@ -13,7 +13,7 @@ from wrpo_ray.config.root import Config
 from wrpo_ray.config.serving import ServeConfig
 from wrpo_ray.config.study import StudyConfig
 from wrpo_ray.errors import UserError
-from wrpo_ray.text.addresses import Address, redact, without_secrets
+from wrpo_ray.text.addresses import Address, address_problem, redact, without_secrets
 from wrpo_ray.text.documents import DuplicateKeyError, describe_yaml_error, read_yaml
 from wrpo_ray.text.files import read_text
 
@@ -103,7 +103,7 @@ def _validated(kind: type[S], tree: Any, where: str) -> S:
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
-    if Address.of(str(path)):
+    if Address.of(str(path)) or address_problem(str(path)):
         raise UserError(f"{redact(str(path))}: a config is a file on this machine; copy it here")
     if not Path(path).exists():
         raise UserError(f"{path}: no such config file; see jobs/ for examples")

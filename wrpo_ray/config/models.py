@@ -136,6 +136,9 @@ class ModelConfig(Section):
     revision: str | None = Field(None, json_schema_extra=PLACEMENT)
     """Branch, tag or commit of a hub id; null is the main branch. A run uses the commit that it
     points to when the run starts."""
+    trust: Literal["pickle"] | None = Field(None, json_schema_extra=PLACEMENT)
+    """`pickle` allows weights in PyTorch's pickled form (*.bin), a format that can hold code; null
+    takes safetensors only. Code in a model's folder never runs."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the engine."""
     max_model_len: int | None = Field(None, ge=8)
@@ -175,13 +178,15 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _own_tokenizer(self) -> ModelConfig:
-        """Prompts and answers are tokenized with the folder's: another would read other texts."""
+        """Another tokenizer than the folder's would read other texts; code would not be ours."""
         for name in ("tokenizer", "tokenizer_revision", "skip_tokenizer_init"):
             if name in self.engine:
                 raise ValueError(
                     f"engine.{name}: the tokenizer is that of the model folder; put another one's "
                     f"files there, in a copy of the folder"
                 )
+        if self.engine.get("trust_remote_code"):
+            raise ValueError("engine.trust_remote_code: code in a model's folder never runs")
         return self
 
     @model_validator(mode="after")

@@ -58,6 +58,8 @@ class ScoreConfig(Section):
     hub id, as for `sources`. Results depend on its content, not on its path."""
     revision: str | None = Field(None, json_schema_extra=PLACEMENT)
     """Branch, tag or commit of a hub id, as for `sources`."""
+    trust: Literal["pickle"] | None = Field(None, json_schema_extra=PLACEMENT)
+    """Whether pickled weights of the model are allowed, as for `sources`."""
     function: ImportPath | None = None
     """`module:function`, called as f(messages, response, reference) -> float."""
     verifier: VerifierName | None = None
@@ -87,7 +89,7 @@ class ScoreConfig(Section):
         given = [kind for kind in kinds if getattr(self, kind)]
         if len(given) != 1:
             raise ValueError(f"give exactly one of {', '.join(f'`{kind}`' for kind in kinds)}")
-        of_model = ("revision", "engine", "dtype", "max_length", "overflow", "batch_size")
+        of_model = ("revision", "trust", "engine", "dtype", "max_length", "overflow", "batch_size")
         owners = dict.fromkeys(of_model, "model")
         for name, owner in (owners | {"code": "verifier"}).items():
             if name in self.model_fields_set and owner not in given:

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.steps import FORMAT
+from wrpo_ray.text.addresses import redact
 
 Message = dict[str, str]
 """{role, content}"""
@@ -221,7 +222,7 @@ def failure(
     where: str | None = None,
 ) -> FailureRow:
     """Return a FAILURE row, with what is known of its prompt, source, sample or place in a file."""
-    text = " ".join(str(error).split())[:2000].encode(errors="backslashreplace").decode()
+    text = redact(" ".join(str(error).split())[:2000]).encode(errors="backslashreplace").decode()
     return {
         "stage": stage,
         "prompt_id": prompt_id,

@@ -9,6 +9,7 @@ import yaml
 
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
+from wrpo_ray.text.display import fenced, markdown, one_line
 
 CARD = "README.md"
 """The file that the Hugging Face hub shows as the card of a data set or model."""
@@ -61,7 +62,7 @@ def _stated(folder: Folder) -> str | None:
         stated = metadata.get("license")
     if stated is None and folder.exists("config.json"):
         stated = json.loads(folder.read("config.json")).get("license")
-    return stated if isinstance(stated, str) else None
+    return one_line(stated)[:100] if isinstance(stated, str) else None
 
 
 # --- sections --------------------------------------------------------------------------------
@@ -75,9 +76,7 @@ def models_table(facts: CardFacts) -> Iterator[str]:
 
 def fenced_settings(settings: dict[str, Any]) -> Iterator[str]:
     """Settings as a block of YAML."""
-    yield "```yaml"
-    yield yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip()
-    yield "```"
+    yield fenced(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(), "yaml")
 
 
 def steps_table(facts: CardFacts) -> Iterator[str]:
@@ -96,8 +95,8 @@ def steps_table(facts: CardFacts) -> Iterator[str]:
 
 
 def table(head: tuple[str, ...], rows: Iterable[Iterable[Any]]) -> Iterator[str]:
-    """A Markdown table."""
+    """A Markdown table; what its cells hold is shown as it is."""
     yield "| " + " | ".join(head) + " |"
     yield "| " + " | ".join("---" for _ in head) + " |"
     for row in rows:
-        yield "| " + " | ".join(str(cell) for cell in row) + " |"
+        yield "| " + " | ".join(markdown(str(cell)) for cell in row) + " |"

@@ -7,6 +7,7 @@ from wrpo_ray.export.card_parts import CardFacts, fenced_settings, models_table,
 from wrpo_ray.export.dataset_files import DATA
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import BINS, Statistics
+from wrpo_ray.text.display import fenced, one_line
 
 BAR = 24
 """Length of a histogram's longest bar, in characters."""
@@ -147,7 +148,7 @@ def _lengths(statistics: Statistics) -> Iterator[str]:
 
 def _failures(facts: CardFacts) -> Iterator[str]:
     told = [
-        (f["step"], f["error"], f"{f['rows']:,}", _escaped(f["message"])[:100])
+        (f["step"], f["error"], f"{f['rows']:,}", one_line(f["message"])[:100])
         for f in facts.failures
     ]
     yield from table(("step", "error", "rows", "example"), told) if told else ["None."]
@@ -156,18 +157,15 @@ def _failures(facts: CardFacts) -> Iterator[str]:
 # --- tables and bars ---------------------------------------------------------------------------
 
 
-def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
-
-
 def _histogram(counts: dict[str, int], title: str) -> Iterator[str]:
     most = max(counts.values())
-    width = max(len(name) for name in [title, *counts])
-    yield "```"
-    yield f"{title:{width}}  {'rows':>10}"
-    for name, number in counts.items():
-        yield f"{name:{width}}  {number:>10,}  {'█' * round(BAR * number / most)}".rstrip()
-    yield "```"
+    told = {one_line(name): number for name, number in counts.items()}
+    width = max(len(name) for name in [title, *told])
+    lines = [f"{title:{width}}  {'rows':>10}"]
+    for name, number in told.items():
+        bar = "█" * round(BAR * number / most)
+        lines.append(f"{name:{width}}  {number:>10,}  {bar}".rstrip())
+    yield fenced("\n".join(lines))
 
 
 def _histograms(

@@ -17,6 +17,7 @@ from wrpo_ray.export.card_parts import (
     steps_table,
     table,
 )
+from wrpo_ray.text.display import markdown
 
 TERMS = (
     (r"llama3$", "does not allow answers to improve other models than Llama 3 itself"),
@@ -57,7 +58,7 @@ def card(made: ModelCardFacts, facts: CardFacts) -> str:
         "Results": _results(made),
         "Versions": table(("package", "version"), facts.versions.items()),
     }
-    parts = [_front_matter(made, facts), f"# {made.name}\n\n{_introduction(made, facts)}"]
+    parts = [_front_matter(made, facts), f"# {markdown(made.name)}\n\n{_introduction(made, facts)}"]
     for title, lines in sections.items():
         body = "\n".join(lines)
         parts += [f"## {title}\n\n{body}"] if body else []
@@ -108,14 +109,16 @@ def licence_notes(facts: CardFacts) -> Iterator[str]:
         told = next((what for form, what in TERMS if re.search(form, licence, re.IGNORECASE)), "")
         if told:
             who = ", ".join(m.name for m in models if (m.license or "unknown") == licence)
-            yield f"\n> Licence `{licence}` ({who}) {told}. Read it before you publish."
+            whose = f"Licence {markdown(licence)} ({markdown(who)})"
+            yield f"\n> {whose} {told}. Read it before you publish."
 
 
 def _introduction(made: ModelCardFacts, facts: CardFacts) -> str:
-    sources = ", ".join(m.name for m in facts.models if m.role == "source") or "several models"
+    names = [markdown(m.name) for m in facts.models if m.role == "source"]
+    sources = ", ".join(names) or "several models"
     tuned = f" after supervised fine-tuning on the best answers of {sources}, and"
     return (
-        f"{made.base.name}{tuned if 'sft' in made.training else ' after'} "
+        f"{markdown(made.base.name)}{tuned if 'sft' in made.training else ' after'} "
         "Weighted-Reward Preference\nOptimization "
         "([arXiv 2412.03187](https://arxiv.org/abs/2412.03187)) on preference rows of their "
         "answers and its own, made with wrpo_ray."
@@ -136,9 +139,10 @@ def _use(made: ModelCardFacts) -> Iterator[str]:
     yield "```bash"
     yield "git clone https://github.com/ggml-org/llama.cpp"
     yield "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt"
-    yield f"python llama.cpp/convert_hf_to_gguf.py path/to/this/folder --outfile {made.name}.gguf"
-    yield f'echo "FROM ./{made.name}.gguf" > Modelfile'
-    yield f"ollama create {made.name} -f Modelfile && ollama run {made.name}"
+    name = re.sub(r"[^\w.-]+", "-", made.name)
+    yield f"python llama.cpp/convert_hf_to_gguf.py path/to/this/folder --outfile {name}.gguf"
+    yield f'echo "FROM ./{name}.gguf" > Modelfile'
+    yield f"ollama create {name} -f Modelfile && ollama run {name}"
     yield "```"
 
 
@@ -146,7 +150,7 @@ def _method(made: ModelCardFacts) -> Iterator[str]:
     yield "The loss of a row is −log σ(α·r(x, y_ws) + (1−α)·r(x, y_wt) − r(x, y_l)) with"
     start, tuned = ("SFT", " after its fine-tuning") if "sft" in made.training else ("ref", "")
     yield f"r(x, y) = β·log(π(y|x) / π_{start}(y|x)): y_ws is the best answer of all sources, y_wt"
-    yield f"the best and y_l the worst of {made.base.name}{tuned}, by the reward."
+    yield f"the best and y_l the worst of {markdown(made.base.name)}{tuned}, by the reward."
     yield ""
 
 

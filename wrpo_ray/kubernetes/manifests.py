@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from wrpo_ray.errors import UserError
-from wrpo_ray.text.addresses import Address, redact
+from wrpo_ray.text.addresses import Address, address_problem, redact
 from wrpo_ray.text.documents import describe_yaml_error, read_documents
 from wrpo_ray.text.files import decode, read_text
 
@@ -151,7 +151,7 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     if path == "-":
         yield "stdin", decode(sys.stdin.buffer.read(), "stdin")
         return
-    if Address.of(path):
+    if Address.of(path) or address_problem(path):
         raise UserError(f"{redact(path)}: manifests are files on this machine; copy them here")
     place = Path(path)
     if (place / "kustomization.yaml").exists():
@@ -171,7 +171,10 @@ def _kustomize(folder: Path) -> str:
             f"output of `kubectl kustomize {folder}` instead (as a file, or - for stdin)"
         )
     done = subprocess.run(
-        ["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=False
+        ["kubectl", "kustomize", str(folder)],  # nosec B607 # the user's own kubectl
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise UserError(f"{folder}: kubectl kustomize: {' '.join(done.stderr.split())}")

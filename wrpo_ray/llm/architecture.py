@@ -159,7 +159,7 @@ def load_config(folder: Path, use: Use) -> Any:
             return None
         raise UserError(f"its config.json has model_type {kind!r}, which transformers cannot load")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each architecture checks its own values
         raise UserError(
             f"its config.json cannot be read ({_one_line(error)}); {SAVE_AGAIN}"

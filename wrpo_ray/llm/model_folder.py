@@ -28,6 +28,7 @@ from wrpo_ray.storage.tensors import (
     SAVE_AGAIN,
     Tensors,
     check_no_pointer,
+    check_trusted,
     list_weight_files,
     read_json,
     read_tensors,
@@ -62,18 +63,19 @@ def check_model_folder(
     name: str = "",
     check_config: Callable[[dict[str, Any]], None] | None = None,
     compare: Compare = check_tensors,
+    trust: str | None = None,
 ) -> None:
     """Check without loading that a folder contains a model for a use.
 
     `name` is the user's name for it, if not the folder's address. Of a model on the hub the small
     files are read; its weights are compared where they are loaded. `check_config` raises UserError
-    if the folder's config does not fit the use.
+    if the folder's config does not fit the use. `trust` is "pickle" if weights may be pickled.
 
     Raises:
         UserError: something is missing, broken, or of another model.
     """
     with telling_of(f"{what}: {name or folder}"), _reporting_unreadable_files():
-        there, tensors = opened(folder)
+        there, tensors = opened(folder, trust)
         config = read_json(there, "config.json")
         _check_architecture(config, use)
         if check_config:
@@ -98,21 +100,26 @@ def _reporting_unreadable_files() -> Iterator[None]:
         ) from None
 
 
-def opened(folder: Folder) -> tuple[Folder, Tensors | None]:
+def opened(folder: Folder, trust: str | None = None) -> tuple[Folder, Tensors | None]:
     """Return the folder of a model's small files, and its tensors (None for weights on the hub).
 
     Raises:
-        UserError: a file is missing, cut off, or something else.
+        UserError: a file is missing, cut off, or something else, or the weights are pickled and
+            not trusted.
     """
     if not folder.uri.startswith(HUB_SCHEME):
         if not folder.exists("config.json"):
             lack = "has no config.json" if folder.exists() else "no such model folder"
             raise UserError(f"{lack}; give a Hugging Face model folder or hub id")
-        _check_no_adapter(folder.files())
+        names = folder.files()
+        _check_no_adapter(names)
+        check_trusted(list_weight_files(folder, names)[0], trust)
         return folder, read_tensors(folder)
     there, names = _on_hub(folder)
     _check_no_adapter(names)
-    is_here = set(list_weight_files(there, names)[0]) <= set(there.files())
+    files = list_weight_files(there, names)[0]
+    check_trusted(files, trust)
+    is_here = set(files) <= set(there.files())
     return there, read_tensors(there) if is_here else None
 
 

@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig
 from wrpo_ray.errors import TemplateError
+from wrpo_ray.llm.template_process import render_all_apart
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.files import BOM, read_text
 
@@ -78,8 +79,9 @@ def load_tokenizer(folder: Path, template: Template = OWN) -> Any:
     """Return the tokenizer in a folder, with the chat template that `template` describes."""
     from transformers import AutoTokenizer
 
+    render_all_apart()
     # Mistral's own format has no Jinja template, and reads no special tokens in text
-    tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False)
+    tokenizer = AutoTokenizer.from_pretrained(folder, mistral_format=False, trust_remote_code=False)
     tokenizer.chat_template = template.apply(tokenizer.chat_template)
     return tokenizer
 

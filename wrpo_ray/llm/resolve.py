@@ -37,7 +37,8 @@ def resolved_model(what: str, model: Model, use: Use) -> Model:
     """
     found = pinned(what, model)
     folder = Folder(found.model)
-    check_model_folder(folder, what, use, Template.of(model), hub_id(model, found.model))
+    name = hub_id(model, found.model)
+    check_model_folder(folder, what, use, Template.of(model), name, trust=model.trust)
     return found
 
 

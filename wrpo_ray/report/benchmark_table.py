@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib import resources
 from typing import Any
 
+from wrpo_ray.text import display
+
 Row = dict[str, Any]
 Table = list[list[str]]
 """The first row has the names of the columns."""
@@ -17,7 +19,8 @@ Table = list[list[str]]
 def comparison_text(comparison: Row) -> str:
     """The tables of benchmarks and pairs as aligned text."""
     return "\n\n".join(
-        f"{title}\n{aligned(table)}" for title, table in tables(comparison, with_paper=False)
+        f"{display.one_line(title)}\n{aligned(table)}"
+        for title, table in tables(comparison, with_paper=False)
     )
 
 
@@ -25,9 +28,9 @@ def markdown(comparison: Row) -> str:
     """All tables as Markdown."""
     parts = []
     for title, table in tables(comparison):
-        rows = ["| " + " | ".join(_cell(c) for c in row) + " |" for row in table]
+        rows = ["| " + " | ".join(map(display.markdown, row)) + " |" for row in table]
         rule = "| --- |" + " ---: |" * (len(table[0]) - 1)
-        parts.append("\n".join([f"## {title}", "", rows[0], rule, *rows[1:]]))
+        parts.append("\n".join([f"## {display.markdown(title)}", "", rows[0], rule, *rows[1:]]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -63,13 +66,9 @@ def _html_row(row: list[str], tag: str) -> str:
     return "".join(f"<{tag}>{escaping.escape(cell)}</{tag}>" for cell in row)
 
 
-def _cell(text: str) -> str:
-    """Escape a cell for Markdown."""
-    return text.replace("|", "\\|")
-
-
 def aligned(table: Table) -> str:
     """A table as text: the first column left-aligned, the others right-aligned."""
+    table = [list(map(display.one_line, row)) for row in table]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in table]
     return "\n".join("  ".join(line).rstrip() for line in lines)

@@ -22,6 +22,7 @@ from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, read_seconds
 from wrpo_ray.runtime.progress import format_rate
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.publish import TEMPORARY_PREFIX
+from wrpo_ray.text.display import one_line
 
 Row = dict[str, Any]
 RECENT = 300.0
@@ -93,9 +94,9 @@ def _holder(root: Folder, now: float) -> tuple[str, bool]:
     except (FileNotFoundError, BrokenFileError):
         return "nobody: no run is under way", False
     who = f"{held['host']}, process {held['pid']}"
-    if lease.is_dead(held):
+    if lease.is_alive(held) is False:
         return f"nobody: the run on {who} was killed", False
-    beaten = root.filesystem.get_file_info(f"{root.path}/{lease.FILE}").mtime_ns
+    beaten = root.filesystem.get_file_info(f"{root.path}/{held['name']}").mtime_ns
     age = max(0.0, now - beaten / 1e9) if beaten else 0.0
     if age > lease.EXPIRES:
         return f"{who}, without a heartbeat for {age:,.0f} s: it was lost, or clocks differ", False
@@ -254,9 +255,10 @@ def screen(found: Status) -> Any:
     for step in _lines(found.steps):
         stage, before = (step.stage if step.stage != before else ""), step.stage
         cells = (stage, step.name, step.state, *_cells(step))
-        table.add_row(*map(Text, cells), style=styles[step.state])
+        table.add_row(*(Text(one_line(cell)) for cell in cells), style=styles[step.state])
     done = sum(step.state == DONE for step in found.steps)
-    head = Text(f"{found.output}\nlease: {found.holder}\n{done} of {len(found.steps)} steps done\n")
+    about = [found.output, f"lease: {found.holder}", f"{done} of {len(found.steps)} steps done"]
+    head = Text("".join(f"{one_line(line)}\n" for line in about))
     return Group(head, table, Text(f"\nspent: {_spent_told(found.spent)}"))
 
 

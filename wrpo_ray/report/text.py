@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from wrpo_ray.report.benchmark_table import comparison_text
+from wrpo_ray.text.display import one_line
 
 Row = dict[str, Any]
 EXAMPLE = 120
@@ -38,7 +39,7 @@ def _stages(summary: Row) -> Iterator[str]:
         steps = [s for s in summary["steps"] if s["stage"] == stage and s["state"] == "done"]
         rows = sum(s["rows_out"] for s in steps)
         failed = sum(s["counts"].get("failed", 0) for s in steps)
-        yield f"{stage:12}{len(steps):>8}{rows:>12,}{failed:>10,}"
+        yield f"{one_line(stage):12}{len(steps):>8}{rows:>12,}{failed:>10,}"
 
 
 def _wins(summary: Row) -> Iterator[str]:
@@ -48,7 +49,7 @@ def _wins(summary: Row) -> Iterator[str]:
         if step["step"] == "select" and wins:
             yield f"y_ws by source ({counts['rows']:,} prompts, {counts['ties']:,} with a tie):"
             for name, won in sorted(wins.items(), key=lambda item: -item[1]):
-                yield f"  {name:32}{won:>8,}{won / counts['rows']:>8.1%}"
+                yield f"  {one_line(name):32}{won:>8,}{won / counts['rows']:>8.1%}"
         if step["step"] == "pair":
             told = ", ".join(
                 f"{k.removeprefix('dropped.')} {v:,}"
@@ -70,23 +71,24 @@ def _table(title: str, evaluation: Row, measure: str, scale: int) -> Iterator[st
     models = evaluation[measure]["models"]
     groups = [group for group in evaluation["groups"] if group != "all"]
     digits = 1 if scale == 100 else 2
-    width = max(8, *(len(g) + 2 for g in ("all", *groups)))
+    names = list(map(one_line, groups))
+    width = max(8, *(len(g) + 2 for g in ("all", *names)))
     intervals = {}
     for name, row in models.items():
         low, high = (_scaled(row["all"][end], scale, digits) for end in ("low", "high"))
         intervals[name] = f"  [{low}, {high}]"
     room = max(map(len, intervals.values()), default=0)
     yield f"{title} (all: with 95 % interval)"
-    yield f"{'':16}{'all':>8}{'':{room}}{''.join(f'{g:>{width}}' for g in groups)}".rstrip()
+    yield f"{'':16}{'all':>8}{'':{room}}{''.join(f'{g:>{width}}' for g in names)}".rstrip()
     for name, row in models.items():
         every, *cells = (_scaled(row[g]["mean"], scale, digits) for g in ("all", *groups))
         by_group = "".join(f"{cell:>{width}}" for cell in cells)
-        yield f"{name:16}{every:>8}{intervals[name]:{room}}{by_group}".rstrip()
+        yield f"{one_line(name):16}{every:>8}{intervals[name]:{room}}{by_group}".rstrip()
     for name, difference in evaluation[measure]["contrasts"].items():
         mean, low, high = (
             _scaled(difference[k], scale, digits, "+") for k in ("mean", "low", "high")
         )
-        yield f"  {name:28}{mean}  [{low}, {high}] paired"
+        yield f"  {one_line(name):28}{mean}  [{low}, {high}] paired"
 
 
 def _scaled(value: float | None, scale: int, digits: int, sign: str = "") -> str:
@@ -112,13 +114,14 @@ def failures_text(groups: list[Row]) -> str:
     lines = [f"{'step':{width}}{'error':22}{'rows':>9}{'attempts':>10}  example"]
     for group in groups:
         place = group["where"] or f"prompt {group['prompt_id']}"
-        example = f"{place}: {group['message']}"
+        example = one_line(f"{place}: {group['message']}")
+        step, error = one_line(group["step"]), one_line(group["error"])
         lines.append(
-            f"{group['step']:{width}}{group['error']:22}{group['rows']:>9,}"
+            f"{step:{width}}{error:22}{group['rows']:>9,}"
             f"{group['attempts']:>10}  {example[:EXAMPLE]}{'...' * (len(example) > EXAMPLE)}"
         )
     folders = dict.fromkeys((group["step"], group["folder"]) for group in groups)
-    kept = [f"{step:{width}}{_short(folder)}" for step, folder in folders]
+    kept = [f"{one_line(step):{width}}{_short(folder)}" for step, folder in folders]
     return "\n".join([*lines, "", "kept in", *kept])
 
 

@@ -4,11 +4,13 @@ import logging
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -43,7 +45,9 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
         marks[LIMIT_VARIABLE] = str(cluster.cache_gb)
     quiet = {"log_to_driver": False, "logging_level": "warning"}
     address = cluster.address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
+    is_here = not address or address == "local"
+    protect_token(create=is_here)
+    if address and not is_here:
         check_listening(address)
         try:
             with keeping_sigterm():
@@ -57,6 +61,21 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
             ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
     _quiet_ray_data()
     CONNECTION.open()
+
+
+def protect_token(*, create: bool) -> None:
+    """Let this user alone read the file of Ray's token, with which anyone runs code on a cluster.
+
+    A Ray that starts here makes one, with the mode that the umask leaves. `create` makes it first,
+    empty, which Ray takes for none, and writes into.
+    """
+    is_needed = create and os.environ.get("RAY_AUTH_MODE") != "disabled"
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    with suppress(OSError):  # there is no HOME, or the file is someone else's
+        if is_needed and "RAY_AUTH_TOKEN" not in os.environ:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(file, os.O_CREAT | os.O_RDONLY, 0o600))
+        os.chmod(file, stat.S_IMODE(file.stat().st_mode) & 0o600)
 
 
 def _quiet_ray_data() -> None:

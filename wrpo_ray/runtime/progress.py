@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.text.addresses import redact
+from wrpo_ray.text.display import printable
 
 EVERY = 5.0
 """Seconds between lines of one step, without a table."""
@@ -18,7 +19,7 @@ EVERY = 5.0
 
 def log(text: str) -> None:
     """Write a line with the time of day to stderr; secrets in addresses are redacted."""
-    line = f"{time.strftime('%H:%M:%S')}  {redact(text)}"
+    line = f"{time.strftime('%H:%M:%S')}  {printable(redact(text))}"
     if _TABLE.is_shown:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:

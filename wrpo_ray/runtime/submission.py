@@ -21,6 +21,7 @@ from wrpo_ray.runtime.cluster import check_listening, output_mark
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.addresses import redact
+from wrpo_ray.text.display import printable
 from wrpo_ray.text.documents import describe_yaml_error, read_document
 from wrpo_ray.text.files import read_text
 
@@ -202,7 +203,7 @@ class SubmittedJob:
             seen = 0
             try:
                 async for text in self.client.tail_job_logs(self.id):
-                    print(text[max(0, printed - seen) :], end="", flush=True)
+                    print(printable(text[max(0, printed - seen) :]), end="", flush=True)
                     seen += len(text)
                     printed = max(printed, seen)
             except RuntimeError as error:

@@ -19,7 +19,7 @@ SOCKET = "/ray/session_2026-11-29_12-00-00_123456_4194304/sockets/plasma_store"
 """The longest path that Ray appends to the folder."""
 MAX_PATH_BYTES = 107 - len(SOCKET)
 """Bytes that a folder's path may have."""
-PLACES = ("/tmp", "/var/tmp", "/dev/shm")
+PLACES = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 # for mkdtemp
 """Folders for links."""
 
 

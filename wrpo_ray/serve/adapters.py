@@ -11,7 +11,7 @@ from typing import Any
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import first_of, telling_of
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.tensors import SAVE_AGAIN, Tensors, read_file, read_json
+from wrpo_ray.storage.tensors import SAVE_AGAIN, Tensors, check_trusted, read_file, read_json
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -20,8 +20,12 @@ SPECIAL = ("layers_to_transform", "layers_pattern", "exclude_modules", "rank_pat
 """Settings of peft with which some layers have no adapter, or one of another rank."""
 
 
-def check_adapter(folder: Folder, base: Folder, base_tensors: Tensors | None) -> None:
+def check_adapter(
+    folder: Folder, base: Folder, base_tensors: Tensors | None, trust: str | None = None
+) -> None:
     """Check an adapter's files against the tensors of its model, if these are known.
+
+    `trust` is "pickle" if its weights may be pickled.
 
     Raises:
         UserError: a file is missing or broken, or a tensor is missing or of another shape.
@@ -36,6 +40,7 @@ def check_adapter(folder: Folder, base: Folder, base_tensors: Tensors | None) ->
     if file is None:
         raise UserError(f"{folder} has no {WEIGHTS[0]}; {SAVE_AGAIN}")
     with telling_of(str(folder)):
+        check_trusted([file], trust)
         tensors = read_file(folder, file)
     if tensors is None:
         return  # the format of torch before 1.6, which has no header

@@ -19,7 +19,7 @@ from wrpo_ray import config
 from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.vllm_settings import engine_env
-from wrpo_ray.runtime.cluster import keeping_sigterm
+from wrpo_ray.runtime.cluster import keeping_sigterm, protect_token
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.runtime.temporary import shorten_temporary_folders
 from wrpo_ray.serve.check import checked, lines
@@ -123,6 +123,7 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
             cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
             alone = {"include_dashboard": False, "num_cpus": cpus}
             until_the_end.enter_context(local_proxy(host, settings.timeout))
+        protect_token(create=address == "local")
         with keeping_sigterm():  # Ray's own handler aborts after three seconds
             ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -58,7 +58,7 @@ def _checked(model: ServedModel) -> ServedModel:
     adapters = {name: Folder(place) for name, place in model.adapters.items()}
     for name, adapter in adapters.items():
         with telling_of(f"serve: {name}"):
-            check_adapter(adapter, *opened(folder))
+            check_adapter(adapter, *opened(folder, model.trust), model.trust)
     found = {  # replicas have other working directories
         "model": folder.absolute().uri,
         "chat_template": _absolute(model.chat_template),

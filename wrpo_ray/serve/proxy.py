@@ -12,7 +12,7 @@ from pathlib import Path
 
 PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 """HAProxy instead of Ray Serve's own proxy (ADR 13)."""
-HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")
+HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")  # nosec B104 # compared with, not bound
 """Hosts with which HAProxy finds the ingress; it looks at 127.0.0.1."""
 
 
@@ -24,7 +24,9 @@ def local_proxy(host: str, timeout: float) -> Iterator[None]:
     """
     env = {"RAY_worker_niceness": "0"}
     with tempfile.TemporaryDirectory(
-        prefix="wrpo-serve-", dir="/tmp", ignore_cleanup_errors=True
+        prefix="wrpo-serve-",
+        dir="/tmp",  # nosec B108 # of mkdtemp
+        ignore_cleanup_errors=True,
     ) as folder:  # a short path, for HAProxy's sockets
         if sys.platform == "linux" and host in HOSTS:  # where Ray brings HAProxy
             env |= PROXY | _haproxy(Path(folder), math.ceil(timeout) + 15)

@@ -4,8 +4,8 @@ A copy is made in `<key>.part` and renamed to `<key>` when all its files have th
 folder without `.part` is complete. One process makes it while the others wait for a file lock. A
 process that uses a copy holds a shared lock on it until it ends; the kernel releases the locks of a
 killed process. Copies without a lock are evicted, the least recently used first, when a new one
-does not fit. Not covered: a cache shared by several nodes, which not every network file system can
-lock.
+does not fit. The folder is this user's alone: whoever could write to it could plant a model. Not
+covered: a cache shared by several nodes, which not every network file system can lock.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -195,17 +196,37 @@ class _Entry:
 def node_cache() -> NodeCache:
     """Return this node's cache: $WRPO_CACHE, or `wrpo-cache-<uid>` in the temporary folder.
 
+    A $WRPO_CACHE that others may write to, such as a node's scratch disk, gets that subfolder too.
+
     Raises:
-        UserError: the limit in the environment is not a number of GB.
+        UserError: the folder is another user's, or the limit in the environment is not a number of
+            GB.
     """
-    default = Path(tempfile.gettempdir()) / f"wrpo-cache-{os.getuid()}"
-    folder = Path(os.environ.get("WRPO_CACHE", default)).expanduser().absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    own = f"wrpo-cache-{os.getuid()}"
+    if given := os.environ.get("WRPO_CACHE"):
+        folder = Path(given).expanduser().resolve()
+        folder = folder / own if folder.is_dir() and not _is_private(folder) else folder
+    else:
+        folder = Path(tempfile.gettempdir()).absolute() / own
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    if not _is_private(folder):
+        raise UserError(
+            f"the cache {folder} is another user's, or others may write to it, so that its models "
+            f"could be anyone's; set WRPO_CACHE to a folder of your own"
+        )
     limit = os.environ.get(LIMIT_VARIABLE)
     try:
         return NodeCache(folder, int(float(limit) * 10**9) if limit else None)
     except (ValueError, OverflowError):  # infinity is no number of bytes
         raise UserError(f"{LIMIT_VARIABLE}={limit}: not a number of GB") from None
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's own, and nobody else may write to it."""
+    found = folder.lstat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o22
 
 
 def plain_path(folder: Path) -> Path:

@@ -123,6 +123,20 @@ def list_weight_files(folder: Folder, names: Collection[str]) -> tuple[list[str]
     raise UserError("has no weights (*.safetensors or pytorch_model*.bin)")
 
 
+def check_trusted(files: Collection[str], trust: str | None) -> None:
+    """Check that weight files are safetensors, or that pickled ones are trusted.
+
+    Raises:
+        UserError: they are pickled, and `trust` is not "pickle".
+    """
+    pickled = [file for file in files if not file.endswith(".safetensors")]
+    if pickled and trust != "pickle":
+        raise UserError(
+            f"{pickled[0]}: pickled weights, a format that can hold code; save the model as "
+            f"safetensors, or set `trust: pickle` beside `model` if you trust who made them"
+        )
+
+
 def _read_index(folder: Folder, name: str) -> dict[str, str]:
     index = read_json(folder, name).get("weight_map")
     if not isinstance(index, dict) or not index or not all(map(_is_name, index.values())):

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 
-SMALL = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken", "*.py")
-"""Configs, tokenizers, chat templates, and model code."""
+SMALL = ("*.json", "*.jinja", "*.model", "*.model.v*", "*.txt", "*.tiktoken")
+"""Configs, tokenizers and chat templates; no code, which would never run."""
 TEMPLATES = "additional_chat_templates/"
 WEIGHTS = (
     re.compile(r"model(-\d+-of-\d+)?\.safetensors"),

@@ -1,1 +1,1 @@
-"""Parsing of what users write: addresses, YAML, JSON and UTF-8 files."""
+"""Parsing of what users write (addresses, YAML, JSON, UTF-8 files), and showing what files hold."""

@@ -30,6 +30,8 @@ _LIKE_OPTION = re.compile(r"\?(?:.*&)?\s*([\w.-]+)\s*=", re.DOTALL)
 _STORES = "s3|gs|gcs|abfss?|hdfs|viewfs|https?"
 _MISTYPED = re.compile(rf"(?:\w+:/?|//)[^/\s]*:[^/\s]*@|(?:{_STORES}):/?[^\s/].*@", re.IGNORECASE)
 """A local path that looks like an address with credentials and a mistyped `://`."""
+_WRAPPED = re.compile(rf"[^\w/.~]+{_SCHEME}")
+"""A local path that begins like an address after white space, a quote or the like."""
 _REST = r"(?:[?&]\s*[\w.-]+\s*=|[^\s'\"<>])*"
 _IN_TEXT = re.compile(
     r"(?:(?:s3|gs|gcs)://[^\s'\"<>/@]*:"
@@ -162,7 +164,8 @@ def address_problem(text: str) -> str | None:
     """Return why a text is rejected as an address, without its secrets; None if it is valid."""
     if found := Address.of(text):
         return found.problem
-    return _CREDENTIALS if _MISTYPED.match(text) else None
+    is_hidden = _MISTYPED.match(text) or (_WRAPPED.match(text) and redact(text) != text)
+    return _CREDENTIALS if is_hidden else None
 
 
 def redact(text: str) -> str:

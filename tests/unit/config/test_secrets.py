@@ -60,6 +60,12 @@ SECRETS = [
     f"s3:/KEY:{CANARY}@bucket/run",
     f"s3:KEY:ab/{CANARY}@bucket",
     f"//KEY:{CANARY}@bucket/run",
+    f" s3://KEY:{CANARY}@bucket/run",
+    f"\ufeffs3://KEY:{CANARY}@bucket/run",
+    f"'s3://KEY:{CANARY}@bucket/run'",
+    f'"s3://bucket/run?secret_key={CANARY}"',
+    f"<https://user:{CANARY}@host/v1>",
+    f"-s3://KEY:{CANARY}@bucket/run",
 ]
 TEXTS = [f for f in fields() if f.kinds <= {str, type(None)} and "tuple" not in str(f.annotation)]
 TREES: dict[str, Any] = {

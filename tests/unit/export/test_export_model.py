@@ -102,7 +102,7 @@ def test_the_card(config, weights, tmp_path):
     assert "| source | a | a |" in text
     assert "| gemma |" in text
     assert "**Warning: these licences differ.**" in text
-    assert "`gemma` (a) counts models trained on its answers" in text
+    assert "Licence gemma (a) counts models trained on its answers" in text
     assert "`unknown` (b) says nothing" in text
     assert "| fused | 0.75 | 0.70 to 0.80 | 400 |" in text
     assert "convert_hf_to_gguf.py" in text

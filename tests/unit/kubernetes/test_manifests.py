@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -179,6 +180,23 @@ def test_no_secret_is_in_the_repository():
         for value in body["stringData"].values():
             assert not re.sub(r'PLACEHOLDER[-A-Z0-9]*|[{}":, ]', "", value)
     assert not [b for b in all_objects() if b["kind"] == "Secret"]
+
+
+def test_redis_gets_its_password_from_standard_input(tmp_path):
+    """The manifest's own command, with a program in Redis' place that tells what it was given."""
+    redis = next(
+        pod["containers"][0] for body in all_objects() for pod in pods(body)
+        if pod["containers"][0]["name"] == "redis"
+    )  # fmt: skip
+    stub = tmp_path / "redis-server"
+    stub.write_text('#!/bin/sh\ntr "\\0" " " < /proc/$$/cmdline; echo; cat\n')
+    stub.chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "REDIS_PASSWORD": "Xyzzy0Plugh"}
+    done = subprocess.run(redis["command"], env=env, capture_output=True, text=True, check=True)
+    line, *settings = done.stdout.splitlines()
+    assert "Xyzzy0Plugh" not in line
+    assert line.strip().endswith("redis-server -")
+    assert settings == ["appendonly yes", "dir /data", "requirepass Xyzzy0Plugh"]
 
 
 def test_versions_are_those_of_the_project():

@@ -1,5 +1,6 @@
 """Model folders that cannot be used are refused before any work: every file, every tensor."""
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from support.tiny_models import TEMPLATE, make_model, make_tokenizer, write_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClassification
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
-from wrpo_ray.errors import UserError
+from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.architecture import Use, check_tensors, check_weights
 from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder
-from wrpo_ray.llm.rendering import Template
+from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.adapters import check_adapter
 from wrpo_ray.serve.check import checked
@@ -52,8 +54,10 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def check(folder: Path, use: Use = Use.TRAINED, **more: Any) -> None:
+    more = {"trust": "pickle"} | more
     if use.is_reward:
-        check_reward_folder(Folder(str(folder)), REWARD, "reward")
+        part = REWARD.model_copy(update={"trust": more["trust"]})
+        check_reward_folder(Folder(str(folder)), part, "reward")
     else:
         check_model_folder(Folder(str(folder)), "target", use, **more)
 
@@ -604,7 +608,71 @@ def test_a_pickle_that_holds_code_is_refused_and_not_run(tmp_path):
     torch.save({"x": Evil()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="holds more than tensors"):
         check(folder)
+    with pytest.raises(UserError, match=r"pytorch_model.bin: pickled weights"):
+        check(folder, trust=None)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_are_for_those_who_ask_for_them(sharded, tmp_path):
+    folder = _form(tmp_path, sharded=sharded, pickled=True, inline=False)
+    for use in (Use.TRAINED, Use.ANSWERS):
+        with pytest.raises(UserError, match=r"pytorch_model.*: pickled .* set `trust: pickle`"):
+            check(folder, use, trust=None)
+        check(folder, use, trust="pickle")
+    reward = write_reward(tmp_path / "reward")
+    _pickled(reward)
+    with pytest.raises(UserError, match=r"pytorch_model.bin: pickled weights"):
+        check(reward, Use.REWARD, trust=None)
+    check(reward, Use.REWARD, trust="pickle")
+
+
+CODE = """
+from pathlib import Path
+Path({ran!r}).touch()
+from transformers import {base}, LlamaConfig, PreTrainedTokenizerFast
+class Own({base}):
+    model_type = "llama"
+"""
+
+
+@pytest.mark.parametrize("kind", ["llama", "own_kind"])
+def test_code_in_a_folder_never_runs(kind, tmp_path, monkeypatch):
+    """Nobody is asked at the terminal whether it may, either."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    folder, ran = write_model(tmp_path / "model"), tmp_path / "ran"
+    parts = {
+        "AutoConfig": "LlamaConfig",
+        "AutoModelForCausalLM": "LlamaForCausalLM",
+        "AutoTokenizer": "PreTrainedTokenizerFast",
+    }
+    for part, base in parts.items():
+        (folder / f"{part.lower()}.py").write_text(CODE.format(ran=str(ran), base=base))
+    own = {part: f"{part.lower()}.Own" for part in parts}
+    for name, auto in (
+        ("config.json", own),
+        ("tokenizer_config.json", {"AutoTokenizer": [None, own["AutoTokenizer"]]}),
+    ):
+        tree = json.loads((folder / name).read_text())
+        tree |= {"auto_map": auto} | ({"model_type": kind} if name == "config.json" else {})
+        (folder / name).write_text(json.dumps(tree))
+    for use in (Use.TRAINED, Use.ANSWERS, Use.REWARD):
+        with contextlib.suppress(UserError):
+            check(folder, use)
+    from vllm.engine.arg_utils import EngineArgs
+
+    loaders = {name: loads for name, loads in LOADS.items() if name not in ("vLLM", "zoo")}
+    loaders |= {"vLLM": lambda folder: EngineArgs(model=str(folder)).create_model_config()}
+    loaders |= {"tokenizer": load_tokenizer}
+    for loads in loaders.values():
+        with contextlib.suppress(WrpoError, ValueError):
+            loads(folder)
+    assert not ran.exists()
+
+
+def test_a_config_cannot_ask_for_code_of_a_folder():
+    with pytest.raises(ValidationError, match="code in a model's folder never runs"):
+        ModelConfig(name="a", model="m", engine={"trust_remote_code": True})
 
 
 def test_in_an_object_store_files_are_checked_too(bucket, tmp_path):

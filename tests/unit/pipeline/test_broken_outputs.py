@@ -20,7 +20,10 @@ CONTENTS = (
     b"", b'{"counts": {"rows', b"[]", b"null", b"7", b'"text"', b"{}", b"[1, 2]", b"\xff\xfe",
     b"[" * 100_000, b'{"steps": 7}', b"<html>", b"9" * 5000,
 )  # fmt: skip
-LEASE = {"session": "s", "host": "elsewhere", "pid": 7, "started": 0.0, "beat": 3}
+LEASE_FILE = lease.file_name("s")
+LEASE = {
+    "session": "s", "host": "elsewhere", "machine": "m", "pid": 7, "started": 0, "held": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +32,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("output")
     run = MadeRun(folder, rows=16, buckets=2)
     run.write()
-    run.root.write_json(lease.FILE, LEASE)
+    run.root.write_json(LEASE_FILE, LEASE)
     run.root.write_json("summary.json", {"steps": {}})
     return folder
 
@@ -49,7 +52,7 @@ def json_files(folder: Path) -> list[Path]:
 
 def test_status_of_an_output_with_a_broken_file_is_a_line_that_names_it(output, capsys):
     files = json_files(output)
-    assert {"chain.json", "ledger.json", "manifest.json", lease.FILE} <= {f.name for f in files}
+    assert {"chain.json", "ledger.json", "manifest.json", LEASE_FILE} <= {f.name for f in files}
     named = set()
     for file in files:
         kept = file.read_bytes()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import time
 from io import StringIO
 from pathlib import Path
@@ -50,8 +49,9 @@ def finished(folder: Path, **counts: int) -> None:
 
 
 def held(root: Path, ago: float, **changes) -> None:
-    record = {"session": "s", "host": "elsewhere", "pid": 7, "started": 0.0, "beat": 3}
-    put(root, lease.FILE, ago, json.dumps(record | changes))
+    record = {"session": "s", "host": "elsewhere", "machine": "m", "pid": 7, "started": 0}
+    record |= {"held": True}
+    put(root, lease.file_name("s"), ago, json.dumps(record | changes))
 
 
 def test_rows_rate_and_time_left(tmp_path):
@@ -107,7 +107,7 @@ def test_buckets_and_optimizer_steps(tmp_path):
         (None, "nobody: no run is under way", False),
         ({"ago": 1}, "elsewhere, process 7, heartbeat 1 s ago", True),
         ({"ago": 500}, "without a heartbeat for 500 s", False),
-        ({"ago": 1, "host": socket.gethostname(), "pid": 2**22 + 1}, "was killed", False),
+        ({"ago": 1, "machine": lease.machine(), "pid": 2**22 + 1}, "was killed", False),
     ],
 )
 def test_who_holds_the_lease(tmp_path, held_by, told, is_running):

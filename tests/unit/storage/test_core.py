@@ -1,10 +1,7 @@
-"""Steps, buckets, storage, the lease: what resuming rests on."""
+"""Steps, buckets, storage: what resuming rests on."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 
 import pyarrow as pa
@@ -18,11 +15,10 @@ from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.published import parse_messages
 from wrpo_ray.data.records import FAILURE, failure
 from wrpo_ray.data.samples import Prompts, Samples
-from wrpo_ray.errors import BrokenFileError, LeaseError, UserError
+from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.report.status import is_running
-from wrpo_ray.runtime import lease
 from wrpo_ray.runtime.cluster import output_mark
-from wrpo_ray.runtime.lease import Lease
+from wrpo_ray.runtime.lease import file_name
 from wrpo_ray.storage.fingerprints import data_fingerprint
 from wrpo_ray.storage.folder import Folder, check_writable
 from wrpo_ray.storage.publish import TEMPORARY_PREFIX
@@ -142,7 +138,7 @@ def test_a_store_that_does_not_open_is_no_broken_file(look):
 
 def test_a_broken_file_is_none_of_a_store(tmp_path):
     folder = Folder(str(tmp_path))
-    for name in ("x.json", lease.FILE):
+    for name in ("x.json", file_name("x")):
         folder.write(name, b"{")
     assert not folder.holds_json("x.json", {})
     assert not is_running(folder)
@@ -174,94 +170,6 @@ def test_tables_keep_their_schema(tmp_path):
     row = prompt("0" * 32)
     folder.write_table("a.parquet", pa.Table.from_pylist([row], schema=records.PROMPT))
     assert folder.read_table("a.parquet").schema.equals(records.PROMPT, check_metadata=True)
-
-
-# --- the lease -------------------------------------------------------------------------------
-
-HOLD = """
-import sys, time
-from wrpo_ray.runtime.lease import Lease
-from wrpo_ray.storage.folder import Folder
-with Lease(Folder(sys.argv[1]), "holder", beat=0.1):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_two_runs_are_kept_apart_and_a_dead_one_is_followed_at_once(tmp_path):
-    folder = Folder(str(tmp_path))
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as holder:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(LeaseError, match=rf"in use by a run .* \(process {holder.pid}\)"):
-            Lease(folder, "second").__enter__()
-        holder.send_signal(signal.SIGKILL)
-    started = time.monotonic()
-    with Lease(folder, "second"):
-        assert time.monotonic() - started < 5
-        assert folder.read_json("lease.json")["session"] == "second"
-    assert not folder.exists("lease.json")
-
-
-def test_a_lease_of_another_host_is_taken_when_its_heart_stops(tmp_path):
-    folder = Folder(str(tmp_path))
-    foreign = {"session": "x", "host": "elsewhere", "pid": 1, "started": 0, "beat": 3}
-    folder.write_json("lease.json", foreign)
-    started = time.monotonic()
-    with Lease(folder, "me", beat=0.1, expires=0.5):
-        assert 0.4 < time.monotonic() - started < 5
-
-
-def test_a_beating_lease_of_another_host_is_respected(tmp_path):
-    folder = Folder(str(tmp_path))
-    beat = (
-        "import sys, time\nfrom wrpo_ray.storage.folder import Folder\n"
-        "f, n = Folder(sys.argv[1]), 0\n"
-        "while True:\n"
-        "    f.write_json('lease.json', {'session': 'x', 'host': 'elsewhere', 'pid': 1,"
-        " 'started': 0, 'beat': n})\n"
-        "    n += 1\n    time.sleep(0.05)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", beat, str(tmp_path)]) as holder:
-        while not folder.exists("lease.json"):
-            time.sleep(0.05)
-        with pytest.raises(LeaseError, match="elsewhere"):
-            Lease(folder, "me", beat=0.1, expires=3).__enter__()
-        holder.kill()
-
-
-def test_a_lease_that_cannot_be_renewed_ends_the_run(tmp_path, monkeypatch):
-    """Else another host would take the folder while this run goes on."""
-    lease = Lease(Folder(str(tmp_path)), "one", beat=0.02, expires=0.2)
-
-    def fail(count: int) -> None:
-        raise OSError("the store does not answer")
-
-    def hold() -> None:
-        with lease:
-            monkeypatch.setattr(lease, "_write", fail)
-            time.sleep(5)
-
-    with pytest.raises((LeaseError, KeyboardInterrupt)):
-        hold()
-    assert lease.lost
-
-
-def test_a_lease_survives_a_moment_without_its_store(tmp_path, monkeypatch):
-    with Lease(Folder(str(tmp_path)), "one", beat=0.02, expires=0.5) as lease:
-        write, failed = lease._write, []
-
-        def fail_twice(count: int) -> None:
-            if len(failed) < 2:
-                failed.append(count)
-                raise OSError("the store does not answer")
-            write(count)
-
-        monkeypatch.setattr(lease, "_write", fail_twice)
-        time.sleep(0.8)
-        assert len(failed) == 2
-        assert not lease.lost
 
 
 def test_an_output_is_known_by_one_mark_however_it_is_written(tmp_path, monkeypatch):

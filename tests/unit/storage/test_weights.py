@@ -127,13 +127,14 @@ def test_only_what_an_engine_reads_is_fetched():
     sharded = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     small = [
         "config.json", "generation_config.json", "model.safetensors.index.json",
-        "tokenizer.model", "merges.txt", "chat_template.jinja", "modeling_own.py",
+        "tokenizer.model", "merges.txt", "chat_template.jinja",
         "additional_chat_templates/tool.jinja",
     ]  # fmt: skip
     left = [
         "pytorch_model-00001-of-00002.bin", "consolidated.safetensors", "original/config.json",
         "original/consolidated.00.pth", "onnx/model.onnx", "model-Q4.gguf", "README.md",
         "tf_model.h5", "model.fp16.safetensors", "training_args.bin",
+        "modeling_own.py",
     ]  # fmt: skip
     assert set(engine_files([*sharded, *small, *left])) == {*sharded, *small}
     assert engine_files(["config.json", "pytorch_model.bin", "a.pth"]) == [
@@ -558,4 +559,52 @@ def test_the_limit_of_the_environment(tmp_path, monkeypatch):
     assert caches.node_cache() == NodeCache(tmp_path, 1_500_000_000)
     monkeypatch.setenv("WRPO_CACHE_GB", "much")
     with pytest.raises(UserError, match="WRPO_CACHE_GB=much: not a number of GB"):
+        caches.node_cache()
+
+
+# --- a folder that others could write to ---------------------------------------------------------
+
+
+def test_a_cache_is_its_users_own(tmp_path, monkeypatch):
+    """Without WRPO_CACHE, in the temporary folder, where anyone may put a folder of this name."""
+    monkeypatch.delenv("WRPO_CACHE")
+    monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"wrpo-cache-{os.getuid()}"
+    assert caches.node_cache().folder == own
+    assert own.stat().st_mode & 0o777 == 0o700
+    for mode in (0o720, 0o702, 0o777):
+        own.chmod(mode)
+        with pytest.raises(UserError, match="others may write to it"):
+            caches.node_cache()
+    own.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    own.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="set WRPO_CACHE to a folder of your own"):
+        caches.node_cache()
+
+
+def test_a_planted_cache_of_another_user_is_not_read(tmp_path, monkeypatch):
+    """Its copies would be taken for complete models."""
+    monkeypatch.delenv("WRPO_CACHE")
+    monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path))
+    own = tmp_path / f"wrpo-cache-{os.getuid()}"
+    own.mkdir()
+    if os.getuid() == 0:
+        os.chown(own, 12345, 12345)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(UserError, match="is another user's"):
+        caches.node_cache()
+
+
+def test_a_disk_that_others_may_write_to_has_a_folder_of_ones_own(tmp_path, monkeypatch):
+    """Such as a node's scratch disk, or a volume of Kubernetes."""
+    monkeypatch.setenv("WRPO_CACHE", str(tmp_path))
+    assert caches.node_cache().folder == tmp_path
+    tmp_path.chmod(0o777)
+    folder = caches.node_cache().folder
+    assert folder == tmp_path / f"wrpo-cache-{os.getuid()}"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match="others may write to it"):
         caches.node_cache()

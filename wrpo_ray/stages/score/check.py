@@ -42,6 +42,7 @@ def check_reward_folder(folder: Folder, part: ScoreConfig, what: str, name: str 
         name=name,
         check_config=partial(check_reward_model, part=part),
         compare=_compare,
+        trust=part.trust,
     )
 
 

@@ -208,7 +208,7 @@ class ClassifierReward(TokenReward):
         from transformers import AutoModelForSequenceClassification
 
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=torch_dtype(part), output_loading_info=True
+            folder, dtype=torch_dtype(part), output_loading_info=True, trust_remote_code=False
         )
         with telling_of(f"reward: {folder}"):
             check_loaded(loaded, model)

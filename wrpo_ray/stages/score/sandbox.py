@@ -51,7 +51,7 @@ class Sandbox:
         with tempfile.TemporaryDirectory(
             prefix="wrpo-sandbox-", ignore_cleanup_errors=True
         ) as root:
-            os.chmod(root, 0o1777)
+            os.chmod(root, 0o1777)  # nosec B103 # the program is another user
             task = {
                 "program": program,
                 "tests": tests,

@@ -65,7 +65,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> int:
     """Run the program that stdin describes and return the exit code."""
-    task = marshal.load(sys.stdin.buffer)
+    task = marshal.load(sys.stdin.buffer)  # nosec B302 # of the process that started this one
     try:
         compile(task["tests"], "tests", "exec")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
@@ -143,7 +143,7 @@ def _supervise(
     if task["isolated"]:
         _build_root(task["root"], task["python"], task["prefix"])
         os.chroot(task["root"])
-    os.chdir("/tmp" if task["isolated"] else task["root"])
+    os.chdir("/tmp" if task["isolated"] else task["root"])  # nosec B108 # the sandbox's own
     if user is not None:
         _become(user)
     _check(libc.prctl(SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")  # with the script
@@ -173,7 +173,8 @@ def _become_program(task: dict[str, Any], token: bytes, finish: int) -> NoReturn
         resource.RLIMIT_CORE: 0,
     }.items():
         resource.setrlimit(name, (limit, limit))
-    os.execve(task["python"], [task["python"], "-I", "-S", "-c", RUNNER], {})
+    # its arguments are constants
+    os.execve(task["python"], [task["python"], "-I", "-S", "-c", RUNNER], {})  # nosec B606
 
 
 def _call_and_exit(what: Callable[[], None], failures: int) -> NoReturn:
@@ -230,8 +231,8 @@ def _build_root(root: str, python: str, prefix: str) -> None:
     for file in ("/etc/ld.so.cache", "/dev/null", "/dev/zero", "/dev/urandom"):
         if os.path.exists(file):
             _bind(root, file)
-    os.mkdir(f"{root}/tmp")
-    os.chmod(f"{root}/tmp", 0o1777)
+    os.mkdir(f"{root}/tmp")  # nosec B108 # the sandbox's own
+    os.chmod(f"{root}/tmp", 0o1777)  # nosec B103, B108 # the sandbox's own
 
 
 def _bind(root: str, path: str) -> None:

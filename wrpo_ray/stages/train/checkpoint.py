@@ -10,12 +10,12 @@ its upload ends, training resumes from the checkpoint before.
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.train.state import INDEX, load_state, save_state
+from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 
@@ -54,7 +54,7 @@ def _local_folder() -> Path:
 
     context = train.get_context()
     name = f"{digest(context.get_storage().experiment_fs_path, 16)}-{context.get_world_rank()}"
-    return Path(tempfile.gettempdir()) / f"wrpo-checkpoint-{name}"
+    return node_cache().folder / f"checkpoint-{name}"
 
 
 def restore(engine: Any, key: str) -> int:

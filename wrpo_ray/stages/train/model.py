@@ -115,13 +115,17 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
 
     check_weights(folder, Use.TRAINED)
     attention.register()
-    model_type = AutoConfig.from_pretrained(folder).model_type
+    model_type = AutoConfig.from_pretrained(folder, trust_remote_code=False).model_type
     plain = {"gemma2": "eager"}.get(model_type, "sdpa")
     kind = attention.SHARED_PROMPT if packing else plain
     remedy = UNPACKED if packing else NOT_HERE
     with as_user_error(model_type, "it cannot be loaded to train", remedy):
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=kind, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=kind,
+            output_loading_info=True,
+            trust_remote_code=False,
         )
     with telling_of(str(folder)):
         check_loaded(loaded, model)
