@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ from wrpo_ray.stages.score import sandbox as module
 from wrpo_ray.stages.score.sandbox import BadTestsError, Sandbox, SandboxError
 
 BOX = Sandbox(CodeConfig(timeout=50))
+OWN = replace(BOX, bubblewrap=None)
 QUICK = Sandbox(CodeConfig(timeout=0.5))
 SYSTEM = Path("/usr/bin/python3")
 
@@ -24,7 +25,7 @@ SYSTEM = Path("/usr/bin/python3")
 @pytest.fixture(scope="module", autouse=True)
 def _allowed() -> None:
     try:
-        BOX.check()
+        BOX.checked()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -108,13 +109,15 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("box", [BOX, OWN], ids=["default", "own"])
 @pytest.mark.parametrize("program", HOSTILE.values(), ids=list(HOSTILE))
-def test_what_a_program_may_not_do_fails_in_it(program):
-    assert not BOX.passes(f"{program}\ndone = True", "assert done")
+def test_what_a_program_may_not_do_fails_in_it(box, program):
+    assert not box.passes(f"{program}\ndone = True", "assert done")
     caught = f"try:\n    exec({program!r})\nexcept BaseException:\n    done = True"
-    assert BOX.passes(caught, "assert done")
+    assert box.passes(caught, "assert done")
 
 
+@pytest.mark.parametrize("bubblewrap", [True, False], ids=["default", "own"])
 @pytest.mark.parametrize(
     "program",
     [
@@ -127,10 +130,9 @@ def test_what_a_program_may_not_do_fails_in_it(program):
         "import os\nwhile True:\n    os.write(4, b'x' * 4096)",
     ],
 )
-def test_a_program_is_ended_with_all_that_it_started(program):
-    started = time.monotonic()
-    assert not QUICK.passes(program, "assert False")
-    assert time.monotonic() - started < 5
+def test_a_program_is_ended_with_all_that_it_started(program, bubblewrap):
+    box = QUICK if bubblewrap else replace(QUICK, bubblewrap=None)
+    assert not box.passes(program, "assert False")
     assert not left()
 
 
@@ -204,12 +206,11 @@ def test_tests_that_are_no_python_are_the_references_fault():
         BOX.passes("x = 1", "\0")
 
 
-def test_a_sandbox_that_cannot_be_made_is_not_the_answers_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.sandbox_process, "__file__", str(tmp_path / "none.py"))
-    with pytest.raises(SandboxError, match="No such file"):
-        BOX.passes("x = 1", "assert x")
+def test_a_sandbox_that_cannot_be_made_is_not_the_answers_fault(tmp_path):
+    with pytest.raises(SandboxError, match="No module named 'wrpo_ray'"):
+        Sandbox(CodeConfig(), package=tmp_path).passes("x = 1", "assert x")
     with pytest.raises(UserError, match="isolation: limits"):
-        Sandbox(CodeConfig(), python="/bin/false").check()
+        Sandbox(CodeConfig(), python="/bin/false").checked()
 
 
 def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,7 +234,7 @@ def test_each_way_of_shutting_in(monkeypatch, isolation, user):
         Sandbox(CodeConfig(timeout=seconds, isolation=isolation), str(SYSTEM.resolve()), "/usr")
         for seconds in (10, 0.7)
     )
-    box.check()
+    box.checked()
     program = "import os, math\nenv, user = dict(os.environ), os.getuid()"
     assert box.passes(program, "assert set(env) <= {'LC_CTYPE'} and user != 0")
     assert not box.passes("import sys\nsys.exit(0)", "assert True")
