@@ -240,14 +240,9 @@ def call_filter() -> bytes:
 
 def filter_calls() -> None:
     """Apply the filter to this process and all that it starts."""
-    code = call_filter()
-    pointer = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer := _buffer(code)))
-    check(libc.prctl(SET_SECCOMP, 2, pointer, 0, 0), "seccomp")
-    del buffer
-
-
-def _buffer(code: bytes) -> ctypes.Array[ctypes.c_char]:
-    return ctypes.create_string_buffer(code, len(code))
+    code = ctypes.create_string_buffer(call_filter())
+    program = struct.pack("HP", len(code) // 8, ctypes.addressof(code))
+    check(libc.prctl(SET_SECCOMP, 2, program, 0, 0), "seccomp")
 
 
 def check(result: int, what: str) -> None:

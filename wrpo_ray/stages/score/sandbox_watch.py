@@ -3,6 +3,7 @@
 `sandbox_process` calls this; it imports little, so that it starts fast.
 """
 
+import contextlib
 import os
 import resource
 import select
@@ -11,10 +12,10 @@ import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
-PAGE = resource.getpagesize()
+PAGE, TICKS = resource.getpagesize(), os.sysconf("SC_CLK_TCK")
 SHORTEST_TICK, FIRST_TICK, LONGEST_TICK, GROWTH = 0.001, 0.01, 0.05, 2**32
 """Seconds between two looks, and the bytes a second by which a program may be feared to grow."""
-PATIENCE = 8
+PATIENCE = 20
 """A run that waited for a core is given up after so many times its limit."""
 GIVE_UP = 10.0
 """Seconds in which what is left of a run has to be ended."""
@@ -32,18 +33,44 @@ class Task(NamedTuple):
     """None if it has ended and is not waited for yet."""
     pages: int
     """Resident pages, shared ones in full."""
+    cpu: float
+    """Seconds of CPU of it, and of its children that it waited for."""
+    can_run: bool
+    """Whether one of its threads runs, or waits for a core."""
 
 
-class Moment(NamedTuple):
-    """A moment of a run."""
+class Clock:
+    """The seconds that a program has spent: those of CPU, and those in which none of it could run.
 
-    time: float
-    queued: float
-    """Seconds that the program has waited for a core until then."""
+    So waiting for a core does not count.
+    """
+
+    def __init__(self) -> None:
+        self.last, self.could_run, self.could_not, self.cpu = time.monotonic(), 0.0, 0.0, 0.0
+
+    def look(self, program: "dict[int, Task]") -> None:
+        """Count the time since the last look, as what the program is about now."""
+        now = time.monotonic()
+        if any(task.can_run for task in program.values()):
+            self.could_run += now - self.last
+        else:
+            self.could_not += now - self.last
+        self.cpu = max(self.cpu, sum(task.cpu for task in program.values()))
+        self.last = now
+
+    @property
+    def passed(self) -> float:
+        """All seconds."""
+        return self.could_run + self.could_not
+
+    @property
+    def spent(self) -> float:
+        """Seconds that count."""
+        return self.could_not + min(self.could_run, self.cpu)
 
 
 class Limits(NamedTuple):
-    """What a program may use, together with all that it started."""
+    """Limits of a program, together with all that it started."""
 
     seconds: float
     memory: int
@@ -150,20 +177,18 @@ def watch(run: Run, limits: Limits) -> str:
     ended, started = select.poll(), select.poll()
     ended.register(os.pidfd_open(run.first), select.POLLIN)
     started.register(run.reached, select.POLLIN)
-    begin, pause = Moment(time.monotonic(), 0), FIRST_TICK
-    has_started = False
+    clock, has_started, pause = Clock(), False, FIRST_TICK
     while not ended.poll(pause * 1000):
         tasks = _descendants(os.getpid())  # with orphans, which this process adopts
         _reap(pid for pid in tasks if pid != run.first and tasks[pid].parent == os.getpid())
         program = {pid: tasks[pid] for pid in list(tasks)[run.own :]}
-        now = Moment(time.monotonic(), max([begin.queued, *map(_queued, program)]))
         if not has_started and started.poll(0):
-            has_started, begin = True, now
-        passed, queued = now.time - begin.time, now.queued - begin.queued
-        if has_started and passed - queued > limits.seconds:
+            clock, has_started = Clock(), True
+        clock.look(program)
+        if has_started and clock.spent > limits.seconds:
             return f"time: more than {limits.seconds:g} s"
-        if passed > limits.seconds * PATIENCE + GIVE_UP:
-            what = f"waited {queued:.0f} s for a core" if has_started else "Python did not start"
+        if clock.passed > limits.seconds * PATIENCE + GIVE_UP:
+            what = "the program waited for a core" if has_started else "Python did not start"
             raise BusyError(f"{what}: run fewer programs at a time")
         used = _used(program, limits, run.disk)
         if used > limits.memory or run.group.has_killed():
@@ -189,33 +214,39 @@ def _descendants(first: int) -> dict[int, Task]:
     children: dict[int, list[int]] = {}
     tasks = {}
     for name in os.listdir("/proc"):
-        if name.isdecimal():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    fields = file.read().rpartition(b")")[2].split()
-            except OSError:  # it has ended
-                continue
-            threads = int(fields[17]) if fields[0] != b"Z" else 0
-            tasks[int(name)] = Task(int(fields[1]), threads, int(fields[21]))
+        if name.isdecimal() and (fields := _fields(f"/proc/{name}/stat")):
+            tasks[int(name)] = fields
             children.setdefault(int(fields[1]), []).append(int(name))
     found = [first] if first in tasks else []
     for pid in found:
         found += children.get(pid, ())
-    return {pid: tasks[pid] for pid in found}
+    return {pid: _task(pid, tasks[pid]) for pid in found}
+
+
+def _fields(path: str) -> list[bytes]:
+    """The fields of a process or thread from its state on; none if it has ended."""
+    try:
+        with open(path, "rb") as file:
+            return file.read().rpartition(b")")[2].split()
+    except OSError:
+        return []
+
+
+def _task(pid: int, fields: list[bytes]) -> Task:
+    threads, can_run = int(fields[17]), fields[0] == b"R"
+    if fields[0] == b"Z":
+        threads = 0
+    elif threads > 1 and not can_run:
+        with contextlib.suppress(OSError):
+            names = os.listdir(f"/proc/{pid}/task")
+            can_run = any(_fields(f"/proc/{pid}/task/{n}/stat")[:1] == [b"R"] for n in names)
+    cpu = sum(map(int, fields[11:15])) / TICKS
+    return Task(int(fields[1]), threads, int(fields[21]), cpu, can_run)
 
 
 def _reap(children: Iterable[int]) -> None:
     for pid in children:
         os.waitpid(pid, os.WNOHANG)
-
-
-def _queued(pid: int) -> float:
-    """Seconds in which a process's main thread waited for a core; 0 where nobody counts them."""
-    try:
-        with open(f"/proc/{pid}/schedstat") as file:
-            return int(file.read().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0
 
 
 def _bytes_of(disk: str) -> int:

@@ -177,7 +177,8 @@ def test_nothing_of_this_process_is_seen(monkeypatch):
 
 
 def test_killing_its_parent_or_everything_does_the_program_no_good():
-    assert BOX.passes("import os\nos.kill(os.getppid(), 9)\nx = 1", "assert x == 1")
+    kill = "import os\ntry:\n    os.kill(os.getppid(), 9)\nexcept OSError:\n    pass\nx = 1"
+    assert BOX.passes(kill, "assert x == 1")
     kill = "import os\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nos.killpg(0, 9)"
     assert not BOX.passes(kill, "assert True")
     assert os.getppid() > 0

@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,7 +138,7 @@ def is_run(process: psutil.Process) -> bool:
 @needs_root
 def test_waiting_for_a_core_is_no_slowness(method: str) -> None:
     box = sandbox(method, timeout=2)
-    busy = "import time\nwhile time.process_time() < 1: pass"
+    busy = "import time\nwhile time.process_time() < 0.6: pass"
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(lambda _: box.passes(busy, ""), range(8)))
     box = sandbox(method, timeout=0.5)
@@ -148,7 +147,9 @@ def test_waiting_for_a_core_is_no_slowness(method: str) -> None:
 
 
 def test_a_machine_that_is_too_busy_is_an_error(monkeypatch: ON) -> None:
-    monkeypatch.setattr(sandbox_watch, "_queued", lambda pid: time.monotonic())
+    waiting = sandbox_watch.Task(0, 1, 1, 0.0, can_run=True)
+    monkeypatch.setattr(sandbox_watch, "_descendants", lambda pid: {0: waiting, 1: waiting})
+    monkeypatch.setattr(sandbox_watch, "_reap", list)
     monkeypatch.setattr(sandbox_watch, "GIVE_UP", 0.1)
     limits = sandbox_watch.Limits(0.01, 2**50, 10**6)
     process, group = popen(["sleep", "600"]), sandbox_watch.MemoryGroup(limits.memory)
@@ -170,6 +171,7 @@ def hold():
     held = []
     while len(held) < {each}:
         held.append(bytearray(b"x") * 2**20)
+        time.sleep({pause})
     os.write(full, b"x")
     time.sleep(600)
 here, full = os.pipe()
@@ -188,10 +190,10 @@ def test_the_memory_of_all_processes_is_one_limit(method: str, user: str) -> Non
     box = sandbox(method, memory=128)
     peak = Peak()
     with peak:
-        assert box.run(HOLDERS.format(each=90), "")[1].startswith("memory: ")
+        assert box.run(HOLDERS.format(each=90, pause=0.02), "")[1].startswith("memory: ")
     assert 100 < peak.mebibytes < 250, "of 360 that it asks for"
-    assert box.passes(HOLDERS.format(each=15), "assert said == b'xxxx'")
-    shared = "import os\nbig = bytearray(b'x') * (60 * 2**20)\n" + HOLDERS.format(each=1)
+    assert box.passes(HOLDERS.format(each=15, pause=0), "assert said == b'xxxx'")
+    shared = "import os\nbig = bytearray(b'x') * (60 * 2**20)\n" + HOLDERS.format(each=1, pause=0)
     assert box.passes(shared, "assert said == b'xxxx'"), "pages that five share count once"
 
 
