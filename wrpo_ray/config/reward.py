@@ -13,13 +13,15 @@ class CodeConfig(Section):
     """Sandbox of the verifier `code`, which runs the program in an answer."""
 
     timeout: float = Field(10, gt=0, le=3600)
-    """Timeout for program and tests together, in seconds."""
+    """Time limit of program and tests together, in seconds; waiting for a core does not count."""
     memory: int = Field(512, ge=64)
-    """Memory limit (address space) of each process in MiB; a program has at most eight."""
+    """Memory limit in MiB: of the program, all processes that it starts (at most eight in all) and
+    its files together, and the address space of each process."""
     isolation: Literal["namespaces", "limits"] = "namespaces"
-    """`namespaces`: no network, and no files but Python's own; refused where the kernel does not
-    allow it, as in many containers. `limits`: limits alone (and another user, if this is root), so
-    that a program can reach the network and read what its user can: for answers that you trust."""
+    """`namespaces`: no network, and no files but Python's own, by bubblewrap if it is installed;
+    refused where the kernel does not allow it, as in many containers. `limits`: limits alone (and
+    another user, if this is root), so that a program can reach the network and read what its user
+    can: for answers that you trust."""
 
 
 class JudgeConfig(Section):

@@ -39,7 +39,7 @@ def own_errors() -> dict[str, type[Exception]]:
     """The package's error classes by the name that failure rows hold."""
     found: dict[str, type[Exception]] = {}
     for module in pkgutil.walk_packages(wrpo_ray.__path__, "wrpo_ray."):
-        if module.name.endswith(("__main__", ".sandbox_process")):
+        if module.name.endswith("__main__"):
             continue
         for value in vars(importlib.import_module(module.name)).values():
             is_error = isinstance(value, type) and issubclass(value, Exception)

@@ -30,7 +30,10 @@ LOG_BASE = math.log(10)
 
 CODE = re.compile(r"```([^`]*)```")
 HEADERS = re.compile(r"^#{1,6}\s", re.MULTILINE)
-LISTS = (re.compile(r"^\s*\d+\.\s", re.MULTILINE), re.compile(r"^\s*[-*+]\s", re.MULTILINE))
+LISTS = (
+    re.compile(r"^[^\S\n]*\d+\.\s", re.MULTILINE),
+    re.compile(r"^[^\S\n]*[-*+]\s", re.MULTILINE),
+)
 BOLDS = (re.compile(r"\*\*[^*\n]+\*\*"), re.compile(r"__[^_\n]+__"))
 
 

@@ -8,8 +8,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
-BACKUP = re.compile(r"\[(\d+\.?\d*)\]")
+RATING = re.compile(r"\[\[(\d+(?:\.\d*)?)\]\]")
+BACKUP = re.compile(r"\[(\d+(?:\.\d*)?)\]")
 OTHER = re.compile(r"\[\[[^\[\]\d]*\d[^\[\]]*\]\]")
 """Double brackets that hold a digit and other characters."""
 BEST = 10.0

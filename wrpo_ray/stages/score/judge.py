@@ -36,7 +36,7 @@ Explain in a few sentences what is good and what is not. Then end with your rati
 {{ worst }} to {{ best }} in double square brackets, such as [[{{ worst }}]].
 """
 
-_NUMBER = r"[-+\N{MINUS SIGN}]?(?:\d+\.?\d*|\.\d+)"
+_NUMBER = r"[-+\N{MINUS SIGN}]?(?:\d+(?:\.\d*)?|\.\d+)"
 _MARKS = r"[\s*_`(\[,]*"
 _OUT_OF = r"(?:/|(?:out\s+of|of|over)(?![^\W_]))"
 BRACKETS = re.compile(

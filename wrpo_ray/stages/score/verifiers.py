@@ -62,8 +62,7 @@ def load_verifier(name: VerifierName, code: CodeConfig, threads: int = 1) -> Ver
     """
     if name != "code":
         return VerifierReward({"exact": is_same, "number": has_same_number}[name])
-    box = Sandbox(code)
-    box.check()
+    box = Sandbox(code).checked()
     return VerifierReward(lambda text, tests: passes(box, text, tests), threads)
 
 
@@ -77,20 +76,36 @@ def is_same(text: str, reference: str) -> bool:
 
 def normal(text: str) -> str:
     """`  The  Answer. ` as `the answer`."""
-    words = unicodedata.normalize("NFKC", text).casefold().split()
+    words = unicodedata.normalize("NFKC", _stream_safe(text)).casefold().split()
     return " ".join(words).removesuffix(".").rstrip()
+
+
+def _stream_safe(text: str) -> str:
+    """Part runs of more than 30 combining marks (UAX #15, D4); sorting a long one is quadratic."""
+    if text.isascii():
+        return text
+    marks, parts = 0, []
+    for character in text:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > 30:
+            parts.append("\N{COMBINING GRAPHEME JOINER}")
+            marks = 1
+        parts.append(character)
+    return "".join(parts)
 
 
 # --- number ----------------------------------------------------------------------------------
 
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!,?\d)|\d+)"
+_GROUPS = r"(?:(?<!\d,)\d{1,3}(?:,\d{3})++|\d{1,3}(?:,\d{3}){1,250}+)"
+_DIGITS = rf"(?:{_GROUPS}(?!,?\d)|\d+)"
 NUMBER = re.compile(
     r"((?<![\w)\]}])[-+](?:\s*[$€£¥]\s*)?)?"
     r"(?:\\[dt]?frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*(\d+)\s*\}"
     rf"|(?<![^\W_]|_)(?<!\d\.)({_DIGITS}(?:\.\d+)?|\.\d+)"
     rf"(?:[eE]([-+]?\d{{1,3}})(?!\w))?(?:\s?/\s?({_DIGITS})(?![\d/]))?)"
 )
-"""1: sign; 2, 3: a LaTeX fraction; 4, 5: a decimal and its exponent; 6: what it is divided by."""
+"""1: sign; 2, 3: a LaTeX fraction; 4, 5: a decimal and its exponent; 6: what it is divided by.
+Groups of three behind others are counted to 250 (LONGEST), so that it is linear."""
 SPELLINGS = (("\N{MINUS SIGN}", "-"), ("{,}", ","), ("\\,", ""), ("\\!", ""), ("\\$", "$"))
 BARE_FRACTION = re.compile(r"\\[dt]?frac\s*(\d)\s*(\d)")
 LONGEST = 1000
@@ -157,9 +172,10 @@ def _inside_braces(text: str) -> str:
 # --- code ------------------------------------------------------------------------------------
 
 BLOCK = re.compile(
-    r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+-]*)[^\n`]*\n(.*?)(?:^[ \t]*\1[`~]*[ \t]*$|\Z)",
+    r"^[ \t]*+(`{3,}+|~{3,}+)[ \t]*+([\w+-]*+)[^\n`]*+\n(.*?)(?:^[ \t]*+\1[`~]*+[ \t]*+$|\Z)",
     re.DOTALL | re.MULTILINE,
 )
+"""1: the fence; 2: the language; 3: the program. Its repeats never give back, so it is linear."""
 PYTHON = ("python", "python3", "py")
 
 

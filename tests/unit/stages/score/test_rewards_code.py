@@ -5,11 +5,12 @@ import os
 import socket
 import subprocess
 import threading
-import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
+from support.waiting import wait_until
 
 from wrpo_ray.config import CodeConfig
 from wrpo_ray.errors import UserError
@@ -17,6 +18,7 @@ from wrpo_ray.stages.score import sandbox as module
 from wrpo_ray.stages.score.sandbox import BadTestsError, Sandbox, SandboxError
 
 BOX = Sandbox(CodeConfig(timeout=50))
+OWN = replace(BOX, bubblewrap=None)
 QUICK = Sandbox(CodeConfig(timeout=0.5))
 SYSTEM = Path("/usr/bin/python3")
 
@@ -24,7 +26,7 @@ SYSTEM = Path("/usr/bin/python3")
 @pytest.fixture(scope="module", autouse=True)
 def _allowed() -> None:
     try:
-        BOX.check()
+        BOX.checked()
     except UserError as error:
         pytest.skip(str(error))
 
@@ -108,13 +110,15 @@ HOSTILE = {
 }
 
 
+@pytest.mark.parametrize("box", [BOX, OWN], ids=["default", "own"])
 @pytest.mark.parametrize("program", HOSTILE.values(), ids=list(HOSTILE))
-def test_what_a_program_may_not_do_fails_in_it(program):
-    assert not BOX.passes(f"{program}\ndone = True", "assert done")
+def test_what_a_program_may_not_do_fails_in_it(box, program):
+    assert not box.passes(f"{program}\ndone = True", "assert done")
     caught = f"try:\n    exec({program!r})\nexcept BaseException:\n    done = True"
-    assert BOX.passes(caught, "assert done")
+    assert box.passes(caught, "assert done")
 
 
+@pytest.mark.parametrize("bubblewrap", [True, False], ids=["default", "own"])
 @pytest.mark.parametrize(
     "program",
     [
@@ -127,11 +131,16 @@ def test_what_a_program_may_not_do_fails_in_it(program):
         "import os\nwhile True:\n    os.write(4, b'x' * 4096)",
     ],
 )
-def test_a_program_is_ended_with_all_that_it_started(program):
-    started = time.monotonic()
-    assert not QUICK.passes(program, "assert False")
-    assert time.monotonic() - started < 5
-    assert not left()
+def test_a_program_is_ended_with_all_that_it_started(program, bubblewrap):
+    box = QUICK if bubblewrap else replace(QUICK, bubblewrap=None)
+    assert not box.passes(program, "assert False")
+    none_left()
+
+
+def none_left() -> None:
+    """Check that none of the runs until now is left; those of others on this machine may be."""
+    before = left()
+    wait_until(lambda: not set(before) & set(left()))
 
 
 def left() -> list[int]:
@@ -145,7 +154,7 @@ def left() -> list[int]:
 
 def test_what_was_left_in_the_background_ends_with_the_program():
     assert BOX.passes("import os, time\nx = os.fork()\nif not x: time.sleep(60)", "assert x")
-    assert not left()
+    none_left()
 
 
 def test_a_flood_of_output_goes_nowhere():
@@ -175,7 +184,8 @@ def test_nothing_of_this_process_is_seen(monkeypatch):
 
 
 def test_killing_its_parent_or_everything_does_the_program_no_good():
-    assert BOX.passes("import os\nos.kill(os.getppid(), 9)\nx = 1", "assert x == 1")
+    kill = "import os\ntry:\n    os.kill(os.getppid(), 9)\nexcept OSError:\n    pass\nx = 1"
+    assert BOX.passes(kill, "assert x == 1")
     kill = "import os\ntry:\n    os.kill(-1, 9)\nexcept OSError:\n    pass\nos.killpg(0, 9)"
     assert not BOX.passes(kill, "assert True")
     assert os.getppid() > 0
@@ -204,12 +214,11 @@ def test_tests_that_are_no_python_are_the_references_fault():
         BOX.passes("x = 1", "\0")
 
 
-def test_a_sandbox_that_cannot_be_made_is_not_the_answers_fault(tmp_path, monkeypatch):
-    monkeypatch.setattr(module.sandbox_process, "__file__", str(tmp_path / "none.py"))
-    with pytest.raises(SandboxError, match="No such file"):
-        BOX.passes("x = 1", "assert x")
+def test_a_sandbox_that_cannot_be_made_is_not_the_answers_fault(tmp_path):
+    with pytest.raises(SandboxError, match="No module named 'wrpo_ray'"):
+        Sandbox(CodeConfig(), package=tmp_path).passes("x = 1", "assert x")
     with pytest.raises(UserError, match="isolation: limits"):
-        Sandbox(CodeConfig(), python="/bin/false").check()
+        Sandbox(CodeConfig(), python="/bin/false").checked()
 
 
 def as_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,14 +242,14 @@ def test_each_way_of_shutting_in(monkeypatch, isolation, user):
         Sandbox(CodeConfig(timeout=seconds, isolation=isolation), str(SYSTEM.resolve()), "/usr")
         for seconds in (10, 0.7)
     )
-    box.check()
+    box.checked()
     program = "import os, math\nenv, user = dict(os.environ), os.getuid()"
     assert box.passes(program, "assert set(env) <= {'LC_CTYPE'} and user != 0")
     assert not box.passes("import sys\nsys.exit(0)", "assert True")
     assert not box.passes("x = bytearray(10**9)", "assert x")
     assert not box.passes(HOSTILE["file"], "assert True")
     assert not quick.passes("import os\nos.fork()\nwhile True: pass", "assert True")
-    assert not left()
+    none_left()
     net = "import socket\nnames = [n for _, n in socket.if_nameindex()]"
     alone = box.passes(net, "assert set(names) <= {'lo'}")
     seen = box.passes("import os", "assert os.path.exists('/etc/passwd')")
