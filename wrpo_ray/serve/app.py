@@ -104,7 +104,11 @@ def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]
     }
     return build_llm_deployment(
         engine_settings(model, settings.max_tokens, model.model, deployment=deployment),
-        bind_kwargs={"model": model, "max_tokens": settings.max_tokens},
+        bind_kwargs={
+            "model": model,
+            "max_tokens": settings.max_tokens,
+            "grammar_seconds": settings.grammar_seconds,
+        },
         deployment_cls=Model,
     )
 
