@@ -238,11 +238,11 @@ def test_any_pattern_has_a_size(pattern: str):
 )
 def test_schemas_too_large_for_a_grammar_are_told(schema: dict[str, Any], problem: str):
     client = Client(Scripted([[WHOLE, DONE]]))
-    for field, given in {
+    for field, value in {
         "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
         "tools": [{"function": {"name": "f", "parameters": schema}}],
     }.items():
-        error = client.post(**{field: given}).json()["error"]
+        error = client.post(**{field: value}).json()["error"]
         assert error["param"] == field
         assert problem in error["message"]
     tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
