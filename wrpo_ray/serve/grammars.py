@@ -19,6 +19,7 @@ import sys
 import time
 from collections import OrderedDict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from wrpo_ray.runtime.placement import thread_env
@@ -33,6 +34,8 @@ REMEMBERED = 1024
 """Outcomes that are kept."""
 AT_ONCE = 2
 """Compilations at a time."""
+STEPS = 32
+"""Tokens of an answer that is tried."""
 NICE = 10
 """The engine goes first."""
 BEGUN, FINE = b"+", b"ok"
@@ -199,10 +202,10 @@ def _answer(connection: socket.socket, tokenizer: Any, seconds: float) -> None:
 
 
 def _compile(schema: str, tokenizer: Any) -> None:
-    """Read and compile a grammar as vLLM's XgrammarBackend does.
+    """Read and compile a grammar as vLLM's XgrammarBackend does, and try it.
 
     Raises:
-        ValueError: it takes too long to read.
+        ValueError: it takes too long to read, or an answer cannot be finished.
         RuntimeError: of xgrammar, with what is wrong.
     """
     import xgrammar
@@ -226,7 +229,28 @@ def _compile(schema: str, tokenizer: Any) -> None:
     read(*given)
     if time.process_time() > begun + READ_SECONDS:
         raise ValueError(TOO_COSTLY)
-    compiling(*given)
+    _try(xgrammar.GrammarMatcher(compiling(*given)), tokenizer)
+
+
+def _try(matcher: Any, tokenizer: Any) -> None:
+    """Take some random steps: where no token is allowed, the engine would fail.
+
+    Raises:
+        ValueError: there is such a place, as in a `$ref` to itself.
+    """
+    import numpy
+    import xgrammar
+
+    random, mask = Random(0), xgrammar.allocate_token_bitmask(1, tokenizer.vocab_size)
+    for _ in range(STEPS):
+        matcher.fill_next_token_bitmask(mask)
+        bits = numpy.unpackbits(mask.numpy().view("uint8")[0], bitorder="little")
+        allowed = numpy.flatnonzero(bits[: tokenizer.vocab_size])
+        if not len(allowed):
+            raise ValueError("its grammar leads to where no token is allowed")
+        matcher.accept_token(int(random.choice(allowed)))
+        if matcher.is_terminated():
+            return
 
 
 if __name__ == "__main__":

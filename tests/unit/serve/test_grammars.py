@@ -2,26 +2,32 @@
 
 import asyncio
 import json
+import os
+import signal
+import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from support.tiny_models import write_model
 from support.waiting import wait_until
 
 from wrpo_ray.serve import grammars
 from wrpo_ray.serve.grammars import TOO_COSTLY, CompilerLostError, Grammars, schemas_of
+from wrpo_ray.zoo.tokenizers import byte_tokenizer
 
 COSTLY = {"type": "string", "pattern": ".{0,9000}x"}
+LOOP = {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}
+DEAD_END = "its grammar leads to where no token is allowed"
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Grammars]:
     """With a limit below what the costly grammar takes with a vocabulary of bytes: 2.5 s."""
-    found = Grammars(Path(write_model(tmp_path_factory.mktemp("model"))), 0.5)
+    folder = tmp_path_factory.mktemp("model")
+    byte_tokenizer().save_pretrained(folder)
+    found = Grammars(folder, 0.5)
     yield found
     found.close()
 
@@ -56,6 +62,7 @@ COSTLY_TAG = TAG | {"format": {"type": "json_schema", "json_schema": COSTLY}}
         (offered(COSTLY, tool_choice="none"), None),
         (formatted({"type": "nothing"}), ("response_format", 'Unsupported type "nothing"')),
         (offered({"type": "nothing"}), None),
+        (formatted(LOOP), ("response_format", DEAD_END)),
     ],
 )
 def test_what_compiles_within_the_limits_is_let_through(
@@ -81,19 +88,32 @@ def test_a_costly_grammar_ends_alone(compiler: Grammars):
     wait_until(lambda: not process.children())
 
 
-def test_memory_is_limited(compiler: Grammars, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(grammars, "MEMORY", 0)
-    ours, its = grammars.socket.socketpair()
+def forked(schema: dict[str, Any]) -> tuple[bytes, int]:
+    """What a fork with 0.2 s says of a schema, and the signal that ended it."""
+    xgrammar = pytest.importorskip("xgrammar")
+    tokenizer = xgrammar.TokenizerInfo(["<end>", *map(chr, range(32, 127))], stop_token_ids=[0])
+    ours, its = socket.socketpair()
     with ours, its:
-        ours.sendall(b'["{}"]')
-        ours.shutdown(grammars.socket.SHUT_WR)
-        if grammars.os.fork() == 0:
+        ours.sendall(json.dumps([json.dumps(schema)]).encode())
+        ours.shutdown(socket.SHUT_WR)
+        if (fork := os.fork()) == 0:
             try:
-                grammars._answer(its, None, 5.0)
+                grammars._answer(its, tokenizer, 0.2)
             finally:
-                grammars.os._exit(0)
+                os._exit(0)
         its.close()
-        assert ours.makefile("rb").read() != grammars.BEGUN + grammars.FINE
+        with ours.makefile("rb") as reply:
+            text = reply.read()
+    return text, os.waitstatus_to_exitcode(os.waitpid(fork, 0)[1])
+
+
+def test_time_and_memory_are_limited(monkeypatch: pytest.MonkeyPatch):
+    assert forked(OBJECT) == (grammars.BEGUN + grammars.FINE, 0)
+    with monkeypatch.context() as limits:
+        limits.setattr(grammars, "WALL_FACTOR", 1000)
+        assert forked(COSTLY) == (grammars.BEGUN, -signal.SIGPROF)
+    monkeypatch.setattr(grammars, "_compile", lambda *_: bytearray(grammars.MEMORY))
+    assert forked(OBJECT) == (grammars.BEGUN, 0)
 
 
 def test_a_lost_compiler_is_started_again(compiler: Grammars):
