@@ -28,6 +28,7 @@ import pytest
 import yaml
 from support.harness import ROOT
 from support.in_browser import picture
+from support.request_fuzz import Fuzzer, Sent
 from support.request_values import ACCEPTED, TOOL, VALUES, is_accepted
 from support.waiting import LIMIT, wait_until
 
@@ -281,6 +282,48 @@ def test_what_the_engine_takes_or_refuses_of_every_field_names_the_field(server:
             if not (is_named or (error is None and (call, field, fields) in asked)):
                 wrong.append((call, str(fields)[:200], answer.status_code, answer.text[:500]))
     assert not wrong
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_random_requests_are_answered_or_refused_and_nothing_breaks(server: Server, count: int):
+    """No 5xx, no process lost; beside 20,000 requests `/health` is quick at the 99th percentile."""
+    before, stop, waits = server.replicas(), threading.Event(), []
+    statuses: Counter[int] = Counter()
+    wrong: list[Any] = []
+
+    def ask(sent: list[Sent]) -> None:
+        with httpx.Client(timeout=LIMIT) as http:
+            for one in sent:
+                answer = http.request(
+                    one.method, server.url + one.path, headers=one.headers, content=one.body
+                )
+                statuses[answer.status_code] += 1
+                if answer.status_code >= 500:
+                    wrong.append((answer.status_code, answer.text[:200], one.path, one.body[:500]))
+
+    def probe() -> None:
+        with httpx.Client(timeout=LIMIT) as http:
+            while not stop.wait(0.02):
+                begun = time.perf_counter()
+                assert http.get(f"{server.url}/health").status_code == 200
+                waits.append(time.perf_counter() - begun)
+
+    shares = [list(Fuzzer(seed, server.key).requests(count // 4)) for seed in range(4)]
+    prober = threading.Thread(target=probe)
+    prober.start()
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(ask, shares))
+    finally:
+        stop.set()
+        prober.join()
+    late = sorted(waits)[-max(1, len(waits) // 100)]
+    print(dict(statuses), f"/health: p99 {1000 * late:.0f} ms of {len(waits)}")
+    assert not wrong
+    assert statuses[200] > count / 20
+    assert server.replicas() == before
+    if count >= 20_000:
+        assert late < 0.1
 
 
 def test_a_client_too_slow_with_its_body_is_told_so(server: Server):

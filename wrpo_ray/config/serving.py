@@ -55,6 +55,9 @@ class ServeConfig(Section):
     """Maximum tokens of an answer."""
     max_answers: int = Field(8, ge=1)
     """Maximum answers of one request: prompts times `n`."""
+    grammar_seconds: float = Field(3.0, gt=0, le=600)
+    """CPU time of compiling the grammars of a request (`response_format`, `tools`), in seconds;
+    HTTP 400 beyond it."""
     read_timeout: float = Field(10.0, gt=0)
     """Timeout for receiving a request's body, in seconds."""
     timeout: float = Field(300.0, gt=0)

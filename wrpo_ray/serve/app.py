@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-import signal
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,7 +23,9 @@ from wrpo_ray.runtime.cluster import keeping_sigterm, protect_token
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.runtime.temporary import shorten_temporary_folders
 from wrpo_ray.serve.check import checked, lines
+from wrpo_ray.serve.headers import CALLBACK
 from wrpo_ray.serve.ingress import Ingress
+from wrpo_ray.serve.keys import CHECK_INTERVAL, Keys
 from wrpo_ray.serve.models import NO_PROMPT_LOGS, Model, Reward, engine_settings
 from wrpo_ray.serve.proxy import local_proxy
 
@@ -51,7 +53,7 @@ def application(settings: ServeConfig) -> Application:
         serve.ingress()(Ingress),
         name="Ingress",
         num_replicas=settings.ingress_replicas,
-        ray_actor_options={"num_cpus": INGRESS_CPUS},
+        ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": CALLBACK}},
         max_ongoing_requests=INGRESS_ONGOING,
         max_queued_requests=INGRESS_ONGOING,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
@@ -102,7 +104,11 @@ def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]
     }
     return build_llm_deployment(
         engine_settings(model, settings.max_tokens, model.model, deployment=deployment),
-        bind_kwargs={"model": model, "max_tokens": settings.max_tokens},
+        bind_kwargs={
+            "model": model,
+            "max_tokens": settings.max_tokens,
+            "grammar_seconds": settings.grammar_seconds,
+        },
         deployment_cls=Model,
     )
 
@@ -132,7 +138,17 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
         serve.start(http_options=HTTPOptions(host=host, port=port))
         _start(settings)
         ready()
-        signal.pause()
+        keys = Keys(lines(settings), settings.keys)
+        keys.listen(_tell)
+        while True:  # a signal raises
+            time.sleep(CHECK_INTERVAL)
+            keys.check()
+
+
+def _tell(problems: list[str]) -> None:
+    """Tell the operator what is wrong with the keys, which the ingress logs where nobody looks."""
+    for problem in problems:
+        print(f"wrpo: warning: {problem}", file=sys.stderr, flush=True)
 
 
 def _cpus(settings: ServeConfig) -> float:

@@ -26,7 +26,8 @@ def checked(settings: ServeConfig) -> ServeConfig:
             f"serve: no API keys; set `keys` to a file or {ENVIRONMENT} to its lines "
             f"(`wrpo serve --new-key NAME` makes one)"
         )
-    Keys(lines(settings), settings.keys)
+    if problems := Keys(lines(settings), settings.keys).problems:
+        raise UserError(problems[0])
     models = tuple(_checked(model) for model in settings.models)
     found = {"models": models, "keys": _absolute(settings.keys)}
     return settings.model_copy(update=found | {"reward": _reward(settings.reward)})

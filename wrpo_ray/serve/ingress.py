@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from contextlib import suppress
 from typing import Any
@@ -11,7 +12,7 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
-from ray.serve.metrics import Counter, Histogram
+from ray.serve.metrics import Counter, Gauge, Histogram
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.data.records import Message
@@ -23,6 +24,8 @@ from wrpo_ray.stages.score.base import Item
 
 STATUS_TTL = 2.0
 """Seconds for which a status of the replicas is reused."""
+STATUS_WAIT = 5.0
+"""Seconds that Serve's controller has to tell the status."""
 LATENCY_BUCKETS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0]
 """Boundaries of the histograms, in seconds."""
 LOG = logging.getLogger("ray.serve")
@@ -35,7 +38,8 @@ class ModelReplicas:
         self._deployment = handle.deployment_name
         # Over gRPC, which is cheaper than Ray's objects for small texts (ADR 13).
         self._ask = handle.options(stream=True, method_name="answer", _by_reference=False)
-        self._status_at, self._is_ready = 0.0, False
+        self._status_at, self._is_ready = -math.inf, False
+        self._asking: asyncio.Task[None] | None = None
 
     async def ask(self, call: Call, body: dict[str, Any]) -> Replies:
         """Pass a request to a replica."""
@@ -56,11 +60,25 @@ class ModelReplicas:
             raise
 
     async def ready(self) -> bool:
-        """Whether a replica is running; the status may be `STATUS_TTL` old."""
-        if time.monotonic() > self._status_at + STATUS_TTL:
-            self._is_ready = await asyncio.to_thread(_is_running, self._deployment)
-            self._status_at = time.monotonic()
+        """Whether a replica is running; the status may be `STATUS_TTL` old.
+
+        The controller is asked once at a time, however many clients want to know; it has
+        `STATUS_WAIT` to answer, else no replica counts as running.
+        """
+        if self._asking is None and time.monotonic() > self._status_at + STATUS_TTL:
+            self._asking = asyncio.create_task(self._ask_controller())
+        if self._asking is not None:
+            _, late = await asyncio.wait({self._asking}, timeout=STATUS_WAIT)
+            return self._is_ready and not late
         return self._is_ready
+
+    async def _ask_controller(self) -> None:
+        try:
+            self._is_ready = await asyncio.to_thread(_is_running, self._deployment)
+        except Exception as error:
+            LOG.warning("the status of %s is unknown: %s", self._deployment, type(error).__name__)
+            self._is_ready = False
+        self._status_at, self._asking = time.monotonic(), None
 
 
 def _is_running(deployment: str) -> bool:
@@ -106,6 +124,10 @@ class Metrics:
         self._prompt = counter("prompt_tokens", "Tokens of prompts.", "model")
         self._answer = counter("answer_tokens", "Tokens of answers.", "model")
         self._latency = histogram("latency_seconds", "Seconds for whole answers.")
+        self._key_problems = Gauge(
+            "wrpo_serve_key_problems",
+            description="Lines of the keys that admit nobody; 1 too for a missing or empty file.",
+        )
         self._first_token = histogram("first_token_seconds", "Seconds to a stream's first tokens.")
 
     def finished(self, model: str, outcome: str, seconds: float) -> None:
@@ -123,6 +145,12 @@ class Metrics:
         self._prompt.inc(prompt, tags={"model": model})
         if answer:
             self._answer.inc(answer, tags={"model": model})
+
+    def keys(self, problems: list[str]) -> None:
+        """Log what is wrong with the keys, and set its number."""
+        self._key_problems.set(len(problems))
+        for problem in problems:
+            LOG.error("keys: %s", problem)
 
 
 class Ingress:
@@ -142,4 +170,6 @@ class Ingress:
         backends = {m.name: ModelReplicas(self._models[m.name]) for m in self._settings.models}
         names = {n: backends[m.name] for m in self._settings.models for n in (m.name, *m.adapters)}
         keys = Keys(self._keys, self._settings.keys)
-        return create(self._settings, names, keys, Metrics(), self._scorer)
+        metrics = Metrics()
+        keys.listen(metrics.keys)
+        return create(self._settings, names, keys, metrics, self._scorer)

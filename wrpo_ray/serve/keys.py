@@ -6,7 +6,6 @@ is in no file, log or message.
 
 import hashlib
 import hmac
-import logging
 import math
 import re
 import secrets
@@ -25,7 +24,6 @@ from wrpo_ray.text.files import BOM, read_text
 ENVIRONMENT = "WRPO_SERVE_KEYS"
 CHECK_INTERVAL = 5.0
 """Seconds between checks of the key file; a revoked key is rejected after at most this time."""
-LOG = logging.getLogger("ray.serve")
 
 
 @dataclass(frozen=True)
@@ -44,75 +42,92 @@ def new_key(name: str) -> tuple[str, str]:
     return key, f"{name} {hashlib.sha256(key.encode()).hexdigest()}"
 
 
-def parse(text: str, where: str) -> tuple[Key, ...]:
-    """Return the keys of a text with `NAME SHA256 [EXPIRES]` a line; `#` begins a comment.
+def parse(text: str, where: str) -> tuple[tuple[Key, ...], list[str]]:
+    """Return the keys of a text with `NAME SHA256 [EXPIRES]` a line, and what is wrong with it.
 
-    Raises:
-        UserError: a line has another form, a name has two keys, or there is no key.
+    `#` begins a comment. A line that is wrong is left out; the others hold.
     """
-    lines = [line.partition("#")[0].split() for line in text.removeprefix(BOM).splitlines()]
-    keys = [_key(words, f"{where}: line {i}") for i, words in enumerate(lines, 1) if words]
+    keys: dict[str, Key] = {}
+    problems = []
+    for number, line in enumerate(text.removeprefix(BOM).splitlines(), 1):
+        try:
+            if words := line.partition("#")[0].split():
+                key = _key(words)
+                if key.name in keys:
+                    raise UserError(f"the name {key.name!r} is given twice; each key has its own")
+                keys[key.name] = key
+        except UserError as error:
+            problems.append(f"{where}: line {number}: {error}")
     if not keys:
-        raise UserError(f"{where}: no keys; `wrpo serve --new-key NAME` makes one")
-    names = [key.name for key in keys]
-    for name in {n for n in names if names.count(n) > 1}:
-        raise UserError(f"{where}: the name {name!r} is given twice; each key has its own")
-    return tuple(keys)
+        problems.append(f"{where}: no keys; `wrpo serve --new-key NAME` makes one")
+    return tuple(keys.values()), problems
 
 
-def _key(words: list[str], where: str) -> Key:
+def _key(words: list[str]) -> Key:
     if len(words) not in (2, 3) or not re.fullmatch("[0-9a-fA-F]{64}", words[1]):
         # The line is not shown: it may hold a key by mistake.
-        raise UserError(f"{where}: write NAME SHA256 [EXPIRES], the hash as 64 hex digits")
+        raise UserError("write NAME SHA256 [EXPIRES], the hash as 64 hex digits")
     expires = None
     if len(words) == 3:
         try:
             day = datetime.fromisoformat(words[2])
         except ValueError:
-            raise UserError(f"{where}: {words[2]!r} is no day or time in ISO 8601") from None
+            raise UserError("EXPIRES is no day or time in ISO 8601") from None
         expires = (day if day.tzinfo else day.replace(tzinfo=UTC)).timestamp()
     return Key(words[0], bytes.fromhex(words[1]), expires)
 
 
 class Keys:
-    """The accepted keys, read again when their file changes."""
+    """The accepted keys, read again when their file changes.
+
+    What is not in the file now is not accepted: a missing, unreadable or empty file admits nobody,
+    and a wrong line none but its own key.
+    """
 
     def __init__(
         self, text: str | None, path: str | None = None, now: Callable[[], float] = time.time
     ):
-        self._path, self._now = Path(path) if path else None, now
-        self._checked_at, self._file_version = now(), self._version()
-        self._keys = parse(self._read() if text is None else text, path or ENVIRONMENT)
+        self._path, self._now = Path(path) if text is None and path else None, now
+        self._where = path or ENVIRONMENT
+        self._text: str | None = None
+        self._keys: tuple[Key, ...] = ()
+        self.problems: list[str] = []
+        """What is wrong with the lines now, for the operator; without their content."""
+        self._listeners: list[Callable[[list[str]], None]] = []
+        self._checked_at = now()
+        self._take(text or "") if self._path is None else self._read(self._path)
 
-    def _read(self) -> str:
-        assert self._path is not None
-        return read_text(self._path, "keys")
+    def listen(self, told: Callable[[list[str]], None]) -> None:
+        """Call a function with the `problems`, now and each time that the file has changed."""
+        self._listeners.append(told)
+        told(self.problems)
 
-    def _version(self) -> tuple[int, int] | None:
-        """Return the file's modification time and inode, which change with its content."""
+    def check(self) -> None:
+        """Read the file, unless that was done within `CHECK_INTERVAL`."""
+        if self._path is not None and self._now() >= self._checked_at + CHECK_INTERVAL:
+            self._checked_at = self._now()
+            self._read(self._path)
+
+    def _read(self, path: Path) -> None:
         try:
-            stat = self._path.stat() if self._path else None
-        except OSError:
-            return None
-        return (stat.st_mtime_ns, stat.st_ino) if stat else None
-
-    def _reload(self) -> None:
-        if self._path is None or self._now() < self._checked_at + CHECK_INTERVAL:
-            return
-        self._checked_at, version = self._now(), self._version()
-        if version is None or version == self._file_version:
-            return
-        try:
-            self._keys, self._file_version = parse(self._read(), str(self._path)), version
+            self._take(read_text(path, "keys"))
         except UserError as error:
-            LOG.error("the old keys stay in use: %s", error)
+            self._take("", [f"{error}; nobody is admitted"])
+
+    def _take(self, text: str, problems: list[str] | None = None) -> None:
+        keys, found = parse(text, self._where)
+        if (text, problems or found) == (self._text, self.problems):
+            return
+        self._text, self._keys, self.problems = text, keys, problems or found
+        for told in self._listeners:
+            told(self.problems)
 
     def owner(self, given: str) -> str | None:
         """Return the owner of a key; None for an unknown or an expired one.
 
         Takes the same time for every key, so that timing reveals nothing.
         """
-        self._reload()
+        self.check()
         digest = hashlib.sha256(given.encode("utf-8", "replace")).digest()
         found = None
         for key in self._keys:

@@ -18,6 +18,7 @@ from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.backends import DONE, Call, Rejection, Replies
+from wrpo_ray.serve.grammars import Grammars
 from wrpo_ray.serve.prompts import Prompts
 from wrpo_ray.serve.validation import problem_of
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
@@ -46,7 +47,7 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, llm_config: LLMConfig, model: ServedModel, max_tokens: int
+        self, llm_config: LLMConfig, model: ServedModel, max_tokens: int, grammar_seconds: float
     ):
         own = await asyncio.to_thread(_on_this_node, model, max_tokens)
         folder = Path(own.model_loading_config.model_source)
@@ -54,6 +55,7 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
         if model.chat_template:  # vLLM takes it for chats with tools, too
             tokenizer.chat_template = tokenizer.get_chat_template()
         self._prompts = Prompts(tokenizer, end_ids(tokenizer, folder))
+        self._grammars = Grammars(folder, grammar_seconds)
         is_one = model.parts == 1 and not model.actors.num_gpus
         await super().__init__(own, engine_cls=_engine_of_one() if is_one else None)
 
@@ -70,6 +72,9 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
     async def _answer(self, call: Call, body: dict[str, Any]) -> Replies:
         from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
+        if fault := await self._grammars.why_not(body):
+            yield Rejection(400, ": ".join(fault), fault[0])
+            return
         kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
         try:
             if call == "chat":
@@ -138,7 +143,13 @@ def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
     folders = {name: Folder(uri).local() for name, uri in model.adapters.items()}
     source = Folder(model.model).local()
     check_weights(source, Use.ANSWERS)
-    return engine_settings(model, max_tokens, str(source), adapters=_adapters(folders, model))
+    from vllm.config import StructuredOutputsConfig
+
+    # vLLM's `auto` keeps the compiler of the first grammar for all, whatever it leaves out of them.
+    one = {"structured_outputs_config": StructuredOutputsConfig(backend="xgrammar")}
+    return engine_settings(
+        model, max_tokens, str(source), in_replica=one | _adapters(folders, model)
+    )
 
 
 def engine_settings(
@@ -146,7 +157,7 @@ def engine_settings(
     max_tokens: int,
     source: str,
     *,
-    adapters: dict[str, Any] | None = None,
+    in_replica: dict[str, Any] | None = None,
     deployment: dict[str, Any] | None = None,
 ) -> LLMConfig:
     """Return Ray Serve LLM's settings of a model whose files are at `source`."""
@@ -164,7 +175,7 @@ def engine_settings(
         "override_generation_config": {"max_new_tokens": max_tokens},
         "enable_log_requests": False,
         **(CPU_ENGINE if on_cpu else {}),
-        **(adapters or {}),
+        **(in_replica or {}),
     }
     chosen = {name: value for name, value in engine.items() if value is not None}
     bundle = {"CPU": actors.num_cpus, "GPU": actors.num_gpus, **actors.resources}

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from wrpo_ray.serve.headers import CALLBACK
+
 PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
 """HAProxy instead of Ray Serve's own proxy (ADR 13)."""
 HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")  # nosec B104 # compared with, not bound
@@ -20,9 +22,9 @@ HOSTS = ("127.0.0.1", "localhost", "0.0.0.0")  # nosec B104 # compared with, not
 def local_proxy(host: str, timeout: float) -> Iterator[None]:
     """Set the environment of a Ray Serve that starts here; variables that are set stay.
 
-    Its processes have normal priority, and HAProxy gets its own files and ports.
+    Its processes have normal priority and filter headers, and HAProxy gets its own files and ports.
     """
-    env = {"RAY_worker_niceness": "0"}
+    env = {"RAY_worker_niceness": "0", **CALLBACK}
     with tempfile.TemporaryDirectory(
         prefix="wrpo-serve-",
         dir="/tmp",  # nosec B108 # of mkdtemp

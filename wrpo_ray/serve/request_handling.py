@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -44,6 +45,7 @@ RETRY_DELAY = 0.5
 DRAIN_TIMEOUT = 1.0
 """Seconds that a replica has to release a request after its last text."""
 LOG = logging.getLogger("ray.serve")
+T = TypeVar("T")
 
 
 @dataclass
@@ -108,6 +110,7 @@ class Endpoint:
     ):
         self.settings, self.backends, self.keys, self.record = settings, backends, keys, record
         self.scorer = scorer
+        self._turn = asyncio.Lock()
         share = settings.ingress_replicas
         self.limits = Limits(
             -(-settings.requests_per_minute // share), -(-settings.concurrent // share)
@@ -136,8 +139,10 @@ class Endpoint:
             log.key = self.owner(request)
             with ExitStack() as held:
                 held.enter_context(self.limits.admit(log.key))
-                body = await validation.read(request.stream(), request.headers, self.settings)
-                ask = validation.check(kind, body, self.settings)
+                data = await validation.read(request.stream(), request.headers, self.settings)
+                ask = await self._in_turn(
+                    data, lambda body: validation.check(kind, body, self.settings)
+                )
                 return await self._answer(ask, call, log, held)
 
     async def score(self, request: Request) -> dict[str, object]:
@@ -149,14 +154,26 @@ class Endpoint:
         with self._logged() as log:
             log.key = self.owner(request)
             with self.limits.admit(log.key):
-                body = await validation.read(request.stream(), request.headers, self.settings)
-                messages, text = validation.to_score(body)
+                data = await validation.read(request.stream(), request.headers, self.settings)
+                messages, text = await self._in_turn(data, validation.to_score)
                 if self.scorer is None or self.settings.reward is None:
                     raise ClientError(404, "no reward is served here", code="no_reward")
                 log.model = self.settings.reward.name
                 reward = await self._score(self.scorer, [plain(m) for m in messages], text)
             log.finish("200")
             return {"model": log.model, "reward": reward}
+
+    async def _in_turn(self, data: bytes, check: Callable[[dict[str, Any]], T]) -> T:
+        """Parse a body and check it, in turns of the event loop that no other body has a part in.
+
+        Raises:
+            ClientError: 400.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
+            body = validation.decode(data, self.settings.max_depth)
+            await asyncio.sleep(0)
+            return check(body)
 
     async def _score(self, scorer: Scorer, messages: list[Message], text: str) -> float:
         try:
@@ -191,7 +208,10 @@ class Endpoint:
             raise model_not_found(ask.model, param="model")
         log.model = ask.model
         deadline = asyncio.get_running_loop().time() + self.settings.timeout
-        first, replies = await self._begin(backend, call, validation.to_engine(ask), deadline)
+        # What has a grammar may be why a replica was lost, so it is not tried on others.
+        attempts = 1 if validation.has_grammar(ask) else MAX_ATTEMPTS
+        body = validation.to_engine(ask)
+        first, replies = await self._begin(backend, call, body, deadline, attempts)
         if not ask.stream:
             await _drain(replies)
             log.read_usage(first[0])
@@ -209,10 +229,15 @@ class Endpoint:
         return _Stream(events, close)
 
     async def _begin(
-        self, backend: Backend, call: Call, body: dict[str, object], deadline: float
+        self,
+        backend: Backend,
+        call: Call,
+        body: dict[str, object],
+        deadline: float,
+        attempts: int,
     ) -> tuple[list[str], Replies]:
         """Return the first texts of an answer and its replies, from the first live replica."""
-        for _ in range(MAX_ATTEMPTS):
+        for _ in range(attempts):
             replies = backend.ask(call, body)
             try:
                 async with asyncio.timeout_at(deadline):
@@ -227,7 +252,8 @@ class Endpoint:
             await replies.aclose()
             if first.status != 503:
                 raise _client_error(first, body)
-            await asyncio.sleep(RETRY_DELAY)
+            if attempts > 1:
+                await asyncio.sleep(RETRY_DELAY)
         raise unavailable()
 
     async def _events(

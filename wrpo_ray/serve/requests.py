@@ -4,13 +4,39 @@ Only fields that are declared here are passed to vLLM. Others are ignored, as cl
 some that vLLM knows would let a client choose file names, templates or request ids.
 """
 
-import json
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from wrpo_ray.data.published import unknown_key, why_unanswerable
+from wrpo_ray.serve.bounds import load_json
+
+ARGUMENTS_DEPTH = 32
+"""Levels of the arguments of a call."""
+
+
+def _at_most(length: int) -> Callable[[Any], Any]:
+    """Check the length before the items: each wrong item would make an error."""
+
+    def check(given: Any) -> Any:
+        if isinstance(given, dict) and len(given) > length:
+            raise PydanticCustomError("too_long", f"should have at most {length} items")
+        return given
+
+    return check
+
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Stops = Annotated[list[Stop], Field(max_length=16)]
@@ -110,7 +136,7 @@ class Ask(_Part):
     repetition_penalty: float | None = Field(None, gt=0, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Stops | None = None
-    logit_bias: dict[TokenId, Bias] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[TokenId, Bias] | None, BeforeValidator(_at_most(1024))] = None
     response_format: Format | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
@@ -141,9 +167,9 @@ class CalledFunction(_Part):
     @classmethod
     def _is_json(cls, text: str) -> str:
         try:
-            is_object = not text or isinstance(json.loads(text), dict)
-        except (ValueError, RecursionError):
-            is_object = False
+            is_object = not text or isinstance(load_json(text.encode(), ARGUMENTS_DEPTH), dict)
+        except ValueError as error:
+            raise ValueError(f"has to be the text of a JSON object; it {error}") from None
         if not is_object:
             raise ValueError("has to be the text of a JSON object")
         return text
@@ -161,10 +187,10 @@ class Message(_Part):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     """The name of a tool; names of others are rejected, as they are not written into prompts."""
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="before")
@@ -185,7 +211,9 @@ def _check_conversation(messages: list[Message]) -> list[Message]:
 class Chat(Ask):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1), AfterValidator(_check_conversation)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, fail_fast=True), AfterValidator(_check_conversation)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -196,21 +224,35 @@ class Chat(Ask):
 class Score(_Part):
     """POST /v1/score: a conversation that ends with the answer to be scored."""
 
-    messages: list[Message] = Field(min_length=2)
+    messages: list[Message] = Field(min_length=2, fail_fast=True)
+
+
+Tokens = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1, fail_fast=True)]
+Batch = Field(min_length=1, fail_fast=True)
+
+
+def _kind_of_prompt(given: Any) -> str | None:
+    """Return the kind of a prompt by its first item, so that the others need not be tried."""
+    kinds = {str: "texts", int: "tokens", list: "batch"}
+    if isinstance(given, list):
+        return kinds.get(type(given[0])) if given else None
+    return "text" if isinstance(given, str) else None
 
 
 class Completion(Ask):
     """POST /v1/completions."""
 
-    prompt: (
-        str
-        | Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[
-            list[Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]],
-            Field(min_length=1),
-        ]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("text")]
+        | Annotated[Tokens, Tag("tokens")]
+        | Annotated[list[str], Batch, Tag("texts")]
+        | Annotated[list[Tokens], Batch, Tag("batch")],
+        Discriminator(
+            _kind_of_prompt,
+            custom_error_type="prompt_type",
+            custom_error_message="should be a text, token ids, or a list of either",
+        ),
+    ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=5)
 

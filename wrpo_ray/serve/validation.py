@@ -1,14 +1,14 @@
 """Request bodies: read within bounds, and checked before a model sees them."""
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.data.published import why_unanswerable
+from wrpo_ray.serve.bounds import grammar_fault, load_json
 from wrpo_ray.serve.errors import ClientError
 from wrpo_ray.serve.requests import Ask, Chat, Completion, NamedTool, Score
 
@@ -19,8 +19,8 @@ LONGEST_PATH = 200
 
 async def read(
     chunks: AsyncIterator[bytes], headers: Mapping[str, str], settings: ServeConfig
-) -> dict[str, Any]:
-    """Read a client's JSON object within the bounds of size, depth and time.
+) -> bytes:
+    """Read the body of a client's JSON within the bounds of size and time.
 
     Raises:
         ClientError: 400, 408, 413 or 415.
@@ -37,10 +37,9 @@ async def read(
         raise _too_large(settings)
     try:
         async with asyncio.timeout(settings.read_timeout):
-            data = await _gather(chunks, settings)
+            return await _gather(chunks, settings)
     except TimeoutError:
         raise ClientError(408, f"no complete body in {settings.read_timeout:g} seconds") from None
-    return decode(data, settings.max_depth)
 
 
 async def _gather(chunks: AsyncIterator[bytes], settings: ServeConfig) -> bytes:
@@ -60,39 +59,15 @@ def decode(data: bytes, max_depth: int) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ClientError: 400; it is not one, too deep, or has text that is not Unicode.
+        ClientError: 400; it is not one, too deep or too large, or has text that is not Unicode.
     """
     try:
-        body = json.loads(data.decode("utf-8"), parse_constant=_no_number)
-        json.dumps(body, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is no text
-    except UnicodeError:
-        raise ClientError(400, "the body is not valid UTF-8") from None
-    except RecursionError:
-        raise ClientError(400, f"the body has more than {max_depth} levels") from None
-    except ValueError:
-        raise ClientError(400, "the body is not valid JSON") from None
+        body = load_json(data, max_depth)
+    except ValueError as error:
+        raise ClientError(400, f"the body {error}") from None
     if not isinstance(body, dict):
         raise ClientError(400, "the body is not a JSON object")
-    if _deeper(body, max_depth):
-        raise ClientError(400, f"the body has more than {max_depth} levels")
     return body
-
-
-def _no_number(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-def _deeper(body: Any, levels: int) -> bool:
-    """Whether a tree has more levels; without recursion."""
-    level = [body]
-    for _ in range(levels):
-        level = [
-            item
-            for node in level
-            if isinstance(node, dict | list)
-            for item in (node.values() if isinstance(node, dict) else node)
-        ]
-    return any(isinstance(node, dict | list) for node in level)
 
 
 def _validate(kind: type[M], body: dict[str, Any]) -> M:
@@ -169,6 +144,7 @@ def check(kind: type[Chat | Completion], body: dict[str, Any], settings: ServeCo
             raise ClientError(400, f"{name}: at most {settings.max_tokens} here", param=name)
     if isinstance(ask, Chat):
         _check_together(ask)
+    _check_grammars(ask)
     answers = (ask.n or 1) * (ask.prompts if isinstance(ask, Completion) else 1)
     if answers > settings.max_answers:
         name = "n" if (ask.n or 1) > 1 else "prompt"
@@ -194,6 +170,26 @@ def _check_together(ask: Chat) -> None:
         tool.function.name for tool in tools
     }:
         raise ClientError(400, "tool_choice: is none of the `tools`", param="tool_choice")
+
+
+def _check_grammars(ask: Ask) -> None:
+    """Check that no schema is too large for a grammar.
+
+    Raises:
+        ClientError: 400, with the field.
+    """
+    given: dict[str, list[Any]] = {
+        "response_format": [ask.response_format] if ask.response_format else [],
+        "tools": (isinstance(ask, Chat) and ask.tools) or [],
+    }
+    for field, parts in given.items():
+        if fault := grammar_fault([part.model_dump() for part in parts]):
+            raise ClientError(400, f"{field}: {fault}", param=field)
+
+
+def has_grammar(ask: Ask) -> bool:
+    """Whether the engine compiles a grammar for a request."""
+    return ask.response_format is not None or (isinstance(ask, Chat) and ask.tools is not None)
 
 
 def to_engine(ask: Ask) -> dict[str, Any]:

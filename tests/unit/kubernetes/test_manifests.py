@@ -159,6 +159,7 @@ def test_ray_is_closed_to_other_pods_and_asks_for_its_token():
 
 
 def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
+    from wrpo_ray.serve.headers import CALLBACK
     from wrpo_ray.serve.proxy import PROXY
 
     services = [body for body in all_objects() if body["kind"] == "RayService"]
@@ -169,7 +170,7 @@ def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
         assert len(nodes) == 2
         for node in nodes:
             env = {variable["name"]: variable.get("value") for variable in node["env"]}
-            assert PROXY.items() <= env.items()
+            assert (PROXY | CALLBACK).items() <= env.items()
             for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S"):
                 longest = config.serving(app["args"]).timeout
                 assert float(env[f"RAY_SERVE_HAPROXY_{name}"]) > longest

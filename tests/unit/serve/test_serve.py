@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -44,6 +45,7 @@ from wrpo_ray.zoo.tokenizers import byte_tokenizer
 
 KEY, LINE = new_key("alice")
 OLD, OLD_LINE = new_key("bob")
+FRESH, FRESH_LINE = new_key("carol")
 LINES = f"{LINE}  # hers\n\n{OLD_LINE} 2020-01-01\n"
 SECRET = "xyzzy-prompt"
 HI = [{"role": "user", "content": SECRET}]
@@ -181,36 +183,79 @@ def test_no_other_text_is_the_key(text: str):
     assert Keys(LINES).owner(text) is None
 
 
-def test_a_changed_file_takes_effect_and_a_broken_one_does_not(tmp_path: Path):
+def test_a_changed_file_takes_effect_and_a_wrong_line_drops_itself_alone(tmp_path: Path):
     file, now = tmp_path / "keys", [0.0]
     file.write_text(LINE)
     keys = Keys(None, str(file), now=lambda: now[0])
-    (tmp_path / "new").write_text(OLD_LINE)
+    told: list[list[str]] = []
+    keys.listen(told.append)
+    (tmp_path / "new").write_text(f"nonsense\n{FRESH_LINE}\n")
     (tmp_path / "new").rename(file)
     assert keys.owner(KEY) == "alice", "looked at again only after a while"
     now[0] += CHECK_INTERVAL
-    assert (keys.owner(KEY), keys.owner(OLD)) == (None, "bob")
-    (tmp_path / "new").write_text("nonsense")
-    (tmp_path / "new").rename(file)
-    now[0] += CHECK_INTERVAL
-    assert keys.owner(OLD) == "bob"
+    assert (keys.owner(KEY), keys.owner(FRESH)) == (None, "carol")
+    assert told == [[], [f"{file}: line 1: write NAME SHA256 [EXPIRES], the hash as 64 hex digits"]]
+
+
+def _emptied(file: Path) -> None:
+    file.write_text("")
+
+
+def _commented(file: Path) -> None:
+    file.write_text(f"# {LINE}\n")
+
+
+def _without_her_but_broken(file: Path) -> None:
+    file.write_text("nonsense\n")
+
+
+def _not_text(file: Path) -> None:
+    file.write_bytes(b"\xff\xfe\x00")
+
+
+def _a_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
 
 
 @pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "no keys"),
-        ("# only a comment", "no keys"),
-        (f"alice {KEY}", "line 1: write NAME SHA256"),
-        (f"{LINE} someday", "'someday' is no day"),
-        (f"{LINE}\n{LINE}", "'alice' is given twice"),
-    ],
-    ids=["empty", "comment", "key", "day", "twice"],
+    "removed", [Path.unlink, _emptied, _commented, _without_her_but_broken, _not_text, _a_folder]
 )
-def test_what_is_no_file_of_keys_is_told_without_a_key(text: str, problem: str):
-    with pytest.raises(UserError, match=problem) as told:
-        parse(text, "keys")
-    assert KEY not in str(told.value)
+def test_a_key_whose_line_is_gone_is_not_accepted_however_it_went(removed: Any, tmp_path: Path):
+    file, now = tmp_path / "keys", [0.0]
+    file.write_text(LINE)
+    keys = Keys(None, str(file), now=lambda: now[0])
+    assert keys.owner(KEY) == "alice"
+    removed(file)
+    now[0] += CHECK_INTERVAL
+    assert keys.owner(KEY) is None
+    assert keys.problems
+    with pytest.raises(UserError):
+        checked(config.serving({"models": [{"name": "m", "model": "f"}], "keys": str(file)}))
+    if file.is_dir():
+        file.rmdir()
+    file.write_text(LINE)
+    now[0] += CHECK_INTERVAL
+    assert (keys.owner(KEY), keys.problems) == ("alice", [])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "names"),
+    [
+        ("", "no keys", []),
+        ("# only a comment", "no keys", []),
+        (f"alice {KEY}", "line 1: write NAME SHA256", []),
+        (f"{LINE} {KEY}", "line 1: EXPIRES is no day", []),
+        (f"{LINE}\n{LINE}", "line 2: the name 'alice' is given twice", ["alice"]),
+        (f"x\n{LINE}\ny z", "line 1: write NAME.*line 3: write NAME", ["alice"]),
+    ],
+    ids=["empty", "comment", "key", "day", "twice", "several"],
+)
+def test_what_is_wrong_with_keys_is_told_without_a_key(text: str, problem: str, names: list[str]):
+    keys, problems = parse(text, "keys")
+    assert [key.name for key in keys] == names
+    assert re.search(problem, " ".join(problems))
+    assert KEY not in str(problems)
 
 
 def test_new_key_prints_a_line_that_accepts_it(capsys: pytest.CaptureFixture[str]):

@@ -72,6 +72,8 @@ def _config(file: Path) -> Any:
 
 def _keys(file: Path) -> Any:
     keys = Keys(None, str(file))
+    if keys.problems:
+        raise UserError(keys.problems[0])
     return [keys.owner(KEY)]
 
 
