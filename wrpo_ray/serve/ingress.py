@@ -19,6 +19,7 @@ from wrpo_ray.data.records import Message
 from wrpo_ray.serve.api import create
 from wrpo_ray.serve.backends import MAX_BATCH, Call, LostError, Rejection, Replies, ongoing
 from wrpo_ray.serve.keys import Keys
+from wrpo_ray.serve.proxy import bind_to_loopback
 from wrpo_ray.stages.score.base import Item
 
 INGRESS = "Ingress"
@@ -169,6 +170,7 @@ class Ingress:
         models: dict[str, Any],
         reward: DeploymentHandle | None,
     ):
+        bind_to_loopback()
         self._settings, self._keys, self._models = settings, keys, models
         self._running = Running(serve.get_replica_context().app_name)
         self._scorer = reward and RewardReplicas(reward, self._running, MAX_BATCH)

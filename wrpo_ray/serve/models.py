@@ -20,6 +20,7 @@ from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.backends import DONE, MAX_BATCH, Call, Rejection, Replies, ongoing
 from wrpo_ray.serve.prompts import KEY, Prompts
+from wrpo_ray.serve.proxy import bind_to_loopback
 from wrpo_ray.serve.validation import problem_of
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
 from wrpo_ray.stages.score.rewards import load_reward
@@ -47,6 +48,7 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
         self, llm_config: LLMConfig, model: ServedModel, settings: ServeConfig
     ):
+        bind_to_loopback()
         own = await asyncio.to_thread(_on_this_node, model, settings)
         folder = Path(own.model_loading_config.model_source)
         tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
@@ -221,6 +223,7 @@ class Reward:
     """A replica of the reward, which scores answers in batches."""
 
     def __init__(self, reward: RewardConfig):
+        bind_to_loopback()
         folders = [Folder(part.model).local() if part.model else None for part in reward.parts]
         self._reward = load_reward(reward, folders)
 

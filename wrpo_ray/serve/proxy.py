@@ -10,6 +10,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
+
+import ray
+from ray.serve._private import replica
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.serve.haproxy import CONNECTIONS, HEADERS_TIMEOUT, HOST
@@ -72,6 +76,22 @@ def _haproxy(folder: Path, host: str, settings: ServeConfig) -> dict[str, str]:
         # HAProxy learns at once that an ingress ends.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
     }
+
+
+def bind_to_loopback() -> None:
+    """Let this replica's own server of Ray Serve listen at loopback, if all nodes are this one.
+
+    It runs what it receives, for whoever reaches it, and Ray has no setting for its address. To be
+    called while the replica is made.
+    """
+    if ray.util.get_node_ip_address() != LOOPBACK:
+        return
+    add = replica.add_port_to_grpc_server
+
+    def add_at_loopback(server: Any, address: str) -> Any:
+        return add(server, address.replace("[::]", LOOPBACK))
+
+    replica.add_port_to_grpc_server = add_at_loopback
 
 
 def _free_ports(count: int) -> list[int]:
