@@ -205,6 +205,10 @@ def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):
     assert [answer.json()["reward"] for answer in got] == pytest.approx(alone, abs=1e-4)
     refused = _score(server, [*ask, {"role": "assistant", "content": "a" * 1000}])
     assert refused.status_code == 400
+    assert "tokens, above 128" in refused.json()["error"]["message"]
+    refused = _score(server, [*ask, {"role": "assistant", "content": "a" * 900_000}])
+    assert refused.status_code == 400
+    assert "characters are scored" in refused.json()["error"]["message"]
 
 
 def _score(server: Server, chat: list[Any]) -> httpx.Response:
@@ -372,6 +376,28 @@ def test_a_backlog_of_one_key_delays_another_by_one_request(server: Server):
         statuses = Counter(asked.result() for asked in backlog)
     assert set(statuses) == {200, 429}
     assert statuses[200] >= places
+
+
+def test_prompts_far_beyond_the_context_cost_the_replica_nothing(server: Server):
+    """In CPU seconds of its process; tokenized, each would take more than one."""
+
+    def used() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in server.replicas())
+
+    def ask(_: int) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {server.keys[1]}"}
+        body = {"model": "target", "messages": messages("word " * 190_000)}
+        url = f"{server.url}/v1/chat/completions"
+        return httpx.post(url, json=body, headers=headers, timeout=LIMIT)
+
+    before = used()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(40)))
+    print(f"{used() - before:.2f} CPU s")
+    assert {answer.status_code for answer in answers} == {400}
+    assert {answer.json()["error"]["param"] for answer in answers} == {"messages"}
+    assert "950000 characters" in answers[0].json()["error"]["message"]
+    assert used() - before < 20
 
 
 def test_only_the_endpoint_listens_beyond_loopback(server: Server):
@@ -559,17 +585,21 @@ def test_an_abusive_key_does_not_slow_the_others_down(server: Server):
         stop = threading.Event()
         abuser = threading.Thread(target=lambda s=stop: asyncio.run(_abuse(server, s)))
         askers = [Asker(server, i, right, stop, (429, 503, 504)) for i in range(CLIENTS)]
-        for thread in [*askers, *([abuser] if is_attacked else [])]:
+        threads = [*askers, *([abuser] if is_attacked else [])]
+        for thread in threads:
             thread.start()
-        for _ in range(2):
+        try:
+            for _ in range(2):
+                stop.wait(20)
+                wait_until(lambda: any(asker.is_reading for asker in askers))  # noqa: B023
+                _kill_all(server.replicas())
+                whole = _count(askers, "whole")
+                wait_until(lambda: _count(askers, "whole") > whole)  # noqa: B023
             stop.wait(20)
-            wait_until(lambda: any(asker.is_reading for asker in askers))  # noqa: B023
-            _kill_all(server.replicas())
-            wait_until(server.replicas)
-        stop.wait(20)
-        stop.set()
-        for thread in [*askers, *([abuser] if is_attacked else [])]:
-            thread.join()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
         outcomes = sum((asker.outcomes for asker in askers), Counter())
         seconds = sorted(second for asker in askers for second in asker.seconds)
         p95[is_attacked] = seconds[int(0.95 * len(seconds))]

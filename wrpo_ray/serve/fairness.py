@@ -155,6 +155,9 @@ class Returns:
     def after(self, key: str) -> int:
         """Return the seconds for a Retry-After."""
         now = self._now()
-        place = max(self._next.get(key, now), now) + 1 / self.rate
-        self._next[key] = min(place, now + LONGEST_WAIT)
+        self._next = {k: at for k, at in self._next.items() if at > now} | {
+            key: max(self._next.get(key, now), now)
+        }
+        at = self._next[key] + len(self._next) / self.rate  # keys with refused clients take turns
+        self._next[key] = min(at, now + LONGEST_WAIT)
         return math.ceil((self._next[key] - now) * self._jitter())

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.serve.backends import DONE, MAX_BATCH, Call, Rejection, Replies, ongoing
-from wrpo_ray.serve.prompts import KEY, Prompts
+from wrpo_ray.serve.prompts import KEY, Prompts, longest_tokens
 from wrpo_ray.serve.proxy import bind_to_loopback
 from wrpo_ray.serve.validation import problem_of
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
@@ -226,12 +227,29 @@ class Reward:
         bind_to_loopback()
         folders = [Folder(part.model).local() if part.model else None for part in reward.parts]
         self._reward = load_reward(reward, folders)
+        self._characters = min(
+            (
+                part.max_length * longest_tokens(load_tokenizer(folder))[0]
+                for part, folder in zip(reward.parts, folders, strict=True)
+                if folder and part.overflow == "fail"
+            ),
+            default=math.inf,
+        )
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.01)  # type: ignore[untyped-decorator]
     async def score(self, items: list[Item]) -> list[float | Rejection]:
         """Return a reward for each answer; one that cannot be scored is a `Rejection`."""
-        outcomes = await asyncio.to_thread(self._reward.score, items)
-        return [_not_scored(o) if isinstance(o, Exception) else o for o in outcomes]
+        short = [i for i, item in enumerate(items) if _characters(item) <= self._characters]
+        outcomes = await asyncio.to_thread(self._reward.score, [items[i] for i in short])
+        too_long = Rejection(400, f"messages: at most {self._characters} characters are scored")
+        scored: list[float | Rejection] = [too_long] * len(items)
+        for i, outcome in zip(short, outcomes, strict=True):
+            scored[i] = _not_scored(outcome) if isinstance(outcome, Exception) else outcome
+        return scored
+
+
+def _characters(item: Item) -> int:
+    return len(item.text) + sum(len(message["content"]) for message in item.messages)
 
 
 def _not_scored(error: Exception) -> Rejection:

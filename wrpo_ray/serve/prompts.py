@@ -37,7 +37,7 @@ class Prompts:
         self._tokenizer, self._thread = tokenizer, ThreadPoolExecutor(1, "prompts")
         self._ends, self._turns = sorted(ends), FairQueue(lambda: 1)
         self._context = context
-        self._token_lengths = _longest_tokens(tokenizer)
+        self._token_lengths = longest_tokens(tokenizer)
 
     def check_length(self, body: dict[str, Any]) -> None:
         """Check that a prompt of so many characters may fit the context, before it is tokenized.
@@ -97,7 +97,7 @@ class Prompts:
         return body | {"kv_transfer_params": {"prompt_token_ids": ids}}
 
 
-def _longest_tokens(tokenizer: Any) -> tuple[int, int]:
+def longest_tokens(tokenizer: Any) -> tuple[int, int]:
     """Return the characters of the longest token: of those that are not special, and of all."""
     special = set(tokenizer.all_special_tokens)
     lengths = [

@@ -204,7 +204,7 @@ def test_clients_return_one_by_one_at_the_rate_of_ends():
         now[0] += 0.5
     assert returns.rate == pytest.approx(8 / 4.5)
     assert [returns.after("A") for _ in range(8)] == [1, 2, 2, 3, 3, 4, 4, 5]
-    assert returns.after("B") == 1, "a key does not wait for another's"
+    assert returns.after("B") == 2, "every second turn is its own"
     for _ in range(1000):
         last = returns.after("A")
     assert last == LONGEST_WAIT
@@ -213,21 +213,19 @@ def test_clients_return_one_by_one_at_the_rate_of_ends():
 
 
 def test_clients_that_are_refused_together_do_not_return_together():
+    """Of different keys, at 10 ends a second: not more than so many return in a second."""
     now = [0.0]
-    returns = Returns(now=lambda: now[0])
+    returns = Returns(now=lambda: now[0], jitter=lambda: 1.0)
     for _ in range(64):
         returns.ended()
-        now[0] += 1.0
-    waits = [returns.after(f"key {i}") for i in range(1000)]
-    assert set(waits) == {2}, "within a second"
-    returns = Returns(now=lambda: now[0])
-    for _ in range(2):
-        returns.ended()
-        now[0] += 20.0
-    waits = [returns.after(f"key {i}") for i in range(1000)]
-    assert min(waits) >= 40
-    assert max(waits) <= 40 * JITTER
-    assert len(set(waits)) > 5
+        now[0] += 0.1
+    waits = Counter(returns.after(f"key {i}") for i in range(200))
+    assert max(waits) == pytest.approx(200 / returns.rate, abs=1)
+    assert max(waits.values()) <= 11
+    jittered = Returns(now=lambda: now[0])
+    waits = Counter(jittered.after("A") for _ in range(1000))
+    assert LONGEST_WAIT < max(waits) <= LONGEST_WAIT * JITTER
+    assert len(waits) > 20
 
 
 # --- the endpoint ------------------------------------------------------------------------------
