@@ -11,8 +11,9 @@ from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
-LONGEST_WAIT = 60.0
-"""Maximum seconds of a Retry-After, before jitter."""
+LONGEST_WAIT = 20.0
+"""Maximum seconds of a Retry-After, before jitter: about what a replica takes to start anew, after
+which nobody should still wait for the rate at which the lost one ended nothing."""
 JITTER = 1.25
 """A Retry-After is up to so many times what was computed, so that clients do not come together."""
 RECHECK = 1.0

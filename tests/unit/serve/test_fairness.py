@@ -219,13 +219,13 @@ def test_clients_that_are_refused_together_do_not_return_together():
     for _ in range(64):
         returns.ended()
         now[0] += 0.1
-    waits = Counter(returns.after(f"key {i}") for i in range(200))
-    assert max(waits) == pytest.approx(200 / returns.rate, abs=1)
+    waits = Counter(returns.after(f"key {i}") for i in range(180))
+    assert max(waits) == pytest.approx(180 / returns.rate, abs=1)
     assert max(waits.values()) <= 11
     jittered = Returns(now=lambda: now[0])
     waits = Counter(jittered.after("A") for _ in range(1000))
     assert LONGEST_WAIT < max(waits) <= LONGEST_WAIT * JITTER
-    assert len(waits) > 20
+    assert len(waits) > 8
 
 
 # --- the endpoint ------------------------------------------------------------------------------
