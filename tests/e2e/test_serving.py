@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -17,7 +18,9 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ from support.waiting import LIMIT, wait_until
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.llm.chat import prompt_ids
 from wrpo_ray.llm.rendering import load_tokenizer
+from wrpo_ray.serve.keys import new_key
 from wrpo_ray.stages.score.base import Item
 from wrpo_ray.stages.score.reward_models import load_classifier
 
@@ -47,7 +51,10 @@ SETTINGS = {
     "concurrent": 200,
     "ongoing": 24,
     "queue": 8,
+    "connections": 300,
 }
+CLIENTS = 64
+"""Keys beside the first."""
 LONG = {"max_tokens": 200, "temperature": 0, "extra_body": {"ignore_eos": True}}
 """Answers that take long enough to be broken off."""
 
@@ -58,8 +65,12 @@ class Server:
 
     process: subprocess.Popen[str]
     url: str
-    key: str
+    keys: list[str]
     logs: Path
+
+    @property
+    def key(self) -> str:
+        return self.keys[0]
 
     def client(self, **changes: Any) -> openai.OpenAI:
         settings = {"base_url": f"{self.url}/v1", "api_key": self.key, "max_retries": 0}
@@ -111,7 +122,10 @@ def server(zoo: Path) -> Iterator[Server]:
         file, long = Path(folder) / "serve.yaml", Path(folder) / ("t" * 100)
         long.mkdir()  # sockets, whose paths have 107 bytes at most, work there too
         reward = {"model": str(zoo / "reward"), "max_length": 128}
-        file.write_text(yaml.safe_dump({"models": [model], "reward": reward, **SETTINGS}))
+        keys, lines = zip(*(new_key(f"key-{i}") for i in range(CLIENTS + 1)), strict=True)
+        (Path(folder) / "keys").write_text("\n".join(lines))
+        own = {"models": [model], "reward": reward, "keys": f"{folder}/keys"}
+        file.write_text(yaml.safe_dump(own | SETTINGS))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         words = [sys.executable, "-m", "wrpo_ray", "serve", "--config", str(file)]
@@ -124,11 +138,11 @@ def server(zoo: Path) -> Iterator[Server]:
             text=True,
         ) as process:
             told = ""
-            while not (found := re.search(r"key: +(\S+)", told)):
+            while "page: " not in told:
                 line = process.stdout.readline()
                 assert line, f"it ended: {told}"
                 told += line
-            server = Server(process, f"http://127.0.0.1:{port}", found[1], Path(folder))
+            server = Server(process, f"http://127.0.0.1:{port}", list(keys), Path(folder))
             yield server
             process.terminate()
             process.wait(LIMIT)
@@ -192,6 +206,10 @@ def test_an_answer_is_scored_by_the_reward_model(server: Server, zoo: Path):
     assert [answer.json()["reward"] for answer in got] == pytest.approx(alone, abs=1e-4)
     refused = _score(server, [*ask, {"role": "assistant", "content": "a" * 1000}])
     assert refused.status_code == 400
+    assert "tokens, above 128" in refused.json()["error"]["message"]
+    refused = _score(server, [*ask, {"role": "assistant", "content": "a" * 900_000}])
+    assert refused.status_code == 400
+    assert "characters are scored" in refused.json()["error"]["message"]
 
 
 def _score(server: Server, chat: list[Any]) -> httpx.Response:
@@ -335,6 +353,135 @@ def test_a_client_too_slow_with_its_body_is_told_so(server: Server):
         assert b" 408 " in slow.recv(4096).split(b"\r\n")[0]
 
 
+@pytest.mark.parametrize(
+    ("connections", "addresses"),
+    [(SETTINGS["connections"] + 20, 1), pytest.param(4300, 16, marks=pytest.mark.soak)],
+)
+def test_half_sent_requests_take_nobodys_place(server: Server, connections: int, addresses: int):
+    """Nor can one address have all connections; what it has ends after `read_timeout`."""
+    port = int(server.url.rpartition(":")[2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, connections + 1000), hard))
+    begun = [
+        socket.create_connection(("127.0.0.1", port), LIMIT, (f"127.0.0.{66 + i % addresses}", 0))
+        for i in range(connections)
+    ]
+    try:
+        ended = 0
+        for half in begun:
+            try:
+                half.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: ")
+            except ConnectionError:
+                ended += 1
+        for path in ("/health", "/"):
+            assert httpx.get(server.url + path, timeout=LIMIT).status_code == 200
+        answers = [_read(half) for half in begun]
+        assert sum(b" 408 " in answer for answer in answers) >= SETTINGS["connections"] / 2
+        told = [answer for answer in answers if answer and b" 408 " not in answer]
+        assert not told
+        refused = answers.count(b"")
+        assert refused >= connections - addresses * SETTINGS["connections"]
+    finally:
+        for half in begun:
+            half.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _read(connection: socket.socket) -> bytes:
+    """What comes until the other side ends."""
+    try:
+        return connection.recv(4096)
+    except ConnectionError:
+        return b""
+
+
+def test_a_backlog_of_one_key_delays_another_by_one_request(server: Server):
+    """Counted in requests of the backlog that end while the other key's waits."""
+    places, ended, begun = SETTINGS["ongoing"], [], []
+    url, create = f"{server.url}/v1/completions", httpx.Client(timeout=LIMIT)
+    body = {"model": "target", "prompt": "a", "ignore_eos": True}
+
+    def ask(key: str, tokens: int) -> int:
+        begun.append(key)
+        headers = {"Authorization": f"Bearer {key}"}
+        status = create.post(url, json=body | {"max_tokens": tokens}, headers=headers).status_code
+        ended.append(status)
+        return status
+
+    with ThreadPoolExecutor(80) as pool:
+        # The first ends long before the next, and so on: no two leave at once.
+        lengths = [20 + 8 * i for i in range(places)] + [200] * 40
+        backlog = [pool.submit(ask, server.keys[1], min(n, 220)) for n in lengths]
+        wait_until(lambda: 200 in ended and len(begun) == len(lengths))
+        before = ended.count(200)
+        assert ask(server.keys[2], 1) == 200
+        assert ended.count(200) - before <= 4  # its own, the one that it waited for, and a margin
+        statuses = Counter(asked.result() for asked in backlog)
+    assert set(statuses) == {200, 429}
+    assert statuses[200] >= places
+
+
+def test_prompts_far_beyond_the_context_cost_the_replica_nothing(server: Server):
+    """In CPU seconds of its process; tokenized, each would take more than one."""
+
+    def used() -> float:
+        return sum(sum(p.cpu_times()[:2]) for p in server.replicas())
+
+    def ask(_: int) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {server.keys[1]}"}
+        body = {"model": "target", "messages": messages("word " * 190_000)}
+        url = f"{server.url}/v1/chat/completions"
+        return httpx.post(url, json=body, headers=headers, timeout=LIMIT)
+
+    before = used()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(40)))
+    print(f"{used() - before:.2f} CPU s")
+    assert {answer.status_code for answer in answers} == {400}
+    assert {answer.json()["error"]["param"] for answer in answers} == {"messages"}
+    assert "950000 characters" in answers[0].json()["error"]["message"]
+    assert used() - before < 20
+
+
+def test_only_the_endpoint_listens_beyond_loopback(server: Server):
+    """Each listening socket of its processes is in the guide's table of ports, and no other is."""
+    port = int(server.url.rpartition(":")[2])
+    found, beyond = set(), []
+    for process in [psutil.Process(server.process.pid), *server.children()]:
+        for open_ in process.net_connections("inet"):
+            if open_.status == psutil.CONN_LISTEN:
+                is_endpoint = open_.laddr.port == port
+                if not (is_endpoint or _is_loopback(open_.laddr.ip)):
+                    beyond.append((process.cmdline()[:3], open_.laddr))
+                found.add((_role(process), "endpoint" if is_endpoint else "loopback"))
+    assert not beyond
+    assert found == set(_told_ports())
+
+
+def _is_loopback(address: str) -> bool:
+    return ip_address(address.removeprefix("::ffff:")).is_loopback
+
+
+def _role(process: psutil.Process) -> str:
+    """What the guide calls a process."""
+    words = " ".join(process.cmdline())
+    roles = {
+        "haproxy": "HAProxy",
+        "gcs_server": "Ray: GCS",
+        "raylet/raylet": "Ray: raylet",
+        "Agent": "Ray: agent",
+    }
+    return next((role for part, role in roles.items() if part in words), "Ray: worker")
+
+
+def _told_ports() -> list[tuple[str, str]]:
+    """The first two columns of the guide's table."""
+    text = (ROOT / "docs" / "guides" / "security.md").read_text()
+    table = text.partition("| process | port |")[2].partition("\n\n")[0]
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    return [(row[1].strip(), "endpoint" if "endpoint" in row[2] else "loopback") for row in rows]
+
+
 def test_above_the_queue_requests_are_shed_and_those_taken_have_their_answers(server: Server):
     async def crowd() -> list[Any]:
         ask = {"model": "target", "messages": messages("Vowels in jaf:")} | LONG
@@ -368,23 +515,29 @@ class Asker(threading.Thread):
         self.server, self.number, self.right, self.stop = server, number, right, stop
         self.refusals = refusals
         self.outcomes: Counter[str] = Counter()
+        self.seconds: list[float] = []
+        """From one whole answer to the next, with all refusals between them."""
         self.is_reading = False
         """An answer has begun and has not ended."""
 
     def run(self) -> None:
-        prompts = list(self.right)
+        prompts, since = list(self.right), time.monotonic()
         with httpx.Client(timeout=LIMIT) as http:
             while not self.stop.is_set():
                 prompt = prompts[(self.number + self.outcomes.total()) % len(prompts)]
                 try:
-                    self.outcomes[self._ask(http, prompt)] += 1
+                    outcome = self._ask(http, prompt)
+                    self.outcomes[outcome] += 1
+                    if outcome == "whole":
+                        self.seconds.append(time.monotonic() - since)
+                        since = time.monotonic()
                 except Exception as error:
                     self.outcomes[f"wrong: {error!r}"] += 1
 
     def _ask(self, http: httpx.Client, prompt: str) -> str:
         body = {"model": "target", "messages": messages(prompt), "stream": True} | LONG
         body |= body.pop("extra_body")
-        headers = {"Authorization": f"Bearer {self.server.key}"}
+        headers = {"Authorization": f"Bearer {self.server.keys[1 + self.number]}"}
         url = f"{self.server.url}/v1/chat/completions"
         with http.stream("POST", url, json=body, headers=headers) as answer:
             if answer.status_code != 200:
@@ -395,7 +548,8 @@ class Asker(threading.Thread):
                     "param",
                     "code",
                 }
-                time.sleep(0.2)
+                wait = answer.headers["retry-after"] if answer.status_code == 429 else 0.2
+                self.stop.wait(float(wait))
                 return f"refused {answer.status_code}"
             stream = ""
             for piece in answer.iter_text():
@@ -428,11 +582,7 @@ def test_a_killed_replica_breaks_answers_off_but_never_spoils_one(
     server: Server, clients: int, rounds: int, kills: int
 ):
     """Each client has so many whole answers, on average, before a kill and after it."""
-    create = server.client().chat.completions.create
-    right = {}
-    for prompt in ("Vowels in jaf:", "Say wetib 2 times over.", "First and last letter of omo?"):
-        answer = create(model="target", messages=messages(prompt), **LONG)
-        right[prompt] = answer.choices[0].message.content
+    right = _right_answers(server)
     stop = threading.Event()
     # With a second kill there may be no replica for all of `timeout`.
     refusals = (429, 503) if kills == 1 else (429, 503, 504)
@@ -455,6 +605,71 @@ def test_a_killed_replica_breaks_answers_off_but_never_spoils_one(
     assert not [name for name in outcomes if name.startswith("wrong")]
     assert outcomes["whole"] >= clients
     assert outcomes["broken"] >= 1
+
+
+def _right_answers(server: Server) -> dict[str, str]:
+    """Answers to prompts, asked one by one."""
+    create, right = server.client().chat.completions.create, {}
+    for prompt in ("Vowels in jaf:", "Say wetib 2 times over.", "First and last letter of omo?"):
+        answer = create(model="target", messages=messages(prompt), **LONG)
+        right[prompt] = answer.choices[0].message.content
+    return right
+
+
+@pytest.mark.soak
+def test_an_abusive_key_does_not_slow_the_others_down(server: Server):
+    """64 clients, each with its key, for a minute with two kills: alone, and beside an abuser.
+
+    The abuser has 64 requests open, does not wait when it is refused, and sends
+    bodies of up to a megabyte. Times are those from one whole answer of a client to the next.
+    """
+    right, p95 = _right_answers(server), {}
+    for is_attacked in (False, True):
+        stop = threading.Event()
+        abuser = threading.Thread(target=lambda s=stop: asyncio.run(_abuse(server, s)))
+        askers = [Asker(server, i, right, stop, (429, 503, 504)) for i in range(CLIENTS)]
+        threads = [*askers, *([abuser] if is_attacked else [])]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(2):
+                stop.wait(20)
+                wait_until(lambda: any(asker.is_reading for asker in askers))  # noqa: B023
+                _kill_all(server.replicas())
+                whole = _count(askers, "whole")
+                wait_until(lambda: _count(askers, "whole") > whole)  # noqa: B023
+            stop.wait(20)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+        outcomes = sum((asker.outcomes for asker in askers), Counter())
+        seconds = sorted(second for asker in askers for second in asker.seconds)
+        p95[is_attacked] = seconds[int(0.95 * len(seconds))]
+        print(is_attacked, dict(outcomes), f"p50 {seconds[len(seconds) // 2]:.2f}", p95)
+        assert not [name for name in outcomes if name.startswith("wrong")]
+        assert outcomes["whole"] >= CLIENTS
+    assert p95[True] <= 1.5 * p95[False]
+
+
+async def _abuse(server: Server, stop: threading.Event) -> None:
+    bodies = [
+        {"messages": messages("a" * 10)} | LONG["extra_body"],
+        {"messages": messages("a" * 900_000)},
+        {"messages": messages("a" * 10), "n": 8, "stream": True} | LONG["extra_body"],
+    ]
+    headers = {"Authorization": f"Bearer {server.key}"}
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(headers=headers, timeout=LIMIT, limits=limits) as http:
+
+        async def client(number: int) -> None:
+            body = {"model": "target"} | bodies[number % len(bodies)]
+            while not stop.is_set():
+                with suppress(httpx.HTTPError):
+                    await http.post(f"{server.url}/v1/chat/completions", json=body)
+                await asyncio.sleep(0.2)
+
+        await asyncio.gather(*(client(i) for i in range(64)))
 
 
 def _count(askers: list[Asker], outcome: str) -> int:
@@ -508,8 +723,8 @@ def test_when_stopped_it_finishes_what_is_in_hand_and_has_logged_no_secret(serve
     assert not own.exists()
     assert not [p for p in psutil.process_iter() if str(own) in " ".join(_words(p))]
     texts = _texts(server.logs) | beside
-    assert any(b"this-run asked target: 200" in text for text in texts.values())
-    secrets = (SECRET.encode(), server.key.encode())
+    assert any(b"key-0 asked target: 200" in text for text in texts.values())
+    secrets = (SECRET.encode(), *(key.encode() for key in server.keys))
     assert not [f for f, text in texts.items() if any(secret in text for secret in secrets)]
 
 

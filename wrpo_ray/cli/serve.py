@@ -8,6 +8,9 @@ from typing import Any
 
 from wrpo_ray.cli.arguments import set_argument
 
+LOOPBACK_ONLY = ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+"""Ray's setting, on Linux too, that its own processes listen at loopback; read at its import."""
+
 
 def add_serve(commands: Any) -> None:
     """`serve`."""
@@ -51,6 +54,7 @@ def _serve(arguments: argparse.Namespace) -> None:
     settings = checked(settings)
     if "RAY_ADDRESS" not in os.environ:
         check_free(arguments.host, arguments.port)
+        os.environ.setdefault(*LOOPBACK_ONLY)
     from wrpo_ray.serve.app import run
 
     names = ", ".join(name for m in settings.models for name in (m.name, *m.adapters))

@@ -1,7 +1,7 @@
 """The routes of the endpoint as a web application, without Ray."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastapi import APIRouter, FastAPI, Request
@@ -32,9 +32,10 @@ def create(
     keys: Keys,
     record: Recorder,
     scorer: Scorer | None = None,
+    ingresses: Callable[[], int] = lambda: 1,
 ) -> FastAPI:
     """Return the application; `backends` has the names that clients use."""
-    endpoint = Endpoint(settings, backends, keys, record, scorer)
+    endpoint = Endpoint(settings, backends, keys, record, scorer, ingresses)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     for routes in (_asking(endpoint), _models(endpoint), _health(endpoint), _playground()):
         app.include_router(routes)

@@ -16,15 +16,16 @@ from ray.serve.config import HTTPOptions
 from ray.serve.llm import build_llm_deployment
 
 from wrpo_ray import config
-from wrpo_ray.config import Actors, RewardConfig, ServeConfig, ServedModel
+from wrpo_ray.config import RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.cluster import keeping_sigterm, protect_token
 from wrpo_ray.runtime.placement import thread_env
 from wrpo_ray.runtime.temporary import shorten_temporary_folders
+from wrpo_ray.serve.backends import MAX_BATCH, ongoing
 from wrpo_ray.serve.check import checked, lines
 from wrpo_ray.serve.headers import CALLBACK
-from wrpo_ray.serve.ingress import Ingress
+from wrpo_ray.serve.ingress import INGRESS, Ingress
 from wrpo_ray.serve.keys import CHECK_INTERVAL, Keys
 from wrpo_ray.serve.models import NO_PROMPT_LOGS, Model, Reward, engine_settings
 from wrpo_ray.serve.proxy import local_proxy
@@ -49,10 +50,11 @@ def application(settings: ServeConfig) -> Application:
     """Return the application for settings that `check.checked` returned."""
     drain = {"graceful_shutdown_timeout_s": settings.timeout + 5}
     models = {model.name: _deployment(model, settings, drain) for model in settings.models}
+    most = max(ongoing(model, settings) for model in settings.models)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
-        name="Ingress",
-        num_replicas=settings.ingress_replicas,
+        name=INGRESS,
+        **_replicas(*settings.ingresses, most),
         ray_actor_options={"num_cpus": INGRESS_CPUS, "runtime_env": {"env_vars": CALLBACK}},
         max_ongoing_requests=INGRESS_ONGOING,
         max_queued_requests=INGRESS_ONGOING,
@@ -75,40 +77,33 @@ def _reward(reward: RewardConfig, settings: ServeConfig, drain: dict[str, Any]) 
             "resources": actors.resources,
             "runtime_env": {"env_vars": env},
         },
-        max_ongoing_requests=settings.ongoing,
-        max_queued_requests=settings.queue,
-        **_replicas(actors, settings),
+        max_ongoing_requests=MAX_BATCH,
+        **_replicas(actors.min, actors.max, MAX_BATCH),
         **drain,
     )
     return deployment.bind(reward)
 
 
-def _replicas(actors: Actors, settings: ServeConfig) -> dict[str, Any]:
+def _replicas(least: int, most: int, ongoing: int) -> dict[str, Any]:
     """Return the number of replicas, or the bounds of autoscaling where it may change."""
-    if actors.min == actors.max:
-        return {"num_replicas": actors.min}
-    scaling = {"min_replicas": actors.min, "max_replicas": actors.max}
-    scaling["target_ongoing_requests"] = max(1, settings.ongoing // 2)
-    return {"autoscaling_config": scaling}
+    if least == most:
+        return {"num_replicas": least}
+    scaling = {"min_replicas": least, "max_replicas": most}
+    return {"autoscaling_config": scaling | {"target_ongoing_requests": max(1, ongoing // 2)}}
 
 
 def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]) -> Application:
     deployment = {
         "ray_actor_options": {"num_cpus": 0},
-        "max_ongoing_requests": settings.ongoing,
-        "max_queued_requests": settings.queue,
+        "max_ongoing_requests": ongoing(model, settings),
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
-        **_replicas(model.actors, settings),
+        **_replicas(model.actors.min, model.actors.max, ongoing(model, settings)),
         **drain,
     }
     return build_llm_deployment(
-        engine_settings(model, settings.max_tokens, model.model, deployment=deployment),
-        bind_kwargs={
-            "model": model,
-            "max_tokens": settings.max_tokens,
-            "grammar_seconds": settings.grammar_seconds,
-        },
+        engine_settings(model, settings, model.model, deployment=deployment),
+        bind_kwargs={"model": model, "settings": settings},
         deployment_cls=Model,
     )
 
@@ -128,7 +123,7 @@ def run(settings: ServeConfig, host: str, port: int, ready: Callable[[], None]) 
             # All replicas share the cores; Ray would never start those that do not fit.
             cpus = max(os.cpu_count() or 1, math.ceil(_cpus(settings)))
             alone = {"include_dashboard": False, "num_cpus": cpus}
-            until_the_end.enter_context(local_proxy(host, settings.timeout))
+            host = until_the_end.enter_context(local_proxy(host, settings))
         protect_token(create=address == "local")
         with keeping_sigterm():  # Ray's own handler aborts after three seconds
             ray.init(address=address, log_to_driver=False, logging_level="warning", **alone)
@@ -157,7 +152,7 @@ def _cpus(settings: ServeConfig) -> float:
     reward = settings.reward.actors if settings.reward else None
     return (
         models
-        + settings.ingress_replicas * INGRESS_CPUS
+        + settings.ingresses[0] * INGRESS_CPUS
         + (reward.min * reward.num_cpus if reward else 0)
     )
 

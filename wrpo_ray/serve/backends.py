@@ -4,11 +4,19 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from wrpo_ray.config import ServeConfig, ServedModel
 from wrpo_ray.data.records import Message
 
 Call = Literal["chat", "completions"]
 DONE = "[DONE]"
 """The last text of a complete answer."""
+MAX_BATCH = 32
+"""Answers that a replica of the reward scores in one batch; it takes no more at a time."""
+
+
+def ongoing(model: ServedModel, settings: ServeConfig) -> int:
+    """Return how many requests a replica takes: as many as its engine works on at a time."""
+    return int(model.engine.get("max_num_seqs", settings.ongoing))
 
 
 @dataclass(frozen=True)
@@ -34,13 +42,15 @@ class LostError(Exception):
 class Backend(Protocol):
     """A model."""
 
-    def ask(self, call: Call, body: dict[str, object]) -> Replies:
-        """Yield the answer to a request, or the chunks of its stream.
+    def ask(self, call: Call, body: dict[str, object], key: str) -> Replies:
+        """Yield the answer to a request of a key, or the chunks of its stream.
 
         Raises:
             LostError: the replica died.
-            ClientError: the queue is full.
         """
+
+    def places(self) -> int:
+        """Return how many requests may be at its replicas at a time."""
 
     async def ready(self) -> bool:
         """Whether a replica is running."""
@@ -54,8 +64,10 @@ class Scorer(Protocol):
 
         Raises:
             LostError: the replica died.
-            ClientError: the queue is full.
         """
+
+    def places(self) -> int:
+        """Return how many answers may be at its replicas at a time."""
 
 
 class Recorder(Protocol):

@@ -50,10 +50,10 @@ def unavailable() -> ClientError:
     return ClientError(503, message, code="unavailable", retry_after=5)
 
 
-def overloaded() -> ClientError:
-    """The error when a model's queue is full."""
+def overloaded(retry_after: int) -> ClientError:
+    """The error when too many requests wait, with the seconds after which there may be a place."""
     message = "too many requests wait for this model; try again later"
-    return ClientError(429, message, code="overloaded", retry_after=2)
+    return ClientError(429, message, code="overloaded", retry_after=retry_after)
 
 
 def too_slow(seconds: float) -> ClientError:

@@ -5,50 +5,84 @@ import logging
 import math
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from wrpo_ray.config import ServeConfig
 from wrpo_ray.data.records import Message
 from wrpo_ray.serve.api import create
-from wrpo_ray.serve.backends import Call, LostError, Rejection, Replies
-from wrpo_ray.serve.errors import overloaded
+from wrpo_ray.serve.backends import MAX_BATCH, Call, LostError, Rejection, Replies, ongoing
 from wrpo_ray.serve.keys import Keys
+from wrpo_ray.serve.proxy import bind_to_loopback
 from wrpo_ray.stages.score.base import Item
 
-STATUS_TTL = 2.0
-"""Seconds for which a status of the replicas is reused."""
-STATUS_WAIT = 5.0
-"""Seconds that Serve's controller has to tell the status."""
+INGRESS = "Ingress"
+"""The name of the deployment of the endpoint's processes."""
+STATUS_TTL, STATUS_WAIT = 2.0, 10.0
+"""Seconds from one question for the replicas to the next; without an answer, none counts as ready
+after `STATUS_WAIT`."""
 LATENCY_BUCKETS = [0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0]
 """Boundaries of the histograms, in seconds."""
 LOG = logging.getLogger("ray.serve")
 
 
+class Running:
+    """The number of running replicas of each deployment; at most about `STATUS_TTL` old."""
+
+    def __init__(self, app: str):
+        self._app, self._told_at = app, -math.inf
+        self._counts: dict[str, int] = {}
+
+    def count(self, deployment: str) -> int:
+        """Return a deployment's number."""
+        return self._counts.get(deployment, 0)
+
+    def is_running(self, deployment: str) -> bool:
+        """Whether a replica of a deployment runs, as far as was heard of late."""
+        is_known = time.monotonic() < self._told_at + STATUS_WAIT
+        return is_known and self.count(deployment) > 0
+
+    async def watch(self) -> NoReturn:
+        """Ask Serve's controller again and again, however many clients want to know."""
+        while True:
+            with suppress(Exception):  # while the controller is away, the last numbers hold
+                self._counts = await asyncio.to_thread(self._ask)
+                self._told_at = time.monotonic()
+            await asyncio.sleep(STATUS_TTL)
+
+    def _ask(self) -> dict[str, int]:
+        deployments = serve.status().applications[self._app].deployments
+        return {name: d.replica_states.get("RUNNING", 0) for name, d in deployments.items()}
+
+    def share(self, deployment: str, ongoing: int) -> int:
+        """Return how many requests one ingress may have at replicas that take `ongoing` each."""
+        return math.ceil(max(1, self.count(deployment)) * ongoing / self.ingresses())
+
+    def ingresses(self) -> int:
+        """Return the number of ingresses."""
+        return max(1, self.count(INGRESS))
+
+
 class ModelReplicas:
     """The replicas of a model, as a `Backend`."""
 
-    def __init__(self, handle: DeploymentHandle):
-        self._deployment = handle.deployment_name
+    def __init__(self, handle: DeploymentHandle, running: Running, ongoing: int):
+        self._deployment, self._running, self._ongoing = handle.deployment_name, running, ongoing
         # Over gRPC, which is cheaper than Ray's objects for small texts (ADR 13).
         self._ask = handle.options(stream=True, method_name="answer", _by_reference=False)
-        self._status_at, self._is_ready = -math.inf, False
-        self._asking: asyncio.Task[None] | None = None
 
-    async def ask(self, call: Call, body: dict[str, Any]) -> Replies:
+    async def ask(self, call: Call, body: dict[str, Any], key: str) -> Replies:
         """Pass a request to a replica."""
-        replies = self._ask.remote(call, body)
+        replies = self._ask.remote(call, body, key)
         try:
             async for reply in replies:
                 yield reply
-        except BackPressureError:
-            raise overloaded() from None
         except (
             Exception
         ) as error:  # of Ray, Serve or gRPC; a replica returns its own as a Rejection
@@ -59,50 +93,33 @@ class ModelReplicas:
                 replies.cancel()
             raise
 
+    def places(self) -> int:
+        """Return how many requests its replicas take from this ingress."""
+        return self._running.share(self._deployment, self._ongoing)
+
     async def ready(self) -> bool:
-        """Whether a replica is running; the status may be `STATUS_TTL` old.
-
-        The controller is asked once at a time, however many clients want to know; it has
-        `STATUS_WAIT` to answer, else no replica counts as running.
-        """
-        if self._asking is None and time.monotonic() > self._status_at + STATUS_TTL:
-            self._asking = asyncio.create_task(self._ask_controller())
-        if self._asking is not None:
-            _, late = await asyncio.wait({self._asking}, timeout=STATUS_WAIT)
-            return self._is_ready and not late
-        return self._is_ready
-
-    async def _ask_controller(self) -> None:
-        try:
-            self._is_ready = await asyncio.to_thread(_is_running, self._deployment)
-        except Exception as error:
-            LOG.warning("the status of %s is unknown: %s", self._deployment, type(error).__name__)
-            self._is_ready = False
-        self._status_at, self._asking = time.monotonic(), None
-
-
-def _is_running(deployment: str) -> bool:
-    applications = serve.status().applications.values()
-    found = (a.deployments[deployment] for a in applications if deployment in a.deployments)
-    return any(d.replica_states.get("RUNNING", 0) > 0 for d in found)
+        """Whether a replica is running."""
+        return self._running.is_running(self._deployment)
 
 
 class RewardReplicas:
     """The replicas of the reward, as a `Scorer`."""
 
-    def __init__(self, handle: DeploymentHandle):
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle, running: Running, ongoing: int):
+        self._handle, self._running, self._ongoing = handle, running, ongoing
 
     async def score(self, messages: list[Message], text: str) -> float | Rejection:
         """Pass an answer to a replica."""
         try:
             reward: float | Rejection = await self._handle.score.remote(Item(messages, text, None))
             return reward
-        except BackPressureError:
-            raise overloaded() from None
         except (RayError, RayServeException) as error:
             LOG.warning("the reward lost a replica: %s", type(error).__name__)
             raise LostError from None
+
+    def places(self) -> int:
+        """Return how many answers its replicas take from this ingress."""
+        return self._running.share(self._handle.deployment_name, self._ongoing)
 
 
 class Metrics:
@@ -163,13 +180,20 @@ class Ingress:
         models: dict[str, Any],
         reward: DeploymentHandle | None,
     ):
+        bind_to_loopback()
         self._settings, self._keys, self._models = settings, keys, models
-        self._scorer = reward and RewardReplicas(reward)
+        self._running = Running(serve.get_replica_context().app_name)
+        self._scorer = reward and RewardReplicas(reward, self._running, MAX_BATCH)
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
-        backends = {m.name: ModelReplicas(self._models[m.name]) for m in self._settings.models}
+        running = self._running
+        self._watching = asyncio.create_task(running.watch())
+        backends = {
+            m.name: ModelReplicas(self._models[m.name], running, ongoing(m, self._settings))
+            for m in self._settings.models
+        }
         names = {n: backends[m.name] for m in self._settings.models for n in (m.name, *m.adapters)}
         keys = Keys(self._keys, self._settings.keys)
         metrics = Metrics()
         keys.listen(metrics.keys)
-        return create(self._settings, names, keys, metrics, self._scorer)
+        return create(self._settings, names, keys, metrics, self._scorer, running.ingresses)

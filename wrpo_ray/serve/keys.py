@@ -143,10 +143,20 @@ WINDOW = 60.0
 
 
 class Limits:
-    """Counts the requests of each key; not thread-safe, for one event loop."""
+    """Counts the requests of each key; not thread-safe, for one event loop.
 
-    def __init__(self, per_minute: int, concurrent: int, now: Callable[[], float] = time.monotonic):
-        self.per_minute, self.concurrent, self._now = per_minute, concurrent, now
+    The limits are divided by `share`, the number of ingresses.
+    """
+
+    def __init__(
+        self,
+        per_minute: int,
+        concurrent: int,
+        share: Callable[[], int] = lambda: 1,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self._per_minute, self._concurrent = per_minute, concurrent
+        self._share, self._now = share, now
         self._begun: defaultdict[str, deque[float]] = defaultdict(deque)
         self._running: Counter[str] = Counter()
 
@@ -159,14 +169,16 @@ class Limits:
                 count.
         """
         begun, now = self._begun[key], self._now()
+        share = self._share()
+        per_minute, concurrent = -(-self._per_minute // share), -(-self._concurrent // share)
         while begun and begun[0] <= now - WINDOW:
             begun.popleft()
-        if len(begun) >= self.per_minute:
+        if len(begun) >= per_minute:
             wait = max(1, math.ceil(begun[0] + WINDOW - now))
-            message = f"more than {self.per_minute} requests in a minute"
+            message = f"more than {per_minute} requests in a minute"
             raise ClientError(429, message, code="rate_limit_exceeded", retry_after=wait)
-        if self._running[key] >= self.concurrent:
-            message = f"more than {self.concurrent} requests at once"
+        if self._running[key] >= concurrent:
+            message = f"more than {concurrent} requests at once"
             raise ClientError(429, message, code="concurrency_limit_exceeded", retry_after=1)
         begun.append(now)
         self._running[key] += 1

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,17 @@ from pydantic import ValidationError
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer
 
-from wrpo_ray.config import RewardConfig, ServedModel
+from wrpo_ray.config import RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
-from wrpo_ray.serve.backends import DONE, Call, Rejection, Replies
+from wrpo_ray.serve.backends import DONE, MAX_BATCH, Call, Rejection, Replies, ongoing
 from wrpo_ray.serve.grammars import Grammars
-from wrpo_ray.serve.prompts import Prompts
+from wrpo_ray.serve.prompts import KEY, Prompts, longest_tokens
+from wrpo_ray.serve.proxy import bind_to_loopback
 from wrpo_ray.serve.validation import problem_of
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
 from wrpo_ray.stages.score.rewards import load_reward
@@ -30,8 +33,6 @@ NO_PROMPT_LOGS = {"RAYLLM_ENABLE_REQUEST_PROMPT_LOGS": "0"}
 """Ray Serve LLM writes prompts into its logs otherwise."""
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Maximum LoRA ranks that vLLM offers."""
-MAX_BATCH = 32
-"""Answers that a replica of the reward scores in one batch."""
 FAILED = "the engine failed"
 LOG = logging.getLogger("ray.serve")
 
@@ -47,20 +48,32 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
     """
 
     async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
-        self, llm_config: LLMConfig, model: ServedModel, max_tokens: int, grammar_seconds: float
+        self, llm_config: LLMConfig, model: ServedModel, settings: ServeConfig
     ):
-        own = await asyncio.to_thread(_on_this_node, model, max_tokens)
+        bind_to_loopback()
+        own = await asyncio.to_thread(_on_this_node, model, settings)
         folder = Path(own.model_loading_config.model_source)
         tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
         if model.chat_template:  # vLLM takes it for chats with tools, too
             tokenizer.chat_template = tokenizer.get_chat_template()
-        self._prompts = Prompts(tokenizer, end_ids(tokenizer, folder))
-        self._grammars = Grammars(folder, grammar_seconds)
+        self._grammars = Grammars(folder, settings.grammar_seconds)
+        self._running: Counter[str] = Counter()
         is_one = model.parts == 1 and not model.actors.num_gpus
         await super().__init__(own, engine_cls=_engine_of_one() if is_one else None)
+        engine = self.engine._engine_client
+        context = engine.model_config.max_model_len
+        self._prompts = Prompts(tokenizer, end_ids(tokenizer, folder), context)
+        self._prompts.take_turns(engine.renderer)
 
-    async def answer(self, call: Call, body: dict[str, Any]) -> Replies:
-        """Answer as `Backend.ask` does; every error is a `Rejection`."""
+    async def answer(self, call: Call, body: dict[str, Any], key: str) -> Replies:
+        """Answer as `Backend.ask` does; every error is a `Rejection`.
+
+        The engine prefers the key with the fewest requests: its priority is their number, and the
+        lowest goes first.
+        """
+        KEY.set(key)
+        body = body | {"priority": self._running[key]}
+        self._running[key] += 1
         try:
             async for reply in self._answer(call, body):
                 yield reply
@@ -68,6 +81,10 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
             LOG.error("the engine failed: %s", type(error).__name__)
             is_dead = type(error).__name__ == "EngineDeadError"
             yield Rejection(503 if is_dead else 500, FAILED)
+        finally:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
 
     async def _answer(self, call: Call, body: dict[str, Any]) -> Replies:
         from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
@@ -77,6 +94,7 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
             return
         kind = {"chat": ChatCompletionRequest, "completions": CompletionRequest}[call]
         try:
+            self._prompts.check_length(body)
             if call == "chat":
                 body = await self._prompts.add(body)
             request = kind.model_validate(self._prompts.stopping(body))
@@ -138,7 +156,7 @@ def _rejection(
     return Rejection(code, message, param) if is_clients else Rejection(otherwise, FAILED)
 
 
-def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
+def _on_this_node(model: ServedModel, settings: ServeConfig) -> LLMConfig:
     """Return the engine's settings, with the model's files copied to this node if needed."""
     folders = {name: Folder(uri).local() for name, uri in model.adapters.items()}
     source = Folder(model.model).local()
@@ -147,14 +165,12 @@ def _on_this_node(model: ServedModel, max_tokens: int) -> LLMConfig:
 
     # vLLM's `auto` keeps the compiler of the first grammar for all, whatever it leaves out of them.
     one = {"structured_outputs_config": StructuredOutputsConfig(backend="xgrammar")}
-    return engine_settings(
-        model, max_tokens, str(source), in_replica=one | _adapters(folders, model)
-    )
+    return engine_settings(model, settings, str(source), in_replica=one | _adapters(folders, model))
 
 
 def engine_settings(
     model: ServedModel,
-    max_tokens: int,
+    settings: ServeConfig,
     source: str,
     *,
     in_replica: dict[str, Any] | None = None,
@@ -172,8 +188,10 @@ def engine_settings(
         "chat_template": model.chat_template and read_text(model.chat_template, "chat_template"),
         "default_chat_template_kwargs": model.chat_template_args or None,
         # An upper bound for requests without one.
-        "override_generation_config": {"max_new_tokens": max_tokens},
+        "override_generation_config": {"max_new_tokens": settings.max_tokens},
         "enable_log_requests": False,
+        "max_num_seqs": ongoing(model, settings),
+        "scheduling_policy": "priority",
         **(CPU_ENGINE if on_cpu else {}),
         **(in_replica or {}),
     }
@@ -215,14 +233,32 @@ class Reward:
     """A replica of the reward, which scores answers in batches."""
 
     def __init__(self, reward: RewardConfig):
+        bind_to_loopback()
         folders = [Folder(part.model).local() if part.model else None for part in reward.parts]
         self._reward = load_reward(reward, folders)
+        self._characters = min(
+            (
+                part.max_length * longest_tokens(load_tokenizer(folder))[0]
+                for part, folder in zip(reward.parts, folders, strict=True)
+                if folder and part.overflow == "fail"
+            ),
+            default=math.inf,
+        )
 
     @serve.batch(max_batch_size=MAX_BATCH, batch_wait_timeout_s=0.01)  # type: ignore[untyped-decorator]
     async def score(self, items: list[Item]) -> list[float | Rejection]:
         """Return a reward for each answer; one that cannot be scored is a `Rejection`."""
-        outcomes = await asyncio.to_thread(self._reward.score, items)
-        return [_not_scored(o) if isinstance(o, Exception) else o for o in outcomes]
+        short = [i for i, item in enumerate(items) if _characters(item) <= self._characters]
+        outcomes = await asyncio.to_thread(self._reward.score, [items[i] for i in short])
+        too_long = Rejection(400, f"messages: at most {self._characters} characters are scored")
+        scored: list[float | Rejection] = [too_long] * len(items)
+        for i, outcome in zip(short, outcomes, strict=True):
+            scored[i] = _not_scored(outcome) if isinstance(outcome, Exception) else outcome
+        return scored
+
+
+def _characters(item: Item) -> int:
+    return len(item.text) + sum(len(message["content"]) for message in item.messages)
 
 
 def _not_scored(error: Exception) -> Rejection:

@@ -7,24 +7,74 @@ it, with tools or without.
 """
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache, partial
-from typing import Any
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from wrpo_ray.data.records import Message
-from wrpo_ray.errors import TemplateError
+from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.llm.chat import prompt_ids
 from wrpo_ray.llm.message_checks import UNWRITTEN
 from wrpo_ray.llm.rendering import PROBE, render
+from wrpo_ray.serve.fairness import FairQueue
+
+T = TypeVar("T")
+
+
+KEY: ContextVar[str] = ContextVar("key", default="-")
+"""The key of the request that is being rendered."""
 
 
 class Prompts:
-    """Renders chats in a thread, so that a long one does not block the event loop."""
+    """Renders chats in a thread, so that a long one does not block the event loop.
 
-    def __init__(self, tokenizer: Any, ends: Collection[int] = ()):
+    One chat is rendered at a time, of each key in turn.
+    """
+
+    def __init__(self, tokenizer: Any, ends: Collection[int] = (), context: int | None = None):
         self._tokenizer, self._thread = tokenizer, ThreadPoolExecutor(1, "prompts")
-        self._ends = sorted(ends)
+        self._ends, self._turns = sorted(ends), FairQueue(lambda: 1)
+        self._context = context
+        self._token_lengths = longest_tokens(tokenizer)
+
+    def check_length(self, body: dict[str, Any]) -> None:
+        """Check that a prompt of so many characters may fit the context, before it is tokenized.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if self._context is None:
+            return
+        chat, prompt = body.get("messages"), body.get("prompt", ())
+        texts = [prompt] if isinstance(prompt, str) else [p for p in prompt if isinstance(p, str)]
+        if chat:
+            texts = ["".join(plain(message)["content"] for message in chat)]
+        is_text = chat and not _has_tools(body)  # where no special token can be spelled
+        most = self._context * self._token_lengths[not is_text]
+        given = max(map(len, texts), default=0)
+        if given > most:
+            field = "messages" if chat else "prompt"
+            text = f"{given} characters; the model's context of {self._context} tokens has room"
+            raise UserError(f"{field}: {text} for {most} at most")
+
+    def take_turns(self, renderer: Any) -> None:
+        """Let vLLM's renderer take turns too: it renders chats with tools, and completions."""
+
+        def in_turn(render: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+            async def rendered(*given: Any, **named: Any) -> Any:
+                async with self._turns.place(KEY.get()):
+                    return await render(*given, **named)
+
+            return rendered
+
+        for name in ("_tokenize_prompt_async", "_apply_chat_template_async"):
+            setattr(renderer, name, in_turn(getattr(renderer, name)))
+
+    async def _in_thread(self, function: Callable[..., T], *given: Any) -> T:
+        async with self._turns.place(KEY.get()):
+            return await asyncio.get_running_loop().run_in_executor(self._thread, function, *given)
 
     def stopping(self, body: dict[str, Any]) -> dict[str, Any]:
         """Return the body with every token id that ends a turn; vLLM knows only some of them."""
@@ -36,16 +86,29 @@ class Prompts:
         Raises:
             UserError: the template or the tokenizer cannot render the messages.
         """
-        loop, messages = asyncio.get_running_loop(), body["messages"]
+        messages = body["messages"]
         tools = body.get("tools") if body.get("tool_choice") != "none" else None
-        if body.get("tools") or any(_uses_tools(message) for message in messages):
+        if _has_tools(body):
             shapes = tuple(_shape(message) for message in messages)
-            check = partial(_check_shapes, self._tokenizer, shapes, bool(tools))
-            await loop.run_in_executor(self._thread, check)
+            await self._in_thread(_check_shapes, self._tokenizer, shapes, bool(tools))
             return body
         texts = [plain(message) for message in messages]
-        ids = await loop.run_in_executor(self._thread, prompt_ids, self._tokenizer, texts)
+        ids = await self._in_thread(prompt_ids, self._tokenizer, texts)
         return body | {"kv_transfer_params": {"prompt_token_ids": ids}}
+
+
+def longest_tokens(tokenizer: Any) -> tuple[int, int]:
+    """Return the characters of the longest token: of those that are not special, and of all."""
+    special = set(tokenizer.all_special_tokens)
+    lengths = [
+        (0 if token in special else len(token), len(token)) for token in tokenizer.get_vocab()
+    ]
+    text, every = zip(*lengths, strict=True)
+    return max(text), max(every)
+
+
+def _has_tools(body: dict[str, Any]) -> bool:
+    return bool(body.get("tools")) or any(map(_uses_tools, body["messages"]))
 
 
 def _uses_tools(message: dict[str, Any]) -> bool:

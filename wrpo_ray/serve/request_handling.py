@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -33,7 +34,15 @@ from wrpo_ray.serve.backends import (
     Replies,
     Scorer,
 )
-from wrpo_ray.serve.errors import ClientError, model_not_found, name_field, too_slow, unavailable
+from wrpo_ray.serve.errors import (
+    ClientError,
+    model_not_found,
+    name_field,
+    overloaded,
+    too_slow,
+    unavailable,
+)
+from wrpo_ray.serve.fairness import Crowd, FairQueue, FullError, Returns
 from wrpo_ray.serve.keys import Keys, Limits
 from wrpo_ray.serve.prompts import plain
 from wrpo_ray.serve.requests import Ask, Chat, Completion
@@ -107,14 +116,16 @@ class Endpoint:
         keys: Keys,
         record: Recorder,
         scorer: Scorer | None = None,
+        ingresses: Callable[[], int] = lambda: 1,
     ):
         self.settings, self.backends, self.keys, self.record = settings, backends, keys, record
         self.scorer = scorer
         self._turn = asyncio.Lock()
-        share = settings.ingress_replicas
-        self.limits = Limits(
-            -(-settings.requests_per_minute // share), -(-settings.concurrent // share)
-        )
+        self.limits = Limits(settings.requests_per_minute, settings.concurrent, ingresses)
+        behind: set[Backend | Scorer] = {*backends.values(), *([scorer] if scorer else [])}
+        self.queues = {b: FairQueue(b.places, lambda: settings.queue / ingresses()) for b in behind}
+        self.crowd = Crowd(lambda: sum(int(q.places() + q.waiting()) for q in self.queues.values()))
+        self.returns = Returns()
 
     def owner(self, request: Request) -> str:
         """Return the name of the request's key.
@@ -138,7 +149,7 @@ class Endpoint:
         with self._logged() as log:
             log.key = self.owner(request)
             with ExitStack() as held:
-                held.enter_context(self.limits.admit(log.key))
+                held.enter_context(self._admitted(log.key))
                 data = await validation.read(request.stream(), request.headers, self.settings)
                 ask = await self._in_turn(
                     data, lambda body: validation.check(kind, body, self.settings)
@@ -153,13 +164,13 @@ class Endpoint:
         """
         with self._logged() as log:
             log.key = self.owner(request)
-            with self.limits.admit(log.key):
+            with self._admitted(log.key):
                 data = await validation.read(request.stream(), request.headers, self.settings)
                 messages, text = await self._in_turn(data, validation.to_score)
                 if self.scorer is None or self.settings.reward is None:
                     raise ClientError(404, "no reward is served here", code="no_reward")
                 log.model = self.settings.reward.name
-                reward = await self._score(self.scorer, [plain(m) for m in messages], text)
+                reward = await self._score(self.scorer, log.key, [plain(m) for m in messages], text)
             log.finish("200")
             return {"model": log.model, "reward": reward}
 
@@ -175,10 +186,50 @@ class Endpoint:
             await asyncio.sleep(0)
             return check(body)
 
-    async def _score(self, scorer: Scorer, messages: list[Message], text: str) -> float:
+    @contextmanager
+    def _admitted(self, key: str) -> Iterator[None]:
+        """Reserve what a request needs before its body is read.
+
+        Raises:
+            ClientError: 429.
+        """
+        with ExitStack() as held:
+            try:
+                held.enter_context(self.crowd.entered(key))
+            except FullError:
+                raise overloaded(self.returns.after(key)) from None
+            held.enter_context(self.limits.admit(key))
+            yield
+
+    async def _take_place(
+        self, behind: Backend | Scorer, key: str, deadline: float, held: ExitStack
+    ) -> None:
+        """Wait until it is the turn of a key's request; `held` gives the place back.
+
+        Raises:
+            ClientError: the queue is full, or `timeout` is over.
+        """
+        queue = self.queues[behind]
         try:
-            async with asyncio.timeout(self.settings.timeout):
-                reward = await scorer.score(messages, text)
+            async with asyncio.timeout_at(deadline):
+                await queue.enter(key)
+        except TimeoutError:
+            raise too_slow(self.settings.timeout) from None
+        except FullError:
+            raise overloaded(self.returns.after(key)) from None
+        held.callback(self.returns.ended)
+        held.callback(queue.leave, key)
+
+    def _deadline(self) -> float:
+        return asyncio.get_running_loop().time() + self.settings.timeout
+
+    async def _score(self, scorer: Scorer, key: str, messages: list[Message], text: str) -> float:
+        deadline = self._deadline()
+        try:
+            with ExitStack() as held:
+                await self._take_place(scorer, key, deadline, held)
+                async with asyncio.timeout_at(deadline):
+                    reward = await scorer.score(messages, text)
         except TimeoutError:
             raise too_slow(self.settings.timeout) from None
         except LostError:
@@ -207,38 +258,41 @@ class Endpoint:
         if backend is None:
             raise model_not_found(ask.model, param="model")
         log.model = ask.model
-        deadline = asyncio.get_running_loop().time() + self.settings.timeout
+        deadline = self._deadline()
+        await self._take_place(backend, log.key, deadline, held)
         # What has a grammar may be why a replica was lost, so it is not tried on others.
         attempts = 1 if validation.has_grammar(ask) else MAX_ATTEMPTS
         body = validation.to_engine(ask)
-        first, replies = await self._begin(backend, call, body, deadline, attempts)
+        reply = partial(backend.ask, call, body, log.key)
+        first, replies = await self._begin(reply, body, deadline, attempts)
         if not ask.stream:
             await _drain(replies)
             log.read_usage(first[0])
             log.finish("200")
             return Response(first[0], media_type="application/json")
         wants_usage = bool(ask.stream_options and ask.stream_options.include_usage)
-        events = self._events(first, replies, log, deadline, wants_usage)
         kept = held.pop_all()
+        events = self._events(first, replies, log, deadline, wants_usage, kept)
 
         async def close() -> None:
-            kept.close()
-            await events.aclose()
-            await replies.aclose()
+            try:
+                await events.aclose()
+                await replies.aclose()
+            finally:
+                kept.close()
 
         return _Stream(events, close)
 
     async def _begin(
         self,
-        backend: Backend,
-        call: Call,
+        reply: Callable[[], Replies],
         body: dict[str, object],
         deadline: float,
         attempts: int,
     ) -> tuple[list[str], Replies]:
         """Return the first texts of an answer and its replies, from the first live replica."""
         for _ in range(attempts):
-            replies = backend.ask(call, body)
+            replies = reply()
             try:
                 async with asyncio.timeout_at(deadline):
                     first = await anext(replies)
@@ -263,14 +317,19 @@ class Endpoint:
         log: _RequestLog,
         deadline: float,
         wants_usage: bool,
+        held: ExitStack,
     ) -> AsyncGenerator[str, None]:
-        """Yield a stream's events; the last is DONE, or an error if the answer was interrupted."""
+        """Yield a stream's events; the last is DONE, or an error if the answer was interrupted.
+
+        What is `held` is released before DONE, so that the client's next request finds its place.
+        """
         self.record.first_token(log.model, log.seconds)
         outcome = "left"
         try:
             while True:
                 if is_done := texts[-1:] == [DONE]:
                     await _drain(replies)
+                    held.close()
                 sent = [text for text in texts if not log.read_usage(text) or wants_usage]
                 if sent:
                     yield "".join(f"data: {text}\n\n" for text in sent)

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -158,9 +159,23 @@ def test_ray_is_closed_to_other_pods_and_asks_for_its_token():
         assert typed_body(body).cluster.auth_options.mode == "token"
 
 
+def test_a_pod_that_may_connect_is_named_with_its_namespace():
+    """Labels of pods are free: a pod of any namespace can have the operator's."""
+    policies = [b["spec"] for b in all_objects() if b["kind"] == "NetworkPolicy"]
+    rules = [r for p in policies for r in (*p.get("ingress", ()), *p.get("egress", ()))]
+    peers = [p for r in rules for p in (*r.get("from", ()), *r.get("to", ()))]
+    others = [p["namespaceSelector"] for p in peers if "namespaceSelector" in p]
+    assert len(others) >= 4
+    assert all(selector.get("matchLabels") for selector in others), "not any namespace"
+
+
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
 def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
+    from wrpo_ray.serve.haproxy import CONNECTIONS
     from wrpo_ray.serve.headers import CALLBACK
-    from wrpo_ray.serve.proxy import PROXY
+    from wrpo_ray.serve.proxy import CLIENT_TIMEOUT, PROXY
 
     services = [body for body in all_objects() if body["kind"] == "RayService"]
     assert len(services) >= 2
@@ -174,6 +189,9 @@ def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
             for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S"):
                 longest = config.serving(app["args"]).timeout
                 assert float(env[f"RAY_SERVE_HAPROXY_{name}"]) > longest
+            assert env["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == str(CLIENT_TIMEOUT)
+            assert Path(env["RAY_SERVE_HAPROXY_BINARY_PATH"]).name in SCRIPTS
+            assert int(env[CONNECTIONS]) > 0
 
 
 def test_no_secret_is_in_the_repository():

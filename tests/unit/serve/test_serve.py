@@ -91,7 +91,7 @@ class Scripted:
     def __init__(self, *scripts: list[Any]):
         self.scripts, self.asked, self.open = list(scripts), [], 0
 
-    async def ask(self, call: str, body: dict[str, Any]) -> AsyncGenerator[Any, None]:
+    async def ask(self, call: str, body: dict[str, Any], key: str) -> AsyncGenerator[Any, None]:
         self.asked.append(body)
         script = self.scripts[0] if len(self.scripts) == 1 else self.scripts.pop(0)
         self.open += 1
@@ -105,6 +105,9 @@ class Scripted:
                 yield item
         finally:
             self.open -= 1
+
+    def places(self) -> int:
+        return 100
 
     async def ready(self) -> bool:
         return bool(self.scripts)
@@ -121,6 +124,9 @@ class Rewarded:
         if isinstance(self.outcome, Exception):
             raise self.outcome
         return self.outcome
+
+    def places(self) -> int:
+        return 100
 
 
 class Noted:
@@ -357,13 +363,6 @@ def test_after_the_first_byte_a_lost_replica_is_an_error_event_without_done(end:
     error = json.loads(data.removeprefix("data: "))["error"]
     assert (error["type"], error["code"]) == ("server_error", "broken_off")
     assert client.noted.outcomes == {("m", "broken"): 1}
-
-
-def test_a_full_queue_is_429_and_is_not_asked_again():
-    client = Client(Scripted([overloaded()]))
-    answer = client.post()
-    assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
-    assert len(client.model.asked) == 1
 
 
 def test_a_prompt_beyond_the_context_is_the_clients_fault():
@@ -815,7 +814,7 @@ def test_an_answer_is_scored():
         (None, {}, 404),
         (Rejection(400, "too long"), {}, 400),
         (Rejection(500, "failed"), {}, 500),
-        (overloaded(), {}, 429),
+        (overloaded(2), {}, 429),
         (LostError(), {}, 503),
     ],
 )

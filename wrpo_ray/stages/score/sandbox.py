@@ -74,7 +74,7 @@ class Sandbox:
         with tempfile.TemporaryDirectory(
             prefix="wrpo-sandbox-", ignore_cleanup_errors=True
         ) as root:
-            os.chmod(root, 0o1777)
+            os.chmod(root, 0o1777)  # nosec B103 # the program is another user
             isolated = self.config.isolation == "namespaces"
             task = {
                 "program": program,

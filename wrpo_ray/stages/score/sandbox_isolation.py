@@ -116,8 +116,8 @@ def enter_namespaces(root: str, user: int | None, spaces: int) -> None:
                 file.write(line)
     _mount(None, "/", None, REC | PRIVATE)
     _mount("tmpfs", root, "tmpfs", NOSUID | NODEV, f"size={DISK},nr_inodes={INODES},mode=755")
-    os.mkdir(f"{root}/tmp")
-    os.chmod(f"{root}/tmp", 0o1777)
+    os.mkdir(f"{root}/tmp")  # nosec B108 # here and below, the /tmp of the run alone
+    os.chmod(f"{root}/tmp", 0o1777)  # nosec B103 B108
 
 
 def visible(python: str, prefix: str) -> list[str]:
@@ -135,7 +135,7 @@ def build_root(root: str, python: str, prefix: str) -> None:
     for path in visible(python, prefix):
         _bind(root, path)
     os.chroot(root)
-    os.chdir("/tmp")
+    os.chdir("/tmp")  # nosec B108
 
 
 def _bind(root: str, path: str) -> None:
@@ -184,7 +184,8 @@ def bubblewrap(task: dict[str, Any], user: int | None, calls: int) -> list[str]:
             command += ["--symlink", os.readlink(path), path]
         else:
             command += ["--dev-bind" if path.startswith("/dev/") else "--ro-bind", path, path]
-    command += ["--bind", f"{task['root']}/tmp", "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]
+    own = f"{task['root']}/tmp"  # nosec B108
+    command += ["--bind", own, "/tmp", "--chdir", "/tmp", "--remount-ro", "/"]  # nosec B108
     return [*command, "--"]
 
 

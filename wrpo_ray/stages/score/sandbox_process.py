@@ -56,7 +56,7 @@ reaches its end writes the token. Builtins that the answer changed are restored 
 
 def main() -> int:
     """Run the program that stdin describes and return the exit code."""
-    task = marshal.load(sys.stdin.buffer)
+    task = marshal.load(sys.stdin.buffer)  # nosec B302 # of the process that started this one
     try:
         compile(task["tests"], "tests", "exec")
     except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
@@ -109,7 +109,7 @@ def _run_in(group: MemoryGroup, task: dict[str, Any]) -> tuple[bool, str]:
     os.close(reach)
     own = 1 + ((2 if task["bubblewrap"] else 1) if task["isolated"] else 0)
     limits = Limits(task["timeout"], task["memory"], PROCESSES)
-    disk = f"{task['root']}/tmp" if task["isolated"] else None
+    disk = f"{task['root']}/tmp" if task["isolated"] else None  # nosec B108
     try:
         reason = watch(Run(first, own, reached, disk, group), limits)
     finally:
