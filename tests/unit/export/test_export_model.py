@@ -103,7 +103,7 @@ def test_the_card(config, weights, tmp_path):
     assert "| gemma |" in text
     assert "**Warning: these licences differ.**" in text
     assert "Licence gemma (a) counts models trained on its answers" in text
-    assert "`unknown` (b) says nothing" in text
+    assert "Licence unknown (b) says nothing" in text
     assert "| fused | 0.75 | 0.70 to 0.80 | 400 |" in text
     assert "convert_hf_to_gguf.py" in text
     assert "vllm serve" in text
