@@ -133,7 +133,8 @@ class Ask(_Part):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
+    """A smaller one overflows logits, and then sampling takes tokens that a grammar forbids."""
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Stops | None = None
     logit_bias: Annotated[dict[TokenId, Bias] | None, BeforeValidator(_at_most(1024))] = None

@@ -5,13 +5,25 @@ import gc
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.serve.test_serve import CHAT, COMPLETIONS, KEY, SCORE, WHOLE, Client, Scripted
+from support.request_fuzz import Fuzzer
+from unit.serve.test_serve import (
+    CHAT,
+    COMPLETIONS,
+    KEY,
+    REWARD,
+    SCORE,
+    WHOLE,
+    Client,
+    Rewarded,
+    Scripted,
+)
 
 from wrpo_ray.serve import bounds
 from wrpo_ray.serve.backends import DONE, LostError, Rejection
@@ -89,7 +101,12 @@ BODIES: dict[str, tuple[str, bytes]] = {
 }
 
 
-async def _post(app: Any, path: str, body: bytes) -> int:
+HEADERS = [(b"authorization", b"Bearer " + KEY.encode()), (b"content-type", b"application/json")]
+
+
+async def _post(
+    app: Any, path: str, body: bytes, method: str = "POST", headers: Any = HEADERS
+) -> int:
     """Send a request without a network; return its status."""
     status = 0
     inbox = [{"type": "http.request", "body": body}]
@@ -101,11 +118,9 @@ async def _post(app: Any, path: str, body: bytes) -> int:
         nonlocal status
         status = message.get("status", status)
 
-    headers = {"authorization": f"Bearer {KEY}", "content-type": "application/json"}
-    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode()}
+    scope = {"type": "http", "method": method, "path": path, "raw_path": path.encode()}
     scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http"}
-    pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await app({**scope, "headers": pairs}, receive, send)
+    await app({**scope, "headers": headers}, receive, send)
     return status
 
 
@@ -148,6 +163,30 @@ def test_hostile_bodies_take_little_of_the_event_loop_alone_and_at_once():
     *alone, (_, at_once) = found.values()
     assert {*at_once, *(status for _, status in alone)} <= {200, 400}
     assert not {name: seconds for name, (seconds, _) in found.items() if seconds > TURN}
+
+
+@pytest.mark.usefixtures("_frozen")
+@pytest.mark.parametrize("count", [1000, pytest.param(20_000, marks=pytest.mark.soak)])
+def test_random_requests_are_answered_or_refused_without_an_engine(count: int):
+    client = Client(
+        Scripted([[WHOLE, DONE]]), Rewarded(0.5), reward=REWARD, requests_per_minute=10**6
+    )
+    statuses, turns = Counter[int](), []
+
+    async def send() -> None:
+        for sent in Fuzzer(0, KEY).requests(count):
+            body = sent.body.replace(b'"target"', b'"m"')
+            headers = [(name.lower(), value) for name, value in sent.headers]
+            ask = _post(client.http.app, sent.path, body, sent.method, headers)
+            longest, status = await _longest_turn(ask)
+            turns.append(longest)
+            statuses[status] += 1
+
+    asyncio.run(send())
+    print(dict(statuses), f"longest turn {1000 * max(turns):.0f} ms")
+    assert max(statuses) < 500
+    assert statuses[200] > count / 10
+    assert max(turns) < TURN
 
 
 # --- JSON ------------------------------------------------------------------------------------

@@ -576,7 +576,7 @@ def hostile() -> Iterator[tuple[str, str, str, dict[str, str], Any, int]]:
         "top_k": [-2],
         "presence_penalty": [-2.1, 2.1],
         "frequency_penalty": [-3, 3],
-        "repetition_penalty": [0, -1, 11],
+        "repetition_penalty": [0, -1, 11, 1e-308],
         "seed": [2**63, -(2**64), 0.5],
         "stop": [1, [1], ["x"] * 17, ["x" * 1001], {}],
         "stream": ["yes", 1, []],
