@@ -120,8 +120,14 @@ class Endpoint:
         self.limits = Limits(settings.requests_per_minute, settings.concurrent, ingresses)
         behind: set[Backend | Scorer] = {*backends.values(), *([scorer] if scorer else [])}
         self.queues = {b: FairQueue(b.places, lambda: settings.queue / ingresses()) for b in behind}
-        self.crowd = Crowd(lambda: sum(int(q.places() + q.waiting()) for q in self.queues.values()))
+        self.crowd = self._crowd(*backends.values())
+        self.score_crowd = self._crowd(scorer) if scorer else self.crowd
         self.returns = Returns()
+
+    def _crowd(self, *behind: Backend | Scorer) -> Crowd:
+        """Return the count of the requests for which some models, or the reward, have room."""
+        queues = {self.queues[b] for b in behind}
+        return Crowd(lambda: sum(int(queue.places() + queue.waiting()) for queue in queues))
 
     def owner(self, request: Request) -> str:
         """Return the name of the request's key.
@@ -145,7 +151,7 @@ class Endpoint:
         with self._logged() as log:
             log.key = self.owner(request)
             with ExitStack() as held:
-                held.enter_context(self._admitted(log.key))
+                held.enter_context(self._admitted(log.key, self.crowd))
                 body = await validation.read(request.stream(), request.headers, self.settings)
                 ask = validation.check(kind, body, self.settings)
                 return await self._answer(ask, call, log, held)
@@ -158,7 +164,7 @@ class Endpoint:
         """
         with self._logged() as log:
             log.key = self.owner(request)
-            with self._admitted(log.key):
+            with self._admitted(log.key, self.score_crowd):
                 body = await validation.read(request.stream(), request.headers, self.settings)
                 messages, text = validation.to_score(body)
                 if self.scorer is None or self.settings.reward is None:
@@ -169,7 +175,7 @@ class Endpoint:
             return {"model": log.model, "reward": reward}
 
     @contextmanager
-    def _admitted(self, key: str) -> Iterator[None]:
+    def _admitted(self, key: str, crowd: Crowd) -> Iterator[None]:
         """Reserve what a request needs before its body is read.
 
         Raises:
@@ -177,7 +183,7 @@ class Endpoint:
         """
         with ExitStack() as held:
             try:
-                held.enter_context(self.crowd.entered(key))
+                held.enter_context(crowd.entered(key))
             except FullError:
                 raise overloaded(self.returns.after(key)) from None
             held.enter_context(self.limits.admit(key))
