@@ -120,12 +120,18 @@ class Endpoint:
     ):
         self.settings, self.backends, self.keys, self.record = settings, backends, keys, record
         self.scorer = scorer
-        self._turn = asyncio.Lock()
+        self._bodies = FairQueue(lambda: 1)
         self.limits = Limits(settings.requests_per_minute, settings.concurrent, ingresses)
         behind: set[Backend | Scorer] = {*backends.values(), *([scorer] if scorer else [])}
         self.queues = {b: FairQueue(b.places, lambda: settings.queue / ingresses()) for b in behind}
-        self.crowd = Crowd(lambda: sum(int(q.places() + q.waiting()) for q in self.queues.values()))
+        self.crowd = self._crowd(*backends.values())
+        self.score_crowd = self._crowd(scorer) if scorer else self.crowd
         self.returns = Returns()
+
+    def _crowd(self, *behind: Backend | Scorer) -> Crowd:
+        """Return the count of the requests for which some models, or the reward, have room."""
+        queues = {self.queues[b] for b in behind}
+        return Crowd(lambda: sum(int(queue.places() + queue.waiting()) for queue in queues))
 
     def owner(self, request: Request) -> str:
         """Return the name of the request's key.
@@ -149,10 +155,10 @@ class Endpoint:
         with self._logged() as log:
             log.key = self.owner(request)
             with ExitStack() as held:
-                held.enter_context(self._admitted(log.key))
+                held.enter_context(self._admitted(log.key, self.crowd))
                 data = await validation.read(request.stream(), request.headers, self.settings)
                 ask = await self._in_turn(
-                    data, lambda body: validation.check(kind, body, self.settings)
+                    log.key, data, lambda body: validation.check(kind, body, self.settings)
                 )
                 return await self._answer(ask, call, log, held)
 
@@ -164,9 +170,9 @@ class Endpoint:
         """
         with self._logged() as log:
             log.key = self.owner(request)
-            with self._admitted(log.key):
+            with self._admitted(log.key, self.score_crowd):
                 data = await validation.read(request.stream(), request.headers, self.settings)
-                messages, text = await self._in_turn(data, validation.to_score)
+                messages, text = await self._in_turn(log.key, data, validation.to_score)
                 if self.scorer is None or self.settings.reward is None:
                     raise ClientError(404, "no reward is served here", code="no_reward")
                 log.model = self.settings.reward.name
@@ -174,20 +180,22 @@ class Endpoint:
             log.finish("200")
             return {"model": log.model, "reward": reward}
 
-    async def _in_turn(self, data: bytes, check: Callable[[dict[str, Any]], T]) -> T:
+    async def _in_turn(self, key: str, data: bytes, check: Callable[[dict[str, Any]], T]) -> T:
         """Parse a body and check it, in turns of the event loop that no other body has a part in.
+
+        Keys take turns here, too.
 
         Raises:
             ClientError: 400.
         """
-        async with self._turn:
+        async with self._bodies.place(key):
             await asyncio.sleep(0)
             body = validation.decode(data, self.settings.max_depth)
             await asyncio.sleep(0)
             return check(body)
 
     @contextmanager
-    def _admitted(self, key: str) -> Iterator[None]:
+    def _admitted(self, key: str, crowd: Crowd) -> Iterator[None]:
         """Reserve what a request needs before its body is read.
 
         Raises:
@@ -195,7 +203,7 @@ class Endpoint:
         """
         with ExitStack() as held:
             try:
-                held.enter_context(self.crowd.entered(key))
+                held.enter_context(crowd.entered(key))
             except FullError:
                 raise overloaded(self.returns.after(key)) from None
             held.enter_context(self.limits.admit(key))

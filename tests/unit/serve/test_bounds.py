@@ -6,13 +6,15 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.request_fuzz import Fuzzer
+from support.waiting import LIMIT
 from unit.serve.test_serve import (
     CHAT,
     COMPLETIONS,
@@ -29,7 +31,7 @@ from wrpo_ray.serve import bounds
 from wrpo_ray.serve.backends import DONE, LostError, Rejection
 from wrpo_ray.serve.bounds import expansion, grammar_fault, load_json
 from wrpo_ray.serve.headers import DeclaredHeaders
-from wrpo_ray.serve.ingress import ModelReplicas
+from wrpo_ray.serve.ingress import Running
 
 TURN = 0.05
 """Seconds of the event loop's CPU time that a body may take at a time."""
@@ -359,56 +361,70 @@ def test_odd_bytes_in_any_header_are_refused(name: bytes, odd: bytes):
 # --- the status of replicas ----------------------------------------------------------------------
 
 
-class _Handle:
-    deployment_name = "Model:m"
+class Controller:
+    """Serve's controller: how often it was asked; it answers once it may, unless it fails."""
 
-    def options(self, **_: Any) -> "_Handle":
-        return self
+    def __init__(self) -> None:
+        self.asked, self.may_answer, self.fails = 0, threading.Event(), False
+
+    def status(self) -> Any:
+        self.asked += 1
+        self.may_answer.wait(LIMIT)
+        if self.fails:
+            raise TimeoutError
+        model = SimpleNamespace(replica_states={"RUNNING": 1})
+        return SimpleNamespace(
+            applications={"app": SimpleNamespace(deployments={"Model:m": model})}
+        )
 
 
 @pytest.fixture
-def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Serve's controller: how often it was asked, and an event without which it does not answer."""
-
-    class Controller:
-        asked, answers, fails = 0, threading.Event(), False
-
-    def is_running(_: str) -> bool:
-        Controller.asked += 1
-        Controller.answers.wait(60)
-        if Controller.fails:
-            raise TimeoutError
-        return True
-
-    monkeypatch.setattr("wrpo_ray.serve.ingress._is_running", is_running)
-    yield Controller
-    Controller.answers.set()
+def controller(monkeypatch: pytest.MonkeyPatch) -> Iterator[Controller]:
+    controller = Controller()
+    monkeypatch.setattr("wrpo_ray.serve.ingress.serve.status", controller.status)
+    yield controller
+    controller.may_answer.set()
 
 
-def test_many_who_ask_whether_it_is_ready_ask_the_controller_once(controller: Any):
+async def until(is_true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(LIMIT):
+        while not is_true():
+            await asyncio.sleep(0)
+
+
+def test_many_who_ask_whether_it_is_ready_ask_the_controller_once(
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("wrpo_ray.serve.ingress.STATUS_TTL", LIMIT)
+
     async def crowd() -> list[bool]:
-        replicas = ModelReplicas(_Handle())
-        asking = [asyncio.create_task(replicas.ready()) for _ in range(500)]
-        await asyncio.sleep(0)
-        controller.answers.set()
-        first = await asyncio.gather(*asking)
-        return [*first, *await asyncio.gather(*(replicas.ready() for _ in range(500)))]
+        running = Running("app")
+        watching = asyncio.create_task(running.watch())
+        await until(lambda: controller.asked == 1)
+        early = [running.is_running("Model:m") for _ in range(500)]
+        controller.may_answer.set()
+        await until(lambda: running.is_running("Model:m"))
+        late = [running.is_running("Model:m") for _ in range(500)]
+        watching.cancel()
+        return early + late
 
-    assert asyncio.run(crowd()) == [True] * 1000
+    assert asyncio.run(crowd()) == [False] * 500 + [True] * 500
     assert controller.asked == 1
 
 
 def test_a_controller_that_does_not_answer_is_not_ready(
-    controller: Any, monkeypatch: pytest.MonkeyPatch
+    controller: Controller, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("wrpo_ray.serve.ingress.STATUS_WAIT", 0.01)
+    monkeypatch.setattr("wrpo_ray.serve.ingress.STATUS_TTL", 0)
+    monkeypatch.setattr("wrpo_ray.serve.ingress.STATUS_WAIT", 0.5)
+    controller.may_answer.set()
 
-    async def ask() -> tuple[bool, bool]:
-        replicas = ModelReplicas(_Handle())
-        late = await replicas.ready()
+    async def ask() -> None:
+        running = Running("app")
+        watching = asyncio.create_task(running.watch())
+        await until(lambda: running.is_running("Model:m"))
         controller.fails = True
-        controller.answers.set()
-        monkeypatch.setattr("wrpo_ray.serve.ingress.STATUS_WAIT", 60)
-        return late, await replicas.ready()
+        await until(lambda: not running.is_running("Model:m"))
+        watching.cancel()
 
-    assert asyncio.run(ask()) == (False, False)
+    asyncio.run(ask())

@@ -254,7 +254,7 @@ class Gated:
         return True
 
 
-def gated(places: int, **settings: Any) -> tuple[Gated, Any]:
+def gated(places: int, scorer: Any = None, **settings: Any) -> tuple[Gated, Any]:
     model = Gated(places)
     tree = {"models": [{"name": "m", "model": "folder"}], "concurrent": 10_000, **settings}
     keys = Keys(f"{ALICE[1]}\n{BOB[1]}\n")
@@ -264,7 +264,7 @@ def gated(places: int, **settings: Any) -> tuple[Gated, Any]:
         def first_token(self, *_: Any) -> None: ...
         def tokens(self, *_: Any) -> None: ...
 
-    return model, create(config.serving(tree), {"m": model}, keys, Silent())
+    return model, create(config.serving(tree), {"m": model}, keys, Silent(), scorer)
 
 
 def test_another_keys_next_request_is_the_next_that_a_model_gets():
@@ -316,6 +316,21 @@ def test_one_request_too_many_is_refused_before_its_body_is_read(path: str):
         outcomes = Counter(status for status, _, _ in await asyncio.gather(*backlog, bob))
         assert outcomes == {200: 3, 429: 1}, "bob's took the place of one that waited"
         assert (await bob)[0] == 200
+
+    asyncio.run(run())
+
+
+def test_the_rewards_places_let_in_no_more_requests_for_models():
+    async def run() -> None:
+        model, app = gated(2, scorer=Gated(100), queue=1)
+        backlog = [asyncio.create_task(_call(app, ALICE[0])) for _ in range(3)]
+        await until(lambda: len(model.asked) == 2)
+        assert (await _call(app, ALICE[0]))[::2] == (429, False)
+        status, _, was_read = await _call(app, ALICE[0], "/v1/score")
+        assert (status, was_read) == (400, True), "let in; it has nothing to be scored"
+        for _ in backlog:
+            model.gate.release()
+        await asyncio.gather(*backlog)
 
     asyncio.run(run())
 
