@@ -112,7 +112,7 @@ def test_time_and_memory_are_limited(monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as limits:
         limits.setattr(grammars, "WALL_FACTOR", 1000)
         assert forked(COSTLY) == (grammars.BEGUN, -signal.SIGPROF)
-    monkeypatch.setattr(grammars, "_compile", lambda *_: bytearray(grammars.MEMORY))
+    monkeypatch.setattr(grammars, "_compile", lambda *_: bytearray(2 * grammars.MEMORY))
     assert forked(OBJECT) == (grammars.BEGUN, 0)
 
 
