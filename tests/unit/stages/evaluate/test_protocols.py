@@ -198,7 +198,7 @@ def test_the_table_is_safe_and_says_how_many_were_judged():
     assert "&lt;b&gt;|x - y" in page
     assert "<b>" not in page
     assert "<j>" not in page
-    assert "<b>\\|x - y" in text
+    assert "&lt;b&gt;\\|x - y" in text
     assert "50.0 [40.0, -]" in text
     assert "3 of 5 judged" in text
     assert json.dumps(comparison)
