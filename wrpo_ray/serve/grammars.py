@@ -197,7 +197,8 @@ def _answer(connection: socket.socket, tokenizer: Any, seconds: float) -> None:
     except MemoryError:
         pass
     except Exception as error:
-        text = re.sub(r"^(\[.*?\] \S+: )?", "", " ".join(str(error).split()))  # time and file
+        words = " ".join(str(error)[:1000].split())
+        text = re.sub(r"^(\[.*?\] \S+: )?", "", words)  # time and file
         connection.sendall(text[:300].encode() or b"it is no grammar")
 
 

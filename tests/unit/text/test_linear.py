@@ -18,9 +18,11 @@ from pathlib import Path
 import pytest
 
 from wrpo_ray.llm import vllm_settings
+from wrpo_ray.serve import bounds
 from wrpo_ray.stages.evaluate import arena_hard, mt_bench, protocols
 from wrpo_ray.stages.ingest import cells
 from wrpo_ray.stages.score import judge, verifiers
+from wrpo_ray.text import display
 
 PACKAGE = Path(__file__).parents[3] / "wrpo_ray"
 SIZES = 1000, 8000
@@ -36,6 +38,11 @@ Reader = Callable[[str], object]
 def _rating(text: str) -> None:
     with contextlib.suppress(judge.NoRatingError):
         judge.read_rating(text, 1, 10)
+
+
+def _body(text: str) -> None:
+    with contextlib.suppress(ValueError):
+        bounds.load_json(text.encode(), 32)
 
 
 MARKDOWN = ("a", " ", "\n", "\n ", "```", "~~~", "`", "\n```", "\n~~~\n", "-", "1", "python")
@@ -74,6 +81,10 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
         vllm_settings._LAST_LINE.findall,
         ("\n(a pid=1)", " ", "a", " ERROR ", "[", "]", "Error: ", ".", "\n"),
     ),
+    "serve.bounds.BRACKET": (_body, ("[", "]", "{", "}", '"', "\\", '\\"', "a", ":", ",")),
+    "serve.bounds.PART": (bounds.expansion, ("(", ")", "[", "]", "\\", "\\u{", "{9}", "{", "a")),
+    "text.display._MARKDOWN": (display.markdown, ("`", "\\", "|", "]", "](", "*", "a", "<")),
+    "text.display._FENCE": (display.fenced, ("`", "```", "a", "\n")),
 }
 """{module and name: (what reads a text with it, the parts that hostile texts are made of)}."""
 
@@ -90,6 +101,9 @@ ELSEWHERE = {
     "report.plots": "pictures that Matplotlib drew",
     "serve.adapters": "names of weights",
     "serve.errors": "messages of the engine",
+    "serve.grammars": "the beginning of a message of xgrammar",
+    "serve.haproxy": "the config of HAProxy",
+    "serve.headers": "headers, but the expression is one class of bytes",
     "serve.keys": "the file of keys",
     "stages.evaluate.benchmarks": "files of a benchmark",
     "stages.ingest.cells._holds_more": "the beginning of a file of prompts",
@@ -132,7 +146,7 @@ def _name(node: ast.stmt) -> str:
 def test_each_regular_expression_is_tried_here_or_reads_nothing_of_a_model() -> None:
     found = set(expressions())
     assert len(found) > 40
-    tried = {f"stages.{name}".replace("stages.llm", "llm") for name in READERS}
+    tried = {n if n.startswith(("llm.", "serve.", "text.")) else f"stages.{n}" for n in READERS}
     places = tuple(ELSEWHERE)
     untried = {name for name in found - tried if not f"{name}.".startswith(
         tuple(f"{place}." for place in places))}  # fmt: skip
