@@ -20,9 +20,9 @@ Check = Callable[[str, str], bool]
 
 
 VERSIONS: dict[VerifierName, str] = {
-    "exact": "d6dd786e510b1211",
-    "number": "d6dd786e510b1211",
-    "code": "0c2e9a5f50579091",
+    "exact": "2",
+    "number": "2",
+    "code": "2",
 }
 """The version of each verifier in step keys. If a change alters any verdict, put another text here,
 so that answers are verified again."""
