@@ -116,6 +116,20 @@ def _with_another_eos(model: Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def server(zoo: Path) -> Iterator[Server]:
+    with serving(zoo) as server:
+        yield server
+
+
+@pytest.fixture
+def limited(zoo: Path) -> Iterator[Server]:
+    """With the default limit of requests a minute."""
+    with serving(zoo, requests_per_minute=600) as server:
+        yield server
+
+
+@contextmanager
+def serving(zoo: Path, **changes: Any) -> Iterator[Server]:
+    """`wrpo serve` with a model and its adapter, a reward, and keys."""
     with tempfile.TemporaryDirectory(prefix="wrpo-", ignore_cleanup_errors=True) as folder:
         adapter = _adapter(zoo / "target", Path(folder) / "adapter")
         target = _with_another_eos(zoo / "target", Path(folder) / "target")
@@ -126,7 +140,7 @@ def server(zoo: Path) -> Iterator[Server]:
         keys, lines = zip(*(new_key(f"key-{i}") for i in range(CLIENTS + 1)), strict=True)
         (Path(folder) / "keys").write_text("\n".join(lines))
         own = {"models": [model], "reward": reward, "keys": f"{folder}/keys"}
-        file.write_text(yaml.safe_dump(own | SETTINGS))
+        file.write_text(yaml.safe_dump(own | SETTINGS | changes))
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         words = [sys.executable, "-m", "wrpo_ray", "serve", "--config", str(file)]
@@ -617,26 +631,26 @@ def _right_answers(server: Server) -> dict[str, str]:
 
 
 @pytest.mark.soak
-def test_an_abusive_key_does_not_slow_the_others_down(server: Server):
+def test_an_abusive_key_does_not_slow_the_others_down(limited: Server):
     """64 clients, each with its key, for a minute with two kills: alone, and beside an abuser.
 
     The abuser has 64 requests open, does not wait when it is refused, and sends bodies of up to a
     megabyte, from a process of its own. Times are those from one whole answer of a client to the
     next, but for those in which the only replica was dead: its start is no matter of keys.
     """
-    right, p95 = _right_answers(server), {}
+    right, p95 = _right_answers(limited), {}
     for is_attacked in (False, True):
         stop, outages = threading.Event(), []
-        askers = [Asker(server, i, right, stop, (429, 503, 504)) for i in range(CLIENTS)]
+        askers = [Asker(limited, i, right, stop, (429, 503, 504)) for i in range(CLIENTS)]
         for asker in askers:
             asker.start()
         try:
-            with _abuser(server) if is_attacked else nullcontext():
+            with _abuser(limited) if is_attacked else nullcontext():
                 for _ in range(2):
                     stop.wait(20)
                     wait_until(lambda: any(asker.is_reading for asker in askers))  # noqa: B023
                     killed, whole = time.monotonic(), _count(askers, "whole")
-                    _kill_all(server.replicas())
+                    _kill_all(limited.replicas())
                     wait_until(lambda: _count(askers, "whole") > whole)  # noqa: B023
                     outages.append((killed, time.monotonic()))
                 stop.wait(20)
