@@ -17,7 +17,18 @@ CONNECTIONS = "WRPO_HAPROXY_CONNECTIONS"
 """Maximum connections from one address."""
 HEADERS_TIMEOUT = "WRPO_HAPROXY_HEADERS_TIMEOUT_S"
 """Seconds that a client has for a request's headers, from its connection on."""
-DEFAULTS = {CONNECTIONS: 512, HEADERS_TIMEOUT: 10}
+REQUESTS = "WRPO_HAPROXY_REQUESTS"
+"""Maximum requests of one key in 60 seconds; beyond it HAProxy refuses without the ingress. 0 is no
+maximum."""
+DEFAULTS = {CONNECTIONS: 512, HEADERS_TIMEOUT: 10, REQUESTS: 0}
+KEYS = """
+backend keys_of_clients
+    stick-table type string len 40 size 100k expire 2m store http_req_rate(60s)
+"""
+REFUSAL = (
+    '{"error": {"message": "far more requests than a key may send; slow down", '
+    '"type": "rate_limit_error", "param": null, "code": "rate_limit_exceeded"}}'
+)
 MARK = "# bounds of wrpo-haproxy\n"
 
 
@@ -29,12 +40,17 @@ def bounded(config: str, settings: Mapping[str, str]) -> str:
     """
     if config.startswith(MARK):
         return config
-    connections, headers = (int(settings.get(name, DEFAULTS[name])) for name in DEFAULTS)
+    connections, headers, requests = (int(settings.get(name, DEFAULTS[name])) for name in DEFAULTS)
     host = settings.get(HOST, r"\2")
     own = f"""
     stick-table type ipv6 size 100k expire 1m store conn_cur
     tcp-request connection track-sc0 src
     tcp-request connection reject if {{ sc0_conn_cur gt {connections} }}"""
+    if requests:
+        own += f"""
+    http-request track-sc1 req.hdr(authorization),sha1,hex table keys_of_clients
+    http-request return status 429 content-type application/json hdr Retry-After 10 \
+string '{REFUSAL}' if {{ sc1_http_req_rate(keys_of_clients) gt {requests} }}"""
     changes = {
         r"^defaults$": rf"defaults\n    timeout http-request {headers}s",
         r"^(frontend http_frontend\n +bind )(\S+)(:\d+)$": rf"\g<1>{host}\3{own}",
@@ -46,7 +62,7 @@ def bounded(config: str, settings: Mapping[str, str]) -> str:
         config, count = re.subn(pattern, replacement, config, flags=re.MULTILINE)
         if count != 1:
             raise ValueError(f"wrpo-haproxy: unknown config of Ray Serve: {count} of {pattern!r}")
-    return MARK + config
+    return MARK + config + (KEYS if requests else "")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import ray
 from ray.serve._private import replica
 
 from wrpo_ray.config import ServeConfig
-from wrpo_ray.serve.haproxy import CONNECTIONS, HEADERS_TIMEOUT, HOST
+from wrpo_ray.serve.haproxy import CONNECTIONS, HEADERS_TIMEOUT, HOST, REQUESTS
 from wrpo_ray.serve.headers import CALLBACK
 
 PROXY = {"RAY_SERVE_ENABLE_HA_PROXY": "1"}
@@ -75,6 +75,7 @@ def _haproxy(folder: Path, host: str, settings: ServeConfig) -> dict[str, str]:
         HOST: f"[{host}]" if ":" in host else host.replace("0.0.0.0", "*"),  # nosec B104
         CONNECTIONS: str(settings.connections),
         HEADERS_TIMEOUT: str(math.ceil(settings.read_timeout)),
+        REQUESTS: str(2 * settings.requests_per_minute),  # the ingress refuses the second half
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
         # HAProxy learns at once that an ingress ends.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",

