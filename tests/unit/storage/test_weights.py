@@ -565,11 +565,15 @@ def test_the_limit_of_the_environment(tmp_path, monkeypatch):
 # --- a folder that others could write to ---------------------------------------------------------
 
 
-def test_a_cache_is_its_users_own(tmp_path, monkeypatch):
-    """Without WRPO_CACHE, in the temporary folder, where anyone may put a folder of this name."""
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The cache without WRPO_CACHE: in the temporary folder, where anyone may put one."""
     monkeypatch.delenv("WRPO_CACHE")
     monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path))
-    own = tmp_path / f"wrpo-cache-{os.getuid()}"
+    return tmp_path / f"wrpo-cache-{os.getuid()}"
+
+
+def test_a_cache_is_its_users_own(own, tmp_path):
     assert caches.node_cache().folder == own
     assert own.stat().st_mode & 0o777 == 0o700
     for mode in (0o720, 0o702, 0o777):
@@ -583,11 +587,8 @@ def test_a_cache_is_its_users_own(tmp_path, monkeypatch):
         caches.node_cache()
 
 
-def test_a_planted_cache_of_another_user_is_not_read(tmp_path, monkeypatch):
+def test_a_planted_cache_of_another_user_is_not_read(own, monkeypatch):
     """Its copies would be taken for complete models."""
-    monkeypatch.delenv("WRPO_CACHE")
-    monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path))
-    own = tmp_path / f"wrpo-cache-{os.getuid()}"
     own.mkdir()
     if os.getuid() == 0:
         os.chown(own, 12345, 12345)
