@@ -4,6 +4,7 @@ All of it counts the requests of one event loop.
 """
 
 import asyncio
+import itertools
 import math
 import random
 import time
@@ -40,6 +41,7 @@ class FairQueue:
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}
         self._served: Counter[str] = Counter()
         """When each key last had a place, as a number that grows."""
+        self._numbers = itertools.count(1)
 
     async def enter(self, key: str) -> None:
         """Wait for a place, which `leave` gives back.
@@ -87,7 +89,7 @@ class FairQueue:
             self._queues[key].popleft().set_result(None)
             self._forget_empty(key)
             self._held[key] += 1
-            self._served[key] = max(self._served.values(), default=0) + 1
+            self._served[key] = next(self._numbers)
 
     def _refuse_one(self, newcomer: str) -> None:
         key = max(self._queues, key=lambda k: (self._held[k] + len(self._queues[k]), k == newcomer))
