@@ -7,7 +7,7 @@ from typing import Any
 
 from wrpo_ray import __version__
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
-from wrpo_ray.kubernetes.ray_objects import Container, Group, Quantity, RayObject, path_text
+from wrpo_ray.kubernetes.ray_objects import Container, Faults, Group, Quantity, RayObject, path_text
 
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
@@ -16,8 +16,6 @@ EXTERNAL = "wrpo-ray/external"
 GPU = "nvidia.com/gpu"
 OBJECT_STORE = 0.3
 """Ray's default share of a node's memory for its object store."""
-Faults = Iterator[tuple[str, str, str]]
-"""(field, rule, what is wrong)."""
 
 
 def check(found: RayObject) -> Iterator[Problem]:
@@ -153,9 +151,7 @@ def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Itera
     """Check that references of pods are among the manifests, optional, or declared external."""
     if "spec" not in manifest.body:
         return
-    there = {f"{m.kind}/{m.name}" for m in manifests}
-    external = manifest.annotations.get(EXTERNAL, "")
-    there |= set(str(external).replace(",", " ").split())
+    there = {f"{m.kind}/{m.name}" for m in manifests} | _declared(manifest)
     for path, kind, name in _references(manifest.body["spec"], ("spec",)):
         if f"{kind}/{name}" not in there:
             yield Problem(
@@ -165,6 +161,16 @@ def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Itera
                 f"{kind} {name!r} is not in these manifests; add it, or name it in the "
                 f"annotation {EXTERNAL}: {kind}/{name}",
             )
+
+
+def _declared(manifest: Manifest) -> set[str]:
+    return set(str(manifest.annotations.get(EXTERNAL, "")).replace(",", " ").split())
+
+
+def external(manifests: Sequence[Manifest]) -> list[str]:
+    """Return the objects that are declared to exist elsewhere, as `Kind/name`."""
+    there = {f"{m.kind}/{m.name}" for m in manifests}
+    return sorted(set().union(*map(_declared, manifests)) - there)
 
 
 def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, str]]:
