@@ -16,6 +16,10 @@ STATUS_CHECK, STATUS_CHECK_SECONDS = "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS", 300
 """The operator's variable for the time without an answer from the head, and its default (C:289)."""
 OPERATOR_ENV = "wrpo-ray/operator-env"
 """Annotation: the `NAME=VALUE` that the operator was installed with, separated by spaces."""
+TAINTS = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
+HEAD_AWAY = 120
+"""The most seconds that a pod of a lost node may be waited for: with the 50 s until the node counts
+as lost, and those to start the next try, less than `STATUS_CHECK_SECONDS`."""
 START, START_SECONDS = "RAY_JOB_START_TIMEOUT_SECONDS", 900
 """The head's variable for the time that a driver waits for a node, and its default
 (ray/dashboard/consts.py:65, modules/job/job_manager.py:154)."""
@@ -126,23 +130,46 @@ def _older_clean_up(job: Job, older: Sequence[dict[str, Any]]) -> Faults:
 
 
 def _lost_head(found: RayObject, job: Job) -> Faults:
-    """A head that does not answer for 300 s ends the RayJob for good (J:343-345, 1336-1354).
+    """A head that does not answer for 300 s ends the RayJob for good (J:543-552, 1336-1354).
 
-    With SidecarMode the operator sees the missing head itself, and starts the next try (J:1086-93).
+    Kubernetes gives up pods of a lost node after 300 s of its own. In SidecarMode the operator then
+    sees that the head is missing and starts the next try (J:1086-1093); in other modes it makes
+    another head, whose first answer has to come within the 300 s as well.
     """
-    if job.submission_mode == "SidecarMode" or not job.ray_cluster_spec:
+    cluster = job.ray_cluster_spec
+    if cluster is None or _waits_longer(found):
         return
-    words = str(found.manifest.annotations.get(OPERATOR_ENV, "")).split()
-    given = next((w.partition("=")[2] for w in words if w.startswith(f"{STATUS_CHECK}=")), "")
-    if not given.isdecimal() or int(given) <= STATUS_CHECK_SECONDS:
+    remedy = (
+        f"or install the operator with more seconds in {STATUS_CHECK}, and name them in the "
+        f"annotation {OPERATOR_ENV}: {STATUS_CHECK}=SECONDS"
+    )
+    pod = cluster.head_group_spec.template.spec
+    seconds = {t.key: t.toleration_seconds for t in pod.tolerations}
+    left = {key for key, n in seconds.items() if n is not None and n <= HEAD_AWAY}
+    if not left.issuperset(TAINTS):
+        yield (
+            f"{found.at}.headGroupSpec.template.spec.tolerations",
+            "lost-head",
+            f"a head on a lost node is waited for 300 s, and {STATUS_CHECK_SECONDS} s without an "
+            f"answer fail the job for good: backoffLimit does not count. Give the head "
+            f"tolerations of {' and '.join(TAINTS)} with tolerationSeconds up to {HEAD_AWAY}; "
+            f"{remedy}",
+        )
+    elif job.submission_mode != "SidecarMode":
         yield (
             "spec.submissionMode",
-            "lost-head",
-            f"is {job.submission_mode}: a head that is away for {STATUS_CHECK_SECONDS} s, as after "
-            f"the loss of its node, fails the job, and backoffLimit does not count. Use "
-            f"SidecarMode; or install the operator with {STATUS_CHECK} above it, and write that "
-            f"into the annotation {OPERATOR_ENV}: {STATUS_CHECK}=SECONDS",
+            "slow-head",
+            f"is {job.submission_mode}: a lost head has to be back in {STATUS_CHECK_SECONDS} s, "
+            f"its image too, or the job has failed for good. In SidecarMode the next try begins; "
+            f"{remedy}",
         )
+
+
+def _waits_longer(found: RayObject) -> bool:
+    """Whether the operator is declared to wait longer for a head's answer than by default."""
+    words = str(found.manifest.annotations.get(OPERATOR_ENV, "")).split()
+    given = next((w.partition("=")[2] for w in words if w.startswith(f"{STATUS_CHECK}=")), "")
+    return given.isdecimal() and int(given) > STATUS_CHECK_SECONDS
 
 
 def _driver_start(found: RayObject, job: Job) -> Faults:

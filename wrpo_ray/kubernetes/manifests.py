@@ -22,7 +22,7 @@ LONGEST = 600
 ADVICE = frozenset(
     {
         "autoscaler-log", "cpus-per-gpu", "deprecated", "disk", "ends-for-good", "evictions",
-        "feature-gate", "queue-version", "replicas", "stop-wait", "surge-room",
+        "feature-gate", "queue-version", "replicas", "slow-head", "stop-wait", "surge-room",
     }
 )  # fmt: skip
 """Rules whose violation works on some clusters, or costs time or money but no run."""

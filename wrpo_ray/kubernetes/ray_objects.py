@@ -84,6 +84,14 @@ class Volume(View):
     empty_dir: EmptyDir | None = None
 
 
+class Toleration(View):
+    """A toleration of a node's taint."""
+
+    key: str = ""
+    effect: str = ""
+    toleration_seconds: int | None = None
+
+
 class PodSpec(View):
     """A pod."""
 
@@ -92,6 +100,7 @@ class PodSpec(View):
     volumes: list[Volume] = []
     restart_policy: str = ""
     termination_grace_period_seconds: int = 30
+    tolerations: list[Toleration] = []
 
 
 class Metadata(View):

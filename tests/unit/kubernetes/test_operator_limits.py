@@ -53,6 +53,16 @@ def mode(name: str) -> Edit:
     return edit
 
 
+TOLERATIONS = "spec.rayClusterSpec.headGroupSpec.template.spec.tolerations"
+
+
+def head_leaves(seconds: int | None) -> Edit:
+    """A head on a lost node is waited for as long; as by default without a number."""
+    keys = ("node.kubernetes.io/unreachable", "node.kubernetes.io/not-ready")
+    given = [{"key": k, "effect": "NoExecute", "tolerationSeconds": seconds} for k in keys]
+    return put(TOLERATIONS, [] if seconds is None else given)
+
+
 def of_selector(**fields: Any) -> Edit:
     """Makes a RayJob run on a cluster that is there."""
     job = {"clusterSelector": {"ray.io/cluster": "wrpo"}, "backoffLimit": 0} | fields
@@ -198,15 +208,28 @@ LIMITS: dict[str, tuple[str, Edit, Edit, str, str]] = {
         f"{JOB}.upgradeStrategy.type", "upgrade",
     ),
     "lost head": (
-        "RayJob", mode("SidecarMode"), mode("K8sJobMode"), "spec.submissionMode", "lost-head",
+        "RayJob", head_leaves(120), head_leaves(121), TOLERATIONS, "lost-head",
     ),
-    "lost head, with the operator's own default": (
+    "lost head that is waited for forever": (
+        "RayJob", head_leaves(0),
+        both(head_leaves(20), lambda body: at(body, TOLERATIONS)[0].pop("tolerationSeconds")),
+        TOLERATIONS, "lost-head",
+    ),
+    "lost head with one toleration": (
+        "RayJob", head_leaves(20), both(head_leaves(20), lambda body: at(body, TOLERATIONS).pop()),
+        TOLERATIONS, "lost-head",
+    ),
+    "lost head, and an operator that waits": (
         "RayJob",
-        both(mode("K8sJobMode"),
+        both(head_leaves(None),
              note("wrpo-ray/operator-env", "A=b RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS=1800")),
-        both(mode("K8sJobMode"),
+        both(head_leaves(None),
              note("wrpo-ray/operator-env", "RAYJOB_STATUS_CHECK_TIMEOUT_SECONDS=300")),
-        "spec.submissionMode", "lost-head",
+        TOLERATIONS, "lost-head",
+    ),
+    "head that is back late": (
+        "RayJob", both(head_leaves(20), mode("SidecarMode")),
+        both(head_leaves(20), mode("K8sJobMode")), "spec.submissionMode", "slow-head",
     ),
     "driver's time to start": (
         "RayJob", environment(f"{JOB}.headGroupSpec", ALL_DAY),
