@@ -19,7 +19,7 @@ KNOWN_GROUPS = ("", "apps", "batch", "networking.k8s.io", "policy", "ray.io", "k
 """API groups whose fields have the formats below."""
 LISTS_OF_MAPS = "containers initContainers env envFrom volumeMounts volumes tolerations ports"
 LISTS_OF_MAPS += " imagePullSecrets volumeClaimTemplates ingress egress from to workerGroupSpecs"
-LISTS_OF_MAPS += " deletionRules resourceGroups flavors"
+LISTS_OF_MAPS += " deletionRules resourceGroups flavors matchExpressions"
 LISTS_OF_TEXTS = "command args add drop"
 MAPS = "metadata labels annotations limits requests emptyDir template matchLabels nodeSelector spec"
 MAPS += " securityContext podSelector namespaceSelector secretKeyRef configMapKeyRef secretRef"
@@ -64,6 +64,10 @@ FORMATS: dict[tuple[str, ...], Format] = {
     **_lists("accessModes", MODE),
     **_lists("policyTypes", one_of("Ingress", "Egress")),
     **_lists("coveredResources", f.KEY),
+    ("matchExpressions", "[]", "key"): f.KEY,
+    ("matchExpressions", "[]", "operator"): one_of("In", "NotIn", "Exists", "DoesNotExist"),
+    ("matchExpressions", "[]", "values"): f.LIST,
+    ("matchExpressions", "[]", "values", "[]"): f.LABEL_VALUE,
     **_each(MAPS, f.MAP),
     **_each(TEXTS, f.TEXT),
     **_each(FLAGS, f.BOOLEAN),

@@ -31,9 +31,15 @@ GPU = "nvidia.com/gpu"
 RULES = {"condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}, "policy": "DeleteCluster"}
 
 
-def sidecar(body: Body) -> None:
-    body["spec"]["submissionMode"] = "SidecarMode"
-    del body["spec"]["submitterConfig"]
+def with_submitter(field: str, value: Any, mode: str = "K8sJobMode") -> Edit:
+    """A pod that submits, with a field of its container."""
+
+    def edit(body: Body) -> None:
+        container = {"name": "submitter", "image": "wrpo-ray:0.1.0-gpu", field: value}
+        body["spec"]["submissionMode"] = mode
+        body["spec"]["submitterPodTemplate"] = {"spec": {"containers": [container]}}
+
+    return edit
 
 
 def queued(body: Body) -> None:
@@ -121,7 +127,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         f"{TRAIN}.{RAY}.image", "image-version",
     ),
     "submitter of another version": (
-        "RayJob", put("spec.submitterPodTemplate.spec.containers[0].image", "wrpo-ray:0.2.0-gpu"),
+        "RayJob", with_submitter("image", "wrpo-ray:0.2.0-gpu"),
         "spec.submitterPodTemplate.spec.containers[0].image", "image-version",
     ),
     "GPU request without a limit": (
@@ -146,7 +152,10 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
     ),
     "Secret that is nowhere": (
         "RayCluster",
-        put("metadata.annotations.wrpo-ray/external", "PersistentVolumeClaim/wrpo-cache"),
+        both(
+            put("metadata.annotations.wrpo-ray/external", "PersistentVolumeClaim/wrpo-cache"),
+            drop(f"spec.headGroupSpec.{RAY}.envFrom[0].secretRef.optional"),
+        ),
         "spec.headGroupSpec.template.spec.containers[0].envFrom[0].secretRef.name", "reference",
     ),
     "volume claim that is nowhere": (
@@ -208,7 +217,8 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "spec.ttlSecondsAfterFinished", "clean-up",
     ),
     "SidecarMode with a submitter": (
-        "RayJob", sidecar, "spec.submitterPodTemplate", "sidecar-mode"
+        "RayJob", with_submitter("env", [], "SidecarMode"),
+        "spec.submitterPodTemplate", "sidecar-mode",
     ),
     "tries in InteractiveMode": (
         "RayJob", put("spec.submissionMode", "InteractiveMode"), "spec.backoffLimit", "backoff"
@@ -251,7 +261,11 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "spec.workerGroupSpecs[1].replicas", "number",
     ),
     "resources that Ray cannot read": (
-        "RayCluster", put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many"}),
+        "RayCluster",
+        both(
+            put("spec.workerGroupSpecs[cpu].rayStartParams", {}),
+            put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many"}),
+        ),
         "spec.workerGroupSpecs[0].resources.CPU", "quantity",
     ),
     "memory with a unit that Kubernetes does not know": (
@@ -279,8 +293,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "spec.entrypointResources", "resources",
     ),
     "number in the environment": (
-        "RayJob",
-        put("spec.submitterPodTemplate.spec.containers[0].env", [{"name": "A", "value": 1}]),
+        "RayJob", with_submitter("env", [{"name": "A", "value": 1}]),
         "spec.submitterPodTemplate.spec.containers[0].env[0].value", "wrong-type",
     ),
     "driver that fits no group": (

@@ -23,6 +23,7 @@ from support.manifests import CLUSTER, FUSION, OVERLAYS, ROOT, crds, ray_objects
 from wrpo_ray import __version__, config
 from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
+from wrpo_ray.kubernetes.pod_rules import GPU
 from wrpo_ray.kubernetes.ray_objects import RayObject, typed
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.runtime.metrics import COUNTERS, GAUGES
@@ -129,12 +130,13 @@ def test_groups_start_at_zero_and_gpus_keep_others_away():
     views = [typed_body(body) for body in ray_objects().values()]
     for view in views:
         for _, group in view.workers:
-            assert (group.min_replicas, group.replicas) == (0, 0)
+            assert (group.min_replicas, group.replicas) == (0, None), "the autoscaler's own field"
             assert group.idle_timeout_seconds
     for body in ray_objects().values():
         for pod in pods(body):
-            has_gpu = "nvidia.com/gpu" in pod["containers"][0]["resources"].get("limits", {})
-            assert has_gpu == bool(pod.get("tolerations"))
+            has_gpu = GPU in pod["containers"][0]["resources"].get("limits", {})
+            keys = {toleration["key"] for toleration in pod.get("tolerations", ())}
+            assert has_gpu == (GPU in keys)
 
 
 def typed_body(body: dict[str, Any]) -> RayObject:
@@ -152,9 +154,13 @@ def test_a_group_has_one_unit_of_its_own_resource_for_each_gpu():
 def test_ray_is_closed_to_other_pods_and_asks_for_its_token():
     policies = [b for b in all_objects() if b["kind"] == "NetworkPolicy"]
     ray = next(p["spec"] for p in policies if p["metadata"]["name"] == "ray")
-    assert set(ray["policyTypes"]) == {"Ingress", "Egress"}
+    assert ray["podSelector"] == {"matchLabels": {"ray.io/is-ray-node": "yes"}}
     open_to_all = [rule for rule in ray["ingress"] if not rule.get("from")]
     assert not open_to_all
+    others = next(p["spec"] for p in policies if p["metadata"]["name"] == "default")
+    assert set(others["policyTypes"]) == {"Ingress", "Egress"}
+    assert not others.get("ingress")
+    assert not [rule for rule in others["egress"] if not rule.get("ports")]
     for body in ray_objects().values():
         assert typed_body(body).cluster.auth_options.mode == "token"
 
@@ -169,11 +175,21 @@ def test_a_pod_that_may_connect_is_named_with_its_namespace():
     assert all(selector.get("matchLabels") for selector in others), "not any namespace"
 
 
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    """A container's variables, with those of the rendered ConfigMaps that it names."""
+    maps = {b["metadata"]["name"]: b["data"] for b in all_objects() if b["kind"] == "ConfigMap"}
+    named = [
+        each["configMapRef"]["name"] for each in container["envFrom"] if "configMapRef" in each
+    ]
+    own = {variable["name"]: variable.get("value") for variable in container["env"]}
+    return {key: value for name in named for key, value in maps[name].items()} | own
+
+
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 
 
 def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
-    from wrpo_ray.serve.haproxy import CONNECTIONS
+    from wrpo_ray.serve.haproxy import CONNECTIONS, REQUESTS
     from wrpo_ray.serve.headers import CALLBACK
     from wrpo_ray.serve.proxy import CLIENT_TIMEOUT, PROXY
 
@@ -184,7 +200,7 @@ def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
         nodes = [pod["containers"][0] for pod in pods(service)]
         assert len(nodes) == 2
         for node in nodes:
-            env = {variable["name"]: variable.get("value") for variable in node["env"]}
+            env = environment(node)
             assert (PROXY | CALLBACK).items() <= env.items()
             for name in ("HARD_STOP_AFTER_S", "TIMEOUT_SERVER_S"):
                 longest = config.serving(app["args"]).timeout
@@ -192,6 +208,7 @@ def test_all_nodes_of_the_served_model_have_the_proxy_of_wrpo_serve():
             assert env["RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S"] == str(CLIENT_TIMEOUT)
             assert Path(env["RAY_SERVE_HAPROXY_BINARY_PATH"]).name in SCRIPTS
             assert int(env[CONNECTIONS]) > 0
+            assert int(env[REQUESTS]) == 2 * config.serving(app["args"]).requests_per_minute
 
 
 def test_no_secret_is_in_the_repository():
