@@ -81,7 +81,10 @@ def ray_objects() -> dict[str, Body]:
         ),
     )
     job["spec"]["rayClusterSpec"] = copy.deepcopy(cluster["spec"])
-    service["spec"]["rayClusterConfig"] = copy.deepcopy(cluster["spec"])
+    served = copy.deepcopy(cluster["spec"])
+    groups = served["workerGroupSpecs"]
+    served["workerGroupSpecs"] = [g for g in groups if g["groupName"] == "serve"]
+    service["spec"]["rayClusterConfig"] = served
     for body in (cluster, job, service):
         wanted = body["metadata"]["annotations"]
         wanted["wrpo-ray/external"] += " PersistentVolumeClaim/wrpo-cache"

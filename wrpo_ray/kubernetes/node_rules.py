@@ -5,9 +5,8 @@ Source: KubeRay 1.7.0, ray-operator/controllers/ray/common/pod.go (P).
 
 from collections.abc import Callable
 
-from wrpo_ray.kubernetes.ray_objects import Cluster, Faults, Group, RayObject
+from wrpo_ray.kubernetes.ray_objects import GPU, Cluster, Faults, Group, RayObject, number_of
 
-GPU = "nvidia.com/gpu"
 LOGS, LOGS_PATH = "ray-logs", "/tmp/ray"  # nosec B108 # compared with
 """The volume that head and autoscaler share, and its path (P:30-31)."""
 STAY = {
@@ -51,7 +50,8 @@ CONTAINER = "spec.containers[0]"
 def _no_gpus(path: str, group: Group) -> Faults:
     """Without a number of GPUs, `ray start` counts all that it sees on the machine."""
     given = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
-    if GPU in group.ray.resources.limits or given is not None:
+    asked = group.ray.resources
+    if GPU in {*asked.limits, *asked.requests} or given is not None:
         return
     yield (
         f"{path}.rayStartParams.num-gpus",
@@ -109,16 +109,10 @@ def _no_disk(group: Group) -> bool:
 
 def _many_cpus(group: Group) -> bool:
     asked = group.ray.resources
-    cpus = _number(asked.requests.get("cpu", asked.limits.get("cpu", 0)))
-    gpus = _number(asked.limits.get(GPU, 0))
+    cpus = number_of(asked.requests.get("cpu", asked.limits.get("cpu", 0)))
+    gpus = number_of(asked.limits.get(GPU, 0))
     return gpus > 0 and cpus > CPUS_PER_GPU * gpus
 
 
 def _names(groups: list[str]) -> str:
     return ", ".join(groups)
-
-
-def _number(quantity: int | float | str) -> float:
-    from ray.autoscaler._private.kuberay.utils import parse_quantity
-
-    return float(parse_quantity(quantity))

@@ -1,14 +1,14 @@
 """Ray clusters that KubeRay's operator or Ray rejects, though the schema allows them.
 
-Each rule yields the problems of an object. `job_rules`, `service_rules`, `queue_rules` and
-`node_rules` have those of RayJob, RayService, Kueue and the nodes' pods. Source, where no other is
-given: KubeRay 1.7.0, ray-operator/controllers/ray/utils/validation.go (V) and constant.go (C).
+Each rule yields the problems of an object. `job_rules`, `service_rules` and `queue_rules` have
+those of RayJob, RayService and Kueue. Source, where no other is given: KubeRay 1.7.0,
+ray-operator/controllers/ray/utils/validation.go (V) and constant.go (C).
 """
 
 import re
 from collections.abc import Iterator
 
-from wrpo_ray.kubernetes import job_rules, node_rules, queue_rules, service_rules
+from wrpo_ray.kubernetes import job_rules, queue_rules, service_rules
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem
 from wrpo_ray.kubernetes.ray_objects import Cluster, Faults, RayObject, value_of
 
@@ -42,7 +42,6 @@ def _faults(found: RayObject) -> Faults:
             yield from check_cluster(found, cluster)
         yield from _group_settings(found)
         yield from queue_rules.faults(found, cluster)
-        yield from node_rules.faults(found, cluster)
     if found.job:
         yield from job_rules.faults(found, found.job)
     if found.service:

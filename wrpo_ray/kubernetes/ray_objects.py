@@ -16,6 +16,7 @@ from wrpo_ray.kubernetes.manifests import Manifest, Problem
 Quantity = int | float | str
 Faults = Iterator[tuple[str, str, str]]
 """(field, rule, what is wrong and what to do)."""
+GPU = "nvidia.com/gpu"
 RAY_KINDS = {
     "RayCluster": "spec",
     "RayJob": "spec.rayClusterSpec",
@@ -319,6 +320,13 @@ def typed(manifest: Manifest) -> RayObject | list[Problem]:
             )
             for e in error.errors()
         ]
+
+
+def number_of(quantity: Quantity) -> float:
+    """Return a Kubernetes quantity as a number: "1500m" is 1.5, "2Gi" is 2147483648."""
+    from ray.autoscaler._private.kuberay.utils import parse_quantity
+
+    return float(parse_quantity(quantity))
 
 
 def shown(value: Any) -> str:

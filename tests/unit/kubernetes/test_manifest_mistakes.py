@@ -100,7 +100,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         f"{ONE}.resources", "resources-twice",
     ),
     "labels as a parameter": (
-        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams", {"labels": "a=b"}),
+        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams.labels", "a=b"),
         "spec.workerGroupSpecs[cpu].rayStartParams.labels", "labels",
     ),
     "group without a container": (
@@ -264,7 +264,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "RayCluster",
         both(
             put("spec.workerGroupSpecs[cpu].rayStartParams", {}),
-            put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many"}),
+            put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many", "GPU": "0"}),
         ),
         "spec.workerGroupSpecs[0].resources.CPU", "quantity",
     ),
@@ -285,7 +285,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         f"spec.headGroupSpec.{RAY}.ports[0].name", "port",
     ),
     "memory of Ray with a unit": (
-        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams", {"memory": "16Gi"}),
+        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams.memory", "16Gi"),
         "spec.workerGroupSpecs[0].rayStartParams.memory", "quantity",
     ),
     "driver's resources that are no JSON": (
@@ -317,7 +317,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "RayService",
         put("spec.serveConfigV2",
             "applications: [{import_path: 'a:b', deployments: [{name: m, "
-            "ray_actor_options: {num_gpus: 9}}]}]"),
+            "max_surge_percent: 100, ray_actor_options: {num_gpus: 9}}]}]"),
         "", "no-room",
     ),
 }  # fmt: skip
