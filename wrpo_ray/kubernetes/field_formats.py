@@ -1,7 +1,7 @@
 """Checks every field of a manifest against its format.
 
 A field is identified by its key and the keys above it. Null counts as absent, as in Kubernetes.
-Not covered: fields without a format here, which KubeRay's schemas (`--crds`) have, and objects of
+Not covered: fields without a format here, which KubeRay's schemas have, and objects of
 other API groups, of which only the metadata is checked.
 """
 
