@@ -27,8 +27,10 @@ OVERLAYS = (
     "overlays/serve",
     "overlays/serve-redis",
     "overlays/demo",
+    "overlays/models",
     "dashboards",
 )
+COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
 FUSION = CLUSTER / "overlays" / "job" / "fusion.yaml"
 Body = dict[str, Any]
 
@@ -46,14 +48,29 @@ def kubectl() -> str:
 
 
 @cache
-def rendered(overlay: str, *components: str) -> str:
+def overlays_of(component: str) -> tuple[str, ...]:
+    """The overlays that a component is for, by the line `# With:` of its kustomization."""
+    text = (CLUSTER / "components" / component / "kustomization.yaml").read_text()
+    return tuple(re.search(r"^# With: (.+)$", text, re.MULTILINE)[1].split(", "))
+
+
+@cache
+def objects(overlay: str, *components: str) -> dict[tuple[str, str], Body]:
+    """The rendered objects by kind and name."""
+    bodies = yaml.load_all(rendered(overlay, *components), FAST_LOADER)
+    return {(body["kind"], body["metadata"]["name"]): body for body in bodies}
+
+
+@cache
+def rendered(overlay: str, *components: str, namespace: str = "") -> str:
     """The output of `kubectl kustomize` for an overlay, with components of cluster/components."""
-    if not components:
+    if not components and not namespace:
         return _kustomize(CLUSTER / overlay)
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         own = {
             "resources": [f"../cluster/{overlay}"],
             "components": [f"../cluster/components/{name}" for name in components],
+            **({"namespace": namespace} if namespace else {}),
         }
         (Path(folder) / "kustomization.yaml").write_text(json.dumps(own))
         return _kustomize(Path(folder))
