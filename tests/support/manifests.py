@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
 
-from support.shared_data import CRDS
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.text.documents import FAST_LOADER
 
@@ -29,30 +27,57 @@ OVERLAYS = (
     "overlays/serve",
     "overlays/serve-redis",
     "overlays/demo",
+    "overlays/models",
     "dashboards",
 )
+COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
 FUSION = CLUSTER / "overlays" / "job" / "fusion.yaml"
 Body = dict[str, Any]
 
 
 @cache
 def kubectl() -> str:
-    """The kubectl of this environment, or else the one on PATH; skips the test without one."""
+    """The kubectl of this environment (requirements-dev.txt has it), or else the one on PATH."""
     found = shutil.which("kubectl", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    if not found:
-        pytest.skip("kubectl is not installed; requirements-dev.txt has it")
+    assert found, "kubectl is not installed"
     command = [found, "version", "--client", "--output=json"]
     version = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     minor = int(re.match(r"\d+", version["clientVersion"]["minor"]).group())
-    if minor < 27:
-        pytest.skip(f"kubectl is 1.{minor}; the overlays need 1.27")
+    assert minor >= 27, f"kubectl is 1.{minor}; the overlays need 1.27"
     return found
 
 
 @cache
-def rendered(overlay: str) -> str:
-    """The output of `kubectl kustomize` for an overlay; skips the test without kubectl."""
-    command = [kubectl(), "kustomize", str(CLUSTER / overlay)]
+def overlays_of(component: str) -> tuple[str, ...]:
+    """The overlays that a component is for, by the line `# With:` of its kustomization."""
+    text = (CLUSTER / "components" / component / "kustomization.yaml").read_text()
+    return tuple(re.search(r"^# With: (.+)$", text, re.MULTILINE)[1].split(", "))
+
+
+@cache
+def objects(overlay: str, *components: str) -> dict[tuple[str, str], Body]:
+    """The rendered objects by kind and name."""
+    bodies = yaml.load_all(rendered(overlay, *components), FAST_LOADER)
+    return {(body["kind"], body["metadata"]["name"]): body for body in bodies}
+
+
+@cache
+def rendered(overlay: str, *components: str, namespace: str = "") -> str:
+    """The output of `kubectl kustomize` for an overlay, with components of cluster/components."""
+    if not components and not namespace:
+        return _kustomize(CLUSTER / overlay)
+    with tempfile.TemporaryDirectory(dir=ROOT) as folder:
+        own = {
+            "resources": [f"../cluster/{overlay}"],
+            "components": [f"../cluster/components/{name}" for name in components],
+            **({"namespace": namespace} if namespace else {}),
+        }
+        (Path(folder) / "kustomization.yaml").write_text(json.dumps(own))
+        return _kustomize(Path(folder))
+
+
+def _kustomize(folder: Path) -> str:
+    command = [kubectl(), "kustomize", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -60,28 +85,24 @@ def rendered(overlay: str) -> str:
 
 @cache
 def crds() -> Schemas:
-    """KubeRay's schemas; skips the test where they are absent."""
-    if not CRDS.is_dir():
-        pytest.skip(f"KubeRay's schemas are not in {CRDS}; WRPO_TEST_DATA may name their place")
-    return Schemas(str(CRDS))
+    """KubeRay's schemas of the package."""
+    return Schemas()
 
 
 @cache
-def _read(path: str) -> Body:
-    return yaml.load((CLUSTER / path).read_text(), FAST_LOADER)
+def _read(path: str) -> str:
+    return json.dumps(yaml.load((CLUSTER / path).read_text(), FAST_LOADER))
 
 
 def ray_objects() -> dict[str, Body]:
-    """RayCluster, RayJob and RayService by kind, made like the overlays, but without kubectl."""
-    cluster, job, service = map(
-        copy.deepcopy,
-        map(
-            _read,
-            ("raycluster/cluster.yaml", "overlays/job/job.yaml", "overlays/serve/service.yaml"),
-        ),
-    )
-    job["spec"]["rayClusterSpec"] = copy.deepcopy(cluster["spec"])
-    served = copy.deepcopy(cluster["spec"])
+    """RayCluster, RayJob and RayService by kind, made like the overlays, but without kubectl.
+
+    No two fields are one object, as they are where YAML has an anchor.
+    """
+    paths = "raycluster/cluster.yaml", "overlays/job/job.yaml", "overlays/serve/service.yaml"
+    cluster, job, service = (json.loads(_read(path)) for path in paths)
+    job["spec"]["rayClusterSpec"] = json.loads(json.dumps(cluster["spec"]))
+    served = json.loads(json.dumps(cluster["spec"]))
     groups = served["workerGroupSpecs"]
     served["workerGroupSpecs"] = [g for g in groups if g["groupName"] == "serve"]
     service["spec"]["rayClusterConfig"] = served

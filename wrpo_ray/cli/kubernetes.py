@@ -18,7 +18,7 @@ def add_cluster(commands: Any) -> None:
         "manifests", metavar="MANIFEST", nargs="+", help="a YAML file, a folder, or - for stdin"
     )
     check.add_argument("--job", metavar="CONFIG", help="the config whose steps have to fit")
-    check.add_argument("--crds", metavar="FOLDER", help="KubeRay's CustomResourceDefinitions")
+    check.add_argument("--crds", metavar="FOLDER", help="CRDs of another KubeRay than 1.7.0")
     check.set_defaults(run=_check_cluster)
 
 
@@ -28,8 +28,7 @@ def _check_cluster(arguments: argparse.Namespace) -> None:
     from wrpo_ray.kubernetes.schema import Schemas
 
     settings = config.load(arguments.job) if arguments.job else None
-    schemas = Schemas(arguments.crds) if arguments.crds else None
-    report = check(arguments.manifests, settings, schemas)
+    report = check(arguments.manifests, settings, Schemas(arguments.crds))
     for advice in report.advice:
         say(f"advice: {advice}")
     if report.problems:

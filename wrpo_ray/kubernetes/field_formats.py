@@ -1,7 +1,7 @@
 """Checks every field of a manifest against its format.
 
 A field is identified by its key and the keys above it. Null counts as absent, as in Kubernetes.
-Not covered: fields without a format here, which KubeRay's schemas (`--crds`) have, and objects of
+Not covered: fields without a format here, which KubeRay's schemas have, and objects of
 other API groups, of which only the metadata is checked.
 """
 
@@ -80,6 +80,9 @@ FORMATS: dict[tuple[str, ...], Format] = {
     **{(*path, "*"): f.TEXT for path in FREE_MAPS},
     **dict.fromkeys(FREE_MAPS, f.MAP),
     ("image",): f.NOT_EMPTY,
+    ("volumes", "[]", "image"): f.MAP,
+    ("volumes", "[]", "image", "reference"): f.NOT_EMPTY,
+    ("volumes", "[]", "image", "pullPolicy"): one_of("Always", "IfNotPresent", "Never"),
     ("groupName",): f.DNS_LABEL,
     ("serviceName",): f.DNS_1035,
     ("metadata", "name"): f.SUBDOMAIN,

@@ -212,7 +212,7 @@ KINDS = {
     "ray.io": (("v1",), ("RayCluster", "RayJob", "RayService", "RayCronJob")),
     "kueue.x-k8s.io": (
         ("v1beta2", "v1beta1"),
-        ("ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass"),
+        ("ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass", "Topology"),
     ),
 }
 """Known versions and kinds, by group; kinds of other groups are ignored."""

@@ -3,9 +3,16 @@
 Kubernetes fills in defaults before it validates, and drops unknown fields with a warning at most.
 Here required fields have to be present, and unknown ones are rejected. Not covered: rules in CEL
 (`x-kubernetes-validations`; `operator_rules` has the relevant ones), and number formats.
+
+The schemas of KubeRay 1.7.0 (Apache-2.0, github.com/ray-project/kuberay) come with the package,
+without texts. `python -m wrpo_ray.kubernetes.schema FOLDER VERSION TARGET` writes those of a
+folder, such as a checkout's `ray-operator/config/crd/bases`, to a file in the folder TARGET.
 """
 
 import difflib
+import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,20 +26,29 @@ from wrpo_ray.text.files import read_text
 Schema = dict[str, Any]
 
 
-class Schemas:
-    """The schemas of a folder of CRDs, by kind and version."""
+BUNDLED = Path(__file__).with_name("kuberay-1.7.0.json")
+TEXTS = ("description", "x-kubernetes-validations")
+"""Keys of a schema that do not change what is valid here."""
+SHARED_SIZE = 80
+"""Minimum characters of a part that is written once and referred to."""
 
-    def __init__(self, folder: str):
-        texts = [read_text(file, "--crds") for file in sorted(Path(folder).glob("*.yaml"))]
-        crds = [d for text in texts for d in read_documents(text) if _is_crd(d)]
-        if not crds:
-            raise UserError(f"--crds {folder}: no CustomResourceDefinition is in this folder")
+
+class Schemas:
+    """The schemas of a folder of CRDs, or those of the package, by kind and version.
+
+    Raises:
+        UserError: the folder has no CRD.
+    """
+
+    def __init__(self, folder: str | None = None):
+        if folder is None:
+            bundle = json.loads(BUNDLED.read_text())
+        else:
+            bundle = {"definitions": {}, "kinds": kinds_of(folder)}
+        definitions = {name: _closed(part) for name, part in bundle["definitions"].items()}
         self._schemas = {
-            (crd["spec"]["names"]["kind"], f"{crd['spec']['group']}/{version['name']}"): _closed(
-                version["schema"]["openAPIV3Schema"]
-            )
-            for crd in crds
-            for version in crd["spec"]["versions"]
+            tuple(key.split()): _closed(schema) | {"definitions": definitions}
+            for key, schema in bundle["kinds"].items()
         }
 
     def problems(self, manifest: Manifest) -> Iterator[Problem]:
@@ -44,6 +60,70 @@ class Schemas:
             return
         for error in Draft7Validator(schema).iter_errors(manifest.body):
             yield from _explained(manifest, error)
+
+
+def kinds_of(folder: str) -> dict[str, Schema]:
+    """Return the schema of each `KIND GROUP/VERSION` of a folder of CRDs, without texts.
+
+    Raises:
+        UserError: the folder has no CRD.
+    """
+    texts = [read_text(file, "--crds") for file in sorted(Path(folder).glob("*.yaml"))]
+    crds = [d for text in texts for d in read_documents(text) if _is_crd(d)]
+    if not crds:
+        raise UserError(f"--crds {folder}: no CustomResourceDefinition is in this folder")
+    return {
+        f"{crd['spec']['names']['kind']} {crd['spec']['group']}/{version['name']}": _without_texts(
+            version["schema"]["openAPIV3Schema"]
+        )
+        for crd in crds
+        for version in crd["spec"]["versions"]
+    }
+
+
+def _without_texts(schema: Any, is_schema: bool = True) -> Any:
+    """Return a schema without `TEXTS`, which may be names of properties."""
+    if isinstance(schema, list):
+        return [_without_texts(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        name: _without_texts(part, not (is_schema and name == "properties"))
+        for name, part in schema.items()
+        if not is_schema or name not in TEXTS
+    }
+
+
+def bundle_of(kinds: dict[str, Schema]) -> dict[str, Any]:
+    """Return schemas whose equal parts are written once: pods have the same fields everywhere."""
+    counts = Counter(text for kind in kinds.values() for text in _parts(kind))
+    often = sorted(t for t, n in counts.items() if n > 1 and len(t) >= SHARED_SIZE)
+    names = {text: f"{number}" for number, text in enumerate(often)}
+    definitions = {name: _shared(json.loads(text), names, text) for text, name in names.items()}
+    return {"definitions": definitions, "kinds": {k: _shared(s, names) for k, s in kinds.items()}}
+
+
+def _parts(schema: Any) -> Iterator[str]:
+    """Yield each schema in a schema as text."""
+    if isinstance(schema, dict):
+        if isinstance(schema.get("type"), str):
+            yield _text(schema)
+        for part in schema.values():
+            yield from _parts(part)
+
+
+def _shared(schema: Any, names: dict[str, str], itself: str = "") -> Any:
+    """Return a schema with references in the place of parts that have a name."""
+    if not isinstance(schema, dict):
+        return schema
+    text = _text(schema)
+    if text in names and text != itself:
+        return {"$ref": f"#/definitions/{names[text]}"}
+    return {key: _shared(part, names) for key, part in schema.items()}
+
+
+def _text(schema: Schema) -> str:
+    return json.dumps(schema, sort_keys=True, separators=(",", ":"))
 
 
 def _is_crd(document: Any) -> bool:
@@ -92,3 +172,10 @@ def _explained(manifest: Manifest, error: Any) -> Iterator[Problem]:
 def _nearest(name: str, known: dict[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(sorted(known))}"
+
+
+if __name__ == "__main__":
+    source, version, target = sys.argv[1:]
+    told = {"source": f"github.com/ray-project/kuberay {version}", "license": "Apache-2.0"}
+    made = told | bundle_of({k: s for k, s in kinds_of(source).items() if k.endswith("ray.io/v1")})
+    Path(target, f"kuberay-{version}.json").write_text(_text(made) + "\n")

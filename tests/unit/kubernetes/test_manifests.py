@@ -18,7 +18,17 @@ from zipfile import ZipFile
 import pytest
 import yaml
 from ray.runtime_env import RuntimeEnv
-from support.manifests import CLUSTER, FUSION, OVERLAYS, ROOT, crds, ray_objects, rendered
+from support.manifests import (
+    CLUSTER,
+    COMPONENTS,
+    FUSION,
+    OVERLAYS,
+    ROOT,
+    crds,
+    overlays_of,
+    ray_objects,
+    rendered,
+)
 
 from wrpo_ray import __version__, config
 from wrpo_ray.kubernetes.check import Report, check
@@ -53,6 +63,9 @@ def test_kubernetes_schemas_accept_every_object_strictly(tmp_path: Path):
     for overlay in OVERLAYS:
         files.append(tmp_path / f"{overlay.replace('/', '-')}.yaml")
         files[-1].write_text(rendered(overlay))
+    for component in COMPONENTS:
+        files.append(tmp_path / f"with-{component}.yaml")
+        files[-1].write_text(rendered(overlays_of(component)[0], component))
     command = [sys.executable, "-m", "kubernetes_validate", "--strict", *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True)
     lines = (done.stdout + done.stderr).splitlines()
@@ -63,6 +76,7 @@ def test_kubernetes_schemas_accept_every_object_strictly(tmp_path: Path):
     assert unknown <= {
         "RayCluster", "RayJob", "RayService", "PodMonitor",
         "ResourceFlavor", "ClusterQueue", "LocalQueue", "WorkloadPriorityClass",
+        "Topology",
     }  # fmt: skip
 
 
