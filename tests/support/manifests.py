@@ -102,7 +102,10 @@ def ray_objects() -> dict[str, Body]:
     paths = "raycluster/cluster.yaml", "overlays/job/job.yaml", "overlays/serve/service.yaml"
     cluster, job, service = (json.loads(_read(path)) for path in paths)
     job["spec"]["rayClusterSpec"] = json.loads(json.dumps(cluster["spec"]))
-    service["spec"]["rayClusterConfig"] = json.loads(json.dumps(cluster["spec"]))
+    served = json.loads(json.dumps(cluster["spec"]))
+    groups = served["workerGroupSpecs"]
+    served["workerGroupSpecs"] = [g for g in groups if g["groupName"] == "serve"]
+    service["spec"]["rayClusterConfig"] = served
     for body in (cluster, job, service):
         wanted = body["metadata"]["annotations"]
         wanted["wrpo-ray/external"] += " PersistentVolumeClaim/wrpo-cache"

@@ -29,8 +29,12 @@ def _check_cluster(arguments: argparse.Namespace) -> None:
 
     settings = config.load(arguments.job) if arguments.job else None
     report = check(arguments.manifests, settings, Schemas(arguments.crds))
+    for advice in report.advice:
+        say(f"advice: {advice}")
     if report.problems:
         raise UserError("\n".join(map(str, report.problems)))
     for place in report.places:
         say(place)
+    if report.needs:
+        say(f"has to exist before: {', '.join(report.needs)}")
     say(f"{len(report.manifests)} objects: no problem found")

@@ -1,16 +1,18 @@
 """Runs all checks of manifests."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from wrpo_ray.config import Config
 from wrpo_ray.kubernetes import (
     capacity,
     field_formats,
+    network_rules,
     operator_rules,
     pod_rules,
     resource_requests,
+    secret_rules,
     serve_config,
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
@@ -31,6 +33,10 @@ class Report:
     problems: list[Problem] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     """For each request, the nodes that Ray would start for it."""
+    advice: list[Problem] = field(default_factory=list)
+    """What works on some clusters only, or costs time or money, but no run."""
+    needs: list[str] = field(default_factory=list)
+    """Objects that have to exist before, as `Kind/name`."""
 
 
 def check(
@@ -51,10 +57,11 @@ def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
     """Check objects that are already read."""
-    report = Report(manifests)
+    report = Report(manifests, needs=pod_rules.external(manifests))
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
         report.problems += pod_rules.check_references(manifest, manifests)
+        report.problems += secret_rules.check(manifest)
         faults = list(schemas.problems(manifest)) if schemas else []
         reported = {fault.field for fault in faults}
         faults += [
@@ -66,6 +73,8 @@ def check_objects(
             _fit(report, manifest, partial(capacity.launcher_node_types, manifest.body), asked)
         elif manifest.kind in SPECS:
             _check_ray(report, manifest, faults, config)
+    report.advice = [problem for problem in report.problems if problem.is_advice]
+    report.problems = [problem for problem in report.problems if not problem.is_advice]
     return report
 
 
@@ -79,7 +88,7 @@ def _check_ray(
         report.problems += [p for p in found if not reported or not p.field.startswith(reported)]
         return
     broken = list(operator_rules.check(found))
-    report.problems += broken
+    report.problems += [*broken, *network_rules.check(found, report.manifests)]
     if any(fault.rule not in HARMLESS for fault in faults):
         return
     report.problems += pod_rules.check(found)
@@ -88,19 +97,25 @@ def _check_ray(
     cluster = found.cluster
     if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
-    asked = list(resource_requests.of_serving(serve)) if serve else []
+    served = list(resource_requests.of_serving(serve)) if serve else []
+    asked = list(served)
     asked += resource_requests.of_driver(found.job) if found.job else []
     asked += resource_requests.of_config(config) if config and not found.service else []
-    _fit(report, manifest, partial(capacity.node_types, found, cluster), asked)
+    _fit(report, manifest, partial(capacity.node_types, found, cluster), asked, served)
 
 
 def _fit(
-    report: Report, manifest: Manifest, types: Callable[[], NodeTypes], asked: list[Request]
+    report: Report,
+    manifest: Manifest,
+    types: Callable[[], NodeTypes],
+    asked: list[Request],
+    served: Sequence[Request] = (),
 ) -> None:
-    """Report the nodes of each request, or why it does not fit."""
+    """Report the nodes of each request, or why it does not fit; served models fit twice."""
     try:
         known = types()
         results = [(r, capacity.misfit(known, r), _nodes(known, r)) for r in asked]
+        twice = [r for r in served if capacity.misfit(known, replace(r, count=2 * r.count))]
     except Exception as error:  # Ray's code does not validate its input
         text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
@@ -108,7 +123,13 @@ def _fit(
     for request, wrong, nodes in results:
         if wrong:
             report.problems.append(Problem(manifest, "", wrong[0], f"{request.what}: {wrong[1]}"))
-        else:
+        elif request in twice:
+            text = (
+                f"{request.what}: no group has room for a second set of replicas: a changed model "
+                f"waits for it forever while the old one answers; raise maxReplicas"
+            )
+            report.problems.append(Problem(manifest, "", "surge-room", text))
+        if not wrong:
             report.places.append(f"{manifest}: {request.what}: {nodes}")
 
 

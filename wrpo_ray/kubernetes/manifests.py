@@ -19,6 +19,13 @@ from wrpo_ray.text.files import decode, read_text
 Body = dict[str, Any]
 LONGEST = 600
 """Maximum characters of a problem's text, and of its path."""
+ADVICE = frozenset(
+    {
+        "autoscaler-log", "cpus-per-gpu", "deprecated", "disk", "ends-for-good", "evictions",
+        "feature-gate", "queue-version", "replicas", "slow-head", "stop-wait", "surge-room",
+    }
+)  # fmt: skip
+"""Rules whose violation works on some clusters, or costs time or money but no run."""
 LAUNCHER = "launcher"
 """The kind assigned to a file of Ray's cluster launcher, which has none."""
 
@@ -77,6 +84,11 @@ class Problem:
     """Name of the rule, such as `name-length`."""
     text: str
     """The problem, and the remedy."""
+
+    @property
+    def is_advice(self) -> bool:
+        """Whether the object can be applied as it is."""
+        return self.rule in ADVICE
 
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else str(self.where)

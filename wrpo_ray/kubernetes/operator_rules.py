@@ -1,39 +1,33 @@
-"""Configurations that KubeRay's operator, Ray or Kueue reject, though the schema allows them.
+"""Ray clusters that KubeRay's operator or Ray rejects, though the schema allows them.
 
-Each rule yields the problems of an object. Sources: KubeRay 1.7's validation of RayCluster,
-RayJob and RayService, its documentation, and Kueue's webhooks for Ray.
+Each rule yields the problems of an object. `job_rules`, `service_rules` and `queue_rules` have
+those of RayJob, RayService and Kueue. Source, where no other is given: KubeRay 1.7.0,
+ray-operator/controllers/ray/utils/validation.go (V) and constant.go (C).
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
-import yaml
-
+from wrpo_ray.kubernetes import job_rules, queue_rules, service_rules
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem
-from wrpo_ray.kubernetes.ray_objects import (
-    Cluster,
-    DeletionRule,
-    Job,
-    RayObject,
-    Service,
-    UpgradeStrategy,
-)
-from wrpo_ray.text.documents import describe_yaml_error, read_document
+from wrpo_ray.kubernetes.ray_objects import Cluster, Faults, RayObject, value_of
 
-LONGEST_NAME = {"RayCluster": 63, "RayJob": 47, "RayService": 47}
-"""KubeRay appends to names, and the result may have 63 characters."""
-AUTH_SINCE = (2, 52)
-"""The first Ray with token authentication."""
+LONGEST_NAME = {"RayCluster": 53, "RayJob": 47, "RayService": 47, "RayCronJob": 36}
+"""C:372-385: a cluster's Services append up to 10 characters, and may have 63; a RayJob's or
+RayService's cluster has 6 characters more, and the RayJob of a RayCronJob 11."""
+AUTH_SINCE, KUBERNETES_AUTH_SINCE, PRIORITY_SINCE = (2, 52), (2, 55), (2, 56)
+"""The first Ray with token authentication (V:284-308), Kubernetes' tokens (V:300-308) and
+priorities of groups (V:1112-1142)."""
 SWITCH_V2 = "RAY_enable_autoscaler_v2"
-QUEUE, ELASTIC = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"
-POD_SETS = 8
-"""Maximum pod sets in a workload of Kueue."""
-UPGRADES = (None, "None", "NewCluster", "NewClusterWithIncrementalUpgrade")
+GATES = {
+    "network_policy": ("networkPolicy", "RayClusterNetworkPolicy"),
+    "tls_options": ("tlsOptions", "RayClusterMTLS"),
+    "history_server_options": ("historyServerOptions", "RayClusterHistoryServer"),
+}
+"""Fields that the operator rejects without a feature gate that is off by default
+(pkg/features/features.go:105-117)."""
 UNREADABLE = frozenset({"min-max-replicas", "replicas-range", "no-container"})
 """Rules that Ray's autoscaler relies on; it cannot evaluate objects that violate them."""
-Faults = Iterator[tuple[str, str, str]]
-"""(field, rule, what is wrong)."""
 
 
 def check(found: RayObject) -> Iterator[Problem]:
@@ -43,17 +37,15 @@ def check(found: RayObject) -> Iterator[Problem]:
 
 
 def _faults(found: RayObject) -> Faults:
-    yield from _name(found)
     if cluster := found.cluster:
-        for check_cluster in (_head, _autoscaling, _worker_groups, _auth, _redis, _queue):
+        for check_cluster in CHECKS:
             yield from check_cluster(found, cluster)
         yield from _group_settings(found)
-    if job := found.job:
-        for check_job in (_job, _job_modes, _clean_up):
-            yield from check_job(found, job)
-        yield from _runtime_env(job)
-    if found.service and found.service.upgrade_strategy:
-        yield from _upgrade(found, found.service, found.service.upgrade_strategy)
+        yield from queue_rules.faults(found, cluster)
+    if found.job:
+        yield from job_rules.faults(found, found.job)
+    if found.service:
+        yield from service_rules.faults(found, found.service)
 
 
 def version_of(text: str) -> tuple[int, ...]:
@@ -62,17 +54,7 @@ def version_of(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in match.groups(default="0")) if match else ()
 
 
-# --- every object ----------------------------------------------------------------------------
-
-
-def _name(found: RayObject) -> Faults:
-    name, most = found.manifest.name, LONGEST_NAME[found.manifest.kind]
-    if len(name) > most:
-        text = f"has {len(name)} characters; KubeRay allows {most} for a {found.manifest.kind}"
-        yield "metadata.name", "name-length", text
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
-        text = f"{name!r}: small letters, digits and -, beginning with a letter"
-        yield "metadata.name", "name-form", text
+# --- the cluster -----------------------------------------------------------------------------
 
 
 def _head(found: RayObject, cluster: Cluster) -> Faults:
@@ -88,10 +70,22 @@ def _autoscaling(found: RayObject, cluster: Cluster) -> Faults:
     if cluster.autoscaler_options and not cluster.enable_in_tree_autoscaling:
         text = "is not true, so autoscalerOptions has no effect"
         yield f"{found.at}.enableInTreeAutoscaling", "autoscaling-off", text
-    head_env = {e.name: e.value for e in cluster.head_group_spec.ray.env}
+    head_env = {e.name for e in cluster.head_group_spec.ray.env}
     if SWITCH_V2 in head_env and cluster.autoscaler_options and cluster.autoscaler_options.version:
         text = f"and the head's {SWITCH_V2}: set the former"
         yield f"{options}.version", "autoscaler-twice", text
+    switch = value_of(cluster.head_group_spec.ray.env, SWITCH_V2)
+    if switch in ("1", "true") and not cluster.enable_in_tree_autoscaling:  # V:205-212
+        text = f"is not true, and the head has {SWITCH_V2}: set it, or leave the variable out"
+        yield f"{found.at}.enableInTreeAutoscaling", "autoscaling-off", text
+    given = cluster.autoscaler_options
+    idle = given.idle_timeout_seconds if given else None
+    if idle is not None and idle < 0:  # V:240-245
+        yield f"{options}.idleTimeoutSeconds", "idle-timeout", f"is {idle}; it is 0 or more"
+
+
+def _scaled_groups(found: RayObject, cluster: Cluster) -> Faults:
+    options = f"{found.at}.autoscalerOptions"
     for path, group in found.workers:
         if group.idle_timeout_seconds is not None and not cluster.has_v2:
             yield (
@@ -99,6 +93,14 @@ def _autoscaling(found: RayObject, cluster: Cluster) -> Faults:
                 "idle-timeout-v2",
                 f"has an effect only with {options}.version: v2 and enableInTreeAutoscaling: true",
             )
+        if (group.idle_timeout_seconds or 0) < 0:  # V:1012-1014
+            text = f"is {group.idle_timeout_seconds}; it is a number of seconds, 0 or more"
+            yield f"{path}.idleTimeoutSeconds", "idle-timeout", text
+        if group.priority and (
+            not cluster.has_v2 or version_of(cluster.ray_version) < PRIORITY_SINCE
+        ):
+            text = "needs autoscaler v2 and rayVersion 2.56.0 or later"
+            yield f"{path}.priority", "priority", text
         if group.suspend and cluster.enable_in_tree_autoscaling:
             text = "cannot be with the autoscaler; leave it out"
             yield f"{path}.suspend", "suspended-group", text
@@ -147,10 +149,21 @@ def _group_settings(found: RayObject) -> Faults:
 
 
 def _auth(found: RayObject, cluster: Cluster) -> Faults:
-    is_token = cluster.auth_options and cluster.auth_options.mode == "token"
-    if is_token and version_of(cluster.ray_version) < AUTH_SINCE:
+    options = cluster.auth_options
+    if options is None:
+        return
+    field, version = f"{found.at}.authOptions", version_of(cluster.ray_version)
+    if options.mode == "token" and version < AUTH_SINCE:
         text = f"token needs rayVersion 2.52.0 or later (got {cluster.ray_version or 'none'})"
-        yield f"{found.at}.authOptions.mode", "auth-version", text
+        yield f"{field}.mode", "auth-version", text
+    if not options.enable_k8s_token_auth:
+        return
+    if found.manifest.kind != "RayCluster":  # V:606-608, 681-683
+        text = f"is not supported for a {found.manifest.kind}; leave it out"
+        yield f"{field}.enableK8sTokenAuth", "auth", text
+    elif options.mode != "token" or options.secret_name or version < KUBERNETES_AUTH_SINCE:
+        text = "needs mode: token, no secretName, and rayVersion 2.55.0 or later"
+        yield f"{field}.enableK8sTokenAuth", "auth", text
 
 
 def _redis(found: RayObject, cluster: Cluster) -> Faults:
@@ -162,160 +175,35 @@ def _redis(found: RayObject, cluster: Cluster) -> Faults:
     for name in sorted({"redis-password", "redis-username"} & set(head.ray_start_params)):
         text = f"belongs to {found.at}.gcsFaultToleranceOptions"
         yield f"{path}.rayStartParams.{name}", "redis", text
+    annotations, options = found.manifest.annotations, cluster.gcs_fault_tolerance_options
+    for name in ("ray.io/ft-enabled", "ray.io/external-storage-namespace"):
+        if options is not None and annotations.get(name):  # V:153-156, 183-186
+            text = f"cannot be with {found.at}.gcsFaultToleranceOptions; keep the latter"
+            yield f"metadata.annotations.{name}", "redis", text
 
 
-# --- RayJob ----------------------------------------------------------------------------------
+def _gates(found: RayObject, cluster: Cluster) -> Faults:
+    for name, (field, gate) in GATES.items():
+        if getattr(cluster, name) is not None:
+            text = (
+                f"needs the operator's feature gate {gate}, which is off by default; without it "
+                f"the operator refuses the object"
+            )
+            yield f"{found.at}.{field}", "feature-gate", text
+    options = cluster.gcs_fault_tolerance_options or {}
+    if options.get("backend") == "rocksdb":  # V:335-338
+        text = (
+            "rocksdb needs the operator's feature gate GCSFaultToleranceEmbeddedStorage, which is "
+            "off by default; without it the operator refuses the object"
+        )
+        yield f"{found.at}.gcsFaultToleranceOptions.backend", "feature-gate", text
+    kind = (cluster.upgrade_strategy or {}).get("type")
+    if kind and (found.manifest.kind != "RayCluster" or kind not in ("Recreate", "None")):
+        text = f"is {kind!r}; a RayCluster alone has it, with Recreate or None"  # V:42-57
+        yield f"{found.at}.upgradeStrategy.type", "upgrade", text
 
 
-def _job(_: RayObject, job: Job) -> Faults:
-    if not job.ray_cluster_spec and not job.cluster_selector:
-        text = "is missing; give it, or clusterSelector for a cluster that is there"
-        yield "spec.rayClusterSpec", "no-cluster", text
-    if job.cluster_selector and not job.cluster_selector.get("ray.io/cluster"):
-        text = "names no cluster; write {ray.io/cluster: NAME}"
-        yield "spec.clusterSelector", "no-cluster", text
-    if not job.entrypoint.strip() and job.submission_mode != "InteractiveMode":
-        text = "is missing; it is the command to run"
-        yield "spec.entrypoint", "entrypoint", text
-    if job.active_deadline_seconds is not None and job.active_deadline_seconds <= 0:
-        text = f"is {job.active_deadline_seconds}; it is a number of seconds above 0"
-        yield "spec.activeDeadlineSeconds", "deadline", text
-    if job.backoff_limit < 0:
-        text = f"is {job.backoff_limit}; it is a number of further tries, 0 or more"
-        yield "spec.backoffLimit", "backoff", text
-    if job.suspend and (not job.shutdown_after_job_finishes or job.cluster_selector):
-        text = "needs shutdownAfterJobFinishes: true, and a cluster of the job's own"
-        yield "spec.suspend", "suspended-job", text
-
-
-def _job_modes(found: RayObject, job: Job) -> Faults:
-    if job.submission_mode == "InteractiveMode" and job.backoff_limit > 0:
-        text = "cannot be with submissionMode: InteractiveMode"
-        yield "spec.backoffLimit", "backoff", text
-    if job.submission_mode != "SidecarMode":
-        return
-    unfit = {
-        "submitterPodTemplate": job.submitter_pod_template,
-        "submitterConfig": job.submitter_config,
-        "clusterSelector": job.cluster_selector or None,
-    }
-    for name, value in unfit.items():
-        if value is not None:
-            text = "cannot be with submissionMode: SidecarMode, which submits from the head's pod"
-            yield f"spec.{name}", "sidecar-mode", text
-    head = job.ray_cluster_spec and job.ray_cluster_spec.head_group_spec
-    if head and head.template.spec.restart_policy not in ("", "Never"):
-        text = "SidecarMode needs Never, or nothing"
-        place = f"{found.at}.headGroupSpec.template.spec.restartPolicy"
-        yield place, "sidecar-mode", text
-
-
-def _clean_up(found: RayObject, job: Job) -> Faults:
-    if job.ttl_seconds_after_finished < 0:
-        text = f"is {job.ttl_seconds_after_finished}; it is a number of seconds, 0 or more"
-        yield "spec.ttlSecondsAfterFinished", "clean-up", text
-    if job.ttl_seconds_after_finished > 0 and not job.shutdown_after_job_finishes:
-        text = "needs shutdownAfterJobFinishes: true"
-        yield "spec.ttlSecondsAfterFinished", "clean-up", text
-    strategy = job.deletion_strategy
-    if not strategy:
-        return
-    path, rules = "spec.deletionStrategy", strategy.deletion_rules
-    older = [p for p in (strategy.on_success, strategy.on_failure) if p is not None]
-    if rules and job.shutdown_after_job_finishes:
-        text = "and shutdownAfterJobFinishes: two ways to clean up; keep one"
-        yield f"{path}.deletionRules", "both-clean-ups", text
-    if rules and older:
-        text = "and onSuccess or onFailure: two ways to clean up; keep one"
-        yield f"{path}.deletionRules", "both-clean-ups", text
-    if not rules and len(older) < 2:
-        text = "needs deletionRules, or both onSuccess and onFailure"
-        yield path, "clean-up", text
-    policies = [rule.policy for rule in rules] + [str(p.get("policy")) for p in older]
-    if "DeleteWorkers" in policies and found.cluster and found.cluster.enable_in_tree_autoscaling:
-        text = "DeleteWorkers cannot be with the autoscaler; use DeleteCluster"
-        yield path, "clean-up", text
-    yield from _deletion_order(rules)
-
-
-def _deletion_order(rules: Sequence[DeletionRule]) -> Faults:
-    """For one status, workers are deleted before the cluster, and the cluster before the job."""
-    order = ("DeleteWorkers", "DeleteCluster", "DeleteSelf")
-    by_status: dict[tuple[str | None, str | None], list[tuple[int, int]]] = {}
-    for rule in rules:
-        when = rule.condition
-        if (when.job_status is None) == (when.job_deployment_status is None):
-            text = "a condition has either jobStatus or jobDeploymentStatus"
-            yield "spec.deletionStrategy.deletionRules", "clean-up", text
-        if rule.policy in order:
-            key = when.job_status, when.job_deployment_status
-            by_status.setdefault(key, []).append((order.index(rule.policy), when.ttl_seconds))
-    for (status, _), steps in by_status.items():
-        seconds = [ttl for _, ttl in sorted(steps)]
-        if seconds != sorted(seconds) or len({place for place, _ in steps}) < len(steps):
-            text = f"{status}: each policy once, with ttlSeconds rising from workers to the job"
-            yield "spec.deletionStrategy.deletionRules", "clean-up", text
-
-
-def _runtime_env(job: Job) -> Faults:
-    if not job.runtime_env:
-        return
-    field = "spec.runtimeEnvYAML"
-    try:
-        given = read_document(job.runtime_env)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        text = f"is not valid YAML: {describe_yaml_error(error)}"
-        yield field, "runtime-env", text
-        return
-    yield from _runtime_env_keys(field, given)
-
-
-def _runtime_env_keys(field: str, given: Any) -> Faults:
-    from ray.runtime_env import RuntimeEnv
-
-    try:
-        RuntimeEnv(**given)
-    except Exception as error:  # its checks do not validate all input
-        yield field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}"
-        return
-    for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
-        yield f"{field}.{name}", "runtime-env", "Ray has no such key"
-
-
-# --- RayService, Kueue -----------------------------------------------------------------------
-
-
-def _upgrade(found: RayObject, service: Service, strategy: UpgradeStrategy) -> Faults:
-    path = "spec.upgradeStrategy"
-    if strategy.type not in UPGRADES:
-        text = f"is {strategy.type!r}; known: {', '.join(filter(None, UPGRADES))}"
-        yield f"{path}.type", "upgrade", text
-    if strategy.type != "NewClusterWithIncrementalUpgrade":
-        return
-    if not service.ray_cluster_config.enable_in_tree_autoscaling:
-        text = "an incremental upgrade needs the autoscaler"
-        yield f"{found.at}.enableInTreeAutoscaling", "upgrade", text
-    if not strategy.cluster_upgrade_options:
-        text = "an incremental upgrade needs clusterUpgradeOptions with a gatewayClassName"
-        yield f"{path}.clusterUpgradeOptions", "upgrade", text
-
-
-def _queue(found: RayObject, cluster: Cluster) -> Faults:
-    """Kueue's conditions for an object in a queue."""
-    if QUEUE not in found.manifest.labels:
-        return
-    annotations = found.manifest.annotations
-    if cluster.enable_in_tree_autoscaling and annotations.get(ELASTIC) != "true":
-        text = f'a queued cluster scales only with the annotation {ELASTIC}: "true"'
-        yield f"{found.at}.enableInTreeAutoscaling", "queue", text
-    job = found.job
-    if job and not job.shutdown_after_job_finishes:
-        text = "has to be true in a queue, or the quota is never given back"
-        yield "spec.shutdownAfterJobFinishes", "queue", text
-    room = POD_SETS - 1 - bool(job and job.submission_mode == "K8sJobMode")
-    if len(found.workers) > room:
-        text = f"has {len(found.workers)} groups; a workload of Kueue has room for {room} here"
-        yield f"{found.at}.workerGroupSpecs", "queue", text
+CHECKS = _head, _autoscaling, _scaled_groups, _worker_groups, _auth, _redis, _gates
 
 
 # --- kinds -----------------------------------------------------------------------------------
@@ -340,6 +228,19 @@ def check_kind(manifest: Manifest) -> Iterator[Problem]:
     if not manifest.name and manifest.kind and not manifest.metadata.get("generateName"):
         yield Problem(manifest, "metadata.name", "kind", "is missing; every object has it")
     yield from _known_kind(manifest)
+    yield from _name(manifest)
+
+
+def _name(manifest: Manifest) -> Iterator[Problem]:
+    name, most = manifest.name, LONGEST_NAME.get(manifest.kind)
+    if most is None or not name:
+        return
+    if len(name) > most:
+        text = f"has {len(name)} characters; KubeRay allows {most} for a {manifest.kind}"
+        yield Problem(manifest, "metadata.name", "name-length", text)
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
+        text = f"{name!r}: small letters, digits and -, beginning with a letter"
+        yield Problem(manifest, "metadata.name", "name-form", text)
 
 
 def _known_kind(manifest: Manifest) -> Iterator[Problem]:

@@ -6,18 +6,24 @@ from functools import cache
 from typing import Any
 
 from wrpo_ray import __version__
+from wrpo_ray.kubernetes import node_rules
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
-from wrpo_ray.kubernetes.ray_objects import Container, Group, Quantity, RayObject, path_text
+from wrpo_ray.kubernetes.ray_objects import (
+    GPU,
+    Container,
+    Faults,
+    Group,
+    RayObject,
+    number_of,
+    path_text,
+)
 
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
 EXTERNAL = "wrpo-ray/external"
 """Annotation: `Kind/name` of objects that exist elsewhere, separated by spaces."""
-GPU = "nvidia.com/gpu"
 OBJECT_STORE = 0.3
 """Ray's default share of a node's memory for its object store."""
-Faults = Iterator[tuple[str, str, str]]
-"""(field, rule, what is wrong)."""
 
 
 def check(found: RayObject) -> Iterator[Problem]:
@@ -33,6 +39,8 @@ def _faults(found: RayObject) -> Faults:
     for path, group in found.groups:
         yield from _gpus(path, group)
         yield from _shared_memory(path, group)
+    if found.cluster:
+        yield from node_rules.faults(found, found.cluster)
 
 
 # --- versions --------------------------------------------------------------------------------
@@ -85,16 +93,16 @@ def _gpus(path: str, group: Group) -> Faults:
     field = f"{path}.template.spec.containers[0].resources"
     for name in sorted(n for n in {*asked.requests, *asked.limits} if n.endswith("/gpu")):
         request, limit = asked.requests.get(name), asked.limits.get(name)
-        if limit is None or (request is not None and _number(request) != _number(limit)):
+        if limit is None or (request is not None and number_of(request) != number_of(limit)):
             yield (
                 f"{field}.limits.{name}",
                 "gpu-limits",
                 f"is {limit or 'missing'} and the request is {request}: GPUs are not shared, so "
                 f"Kubernetes wants both equal",
             )
-    has = _number(asked.limits.get(GPU, 0))
+    has = number_of(asked.limits.get(GPU, 0))
     given = group.resources.get("GPU", group.ray_start_params.get("num-gpus"))
-    if given is not None and _number(given) != has:
+    if given is not None and number_of(given) != has:
         where = "resources.GPU" if "GPU" in group.resources else "rayStartParams.num-gpus"
         text = f"is {given}, and the container has {has:g}: Ray would count others than there are"
         yield f"{path}.{where}", "gpu-count", text
@@ -116,7 +124,7 @@ def _shared_memory(path: str, group: Group) -> Faults:
     memory = group.ray.resources.limits.get("memory")
     if memory is None or volume.size_limit is None:
         return
-    size, whole = _number(volume.size_limit), _number(memory)
+    size, whole = number_of(volume.size_limit), number_of(memory)
     if size >= whole or size < OBJECT_STORE * whole:
         yield (
             f"{field}.volumes[{mounted.name if mounted else ''}].emptyDir.sizeLimit",
@@ -124,13 +132,6 @@ def _shared_memory(path: str, group: Group) -> Faults:
             f"is {volume.size_limit} of {memory} memory; it counts as memory, and Ray takes "
             f"{OBJECT_STORE:.0%} for objects: set it between the two",
         )
-
-
-def _number(quantity: Quantity) -> float:
-    """Return a Kubernetes quantity as a number: "1500m" is 1.5, "2Gi" is 2147483648."""
-    from ray.autoscaler._private.kuberay.utils import parse_quantity
-
-    return float(parse_quantity(quantity))
 
 
 # --- references ------------------------------------------------------------------------------
@@ -153,9 +154,7 @@ def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Itera
     """Check that references of pods are among the manifests, optional, or declared external."""
     if "spec" not in manifest.body:
         return
-    there = {f"{m.kind}/{m.name}" for m in manifests}
-    external = manifest.annotations.get(EXTERNAL, "")
-    there |= set(str(external).replace(",", " ").split())
+    there = {f"{m.kind}/{m.name}" for m in manifests} | _declared(manifest)
     for path, kind, name in _references(manifest.body["spec"], ("spec",)):
         if f"{kind}/{name}" not in there:
             yield Problem(
@@ -165,6 +164,16 @@ def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Itera
                 f"{kind} {name!r} is not in these manifests; add it, or name it in the "
                 f"annotation {EXTERNAL}: {kind}/{name}",
             )
+
+
+def _declared(manifest: Manifest) -> set[str]:
+    return set(str(manifest.annotations.get(EXTERNAL, "")).replace(",", " ").split())
+
+
+def external(manifests: Sequence[Manifest]) -> list[str]:
+    """Return the objects that are declared to exist elsewhere, as `Kind/name`."""
+    there = {f"{m.kind}/{m.name}" for m in manifests}
+    return sorted(set().union(*map(_declared, manifests)) - there)
 
 
 def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, str]]:

@@ -4,7 +4,7 @@ Names are KubeRay's in snake case: `min_replicas` is `minReplicas`. Values are n
 not an integer, as in Kubernetes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,9 @@ from pydantic.alias_generators import to_camel
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
 
 Quantity = int | float | str
+Faults = Iterator[tuple[str, str, str]]
+"""(field, rule, what is wrong and what to do)."""
+GPU = "nvidia.com/gpu"
 RAY_KINDS = {
     "RayCluster": "spec",
     "RayJob": "spec.rayClusterSpec",
@@ -44,6 +47,11 @@ class EnvVar(View):
 
     name: str
     value: str | None = None
+
+
+def value_of(env: Sequence[EnvVar], name: str) -> str | None:
+    """Return a variable's value; None if it is absent or comes from elsewhere."""
+    return next((variable.value for variable in env if variable.name == name), None)
 
 
 class Mount(View):
@@ -77,6 +85,14 @@ class Volume(View):
     empty_dir: EmptyDir | None = None
 
 
+class Toleration(View):
+    """A toleration of a node's taint."""
+
+    key: str = ""
+    effect: str = ""
+    toleration_seconds: int | None = None
+
+
 class PodSpec(View):
     """A pod."""
 
@@ -84,11 +100,21 @@ class PodSpec(View):
     init_containers: list[Container] = []
     volumes: list[Volume] = []
     restart_policy: str = ""
+    termination_grace_period_seconds: int = 30
+    tolerations: list[Toleration] = []
+
+
+class Metadata(View):
+    """Labels and annotations of a pod."""
+
+    labels: dict[str, str] = {}
+    annotations: dict[str, str] = {}
 
 
 class Template(View):
     """A pod's template."""
 
+    metadata: Metadata = Metadata()
     spec: PodSpec = PodSpec()
 
 
@@ -98,6 +124,7 @@ class Group(View):
     ray_start_params: dict[str, str] = {}
     resources: dict[str, str] = {}
     labels: dict[str, str] = {}
+    head_service: dict[str, Any] | None = None
     template: Template
 
     @property
@@ -117,12 +144,14 @@ class WorkerGroup(Group):
     num_of_hosts: int = 1
     idle_timeout_seconds: int | None = None
     suspend: bool = False
+    priority: int = 0
 
 
 class AutoscalerOptions(View):
     """Options of the autoscaler."""
 
     version: str | None = None
+    env: list[EnvVar] = []
     idle_timeout_seconds: int | None = None
 
 
@@ -131,6 +160,7 @@ class AuthOptions(View):
 
     mode: Literal["disabled", "token"] = "token"
     secret_name: str | None = None
+    enable_k8s_token_auth: bool = Field(False, alias="enableK8sTokenAuth")
 
 
 class Cluster(View):
@@ -141,6 +171,10 @@ class Cluster(View):
     enable_in_tree_autoscaling: bool = False
     autoscaler_options: AutoscalerOptions | None = None
     gcs_fault_tolerance_options: dict[str, Any] | None = None
+    network_policy: dict[str, Any] | None = None
+    tls_options: dict[str, Any] | None = None
+    history_server_options: dict[str, Any] | None = None
+    upgrade_strategy: dict[str, Any] | None = None
     head_group_spec: Group
     worker_group_specs: list[WorkerGroup] = []
 
@@ -188,6 +222,7 @@ class Job(View):
     ray_cluster_spec: Cluster | None = None
     runtime_env: str = Field("", alias="runtimeEnvYAML")
     active_deadline_seconds: int | None = None
+    pre_running_deadline_seconds: int | None = None
     backoff_limit: int = 0
     suspend: bool = False
     shutdown_after_job_finishes: bool = False
@@ -207,6 +242,9 @@ class Service(View):
 
     serve_config_v2: str = ""
     upgrade_strategy: UpgradeStrategy | None = None
+    ray_cluster_deletion_delay_seconds: int | None = None
+    service_unhealthy_second_threshold: int | None = None
+    deployment_unhealthy_second_threshold: int | None = None
     ray_cluster_config: Cluster
 
 
@@ -282,6 +320,13 @@ def typed(manifest: Manifest) -> RayObject | list[Problem]:
             )
             for e in error.errors()
         ]
+
+
+def number_of(quantity: Quantity) -> float:
+    """Return a Kubernetes quantity as a number: "1500m" is 1.5, "2Gi" is 2147483648."""
+    from ray.autoscaler._private.kuberay.utils import parse_quantity
+
+    return float(parse_quantity(quantity))
 
 
 def shown(value: Any) -> str:

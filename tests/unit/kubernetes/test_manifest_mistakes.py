@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.edits import Edit, add, at, both, drop, put
 from support.manifests import FUSION, Body, crds, ray_objects
 
 from wrpo_ray import cli, config
@@ -25,46 +24,9 @@ from wrpo_ray.kubernetes.resource_requests import Request, of_config
 from wrpo_ray.stages.generate import stage as generate
 from wrpo_ray.stages.score import stage as score
 
-Edit = Callable[[Body], Any]
-
-
-def at(body: Body, path: str) -> Any:
-    """`a.b[name].c` of an object; [name] is the list's item of that name or group name."""
-    value: Any = body
-    for key in re.findall(r"[^.\[\]]+", path):
-        if isinstance(value, list):
-            names = [v.get("groupName", v.get("name")) for v in value]
-            value = value[int(key) if key.isdigit() else names.index(key)]
-        else:
-            value = value[key]
-    return value
-
-
-def put(path: str, value: Any) -> Edit:
-    """Sets a field."""
-    parent, _, name = path.rpartition(".")
-    return lambda body: at(body, parent).__setitem__(name, value)
-
-
-def drop(path: str) -> Edit:
-    """Deletes a field."""
-    parent, _, name = path.rpartition(".")
-    return lambda body: at(body, parent).pop(name)
-
-
-def add(path: str, value: Any) -> Edit:
-    """Adds an item to a list."""
-    return lambda body: at(body, path).append(value)
-
-
-def both(*edits: Edit) -> Edit:
-    return lambda body: [edit(body) for edit in edits]
-
-
 ONE = "spec.workerGroupSpecs[generate-1gpu]"
 TRAIN = "spec.workerGroupSpecs[train]"
 RAY = "template.spec.containers[0]"
-JOB_GROUPS = "spec.rayClusterSpec.workerGroupSpecs"
 GPU = "nvidia.com/gpu"
 RULES = {"condition": {"jobStatus": "SUCCEEDED", "ttlSeconds": 60}, "policy": "DeleteCluster"}
 
@@ -138,7 +100,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         f"{ONE}.resources", "resources-twice",
     ),
     "labels as a parameter": (
-        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams", {"labels": "a=b"}),
+        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams.labels", "a=b"),
         "spec.workerGroupSpecs[cpu].rayStartParams.labels", "labels",
     ),
     "group without a container": (
@@ -294,14 +256,6 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
     "queued with an autoscaler that Kueue does not know of": (
         "RayJob", queued, "spec.rayClusterSpec.enableInTreeAutoscaling", "queue"
     ),
-    "queued with too many groups": (
-        "RayJob",
-        both(
-            put("metadata.labels", {"kueue.x-k8s.io/queue-name": "fusion"}),
-            lambda b: b["metadata"]["annotations"].update({"kueue.x-k8s.io/elastic-job": "true"}),
-        ),
-        JOB_GROUPS, "queue",
-    ),
     "replicas as text": (
         "RayCluster", put(f"{ONE}.replicas", "two"),
         "spec.workerGroupSpecs[1].replicas", "number",
@@ -310,7 +264,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "RayCluster",
         both(
             put("spec.workerGroupSpecs[cpu].rayStartParams", {}),
-            put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many"}),
+            put("spec.workerGroupSpecs[cpu].resources", {"CPU": "many", "GPU": "0"}),
         ),
         "spec.workerGroupSpecs[0].resources.CPU", "quantity",
     ),
@@ -331,7 +285,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         f"spec.headGroupSpec.{RAY}.ports[0].name", "port",
     ),
     "memory of Ray with a unit": (
-        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams", {"memory": "16Gi"}),
+        "RayCluster", put("spec.workerGroupSpecs[cpu].rayStartParams.memory", "16Gi"),
         "spec.workerGroupSpecs[0].rayStartParams.memory", "quantity",
     ),
     "driver's resources that are no JSON": (
@@ -363,7 +317,7 @@ MISTAKES: dict[str, tuple[str, Edit, str, str]] = {
         "RayService",
         put("spec.serveConfigV2",
             "applications: [{import_path: 'a:b', deployments: [{name: m, "
-            "ray_actor_options: {num_gpus: 9}}]}]"),
+            "max_surge_percent: 100, ray_actor_options: {num_gpus: 9}}]}]"),
         "", "no-room",
     ),
 }  # fmt: skip

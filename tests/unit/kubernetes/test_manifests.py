@@ -33,8 +33,7 @@ from support.manifests import (
 from wrpo_ray import __version__, config
 from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
-from wrpo_ray.kubernetes.pod_rules import GPU
-from wrpo_ray.kubernetes.ray_objects import RayObject, typed
+from wrpo_ray.kubernetes.ray_objects import GPU, RayObject, typed
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.runtime.metrics import COUNTERS, GAUGES
 from wrpo_ray.text.documents import FAST_LOADER

@@ -1,0 +1,112 @@
+"""Whether network policies let the job that cleans up Redis reach it.
+
+KubeRay deletes a cluster's keys by a job with the head's pod and labels, but the node type
+`redis-cleanup` (1.7.0, controllers/ray/raycluster_controller.go:1807-1880). A RayCluster is not
+gone before that job's end, or 300 s (:289-352).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.ray_objects import RayObject
+
+CLEANUP = {
+    "ray.io/is-ray-node": "yes",
+    "ray.io/node-type": "redis-cleanup",
+    "ray.io/group": "headgroup",
+    "app.kubernetes.io/name": "kuberay",
+    "app.kubernetes.io/created-by": "kuberay-operator",
+}
+"""Labels of the job's pod (common/pod.go:1165-1176), without the names of its cluster."""
+REDIS_PORT = 6379
+Labels = dict[str, Any]
+
+
+def check(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    """Yield the policies' problem, if the cluster has its state in Redis."""
+    options = (found.cluster and found.cluster.gcs_fault_tolerance_options) or {}
+    address = str(options.get("redisAddress") or "").rpartition("//")[2].partition(",")[0]
+    if not address:
+        return
+    host, _, port = address.partition(":")
+    number = int(port) if port.isdecimal() else REDIS_PORT
+    redis = _labels_behind(host.partition(".")[0], manifests)
+    pod = found.cluster.head_group_spec.template.metadata.labels | CLEANUP if found.cluster else {}
+    closed = _closed("Egress", "to", pod, redis, number, manifests)
+    if not closed and redis is not None:
+        closed = _closed("Ingress", "from", redis, pod, number, manifests)
+    if closed:
+        yield found.problem(
+            f"{found.at}.gcsFaultToleranceOptions.redisAddress",
+            "redis-clean-up",
+            f"the NetworkPolicy {closed!r} keeps the job that deletes the cluster's keys from "
+            f"Redis: each deleted cluster waits 5 minutes for it, and its keys stay. Admit pods "
+            f"with ray.io/node-type: redis-cleanup",
+        )
+
+
+def _labels_behind(service: str, manifests: Sequence[Manifest]) -> Labels | None:
+    """Return the labels of the pods behind a Service; None if it is not among the manifests."""
+    for manifest in manifests:
+        if manifest.kind == "Service" and manifest.name == service:
+            selector = _mapping(manifest.body.get("spec")).get("selector")
+            return _mapping(selector) or None
+    return None
+
+
+def _closed(
+    direction: str,
+    side: str,
+    pod: Labels,
+    peer: Labels | None,
+    port: int,
+    manifests: Sequence[Manifest],
+) -> str | None:
+    """Return the policy that closes a pod's connections to a peer; None if they are open."""
+    closing = None
+    for manifest in manifests:
+        spec = _mapping(manifest.body.get("spec")) if manifest.kind == "NetworkPolicy" else {}
+        if direction not in spec.get("policyTypes", ()) or not _selects(
+            spec.get("podSelector"), pod
+        ):
+            continue
+        rules = spec.get(direction.lower()) or []
+        if any(_admits(rule, side, peer, port) for rule in rules if isinstance(rule, dict)):
+            return None
+        closing = closing or manifest.name
+    return closing
+
+
+def _admits(rule: dict[str, Any], side: str, peer: Labels | None, port: int) -> bool:
+    ports = [_mapping(entry).get("port") for entry in rule.get("ports") or []]
+    if ports and port not in ports and None not in ports:
+        return False
+    peers = [_mapping(entry) for entry in rule.get(side) or []]
+    if not peers:
+        return True
+    if peer is None:  # elsewhere: only a rule that names the port can be meant for it
+        return bool(ports)
+    return any("podSelector" in p and _selects(p["podSelector"], peer) for p in peers)
+
+
+def _selects(selector: Any, labels: Labels) -> bool:
+    """Whether a selector selects labels; by `matchLabels` and by `In`, `NotIn` and `Exists`."""
+    given = _mapping(selector)
+    if any(labels.get(name) != value for name, value in _mapping(given.get("matchLabels")).items()):
+        return False
+    for entry in map(_mapping, given.get("matchExpressions") or []):
+        key, values = str(entry.get("key")), entry.get("values") or []
+        holds = {
+            "In": labels.get(key) in values,
+            "NotIn": labels.get(key) not in values,
+            "Exists": key in labels,
+            "DoesNotExist": key not in labels,
+        }
+        if not holds.get(str(entry.get("operator")), False):
+            return False
+    return True
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

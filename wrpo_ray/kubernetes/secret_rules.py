@@ -1,0 +1,76 @@
+"""Secrets that stand in a manifest as plain text, or that were left as the example has them."""
+
+import base64
+import binascii
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import yaml
+
+from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.ray_objects import path_text
+from wrpo_ray.text.documents import read_document
+
+SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_KEY)$", re.I)
+"""Names of environment variables that hold secrets."""
+PLACEHOLDER = "PLACEHOLDER"
+"""What cluster/secrets.example.yaml has in the place of each value."""
+RUNTIME_ENV = "runtimeEnvYAML"
+
+
+def check(manifest: Manifest) -> Iterator[Problem]:
+    """Yield the problems of an object of any kind."""
+    if manifest.kind == "Secret":
+        yield from _placeholders(manifest)
+        return
+    for path, name in _plain(manifest.body, ()):
+        text = f"{name} is in plain text, for all who may read the object; use a secretKeyRef"
+        yield Problem(manifest, path, "plain-secret", text)
+
+
+def _placeholders(manifest: Manifest) -> Iterator[Problem]:
+    for part in ("stringData", "data"):
+        values = manifest.body.get(part)
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if PLACEHOLDER in _decoded(value, part):
+                text = "has the example's value; fill it in, or leave the key out"
+                yield Problem(manifest, f"{part}.{key}", "placeholder", text)
+
+
+def _decoded(value: Any, part: str) -> str:
+    if part == "stringData":
+        return str(value)
+    try:
+        return base64.b64decode(str(value), validate=True).decode("utf-8", "replace")
+    except (binascii.Error, ValueError):
+        return ""
+
+
+def _plain(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """Yield (path, variable) of each literal value of a variable that holds a secret."""
+    parts: Iterable[tuple[Any, Any]] = enumerate(value) if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        name = value.get("name")
+        if _is_literal(name, value.get("value")):
+            yield path_text((*path, "value")), str(name)
+        yield from _in_runtime_env(value.get(RUNTIME_ENV), path)
+        parts = value.items()
+    for key, part in parts:
+        yield from _plain(part, (*path, key))
+
+
+def _in_runtime_env(text: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """The runtime environment of a job is shown by Ray's dashboard."""
+    try:
+        given = read_document(text) if isinstance(text, str) else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return  # told by `job_rules`
+    variables = given.get("env_vars") if isinstance(given, dict) else None
+    for name, value in variables.items() if isinstance(variables, dict) else ():
+        if _is_literal(name, value):
+            yield path_text((*path, RUNTIME_ENV, "env_vars", name)), str(name)
+
+
+def _is_literal(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and bool(value) and SECRET_NAME.search(name) is not None
