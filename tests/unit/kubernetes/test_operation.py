@@ -211,6 +211,19 @@ def test_heads_of_two_overlays_have_budgets_of_their_own():
     assert found == {"ray-heads": "wrpo", "fusion": "fusion", "fused": "fused", "demo": "demo"}
 
 
+def test_a_node_leaves_its_cluster_before_its_pod_is_killed():
+    from wrpo_ray.runtime import leaving
+
+    for _, body in ray_bodies():
+        _, *workers = groups_of(body)
+        for name, group in workers:
+            *python, module, seconds = pod(group)["containers"][0]["lifecycle"]["preStop"]["exec"][
+                "command"
+            ]
+            assert (python, module) == (["python", "-m"], leaving.__name__)
+            assert int(seconds) + 15 < pod(group)["terminationGracePeriodSeconds"], name
+
+
 def test_the_autoscalers_log_is_where_the_dashboard_looks():
     """The operator mounts the volume `ray-logs` into the autoscaler's container (pod.go:847)."""
     for _, body in ray_bodies():
