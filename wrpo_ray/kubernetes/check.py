@@ -11,6 +11,7 @@ from wrpo_ray.kubernetes import (
     network_rules,
     operator_rules,
     pod_rules,
+    queue_rules,
     resource_requests,
     secret_rules,
     serve_config,
@@ -91,6 +92,7 @@ def _check_ray(
     if any(fault.rule not in HARMLESS for fault in faults):
         return
     report.problems += pod_rules.check(found)
+    report.problems += queue_rules.check_quota(found, report.manifests)
     serve, faults = serve_config.read(found)
     report.problems += faults
     cluster = found.cluster
