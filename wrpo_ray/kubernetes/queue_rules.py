@@ -3,6 +3,10 @@
 Source: Kueue 0.19.1, pkg/controller/jobs: rayjob/rayjob_webhook.go (W), raycluster/common.go (R).
 """
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from wrpo_ray.kubernetes.manifests import Manifest, Problem
 from wrpo_ray.kubernetes.ray_objects import Cluster, Faults, RayObject
 
 QUEUE, ELASTIC = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"
@@ -51,3 +55,39 @@ def _pod_sets(found: RayObject) -> Faults:
             f"for {min(versions)} here"
         )
         yield field, "queue-version", text
+
+
+def check_quota(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    """Yield the resources that the object's queue, if it is among the manifests, has no quota for.
+
+    Kueue never admits a pod with such a request (0.19.1, scheduler/flavorassigner/flavorassigner.go:1036).
+    """
+    name = found.manifest.labels.get(QUEUE)
+    local = _spec(manifests, "LocalQueue", name) if name else None
+    queue = _spec(manifests, "ClusterQueue", local.get("clusterQueue")) if local else None
+    if not queue:
+        return
+    covered = {
+        resource
+        for group in queue.get("resourceGroups") or []
+        for resource in group.get("coveredResources") or []
+    }
+    for path, group in found.groups:
+        asked = group.ray.resources
+        missing = sorted({*asked.requests, *asked.limits} - covered)
+        if missing:
+            field = f"{path}.template.spec.containers[0].resources.requests"
+            text = (
+                f"asks for {', '.join(missing)}, of which its ClusterQueue "
+                f"covers nothing: the run is never admitted; add it to coveredResources, with a "
+                f"quota"
+            )
+            yield found.problem(field, "queue-quota", text)
+
+
+def _spec(manifests: Sequence[Manifest], kind: str, name: Any) -> dict[str, Any] | None:
+    for manifest in manifests:
+        if (manifest.kind, manifest.name) == (kind, name):
+            spec = manifest.body.get("spec")
+            return spec if isinstance(spec, dict) else None
+    return None

@@ -270,6 +270,7 @@ def test_every_block_is_run_or_tested_or_says_what_it_needs(page: str, place: Pa
         if block.tested:
             assert exists(block.tested), f"{block.place}: {block.tested}"
         if block.saved_as:
+            Path(block.saved_as).parent.mkdir(parents=True, exist_ok=True)
             Path(block.saved_as).write_text(block.text)
         try:
             _ = capfd.readouterr()

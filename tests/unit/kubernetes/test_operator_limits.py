@@ -554,6 +554,32 @@ def test_a_redis_outside_the_manifests_is_reached_by_its_port(
     assert ("redis-clean-up" not in {p.rule for p in told.problems}) == is_open
 
 
+@pytest.mark.parametrize(
+    ("covered", "missing"),
+    [({"cpu", "memory", "ephemeral-storage"}, set()), ({"cpu", "memory"}, {"ephemeral-storage"})],
+)
+def test_a_queue_has_quota_for_all_that_its_pods_ask_for(
+    covered: set[str], missing: set[str], tmp_path: Path
+):
+    body = ray_objects()["RayJob"]
+    groups(1)(body)
+    version = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    local = {"metadata": {"name": "fusion"}, "spec": {"clusterQueue": "q"}}
+    shared = {
+        "metadata": {"name": "q"},
+        "spec": {"resourceGroups": [{"coveredResources": sorted(covered)}]},
+    }
+    told = report(
+        tmp_path,
+        body,
+        version | {"kind": "LocalQueue"} | local,
+        version | {"kind": "ClusterQueue"} | shared,
+    )
+    texts = [p.text for p in told.problems if p.rule == "queue-quota"]
+    assert len(texts) == (2 if missing else 0)  # head and group
+    assert all(name in text for text in texts for name in missing)
+
+
 def test_the_values_of_the_example_are_told(tmp_path: Path):
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "wrpo-credentials"}}
     coded = base64.b64encode(b"PLACEHOLDER").decode()
