@@ -1,12 +1,15 @@
 """A run on Ray's autoscaler: each step's nodes come and go, and the run outlives lost nodes.
 
-The source's engine and the reward are fakes that start at once; training is real.
+Groups are those of cluster/raycluster, smaller: steps start nodes of their own group only, however
+much they ask for. The source's engine and the reward are fakes that start at once; training is
+real.
 
 With WRPO_PLOTS=FOLDER the nodes over time are drawn into it (docs/img/autoscaling.svg).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import threading
@@ -20,11 +23,20 @@ from support.harness import ROOT, shards
 from support.ray_head import RayHead
 from support.waiting import LIMIT, wait_until
 
-NODES = {
+from wrpo_ray.stages.ingest.stage import SMALL
+
+GPU = {"labels": {"wrpo-ray/gpu": "true"}}
+NODES: dict[str, dict[str, Any]] = {
     "cpu": {"resources": {"CPU": 2}, "max_workers": 1},
-    "generate": {"resources": {"CPU": 1, "generate": 1}, "max_workers": 2},
-    "train": {"resources": {"CPU": 1, "train": 1}, "max_workers": 2},
-}
+    **{
+        f"generate-{n}gpu": GPU | {
+            "resources": {"CPU": n, "GPU": n, f"generate-{n}gpu": n}, "max_workers": 2,
+        }
+        for n in (1, 4, 8)
+    },
+    "train": GPU | {"resources": {"CPU": 1, "train": 1}, "max_workers": 2},
+}  # fmt: skip
+GENERATE, UNUSED = "generate-1gpu", ("generate-4gpu", "generate-8gpu")
 
 
 class Watch:
@@ -77,32 +89,42 @@ class Watch:
 def _kind(node: Any) -> str | None:
     if node.is_head_node:
         return None
-    return next((kind for kind in ("generate", "train") if kind in node.resources_total), "cpu")
+    return next((kind for kind in NODES if kind in node.resources_total), "cpu")
 
 
 def draw(changes: dict[float, dict[str, int]], to: Path) -> None:
     """Nodes of each type over the seconds of a run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3), layout="constrained")
+    figure = Figure(figsize=(7, 5), layout="constrained")
     for kind, axes in zip(NODES, figure.subplots(len(NODES), sharex=True), strict=True):
         counts = [c[kind] for c in changes.values()]
         axes.step(list(changes), counts, where="post")
         axes.fill_between(list(changes), counts, step="post", alpha=0.3)
-        axes.set(ylabel=kind, ylim=(0, 2.4), yticks=(0, 1, 2))
+        axes.set(ylim=(0, 2.4), yticks=(0, 1, 2))
+        axes.set_ylabel(kind, rotation=0, ha="right", va="center")
     axes.set_xlabel("seconds")
     figure.savefig(to)
+
+
+def large(prompts: Path, folder: Path) -> Path:
+    """The first prompts with a column that makes Ray Data shuffle them, and not one task."""
+    rows = [json.loads(line) for line in prompts.read_text().splitlines()[:800]]
+    to = folder / "prompts.jsonl"
+    to.write_text("".join(json.dumps(row | {"notes": "x" * 45_000}) + "\n" for row in rows))
+    assert to.stat().st_size > SMALL
+    return to
 
 
 def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, monkeypatch, tmp_path):
     """From no node to those of generation, to none of them and those of training, to none."""
     output, log = tmp_path / "run", tmp_path / "log"
-    of = {"resources": {"generate": 1}}
+    of = {"resources": {GENERATE: 1}}
     source = {"name": "llama-bytes", "model": str(zoo / "sources" / "llama-bytes")}
     config = demo(
         output,
-        prompts={"path": str(zoo / "prompts.jsonl"), "limit": 800},
-        sources=[source | {"actors": of | {"max": 2}}],
+        prompts={"path": str(large(zoo / "prompts.jsonl", tmp_path)), "limit": 800},
+        sources=[source | {"actors": of | {"max": 4, "num_gpus": 1}}],
         reward={"function": "support.fake_engine:reward", "actors": of},
         storage={"buckets": 64, "chunk": 8},
         evaluate=None,
@@ -134,7 +156,7 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, monkeypa
 
         try:
             answers = "generate-*/*.parquet"
-            lose("generate", lambda: watch.engines == 2 and len(shards(output, answers)) > 3)
+            lose(GENERATE, lambda: watch.engines == 2 and len(shards(output, answers)) > 3)
             lose("train", lambda: list(output.glob("sft-*/metrics.jsonl")))
             assert driver.wait(LIMIT) == 0
         finally:
@@ -145,6 +167,9 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, monkeypa
     print(changes)
     if folder := os.environ.get("WRPO_PLOTS"):
         draw(changes, Path(folder) / "autoscaling.svg")
-    assert max(c["generate"] for c in watch.counts.values()) == 2
-    assert watch.engines == 2  # of one pool, which asked for the second node
-    assert any(c["train"] == 2 and not c["generate"] for c in watch.counts.values())
+    assert max(c[GENERATE] for c in watch.counts.values()) == 2
+    assert watch.engines == 2  # of one pool, which asked for two more
+    assert any(c["train"] == 2 and not c[GENERATE] for c in watch.counts.values())
+    # neither for the engines, nor for Ray Data, nor for 64 tasks of a CPU each, of which the cpu
+    # group has room for two
+    assert not [c for c in watch.counts.values() if any(c[kind] for kind in UNUSED)]

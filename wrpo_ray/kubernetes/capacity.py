@@ -6,7 +6,7 @@ it would start for a request on an empty cluster. This is private code of the pi
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from wrpo_ray.kubernetes.ray_objects import Cluster, RayObject
@@ -40,9 +40,12 @@ class NodeTypes:
         from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
         from ray.autoscaler.v2.utils import ResourceRequestUtil
         from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+        from ray.core.generated.common_pb2 import LABEL_OPERATOR_NOT_IN as NOT_IN
 
         config = AutoscalingConfig(copy.deepcopy(self.config), skip_content_hash=True)
-        one = GangResourceRequest(requests=[ResourceRequestUtil.make(b) for b in request.bundles])
+        labels = [[(k, NOT_IN, [v.removeprefix("!")]) for k, v in request.selector.items()]]
+        made = [ResourceRequestUtil.make(b, label_selectors=labels) for b in request.bundles]
+        one = GangResourceRequest(requests=made)
         reply = ResourceDemandScheduler().schedule(
             SchedulingRequest(
                 disable_launch_config_check=True,
@@ -104,9 +107,10 @@ def misfit(types: NodeTypes, request: Request) -> tuple[str, str] | None:
 
 def _no_room(types: NodeTypes, request: Request) -> str:
     for bundle in request.bundles:
-        if types.nodes_for(Request(request.what, (bundle,))) is None:
+        if types.nodes_for(replace(request, bundles=(bundle,), count=1)) is None:
             has = "; ".join(f"{n} has {_resources_text(r)}" for n, r in types.resources.items())
-            return f"asks for {_resources_text(bundle)} on one node, and no group has it: {has}"
+            node = " without the label ".join(["one node", *request.selector])
+            return f"asks for {_resources_text(bundle)} on {node}, and no group has it: {has}"
     bundles = len(request.bundles) * request.count
     return (
         f"asks for {bundles} times {_resources_text(request.bundles[-1])} at the same time, more "

@@ -63,11 +63,10 @@ def check_objects(
         report.problems += operator_rules.check_kind(manifest)
         report.problems += pod_rules.check_references(manifest, manifests)
         report.problems += secret_rules.check(manifest)
-        faults = list(schemas.problems(manifest)) if schemas else []
+        faults = list(field_formats.check(manifest))  # which say more than schemas
         reported = {fault.field for fault in faults}
-        faults += [
-            problem for problem in field_formats.check(manifest) if problem.field not in reported
-        ]
+        found = schemas.problems(manifest) if schemas else ()
+        faults += [problem for problem in found if problem.field not in reported]
         report.problems += faults
         if manifest.kind == LAUNCHER:
             asked = list(resource_requests.of_config(config)) if config else []

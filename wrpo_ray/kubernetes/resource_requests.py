@@ -3,14 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from wrpo_ray.config import Config, ModelConfig, RewardConfig, Section, TrainConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.ray_objects import Job
 from wrpo_ray.kubernetes.serve_config import own_applications
-from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.placement import NO_GPU_NODES, Pool, selector_for
 
 Needs = dict[str, float]
 S = TypeVar("S", bound=Section)
@@ -28,6 +28,8 @@ class Request:
     """The number of actors, engines or training runs."""
     parts: int = 1
     """Workers of one engine, which need nodes of one replica."""
+    selector: dict[str, str] = field(default_factory=dict)
+    """Ray's label selector of each bundle."""
 
 
 def of_config(config: Config) -> Iterator[Request]:
@@ -35,7 +37,7 @@ def of_config(config: Config) -> Iterator[Request]:
 
     Models and rewards are found anywhere in the config.
     """
-    yield Request("steps without a model", ({"CPU": 1.0},))
+    yield Request("steps without a model", ({"CPU": 1.0},), selector=NO_GPU_NODES)
     models = {(m.name, repr(m.actors), m.parts): m for m in _sections(config, ModelConfig)}
     for model in models.values():
         yield of_model(f"generate {model.name}", model)
@@ -69,12 +71,13 @@ def of_model(what: str, model: ModelConfig) -> Request:
 
 
 def _of_pool(pool: Pool) -> Request:
-    return Request(pool.what, (_given(pool.needs),), pool.actors.min)
+    return Request(pool.what, (_given(pool.needs),), pool.actors.min, selector=pool.selector)
 
 
 def _of_training(name: str, config: TrainConfig) -> Iterator[Request]:
     worker = _given({"CPU": config.num_cpus, "GPU": config.num_gpus} | config.resources)
-    yield Request(name, (worker,) * (config.min_workers or config.workers))
+    selector = selector_for(config.num_gpus, config.resources)
+    yield Request(name, (worker,) * (config.min_workers or config.workers), selector=selector)
     if config.reference_actors:
         yield _of_pool(Pool(f"{name}'s reference", config.reference_actors))
 
@@ -103,7 +106,8 @@ def of_serving(serve: dict[str, Any]) -> Iterator[Request]:
             for model in served.models:
                 yield of_model(f"serve {model.name}", model)
             if served.reward:
-                yield _of_pool(Pool(f"serve {served.reward.name}", served.reward.actors))
+                pool = Pool(f"serve {served.reward.name}", served.reward.actors)
+                yield replace(_of_pool(pool), selector={})  # Serve places it
 
 
 def _of_deployment(what: str, deployment: dict[str, Any]) -> Request:

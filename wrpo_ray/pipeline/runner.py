@@ -74,13 +74,14 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
 
 @contextmanager
 def session(config: Config, root: Folder) -> Iterator[Run]:
-    """Hold the lease of the output and a connection to Ray.
+    """Hold the lease of the output and a connection to Ray; state and log go to the output.
 
     Raises:
         WrpoError: another run holds the output, its budget is spent, or Ray cannot be reached.
     """
     from wrpo_ray.runtime import cluster
     from wrpo_ray.runtime.lease import Lease
+    from wrpo_ray.runtime.tries import Try
 
     run = Run(
         root,
@@ -90,7 +91,11 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
         uuid.uuid4().hex,
         config.max_attempts,
     )
-    with Lease(root, run.session), Ledger(root, config.prices, config.budget) as ledger:
+    with (
+        Lease(root, run.session),
+        Try(root, run.session),
+        Ledger(root, config.prices, config.budget) as ledger,
+    ):
         ledger.check()
         cluster.connect(config.cluster, root, run.session)
         try:

@@ -17,7 +17,7 @@ import pyarrow.fs as pafs
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import BrokenFileError, UserError
-from wrpo_ray.runtime import lease
+from wrpo_ray.runtime import lease, tries
 from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, read_seconds
 from wrpo_ray.runtime.progress import format_rate
 from wrpo_ray.storage.folder import Folder
@@ -32,6 +32,7 @@ LAST = 20
 METRICS = "metrics.jsonl"
 STEPS = ("step", "steps")
 """Fields of a line of metrics: the optimizer step, from 0, and how many there will be."""
+LOST = "lost (its process or node ended without a word)"
 DONE, ACTIVE, BEGUN, WAITING = "done", "running", "begun", "waiting"
 
 
@@ -64,6 +65,8 @@ class Status:
     """Status of a run."""
 
     output: str
+    last_try: str
+    """What became of the last try, as text."""
     holder: str
     """The holder of the lease, as text."""
     is_running: bool
@@ -77,9 +80,9 @@ def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
     now = time.time() if now is None else now
     holder, is_running = _holder(root, now)
     reader = _StepReader(root, outline, is_running, now)
-    return Status(
-        str(root), holder, is_running, tuple(map(reader.step, outline.steps)), _spent(root, outline)
-    )
+    steps = tuple(map(reader.step, outline.steps))
+    told = _try_text(root, now, is_running, is_done=all(step.state == DONE for step in steps))
+    return Status(str(root), told, holder, is_running, steps, _spent(root, outline))
 
 
 def is_running(root: Folder) -> bool:
@@ -101,6 +104,21 @@ def _holder(root: Folder, now: float) -> tuple[str, bool]:
     if age > lease.EXPIRES:
         return f"{who}, without a heartbeat for {age:,.0f} s: it was lost, or clocks differ", False
     return f"{who}, heartbeat {age:.0f} s ago", True
+
+
+def _try_text(root: Folder, now: float, is_running: bool, *, is_done: bool) -> str:
+    """The state of the last try; one that is neither running nor ended was lost."""
+    found = tries.last(root)
+    if found is None:
+        return "not known: it was made by an earlier version, or has not begun"
+    number, state, end = found["number"], found["state"], found["ended"] or now
+    if state == tries.RUNNING and not is_running:
+        state = f"{tries.FINISHED} (lost after its last step)" if is_done else LOST
+    began, after = _clock(now - found["started"]), _clock(end - found["started"])
+    ended = f"after {after}, {_clock(now - end)} ago"
+    when = f"began {began} ago" if found["ended"] is None else ended
+    reason = f": {found['reason']}" if found["reason"] else ""
+    return f"try {number} {state}, {when}{reason}"
 
 
 def _spent(root: Folder, outline: Outline) -> Row:
@@ -257,7 +275,8 @@ def screen(found: Status) -> Any:
         cells = (stage, step.name, step.state, *_cells(step))
         table.add_row(*(Text(one_line(cell)) for cell in cells), style=styles[step.state])
     done = sum(step.state == DONE for step in found.steps)
-    about = [found.output, f"lease: {found.holder}", f"{done} of {len(found.steps)} steps done"]
+    about = [found.output, f"run: {found.last_try}", f"lease: {found.holder}"]
+    about.append(f"{done} of {len(found.steps)} steps done")
     head = Text("".join(f"{one_line(line)}\n" for line in about))
     return Group(head, table, Text(f"\nspent: {_spent_told(found.spent)}"))
 

@@ -18,6 +18,7 @@ import psutil
 from wrpo_ray.config import ClusterConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.connection import CONNECTION
+from wrpo_ray.runtime.placement import NO_GPU_NODES
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.temporary import shorten_temporary_folders
 from wrpo_ray.storage.cache import LIMIT_VARIABLE
@@ -59,7 +60,7 @@ def connect(cluster: ClusterConfig, root: Folder, session: str) -> None:
         os.environ |= marks
         with keeping_sigterm():
             ray.init(address="local", num_cpus=cluster.num_cpus, include_dashboard=False, **quiet)
-    _quiet_ray_data()
+    _prepare_ray_data()
     CONNECTION.open()
 
 
@@ -78,11 +79,16 @@ def protect_token(*, create: bool) -> None:
         os.chmod(file, stat.S_IMODE(file.stat().st_mode) & 0o600)
 
 
-def _quiet_ray_data() -> None:
-    """Hide Ray Data's progress bars and `IGNORED_WARNINGS`; other warnings stay."""
+def _prepare_ray_data() -> None:
+    """Keep Ray Data, and the nodes that it requests, off GPUs.
+
+    Its progress bars and `IGNORED_WARNINGS` are hidden; other warnings stay.
+    """
     import ray
 
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.label_selector = NO_GPU_NODES
     logger = logging.getLogger("ray.data")
     logger.setLevel(logging.WARNING)
     for handler in logger.handlers:

@@ -12,6 +12,9 @@ from wrpo_ray.runtime.progress import log
 
 LOOKUP_INTERVAL = 1.0
 """Seconds for which one look at the cluster's free resources serves all pools."""
+NO_GPU_NODES = {"wrpo-ray/gpu": "!true"}
+"""Ray's label selector of work without GPUs: it neither runs on nodes with this label nor starts
+them. The manifests give the label to groups with GPUs; without it any node will do."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,20 @@ class Pool:
         return needs | {name: n * self.parts for name, n in actors.resources.items()}
 
     @property
+    def selector(self) -> dict[str, str]:
+        """Label selector of an actor."""
+        return selector_for(self.actors.num_gpus, self.actors.resources)
+
+    @property
     def bundles(self) -> list[dict[str, float]]:
         """Bundles of the placement group for one actor and its worker processes."""
         gpus = {"GPU": self.actors.num_gpus} if self.actors.num_gpus else {}
         return [{"CPU": self.actors.num_cpus}, *[gpus | self.actors.resources] * self.parts]
+
+
+def selector_for(num_gpus: float, resources: dict[str, float]) -> dict[str, str]:
+    """Label selector of a worker; one with a GPU or a custom resource goes where these are."""
+    return {} if num_gpus or resources else NO_GPU_NODES
 
 
 def fit_together(pools: list[Pool]) -> bool:

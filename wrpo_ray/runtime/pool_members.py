@@ -102,6 +102,7 @@ def start_member(pool: Pool, arguments: dict[str, Any], groups: str, *, has_room
     where: dict[str, Any] = {
         "num_gpus": actors.num_gpus or None,
         "resources": actors.resources or None,
+        "label_selector": pool.selector,
         "scheduling_strategy": "SPREAD",
     }
     if pool.parts > 1:  # vLLM starts its own workers in the placement group of its actor

@@ -7,6 +7,7 @@ table; a finished step becomes a line.
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,8 @@ from wrpo_ray.text.display import printable
 
 EVERY = 5.0
 """Seconds between lines of one step, without a table."""
+listeners: list[Callable[[str], None]] = []
+"""Called with each line that is logged, in the thread that logs it."""
 
 
 def log(text: str) -> None:
@@ -24,6 +27,8 @@ def log(text: str) -> None:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)
     else:
         print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one write: threads log, too
+    for listener in listeners:
+        listener(line)
 
 
 def format_rate(rate: float, one: str = "one", many: str = "") -> str:

@@ -18,6 +18,7 @@ from wrpo_ray import __version__
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.runtime.cluster import check_listening, output_mark
+from wrpo_ray.runtime.placement import NO_GPU_NODES
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.addresses import redact
@@ -141,6 +142,7 @@ class SubmittedJob:
                     runtime_env=self.given.runtime_env,
                     metadata=self.given.metadata,
                     entrypoint_num_cpus=cpus,
+                    entrypoint_label_selector=NO_GPU_NODES if cpus else None,
                 )
                 return job
             except RuntimeError as error:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
+from wrpo_ray.runtime.placement import NO_GPU_NODES
 from wrpo_ray.runtime.worker_errors import capture_error, restore_error, summarize_error
 
 MAX_TASKS = 1024
@@ -15,14 +16,15 @@ def map_tasks(
 ) -> Iterator[dict[str, Any]]:
     """Map rows by tasks of one CPU each, for work without a model; yield results as they finish.
 
-    Tasks run on all CPUs of the cluster. Rows of a lost node are retried on others.
+    Tasks run on all CPUs of the cluster but those of nodes for GPUs. Rows of a lost node are
+    retried on others.
 
     Raises:
         WrpoError: as raised by the function, or one that names `what` and the cause.
     """
     import ray
 
-    task = ray.remote(num_cpus=1)(capture_error).options(name=what)
+    task = ray.remote(num_cpus=1, label_selector=NO_GPU_NODES)(capture_error).options(name=what)
     shared = ray.put(function)
     under_way: list[Any] = []
     try:

@@ -377,12 +377,8 @@ BY_SCHEMA: dict[str, tuple[str, Edit, str, str]] = {
         "spec.workerGroupSpecs[1].rayStartParams", "wrong-type",
     ),
     "word that is none of those known": (
-        "RayCluster", put("spec.autoscalerOptions.upscalingMode", "Fast"),
-        "spec.autoscalerOptions.upscalingMode", "wrong-value",
-    ),
-    "quantity that is none": (
-        "RayCluster", put(f"{ONE}.{RAY}.resources.limits.cpu", "many"),
-        f"spec.workerGroupSpecs[1].{RAY}.resources.limits.cpu", "wrong-value",
+        "RayCluster", put("spec.gcsFaultToleranceOptions", {"backend": "etcd"}),
+        "spec.gcsFaultToleranceOptions.backend", "wrong-value",
     ),
     "head without a template": (
         "RayCluster", drop("spec.headGroupSpec.template"),

@@ -31,11 +31,15 @@ from support.manifests import (
 )
 
 from wrpo_ray import __version__, config
+from wrpo_ray.config import Actors
+from wrpo_ray.kubernetes.capacity import node_types
 from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
 from wrpo_ray.kubernetes.ray_objects import GPU, RayObject, typed
+from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.runtime.metrics import COUNTERS, GAUGES
+from wrpo_ray.runtime.placement import NO_GPU_NODES, Pool
 from wrpo_ray.text.documents import FAST_LOADER
 
 JOBS = {"overlays/demo": ROOT / "jobs" / "demo.yaml"}
@@ -108,6 +112,66 @@ def test_steps_go_to_the_groups_that_are_meant_for_them(tmp_path: Path):
         "wrpo": "1 x train",
         "wrpo's reference": "1 x train",
     }
+
+
+def groups_of(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """The worker groups anywhere in an object."""
+    found = [group for spec in specs(body) for group in spec["workerGroupSpecs"]]
+    assert found
+    return found
+
+
+def specs(body: Any) -> list[dict[str, Any]]:
+    if not isinstance(body, dict):
+        return []
+    here = [body] if "workerGroupSpecs" in body else []
+    return here + [spec for value in body.values() for spec in specs(value)]
+
+
+@pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayService"])
+def test_groups_with_gpus_and_no_others_keep_off_work_without(kind: str):
+    for group in groups_of(ray_objects()[kind]):
+        limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+        has_label = group.get("labels", {}).get("wrpo-ray/gpu") == "true"
+        assert has_label is ("nvidia.com/gpu" in limits), group["groupName"]
+    launcher = yaml.safe_load((CLUSTER / "launcher.yaml").read_text())["available_node_types"]
+    for name, kind_of in launcher.items():
+        has_label = kind_of.get("labels") == {"wrpo-ray/gpu": "true"}
+        assert has_label is ("GPU" in kind_of["resources"]), name
+
+
+def planned(bundle: dict[str, float], count: int, selector: dict[str, str]) -> dict[str, int]:
+    """Nodes of each group that Ray's autoscaler starts on the empty cluster of the manifests."""
+    found = typed_body(ray_objects()["RayCluster"])
+    types = node_types(found, found.cluster)
+    return types.nodes_for(Request("", (bundle,) * count, selector=selector)) or {}
+
+
+def test_a_pool_starts_nodes_of_its_own_group_however_many_actors_it_asks_for():
+    """By Ray's scheduler: what it would start for the same GPUs without the group's name."""
+    engine = {"CPU": 1.0, "GPU": 1.0}
+    named = Pool("", Actors(num_gpus=1, resources={"generate-1gpu": 1}))
+    assert named.selector == {}
+    for count in (1, 4, 16):
+        assert planned(named.needs, count, {}) == {"generate-1gpu": count}
+    assert planned(engine, 4, {}) == {"generate-4gpu": 1}
+
+
+def test_tasks_of_a_cpu_each_start_no_gpus():
+    """Twice as many as the cpu group has room for."""
+    room = 16 * 14
+    assert planned({"CPU": 1.0}, room, NO_GPU_NODES) == {"cpu": 16}
+    assert planned({"CPU": 1.0}, 2 * room, {}).keys() > {"cpu"}
+    assert Pool("", Actors()).selector == NO_GPU_NODES
+
+
+def test_a_cluster_of_gpus_alone_has_no_room_for_the_other_steps(tmp_path: Path):
+    body = ray_objects()["RayCluster"]
+    del body["spec"]["workerGroupSpecs"][0]
+    (tmp_path / "c.yaml").write_text(json.dumps(body))
+    problems = check([str(tmp_path / "c.yaml")], config.load(FUSION)).problems
+    assert [p.rule for p in problems] == ["no-room"]
+    assert "steps without a model: asks for 1 CPU on one node without the label" in problems[0].text
 
 
 # --- what they promise -----------------------------------------------------------------------

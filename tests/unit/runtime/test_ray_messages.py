@@ -1,11 +1,12 @@
-"""What of Ray Data's messages reaches a user's terminal."""
+"""What of Ray Data's messages reaches a user's terminal, and where its tasks run."""
 
 import io
 import logging
 
 import pytest
 
-from wrpo_ray.runtime.cluster import IGNORED_WARNINGS, _quiet_ray_data
+from wrpo_ray.runtime.cluster import IGNORED_WARNINGS, _prepare_ray_data
+from wrpo_ray.runtime.placement import NO_GPU_NODES
 
 
 @pytest.fixture
@@ -18,8 +19,8 @@ def terminal(monkeypatch):
     handler = logging.StreamHandler(written)
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logger.level)
-    _quiet_ray_data()
-    _quiet_ray_data()
+    _prepare_ray_data()
+    _prepare_ray_data()
     yield written
     assert len(handler.filters) == 1
 
@@ -41,3 +42,9 @@ def test_what_is_understood_and_what_is_told_in_passing_is_left_out(name, termin
         logging.getLogger(name).warning(f"{beginning} and more")
     logging.getLogger(name).info("Starting execution of Dataset")
     assert terminal.getvalue() == ""
+
+
+def test_ray_data_keeps_off_nodes_with_gpus(terminal):
+    import ray
+
+    assert ray.data.DataContext.get_current().execution_options.label_selector == NO_GPU_NODES

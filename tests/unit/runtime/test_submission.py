@@ -12,6 +12,7 @@ import pytest
 from wrpo_ray import cli, config
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.runtime import submission as submit
+from wrpo_ray.runtime.placement import NO_GPU_NODES
 from wrpo_ray.runtime.submission import Submission, SubmittedJob, prepare_submission
 
 GIVEN = Submission("jobs/demo.yaml", (), "/shared/run", "http://head:8265", {})
@@ -130,9 +131,11 @@ def test_the_driver_goes_to_a_worker_if_the_head_has_no_cpus(monkeypatch, no_wai
     cluster = Cluster()
     job(monkeypatch, cluster)
     assert cluster.asked["entrypoint_num_cpus"] == 0
+    assert cluster.asked["entrypoint_label_selector"] is None
     no_waiting.heads = [{"memory": 1.0}]
     job(monkeypatch, cluster)
     assert cluster.asked["entrypoint_num_cpus"] == 1
+    assert cluster.asked["entrypoint_label_selector"] == NO_GPU_NODES
     no_waiting.heads = []
     with pytest.raises(UserError, match="the cluster's head reports no resources after 60 s"):
         job(monkeypatch, cluster)

@@ -20,7 +20,13 @@ from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
-from wrpo_ray.runtime.placement import capacity_for, check_capacity, is_own_ray, thread_env
+from wrpo_ray.runtime.placement import (
+    capacity_for,
+    check_capacity,
+    is_own_ray,
+    selector_for,
+    thread_env,
+)
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error
@@ -184,6 +190,7 @@ def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
             num_workers=(config.min_workers, config.workers) if is_elastic else config.workers,
             resources_per_worker=resources,
             use_gpu=config.num_gpus > 0,
+            label_selector=selector_for(config.num_gpus, config.resources),
         ),
         run_config=train.RunConfig(
             name=LAYOUT,

@@ -1,0 +1,139 @@
+"""State and log of each try, on a disk and in an object store, and how `wrpo status` tells them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from support.waiting import wait_until
+
+from wrpo_ray.data.outline import Outline, StepOutline
+from wrpo_ray.errors import BudgetError
+from wrpo_ray.report.status import status
+from wrpo_ray.runtime import tries
+from wrpo_ray.runtime.lease import Lease
+from wrpo_ray.runtime.progress import listeners, log
+from wrpo_ray.runtime.tries import Try
+from wrpo_ray.storage.folder import Folder
+
+SELECT = StepOutline("select", "select", "key", "select", "manifest.json", "select")
+DRIVER = """
+import sys, time
+from wrpo_ray.runtime.lease import Lease
+from wrpo_ray.runtime import tries
+from wrpo_ray.runtime.progress import log
+from wrpo_ray.storage.folder import Folder
+tries.EVERY = 0.01
+root = Folder(sys.argv[1])
+with Lease(root, "first", beat=0.1), tries.Try(root, "first"):
+    log("works")
+    time.sleep(900)
+"""
+
+
+@pytest.fixture(params=["disk", "object store"])
+def root(request: pytest.FixtureRequest, tmp_path) -> Folder:
+    """An empty output."""
+    if request.param == "disk":
+        return Folder(str(tmp_path / "run"))
+    return Folder(request.getfixturevalue("bucket")) / f"tries-{time.time_ns()}"
+
+
+def told(root: Folder, now: float | None = None) -> str:
+    return status(root, Outline("select", 4, {}, {}, (SELECT,)), now).last_try
+
+
+def text(root: Folder, name: str) -> str:
+    return (root / tries.FOLDER).read(name).decode()
+
+
+def run(root: Folder, session: str, error: BaseException | None = None) -> None:
+    """A try that logs a line, and ends."""
+    with Lease(root, session), Try(root, session):
+        log(f"{session} works")
+        if error:
+            raise error
+
+
+def test_each_try_keeps_its_state_and_its_log(root):
+    assert tries.last(root) is None
+    with pytest.raises(BudgetError):
+        run(root, "one", BudgetError("budget: 5 of 4 USD are spent"))
+    assert told(root).startswith("try 1 failed, after 0:0")
+    assert told(root).endswith(" ago: budget: 5 of 4 USD are spent")
+    with pytest.raises(KeyboardInterrupt):
+        run(root, "two", KeyboardInterrupt())
+    assert told(root).startswith("try 2 stopped, after 0:0")
+    run(root, "three")
+    assert told(root).startswith("try 3 finished, after 0:0")
+    assert (root / tries.FOLDER).files() == [
+        f"{n:04}{end}" for n in (1, 2, 3) for end in ("-000.log", ".json")
+    ]
+    first = text(root, tries.log_name(1))
+    assert first.splitlines()[0].endswith("  one works")
+    assert first.splitlines()[1].endswith("budget: 5 of 4 USD are spent")
+    assert "three works" not in first
+    assert not listeners
+
+
+def test_a_fault_of_the_code_is_kept_with_its_trace_and_without_secrets(root):
+    with pytest.raises(ZeroDivisionError):
+        run(root, "one", ZeroDivisionError("s3://KEY:SECRET@bucket/x"))
+    assert ": ZeroDivisionError: s3://" in told(root)
+    kept = text(root, tries.log_name(1)) + told(root)
+    assert "Traceback" in kept
+    assert "SECRET" not in kept
+
+
+def test_a_killed_driver_is_told_as_lost_and_its_log_stays(root):
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, root.uri], env=environment)
+    with driver:
+        name = tries.log_name(1)
+        wait_until(lambda: (root / tries.FOLDER).exists(name), driver)
+        assert told(root).startswith("try 1 running, began 0:0")
+        driver.send_signal(signal.SIGKILL)
+    assert told(root).startswith("try 1 lost (its process or node ended without a word), began ")
+    whole_run = status(root, Outline("select", 4, {}, {}, ()))  # no step is left
+    assert whole_run.last_try.startswith("try 1 finished (lost after its last step), began 0:0")
+    assert text(root, name).rstrip().endswith("works")
+    run(root, "two")
+    assert told(root).startswith("try 2 finished")
+    assert tries.last(root)["session"] == "two"
+
+
+def test_a_long_log_goes_on_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(tries, "EVERY", 0.001)
+    monkeypatch.setattr(tries, "PART", 100)
+    root = Folder(str(tmp_path))
+    with Try(root, "one"):
+        for number in range(6):
+            log(f"line {number} {'x' * 60}")
+            part = f" {number} "
+            wait_until(lambda part=part: part in whole(root))
+    parts = [name for name in (root / tries.FOLDER).files() if name.endswith(".log")]
+    assert len(parts) == 3
+    assert [line.split()[3] for line in whole(root).splitlines()] == list("012345")
+
+
+def whole(root: Folder) -> str:
+    folder = root / tries.FOLDER
+    return "".join(text(root, name) for name in folder.files() if name.endswith(".log"))
+
+
+def test_a_store_that_fails_does_not_end_a_try(tmp_path, monkeypatch, capsys):
+    root = Folder(str(tmp_path))
+    with Try(root, "one"):
+        monkeypatch.setattr(Folder, "write", _fails)
+        log("works")
+    monkeypatch.undo()
+    assert tries.last(root)["state"] == tries.RUNNING
+    assert "the end of the run could not be noted" in capsys.readouterr().err
+
+
+def _fails(*_: object) -> None:
+    raise OSError("the store is down")
