@@ -6,7 +6,6 @@ Source: KubeRay 1.7.0, ray-operator/controllers/ray/common/pod.go (P).
 from collections.abc import Callable
 
 from wrpo_ray.kubernetes.ray_objects import GPU, Cluster, Faults, Group, RayObject, number_of
-from wrpo_ray.runtime.placement import NO_GPU_NODES
 
 LOGS, LOGS_PATH = "ray-logs", "/tmp/ray"  # nosec B108 # compared with
 """The volume that head and autoscaler share, and its path (P:30-31)."""
@@ -25,7 +24,6 @@ def faults(found: RayObject, cluster: Cluster) -> Faults:
     for path, group in found.groups:
         if group.template.spec.containers:
             yield from _no_gpus(path, group)
-            yield from _gpu_label(path, group)
     if cluster.enable_in_tree_autoscaling:
         yield from _replicas(found)
         yield from _autoscaler_log(f"{found.at}.headGroupSpec", cluster.head_group_spec)
@@ -61,26 +59,6 @@ def _no_gpus(path: str, group: Group) -> Faults:
         "is missing, and the pod asks for no GPU: on a node with GPUs Ray may count and use "
         'those of other pods; set "0"',
     )
-
-
-def _gpu_label(path: str, group: Group) -> Faults:
-    """Work without GPUs is kept off nodes by their label, and so starts none of them."""
-    asked = group.ray.resources
-    has_gpus = any(number_of(part.get(GPU, 0)) for part in (asked.limits, asked.requests))
-    for name, value in NO_GPU_NODES.items():
-        wanted = value.removeprefix("!")
-        if (group.labels.get(name) == wanted) == has_gpus:
-            continue
-        text = (
-            "is missing: Ray starts nodes of this group for work without GPUs, and keeps them"
-            if has_gpus
-            else "is that of nodes with GPUs, and this group has none: work without GPUs avoids it"
-        )
-        yield f"{path}.labels.{name}", "gpu-label", f"{text}; {_remedy(wanted, has_gpus)}"
-
-
-def _remedy(value: str, has_gpus: bool) -> str:
-    return f'set "{value}"' if has_gpus else "leave it out"
 
 
 def _replicas(found: RayObject) -> Faults:

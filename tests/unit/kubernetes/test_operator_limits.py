@@ -349,15 +349,6 @@ LIMITS: dict[str, tuple[str, Edit, Edit, str, str]] = {
         put(f"{GROUPS}[cpu].rayStartParams", {}),
         f"{GROUPS}[cpu].rayStartParams.num-gpus", "stray-gpus",
     ),
-    "label of nodes with GPUs": (
-        "RayCluster", put(f"{ONE}.labels", {"wrpo-ray/gpu": "true"}), put(f"{ONE}.labels", {}),
-        f"{ONE}.labels.wrpo-ray/gpu", "gpu-label",
-    ),
-    "label of nodes with GPUs, without any": (
-        "RayCluster", put(f"{GROUPS}[cpu].labels", {}),
-        put(f"{GROUPS}[cpu].labels", {"wrpo-ray/gpu": "true"}),
-        f"{GROUPS}[cpu].labels.wrpo-ray/gpu", "gpu-label",
-    ),
     "GPUs of other pods, by resources": (
         "RayCluster",
         both(put(f"{GROUPS}[cpu].rayStartParams", {}), put(f"{GROUPS}[cpu].resources",
