@@ -22,7 +22,8 @@ LONGEST = 600
 ADVICE = frozenset(
     {
         "autoscaler-log", "cpus-per-gpu", "deprecated", "disk", "ends-for-good", "evictions",
-        "feature-gate", "queue-version", "replicas", "slow-head", "stop-wait", "surge-room",
+        "feature-gate", "gpu-label", "queue-version", "replicas", "slow-head", "stop-wait",
+        "surge-room",
     }
 )  # fmt: skip
 """Rules whose violation works on some clusters, or costs time or money but no run."""

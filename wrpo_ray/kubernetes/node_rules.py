@@ -6,6 +6,7 @@ Source: KubeRay 1.7.0, ray-operator/controllers/ray/common/pod.go (P).
 from collections.abc import Callable
 
 from wrpo_ray.kubernetes.ray_objects import GPU, Cluster, Faults, Group, RayObject, number_of
+from wrpo_ray.runtime.placement import NO_GPU_NODES
 
 LOGS, LOGS_PATH = "ray-logs", "/tmp/ray"  # nosec B108 # compared with
 """The volume that head and autoscaler share, and its path (P:30-31)."""
@@ -26,6 +27,7 @@ def faults(found: RayObject, cluster: Cluster) -> Faults:
             yield from _no_gpus(path, group)
     if cluster.enable_in_tree_autoscaling:
         yield from _replicas(found)
+        yield from _open_to_all_work(found)
         yield from _autoscaler_log(f"{found.at}.headGroupSpec", cluster.head_group_spec)
     yield from _each(found, _may_be_evicted, "metadata.annotations", "evictions", EVICTED)
     yield from _each(found, _no_disk, f"{CONTAINER}.resources.requests", "disk", DISK)
@@ -70,6 +72,24 @@ def _replicas(found: RayObject) -> Faults:
             "replicas",
             f"{_names(given)}: the autoscaler writes `replicas`, and applying the file again sets "
             f"it back; leave it out (minReplicas is the start)",
+        )
+
+
+def _open_to_all_work(found: RayObject) -> Faults:
+    """For work without GPUs Ray's autoscaler only prefers other groups; a label excludes these."""
+    given = [
+        group.group_name
+        for _, group in found.workers
+        if number_of(group.ray.resources.limits.get(GPU, 0)) > 0
+        and any(group.labels.get(name) != value.lstrip("!") for name, value in NO_GPU_NODES.items())
+    ]
+    if given:
+        label = ", ".join(f'{name}: "{value.lstrip("!")}"' for name, value in NO_GPU_NODES.items())
+        yield (
+            f"{found.at}.workerGroupSpecs",
+            "gpu-label",
+            f"{_names(given)}: without the label {label}, steps without GPUs start such nodes when "
+            f"the other groups are full; add it to the group's `labels`",
         )
 
 

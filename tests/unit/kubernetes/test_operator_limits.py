@@ -426,6 +426,10 @@ LIMITS |= {
         "RayCluster", without_replicas, both(without_replicas, put(f"{ONE}.replicas", 0)),
         GROUPS, "replicas",
     ),
+    "work without GPUs": (
+        "RayCluster", put(f"{ONE}.labels", {"wrpo-ray/gpu": "true", "other": "x"}),
+        put(f"{ONE}.labels", {"wrpo-ray/gpu": "1"}), GROUPS, "gpu-label",
+    ),
     "autoscaler's log": (
         "RayCluster", logs("ray-logs"), logs("logs"),
         f"{HEAD}.template.spec.volumes[logs]", "autoscaler-log",
