@@ -60,8 +60,8 @@ def _pod_sets(found: RayObject) -> Faults:
 def check_quota(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
     """Yield the resources that the object's queue, if it is among the manifests, has no quota for.
 
-    Kueue never admits a pod with such a request (pkg/scheduler/flavorassigner/
-    flavorassigner.go:1036).
+    Kueue never admits a pod with such a request (0.19.1,
+    scheduler/flavorassigner/flavorassigner.go:1036).
     """
     name = found.manifest.labels.get(QUEUE)
     local = _spec(manifests, "LocalQueue", name) if name else None

@@ -106,6 +106,10 @@ def test_only_generation_is_on_spot_nodes_and_the_head_on_others():
     job = objects("overlays/job", "spot-generation", "on-demand-head")[("RayJob", "fusion")]
     for name, group in groups(job).items():
         assert ("nodeSelector" in group["template"]["spec"]) == name.startswith("generate-")
+        keys = {
+            toleration["key"] for toleration in group["template"]["spec"].get("tolerations", ())
+        }
+        assert ("nvidia.com/gpu" in keys) == (name != "cpu"), "the component replaces the list"
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
     assert head["nodeSelector"] == {"karpenter.sh/capacity-type": "on-demand"}
 
