@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from support.manifests import objects, overlays_of
-from support.waiting import wait_until
 
 from wrpo_ray.kubernetes import keep_logs
 from wrpo_ray.kubernetes.keep_logs import LogKeeper
@@ -118,5 +117,5 @@ def test_its_command_copies_the_last_lines_when_it_is_terminated(ray, kept):
             file.write("the last line\n")
         process.terminate()
         assert process.wait() == 0
-    wait_until(lambda: (kept / "fusion-head").exists(f"{SESSION}/logs/raylet.out"))
+    assert (kept / "fusion-head").exists(f"{SESSION}/logs/raylet.out")
     assert (kept / "fusion-head").read(f"{SESSION}/logs/raylet.out").endswith(b"last line\n")
