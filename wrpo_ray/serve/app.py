@@ -35,6 +35,9 @@ APP_NAME = "wrpo"
 INGRESS_CPUS = 0.25
 INGRESS_ONGOING = 4096
 """Requests in an ingress: far above what keys and queues admit, so that those reject first."""
+SURGE = 100
+"""Replicas, in percent, that a change starts beside the old ones, which answer until those are
+ready. With Ray Serve's default, 0, a change stops the only replica first."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -48,8 +51,11 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(settings: ServeConfig) -> Application:
     """Return the application for settings that `check.checked` returned."""
-    drain = {"graceful_shutdown_timeout_s": settings.timeout + 5}
-    models = {model.name: _deployment(model, settings, drain) for model in settings.models}
+    change = {
+        "graceful_shutdown_timeout_s": settings.timeout + 5,
+        "max_surge_percent": SURGE,
+    }
+    models = {model.name: _deployment(model, settings, change) for model in settings.models}
     most = max(ongoing(model, settings) for model in settings.models)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -59,13 +65,13 @@ def application(settings: ServeConfig) -> Application:
         max_ongoing_requests=INGRESS_ONGOING,
         max_queued_requests=INGRESS_ONGOING,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
-        **drain,
+        **change,
     )
-    reward = settings.reward and _reward(settings.reward, settings, drain)
+    reward = settings.reward and _reward(settings.reward, settings, change)
     return ingress.bind(settings, lines(settings), models, reward)
 
 
-def _reward(reward: RewardConfig, settings: ServeConfig, drain: dict[str, Any]) -> Application:
+def _reward(reward: RewardConfig, settings: ServeConfig, change: dict[str, Any]) -> Application:
     actors = reward.actors
     env = engine_env(on_gpu=actors.num_gpus > 0) | thread_env(actors.num_cpus)
     deployment = serve.deployment(
@@ -79,7 +85,7 @@ def _reward(reward: RewardConfig, settings: ServeConfig, drain: dict[str, Any]) 
         },
         max_ongoing_requests=MAX_BATCH,
         **_replicas(actors.min, actors.max, MAX_BATCH),
-        **drain,
+        **change,
     )
     return deployment.bind(reward)
 
@@ -92,14 +98,14 @@ def _replicas(least: int, most: int, ongoing: int) -> dict[str, Any]:
     return {"autoscaling_config": scaling | {"target_ongoing_requests": max(1, ongoing // 2)}}
 
 
-def _deployment(model: ServedModel, settings: ServeConfig, drain: dict[str, Any]) -> Application:
+def _deployment(model: ServedModel, settings: ServeConfig, change: dict[str, Any]) -> Application:
     deployment = {
         "ray_actor_options": {"num_cpus": 0},
         "max_ongoing_requests": ongoing(model, settings),
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
         **_replicas(model.actors.min, model.actors.max, ongoing(model, settings)),
-        **drain,
+        **change,
     }
     return build_llm_deployment(
         engine_settings(model, settings, model.model, deployment=deployment),
