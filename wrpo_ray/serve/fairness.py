@@ -4,13 +4,13 @@ All of it counts the requests of one event loop.
 """
 
 import asyncio
-import itertools
 import math
 import random
 import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 
 LONGEST_WAIT = 20.0
 """Maximum seconds of a Retry-After, before jitter: about what a replica takes to start anew, after
@@ -27,73 +27,99 @@ class FullError(Exception):
     """More requests wait than may."""
 
 
+@dataclass(eq=False)
+class _Turn:
+    """A request of a key that waits for its places, or holds them."""
+
+    key: str
+    weight: int
+    given: asyncio.Future[None]
+    begun: float = 0.0
+
+
 class FairQueue:
     """Places that go to the key that holds the fewest, so that no backlog delays another key.
 
-    Of several, it is the one that had its last place the longest ago. So a key that holds none
-    gets the next place that becomes free, however many requests of others wait. Beyond `waiting`,
-    the newest waiting request of the key with the most requests is refused.
+    Of several, it is the one that has used the least: place-seconds, as in start-time fair queuing
+    (Goyal et al., 1996). A key that comes back has used as much as the one that was served last, so
+    nobody saves up. A key that holds none gets the next place that becomes free, however many
+    requests of others wait. Beyond `waiting`, the newest waiting request of the key with the most
+    requests is refused.
     """
 
-    def __init__(self, places: Callable[[], int], waiting: Callable[[], float] = lambda: math.inf):
-        self.places, self.waiting = places, waiting
+    def __init__(
+        self,
+        places: Callable[[], int],
+        waiting: Callable[[], float] = lambda: math.inf,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self.places, self.waiting, self._now = places, waiting, now
         self._held: Counter[str] = Counter()
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}
-        self._served: Counter[str] = Counter()
-        """When each key last had a place, as a number that grows."""
-        self._numbers = itertools.count(1)
+        self._queues: dict[str, deque[_Turn]] = {}
+        self._used: dict[str, float] = {}
+        self._served = 0.0
+        """What the key that was served last had used."""
 
-    async def enter(self, key: str) -> None:
+    async def enter(self, key: str, weight: int = 1) -> _Turn:
         """Wait for a place, which `leave` gives back.
+
+        A request of several answers has that `weight`: it starts at one free place, and counts as
+        so many from then on.
 
         Raises:
             FullError: too many requests wait.
         """
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        turn = _Turn(key, weight, asyncio.get_running_loop().create_future())
+        if key not in self._queues and not self._held[key]:
+            self._used[key] = max(self._used.get(key, 0.0), self._served)
         self._queues.setdefault(key, deque()).append(turn)
         self._give()
-        if not turn.done() and sum(map(len, self._queues.values())) > self.waiting():
+        if not turn.given.done() and sum(map(len, self._queues.values())) > self.waiting():
             self._refuse_one(key)
         try:
-            while not turn.done():
-                await asyncio.wait({turn}, timeout=RECHECK)
+            while not turn.given.done():
+                await asyncio.wait({turn.given}, timeout=RECHECK)
                 self._give()
-            turn.result()
+            turn.given.result()
         except asyncio.CancelledError:
-            if not turn.done():
+            if not turn.given.done():
                 self._queues[key].remove(turn)
                 self._forget_empty(key)
-            elif turn.exception() is None:
-                self.leave(key)  # cancelled just when it had its place
+            elif turn.given.exception() is None:
+                self.leave(turn)  # cancelled just when it had its place
             raise
+        return turn
 
-    def leave(self, key: str) -> None:
-        """Give a place back."""
-        self._held[key] -= 1
-        if not self._held[key]:
-            del self._held[key]
+    def leave(self, turn: _Turn) -> None:
+        """Give places back."""
+        self._used[turn.key] += turn.weight * (self._now() - turn.begun)
+        self._held[turn.key] -= turn.weight
+        if not self._held[turn.key]:
+            del self._held[turn.key]
         self._give()
 
     @asynccontextmanager
     async def place(self, key: str) -> AsyncIterator[None]:
         """Hold a place."""
-        await self.enter(key)
+        turn = await self.enter(key)
         try:
             yield
         finally:
-            self.leave(key)
+            self.leave(turn)
 
     def _give(self) -> None:
         while self._queues and self._held.total() < self.places():
-            key = min(self._queues, key=lambda k: (self._held[k], self._served[k]))
-            self._queues[key].popleft().set_result(None)
+            key = min(self._queues, key=lambda k: (self._held[k], self._used[k]))
+            turn = self._queues[key].popleft()
+            turn.begun = self._now()
+            turn.given.set_result(None)
             self._forget_empty(key)
-            self._held[key] += 1
-            self._served[key] = next(self._numbers)
+            self._held[key] += turn.weight
+            self._served = max(self._served, self._used[key])
 
     def _refuse_one(self, newcomer: str) -> None:
         key = max(self._queues, key=lambda k: (self._held[k] + len(self._queues[k]), k == newcomer))
-        self._queues[key].pop().set_exception(FullError())
+        self._queues[key].pop().given.set_exception(FullError())
         self._forget_empty(key)
 
     def _forget_empty(self, key: str) -> None:

@@ -210,9 +210,14 @@ class Endpoint:
             yield
 
     async def _take_place(
-        self, behind: Backend | Scorer, key: str, deadline: float, held: ExitStack
+        self,
+        behind: Backend | Scorer,
+        key: str,
+        deadline: float,
+        held: ExitStack,
+        answers: int = 1,
     ) -> None:
-        """Wait until it is the turn of a key's request; `held` gives the place back.
+        """Wait until it is the turn of a key's request; `held` gives its places back.
 
         Raises:
             ClientError: the queue is full, or `timeout` is over.
@@ -220,13 +225,13 @@ class Endpoint:
         queue = self.queues[behind]
         try:
             async with asyncio.timeout_at(deadline):
-                await queue.enter(key)
+                turn = await queue.enter(key, answers)
         except TimeoutError:
             raise too_slow(self.settings.timeout) from None
         except FullError:
             raise overloaded(self.returns.after(key)) from None
         held.callback(self.returns.ended)
-        held.callback(queue.leave, key)
+        held.callback(queue.leave, turn)
 
     def _deadline(self) -> float:
         return asyncio.get_running_loop().time() + self.settings.timeout
@@ -267,7 +272,7 @@ class Endpoint:
             raise model_not_found(ask.model, param="model")
         log.model = ask.model
         deadline = self._deadline()
-        await self._take_place(backend, log.key, deadline, held)
+        await self._take_place(backend, log.key, deadline, held, ask.answers)
         # What has a grammar may be why a replica was lost, so it is not tried on others.
         attempts = 1 if validation.has_grammar(ask) else MAX_ATTEMPTS
         body = validation.to_engine(ask)

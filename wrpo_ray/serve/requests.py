@@ -142,6 +142,11 @@ class Ask(_Part):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
 
+    @property
+    def answers(self) -> int:
+        """How many answers it asks for: prompts times `n`."""
+        return self.n or 1
+
 
 class TextPart(_Part):
     """A part of a message; only text is accepted, so nothing is fetched for a client."""
@@ -258,7 +263,7 @@ class Completion(Ask):
     logprobs: int | None = Field(None, ge=0, le=5)
 
     @property
-    def prompts(self) -> int:
-        """The number of prompts."""
+    def answers(self) -> int:
+        """Prompts times `n`."""
         is_batch = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        return len(self.prompt) if is_batch else 1
+        return super().answers * (len(self.prompt) if is_batch else 1)

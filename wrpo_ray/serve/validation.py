@@ -145,8 +145,7 @@ def check(kind: type[Chat | Completion], body: dict[str, Any], settings: ServeCo
     if isinstance(ask, Chat):
         _check_together(ask)
     _check_grammars(ask)
-    answers = (ask.n or 1) * (ask.prompts if isinstance(ask, Completion) else 1)
-    if answers > settings.max_answers:
+    if ask.answers > settings.max_answers:
         name = "n" if (ask.n or 1) > 1 else "prompt"
         text = f"{name}: at most {settings.max_answers} answers a request"
         raise ClientError(400, text, param=name)

@@ -35,21 +35,22 @@ class Crowded:
     """Tasks that hold a place of a queue until they are told to leave."""
 
     def __init__(self, places: int, waiting: float = 1e9):
-        self.queue = FairQueue(lambda: places, lambda: waiting)
+        self.now = 0.0
+        self.queue = FairQueue(lambda: places, lambda: waiting, lambda: self.now)
         self.served: list[str] = []
         self.refused: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
         self.holding: list[tuple[str, asyncio.Event]] = []
         self.tasks: list[asyncio.Task[None]] = []
 
-    def come(self, key: str) -> asyncio.Task[None]:
-        self.tasks.append(asyncio.create_task(self._hold(key)))
+    def come(self, key: str, weight: int = 1) -> asyncio.Task[None]:
+        self.tasks.append(asyncio.create_task(self._hold(key, weight)))
         return self.tasks[-1]
 
-    async def _hold(self, key: str) -> None:
+    async def _hold(self, key: str, weight: int) -> None:
         self.waiting[key] += 1
         try:
-            await self.queue.enter(key)
+            turn = await self.queue.enter(key, weight)
         except FullError:
             self.refused[key] += 1
             return
@@ -59,10 +60,11 @@ class Crowded:
         event = asyncio.Event()
         self.holding.append((key, event))
         await event.wait()
-        self.queue.leave(key)
+        self.queue.leave(turn)
 
-    async def leave(self, number: int = 0) -> None:
-        """One of those that hold a place leaves."""
+    async def leave(self, number: int = 0, seconds: float = 1) -> None:
+        """One of those that hold a place leaves, after so many seconds."""
+        self.now += seconds
         self.holding.pop(number % len(self.holding))[1].set()
         await settled()
 
@@ -135,6 +137,61 @@ def test_a_full_queue_refuses_the_newest_of_the_key_with_the_most():
     asyncio.run(run())
 
 
+def test_a_request_of_many_answers_holds_as_many_places():
+    async def run() -> None:
+        crowd = Crowded(places=8)
+        crowd.come("A", weight=8)
+        crowd.come("A")
+        await settled()
+        assert crowd.served == ["A"], "with one free place it starts, and then there is none"
+        crowd.come("B")
+        crowd.come("A")
+        await crowd.leave()
+        assert crowd.served == ["A", "B", "A", "A"]
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
+def test_a_key_of_long_requests_has_fewer_turns():
+    """Of two that always have one waiting, each has half the time, however long its requests."""
+
+    async def run() -> None:
+        crowd, of = Crowded(places=1), {"A": 8, "B": 1}
+        for key in ("A", "B") * 50:
+            crowd.come(key)
+        await settled()
+        for _ in range(45):
+            await crowd.leave(seconds=of[crowd.holding[0][0]])
+        assert Counter(crowd.served[:45]) == {"A": 5, "B": 40}
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
+def test_a_key_that_was_away_has_saved_nothing():
+    async def run() -> None:
+        crowd = Crowded(places=1)
+        crowd.come("B")
+        await settled()
+        await crowd.leave()
+        for _ in range(20):
+            crowd.come("A")
+        await settled()
+        for _ in range(10):
+            await crowd.leave()
+        for _ in range(10):
+            crowd.come("B")
+        await settled()
+        before = len(crowd.served)
+        for _ in range(6):
+            await crowd.leave()
+        assert Counter(crowd.served[before:]) == {"A": 3, "B": 3}
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
 async def _all_leave(crowd: Crowded) -> None:
     while crowd.holding:
         await crowd.leave()
@@ -150,7 +207,8 @@ def test_a_cancelled_request_leaves_nothing(is_given: bool):
         first, second = crowd.come("A"), crowd.come("B")
         await settled()
         if is_given:
-            crowd.queue.leave("A")  # B has the place, and has not noticed
+            crowd.holding[0][1].set()
+            await asyncio.sleep(0)  # B has the place, and has not noticed
         second.cancel()
         await asyncio.gather(second, return_exceptions=True)
         crowd.come("C")
