@@ -10,8 +10,10 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -36,6 +38,7 @@ class RayHead:
         num_cpus: int,
         node_types: dict[str, dict[str, Any]] | None = None,
         idle_seconds: float = 5,
+        env: Mapping[str, str] = MappingProxyType({}),
     ):
         # sockets lie in it, whose paths may have 107 characters
         self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
@@ -53,7 +56,7 @@ class RayHead:
             "include-dashboard": "true",
         }
         bin = Path(sys.executable).parent
-        self.env = os.environ | {
+        self.env = os.environ | dict(env) | {
             MARK: self.name,
             "HOME": str(self.folder),
             "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",  # of the command in jobs
