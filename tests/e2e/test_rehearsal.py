@@ -158,8 +158,7 @@ def test_a_changed_model_is_served_in_place_and_no_request_is_lost(zoo: Path, tm
             count = [len(client.answers) for client in clients]
             wait_until(
                 lambda: all(
-                    len(client.answers) >= n + 10
-                    for client, n in zip(clients, count, strict=True)
+                    len(client.answers) >= n + 10 for client, n in zip(clients, count, strict=True)
                 )
             )
         finally:
@@ -201,9 +200,11 @@ def put(cluster: Rehearsal, config: dict[str, Any]) -> None:
 
 
 def status(cluster: Rehearsal) -> dict[str, Any]:
-    (app,) = httpx.get(f"{cluster.api}/api/serve/applications/", timeout=LIMIT).json()[
-        "applications"
-    ].values()
+    (app,) = (
+        httpx.get(f"{cluster.api}/api/serve/applications/", timeout=LIMIT)
+        .json()["applications"]
+        .values()
+    )
     return app
 
 

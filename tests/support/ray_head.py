@@ -56,13 +56,17 @@ class RayHead:
             "include-dashboard": "true",
         }
         bin = Path(sys.executable).parent
-        self.env = os.environ | dict(env) | {
-            MARK: self.name,
-            "HOME": str(self.folder),
-            "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",  # of the command in jobs
-            "RAY_health_check_period_ms": "1000",  # a lost node is seen after 8 s, not 15
-            "RAY_health_check_failure_threshold": "8",
-        }
+        self.env = (
+            os.environ
+            | dict(env)
+            | {
+                MARK: self.name,
+                "HOME": str(self.folder),
+                "PATH": f"{bin}{os.pathsep}{os.environ['PATH']}",  # of the command in jobs
+                "RAY_health_check_period_ms": "1000",  # a lost node is seen after 8 s, not 15
+                "RAY_health_check_failure_threshold": "8",
+            }
+        )
         if node_types is not None:
             options["autoscaling-config"] = self._autoscaling(num_cpus, node_types, idle_seconds)
             self.env |= {

@@ -1,4 +1,4 @@
-"""A rehearsal of KubeRay's operator: the Ray nodes of a rendered object, as processes of this machine.
+"""A rehearsal of KubeRay: the Ray nodes of a rendered object, as processes of this machine.
 
 It reads objects as the operator and Ray do, with the defaults of the operator's schema (KubeRay
 1.7, raycluster_types.go) and Ray's own reader of groups, and shares no code with `wrpo cluster
@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 from ray.autoscaler._private.kuberay import autoscaling_config
+
 from support.ray_head import RayHead
 
 Body = dict[str, Any]
@@ -114,7 +115,7 @@ def node_types(spec: Body) -> dict[str, Body]:
 
 
 def submission(job: Rehearsal) -> dict[str, Any]:
-    """What the operator's submitter gives to `ray job submit` (common/job.go:BuildJobSubmitCommand)."""
+    """What the operator's submitter gives to `ray job submit` (common/job.go)."""
     spec = job.body["spec"]
     return {
         "entrypoint": job.local(spec["entrypoint"]),
