@@ -88,7 +88,7 @@ def _workers(cluster: Rehearsal) -> list[dict[str, Any]]:
 
 
 class Client(threading.Thread):
-    """Asks again and again, and notes what it was told, when."""
+    """Asks again and again, and notes what it was told, and when it asked."""
 
     def __init__(self, url: str, key: str, stop: threading.Event):
         super().__init__()
@@ -151,9 +151,14 @@ def test_a_changed_model_is_served_in_place_and_no_request_is_lost(zoo: Path, tm
         try:
             wait_until(lambda: all(len(client.answers) >= 5 for client in clients))
             put(cluster, serve_config(cluster, port, zoo / "sources" / "llama-bytes"))
-            wait_until(
-                lambda: is_running(cluster) and not before & replicas(cluster), cluster.process
-            )
+            running: list[int] = []
+
+            def is_changed() -> bool:
+                if status(cluster)["deployments"]:  # none while Serve builds the application
+                    running.append(len(replicas(cluster, "RUNNING")))
+                return is_running(cluster) and not before & replicas(cluster)
+
+            wait_until(is_changed, cluster.process)
             changed = time.monotonic()
             count = [len(client.answers) for client in clients]
             wait_until(
@@ -174,6 +179,7 @@ def test_a_changed_model_is_served_in_place_and_no_request_is_lost(zoo: Path, tm
     assert old != new
     assert set(found) == {"old", "new"}
     assert late == {new}
+    assert min(running) >= 1, "a model that answers, at each moment"
 
 
 def cluster_file(name: str) -> str:
@@ -214,7 +220,7 @@ def is_running(cluster: Rehearsal) -> bool:
     return app["status"] == "RUNNING"
 
 
-def replicas(cluster: Rehearsal) -> set[str]:
-    """Those of the model."""
+def replicas(cluster: Rehearsal, state: str | None = None) -> set[str]:
+    """Those of the model, in any state or in one."""
     (model,) = (d for name, d in status(cluster)["deployments"].items() if "Model" in name)
-    return {replica["replica_id"] for replica in model["replicas"]}
+    return {r["replica_id"] for r in model["replicas"] if state in (None, r["state"])}
