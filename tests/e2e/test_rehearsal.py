@@ -63,7 +63,8 @@ def test_the_job_runs_to_its_end_on_the_groups_that_its_config_names(demo, zoo, 
         wait_until(lambda: not _groups(cluster), cluster.process)
     print(dict(seen))
     assert (output / "summary.json").is_file()
-    assert seen == {"cpu": 1, "generate-1gpu": 1, "reward": 1, "train": 1}
+    assert set(seen) == {"cpu", "generate-1gpu", "reward", "train"}
+    assert {count for group, count in seen.items() if group != "cpu"} == {1}
 
 
 def _groups(cluster: Rehearsal) -> list[str]:

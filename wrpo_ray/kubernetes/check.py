@@ -1,6 +1,6 @@
 """Runs all checks of manifests."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -8,6 +8,7 @@ from wrpo_ray.config import Config
 from wrpo_ray.kubernetes import (
     capacity,
     field_formats,
+    job_rules,
     network_rules,
     operator_rules,
     pod_rules,
@@ -61,8 +62,8 @@ def check_objects(
     report = Report(manifests, needs=pod_rules.external(manifests))
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
-        report.problems += pod_rules.check_references(manifest, manifests)
-        report.problems += secret_rules.check(manifest)
+        report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
+        report.problems += _told(manifest, secret_rules.check, manifest)
         faults = list(field_formats.check(manifest))  # which say more than schemas
         reported = {fault.field for fault in faults}
         found = schemas.problems(manifest) if schemas else ()
@@ -87,22 +88,36 @@ def _check_ray(
         reported = tuple(fault.field for fault in faults)
         report.problems += [p for p in found if not reported or not p.field.startswith(reported)]
         return
-    broken = list(operator_rules.check(found))
-    report.problems += [*broken, *network_rules.check(found, report.manifests)]
+    broken = _told(manifest, operator_rules.check, found)
+    report.problems += broken + _told(manifest, network_rules.check, found, report.manifests)
     if any(fault.rule not in HARMLESS for fault in faults):
         return
-    report.problems += pod_rules.check(found)
-    report.problems += queue_rules.check_quota(found, report.manifests)
+    report.problems += _told(manifest, pod_rules.check, found)
+    report.problems += _told(manifest, queue_rules.check_quota, found, report.manifests)
     serve, faults = serve_config.read(found)
     report.problems += faults
     cluster = found.cluster
     if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
+    if found.job and config:
+        report.problems += job_rules.check_output(found, found.job, config.output)
     served = list(resource_requests.of_serving(serve)) if serve else []
     asked = list(served)
     asked += resource_requests.of_driver(found.job) if found.job else []
     asked += resource_requests.of_config(config) if config and not found.service else []
     _fit(report, manifest, partial(capacity.node_types, found, cluster), asked, served)
+
+
+def _told(
+    manifest: Manifest, rule: Callable[..., Iterable[Problem]], *given: object
+) -> list[Problem]:
+    """Return what a rule finds; what it cannot read, by itself or beside it, is a problem, too."""
+    try:
+        return list(rule(*given))
+    except Exception as error:  # a value of a kind that neither schema nor rule expects
+        name = rule.__module__.rpartition(".")[2]
+        text = f"{name} cannot read a value here: {' '.join(str(error).split()) or repr(error)}"
+        return [Problem(manifest, "", "unreadable", text)]
 
 
 def _fit(

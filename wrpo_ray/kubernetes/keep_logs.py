@@ -39,8 +39,8 @@ class LogKeeper:
                 if self._copied.get(file) != state:
                     self.to.write(str(file.relative_to(self.source)), _tail(file, seen.st_size))
                     self._copied[file] = state
-            except OSError as error:
-                log(f"{file} is not copied yet: {error}")
+            except (OSError, ValueError) as error:  # a name may be no text
+                log(f"{str(file)!r} is not copied yet: {error}")
 
 
 def _tail(file: Path, size: int) -> bytes:

@@ -127,8 +127,15 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
                 if wrong := _no_object(item):
                     problems.append(Problem(file, "", "yaml", wrong))
                 else:
-                    manifests.append(Manifest(file, item))
+                    manifests.append(Manifest(file, _given(item)))
     return manifests, problems
+
+
+def _given(value: Any) -> Any:
+    """Return a tree without the keys whose value is null: to Kubernetes they are absent."""
+    if isinstance(value, dict):
+        return {key: _given(part) for key, part in value.items() if part is not None}
+    return [_given(part) for part in value] if isinstance(value, list) else value
 
 
 def _items(document: Any) -> list[Any]:

@@ -67,9 +67,8 @@ def _closed(
     closing = None
     for manifest in manifests:
         spec = _mapping(manifest.body.get("spec")) if manifest.kind == "NetworkPolicy" else {}
-        if direction not in spec.get("policyTypes", ()) or not _selects(
-            spec.get("podSelector"), pod
-        ):
+        types = spec.get("policyTypes") or ["Ingress", *(["Egress"] if "egress" in spec else [])]
+        if direction not in types or not _selects(spec.get("podSelector"), pod):
             continue
         rules = spec.get(direction.lower()) or []
         if any(_admits(rule, side, peer, port) for rule in rules if isinstance(rule, dict)):
@@ -79,15 +78,30 @@ def _closed(
 
 
 def _admits(rule: dict[str, Any], side: str, peer: Labels | None, port: int) -> bool:
-    ports = [_mapping(entry).get("port") for entry in rule.get("ports") or []]
-    if ports and port not in ports and None not in ports:
+    ports = [_mapping(entry) for entry in rule.get("ports") or []]
+    if ports and not any(_has(entry, port) for entry in ports):
         return False
     peers = [_mapping(entry) for entry in rule.get(side) or []]
     if not peers:
         return True
     if peer is None:  # elsewhere: only a rule that names the port can be meant for it
         return bool(ports)
-    return any("podSelector" in p and _selects(p["podSelector"], peer) for p in peers)
+    return any(_is_peer(p, peer) for p in peers)
+
+
+def _has(ports: dict[str, Any], port: int) -> bool:
+    """Whether an entry of `ports` has a port; one with a name may be any."""
+    first, last = ports.get("port"), ports.get("endPort")
+    if ports.get("protocol", "TCP") != "TCP":
+        return False
+    if not isinstance(first, int):
+        return True
+    return first <= port <= (last if isinstance(last, int) else first)
+
+
+def _is_peer(given: dict[str, Any], labels: Labels) -> bool:
+    """Whether a pod may be meant: a block of addresses or a namespace may have it."""
+    return "podSelector" not in given or _selects(given["podSelector"], labels)
 
 
 def _selects(selector: Any, labels: Labels) -> bool:

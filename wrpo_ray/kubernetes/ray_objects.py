@@ -83,6 +83,7 @@ class Volume(View):
 
     name: str
     empty_dir: EmptyDir | None = None
+    persistent_volume_claim: dict[str, Any] | None = None
 
 
 class Toleration(View):

@@ -92,8 +92,8 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
         config.max_attempts,
     )
     with (
-        Lease(root, run.session),
-        Try(root, run.session),
+        Lease(root, run.session) as lease,
+        Try(root, lease),
         Ledger(root, config.prices, config.budget) as ledger,
     ):
         ledger.check()

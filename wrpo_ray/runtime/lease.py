@@ -48,6 +48,8 @@ class Lease:
         self.lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True)
+        self._guard = threading.Thread(target=self._watch, daemon=True)
+        self._once = threading.Lock()
         self._count = 0
         self._beaten = _now()
 
@@ -62,10 +64,14 @@ class Lease:
                 raise self._taken() from None
             raise
         self._thread.start()
+        self._guard.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
+        self._guard.join()
+        if self.lost:  # a heartbeat may hang
+            raise self._taken()
         self._thread.join()
         if self.lost:
             raise self._taken()
@@ -118,11 +124,28 @@ class Lease:
 
     def _keep(self) -> None:
         while not self._stop.wait(self.beat):
-            if not self._beat():
+            if self.lost or not self._beat():
+                self._lose()
+                return
+
+    def _watch(self) -> None:
+        """Notice a heartbeat whose write hangs, before another run may take the lease.
+
+        It reads and writes nothing, so it cannot hang itself.
+        """
+        pause = min(self.beat, self.expires / 6)
+        while not self._stop.wait(pause):
+            if _now() - self._beaten > self.expires - pause:
+                self._lose()
+                return
+
+    def _lose(self) -> None:
+        """Interrupt the main thread, once."""
+        with self._once:
+            if not self.lost:
                 self.lost = True
                 main = threading.main_thread().ident
                 signal.pthread_kill(main or 0, signal.SIGINT)  # it may wait in a call of the system
-                return
 
     def _beat(self) -> bool:
         """Write a heartbeat; return whether the lease is still held."""

@@ -14,6 +14,7 @@ import traceback
 from typing import Any, Self
 
 from wrpo_ray.errors import WrpoError
+from wrpo_ray.runtime.lease import Lease
 from wrpo_ray.runtime.progress import listeners, log
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.addresses import redact
@@ -26,6 +27,7 @@ PART = 200_000
 """Characters after which the log goes on in a new file: object stores cannot append."""
 REASON = 500
 """Characters of a failure's reason that are kept in the state."""
+LOST = "the output was taken over by another run, or could not be reached"
 RUNNING, FINISHED, FAILED, STOPPED = "running", "finished", "failed", "stopped"
 Record = dict[str, Any]
 
@@ -33,9 +35,13 @@ Record = dict[str, Any]
 class Try:
     """One try, within a `with` block that holds the lease; a store's faults do not end it."""
 
-    def __init__(self, root: Folder, session: str):
-        self.folder = root / FOLDER
-        self.record: Record = {"session": session, "host": socket.gethostname(), "pid": os.getpid()}
+    def __init__(self, root: Folder, lease: Lease):
+        self.folder, self.lease = root / FOLDER, lease
+        self.record: Record = {
+            "session": lease.session,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+        }
         self._lines: list[str] = []
         self._part = 0
         self._stop = threading.Event()
@@ -44,7 +50,7 @@ class Try:
     def __enter__(self) -> Self:
         self.record |= {"number": _last_number(self.folder) + 1, "state": RUNNING}
         self.record |= {"started": time.time(), "ended": None, "reason": ""}
-        self.folder.write_json(f"{self.name}.json", self.record)
+        self._write_state()
         listeners.append(self._note)
         self._thread.start()
         return self
@@ -58,17 +64,20 @@ class Try:
         self._stop.set()
         self._thread.join()
         self._write_log()
-        state, reason = _outcome(error)
+        state, reason = (FAILED, LOST) if self.lease.lost else _outcome(error)
         self.record |= {"state": state, "ended": time.time(), "reason": reason}
-        try:
-            self.folder.write_json(f"{self.name}.json", self.record)
-        except OSError as fault:
-            log(f"the end of the run could not be noted in {self.folder}: {fault}")
+        self._write_state()
 
     @property
     def name(self) -> str:
         """Begins the names of its files; in the order of the tries."""
         return f"{self.record['number']:04}"
+
+    def _write_state(self) -> None:
+        try:
+            self.folder.write_json(f"{self.name}.json", self.record)
+        except OSError as fault:
+            log(f"the state of the run could not be noted in {self.folder}: {fault}")
 
     def _note(self, line: str) -> None:
         self._lines.append(f"{time.strftime('%Y-%m-%d')} {line}\n")

@@ -21,6 +21,8 @@ RECHECK = 1.0
 """Seconds after which a waiting request looks for places that have come without an end."""
 SAMPLE = 64
 """Ends of requests from which the rate is measured."""
+DEBT = 60.0
+"""The most place-seconds by which a key's turns come after those of others."""
 
 
 class FullError(Exception):
@@ -40,11 +42,12 @@ class _Turn:
 class FairQueue:
     """Places that go to the key that holds the fewest, so that no backlog delays another key.
 
-    Of several, it is the one that has used the least: place-seconds, as in start-time fair queuing
-    (Goyal et al., 1996). A key that comes back has used as much as the one that was served last, so
-    nobody saves up. A key that holds none gets the next place that becomes free, however many
-    requests of others wait. Beyond `waiting`, the newest waiting request of the key with the most
-    requests is refused.
+    Of several, it is the one that has used the least: place-seconds while others waited, as in
+    start-time fair queuing (Goyal et al., 1996). What a key has used counts from that of the key
+    here with the least, up to `DEBT`: nobody saves up by being away, and nobody pays for an idle
+    server. A key that holds none gets the next place that becomes free before all that hold some,
+    however many requests of these wait. Beyond `waiting`, the newest waiting request of the key
+    with the most requests is refused.
     """
 
     def __init__(
@@ -57,8 +60,6 @@ class FairQueue:
         self._held: Counter[str] = Counter()
         self._queues: dict[str, deque[_Turn]] = {}
         self._used: dict[str, float] = {}
-        self._served = 0.0
-        """What the key that was served last had used."""
 
     async def enter(self, key: str, weight: int = 1) -> _Turn:
         """Wait for a place, which `leave` gives back.
@@ -70,8 +71,9 @@ class FairQueue:
             FullError: too many requests wait.
         """
         turn = _Turn(key, weight, asyncio.get_running_loop().create_future())
-        if key not in self._queues and not self._held[key]:
-            self._used[key] = max(self._used.get(key, 0.0), self._served)
+        if key not in self._queues and key not in self._held:
+            least = self._least()
+            self._used[key] = min(max(self._used.get(key, 0.0), least), least + DEBT)
         self._queues.setdefault(key, deque()).append(turn)
         self._give()
         if not turn.given.done() and sum(map(len, self._queues.values())) > self.waiting():
@@ -92,7 +94,9 @@ class FairQueue:
 
     def leave(self, turn: _Turn) -> None:
         """Give places back."""
-        self._used[turn.key] += turn.weight * (self._now() - turn.begun)
+        if self._queues:
+            used = self._used[turn.key] + turn.weight * (self._now() - turn.begun)
+            self._used[turn.key] = min(used, self._least() + DEBT)
         self._held[turn.key] -= turn.weight
         if not self._held[turn.key]:
             del self._held[turn.key]
@@ -115,7 +119,10 @@ class FairQueue:
             turn.given.set_result(None)
             self._forget_empty(key)
             self._held[key] += turn.weight
-            self._served = max(self._served, self._used[key])
+
+    def _least(self) -> float:
+        """What the key here with the least has used."""
+        return min((self._used[key] for key in {*self._queues, *self._held}), default=0.0)
 
     def _refuse_one(self, newcomer: str) -> None:
         key = max(self._queues, key=lambda k: (self._held[k] + len(self._queues[k]), k == newcomer))
@@ -131,7 +138,8 @@ class Crowd:
     """Counts the requests of each key from their headers to their ends.
 
     One too many is refused before its body is read. A key with fewer requests than another is let
-    in: in a `FairQueue`, its request takes the place of one of the other's.
+    in, up to twice as many in all: in a `FairQueue`, its request takes the place of one of the
+    other's.
     """
 
     def __init__(self, bound: Callable[[], int]):
@@ -145,8 +153,9 @@ class Crowd:
         Raises:
             FullError: there are too many.
         """
-        is_full = self._here.total() >= self._bound()
-        if is_full and self._here[key] + 1 >= max(self._here.values(), default=0):
+        here, bound = self._here.total(), self._bound()
+        has_most = self._here[key] + 1 >= max(self._here.values(), default=0)
+        if here >= 2 * bound or (here >= bound and has_most):
             raise FullError
         self._here[key] += 1
         try:

@@ -33,11 +33,13 @@ _MISTYPED = re.compile(rf"(?:\w+:/?|//)[^/\s]*:[^/\s]*@|(?:{_STORES}):/?[^\s/].*
 _WRAPPED = re.compile(rf"[^\w/.~]+{_SCHEME}")
 """A local path that begins like an address after white space, a quote or the like."""
 _REST = r"(?:[?&]\s*[\w.-]+\s*=|[^\s'\"<>])*"
+_NAMED = r"[a-z][a-z0-9+-]{0,30}://"
+"""With a bound, so that a long word is not looked through from each of its letters."""
 _IN_TEXT = re.compile(
     r"(?:(?:s3|gs|gcs)://[^\s'\"<>/@]*:"
-    r"|[a-z][a-z0-9+-]*://(?!\[)[^\s'\"<>/@]*:(?!\d{1,5}(?!\w)))"  # not followed by a port,
+    rf"|{_NAMED}(?!\[)[^\s'\"<>/@]*:(?!\d{1, 5}(?!\w)))"  # not followed by a port,
     rf"(?=\S)(?:(?!://)[^\n])*@{_REST}"  # but by a key of any characters
-    rf"|[a-z][a-z0-9+-]*://{_REST}",
+    rf"|{_NAMED}{_REST}",
     re.IGNORECASE,
 )
 _MISTYPED_IN_TEXT = re.compile(

@@ -146,7 +146,7 @@ def test_the_status_of_a_strangers_run(tmp_path):
         shown = io.StringIO()
         Console(file=shown, width=200).print(screen(found))
         assert not STEERS.search(shown.getvalue()), name
-        assert shown.getvalue().count("\n") == 8
+        assert shown.getvalue().count("\n") == 9
         assert "[" not in name or "[" in shown.getvalue()
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 from support.edits import Edit, at, both, drop, put
-from support.manifests import Body, ray_objects
+from support.manifests import FUSION, Body, ray_objects
 
-from wrpo_ray import cli
+from wrpo_ray import cli, config
 from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import ADVICE
 
@@ -628,3 +628,58 @@ def test_advice_is_said_and_does_not_fail(tmp_path: Path, capsys: pytest.Capture
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("advice: ") and line.endswith("[cpus-per-gpu]") for line in lines)
     assert lines[-1].endswith("no problem found")
+
+
+@pytest.mark.parametrize(
+    ("output", "entrypoint", "is_kept"),
+    [
+        ("s3://bucket/run", None, True),
+        ("/cache/run", None, True),
+        ("/cache", None, True),
+        ("out/run", None, False),
+        ("/scratch/run", None, False),  # an emptyDir
+        ("/cachet/run", None, False),
+        ("out/run", "sh -c 'cd /cache && wrpo fuse c.yaml --set output=/cache/run'", True),
+        ("/cache/run", "wrpo fuse c.yaml --set output=/tmp/run", False),
+        ("out/run", "wrpo fuse 'c.yaml", False),
+    ],
+)
+def test_the_output_of_a_run_outlives_its_pods(
+    tmp_path: Path, output: str, entrypoint: str | None, is_kept: bool
+):
+    body = ray_objects()["RayJob"]
+    body["spec"]["entrypoint"] = entrypoint or body["spec"]["entrypoint"]
+    (tmp_path / "job.yaml").write_text(json.dumps(body))
+    run = config.load(FUSION).model_copy(update={"output": output})
+    problems = check([str(tmp_path / "job.yaml")], run).problems
+    assert [problem.rule for problem in problems] == ([] if is_kept else ["output"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "edit"),
+    [
+        ("RayService", put("spec.upgradeStrategy", {"type": "NewClusterWithIncrementalUpgrade",
+            "clusterUpgradeOptions": {"gatewayClassName": "x", "stepSizePercent": "10"}})),
+        ("RayService", put("spec.serveConfigV2", "applications: [{deployments: [1]}]")),
+        ("RayService", put("spec.serveConfigV2", "applications: [{deployments: 5}]")),
+        ("RayService", put(f"{SERVICE}.gcsFaultToleranceOptions", {"redisAddress": "r:" + "6" * 5000})),
+    ],
+)  # fmt: skip
+def test_a_value_that_no_rule_expects_is_a_problem_and_not_a_crash(
+    tmp_path: Path, kind: str, edit: Edit
+):
+    body = ray_objects()[kind]
+    edit(body)
+    (tmp_path / "object.yaml").write_text(json.dumps(body))
+    assert check([str(tmp_path / "object.yaml")]).problems
+
+
+def test_null_is_as_good_as_absent(tmp_path: Path):
+    body = ray_objects()["RayService"]
+    head = body["spec"]["rayClusterConfig"]["headGroupSpec"]
+    for field in ("metadata", "affinity"):
+        head["template"].setdefault(field, None)
+    head["headService"] = {"metadata": None}
+    body["spec"]["upgradeStrategy"]["clusterUpgradeOptions"] = None
+    (tmp_path / "object.yaml").write_text(json.dumps(body))
+    assert check([str(tmp_path / "object.yaml")]).problems == []

@@ -303,3 +303,27 @@ def test_on_a_disk_a_heartbeat_leaves_the_file_in_its_place(tmp_path):
         with pytest.raises(FileNotFoundError):
             one._write(is_held=True)
         assert files(folder) == []
+
+
+def test_a_heartbeat_that_hangs_ends_the_run_before_another_may_take_the_output(tmp_path):
+    """In a process of its own, since the signal comes to a main thread."""
+    code = (
+        "import threading, time\nfrom wrpo_ray.errors import LeaseError\n"
+        "from wrpo_ray.runtime.lease import Lease, _now\n"
+        "from wrpo_ray.storage.folder import Folder\n"
+        "class Hanging(Lease):\n"
+        "    hangs = False\n"
+        "    def _write(self, *, is_held):\n"
+        "        if self.hangs: threading.Event().wait()\n"
+        "        super()._write(is_held=is_held)\n"
+        "try:\n"
+        f"    with Hanging(Folder({str(tmp_path)!r}), 'one', beat=0.2, expires=3) as one:\n"
+        "        one.hangs = True\n"
+        "        time.sleep(900)\n"
+        "except LeaseError: print(_now() - one._beaten)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 3.5, "and not after all of the 900 s"

@@ -29,7 +29,7 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
 tries.EVERY = 0.01
 root = Folder(sys.argv[1])
-with Lease(root, "first", beat=0.1), tries.Try(root, "first"):
+with Lease(root, "first", beat=0.1) as lease, tries.Try(root, lease):
     log("works")
     time.sleep(900)
 """
@@ -53,7 +53,7 @@ def text(root: Folder, name: str) -> str:
 
 def run(root: Folder, session: str, error: BaseException | None = None) -> None:
     """A try that logs a line, and ends."""
-    with Lease(root, session), Try(root, session):
+    with Lease(root, session) as lease, Try(root, lease):
         log(f"{session} works")
         if error:
             raise error
@@ -110,7 +110,7 @@ def test_a_long_log_goes_on_in_parts(tmp_path, monkeypatch):
     monkeypatch.setattr(tries, "EVERY", 0.001)
     monkeypatch.setattr(tries, "PART", 100)
     root = Folder(str(tmp_path))
-    with Try(root, "one"):
+    with Try(root, Lease(root, "one")):
         for number in range(6):
             log(f"line {number} {'x' * 60}")
             part = f" {number} "
@@ -127,12 +127,31 @@ def whole(root: Folder) -> str:
 
 def test_a_store_that_fails_does_not_end_a_try(tmp_path, monkeypatch, capsys):
     root = Folder(str(tmp_path))
-    with Try(root, "one"):
+    with Try(root, Lease(root, "one")):
         monkeypatch.setattr(Folder, "write", _fails)
         log("works")
     monkeypatch.undo()
     assert tries.last(root)["state"] == tries.RUNNING
-    assert "the end of the run could not be noted" in capsys.readouterr().err
+    assert "the state of the run could not be noted" in capsys.readouterr().err
+
+
+def test_a_store_that_fails_at_the_start_does_not_end_a_try(tmp_path, monkeypatch):
+    root = Folder(str(tmp_path))
+    monkeypatch.setattr(Folder, "write", _fails)
+    with Try(root, Lease(root, "one")):
+        monkeypatch.undo()
+    assert tries.last(root)["state"] == tries.FINISHED
+
+
+def test_a_lost_lease_is_the_reason_of_its_try(tmp_path):
+    root = Folder(str(tmp_path))
+    lease = Lease(root, "one")
+    one = Try(root, lease)
+    one.__enter__()
+    lease.lost = True
+    one.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # as its heartbeat interrupts it
+    assert tries.last(root)["state"] == tries.FAILED
+    assert tries.last(root)["reason"] == tries.LOST
 
 
 def _fails(*_: object) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from collections.abc import AsyncGenerator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -192,6 +193,56 @@ def test_a_key_that_was_away_has_saved_nothing():
     asyncio.run(run())
 
 
+def test_a_key_that_used_an_idle_server_owes_nothing():
+    """Hours of eight places at night, and then as many other keys as there are places."""
+
+    async def run() -> None:
+        crowd = Crowded(places=2)
+        crowd.come("night", weight=8)
+        await settled()
+        await crowd.leave(seconds=7200)
+        for _ in range(3):
+            for key in "ABC":
+                crowd.come(key)
+        await settled()
+        crowd.come("night")
+        await settled()
+        for _ in range(3):
+            await crowd.leave()
+        assert "night" in crowd.served[1:]
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
+def test_a_debt_ends_and_a_new_key_has_none():
+    """Of a key that held the places for long while another waited."""
+
+    async def run() -> None:
+        crowd = Crowded(places=1)
+        crowd.come("heavy")
+        for key in "ABC" * 200:
+            crowd.come(key)
+        await settled()
+        await crowd.leave(seconds=7200)
+        crowd.come("heavy")
+        await settled()
+        before = len(crowd.served)
+        while "heavy" not in crowd.served[before:]:
+            await crowd.leave()
+        late = crowd.served[before:]
+        assert len(late) <= 3 * fairness.DEBT + 3
+        crowd.come("new")
+        await settled()
+        before = len(crowd.served)
+        for _ in range(4):
+            await crowd.leave()
+        assert "new" in crowd.served[before:]
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
 async def _all_leave(crowd: Crowded) -> None:
     while crowd.holding:
         await crowd.leave()
@@ -250,6 +301,17 @@ def test_a_full_count_lets_in_a_key_with_fewer():
             pass
     with crowd.entered("A"), crowd.entered("A"), crowd.entered("A"):
         pass
+
+
+def test_a_count_is_never_more_than_twice_its_bound():
+    """However many keys come, each with one request fewer than the one before."""
+    crowd = Crowd(lambda: 8)
+    with ExitStack() as held:
+        for key in range(20):
+            for _ in range(20 - key):
+                with suppress(FullError):
+                    held.enter_context(crowd.entered(str(key)))
+        assert crowd._here.total() == 16
 
 
 def test_clients_return_one_by_one_at_the_rate_of_ends():

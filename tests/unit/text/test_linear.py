@@ -22,7 +22,7 @@ from wrpo_ray.serve import bounds
 from wrpo_ray.stages.evaluate import arena_hard, mt_bench, protocols
 from wrpo_ray.stages.ingest import cells
 from wrpo_ray.stages.score import judge, verifiers
-from wrpo_ray.text import display
+from wrpo_ray.text import addresses, display
 
 PACKAGE = Path(__file__).parents[3] / "wrpo_ray"
 SIZES = 1000, 8000
@@ -83,6 +83,7 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     ),
     "serve.bounds.BRACKET": (_body, ("[", "]", "{", "}", '"', "\\", '\\"', "a", ":", ",")),
     "serve.bounds.PART": (bounds.expansion, ("(", ")", "[", "]", "\\", "\\u{", "{9}", "{", "a")),
+    "text.addresses._IN_TEXT": (addresses.redact, ("a", "b1", "QmFzZTY0", "-", " ")),
     "text.display._MARKDOWN": (display.markdown, ("`", "\\", "|", "]", "](", "*", "a", "<")),
     "text.display._FENCE": (display.fenced, ("`", "```", "a", "\n")),
 }
