@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -16,8 +17,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
-FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+API = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
+FILE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+CHECK = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)/auth-check.*")
+WRITE = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)/(preupload|commit)/main")
+LFS = re.compile(r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch")
+WRITER = "Bearer hf_writer"
+"""What may make and write repositories."""
 
 
 @dataclass
@@ -27,6 +33,11 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     is_gated: bool = False
+    is_private: bool = False
+    is_others: bool = False
+    """Whether nobody who asks may write it."""
+    messages: list[str] = field(default_factory=list)
+    """Messages of the commits that were uploaded."""
 
     def commit(self, files: dict[str, bytes], ref: str = "main") -> str:
         """Add a commit and move a branch to it."""
@@ -42,6 +53,10 @@ class Hub:
     repos: dict[str, Repo] = field(default_factory=dict)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     """{(method, path): how often}."""
+    objects: dict[str, bytes] = field(default_factory=dict)
+    """{sha256: content} of large files that were uploaded."""
+    broken_commits: int = 0
+    """Commits to come that are refused."""
     tokens: set[str | None] = field(default_factory=set)
     """The Authorization headers seen."""
     pause: float = 0.0
@@ -90,12 +105,94 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    def _answer(self) -> None:
+    def do_PUT(self) -> None:
+        path = self._note()
+        self.hub.objects[path.removeprefix("/object/")] = self._body()
+        self._send(b"")
+
+    def do_POST(self) -> None:
+        path, body = self._note(), self._body()
+        if path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif self.headers.get("Authorization") != WRITER:
+            self._refuse(401, "")
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif LFS.fullmatch(path):
+            self._batch(json.loads(body)["objects"])
+        elif (match := WRITE.fullmatch(path)) and match[3] == "preupload":
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [("lfs" if _is_large(name) else "regular", name) for name in names]
+            files = [{"path": n, "uploadMode": mode, "shouldIgnore": False} for mode, n in modes]
+            self._json({"files": files})
+        elif match:
+            self._commit((match[1] or "") + match[2], [json.loads(x) for x in body.splitlines()])
+        else:
+            self._refuse(404, "EntryNotFound")
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        prefix = "datasets/" if wanted.get("type") == "dataset" else ""
+        name = f"{prefix}{wanted['organization']}/{wanted['name']}"
+        status = 409 if name in self.hub.repos else 200
+        if wanted["organization"] == "others":
+            return self._refuse(403, "")
+        if status == 200:
+            self.hub.repos[name] = Repo(is_private=wanted["visibility"] == "private")
+            self.hub.repos[name].commit({})
+        return self._json({"url": f"{self.hub.url}/{name}"}, status)
+
+    def _batch(self, wanted: list[dict[str, Any]]) -> None:
+        objects = [{"oid": o["oid"], "size": o["size"]} for o in wanted]
+        for found in objects:
+            if found["oid"] not in self.hub.objects:
+                upload = {"href": f"{self.hub.url}/object/{found['oid']}"}
+                found["actions"] = {"upload": upload}
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _commit(self, name: str, lines: list[dict[str, Any]]) -> None:
+        if self.hub.broken_commits:
+            self.hub.broken_commits -= 1
+            return self._refuse(400, "")
+        repo = self.hub.repos[name]
+        files = dict(repo.commits[repo.refs["main"]])
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                repo.messages.append(value["summary"])
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                files[value["path"]] = self.hub.objects[value["oid"]]
+        commit = repo.commit(files)
+        url = f"{self.hub.url}/{name}/commit/{commit}"
+        return self._json({"commitOid": commit, "commitUrl": url})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"}, status)
+
+    def _note(self) -> str:
         path = unquote(urlsplit(self.path).path)
         self.hub.asked[self.command, path] += 1
         self.hub.tokens.add(self.headers.get("Authorization"))
-        if match := API.fullmatch(path):
-            self._api(match[1], match[2], match[3] or "main")
+        return path
+
+    def _answer(self) -> None:
+        path = self._note()
+        if match := CHECK.fullmatch(path):
+            repo = self.hub.repos[(match[1] or "") + match[2]]
+            self._refuse(403, "") if repo.is_others else self._json({})
+        elif match := API.fullmatch(path):
+            self._api((match[1] or "") + match[2], match[3], match[4] or "main")
         elif match := FILE.fullmatch(path):
             self._file(*match.groups())
         else:
@@ -111,7 +208,8 @@ class _Handler(BaseHTTPRequestHandler):
         if kind == "tree":
             tree = [_entry(path, data) for path, data in repo.commits[commit].items()]
             return self._send(json.dumps(tree).encode())
-        return self._send(json.dumps({"id": name, "sha": commit, "siblings": []}).encode())
+        about = {"id": name, "sha": commit, "siblings": [], "private": repo.is_private}
+        return self._send(json.dumps(about).encode())
 
     def _file(self, name: str, commit: str, path: str) -> None:
         repo = self.hub.repos[name]
@@ -147,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_large(path: str) -> bool:
-    return path.endswith((".safetensors", ".bin"))
+    return path.endswith((".safetensors", ".bin", ".parquet"))
 
 
 def _etag(path: str, data: bytes) -> str:

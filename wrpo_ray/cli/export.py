@@ -1,11 +1,14 @@
-"""`wrpo export`: preference rows for other trainers, or the fused model."""
+"""`wrpo export`: preference rows for other trainers, or the fused model; also to the hub."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wrpo_ray.cli.arguments import config_arguments
 from wrpo_ray.errors import UserError
 from wrpo_ray.text.display import say
+
+if TYPE_CHECKING:
+    from wrpo_ray.export.push import Push
 
 
 def add_export(commands: Any) -> None:
@@ -46,6 +49,15 @@ def add_export(commands: Any) -> None:
         help="for model, trained with LoRA: merged (default), adapters beside the model that they "
         "were trained on, or both",
     )
+    export.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="upload the folder to this repository of the Hugging Face hub, made if it is new; "
+        "needs HF_TOKEN or `hf auth login`",
+    )
+    export.add_argument(
+        "--public", action="store_true", help="for --push: everybody sees it (default: private)"
+    )
     export.set_defaults(run=_export)
 
 
@@ -70,11 +82,36 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UserError("export: --pairs belongs to --format trl; the other forms have all answers")
     if arguments.format != "model" and (arguments.dtype or arguments.weights):
         raise UserError("export: --dtype and --weights belong to --format model")
+    if arguments.public and not arguments.push:
+        raise UserError("export: --public belongs to --push")
     settings = config.load(arguments.config, arguments.overrides)
+    push = _push(arguments)
     if arguments.format == "model":
         dtype, form = arguments.dtype or "auto", arguments.weights or "merged"
         size = export_model(settings, arguments.to, dtype, form)
         say(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
+        parts = {"adapters": ("adapters", "base"), "both": ("adapters", "base")}.get(form, ())
+        _upload(push, arguments.to, settings.output, parts)
         return
     rows = export_preferences(settings, arguments.to, Form(arguments.format, arguments.pairs))
     say(f"{rows:,} preference rows in {Folder(arguments.to)}")
+    _upload(push, arguments.to, settings.output)
+
+
+def _push(arguments: argparse.Namespace) -> "Push | None":
+    """The repository of `--push`, which can be written; None without the option."""
+    from wrpo_ray.export.push import Push
+
+    if arguments.push is None:
+        return None
+    kind = "model" if arguments.format == "model" else "dataset"
+    push = Push(arguments.push, kind, arguments.public)
+    push.check(arguments.to)
+    return push
+
+
+def _upload(push: "Push | None", to: str, output: str, parts: tuple[str, ...] = ()) -> None:
+    from wrpo_ray.export.run_facts import last_name
+
+    if push:
+        say(f"uploaded to {push.upload(to, last_name(output), parts)}")
