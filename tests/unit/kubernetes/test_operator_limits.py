@@ -662,7 +662,8 @@ def test_the_output_of_a_run_outlives_its_pods(
             "clusterUpgradeOptions": {"gatewayClassName": "x", "stepSizePercent": "10"}})),
         ("RayService", put("spec.serveConfigV2", "applications: [{deployments: [1]}]")),
         ("RayService", put("spec.serveConfigV2", "applications: [{deployments: 5}]")),
-        ("RayService", put(f"{SERVICE}.gcsFaultToleranceOptions", {"redisAddress": "r:" + "6" * 5000})),
+        ("RayService", put(f"{SERVICE}.gcsFaultToleranceOptions",
+            {"redisAddress": "r:" + "6" * 5000})),
     ],
 )  # fmt: skip
 def test_a_value_that_no_rule_expects_is_a_problem_and_not_a_crash(
