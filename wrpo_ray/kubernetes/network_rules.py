@@ -65,8 +65,8 @@ def _closed(
 ) -> str | None:
     """Return the policy that closes a pod's connections to a peer; None if they are open."""
     closing = None
-    for manifest in manifests:
-        spec = _mapping(manifest.body.get("spec")) if manifest.kind == "NetworkPolicy" else {}
+    for manifest in (one for one in manifests if one.kind == "NetworkPolicy"):
+        spec = _mapping(manifest.body.get("spec"))
         types = spec.get("policyTypes") or ["Ingress", *(["Egress"] if "egress" in spec else [])]
         if direction not in types or not _selects(spec.get("podSelector"), pod):
             continue

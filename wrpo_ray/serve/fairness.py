@@ -121,7 +121,7 @@ class FairQueue:
             self._held[key] += turn.weight
 
     def _least(self) -> float:
-        """What the key here with the least has used."""
+        """Return the least that a key here has used."""
         return min((self._used[key] for key in {*self._queues, *self._held}), default=0.0)
 
     def _refuse_one(self, newcomer: str) -> None:
