@@ -684,3 +684,32 @@ def test_null_is_as_good_as_absent(tmp_path: Path):
     body["spec"]["upgradeStrategy"]["clusterUpgradeOptions"] = None
     (tmp_path / "object.yaml").write_text(json.dumps(body))
     assert check([str(tmp_path / "object.yaml")]).problems == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "is_open"),
+    [
+        ({"to": [{"podSelector": {"matchLabels": STORE}}]}, True),
+        ({"to": [{"namespaceSelector": {}}]}, True),
+        ({"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]}, True),
+        ({"ports": [{"port": 6000, "endPort": 7000}]}, True),
+        ({"ports": [{"port": 6000, "endPort": 6378}]}, False),
+        ({"ports": [{"port": "redis"}]}, True),
+        ({"ports": [{"protocol": "UDP", "port": 6379}]}, False),
+        ({"ports": [{"port": 443}]}, False),
+        ({"to": [{"podSelector": {"matchLabels": TO_HEADS}}]}, False),
+    ],
+)
+@pytest.mark.parametrize("names_types", [True, False])
+def test_a_rule_of_any_form_is_read(
+    rule: dict[str, Any], is_open: bool, names_types: bool, tmp_path: Path
+):
+    body = ray_objects()["RayService"]
+    at(body, SERVICE)["gcsFaultToleranceOptions"] = REDIS
+    redis = {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "redis"}}
+    out = policy("out", {}, "Egress", {})
+    out["spec"] = {"podSelector": {}, "egress": [rule], "ingress": [{}]}
+    if names_types:
+        out["spec"]["policyTypes"] = ["Egress"]
+    told = report(tmp_path, body, redis | {"spec": {"selector": STORE}}, out)
+    assert ("redis-clean-up" not in {p.rule for p in told.problems}) == is_open
