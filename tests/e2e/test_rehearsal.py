@@ -71,18 +71,13 @@ def _groups(cluster: Rehearsal) -> list[str]:
     """The groups of the nodes that live, one for each node but the head."""
     from ray.util.state import list_nodes
 
-    names = {"cpu", *(g["groupName"] for g in _workers(cluster))}
+    names = {"cpu", *(g["groupName"] for g in cluster.spec["workerGroupSpecs"])}
     nodes = list_nodes(cluster.api, [("state", "=", "ALIVE")], raise_on_missing_output=False)
     return [
         next((n for n in names if n in node.resources_total), "cpu")
         for node in nodes
         if not node.is_head_node
     ]
-
-
-def _workers(cluster: Rehearsal) -> list[dict[str, Any]]:
-    spec = cluster.body["spec"]
-    return spec.get("rayClusterSpec", spec.get("rayClusterConfig"))["workerGroupSpecs"]
 
 
 # --- the served model --------------------------------------------------------------------------

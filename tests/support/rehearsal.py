@@ -53,6 +53,7 @@ class Rehearsal(RayHead):
         spec = self.body
         for part in CLUSTERS[kind].split("."):
             spec = spec[part]
+        self.spec = spec
         spec["workerGroupSpecs"] = [GROUP_DEFAULTS | group for group in spec["workerGroupSpecs"]]
         pods = [g["template"]["spec"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
         texts = {("Secret", name): data for name, data in (secrets or {}).items()}

@@ -70,9 +70,8 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._guard.join()
-        if self.lost:  # a heartbeat may hang
-            raise self._taken()
-        self._thread.join()
+        if not self.lost:  # else a heartbeat may hang
+            self._thread.join()
         if self.lost:
             raise self._taken()
         self.folder.delete(self.name)
