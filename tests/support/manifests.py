@@ -62,17 +62,31 @@ def objects(overlay: str, *components: str) -> dict[tuple[str, str], Body]:
 
 
 @cache
-def rendered(overlay: str, *components: str, namespace: str = "") -> str:
-    """The output of `kubectl kustomize` for an overlay, with components of cluster/components."""
-    if not components and not namespace:
+def rendered(
+    overlay: str, *components: str, namespace: str = "", suffix: str = "", named: str = ""
+) -> str:
+    """The output of `kubectl kustomize` for an overlay, as a reader's own folder changes it.
+
+    Args:
+        overlay: A folder of cluster/.
+        *components: Folders of cluster/components.
+        namespace: Another namespace for all objects.
+        suffix: Appended to the names of all objects.
+        named: Another name for the RayJob or RayService.
+    """
+    rename = [{"op": "replace", "path": "/metadata/name", "value": named}]
+    patch = {"target": {"kind": "RayJob|RayService"}, "patch": json.dumps(rename)}
+    own = {
+        "components": [f"../cluster/components/{name}" for name in components],
+        "namespace": namespace,
+        "nameSuffix": suffix,
+        "patches": [patch] if named else [],
+    }
+    if not any(own.values()):
         return _kustomize(CLUSTER / overlay)
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
-        own = {
-            "resources": [f"../cluster/{overlay}"],
-            "components": [f"../cluster/components/{name}" for name in components],
-            **({"namespace": namespace} if namespace else {}),
-        }
-        (Path(folder) / "kustomization.yaml").write_text(json.dumps(own))
+        written = {"resources": [f"../cluster/{overlay}"], **{k: v for k, v in own.items() if v}}
+        (Path(folder) / "kustomization.yaml").write_text(json.dumps(written))
         return _kustomize(Path(folder))
 
 

@@ -85,14 +85,140 @@ def test_a_kustomization_with_anchors_renders_what_it_says():
     assert list(lost(written["spec"], job)) == []
 
 
-def test_a_team_has_everything_in_its_namespace():
-    text = rendered("overlays/serve-redis", "quota", namespace="team-a")
-    bodies = list(yaml.load_all(text, FAST_LOADER))
-    scoped = [b for b in bodies if b["kind"] not in ("Namespace", "PriorityClass")]
-    assert {b["metadata"]["namespace"] for b in scoped} == {"team-a"}
-    assert [b["metadata"]["name"] for b in bodies if b["kind"] == "Namespace"] == ["team-a"]
-    kinds = {b["kind"] for b in bodies}
-    assert {"ResourceQuota", "LimitRange", "RayService", "NetworkPolicy"} <= kinds
+NAMES = {
+    "serviceAccountName": "ServiceAccount",
+    "claimName": "PersistentVolumeClaim",
+    "priorityClassName": "PriorityClass",
+    "serviceName": "Service",
+    "redisAddress": "Service",
+    "clusterQueue": "ClusterQueue",
+    "topologyName": "Topology",
+    "kueue.x-k8s.io/queue-name": "LocalQueue",
+    "kueue.x-k8s.io/priority-class": "WorkloadPriorityClass",
+}
+"""Fields that name an object, and its kind."""
+
+
+def references(value: Any) -> Iterator[tuple[str, str]]:
+    """Kind and name of each object that a value names."""
+    for part in value if isinstance(value, list) else ():
+        yield from references(part)
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if key in NAMES and isinstance(part, str):
+            yield NAMES[key], part.partition(":")[0]
+        elif key in ("configMap", "configMapRef"):
+            yield "ConfigMap", part["name"]
+        elif key == "flavors":
+            yield from (("ResourceFlavor", flavor["name"]) for flavor in part)
+        yield from references(part)
+
+
+def whole(overlay: str, **own: str) -> dict[tuple[str, str], Body]:
+    """The objects of an overlay with all components for it, as a reader's own folder changes it."""
+    fitting = [name for name in COMPONENTS if overlay in overlays_of(name)]
+    bodies = yaml.load_all(rendered(overlay, *fitting, **own), FAST_LOADER)
+    return {(body["kind"], body["metadata"]["name"]): body for body in bodies}
+
+
+def without_object(found: dict[tuple[str, str], Body]) -> set[tuple[str, str]]:
+    """What is named in objects and is not among them; a ConfigMap may be left out altogether."""
+    missing = {named for body in found.values() for named in references(body)} - set(found)
+    maps = [name for kind, name in found if kind == "ConfigMap"]
+    return {
+        (kind, name)
+        for kind, name in missing
+        if kind != "ConfigMap" or any(there.startswith(name) for there in maps)
+    }
+
+
+def pods(value: Any) -> Iterator[Body]:
+    """Each pod template in a value."""
+    for part in value if isinstance(value, list) else ():
+        yield from pods(part)
+    for key, part in value.items() if isinstance(value, dict) else ():
+        if key == "template" and "containers" in part.get("spec", ()):
+            yield part
+        else:
+            yield from pods(part)
+
+
+def budgets_without_pods(found: dict[tuple[str, str], Body]) -> list[str]:
+    """The budgets whose label of the cluster no pod has."""
+    label = "wrpo-ray/cluster"
+    has = {pod["metadata"].get("labels", {}).get(label) for pod in pods(list(found.values()))}
+    budgets = [body for (kind, _), body in found.items() if kind == "PodDisruptionBudget"]
+    return [
+        body["metadata"]["name"]
+        for body in budgets
+        if body["spec"]["selector"]["matchLabels"][label] not in has
+    ]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_every_name_in_an_object_is_that_of_another(overlay: str):
+    found = whole(overlay)
+    assert without_object(found) == set()
+    assert budgets_without_pods(found) == []
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_team_has_everything_in_its_namespace(overlay: str):
+    found = whole(overlay, namespace="team-a")
+    wide = ("Namespace", "PriorityClass")
+    inside = {
+        body["metadata"]["namespace"] for (kind, _), body in found.items() if kind not in wide
+    }
+    assert inside == {"team-a"}
+    assert {name for kind, name in found if kind in ("Namespace", "ClusterQueue")} <= {"team-a"}
+    text = yaml.safe_dump(list(found.values()))
+    assert "metadata.name: wrpo\n" not in text, "a selector of the namespace is left"
+    assert without_object(found) == set()
+
+
+def test_a_team_s_queue_admits_its_namespace_alone():
+    found = whole("overlays/kueue", namespace="team-a")
+    queue = found[("ClusterQueue", "team-a")]["spec"]
+    own = {"kubernetes.io/metadata.name": "team-a"}
+    assert queue["namespaceSelector"] == {"matchLabels": own}
+    assert found[("LocalQueue", "fusion")]["spec"]["clusterQueue"] == "team-a"
+
+
+@pytest.mark.parametrize("overlay", [o for o in OVERLAYS if o != "overlays/serve-redis"])
+def test_a_suffix_reaches_every_name(overlay: str):
+    """Of serve-redis it does not: an address with a port is no name to kustomize."""
+    found = whole(overlay, suffix="-b")
+    named = [name for kind, name in found if kind not in ("Namespace", "ConfigMap")]
+    assert all(name.endswith("-b") for name in named)
+    assert without_object(found) == set()
+    assert budgets_without_pods(found) == []
+    clusters = {
+        pod["metadata"].get("labels", {}).get("wrpo-ray/cluster") for pod in pods([*found.values()])
+    }
+    assert all(name is None or name.endswith("-b") for name in clusters)
+
+
+@pytest.mark.parametrize(
+    ("overlay", "kind"),
+    [
+        ("overlays/job", "RayJob"),
+        ("overlays/kueue", "RayJob"),
+        ("overlays/serve", "RayService"),
+        ("overlays/serve-redis", "RayService"),
+        ("overlays/demo", "RayJob"),
+    ],
+)
+def test_a_second_run_or_model_shares_all_but_its_budget(overlay: str, kind: str):
+    first, second = whole(overlay), whole(overlay, named="other")
+    assert without_object(second) == set()
+    assert budgets_without_pods(second) == []
+    assert set(second) - set(first) == {(kind, "other"), ("PodDisruptionBudget", "other")}
+    both = {
+        pod["metadata"].get("labels", {}).get("wrpo-ray/cluster")
+        for pod in pods([*second.values()])
+    }
+    assert both <= {None, "other"}
+    ours = [body for key, body in second.items() if key in first and body != first[key]]
+    assert {body["kind"] for body in ours} <= {"PodDisruptionBudget"}  # that of serve-twice
 
 
 def groups(body: Body) -> dict[str, Body]:
@@ -140,7 +266,9 @@ def test_two_serving_nodes_are_apart_and_one_may_leave_at_a_time():
     }  # fmt: skip
     assert all(c["labelSelector"]["matchLabels"] == labels for c in spread)
     budget = found[("PodDisruptionBudget", "serve-workers")]["spec"]
+    labels["wrpo-ray/cluster"] = "fused"
     assert budget == {"minAvailable": 1, "selector": {"matchLabels": labels}}
+    assert group["template"]["metadata"]["labels"] == {"wrpo-ray/cluster": "fused"}
 
 
 def test_fast_networks_are_for_groups_whose_nodes_talk_to_each_other():
