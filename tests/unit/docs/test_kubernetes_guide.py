@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
 import shlex
 import shutil
@@ -70,7 +71,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, text in FILES.items():
         (folder / name).write_text(text)
     for line in lines():
-        if line.startswith("cp "):
+        if line.startswith(("cp ", "sed ")):
             subprocess.run(shlex.split(line), cwd=folder, check=True)
     return folder
 
@@ -80,7 +81,7 @@ def applied(place: Path) -> dict[str, list[dict[str, Any]]]:
     """The objects of each folder that the guide applies."""
     found = {}
     for words in commands("kubectl"):
-        if words[0] == "apply":
+        if words[0] == "apply" and "-k" in words:
             name = words[words.index("-k") + 1]
             done = subprocess.run(
                 [kubectl(), "kustomize", name], cwd=place, capture_output=True, text=True
@@ -104,7 +105,7 @@ def test_only_ones_own_folders_are_applied_and_each_that_is_written_is(
     applied: dict[str, list[dict[str, Any]]],
 ):
     written = {str(Path(b.saved_as).parent) for b in page() if b.saved_as}
-    written -= {"mine", "mine/storage"}  # files of other programs, and a component
+    written -= {"mine", "mine/storage", "mine/limits"}  # single files, and components
     assert set(applied) == written
 
 
@@ -122,7 +123,7 @@ def test_what_the_guide_writes_passes_the_check(
 ):
     fusion = config.load(place / "mine/job/fusion.yaml")
     for name in applied:
-        runs = fusion if name in ("mine/job", "mine/kueue") else None
+        runs = fusion if "job" in name or "kueue" in name else None
         found = check([str(place / f"{name.replace('/', '-')}.yaml")], runs)
         assert [str(problem) for problem in found.problems] == []
     monkeypatch.chdir(place)
@@ -141,10 +142,121 @@ def test_strangers_schemas_accept_what_the_guide_writes(
     command = [sys.executable, "-m", "kubernetes_validate", "--strict", *files]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    ingress = [b for b in applied["mine/serve"] if b["kind"] == "Ingress"]
-    service = next(b for b in applied["mine/serve"] if b["kind"] == "RayService")
-    assert f"{service['metadata']['name']}-serve-svc" in str(ingress)
-    assert ingress[0]["metadata"]["namespace"] == service["metadata"]["namespace"]
+
+
+@pytest.mark.parametrize("folder", ["mine/serve", "mine/serve-b"])
+def test_an_ingress_leads_to_the_service_of_its_model(
+    folder: str, applied: dict[str, list[dict[str, Any]]]
+):
+    (ingress,) = (b for b in applied[folder] if b["kind"] == "Ingress")
+    (service,) = (b for b in applied[folder] if b["kind"] == "RayService")
+    assert f"'{service['metadata']['name']}-serve-svc'" in str(ingress)
+    assert ingress["metadata"]["namespace"] == service["metadata"]["namespace"]
+
+
+def test_folders_do_not_change_objects_of_each_other(applied: dict[str, list[dict[str, Any]]]):
+    """What several folders have, such as the volume, is the same in all of them."""
+    seen: dict[tuple[str, ...], dict[str, Any]] = {}
+    there = {name: bodies for name, bodies in applied.items() if name != "mine/kueue"}  # for `job`
+    for name, bodies in there.items():
+        for body in bodies:
+            meta = body["metadata"]
+            key = body["kind"], meta.get("namespace", ""), meta["name"]
+            assert seen.setdefault(key, body) == body, f"{key} of {name}"
+    names = {(kind, name) for kind, namespace, name in seen if namespace == "wrpo"}
+    assert {("RayJob", "fusion"), ("RayJob", "fusion-b")} <= names
+    assert {("RayService", "fused"), ("RayService", "other")} <= names
+    assert {("Ingress", "fused"), ("Ingress", "other")} <= names
+    outputs = {
+        yaml.safe_load(body["data"]["fusion.yaml"])["output"]
+        for (kind, space, _), body in seen.items()
+        if kind == "ConfigMap" and space == "wrpo" and "fusion.yaml" in body["data"]
+    }
+    assert len(outputs) == 2
+
+
+def test_a_team_has_a_quota_and_a_run_in_its_namespace(applied: dict[str, list[dict[str, Any]]]):
+    found = [*applied["mine/team-a/base"], *applied["mine/team-a/job"]]
+    assert {b["metadata"].get("namespace", "team-a") for b in found} == {"team-a"}
+    assert {b["metadata"]["name"] for b in found if b["kind"] == "Namespace"} == {"team-a"}
+    assert {"ResourceQuota", "RayJob", "PersistentVolumeClaim"} <= {b["kind"] for b in found}
+
+
+def test_fewer_nodes_are_those_of_the_groups_that_the_guide_names(place: Path):
+    folder = place / "bounded"
+    folder.mkdir()
+    parts = {"resources": ["../mine/job"], "components": ["../mine/limits"]}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+    command = [kubectl(), "kustomize", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (job,) = (b for b in yaml.safe_load_all(done.stdout) if b["kind"] == "RayJob")
+    groups = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    bounds = {group["groupName"]: group["maxReplicas"] for group in groups}
+    assert bounds["generate-1gpu"] == 24
+    assert bounds["train"] == 1
+
+
+def test_the_shared_volume_has_a_class_that_the_guide_makes(
+    applied: dict[str, list[dict[str, Any]]],
+):
+    """`CLASS` stands for one of those, and Kubernetes refuses it as a name."""
+    text = (CLUSTER.parent / PAGE).read_text()
+    (told,) = re.findall(r"For `CLASS` write (.+):", text)
+    offered = set(re.findall(r"`([a-z-]+)`", told))
+    files = [words[words.index("-f") + 1] for words in commands("kubectl") if "-f" in words]
+    made = {saved(file)["metadata"]["name"] for file in files}
+    assert offered == made | {"standard-rwx"}
+    claims = [b for part in applied.values() for b in part if b["kind"] == "PersistentVolumeClaim"]
+    shared = [c for c in claims if c["spec"]["accessModes"] == ["ReadWriteMany"]]
+    assert {c["spec"]["storageClassName"] for c in shared} == {"CLASS"}
+
+
+def test_claims_without_a_class_get_the_default_of_the_cluster():
+    addons = {addon["name"]: addon for addon in saved("mine/eks.yaml")["addons"]}
+    values = json.loads(addons["aws-ebs-csi-driver"]["configurationValues"])
+    assert values == {"defaultStorageClass": {"enabled": True}}
+    default = "storageclass.kubernetes.io/is-default-class"
+    assert saved("mine/nfs.yaml")["metadata"]["annotations"] == {default: "true"}
+    user = saved("mine/efs.yaml")["parameters"]
+    spec = yaml.safe_load((CLUSTER / "raycluster" / "cluster.yaml").read_text())["spec"]
+    context = spec["headGroupSpec"]["template"]["spec"]["securityContext"]
+    assert (user["uid"], user["gid"]) == (str(context["runAsUser"]), str(context["runAsGroup"]))
+
+
+def test_the_demo_says_how_the_operator_was_installed_and_gets_no_advice(
+    place: Path, applied: dict[str, list[dict[str, Any]]]
+):
+    (variable,) = saved("mine/operator.yaml")["env"]
+    (job,) = (b for b in applied["mine/demo"] if b["kind"] == "RayJob")
+    declared = job["metadata"]["annotations"]["wrpo-ray/operator-env"]
+    assert declared == f"{variable['name']}={variable['value']}"
+    assert f"`wrpo-ray/operator-env: {declared}`" in (CLUSTER.parent / PAGE).read_text()
+    assert check([str(place / "mine-demo.yaml")], None).advice == []
+    worker = job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]
+    (together,) = worker["affinity"]["podAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]
+    assert together["topologyKey"] == "kubernetes.io/hostname"  # its volume is on one node
+
+
+def test_the_pod_identity_of_the_autoscaler_is_that_of_its_account():
+    (bound,) = saved("mine/eks.yaml")["iam"]["podIdentityAssociations"]
+    (install,) = (words for words in commands("helm") if "autoscaler/cluster-autoscaler" in words)
+    assert install[install.index("-n") + 1] == bound["namespace"]
+    assert f"rbac.serviceAccount.name={bound['serviceAccountName']}" in install
+    assert "eks-pod-identity-agent" in str(saved("mine/eks.yaml")["addons"])
+
+
+def test_kueue_has_the_gates_that_the_overlay_and_its_component_name():
+    (install,) = (words for words in commands("helm") if words[:2] == ["install", "kueue"])
+    gates = saved(install[install.index("-f") + 1])["controllerManager"]["featureGates"]
+    on = {gate["name"] for gate in gates if gate["enabled"]}
+    tops = [CLUSTER / "overlays/kueue", *(CLUSTER / "components").glob("kueue-*")]
+    text = "\n".join((folder / "kustomization.yaml").read_text() for folder in tops)
+    assert on == set(re.findall(r"\bElasticJobs\w+", text))
+    major, minor, patch = map(int, install[install.index("--version") + 1].split("."))
+    assert (major, minor, patch) >= (0, 19, 1)
 
 
 def test_every_secret_is_made_with_the_keys_of_the_example(place: Path):
@@ -195,6 +307,7 @@ def test_objects_that_are_waited_for_are_among_the_applied(
     applied: dict[str, list[dict[str, Any]]],
 ):
     there = named(applied) | {"deployment/kuberay-operator", "service/wrpo-head-svc"}
+    there |= {"deployment/kueue-controller-manager"}
     asked = [words for words in commands("kubectl") if words[0] not in ("apply", "create", "label")]
     names = {w for words in asked for w in words[1:] if re.fullmatch(r"[a-z]+/[a-z-]+", w)}
     assert len(names) > 6

@@ -154,6 +154,20 @@ def budgets_without_pods(found: dict[tuple[str, str], Body]) -> list[str]:
     ]
 
 
+def test_what_pods_name_is_followed_in_every_kind_of_ray_object():
+    config = yaml.safe_load((CLUSTER / "base" / "names.yaml").read_text())["nameReference"]
+    listed = {part["kind"]: {spec["path"] for spec in part["fieldSpecs"]} for part in config}
+    for kind, field in (
+        ("ConfigMap", "volumes/configMap/name"),
+        ("PersistentVolumeClaim", "volumes/persistentVolumeClaim/claimName"),
+        ("ServiceAccount", "serviceAccountName"),
+        ("PriorityClass", "priorityClassName"),
+    ):
+        for cluster in ("spec", "spec/rayClusterSpec", "spec/rayClusterConfig"):
+            for group in ("headGroupSpec", "workerGroupSpecs"):
+                assert f"{cluster}/{group}/template/spec/{field}" in listed[kind]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_every_name_in_an_object_is_that_of_another(overlay: str):
     found = whole(overlay)
