@@ -67,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if block.saved_as:
             file = folder / block.saved_as
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text)
+            file.write_text(block.text.replace("value: CLASS", "value: efs"))
     for name, text in FILES.items():
         (folder / name).write_text(text)
     for line in lines():
@@ -198,9 +198,9 @@ def test_fewer_nodes_are_those_of_the_groups_that_the_guide_names(place: Path):
 
 
 def test_the_shared_volume_has_a_class_that_the_guide_makes(
-    applied: dict[str, list[dict[str, Any]]],
+    applied: dict[str, list[dict[str, Any]]], tmp_path: Path
 ):
-    """`CLASS` stands for one of those, and Kubernetes refuses it as a name."""
+    """`CLASS` stands for one of those; as it stands, Kubernetes and the check refuse the name."""
     text = (CLUSTER.parent / PAGE).read_text()
     (told,) = re.findall(r"For `CLASS` write (.+):", text)
     offered = set(re.findall(r"`([a-z-]+)`", told))
@@ -209,7 +209,11 @@ def test_the_shared_volume_has_a_class_that_the_guide_makes(
     assert offered == made | {"standard-rwx"}
     claims = [b for part in applied.values() for b in part if b["kind"] == "PersistentVolumeClaim"]
     shared = [c for c in claims if c["spec"]["accessModes"] == ["ReadWriteMany"]]
-    assert {c["spec"]["storageClassName"] for c in shared} == {"CLASS"}
+    assert {c["spec"]["storageClassName"] for c in shared} == {"efs"} <= made
+    forgotten = tmp_path / "claim.yaml"
+    forgotten.write_text(yaml.safe_dump(shared[0]).replace(" efs", " CLASS"))
+    (problem,) = check([str(forgotten)], None).problems
+    assert "storageClassName" in str(problem)
 
 
 def test_claims_without_a_class_get_the_default_of_the_cluster():
