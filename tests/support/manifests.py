@@ -32,6 +32,12 @@ OVERLAYS = (
 )
 COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
 FUSION = CLUSTER / "overlays" / "job" / "fusion.yaml"
+BESIDE = (
+    "PersistentVolumeClaim/wrpo-cache",
+    "ServiceAccount/wrpo-head",
+    "ServiceAccount/wrpo-worker",
+)
+"""What the objects of `ray_objects` need of the overlays' other objects."""
 Body = dict[str, Any]
 
 
@@ -108,5 +114,5 @@ def ray_objects() -> dict[str, Body]:
     service["spec"]["rayClusterConfig"] = served
     for body in (cluster, job, service):
         wanted = body["metadata"]["annotations"]
-        wanted["wrpo-ray/external"] += " PersistentVolumeClaim/wrpo-cache"
+        wanted["wrpo-ray/external"] += f" {' '.join(BESIDE)}"
     return {body["kind"]: body for body in (cluster, job, service)}

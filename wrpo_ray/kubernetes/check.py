@@ -37,8 +37,10 @@ class Report:
     """For each request, the nodes that Ray would start for it."""
     advice: list[Problem] = field(default_factory=list)
     """What works on some clusters only, or costs time or money, but no run."""
-    needs: list[str] = field(default_factory=list)
-    """Objects that have to exist before, as `Kind/name`."""
+    needs: dict[str, list[str]] = field(default_factory=dict)
+    """Objects that have to exist before, as `Kind/name`, by namespace."""
+    uses: dict[str, list[str]] = field(default_factory=dict)
+    """Objects that are used if they exist, likewise."""
 
 
 def check(
@@ -59,7 +61,8 @@ def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
     """Check objects that are already read."""
-    report = Report(manifests, needs=pod_rules.external(manifests))
+    needs, uses = (pod_rules.external(manifests, is_optional) for is_optional in (False, True))
+    report = Report(manifests, needs=needs, uses=uses)
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
         report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
@@ -136,9 +139,10 @@ def _fit(
         text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return
+    misfits: dict[tuple[str, str], list[str]] = {}
     for request, wrong, nodes in results:
         if wrong:
-            report.problems.append(Problem(manifest, "", wrong[0], f"{request.what}: {wrong[1]}"))
+            misfits.setdefault(wrong, []).append(request.what)
         elif request in twice:
             text = (
                 f"{request.what}: no group has room for a second set of replicas: a changed model "
@@ -147,6 +151,8 @@ def _fit(
             report.problems.append(Problem(manifest, "", "surge-room", text))
         if not wrong:
             report.places.append(f"{manifest}: {request.what}: {nodes}")
+    for (rule, text), steps in misfits.items():
+        report.problems.append(Problem(manifest, "", rule, f"{', '.join(steps)}: {text}"))
 
 
 def _nodes(types: NodeTypes, request: Request) -> str:

@@ -1,6 +1,7 @@
 """Reads manifests, and defines the problems that are found in them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,8 @@ ADVICE = frozenset(
     }
 )  # fmt: skip
 """Rules whose violation works on some clusters, or costs time or money but no run."""
+KLOG = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [^\s\]]+\] ")
+"""What kubectl's logs have before a message: level, time, process and line of its source."""
 LAUNCHER = "launcher"
 """The kind assigned to a file of Ray's cluster launcher, which has none."""
 
@@ -53,6 +56,15 @@ class Manifest:
     def metadata(self) -> Body:
         """Name, labels, annotations."""
         return _mapping(self.body.get("metadata"))
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace; empty if `kubectl apply -n` decides it."""
+        return str(self.metadata.get("namespace") or "")
+
+    def is_beside(self, other: "Manifest") -> bool:
+        """Whether both are, or can be, in one namespace."""
+        return self.namespace == other.namespace or not (self.namespace and other.namespace)
 
     @property
     def labels(self) -> Body:
@@ -197,5 +209,6 @@ def _kustomize(folder: Path) -> str:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"{folder}: kubectl kustomize: {' '.join(done.stderr.split())}")
+        told = " ".join(KLOG.sub("", line) for line in done.stderr.splitlines())
+        raise UserError(f"{folder}: kubectl kustomize: {' '.join(told.split())}")
     return done.stdout

@@ -31,11 +31,15 @@ def check(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
         return
     host, _, port = address.partition(":")
     number = int(port) if port.isdecimal() else REDIS_PORT
-    redis = _labels_behind(host.partition(".")[0], manifests)
+    beside = [one for one in manifests if one.is_beside(found.manifest)]
+    service, _, domain = host.partition(".")
+    there = domain.partition(".")[0] or found.manifest.namespace
+    near = [one for one in manifests if there in ("", one.namespace) or not one.namespace]
+    redis = _labels_behind(service, near)
     pod = found.cluster.head_group_spec.template.metadata.labels | CLEANUP if found.cluster else {}
-    closed = _closed("Egress", "to", pod, redis, number, manifests)
+    closed = _closed("Egress", "to", pod, redis, number, beside)
     if not closed and redis is not None:
-        closed = _closed("Ingress", "from", redis, pod, number, manifests)
+        closed = _closed("Ingress", "from", redis, pod, number, near)
     if closed:
         yield found.problem(
             f"{found.at}.gcsFaultToleranceOptions.redisAddress",

@@ -66,6 +66,7 @@ class Container(View):
 
     name: str = ""
     image: str = ""
+    command: list[str] = []
     env: list[EnvVar] = []
     resources: Resources = Resources()
     volume_mounts: list[Mount] = []

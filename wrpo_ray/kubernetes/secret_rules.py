@@ -14,6 +14,8 @@ from wrpo_ray.text.documents import read_document
 
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_KEY)$", re.I)
 """Names of environment variables that hold secrets."""
+REFERENCE = re.compile(r"(?<!\$)\$\([A-Za-z_][\w.-]*\)")
+"""What Kubernetes replaces with the value of another variable."""
 PLACEHOLDER = "PLACEHOLDER"
 """What cluster/secrets.example.yaml has in the place of each value."""
 RUNTIME_ENV = "runtimeEnvYAML"
@@ -73,4 +75,5 @@ def _in_runtime_env(text: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str
 
 
 def _is_literal(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and bool(value) and SECRET_NAME.search(name) is not None
+    is_secret = isinstance(name, str) and SECRET_NAME.search(name) is not None
+    return is_secret and bool(value) and not REFERENCE.search(str(value))
