@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from wrpo_ray import config
+from wrpo_ray.config import Config
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.text.documents import FAST_LOADER
 
@@ -32,13 +34,28 @@ OVERLAYS = (
 )
 COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
 FUSION = CLUSTER / "overlays" / "job" / "fusion.yaml"
+FILLED = "output=s3://bucket/fusion", "prompts.path=s3://bucket/prompts.jsonl"
+"""`--set` for FUSION, whose bucket is an example's; `rendered` has it filled in, too."""
+RUNS = {
+    "raycluster": (FUSION, FILLED),
+    "overlays/job": (FUSION, FILLED),
+    "overlays/kueue": (FUSION, FILLED),
+    "overlays/demo": (ROOT / "jobs" / "demo.yaml", ()),
+}
+"""The config, and its `--set`, of each overlay with steps."""
 BESIDE = (
+    "ConfigMap/wrpo-fusion",
     "PersistentVolumeClaim/wrpo-cache",
     "ServiceAccount/wrpo-head",
     "ServiceAccount/wrpo-worker",
 )
 """What the objects of `ray_objects` need of the overlays' other objects."""
 Body = dict[str, Any]
+
+
+def run_of(overlay: str) -> Config | None:
+    """The config of an overlay with steps."""
+    return config.load(*RUNS[overlay]) if overlay in RUNS else None
 
 
 @cache
@@ -69,9 +86,12 @@ def objects(overlay: str, *components: str) -> dict[tuple[str, str], Body]:
 
 @cache
 def rendered(overlay: str, *components: str, namespace: str = "") -> str:
-    """The output of `kubectl kustomize` for an overlay, with components of cluster/components."""
+    """The output of `kubectl kustomize` for an overlay, with components of cluster/components.
+
+    A bucket is filled in.
+    """
     if not components and not namespace:
-        return _kustomize(CLUSTER / overlay)
+        return _kustomize(CLUSTER / overlay).replace("your-bucket", "bucket")
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         own = {
             "resources": [f"../cluster/{overlay}"],
@@ -79,7 +99,7 @@ def rendered(overlay: str, *components: str, namespace: str = "") -> str:
             **({"namespace": namespace} if namespace else {}),
         }
         (Path(folder) / "kustomization.yaml").write_text(json.dumps(own))
-        return _kustomize(Path(folder))
+        return _kustomize(Path(folder)).replace("your-bucket", "bucket")
 
 
 def _kustomize(folder: Path) -> str:
@@ -97,7 +117,8 @@ def crds() -> Schemas:
 
 @cache
 def _read(path: str) -> str:
-    return json.dumps(yaml.load((CLUSTER / path).read_text(), FAST_LOADER))
+    text = (CLUSTER / path).read_text().replace("your-bucket", "bucket")
+    return json.dumps(yaml.load(text, FAST_LOADER))
 
 
 def ray_objects() -> dict[str, Body]:

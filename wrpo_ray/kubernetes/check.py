@@ -8,17 +8,20 @@ from wrpo_ray.config import Config
 from wrpo_ray.kubernetes import (
     capacity,
     field_formats,
+    job_config,
     job_rules,
+    neighbour_rules,
     network_rules,
     operator_rules,
     pod_rules,
     queue_rules,
+    quota_rules,
     resource_requests,
     secret_rules,
     serve_config,
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
-from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, read
+from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, mapping, read
 from wrpo_ray.kubernetes.ray_objects import SPECS, RayObject, typed
 from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
@@ -67,6 +70,7 @@ def check_objects(
         report.problems += operator_rules.check_kind(manifest)
         report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
         report.problems += _told(manifest, secret_rules.check, manifest)
+        report.problems += _told(manifest, neighbour_rules.check, manifest, manifests)
         faults = list(field_formats.check(manifest))  # which say more than schemas
         reported = {fault.field for fault in faults}
         found = schemas.problems(manifest) if schemas else ()
@@ -77,9 +81,21 @@ def check_objects(
             _fit(report, manifest, partial(capacity.launcher_node_types, manifest.body), asked)
         elif manifest.kind in SPECS:
             _check_ray(report, manifest, faults, config)
+    if config and not any(_has_steps(manifest) for manifest in manifests):
+        text = (
+            "no RayCluster, RayJob with a cluster of its own, or launcher file is among the "
+            "manifests, so whether its steps fit is not checked; leave --job out, or add one"
+        )
+        report.problems.append(Problem("--job", "", "job-unused", text))
     report.advice = [problem for problem in report.problems if problem.is_advice]
     report.problems = [problem for problem in report.problems if not problem.is_advice]
     return report
+
+
+def _has_steps(manifest: Manifest) -> bool:
+    """Whether an object has a cluster on which a config's steps may run."""
+    is_job = manifest.kind == "RayJob" and "rayClusterSpec" in mapping(manifest.body.get("spec"))
+    return is_job or manifest.kind in (LAUNCHER, "RayCluster")
 
 
 def _check_ray(
@@ -96,12 +112,16 @@ def _check_ray(
     if any(fault.rule not in HARMLESS for fault in faults):
         return
     report.problems += _told(manifest, pod_rules.check, found)
-    report.problems += _told(manifest, queue_rules.check_quota, found, report.manifests)
+    for rule in (queue_rules.check_quota, queue_rules.check_namespaces, quota_rules.check):
+        report.problems += _told(manifest, rule, found, report.manifests)
     serve, faults = serve_config.read(found)
     report.problems += faults
     cluster = found.cluster
     if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
+    if found.job:
+        config, faults = job_config.check(found, found.job, report.manifests, config)
+        report.problems += faults
     if found.job and config:
         report.problems += job_rules.check_output(found, found.job, config.output)
     served = list(resource_requests.of_serving(serve)) if serve else []

@@ -23,8 +23,8 @@ LONGEST = 600
 ADVICE = frozenset(
     {
         "autoscaler-log", "cpus-per-gpu", "deprecated", "disk", "ends-for-good", "evictions",
-        "feature-gate", "gpu-label", "queue-version", "replicas", "slow-head", "stop-wait",
-        "surge-room",
+        "feature-gate", "gpu-label", "queue-version", "quota-most", "replicas", "slow-head",
+        "stop-wait", "storage-class", "surge-room",
     }
 )  # fmt: skip
 """Rules whose violation works on some clusters, or costs time or money but no run."""
@@ -55,7 +55,7 @@ class Manifest:
     @property
     def metadata(self) -> Body:
         """Name, labels, annotations."""
-        return _mapping(self.body.get("metadata"))
+        return mapping(self.body.get("metadata"))
 
     @property
     def namespace(self) -> str:
@@ -69,12 +69,12 @@ class Manifest:
     @property
     def labels(self) -> Body:
         """Its labels."""
-        return _mapping(self.metadata.get("labels"))
+        return mapping(self.metadata.get("labels"))
 
     @property
     def annotations(self) -> Body:
         """Its annotations."""
-        return _mapping(self.metadata.get("annotations"))
+        return mapping(self.metadata.get("annotations"))
 
     @property
     def name(self) -> str:
@@ -108,7 +108,8 @@ class Problem:
         return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
 
 
-def _mapping(value: Any) -> Body:
+def mapping(value: Any) -> Body:
+    """Return a value that may be a mapping; an empty one otherwise."""
     return value if isinstance(value, dict) else {}
 
 

@@ -153,7 +153,7 @@ ACCOUNT = "serviceAccountName"
 
 def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
     """Check that references of pods are among the manifests, optional, or declared external."""
-    there = _there(manifest, manifests) | _declared(manifest)
+    there = _there(manifest, manifests) | declared(manifest)
     for path, one, is_optional in _references(manifest.body.get("spec"), ("spec",)):
         if not is_optional and one not in there:
             kind, _, name = one.partition("/")
@@ -171,7 +171,8 @@ def _there(manifest: Manifest, manifests: Sequence[Manifest]) -> set[str]:
     return {f"{m.kind}/{m.name}" for m in manifests if m.is_beside(manifest)}
 
 
-def _declared(manifest: Manifest) -> set[str]:
+def declared(manifest: Manifest) -> set[str]:
+    """Return the objects that a manifest declares to exist elsewhere, as `Kind/name`."""
     return set(str(manifest.annotations.get(EXTERNAL, "")).replace(",", " ").split())
 
 
@@ -185,7 +186,7 @@ def external(manifests: Sequence[Manifest], is_optional: bool) -> dict[str, list
         used: dict[str, bool] = {}
         for _, one, may_miss in _references(manifest.body.get("spec"), ("spec",)):
             used[one] = may_miss and used.get(one, True)
-        used = dict.fromkeys(_declared(manifest), False) | used
+        used = dict.fromkeys(declared(manifest), False) | used
         wanted = {one for one, may_miss in used.items() if may_miss is is_optional}
         outside = wanted - _there(manifest, manifests)
         found.setdefault(manifest.namespace, set()).update(outside)

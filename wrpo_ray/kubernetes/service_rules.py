@@ -22,6 +22,8 @@ DURATION = r"([0-9]+|([0-9]+(\.[0-9]+)?(h|m|s|ms|us|ns))+)"
 """Seconds, or a duration of Go such as 1h30m (V:651-678)."""
 DELETION_SECONDS = 60
 """The operator's default time from the switch of traffic to the old cluster's end (S:48)."""
+SERVE_PORT = 8000
+"""Serve's port by default, and the one that the operator expects (utils/constant.go:110)."""
 MARGIN = 30
 """Seconds for a request's way in and for the end of its replica, above an answer's longest time."""
 
@@ -30,7 +32,7 @@ def faults(found: RayObject, service: Service) -> Faults:
     """Yield the problems of a RayService."""
     if service.upgrade_strategy:
         yield from _upgrade(found, service, service.upgrade_strategy)
-    for check in (_metadata, _unused, _answers, _surge):
+    for check in (_metadata, _unused, _answers, _surge, _serve_port):
         yield from check(found, service)
 
 
@@ -127,6 +129,25 @@ def _surge(_: RayObject, service: Service) -> Faults:
                     "is 0: a changed model or code stops a replica before the next one answers, "
                     "and one replica is an outage of minutes; set 100",
                 )
+
+
+def _serve_port(found: RayObject, service: Service) -> Faults:
+    """The operator asks nodes and sends clients to the container's port `serve` (S:2092)."""
+    options: Any = {}
+    with suppress(yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
+        given: Any = read_document(service.serve_config_v2)
+        options = given.get("http_options") or {}
+    port = options.get("port", SERVE_PORT) if isinstance(options, dict) else SERVE_PORT
+    for path, group in found.groups:
+        named = [each.container_port for each in group.ray.ports if each.name == "serve"]
+        asked = named[0] if named else SERVE_PORT
+        if asked != port:
+            yield (
+                f"{path}.template.spec.containers[0].ports[serve]",
+                "serve-port",
+                f"is {asked}, and Serve listens at http_options.port {port}: the operator never "
+                f"finds it ready; make both equal",
+            )
 
 
 def _upgrade(found: RayObject, service: Service, strategy: UpgradeStrategy) -> Faults:

@@ -66,7 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if block.saved_as:
             file = folder / block.saved_as
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text)
+            file.write_text(block.text.replace("your-bucket", "bucket"))
     for name, text in FILES.items():
         (folder / name).write_text(text)
     for line in lines():
