@@ -345,7 +345,12 @@ NAME = "kubernetes.io/metadata.name"
         ({}, "team", None, []),
         (None, "team", None, ["queue-namespace"]),
         ({"matchLabels": {NAME: "other"}}, "team", None, ["queue-namespace"]),
-        ({"matchExpressions": [{"key": NAME, "operator": "In", "values": ["team"]}]}, "team", None, []),
+        (
+            {"matchExpressions": [{"key": NAME, "operator": "In", "values": ["team"]}]},
+            "team",
+            None,
+            [],
+        ),
         ({"matchLabels": {"a": "b"}}, "team", None, []),  # labels that are elsewhere
         ({"matchLabels": {"a": "b"}}, "team", {"a": "b"}, []),
         ({"matchLabels": {"a": "b"}}, "team", {"a": "c"}, ["queue-namespace"]),
@@ -450,7 +455,8 @@ def served(port: int, declared: int) -> Body:
 
 
 @pytest.mark.parametrize(
-    ("port", "declared", "wrong"), [(8000, 8000, 0), (9000, 9000, 0), (9000, 8000, 2), (8000, 9000, 2)]
+    ("port", "declared", "wrong"),
+    [(8000, 8000, 0), (9000, 9000, 0), (9000, 8000, 2), (8000, 9000, 2)],
 )  # fmt: skip
 def test_serve_listens_where_the_operator_asks(
     port: int, declared: int, wrong: int, tmp_path: Path
@@ -571,7 +577,7 @@ def test_a_key_may_have_another_path_or_be_mounted_alone(tmp_path: Path):
         lambda volume, mount: volume["configMap"].update(
             items=[{"key": "k", "path": "fusion.yaml"}]
         ),
-        lambda volume, mount: mount.update(mountPath="/etc/wrpo/fusion.yaml", subPath="k"),
+        lambda _, mount: mount.update(mountPath="/etc/wrpo/fusion.yaml", subPath="k"),
     ):
         bodies = run_with("a: 1", "k")
         spec = bodies[0]["spec"]["rayClusterSpec"]
