@@ -47,7 +47,7 @@ class Command:
 def _words(text: str) -> list[str]:
     """Return the words of a command line, and in the place of a text for a shell its words."""
     lexer = shlex.shlex(text, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
+    lexer.whitespace_split, lexer.commenters = True, ""
     try:
         words = list(lexer)
     except ValueError:

@@ -14,7 +14,7 @@ import yaml
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.text.addresses import Address, address_problem, redact
-from wrpo_ray.text.documents import describe_yaml_error, read_documents
+from wrpo_ray.text.documents import describe_yaml_error, read_document, read_documents
 from wrpo_ray.text.files import decode, read_text
 
 Body = dict[str, Any]
@@ -111,6 +111,32 @@ class Problem:
 def mapping(value: Any) -> Body:
     """Return a value that may be a mapping; an empty one otherwise."""
     return value if isinstance(value, dict) else {}
+
+
+def selects(selector: Any, labels: Body) -> bool:
+    """Whether a selector selects labels; by `matchLabels` and by `In`, `NotIn` and `Exists`."""
+    given = mapping(selector)
+    if any(labels.get(name) != value for name, value in mapping(given.get("matchLabels")).items()):
+        return False
+    for entry in map(mapping, given.get("matchExpressions") or []):
+        key, values = str(entry.get("key")), entry.get("values") or []
+        holds = {
+            "In": labels.get(key) in values,
+            "NotIn": labels.get(key) not in values,
+            "Exists": key in labels,
+            "DoesNotExist": key not in labels,
+        }
+        if not holds.get(str(entry.get("operator")), False):
+            return False
+    return True
+
+
+def document_in(text: Any) -> Any:
+    """Return the value of YAML inside a field; None where it is none, which other rules tell."""
+    try:
+        return read_document(text) if isinstance(text, str) else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
 
 
 def _printable(text: str) -> str:

@@ -9,11 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
-from wrpo_ray.kubernetes.manifests import Manifest, Problem, mapping
+from wrpo_ray.kubernetes.manifests import Manifest, Problem, document_in, mapping
 from wrpo_ray.kubernetes.ray_objects import RAY_KINDS, path_text
-from wrpo_ray.text.documents import read_document
 
 EXAMPLE = re.compile(r"^[a-z][a-z0-9+.-]*://(your-|<|[A-Z]{3})")
 """An address as examples have them: `s3://your-bucket/run`, `gs://BUCKET/run`, `hdfs://<host>`."""
@@ -43,18 +40,11 @@ def _addresses(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
         if EXAMPLE.match(value):
             yield path_text(path), value
         elif "\n" in value and "://" in value:
-            yield from _addresses(_document(value), path)
+            inside = document_in(value)
+            yield from _addresses(inside if isinstance(inside, dict | list) else None, path)
     elif isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _addresses(part, (*path, key))
-
-
-def _document(text: str) -> Any:
-    try:
-        given = read_document(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    return given if isinstance(given, dict | list) else None
 
 
 def _claim(manifest: Manifest) -> Iterator[Problem]:

@@ -8,7 +8,7 @@ gone before that job's end, or 300 s (:289-352).
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from wrpo_ray.kubernetes.manifests import Manifest, Problem, mapping
+from wrpo_ray.kubernetes.manifests import Manifest, Problem, mapping, selects
 from wrpo_ray.kubernetes.ray_objects import RayObject
 
 CLEANUP = {
@@ -106,21 +106,3 @@ def _has(ports: dict[str, Any], port: int) -> bool:
 def _is_peer(given: dict[str, Any], labels: Labels) -> bool:
     """Whether a pod may be meant: a block of addresses or a namespace may have it."""
     return "podSelector" not in given or selects(given["podSelector"], labels)
-
-
-def selects(selector: Any, labels: Labels) -> bool:
-    """Whether a selector selects labels; by `matchLabels` and by `In`, `NotIn` and `Exists`."""
-    given = mapping(selector)
-    if any(labels.get(name) != value for name, value in mapping(given.get("matchLabels")).items()):
-        return False
-    for entry in map(mapping, given.get("matchExpressions") or []):
-        key, values = str(entry.get("key")), entry.get("values") or []
-        holds = {
-            "In": labels.get(key) in values,
-            "NotIn": labels.get(key) not in values,
-            "Exists": key in labels,
-            "DoesNotExist": key not in labels,
-        }
-        if not holds.get(str(entry.get("operator")), False):
-            return False
-    return True

@@ -5,8 +5,7 @@ Source: Kueue 0.19.1, pkg/controller/jobs: rayjob/rayjob_webhook.go (W), rayclus
 
 from collections.abc import Iterator, Sequence
 
-from wrpo_ray.kubernetes.manifests import Body, Manifest, Problem, mapping
-from wrpo_ray.kubernetes.network_rules import selects
+from wrpo_ray.kubernetes.manifests import Body, Manifest, Problem, mapping, selects
 from wrpo_ray.kubernetes.ray_objects import Cluster, Faults, RayObject
 
 QUEUE, ELASTIC = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"

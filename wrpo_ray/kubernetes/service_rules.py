@@ -8,13 +8,11 @@ import re
 from contextlib import suppress
 from typing import Any
 
-import yaml
-
 from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
+from wrpo_ray.kubernetes.manifests import document_in, mapping
 from wrpo_ray.kubernetes.ray_objects import Faults, RayObject, Service, UpgradeStrategy
 from wrpo_ray.kubernetes.serve_config import FIELD, own_applications
-from wrpo_ray.text.documents import read_document
 
 UPGRADES = (None, "None", "NewCluster", "NewClusterWithIncrementalUpgrade")
 INITIALIZING = "ray.io/initializing-timeout"
@@ -102,10 +100,18 @@ def _answers(found: RayObject, service: Service) -> Faults:
 def _longest_answer(service: Service) -> float | None:
     """Return the longest time of an answer; None without an application of this project."""
     longest = []
-    with suppress(UserError, yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
-        given: Any = read_document(service.serve_config_v2)
-        longest = [serving(arguments).timeout for _, arguments in own_applications(given)]
+    with suppress(UserError):  # reported by `serve_config.read`
+        own = own_applications(_config(service))
+        longest = [serving(arguments).timeout for _, arguments in own]
     return max(longest, default=None)
+
+
+def _config(service: Service) -> dict[str, Any]:
+    """Return the Serve config; an empty one where `serve_config.read` reports it."""
+    given = mapping(document_in(service.serve_config_v2))
+    applications = given.get("applications")
+    is_list = isinstance(applications, list) and all(isinstance(a, dict) for a in applications)
+    return given if is_list else {}
 
 
 def _surge(_: RayObject, service: Service) -> Faults:
@@ -113,14 +119,11 @@ def _surge(_: RayObject, service: Service) -> Faults:
 
     Serve then replaces replicas; without a surge it stops the old ones first.
     """
-    applications = []
-    with suppress(yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
-        given: Any = read_document(service.serve_config_v2)
-        own = {number for number, _ in own_applications(given)}
-        applications = [(n, n in own, app) for n, app in enumerate(given.get("applications", []))]
-    for number, is_own, app in applications:
+    given = _config(service)
+    own = {number for number, _ in own_applications(given)}
+    for number, app in enumerate(given.get("applications", [])):
         for deployment in app.get("deployments") or []:
-            surge = deployment.get("max_surge_percent", 100 if is_own else 0)
+            surge = deployment.get("max_surge_percent", 100 if number in own else 0)
             if not surge:
                 yield (
                     f"{FIELD}.applications[{number}].deployments[{deployment.get('name')}]"
@@ -133,11 +136,7 @@ def _surge(_: RayObject, service: Service) -> Faults:
 
 def _serve_port(found: RayObject, service: Service) -> Faults:
     """The operator asks nodes and sends clients to the container's port `serve` (S:2092)."""
-    options: Any = {}
-    with suppress(yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
-        given: Any = read_document(service.serve_config_v2)
-        options = given.get("http_options") or {}
-    port = options.get("port", SERVE_PORT) if isinstance(options, dict) else SERVE_PORT
+    port = mapping(_config(service).get("http_options")).get("port", SERVE_PORT)
     for path, group in found.groups:
         named = [each.container_port for each in group.ray.ports if each.name == "serve"]
         asked = named[0] if named else SERVE_PORT

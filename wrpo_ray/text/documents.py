@@ -124,8 +124,8 @@ def _checked(root: Any) -> Any:
     whole = _size(root, sizes)
     written = 1 + sum(len(_parts_of(node)) for node in _collections(root))
     if whole - written > ALIASED:
-        text = f"its aliases stand for {whole - written} values, and may for {ALIASED}"
-        raise yaml.YAMLError(f"{text}; write what it needs without aliases of aliases")
+        text = f"its aliases stand for more than {ALIASED} values"
+        raise yaml.YAMLError(f"{text}; write out what it needs, without aliases of aliases")
     return root
 
 

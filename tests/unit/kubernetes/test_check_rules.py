@@ -128,14 +128,14 @@ def bomb(levels: int) -> str:
     return "kind: ConfigMap\napiVersion: v1\nmetadata: {name: c}\n" + "\n".join(lines)
 
 
-@pytest.mark.parametrize("levels", [4, 5, 9, 200])
+@pytest.mark.parametrize("levels", [4, 5, 9, 300])
 def test_aliases_that_stand_for_too_much_are_refused_at_once(levels: int, tmp_path: Path):
     (tmp_path / "c.yaml").write_text(bomb(levels))
     started = time.process_time()
     (problem,) = check([str(tmp_path / "c.yaml")]).problems
     assert time.process_time() - started < 1
     assert problem.rule == "yaml"
-    assert "values, and may for 50000; write" in problem.text
+    assert "more than 50000 values; write out" in problem.text
 
 
 def test_aliases_of_common_size_are_read(tmp_path: Path):
