@@ -20,13 +20,13 @@ _PLAIN = r"[^\s'\"\\,;&(){}\[\]<>]"
 _HEADERS = re.compile(
     rf"(?<![\w-])((?:(?:proxy-)?authorization|(?:x-)?api-key|x-auth-token){_QUOTES}\s?[:=]\s?"
     rf"(?:[bu](?=[\\'\"]))?{_QUOTES})(?:(?:bearer|basic|token|digest|negotiate|apikey|aws4-hmac-sha256)\s+)?"
-    rf"{_PLAIN}+(?:,\s?[\w-]+=[^\s,'\"]+|,\s?[\w-]+=\"[^\"\n]*\")*",
+    rf"{_PLAIN}+(?:(?<==)\"[^\"\n]*\")?(?:,\s?[\w-]+=[^\s,'\"]+|,\s?[\w-]+=\"[^\"\n]*\")*",
     re.IGNORECASE,
 )
 _SCHEMES = re.compile(
     r"(?<!\w)([Bb]earer|BEARER)\s+"
     r"(?:(?=[a-z]{0,15}[^a-z\s'\"\\<>.,:;!?)\]}])[\w.~+/=-]{6,}|[\w.~+/=-]{16,})"
-    r"|(?<!\w)(Basic)\s+[\w+/]{12,}={0,2}"
+    r"|(?<!\w)(Basic)\s+(?=[a-z]{0,40}[A-Z0-9+/=])[\w+/]{12,}={0,2}"
 )
 _NAME = (
     r"(?:(?<!\w)[A-Z][A-Z0-9_]{0,99}"

@@ -464,8 +464,8 @@ def test_serve_listens_where_the_operator_asks(
     assert len(texts(report(tmp_path, served(port, declared)), "serve-port")) == wrong
 
 
-def backend(name: str, **port: Any) -> Body:
-    path = {"path": "/", "backend": {"service": {"name": name, "port": port}}}
+def backend(service: str, **port: Any) -> Body:
+    path = {"path": "/", "backend": {"service": {"name": service, "port": port}}}
     return made("Ingress", "i", {"rules": [{"http": {"paths": [path]}}]})
 
 
