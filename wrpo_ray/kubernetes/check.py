@@ -22,7 +22,7 @@ from wrpo_ray.kubernetes import (
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, mapping, read
-from wrpo_ray.kubernetes.ray_objects import SPECS, RayObject, typed
+from wrpo_ray.kubernetes.ray_objects import SPECS, Job, RayObject, typed
 from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
 
@@ -120,7 +120,7 @@ def _check_ray(
     if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
     if found.job:
-        config, faults = job_config.check(found, found.job, report.manifests, config)
+        config, faults = _config_of(found, found.job, report.manifests, config)
         report.problems += faults
     if found.job and config:
         report.problems += job_rules.check_output(found, found.job, config.output)
@@ -138,9 +138,22 @@ def _told(
     try:
         return list(rule(*given))
     except Exception as error:  # a value of a kind that neither schema nor rule expects
-        name = rule.__module__.rpartition(".")[2]
-        text = f"{name} cannot read a value here: {' '.join(str(error).split()) or repr(error)}"
-        return [Problem(manifest, "", "unreadable", text)]
+        return [_unreadable(manifest, rule.__module__, error)]
+
+
+def _unreadable(manifest: Manifest, module: str, error: Exception) -> Problem:
+    name, told = module.rpartition(".")[2], " ".join(str(error).split()) or repr(error)
+    return Problem(manifest, "", "unreadable", f"{name} cannot read a value here: {told}")
+
+
+def _config_of(
+    found: RayObject, job: Job, manifests: Sequence[Manifest], given: Config | None
+) -> tuple[Config | None, list[Problem]]:
+    """Return the config that a RayJob runs, and its problems; the given one if it is elsewhere."""
+    try:
+        return job_config.check(found, job, manifests, given)
+    except Exception as error:
+        return given, [_unreadable(found.manifest, job_config.__name__, error)]
 
 
 def _fit(

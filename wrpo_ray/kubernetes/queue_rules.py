@@ -65,7 +65,7 @@ def check_quota(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Pro
     scheduler/flavorassigner/flavorassigner.go:1036).
     """
     local = _local_queue(found, manifests)
-    queue = local and _cluster_queue(local, manifests)
+    queue = _cluster_queue(local, manifests) if local else None
     if not queue:
         return
     covered = {
@@ -101,7 +101,7 @@ def check_namespaces(found: RayObject, manifests: Sequence[Manifest]) -> Iterato
             f"in {found.manifest.namespace}: a queue is for its own namespace"
         )
         yield found.problem(field, "queue", text)
-    queue = local and _cluster_queue(local, manifests)
+    queue = _cluster_queue(local, manifests) if local else None
     namespace = found.manifest.namespace or (local.namespace if local else "")
     if queue is not None and _admits(queue, namespace, manifests) is False:
         text = (

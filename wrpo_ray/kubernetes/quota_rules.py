@@ -98,7 +98,7 @@ def _sum(parts: Iterable[tuple[Needs, int]]) -> Needs:
     total: Needs = Counter()
     for needs, times in parts:
         for key, number in needs.items():
-            total[key] += number * times  # type: ignore[assignment]
+            total[key] += number * times
     return total
 
 
@@ -180,7 +180,7 @@ def _needs(container: Container, defaults: Resources) -> Needs:
             for part in ("requests", "limits")
             for name, number in _asked(container, part, defaults).items()
         }
-    )  # type: ignore[arg-type]
+    )
 
 
 def _asked(container: Container, part: str, defaults: Resources) -> dict[str, float]:

@@ -590,6 +590,14 @@ def test_a_key_may_have_another_path_or_be_mounted_alone(tmp_path: Path):
         assert any("a: unknown key" in text for text in told), told
 
 
+def test_a_mount_of_a_strange_form_is_a_problem_and_not_a_crash(tmp_path: Path):
+    bodies = run_with(GOOD)
+    for group in bodies[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        volumes = group["template"]["spec"]["volumes"]
+        next(v for v in volumes if v["name"] == "fusion")["configMap"]["items"] = 5
+    assert report(tmp_path, *bodies).problems
+
+
 def test_a_job_that_is_not_the_mounted_one_is_told(tmp_path: Path):
     other = config.load(FUSION, [*FILLED, "seed=7", "wrpo.beta=0.5"])
     (problem,) = report(tmp_path, *run_with(GOOD), job=other).problems
