@@ -1,4 +1,4 @@
-"""Ray objects that Kueue's webhooks reject.
+"""Ray objects that Kueue's webhooks reject, or that its queues never admit.
 
 Source: Kueue 0.19.1, pkg/controller/jobs: rayjob/rayjob_webhook.go (W), raycluster/common.go (R).
 """

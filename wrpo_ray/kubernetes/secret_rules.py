@@ -10,7 +10,8 @@ from wrpo_ray.kubernetes.manifests import Manifest, Problem, document_in, mappin
 from wrpo_ray.kubernetes.ray_objects import path_text
 
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_KEY)$", re.I)
-"""Names of environment variables that hold secrets."""
+"""Names of environment variables that hold secrets; fewer than `text.credentials` hides, since a
+variable such as SORT_KEY is no problem."""
 REFERENCE = re.compile(r"(?<!\$)\$\([A-Za-z_][\w.-]*\)")
 """What Kubernetes replaces with the value of another variable."""
 PLACEHOLDER = "PLACEHOLDER"
