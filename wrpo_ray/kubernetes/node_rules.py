@@ -70,8 +70,8 @@ def _replicas(found: RayObject) -> Faults:
         yield (
             f"{found.at}.workerGroupSpecs",
             "replicas",
-            f"{', '.join(given)}: the autoscaler writes `replicas`, and applying the file again sets "
-            f"it back; leave it out (minReplicas is the start)",
+            f"{', '.join(given)}: the autoscaler writes `replicas`, and applying the file again "
+            f"sets it back; leave it out (minReplicas is the start)",
         )
 
 
@@ -88,8 +88,8 @@ def _open_to_all_work(found: RayObject) -> Faults:
         yield (
             f"{found.at}.workerGroupSpecs",
             "gpu-label",
-            f"{', '.join(given)}: without the label {label}, steps without GPUs start such nodes when "
-            f"the other groups are full; add it to the group's `labels`",
+            f"{', '.join(given)}: without the label {label}, steps without GPUs start such nodes "
+            f"when the other groups are full; add it to the group's `labels`",
         )
 
 
