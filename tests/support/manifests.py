@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from wrpo_ray import config
+from wrpo_ray.config import Config
 from wrpo_ray.kubernetes.schema import Schemas
 from wrpo_ray.text.documents import FAST_LOADER
 
@@ -32,7 +34,28 @@ OVERLAYS = (
 )
 COMPONENTS = sorted(folder.name for folder in (CLUSTER / "components").iterdir())
 FUSION = CLUSTER / "overlays" / "job" / "fusion.yaml"
+FILLED = "output=s3://bucket/fusion", "prompts.path=s3://bucket/prompts.jsonl"
+"""`--set` for FUSION, whose bucket is an example's; `rendered` has it filled in, too."""
+RUNS = {
+    "raycluster": (FUSION, FILLED),
+    "overlays/job": (FUSION, FILLED),
+    "overlays/kueue": (FUSION, FILLED),
+    "overlays/demo": (ROOT / "jobs" / "demo.yaml", ()),
+}
+"""The config, and its `--set`, of each overlay with steps."""
+BESIDE = (
+    "ConfigMap/wrpo-fusion",
+    "PersistentVolumeClaim/wrpo-cache",
+    "ServiceAccount/wrpo-head",
+    "ServiceAccount/wrpo-worker",
+)
+"""What the objects of `ray_objects` need of the overlays' other objects."""
 Body = dict[str, Any]
+
+
+def run_of(overlay: str) -> Config | None:
+    """The config of an overlay with steps."""
+    return config.load(*RUNS[overlay]) if overlay in RUNS else None
 
 
 @cache
@@ -67,6 +90,8 @@ def rendered(
 ) -> str:
     """The output of `kubectl kustomize` for an overlay, as a reader's own folder changes it.
 
+    A bucket is filled in.
+
     Args:
         overlay: A folder of cluster/.
         *components: Folders of cluster/components.
@@ -83,11 +108,11 @@ def rendered(
         "patches": [patch] if named else [],
     }
     if not any(own.values()):
-        return _kustomize(CLUSTER / overlay)
+        return _kustomize(CLUSTER / overlay).replace("your-bucket", "bucket")
     with tempfile.TemporaryDirectory(dir=ROOT) as folder:
         written = {"resources": [f"../cluster/{overlay}"], **{k: v for k, v in own.items() if v}}
         (Path(folder) / "kustomization.yaml").write_text(json.dumps(written))
-        return _kustomize(Path(folder))
+        return _kustomize(Path(folder)).replace("your-bucket", "bucket")
 
 
 def _kustomize(folder: Path) -> str:
@@ -105,7 +130,8 @@ def crds() -> Schemas:
 
 @cache
 def _read(path: str) -> str:
-    return json.dumps(yaml.load((CLUSTER / path).read_text(), FAST_LOADER))
+    text = (CLUSTER / path).read_text().replace("your-bucket", "bucket")
+    return json.dumps(yaml.load(text, FAST_LOADER))
 
 
 def ray_objects() -> dict[str, Body]:
@@ -122,5 +148,5 @@ def ray_objects() -> dict[str, Body]:
     service["spec"]["rayClusterConfig"] = served
     for body in (cluster, job, service):
         wanted = body["metadata"]["annotations"]
-        wanted["wrpo-ray/external"] += " PersistentVolumeClaim/wrpo-cache"
+        wanted["wrpo-ray/external"] += f" {' '.join(BESIDE)}"
     return {body["kind"]: body for body in (cluster, job, service)}

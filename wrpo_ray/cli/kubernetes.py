@@ -35,6 +35,12 @@ def _check_cluster(arguments: argparse.Namespace) -> None:
         raise UserError("\n".join(map(str, report.problems)))
     for place in report.places:
         say(place)
-    if report.needs:
-        say(f"has to exist before: {', '.join(report.needs)}")
+    for namespace, names in report.needs.items():
+        say(f"has to exist before{_in(namespace)}: {', '.join(names)}")
+    for namespace, names in report.uses.items():
+        say(f"is used{_in(namespace)} if it exists: {', '.join(names)}")
     say(f"{len(report.manifests)} objects: no problem found")
+
+
+def _in(namespace: str) -> str:
+    return f" in namespace {namespace}" if namespace else ""

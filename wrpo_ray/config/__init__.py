@@ -18,7 +18,15 @@ from wrpo_ray.config.evaluation import (
     MTBenchConfig,
     PairwiseConfig,
 )
-from wrpo_ray.config.loader import explain, load, load_study, read_serving, serving, study_config
+from wrpo_ray.config.loader import (
+    explain,
+    load,
+    load_study,
+    parse,
+    read_serving,
+    serving,
+    study_config,
+)
 from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
@@ -91,6 +99,7 @@ __all__ = [
     "explain",
     "load",
     "load_study",
+    "parse",
     "read_serving",
     "serving",
     "study_config",

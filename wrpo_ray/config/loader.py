@@ -31,6 +31,15 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     return _checked(Config, _read_yaml(path), overrides, f"{path}: ")
 
 
+def parse(text: str, overrides: Sequence[str], where: str) -> Config:
+    """Validate the text of a config's file, which `where` names, as `load` does.
+
+    Raises:
+        UserError: with one line for each problem.
+    """
+    return _checked(Config, _tree(text, where), overrides, f"{where}: ")
+
+
 def serving(tree: dict[str, Any], overrides: Sequence[str] = ()) -> ServeConfig:
     """Apply overrides to a tree of settings of `wrpo serve`, and validate them.
 
@@ -107,8 +116,12 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{redact(str(path))}: a config is a file on this machine; copy it here")
     if not Path(path).exists():
         raise UserError(f"{path}: no such config file; see jobs/ for examples")
+    return _tree(read_text(path, "config"), path)
+
+
+def _tree(text: str, path: str | Path) -> dict[str, Any]:
     try:
-        tree = read_yaml(read_text(path, "config"))
+        tree = read_yaml(text)
     except DuplicateKeyError as error:
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:

@@ -5,6 +5,7 @@ it would start for a request on an empty cluster. This is private code of the pi
 """
 
 import copy
+import difflib
 import logging
 from dataclasses import dataclass, replace
 from typing import Any
@@ -108,6 +109,11 @@ def misfit(types: NodeTypes, request: Request) -> tuple[str, str] | None:
 def _no_room(types: NodeTypes, request: Request) -> str:
     for bundle in request.bundles:
         if types.nodes_for(replace(request, bundles=(bundle,), count=1)) is None:
+            if unknown := _unknown(types, bundle):
+                return unknown
+            if group := _elsewhere(types, request):
+                wanted = _resources_text(bundle)
+                return f"asks for {wanted} on one node; {_move(types, request, group)}"
             has = "; ".join(f"{n} has {_resources_text(r)}" for n, r in types.resources.items())
             node = " without the label ".join(["one node", *request.selector])
             return f"asks for {_resources_text(bundle)} on {node}, and no group has it: {has}"
@@ -118,19 +124,61 @@ def _no_room(types: NodeTypes, request: Request) -> str:
     )
 
 
+def _unknown(types: NodeTypes, bundle: Needs) -> str | None:
+    """Explain a custom resource that no group has, such as a mistyped name of a group."""
+    known = {name for has in types.resources.values() for name in has}
+    for name in sorted(set(bundle) - known - {"CPU", "GPU", "memory"}):
+        own = sorted(known - {"CPU", "GPU", "memory"})
+        close = difflib.get_close_matches(name, own, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}?" if close else f"they have {', '.join(own) or 'none'}"
+        return f"asks for the resource {name!r}, which no group has; {hint}"
+    return None
+
+
+def _elsewhere(types: NodeTypes, request: Request) -> str | None:
+    """Return the smallest group that would have room, if the request named it; None if none has."""
+    own = _groups_of(types, request)
+    sizes = {name: (has.get("GPU", 0), has.get("CPU", 0)) for name, has in types.resources.items()}
+    for group in sorted(sizes, key=sizes.__getitem__):
+        if not own or group in own or group not in types.resources[group]:
+            continue
+        moved = [{group if n in own else n: many for n, many in b.items()} for b in request.bundles]
+        there = replace(request, bundles=tuple(moved))
+        is_whole = request.parts == 1 or max(_room(types, there).values(), default=0) >= there.parts
+        if is_whole and types.nodes_for(there) is not None:
+            return group
+    return None
+
+
+def _groups_of(types: NodeTypes, request: Request) -> set[str]:
+    """Return the groups that a request names by their resource."""
+    return {name for bundle in request.bundles for name in bundle if name in types.resources}
+
+
+def _move(types: NodeTypes, request: Request, group: str) -> str:
+    own = ", ".join(sorted(_groups_of(types, request)))
+    return f"{group} has room: name it in `resources` in place of {own}"
+
+
+def _room(types: NodeTypes, request: Request) -> dict[str, int]:
+    """Return how many parts of an engine a replica of each group has room for, if for any."""
+    part = request.bundles[-1]
+    room = {n: types.hosts.get(n, 1) * _times(has, part) for n, has in types.resources.items()}
+    return {name: n for name, n in room.items() if n}
+
+
 def _apart(types: NodeTypes, request: Request) -> tuple[str, str] | None:
     """Check that all parts of an engine fit one node or replica: they exchange activations."""
     part, parts = request.bundles[-1], request.parts
-    room = {
-        name: types.hosts.get(name, 1) * _times(has, part) for name, has in types.resources.items()
-    }
-    room = {name: n for name, n in room.items() if n}
+    room = _room(types, request)
     if max(room.values()) < parts:
         name = max(room, key=room.__getitem__)
         hosts = -(-parts // _times(types.resources[name], part))
+        text = f"its {parts} parts (tensor_parallel x pipeline_parallel) do not fit one replica of "
+        if group := _elsewhere(types, request):
+            return "parts-apart", f"{text}{name}; {_move(types, request, group)}"
         return "parts-apart", (
-            f"its {parts} parts (tensor_parallel x pipeline_parallel) do not fit one replica of "
-            f"any group; {name} has room for {room[name]}: set its numOfHosts to {hosts}"
+            f"{text}any group; {name} has room for {room[name]}: set its numOfHosts to {hosts}"
         )
     fitting = {name: n for name, n in room.items() if n >= parts}
     if all(name in types.hosts and n % parts for name, n in fitting.items()):

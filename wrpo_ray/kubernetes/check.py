@@ -8,18 +8,21 @@ from wrpo_ray.config import Config
 from wrpo_ray.kubernetes import (
     capacity,
     field_formats,
+    job_config,
     job_rules,
+    neighbour_rules,
     network_rules,
     operator_rules,
     pod_rules,
     queue_rules,
+    quota_rules,
     resource_requests,
     secret_rules,
     serve_config,
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
-from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, read
-from wrpo_ray.kubernetes.ray_objects import SPECS, RayObject, typed
+from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, mapping, read
+from wrpo_ray.kubernetes.ray_objects import SPECS, Job, RayObject, typed
 from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
 
@@ -37,8 +40,10 @@ class Report:
     """For each request, the nodes that Ray would start for it."""
     advice: list[Problem] = field(default_factory=list)
     """What works on some clusters only, or costs time or money, but no run."""
-    needs: list[str] = field(default_factory=list)
-    """Objects that have to exist before, as `Kind/name`."""
+    needs: dict[str, list[str]] = field(default_factory=dict)
+    """Objects that have to exist before, as `Kind/name`, by namespace."""
+    uses: dict[str, list[str]] = field(default_factory=dict)
+    """Objects that are used if they exist, likewise."""
 
 
 def check(
@@ -59,11 +64,13 @@ def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
     """Check objects that are already read."""
-    report = Report(manifests, needs=pod_rules.external(manifests))
+    needs, uses = (pod_rules.external(manifests, is_optional) for is_optional in (False, True))
+    report = Report(manifests, needs=needs, uses=uses)
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
         report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
         report.problems += _told(manifest, secret_rules.check, manifest)
+        report.problems += _told(manifest, neighbour_rules.check, manifest, manifests)
         faults = list(field_formats.check(manifest))  # which say more than schemas
         reported = {fault.field for fault in faults}
         found = schemas.problems(manifest) if schemas else ()
@@ -74,9 +81,21 @@ def check_objects(
             _fit(report, manifest, partial(capacity.launcher_node_types, manifest.body), asked)
         elif manifest.kind in SPECS:
             _check_ray(report, manifest, faults, config)
+    if config and not any(_has_steps(manifest) for manifest in manifests):
+        text = (
+            "no RayCluster, RayJob with a cluster of its own, or launcher file is among the "
+            "manifests, so whether its steps fit is not checked; leave --job out, or add one"
+        )
+        report.problems.append(Problem("--job", "", "job-unused", text))
     report.advice = [problem for problem in report.problems if problem.is_advice]
     report.problems = [problem for problem in report.problems if not problem.is_advice]
     return report
+
+
+def _has_steps(manifest: Manifest) -> bool:
+    """Whether an object has a cluster on which a config's steps may run."""
+    is_job = manifest.kind == "RayJob" and "rayClusterSpec" in mapping(manifest.body.get("spec"))
+    return is_job or manifest.kind in (LAUNCHER, "RayCluster")
 
 
 def _check_ray(
@@ -93,12 +112,16 @@ def _check_ray(
     if any(fault.rule not in HARMLESS for fault in faults):
         return
     report.problems += _told(manifest, pod_rules.check, found)
-    report.problems += _told(manifest, queue_rules.check_quota, found, report.manifests)
+    for rule in (queue_rules.check_quota, queue_rules.check_namespaces, quota_rules.check):
+        report.problems += _told(manifest, rule, found, report.manifests)
     serve, faults = serve_config.read(found)
     report.problems += faults
     cluster = found.cluster
     if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
+    if found.job:
+        config, faults = _config_of(found, found.job, report.manifests, config)
+        report.problems += faults
     if found.job and config:
         report.problems += job_rules.check_output(found, found.job, config.output)
     served = list(resource_requests.of_serving(serve)) if serve else []
@@ -115,9 +138,22 @@ def _told(
     try:
         return list(rule(*given))
     except Exception as error:  # a value of a kind that neither schema nor rule expects
-        name = rule.__module__.rpartition(".")[2]
-        text = f"{name} cannot read a value here: {' '.join(str(error).split()) or repr(error)}"
-        return [Problem(manifest, "", "unreadable", text)]
+        return [_unreadable(manifest, rule.__module__, error)]
+
+
+def _unreadable(manifest: Manifest, module: str, error: Exception) -> Problem:
+    name, told = module.rpartition(".")[2], " ".join(str(error).split()) or repr(error)
+    return Problem(manifest, "", "unreadable", f"{name} cannot read a value here: {told}")
+
+
+def _config_of(
+    found: RayObject, job: Job, manifests: Sequence[Manifest], given: Config | None
+) -> tuple[Config | None, list[Problem]]:
+    """Return the config that a RayJob runs, and its problems; the given one if it is elsewhere."""
+    try:
+        return job_config.check(found, job, manifests, given)
+    except Exception as error:
+        return given, [_unreadable(found.manifest, job_config.__name__, error)]
 
 
 def _fit(
@@ -136,9 +172,10 @@ def _fit(
         text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return
+    misfits: dict[tuple[str, str], list[str]] = {}
     for request, wrong, nodes in results:
         if wrong:
-            report.problems.append(Problem(manifest, "", wrong[0], f"{request.what}: {wrong[1]}"))
+            misfits.setdefault(wrong, []).append(request.what)
         elif request in twice:
             text = (
                 f"{request.what}: no group has room for a second set of replicas: a changed model "
@@ -147,6 +184,8 @@ def _fit(
             report.problems.append(Problem(manifest, "", "surge-room", text))
         if not wrong:
             report.places.append(f"{manifest}: {request.what}: {nodes}")
+    for (rule, text), steps in misfits.items():
+        report.problems.append(Problem(manifest, "", rule, f"{', '.join(steps)}: {text}"))
 
 
 def _nodes(types: NodeTypes, request: Request) -> str:

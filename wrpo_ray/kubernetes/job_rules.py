@@ -47,7 +47,7 @@ def _job(_: RayObject, job: Job) -> Faults:
     if job.cluster_selector and not job.cluster_selector.get("ray.io/cluster"):
         text = "names no cluster; write {ray.io/cluster: NAME}"
         yield "spec.clusterSelector", "no-cluster", text
-    if not job.entrypoint.strip() and job.submission_mode != "InteractiveMode":
+    if not job.entrypoint.strip() and not _submits_itself(job):
         text = "is missing; it is the command to run"
         yield "spec.entrypoint", "entrypoint", text
     if job.active_deadline_seconds is not None and job.active_deadline_seconds <= 0:
@@ -65,6 +65,13 @@ def _job(_: RayObject, job: Job) -> Faults:
     if job.suspend and (not job.shutdown_after_job_finishes or job.cluster_selector):
         text = "needs shutdownAfterJobFinishes: true, and a cluster of the job's own"
         yield "spec.suspend", "suspended-job", text
+
+
+def _submits_itself(job: Job) -> bool:
+    """Whether the user submits the job, or the submitter's own command does (J, B: as given)."""
+    submitter = job.submitter_pod_template
+    containers = submitter.spec.containers if submitter else []
+    return job.submission_mode == "InteractiveMode" or bool(containers and containers[0].command)
 
 
 def _job_modes(found: RayObject, job: Job) -> Faults:
@@ -229,14 +236,20 @@ def _runtime_env(job: Job) -> Faults:
 def _runtime_env_keys(field: str, given: Any) -> Faults:
     from ray.runtime_env import RuntimeEnv
 
+    given = {} if given is None else given  # a comment alone
     try:
-        RuntimeEnv(**given)
+        RuntimeEnv(**{name: value for name, value in given.items() if not _is_file(name, value)})
     except Exception as error:  # its checks do not validate all input
         yield field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}"
         return
     for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
         yield f"{field}.{name}", "runtime-env", "Ray has no such key"
     yield from _stop_wait(given.get("env_vars") or {})
+
+
+def _is_file(name: str, value: Any) -> bool:
+    """Whether a part of a runtime environment is a file, which is where the job is submitted."""
+    return name in ("conda", "pip", "uv") and isinstance(value, str)
 
 
 def _stop_wait(variables: dict[str, Any]) -> Faults:

@@ -40,7 +40,7 @@ class LogKeeper:
                     self.to.write(str(file.relative_to(self.source)), _tail(file, seen.st_size))
                     self._copied[file] = state
             except (OSError, ValueError) as error:  # a name may be no text
-                log(f"{str(file)!r} is not copied yet: {error}")
+                log(f"{str(file)!r} is not copied yet: {' '.join(str(error).split())}")
 
 
 def _tail(file: Path, size: int) -> bytes:

@@ -1,6 +1,7 @@
 """Reads manifests, and defines the problems that are found in them."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.text.addresses import Address, address_problem, redact
-from wrpo_ray.text.documents import describe_yaml_error, read_documents
+from wrpo_ray.text.documents import describe_yaml_error, read_document, read_documents
 from wrpo_ray.text.files import decode, read_text
 
 Body = dict[str, Any]
@@ -22,11 +23,13 @@ LONGEST = 600
 ADVICE = frozenset(
     {
         "autoscaler-log", "cpus-per-gpu", "deprecated", "disk", "ends-for-good", "evictions",
-        "feature-gate", "gpu-label", "queue-version", "replicas", "slow-head", "stop-wait",
-        "surge-room",
+        "feature-gate", "gpu-label", "queue-version", "quota-most", "replicas", "slow-head",
+        "stop-wait", "storage-class", "surge-room",
     }
 )  # fmt: skip
 """Rules whose violation works on some clusters, or costs time or money but no run."""
+KLOG = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [^\s\]]+\] ")
+"""What kubectl's logs have before a message: level, time, process and line of its source."""
 LAUNCHER = "launcher"
 """The kind assigned to a file of Ray's cluster launcher, which has none."""
 
@@ -52,17 +55,26 @@ class Manifest:
     @property
     def metadata(self) -> Body:
         """Name, labels, annotations."""
-        return _mapping(self.body.get("metadata"))
+        return mapping(self.body.get("metadata"))
+
+    @property
+    def namespace(self) -> str:
+        """Its namespace; empty if `kubectl apply -n` decides it."""
+        return str(self.metadata.get("namespace") or "")
+
+    def is_beside(self, other: "Manifest") -> bool:
+        """Whether both are, or can be, in one namespace."""
+        return self.namespace == other.namespace or not (self.namespace and other.namespace)
 
     @property
     def labels(self) -> Body:
         """Its labels."""
-        return _mapping(self.metadata.get("labels"))
+        return mapping(self.metadata.get("labels"))
 
     @property
     def annotations(self) -> Body:
         """Its annotations."""
-        return _mapping(self.metadata.get("annotations"))
+        return mapping(self.metadata.get("annotations"))
 
     @property
     def name(self) -> str:
@@ -96,8 +108,35 @@ class Problem:
         return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
 
 
-def _mapping(value: Any) -> Body:
+def mapping(value: Any) -> Body:
+    """Return a value that may be a mapping; an empty one otherwise."""
     return value if isinstance(value, dict) else {}
+
+
+def selects(selector: Any, labels: Body) -> bool:
+    """Whether a selector selects labels; by `matchLabels` and by `In`, `NotIn` and `Exists`."""
+    given = mapping(selector)
+    if any(labels.get(name) != value for name, value in mapping(given.get("matchLabels")).items()):
+        return False
+    for entry in map(mapping, given.get("matchExpressions") or []):
+        key, values = str(entry.get("key")), entry.get("values") or []
+        holds = {
+            "In": labels.get(key) in values,
+            "NotIn": labels.get(key) not in values,
+            "Exists": key in labels,
+            "DoesNotExist": key not in labels,
+        }
+        if not holds.get(str(entry.get("operator")), False):
+            return False
+    return True
+
+
+def document_in(text: Any) -> Any:
+    """Return the value of YAML inside a field; None where it is none, which other rules tell."""
+    try:
+        return read_document(text) if isinstance(text, str) else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
 
 
 def _printable(text: str) -> str:
@@ -197,5 +236,6 @@ def _kustomize(folder: Path) -> str:
         check=False,
     )
     if done.returncode:
-        raise UserError(f"{folder}: kubectl kustomize: {' '.join(done.stderr.split())}")
+        told = " ".join(KLOG.sub("", line) for line in done.stderr.splitlines())
+        raise UserError(f"{folder}: kubectl kustomize: {' '.join(told.split())}")
     return done.stdout

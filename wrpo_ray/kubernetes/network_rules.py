@@ -8,7 +8,7 @@ gone before that job's end, or 300 s (:289-352).
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.manifests import Manifest, Problem, mapping, selects
 from wrpo_ray.kubernetes.ray_objects import RayObject
 
 CLEANUP = {
@@ -31,11 +31,15 @@ def check(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
         return
     host, _, port = address.partition(":")
     number = int(port) if port.isdecimal() else REDIS_PORT
-    redis = _labels_behind(host.partition(".")[0], manifests)
+    beside = [one for one in manifests if one.is_beside(found.manifest)]
+    service, _, domain = host.partition(".")
+    there = domain.partition(".")[0] or found.manifest.namespace
+    near = [one for one in manifests if there in ("", one.namespace) or not one.namespace]
+    redis = _labels_behind(service, near)
     pod = found.cluster.head_group_spec.template.metadata.labels | CLEANUP if found.cluster else {}
-    closed = _closed("Egress", "to", pod, redis, number, manifests)
+    closed = _closed("Egress", "to", pod, redis, number, beside)
     if not closed and redis is not None:
-        closed = _closed("Ingress", "from", redis, pod, number, manifests)
+        closed = _closed("Ingress", "from", redis, pod, number, near)
     if closed:
         yield found.problem(
             f"{found.at}.gcsFaultToleranceOptions.redisAddress",
@@ -50,8 +54,8 @@ def _labels_behind(service: str, manifests: Sequence[Manifest]) -> Labels | None
     """Return the labels of the pods behind a Service; None if it is not among the manifests."""
     for manifest in manifests:
         if manifest.kind == "Service" and manifest.name == service:
-            selector = _mapping(manifest.body.get("spec")).get("selector")
-            return _mapping(selector) or None
+            selector = mapping(manifest.body.get("spec")).get("selector")
+            return mapping(selector) or None
     return None
 
 
@@ -66,9 +70,9 @@ def _closed(
     """Return the policy that closes a pod's connections to a peer; None if they are open."""
     closing = None
     for manifest in (one for one in manifests if one.kind == "NetworkPolicy"):
-        spec = _mapping(manifest.body.get("spec"))
+        spec = mapping(manifest.body.get("spec"))
         types = spec.get("policyTypes") or ["Ingress", *(["Egress"] if "egress" in spec else [])]
-        if direction not in types or not _selects(spec.get("podSelector"), pod):
+        if direction not in types or not selects(spec.get("podSelector"), pod):
             continue
         rules = spec.get(direction.lower()) or []
         if any(_admits(rule, side, peer, port) for rule in rules if isinstance(rule, dict)):
@@ -78,10 +82,10 @@ def _closed(
 
 
 def _admits(rule: dict[str, Any], side: str, peer: Labels | None, port: int) -> bool:
-    ports = [_mapping(entry) for entry in rule.get("ports") or []]
+    ports = [mapping(entry) for entry in rule.get("ports") or []]
     if ports and not any(_has(entry, port) for entry in ports):
         return False
-    peers = [_mapping(entry) for entry in rule.get(side) or []]
+    peers = [mapping(entry) for entry in rule.get(side) or []]
     if not peers:
         return True
     if peer is None:  # elsewhere: only a rule that names the port can be meant for it
@@ -101,26 +105,4 @@ def _has(ports: dict[str, Any], port: int) -> bool:
 
 def _is_peer(given: dict[str, Any], labels: Labels) -> bool:
     """Whether a pod may be meant: a block of addresses or a namespace may have it."""
-    return "podSelector" not in given or _selects(given["podSelector"], labels)
-
-
-def _selects(selector: Any, labels: Labels) -> bool:
-    """Whether a selector selects labels; by `matchLabels` and by `In`, `NotIn` and `Exists`."""
-    given = _mapping(selector)
-    if any(labels.get(name) != value for name, value in _mapping(given.get("matchLabels")).items()):
-        return False
-    for entry in map(_mapping, given.get("matchExpressions") or []):
-        key, values = str(entry.get("key")), entry.get("values") or []
-        holds = {
-            "In": labels.get(key) in values,
-            "NotIn": labels.get(key) not in values,
-            "Exists": key in labels,
-            "DoesNotExist": key not in labels,
-        }
-        if not holds.get(str(entry.get("operator")), False):
-            return False
-    return True
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
+    return "podSelector" not in given or selects(given["podSelector"], labels)

@@ -70,8 +70,8 @@ def _replicas(found: RayObject) -> Faults:
         yield (
             f"{found.at}.workerGroupSpecs",
             "replicas",
-            f"{_names(given)}: the autoscaler writes `replicas`, and applying the file again sets "
-            f"it back; leave it out (minReplicas is the start)",
+            f"{', '.join(given)}: the autoscaler writes `replicas`, and applying the file again "
+            f"sets it back; leave it out (minReplicas is the start)",
         )
 
 
@@ -88,8 +88,8 @@ def _open_to_all_work(found: RayObject) -> Faults:
         yield (
             f"{found.at}.workerGroupSpecs",
             "gpu-label",
-            f"{_names(given)}: without the label {label}, steps without GPUs start such nodes when "
-            f"the other groups are full; add it to the group's `labels`",
+            f"{', '.join(given)}: without the label {label}, steps without GPUs start such nodes "
+            f"when the other groups are full; add it to the group's `labels`",
         )
 
 
@@ -112,7 +112,7 @@ def _each(
     wrong = [(path, group) for path, group in found.groups if is_wrong(group)]
     if wrong:
         names = [getattr(group, "group_name", "head") for _, group in wrong]
-        yield f"{wrong[0][0]}.template.{place}", rule, text.format(groups=_names(names))
+        yield f"{wrong[0][0]}.template.{place}", rule, text.format(groups=", ".join(names))
 
 
 def _may_be_evicted(group: Group) -> bool:
@@ -132,7 +132,3 @@ def _many_cpus(group: Group) -> bool:
     cpus = number_of(asked.requests.get("cpu", asked.limits.get("cpu", 0)))
     gpus = number_of(asked.limits.get(GPU, 0))
     return gpus > 0 and cpus > CPUS_PER_GPU * gpus
-
-
-def _names(groups: list[str]) -> str:
-    return ", ".join(groups)

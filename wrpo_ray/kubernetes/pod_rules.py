@@ -148,36 +148,53 @@ REFERENCES = {
     "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
 }
 """Key of a reference: (kind of the object, key of its name)."""
+ACCOUNT = "serviceAccountName"
 
 
 def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
     """Check that references of pods are among the manifests, optional, or declared external."""
-    if "spec" not in manifest.body:
-        return
-    there = {f"{m.kind}/{m.name}" for m in manifests} | _declared(manifest)
-    for path, kind, name in _references(manifest.body["spec"], ("spec",)):
-        if f"{kind}/{name}" not in there:
+    there = _there(manifest, manifests) | declared(manifest)
+    for path, one, is_optional in _references(manifest.body.get("spec"), ("spec",)):
+        if not is_optional and one not in there:
+            kind, _, name = one.partition("/")
             yield Problem(
                 manifest,
                 path,
                 "reference",
                 f"{kind} {name!r} is not in these manifests; add it, or name it in the "
-                f"annotation {EXTERNAL}: {kind}/{name}",
+                f"annotation {EXTERNAL}: {one}",
             )
 
 
-def _declared(manifest: Manifest) -> set[str]:
+def _there(manifest: Manifest, manifests: Sequence[Manifest]) -> set[str]:
+    """Return the objects that a manifest can refer to, as `Kind/name`."""
+    return {f"{m.kind}/{m.name}" for m in manifests if m.is_beside(manifest)}
+
+
+def declared(manifest: Manifest) -> set[str]:
+    """Return the objects that a manifest declares to exist elsewhere, as `Kind/name`."""
     return set(str(manifest.annotations.get(EXTERNAL, "")).replace(",", " ").split())
 
 
-def external(manifests: Sequence[Manifest]) -> list[str]:
-    """Return the objects that are declared to exist elsewhere, as `Kind/name`."""
-    there = {f"{m.kind}/{m.name}" for m in manifests}
-    return sorted(set().union(*map(_declared, manifests)) - there)
+def external(manifests: Sequence[Manifest], is_optional: bool) -> dict[str, list[str]]:
+    """Return the objects that exist elsewhere, as `Kind/name`, by namespace.
+
+    They are either those that are declared and needed, or those that are used if they exist.
+    """
+    found: dict[str, set[str]] = {}
+    for manifest in manifests:
+        used: dict[str, bool] = {}
+        for _, one, may_miss in _references(manifest.body.get("spec"), ("spec",)):
+            used[one] = may_miss and used.get(one, True)
+        used = dict.fromkeys(declared(manifest), False) | used
+        wanted = {one for one, may_miss in used.items() if may_miss is is_optional}
+        outside = wanted - _there(manifest, manifests)
+        found.setdefault(manifest.namespace, set()).update(outside)
+    return {namespace: sorted(names) for namespace, names in sorted(found.items()) if names}
 
 
-def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, str]]:
-    """Yield (path, kind, name) of each reference below that is not optional."""
+def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, bool]]:
+    """Yield (path, `Kind/name`, whether it is optional) of each reference below."""
     if isinstance(value, list):
         for number, item in enumerate(value):
             yield from _references(item, (*path, number))
@@ -185,10 +202,12 @@ def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, s
         return
     for key, part in value.items():
         here = (*path, key)
+        if key == ACCOUNT and isinstance(part, str) and part not in ("", "default"):
+            yield path_text(here), f"ServiceAccount/{part}", False
         if key in REFERENCES:
             kind, name_key = REFERENCES[key]
             for item in part if isinstance(part, list) else [part]:
                 name = item.get(name_key) if isinstance(item, dict) else None
-                if name and not item.get("optional"):
-                    yield path_text((*here, name_key)), kind, name
+                if name:
+                    yield path_text((*here, name_key)), f"{kind}/{name}", bool(item.get("optional"))
         yield from _references(part, here)

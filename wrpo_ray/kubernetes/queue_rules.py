@@ -1,18 +1,19 @@
-"""Ray objects that Kueue's webhooks reject.
+"""Ray objects that Kueue's webhooks reject, or that its queues never admit.
 
 Source: Kueue 0.19.1, pkg/controller/jobs: rayjob/rayjob_webhook.go (W), raycluster/common.go (R).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.manifests import Body, Manifest, Problem, mapping, selects
 from wrpo_ray.kubernetes.ray_objects import Cluster, Faults, RayObject
 
 QUEUE, ELASTIC = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/elastic-job"
 POD_SETS = {18: "0.19", 10: "0.18", 8: "0.15"}
 """{maximum of pod sets in a workload: the first Kueue with it}: head, groups, submitter
 (jobframework/constants.go:21 of 0.18.0 and 0.19.0; workload_types.go:36 of 0.15.0 to 0.17.8)."""
+NAMESPACE = "kubernetes.io/metadata.name"
+"""The label with a namespace's name, which Kubernetes sets."""
 HEAD = "head"
 """The name of the head's pod set, which no group may have (R:318-326)."""
 
@@ -63,9 +64,8 @@ def check_quota(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Pro
     Kueue never admits a pod with such a request (0.19.1,
     scheduler/flavorassigner/flavorassigner.go:1036).
     """
-    name = found.manifest.labels.get(QUEUE)
-    local = _spec(manifests, "LocalQueue", name) if name else None
-    queue = _spec(manifests, "ClusterQueue", local.get("clusterQueue")) if local else None
+    local = _local_queue(found, manifests)
+    queue = _cluster_queue(local, manifests) if local else None
     if not queue:
         return
     covered = {
@@ -86,9 +86,51 @@ def check_quota(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Pro
             yield found.problem(field, "queue-quota", text)
 
 
-def _spec(manifests: Sequence[Manifest], kind: str, name: Any) -> dict[str, Any] | None:
-    for manifest in manifests:
-        if (manifest.kind, manifest.name) == (kind, name):
-            spec = manifest.body.get("spec")
-            return spec if isinstance(spec, dict) else None
-    return None
+def check_namespaces(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    """Yield a problem if the object's queue is in, or its quota is for, another namespace.
+
+    A ClusterQueue admits the namespaces that its selector selects; without one, none
+    (clusterqueue_types.go, `namespaceSelector`).
+    """
+    name, field = found.manifest.labels.get(QUEUE), f"metadata.labels.{QUEUE}"
+    local = _local_queue(found, manifests)
+    others = [one.namespace for one in manifests if (one.kind, one.name) == ("LocalQueue", name)]
+    if local is None and others:
+        text = (
+            f"the LocalQueue {name!r} is in namespace {', '.join(sorted(others))}, and the object "
+            f"in {found.manifest.namespace}: a queue is for its own namespace"
+        )
+        yield found.problem(field, "queue", text)
+    queue = _cluster_queue(local, manifests) if local else None
+    namespace = found.manifest.namespace or (local.namespace if local else "")
+    if queue is not None and _admits(queue, namespace, manifests) is False:
+        text = (
+            f"its ClusterQueue's namespaceSelector does not select the namespace "
+            f"{namespace or '(any)'}: the run is never admitted; select it, or {{}} for all"
+        )
+        yield found.problem(field, "queue-namespace", text)
+
+
+def _admits(queue: Body, namespace: str, manifests: Sequence[Manifest]) -> bool | None:
+    """Whether a queue admits a namespace; None if that depends on labels which are elsewhere."""
+    selector = queue.get("namespaceSelector")
+    if selector is None:
+        return False
+    given = [one for one in manifests if (one.kind, one.name) == ("Namespace", namespace)]
+    wanted = {*mapping(selector.get("matchLabels"))}
+    wanted |= {str(mapping(e).get("key")) for e in selector.get("matchExpressions") or []}
+    if wanted and (not namespace or (not given and wanted != {NAMESPACE})):
+        return None
+    return selects(selector, {NAMESPACE: namespace} | (given[0].labels if given else {}))
+
+
+def _local_queue(found: RayObject, manifests: Sequence[Manifest]) -> Manifest | None:
+    name = found.manifest.labels.get(QUEUE)
+    beside = [one for one in manifests if one.is_beside(found.manifest)]
+    return next((one for one in beside if (one.kind, one.name) == ("LocalQueue", name)), None)
+
+
+def _cluster_queue(local: Manifest, manifests: Sequence[Manifest]) -> Body | None:
+    name = mapping(local.body.get("spec")).get("clusterQueue")
+    queues = [one for one in manifests if (one.kind, one.name) == ("ClusterQueue", name)]
+    return mapping(queues[0].body.get("spec")) if queues else None

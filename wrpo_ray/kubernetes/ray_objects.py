@@ -59,6 +59,14 @@ class Mount(View):
 
     name: str
     mount_path: str
+    sub_path: str = ""
+
+
+class ContainerPort(View):
+    """A port that a container declares."""
+
+    name: str = ""
+    container_port: int
 
 
 class Container(View):
@@ -66,6 +74,9 @@ class Container(View):
 
     name: str = ""
     image: str = ""
+    command: list[str] = []
+    ports: list[ContainerPort] = []
+    restart_policy: str = ""
     env: list[EnvVar] = []
     resources: Resources = Resources()
     volume_mounts: list[Mount] = []
@@ -84,6 +95,7 @@ class Volume(View):
     name: str
     empty_dir: EmptyDir | None = None
     persistent_volume_claim: dict[str, Any] | None = None
+    config_map: dict[str, Any] | None = None
 
 
 class Toleration(View):
@@ -152,6 +164,7 @@ class AutoscalerOptions(View):
     """Options of the autoscaler."""
 
     version: str | None = None
+    resources: Resources | None = None
     env: list[EnvVar] = []
     idle_timeout_seconds: int | None = None
 

@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import yaml
-
-from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.manifests import Manifest, Problem, document_in, mapping
 from wrpo_ray.kubernetes.ray_objects import path_text
-from wrpo_ray.text.documents import read_document
 
 SECRET_NAME = re.compile(r"(^|_)(TOKEN|PASSWORD|PASSWD|SECRET|SECRET_ACCESS_KEY|API_KEY)$", re.I)
-"""Names of environment variables that hold secrets."""
+"""Names of environment variables that hold secrets; fewer than `text.credentials` hides, since a
+variable such as SORT_KEY is no problem."""
+REFERENCE = re.compile(r"(?<!\$)\$\([A-Za-z_][\w.-]*\)")
+"""What Kubernetes replaces with the value of another variable."""
 PLACEHOLDER = "PLACEHOLDER"
 """What cluster/secrets.example.yaml has in the place of each value."""
 RUNTIME_ENV = "runtimeEnvYAML"
@@ -31,8 +31,7 @@ def check(manifest: Manifest) -> Iterator[Problem]:
 
 def _placeholders(manifest: Manifest) -> Iterator[Problem]:
     for part in ("stringData", "data"):
-        values = manifest.body.get(part)
-        for key, value in values.items() if isinstance(values, dict) else ():
+        for key, value in mapping(manifest.body.get(part)).items():
             if PLACEHOLDER in _decoded(value, part):
                 text = "has the example's value; fill it in, or leave the key out"
                 yield Problem(manifest, f"{part}.{key}", "placeholder", text)
@@ -62,15 +61,12 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
 
 def _in_runtime_env(text: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
     """The runtime environment of a job is shown by Ray's dashboard."""
-    try:
-        given = read_document(text) if isinstance(text, str) else None
-    except (yaml.YAMLError, ValueError, RecursionError):
-        return  # told by `job_rules`
-    variables = given.get("env_vars") if isinstance(given, dict) else None
-    for name, value in variables.items() if isinstance(variables, dict) else ():
+    variables = mapping(mapping(document_in(text)).get("env_vars"))
+    for name, value in variables.items():
         if _is_literal(name, value):
             yield path_text((*path, RUNTIME_ENV, "env_vars", name)), str(name)
 
 
 def _is_literal(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and bool(value) and SECRET_NAME.search(name) is not None
+    is_secret = isinstance(name, str) and SECRET_NAME.search(name) is not None
+    return is_secret and bool(value) and not REFERENCE.search(str(value))

@@ -8,13 +8,11 @@ import re
 from contextlib import suppress
 from typing import Any
 
-import yaml
-
 from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
+from wrpo_ray.kubernetes.manifests import document_in, mapping
 from wrpo_ray.kubernetes.ray_objects import Faults, RayObject, Service, UpgradeStrategy
 from wrpo_ray.kubernetes.serve_config import FIELD, own_applications
-from wrpo_ray.text.documents import read_document
 
 UPGRADES = (None, "None", "NewCluster", "NewClusterWithIncrementalUpgrade")
 INITIALIZING = "ray.io/initializing-timeout"
@@ -22,6 +20,8 @@ DURATION = r"([0-9]+|([0-9]+(\.[0-9]+)?(h|m|s|ms|us|ns))+)"
 """Seconds, or a duration of Go such as 1h30m (V:651-678)."""
 DELETION_SECONDS = 60
 """The operator's default time from the switch of traffic to the old cluster's end (S:48)."""
+SERVE_PORT = 8000
+"""Serve's port by default, and the one that the operator expects (utils/constant.go:110)."""
 MARGIN = 30
 """Seconds for a request's way in and for the end of its replica, above an answer's longest time."""
 
@@ -30,7 +30,7 @@ def faults(found: RayObject, service: Service) -> Faults:
     """Yield the problems of a RayService."""
     if service.upgrade_strategy:
         yield from _upgrade(found, service, service.upgrade_strategy)
-    for check in (_metadata, _unused, _answers, _surge):
+    for check in (_metadata, _unused, _answers, _surge, _serve_port):
         yield from check(found, service)
 
 
@@ -100,10 +100,18 @@ def _answers(found: RayObject, service: Service) -> Faults:
 def _longest_answer(service: Service) -> float | None:
     """Return the longest time of an answer; None without an application of this project."""
     longest = []
-    with suppress(UserError, yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
-        given: Any = read_document(service.serve_config_v2)
-        longest = [serving(arguments).timeout for _, arguments in own_applications(given)]
+    with suppress(UserError):  # reported by `serve_config.read`
+        own = own_applications(_config(service))
+        longest = [serving(arguments).timeout for _, arguments in own]
     return max(longest, default=None)
+
+
+def _config(service: Service) -> dict[str, Any]:
+    """Return the Serve config; an empty one where `serve_config.read` reports it."""
+    given = mapping(document_in(service.serve_config_v2))
+    applications = given.get("applications")
+    is_list = isinstance(applications, list) and all(isinstance(a, dict) for a in applications)
+    return given if is_list else {}
 
 
 def _surge(_: RayObject, service: Service) -> Faults:
@@ -111,14 +119,11 @@ def _surge(_: RayObject, service: Service) -> Faults:
 
     Serve then replaces replicas; without a surge it stops the old ones first.
     """
-    applications = []
-    with suppress(yaml.YAMLError, ValueError, RecursionError, AttributeError, TypeError):
-        given: Any = read_document(service.serve_config_v2)
-        own = {number for number, _ in own_applications(given)}
-        applications = [(n, n in own, app) for n, app in enumerate(given.get("applications", []))]
-    for number, is_own, app in applications:
+    given = _config(service)
+    own = {number for number, _ in own_applications(given)}
+    for number, app in enumerate(given.get("applications", [])):
         for deployment in app.get("deployments") or []:
-            surge = deployment.get("max_surge_percent", 100 if is_own else 0)
+            surge = deployment.get("max_surge_percent", 100 if number in own else 0)
             if not surge:
                 yield (
                     f"{FIELD}.applications[{number}].deployments[{deployment.get('name')}]"
@@ -127,6 +132,21 @@ def _surge(_: RayObject, service: Service) -> Faults:
                     "is 0: a changed model or code stops a replica before the next one answers, "
                     "and one replica is an outage of minutes; set 100",
                 )
+
+
+def _serve_port(found: RayObject, service: Service) -> Faults:
+    """The operator asks nodes and sends clients to the container's port `serve` (S:2092)."""
+    port = mapping(_config(service).get("http_options")).get("port", SERVE_PORT)
+    for path, group in found.groups:
+        named = [each.container_port for each in group.ray.ports if each.name == "serve"]
+        asked = named[0] if named else SERVE_PORT
+        if asked != port:
+            yield (
+                f"{path}.template.spec.containers[0].ports[serve]",
+                "serve-port",
+                f"is {asked}, and Serve listens at http_options.port {port}: the operator never "
+                f"finds it ready; make both equal",
+            )
 
 
 def _upgrade(found: RayObject, service: Service, strategy: UpgradeStrategy) -> Faults:

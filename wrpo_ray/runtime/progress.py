@@ -21,7 +21,7 @@ listeners: list[Callable[[str], None]] = []
 
 
 def log(text: str) -> None:
-    """Write a line with the time of day to stderr; secrets in addresses are redacted."""
+    """Write a line with the time of day to stderr; secrets are redacted."""
     line = f"{time.strftime('%H:%M:%S')}  {printable(redact(text))}"
     if _TABLE.is_shown:
         _TABLE.console.print(line, markup=False, highlight=False, soft_wrap=True)

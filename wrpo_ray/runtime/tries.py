@@ -7,6 +7,7 @@ held, such as a config's error; logs of workers, which Ray writes.
 """
 
 import os
+import re
 import socket
 import threading
 import time
@@ -58,7 +59,7 @@ class Try:
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         if error is not None:
             is_ours = isinstance(error, WrpoError)
-            shown = str(error) if is_ours else "".join(traceback.format_exception(error))
+            shown = _text(error) if is_ours else "".join(traceback.format_exception(error))
             self._note(printable(redact(shown)))
         listeners.remove(self._note)
         self._stop.set()
@@ -126,8 +127,11 @@ def last(root: Folder) -> Record | None:
 
 
 def _last_number(folder: Folder) -> int:
+    """The number of the last state; a name that no try has, such as `12.json`, is none."""
     names = (name.removesuffix(".json") for name in folder.files(suffix=".json"))
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return max(
+        (int(name) for name in names if re.fullmatch("[0-9]{4}|[1-9][0-9]{4,8}", name)), default=0
+    )
 
 
 def _outcome(error: BaseException | None) -> tuple[str, str]:
@@ -135,6 +139,15 @@ def _outcome(error: BaseException | None) -> tuple[str, str]:
     if error is None:
         return FINISHED, ""
     if isinstance(error, Exception):
-        told = str(error) if isinstance(error, WrpoError) else f"{type(error).__name__}: {error}"
+        told = _text(error)
+        told = told if isinstance(error, WrpoError) else f"{type(error).__name__}: {told}"
         return FAILED, printable(redact(" ".join(told.split())))[:REASON]
     return STOPPED, "interrupted" if isinstance(error, KeyboardInterrupt) else "terminated"
+
+
+def _text(error: BaseException) -> str:
+    """The message of an error, whose own `__str__` may fail."""
+    try:
+        return str(error)
+    except Exception as fault:
+        return f"its message cannot be shown ({type(fault).__name__})"

@@ -11,6 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Self
 
+from wrpo_ray.text.credentials import HIDDEN, hide_credentials
+
 OPTIONS = (
     *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
     *("allow_delayed_open", "smart_defaults", "tls_ca_file_path", "tls_ca_dir_path"),
@@ -21,7 +23,6 @@ OPTIONS = (
 """Options of pyarrow that an address may have; none is a credential."""
 OPTIONS_MARK = "?&"
 """Begins the options, even if there are none, after a name that looks as if it had some."""
-HIDDEN = "..."
 _SCHEME = r"([A-Za-z][A-Za-z0-9+.-]*)://"
 _ONE = r"\s*[\w.-]+\s*=[^&]*"
 _LIST = rf"{_ONE}(&{_ONE})*"
@@ -166,12 +167,16 @@ def address_problem(text: str) -> str | None:
     """Return why a text is rejected as an address, without its secrets; None if it is valid."""
     if found := Address.of(text):
         return found.problem
-    is_hidden = _MISTYPED.match(text) or (_WRAPPED.match(text) and redact(text) != text)
+    is_hidden = _MISTYPED.match(text) or (_WRAPPED.match(text) and _redact_addresses(text) != text)
     return _CREDENTIALS if is_hidden else None
 
 
 def redact(text: str) -> str:
-    """Return a text, such as a library's error, without options and secrets in its addresses."""
+    """Return a text, such as a library's error, without credentials and options of addresses."""
+    return hide_credentials(_redact_addresses(text))
+
+
+def _redact_addresses(text: str) -> str:
     text = _IN_TEXT.sub(lambda found: str(Address.of(found[0]) or found[0]), text)
     return _MISTYPED_IN_TEXT.sub(HIDDEN, text)
 
@@ -186,4 +191,4 @@ def without_secrets(value: Any) -> Any:
         return value
     if address := Address.of(value):
         return str(address)
-    return HIDDEN if _MISTYPED.match(value) else redact(value)
+    return HIDDEN if _MISTYPED.match(value) else _redact_addresses(value)

@@ -17,6 +17,9 @@ FAST_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 EXPONENT = re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$")
 MERGE = "tag:yaml.org,2002:merge"
 TOO_DEEP = "it is nested too deeply"
+ALIASED = 50_000
+"""Maximum values for which the aliases of a document stand: a few lines of aliases of aliases stand
+for billions."""
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 COMPARED = {f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "null", "timestamp")}
 """Tags of keys that can be written in several ways, such as 1 and 0x1."""
@@ -77,13 +80,13 @@ def describe_yaml_error(error: Exception) -> str:
 
 
 class _Checked:
-    """A mixin for loaders that rejects duplicate keys at any depth."""
+    """A mixin for loaders that rejects duplicate keys at any depth, and aliases of too much."""
 
     def get_node(self) -> Any:
-        return _check_unique_keys(super().get_node())  # type: ignore[misc]
+        return _checked(super().get_node())  # type: ignore[misc]
 
     def get_single_node(self) -> Any:
-        return _check_unique_keys(super().get_single_node())  # type: ignore[misc]
+        return _checked(super().get_single_node())  # type: ignore[misc]
 
 
 class _Loader(_Checked, yaml.SafeLoader):
@@ -107,27 +110,54 @@ _Loader.add_implicit_resolver("!plain-number", EXPONENT, list("-+.0123456789"))
 _Loader.add_constructor("!plain-number", _plain_number)
 
 
-def _check_unique_keys(root: Any) -> Any:
-    """Return the node of a document; raise DuplicateKeyError if a mapping has a duplicate key."""
+def _checked(root: Any) -> Any:
+    """Return the node of a document.
+
+    Raises:
+        DuplicateKeyError: a mapping has a duplicate key.
+        yaml.YAMLError: aliases stand for too much.
+    """
     found = [text for node in _mappings(root) for text in _duplicates(node)]
     if found:
         raise DuplicateKeyError("; ".join(found))
+    sizes: dict[int, int] = {}
+    whole = _size(root, sizes)
+    written = 1 + sum(len(_parts_of(node)) for node in _collections(root))
+    if whole - written > ALIASED:
+        text = f"its aliases stand for more than {ALIASED} values"
+        raise yaml.YAMLError(f"{text}; write out what it needs, without aliases of aliases")
     return root
 
 
+def _size(node: Any, sizes: dict[int, int]) -> int:
+    """Return the values below a node, those of an alias each time; a circle is counted once."""
+    if not isinstance(node, yaml.CollectionNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = 0
+        sizes[id(node)] = 1 + sum([_size(part, sizes) for part in _parts_of(node)])
+    return sizes[id(node)]
+
+
 def _mappings(root: Any) -> Iterator[yaml.MappingNode]:
-    """Yield all mappings below a node, each once, even if it has aliases."""
+    return (node for node in _collections(root) if isinstance(node, yaml.MappingNode))
+
+
+def _collections(root: Any) -> Iterator[yaml.CollectionNode]:
+    """Yield all mappings and lists below a node, each once, even if it has aliases."""
     seen, queue = set(), deque([root])
     while queue:
         node = queue.popleft()
-        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.CollectionNode) and id(node) not in seen:
+            seen.add(id(node))
             yield node
-            queue += [part for pair in node.value for part in pair]
-        else:
-            queue += node.value
+            queue += _parts_of(node)
+
+
+def _parts_of(node: yaml.CollectionNode) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value)
 
 
 def _duplicates(node: yaml.MappingNode) -> Iterator[str]:

@@ -67,7 +67,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if block.saved_as:
             file = folder / block.saved_as
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(block.text.replace("value: CLASS", "value: efs"))
+            text = block.text.replace("value: CLASS", "value: efs")
+            file.write_text(text.replace("your-bucket", "bucket"))
     for name, text in FILES.items():
         (folder / name).write_text(text)
     for line in lines():

@@ -11,7 +11,6 @@ import yaml
 from support.manifests import (
     CLUSTER,
     COMPONENTS,
-    FUSION,
     OVERLAYS,
     ROOT,
     Body,
@@ -19,9 +18,9 @@ from support.manifests import (
     objects,
     overlays_of,
     rendered,
+    run_of,
 )
 
-from wrpo_ray import config
 from wrpo_ray.kubernetes.check import check
 from wrpo_ray.text.documents import FAST_LOADER
 
@@ -52,9 +51,7 @@ def test_there_are_components_for_what_the_guide_tells():
 def test_an_overlay_with_a_component_has_no_problem(overlay: str, component: str, tmp_path: Path):
     file = tmp_path / "rendered.yaml"
     file.write_text(rendered(overlay, component))
-    demo = ROOT / "jobs" / "demo.yaml"
-    run = config.load(demo if overlay == "overlays/demo" else FUSION)
-    assert check([str(file)], run, crds()).problems == []
+    assert check([str(file)], run_of(overlay), crds()).problems == []
 
 
 @pytest.mark.parametrize(("overlay", "component"), PAIRS)

@@ -73,6 +73,19 @@ def test_what_a_store_does_not_take_is_tried_again(ray, tmp_path, monkeypatch):
     assert kept.read(f"{SESSION}/logs/raylet.out") == b"of logs/raylet.out\n"
 
 
+@pytest.mark.parametrize("name", [b"worker-\xff.err", b"a\nb.out", b"100% sure?.out"])
+def test_a_log_of_any_name_keeps_no_other_from_being_copied(ray, kept, name, capfd):
+    """Files are named by those that write them; the first of the folder has the odd name."""
+    odd = Path(os.fsdecode(os.fsencode(ray / SESSION / "logs") + b"/a-" + name))
+    odd.write_text("of the odd one\n")
+    keeper = LogKeeper(ray, kept)
+    keeper.copy_changed()
+    keeper.copy_changed()
+    assert kept.read(f"{SESSION}/logs/raylet.out") == b"of logs/raylet.out\n"
+    told = capfd.readouterr().err.splitlines()
+    assert all("is not copied yet" in line for line in told), "a line for each, whatever its name"
+
+
 def _fails(*_: object) -> None:
     raise OSError("the store is down")
 

@@ -499,8 +499,13 @@ def test_references_are_found_among_all_files(tmp_path: Path):
         "metadata": {"name": "wrpo-cache"},
     }
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "wrpo-credentials"}}
+    accounts = [
+        {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": f"wrpo-{name}"}}
+        for name in ("head", "worker")
+    ]
+    others = "\n---\n".join(map(json.dumps, [claim, secret, *accounts]))
     (tmp_path / "cluster.yaml").write_text(json.dumps(body))
-    (tmp_path / "others.yaml").write_text(f"{json.dumps(claim)}\n---\n{json.dumps(secret)}\n")
+    (tmp_path / "others.yaml").write_text(others)
     assert check([str(tmp_path)]).problems == []
 
 

@@ -28,6 +28,7 @@ from support.manifests import (
     overlays_of,
     ray_objects,
     rendered,
+    run_of,
 )
 
 from wrpo_ray import __version__, config
@@ -42,14 +43,11 @@ from wrpo_ray.runtime.metrics import COUNTERS, GAUGES
 from wrpo_ray.runtime.placement import NO_GPU_NODES, Pool
 from wrpo_ray.text.documents import FAST_LOADER
 
-JOBS = {"overlays/demo": ROOT / "jobs" / "demo.yaml"}
-"""The config that an overlay runs, where it is another than the job's."""
-
 
 def checked(folder: Path, overlay: str, schemas: Schemas | None) -> Report:
     file = folder / "rendered.yaml"
     file.write_text(rendered(overlay))
-    return check([str(file)], config.load(JOBS.get(overlay, FUSION)), schemas)
+    return check([str(file)], run_of(overlay), schemas)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -59,6 +59,50 @@ def run(root: Folder, session: str, error: BaseException | None = None) -> None:
             raise error
 
 
+class UnspeakableError(Exception):
+    """An error whose message cannot be made."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no")
+
+
+class OwnUnspeakableError(UnspeakableError, BudgetError):
+    """The same, of this project's kinds."""
+
+
+@pytest.mark.parametrize("kind", [UnspeakableError, OwnUnspeakableError])
+def test_an_error_without_a_message_ends_the_try_too(tmp_path, kind):
+    root = Folder(str(tmp_path / "run"))
+    with pytest.raises(kind):
+        run(root, "one", kind())
+    record = tries.last(root)
+    assert record["state"] == tries.FAILED
+    assert "its message cannot be shown (RuntimeError)" in record["reason"]
+
+
+@pytest.mark.parametrize(
+    "name", ["12", "00012", "x", "0012-000", "\u0661\u0662\u0663\u0664", "9" * 5000]
+)
+def test_a_file_with_a_name_that_no_try_has_is_passed_over(tmp_path, name, monkeypatch):
+    root = Folder(str(tmp_path / "run"))
+    run(root, "one")
+    files = Folder.files
+    monkeypatch.setattr(Folder, "files", lambda *a, **k: [*files(*a, **k), f"{name}.json"])
+    assert tries.last(root)["number"] == 1
+    run(root, "two")
+    assert tries.last(root)["number"] == 2
+
+
+def test_credentials_of_an_error_are_not_kept(tmp_path):
+    root = Folder(str(tmp_path / "run"))
+    with pytest.raises(RuntimeError):
+        run(
+            root, "one", RuntimeError("401: Authorization: Bearer Xyzzy0Plugh HF_TOKEN=Xyzzy0Plugh")
+        )
+    assert "Xyzzy0Plugh" not in text(root, "0001.json") + text(root, tries.log_name(1))
+    assert "401" in tries.last(root)["reason"]
+
+
 def test_each_try_keeps_its_state_and_its_log(root):
     assert tries.last(root) is None
     with pytest.raises(BudgetError):

@@ -243,6 +243,47 @@ def test_a_debt_ends_and_a_new_key_has_none():
     asyncio.run(run())
 
 
+def test_a_debt_is_bounded_while_its_key_stays():
+    """Of a key that always has one waiting: it does not come anew, which bounds a debt, too."""
+
+    async def run() -> None:
+        crowd = Crowded(places=1)
+        for key in ("heavy", "heavy", *"ABC" * 200):
+            crowd.come(key)
+        await settled()
+        await crowd.leave(seconds=7200)
+        before = len(crowd.served)
+        while "heavy" not in crowd.served[before:]:
+            await crowd.leave()
+        assert len(crowd.served[before:]) <= 3 * fairness.DEBT + 3
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
+def test_a_key_that_was_served_for_long_owes_little_when_it_comes_back():
+    """Beside a key that never came before, after both have left."""
+
+    async def run() -> None:
+        crowd = Crowded(places=1)
+        for key in "AB" * 20:
+            crowd.come(key)
+        await settled()
+        while crowd.holding:
+            await crowd.leave(seconds=1000)
+        for _ in range(300):
+            crowd.come("new")
+        crowd.come("A")
+        await settled()
+        before = len(crowd.served)
+        while "A" not in crowd.served[before:]:
+            await crowd.leave()
+        assert len(crowd.served[before:]) <= fairness.DEBT + 3
+        await _all_leave(crowd)
+
+    asyncio.run(run())
+
+
 async def _all_leave(crowd: Crowded) -> None:
     while crowd.holding:
         await crowd.leave()

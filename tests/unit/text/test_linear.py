@@ -23,6 +23,7 @@ from wrpo_ray.stages.evaluate import arena_hard, mt_bench, protocols
 from wrpo_ray.stages.ingest import cells
 from wrpo_ray.stages.score import judge, verifiers
 from wrpo_ray.text import addresses, display
+from wrpo_ray.text.credentials import hide_credentials
 
 PACKAGE = Path(__file__).parents[3] / "wrpo_ray"
 SIZES = 1000, 8000
@@ -84,6 +85,22 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "serve.bounds.BRACKET": (_body, ("[", "]", "{", "}", '"', "\\", '\\"', "a", ":", ",")),
     "serve.bounds.PART": (bounds.expansion, ("(", ")", "[", "]", "\\", "\\u{", "{9}", "{", "a")),
     "text.addresses._IN_TEXT": (addresses.redact, ("a", "b1", "QmFzZTY0", "-", " ")),
+    "text.credentials._HEADERS": (
+        hide_credentials,
+        ("Authorization", ":", "'", "\\", " ", "basic ", "a", ",", ", a=", '"', ", a=b"),
+    ),
+    "text.credentials._SCHEMES": (
+        hide_credentials,
+        ("Bearer", " ", "\t", "a", "A1", "-", "Basic ", "=", "\n"),
+    ),
+    "text.credentials._NAMED": (
+        hide_credentials,
+        ("A", "_KEY", "_TOKEN", "=", ": ", "'", '"', "api_key", "a", "1", "\\", "password"),
+    ),
+    "text.credentials._TOKENS": (
+        hide_credentials,
+        ("hf_", "sk-", "wrpo-", "eyJ", ".", "a", "A", "1", "-", "_", "\\n"),
+    ),
     "text.display._MARKDOWN": (display.markdown, ("`", "\\", "|", "]", "](", "*", "a", "<")),
     "text.display._FENCE": (display.fenced, ("`", "```", "a", "\n")),
 }
@@ -99,6 +116,7 @@ ELSEWHERE = {
     "llm.endpoint_client": "a status code, compared as a whole",
     "llm.special_tokens": "texts, but the expression is a choice between fixed words",
     "planning.rates": "names of models",
+    "runtime.tries": "names of files",
     "report.plots": "pictures that Matplotlib drew",
     "serve.adapters": "names of weights",
     "serve.errors": "messages of the engine",
@@ -108,10 +126,10 @@ ELSEWHERE = {
     "serve.keys": "the file of keys",
     "stages.evaluate.benchmarks": "files of a benchmark",
     "stages.ingest.cells._holds_more": "the beginning of a file of prompts",
-    "stages.score.sandbox": "names of environment variables",
     "stages.train.probe": "keys of a model's config",
     "storage": "names of files and models",
     "text.addresses": "addresses, and errors, which quote a model in 200 characters at most",
+    "text.credentials.SECRET_NAME": "names of environment variables",
     "text.documents": "numbers in YAML",
     "zoo.skills": "its own phrases",
 }

@@ -11,7 +11,6 @@ that searches it for the token of a finished run, or returns objects equal to an
 
 import marshal
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import wrpo_ray
 from wrpo_ray.config import CodeConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.score import sandbox_process, sandbox_watch
+from wrpo_ray.text.credentials import SECRET_NAME
 
 SLACK = 60.0
 """Seconds beyond the longest run after which the sandbox process itself counts as hung."""
@@ -30,8 +30,6 @@ SCRIPT = """import sys
 sys.path.insert(0, sys.argv[1])
 from wrpo_ray.stages.score.sandbox_process import main
 sys.exit(main())"""
-SECRET = re.compile("(KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASS|CREDENTIALS)(_ID)?$", re.IGNORECASE)
-"""The end of the names of variables that hold secrets."""
 
 
 class SandboxError(RuntimeError):
@@ -141,7 +139,7 @@ class Sandbox:
 
 def _refuse_secrets() -> None:
     """Raise a UserError if a program could read secrets in the environment of this process."""
-    names = sorted(name for name, value in os.environ.items() if value and SECRET.search(name))
+    names = sorted(name for name, value in os.environ.items() if value and SECRET_NAME.search(name))
     if names and os.geteuid() != 0:
         raise UserError(
             f"verifier code: with code.isolation: limits, programs could read {', '.join(names)} "
