@@ -218,10 +218,12 @@ def explain_errors(repo: str, revision: str | None) -> Iterator[None]:
         )
     except RepositoryNotFoundError:
         lack, key = (
-            ("no data set", "path") if is_data else ("no such folder, and no model", "model")
+            ("no data set that", "path")
+            if is_data
+            else ("no such folder, and no model that", "model")
         )
         problem = (
-            f"{lack} that {constants.ENDPOINT} shows to this account; "
+            f"{lack} {constants.ENDPOINT} shows to this account; "
             f"correct `{key}`, or set HF_TOKEN, on every node, if it is private"
         )
     except RevisionNotFoundError:
