@@ -102,6 +102,25 @@ def _answers(url: str) -> bool:
         return False
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A running hub that this process and those it starts speak with."""
+    from huggingface_hub import constants
+    from support.hub_server import serve
+
+    with serve() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.setenv("WRPO_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
 @pytest.fixture(scope="session")
 def head() -> Iterator[Any]:
     """A running cluster of one node with two CPUs (`support.ray_head.RayHead`)."""

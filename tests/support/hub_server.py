@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-API = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
+API = re.compile(
+    r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?"
+)
 FILE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 CHECK = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)/auth-check.*")
 WRITE = re.compile(r"/api/(?:models/|(datasets/))([^/]+/[^/]+)/(preupload|commit)/main")
 LFS = re.compile(r"/(?:datasets/)?[^/]+/[^/]+\.git/info/lfs/objects/batch")
+RANGE = re.compile(r"bytes=(\d+)-(\d+)?")
 WRITER = "Bearer hf_writer"
 """What may make and write repositories."""
 
@@ -59,6 +62,8 @@ class Hub:
     """Commits to come that are refused."""
     tokens: set[str | None] = field(default_factory=set)
     """The Authorization headers seen."""
+    sent: int = 0
+    """Bytes of files that were sent."""
     pause: float = 0.0
     """Seconds between pieces of a large file."""
     spoil: str = ""
@@ -192,13 +197,13 @@ class _Handler(BaseHTTPRequestHandler):
             repo = self.hub.repos[(match[1] or "") + match[2]]
             self._refuse(403, "") if repo.is_others else self._json({})
         elif match := API.fullmatch(path):
-            self._api((match[1] or "") + match[2], match[3], match[4] or "main")
+            self._api((match[1] or "") + match[2], match[3], match[4] or "main", match[5] or "")
         elif match := FILE.fullmatch(path):
             self._file(*match.groups())
         else:
             self._refuse(404, "EntryNotFound")
 
-    def _api(self, name: str, kind: str | None, revision: str) -> None:
+    def _api(self, name: str, kind: str | None, revision: str, folder: str) -> None:
         repo = self.hub.repos.get(name)
         if repo is None:
             return self._refuse(401, "RepoNotFound")
@@ -206,10 +211,25 @@ class _Handler(BaseHTTPRequestHandler):
         if commit not in repo.commits:
             return self._refuse(404, "RevisionNotFound")
         if kind == "tree":
-            tree = [_entry(path, data) for path, data in repo.commits[commit].items()]
-            return self._send(json.dumps(tree).encode())
+            return self._tree(repo.commits[commit], folder)
         about = {"id": name, "sha": commit, "siblings": [], "private": repo.is_private}
         return self._send(json.dumps(about).encode())
+
+    def _tree(self, files: dict[str, bytes], folder: str) -> None:
+        start = f"{folder}/" if folder else ""
+        under = {path: data for path, data in files.items() if path.startswith(start)}
+        if not under:
+            return self._refuse(404, "EntryNotFound")
+        if "recursive=True" in self.path:
+            return self._json([_entry(path, data) for path, data in under.items()])
+        names = {path.removeprefix(start).partition("/")[0]: None for path in under}
+        direct = [
+            _entry(path, files[path])
+            if (path := start + name) in files
+            else {"type": "directory", "path": path, "oid": "0" * 40, "size": 0}
+            for name in names
+        ]
+        return self._json(direct)
 
     def _file(self, name: str, commit: str, path: str) -> None:
         repo = self.hub.repos[name]
@@ -221,7 +241,19 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{_etag(path, data)}"', "X-Repo-Commit": commit}
         if path == self.hub.spoil and self.command == "GET":
             data = data[:-1] + bytes([data[-1] ^ 1])
+        if self.command == "GET" and "Range" not in self.headers:
+            self.hub.sent += len(data)
+        if asked := RANGE.fullmatch(self.headers.get("Range", "")):
+            return self._part(data, int(asked[1]), int(asked[2] or len(data) - 1), headers)
         return self._send(data, headers)
+
+    def _part(self, data: bytes, start: int, last: int, headers: dict[str, str]) -> None:
+        if start >= len(data):
+            return self._refuse(416, "")
+        part = data[start : last + 1]
+        self.hub.sent += len(part)
+        place = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
+        return self._send(part, headers | {"Content-Range": place}, 206)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(b"", {"X-Error-Code": code, "X-Error-Message": code}, status)

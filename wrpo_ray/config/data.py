@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from wrpo_ray.config.base import PLACEMENT, Name, Section
+from wrpo_ray.text.addresses import without_secrets
 
 
 class Columns(Section):
@@ -29,7 +30,26 @@ class Columns(Section):
         return [c for c in (self.reference, self.group) if c]
 
 
-class PromptsConfig(Section):
+class InputFiles(Section):
+    """Files of rows."""
+
+    path: str
+    """A JSONL or Parquet file, or a folder of them."""
+    revision: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """Branch, tag or commit of a data set on the hub (`path: hf://datasets/org/name`); null is the
+    main branch. An output keeps the commit that its first run began with."""
+
+    @model_validator(mode="after")
+    def _revision_of_hub(self) -> Self:
+        if self.revision is not None and not self.path.startswith("hf://"):
+            raise ValueError(
+                f"revision: {without_secrets(self.path)} is no data set of the hub; only "
+                f"hf://datasets/org/name has one"
+            )
+        return self
+
+
+class PromptsConfig(InputFiles):
     """The file of prompts that the models answer.
 
     Example:
@@ -38,7 +58,8 @@ class PromptsConfig(Section):
     """
 
     path: str
-    """A JSONL or Parquet file, or a folder of them, local or in an object store. Write the name
+    """A JSONL or Parquet file, or a folder of them, local or in an object store, or of a data set
+    on the Hugging Face hub, such as `hf://datasets/org/name/data/train-*.parquet`. Write the name
     without URL escapes."""
     columns: Columns = Columns()
     """Column names in the file."""
@@ -63,11 +84,11 @@ class ResponseColumns(Columns):
     """The answer's score, a finite number, higher is better; with `format: candidates` a list."""
 
 
-class ImportConfig(Section):
+class ImportConfig(InputFiles):
     """Existing scored answers or preference rows, used instead of generated ones."""
 
     path: str
-    """A JSONL or Parquet file, or a folder of them."""
+    """A JSONL or Parquet file, or a folder of them, as `prompts.path`."""
     format: Literal["responses", "candidates", "preferences"] = "responses"
     """`responses`: one scored answer per row. `candidates`: all answers of a model to a prompt in
     one row, {prompt, all_generated_responses: [text, ...], all_rm_scores: [number, ...]}, as in

@@ -134,8 +134,8 @@ class ModelConfig(Section):
     endpoint: EndpointConfig | None = None
     """The server that hosts the model; null loads it into vLLM."""
     revision: str | None = Field(None, json_schema_extra=PLACEMENT)
-    """Branch, tag or commit of a hub id; null is the main branch. A run uses the commit that it
-    points to when the run starts."""
+    """Branch, tag or commit of a hub id; null is the main branch. An output keeps the
+    commit that its first run began with."""
     trust: Literal["pickle"] | None = Field(None, json_schema_extra=PLACEMENT)
     """`pickle` allows weights in PyTorch's pickled form (*.bin), a format that can hold code; null
     takes safetensors only. Code in a model's folder never runs."""

@@ -10,10 +10,10 @@ import pyarrow as pa
 from wrpo_ray.config import Config, ImportConfig, PromptsConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.ingest.cells import READING, beginnings_are, hold_more_than_text
-from wrpo_ray.stages.ingest.readers import input_files
+from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.stages.pair.overlap import are_unspaced
 from wrpo_ray.storage.fingerprints import data_fingerprint
-from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.steps import Step
 
 Input = PromptsConfig | ImportConfig
@@ -37,7 +37,10 @@ class Inputs:
         with _naming_section(section, given):
             files = [] if self._is_unknown(given) else input_files(given.path, section)
             content = data_fingerprint(files) if files else given.path
-            has_more = hold_more_than_text(files, given.columns.of_text, content)
+            # nothing was made of a data set on the hub before there was this version
+            is_on_hub = given.path.startswith(HUB_SCHEME)
+            texts = given.columns.of_text
+            has_more = is_on_hub or hold_more_than_text(files, texts, content)
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
         read |= {"cells": READING} if has_more else {}
         return Step(name, read | config, inputs)
@@ -52,12 +55,14 @@ class Inputs:
         with _naming_section(section, given):
             if self._is_unknown(given):
                 return False
+            if given.path.startswith(HUB_SCHEME):
+                return True  # it is asked for results that were made in another way before
             files = input_files(given.path, section)
             content = step.config["path"]
             return beginnings_are(are_unspaced, files, given.columns.prompt, content)
 
     def _is_unknown(self, given: Input) -> bool:
-        return self.for_plan and not Folder(given.path).exists()
+        return self.for_plan and not exist(given.path)
 
     def _section(self, given: Input) -> str:
         """The section of the config that names the files."""

@@ -1,22 +1,74 @@
-"""Applies a change, such as pinning to a commit, to every section that names a model."""
+"""Applies a change, such as pinning to a commit, to every section that names models or files."""
 
 from collections.abc import Callable
 from typing import Any
 
-from wrpo_ray.config import Config, ModelConfig, ScoreConfig
+from wrpo_ray.config import Config, ImportConfig, ModelConfig, PromptsConfig, ScoreConfig
 from wrpo_ray.llm import resolve
-from wrpo_ray.llm.architecture import Use
+from wrpo_ray.llm.architecture import Use, telling_of
 from wrpo_ray.llm.resolve import resolved_model
 from wrpo_ray.stages.score.check import resolved_reward
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
+from wrpo_ray.storage.hub import Pins
+
+PINS = "pins.json"
+"""File of an output: the commits that its first run began with, for later ones (`hub.Pins`)."""
+Input = PromptsConfig | ImportConfig
+
+
+def read_pins(output: str) -> Pins:
+    """The pins of an output; none if it has no run.
+
+    Raises:
+        BrokenFileError: the file holds something else.
+    """
+    root = Folder(output)
+    return root.read_record(PINS) if root.exists(PINS) else {}
+
+
+def keep_pins(root: Folder, pins: Pins) -> None:
+    """Add pins to those of an output."""
+    if pins and not root.holds_json(PINS, known := read_pins(root.uri) | pins):
+        root.write_json(PINS, known)
 
 
 def pinned(config: Config) -> Config:
-    """The config with every hub id pinned to its current commit.
+    """The config with models and data sets of the hub pinned to the commits of its output.
 
     Raises:
-        UserError: a model cannot be found.
+        UserError: a model or data set cannot be found.
     """
-    return map_models(config, resolve.pinned)
+    pins = read_pins(config.output)
+    config = map_models(config, lambda what, model: resolve.pinned(what, model, pins))
+    return map_inputs(config, lambda what, given: pinned_input(what, given, pins))
+
+
+def map_inputs(config: Config, change: Callable[[str, Any], Any]) -> Config:
+    """The config with each section that names files of rows changed: `change(what, section)`."""
+    inputs: dict[str, Any] = {}
+    if config.prompts:
+        inputs["prompts"] = change("prompts", config.prompts)
+    if config.existing:
+        inputs["existing"] = change("import", config.existing)
+    if config.evaluate and config.evaluate.prompts:
+        held_out = change("evaluate.prompts", config.evaluate.prompts)
+        inputs["evaluate"] = config.evaluate.model_copy(update={"prompts": held_out})
+    return config.model_copy(update=inputs)
+
+
+def pinned_input(what: str, given: Input, pins: Pins | None = None) -> Input:
+    """The section of input files with a data set of the hub at its commit (`hub.commit_of`).
+
+    Raises:
+        UserError: the hub does not know the data set, or denies access.
+    """
+    if not given.path.startswith(HUB_SCHEME):
+        return given
+    from wrpo_ray.storage.hub_data import pinned_path
+
+    with telling_of(what):
+        path = pinned_path(given.path, given.revision, pins)
+    return given.model_copy(update={"path": path, "revision": None})
 
 
 def map_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
@@ -47,12 +99,13 @@ def _changed(change: Callable[[str, Any], Any], what: str, model: ModelConfig) -
     return model if model.endpoint else change(what, model)
 
 
-def resolved(what: str, section: Any) -> Any:
+def resolved(what: str, section: Any, pins: Pins | None = None) -> Any:
     """The section with its model pinned to a commit, and checked for its use in the chain.
 
     Raises:
         UserError: the model cannot be found or used.
     """
     if isinstance(section, ScoreConfig):
-        return resolved_reward(what, section)
-    return resolved_model(what, section, Use.TRAINED if what == "target" else Use.ANSWERS)
+        return resolved_reward(what, section, pins)
+    use = Use.TRAINED if what == "target" else Use.ANSWERS
+    return resolved_model(what, section, use, pins)

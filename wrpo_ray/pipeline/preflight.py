@@ -4,20 +4,30 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import Config, EndpointConfig, ImportConfig, PromptsConfig, ScoreConfig
+from wrpo_ray.config import Config, EndpointConfig, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward
-from wrpo_ray.pipeline.model_sections import map_models, resolved
-from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
+from wrpo_ray.pipeline.model_sections import (
+    Input,
+    map_inputs,
+    map_models,
+    pinned_input,
+    read_pins,
+    resolved,
+)
+from wrpo_ray.stages.ingest.readers import check_inputs
 from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
+from wrpo_ray.storage.hub import Pins
 from wrpo_ray.text.addresses import redact
 
 
-def preflight(config: Config) -> Config:
-    """Run all checks, and return the config with every hub id pinned to its current commit.
+def preflight(config: Config, pins: Pins | None = None) -> Config:
+    """Run all checks, and return the config with models and data sets of the hub at their commits.
+
+    `pins` gets the commits: those that the output keeps, and the current ones of others.
 
     Raises:
         UserError: with one line for each problem.
@@ -33,7 +43,10 @@ def preflight(config: Config) -> Config:
             problems.append(f"cannot be read: {' '.join(redact(str(error)).split())}")
         return None
 
-    config = map_models(config, lambda what, model: attempt(resolved, what, model) or model)
+    pins = {} if pins is None else pins
+    pins |= attempt(read_pins, config.output) or {}
+    config = map_models(config, lambda what, model: attempt(resolved, what, model, pins) or model)
+    config = map_inputs(config, lambda what, one: attempt(_checked_input, what, one, pins) or one)
     for check in _checks(config):
         attempt(check)
     if problems:
@@ -55,12 +68,13 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
         yield partial(_check_scorer, part)
     yield partial(check_patterns, config.answers.refusal_patterns)
-    for what, given in (("prompts", config.prompts), ("import", config.existing)):
-        if given:
-            yield partial(_check_input, what, given)
-    if asked and (held_out := asked.prompts):
-        yield partial(_check_input, "evaluate.prompts", held_out)
     yield partial(check_writable, Folder(config.output))
+
+
+def _checked_input(what: str, given: Input, pins: Pins) -> Input:
+    found = pinned_input(what, given, pins)
+    check_inputs(found.path, found.needed, what)
+    return found
 
 
 def _check_scorer(part: ScoreConfig) -> None:
@@ -79,10 +93,3 @@ def _check_key(what: str, endpoint: EndpointConfig) -> None:
 
     with telling_of(f"{what}.endpoint"):
         read_key(endpoint)
-
-
-def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:
-    files = input_files(given.path, what)
-    for uri in files:
-        check_columns(uri, given.needed, what)
-    check_some_rows(files, what)

@@ -13,6 +13,7 @@ from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.model_sections import keep_pins
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.pipeline.summary import (
@@ -31,6 +32,7 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.hub import Pins
 from wrpo_ray.storage.steps import Step
 
 Planner = Callable[[Config, Folder, list["Stage"]], dict[str, dict[str, Any]]]
@@ -52,14 +54,15 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
         >>> [step["step"] for step in summary["steps"]]  # doctest: +SKIP
         ['prompts', 'generate-qwen', 'score-reward-qwen', 'select', ...]
     """
-    chain = Chain(preflight(config), until)
+    pins: Pins = {}
+    chain = Chain(preflight(config, pins), until)
     stages, root = chain.build(), chain.root
     described = outline_of(chain)
     reporter = Reporter(partial(_report, root, described) if config.report else lambda _: None)
     if all(step.is_done(root) for stage in stages for step in stage.steps):
         log(f"all steps are done in {root}")
     else:
-        with _reporting(reporter), session(config, root) as run, reporter:
+        with _reporting(reporter), session(config, root, pins) as run, reporter:
             _begin(chain, described, planner)
             run_stages(run, stages, reporter.tell)
     summary = summarise(chain, stages)
@@ -73,8 +76,10 @@ def fuse(config: Config, until: str = STAGES[-1], planner: Planner | None = None
 
 
 @contextmanager
-def session(config: Config, root: Folder) -> Iterator[Run]:
+def session(config: Config, root: Folder, pins: Pins) -> Iterator[Run]:
     """Hold the lease of the output and a connection to Ray; state and log go to the output.
+
+    The output keeps the pins, so that a run that resumes has the same models and files.
 
     Raises:
         WrpoError: another run holds the output, its budget is spent, or Ray cannot be reached.
@@ -97,6 +102,7 @@ def session(config: Config, root: Folder) -> Iterator[Run]:
         Ledger(root, config.prices, config.budget) as ledger,
     ):
         ledger.check()
+        keep_pins(root, pins)
         cluster.connect(config.cluster, root, run.session)
         try:
             cluster.check_reachable(Folder(config.output))

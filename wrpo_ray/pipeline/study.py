@@ -22,6 +22,7 @@ from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.evaluate.variants import TABLE, TrainedVariant, VariantTable
 from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.hub import Pins
 from wrpo_ray.storage.steps import Step
 
 RESULT = "study.json"
@@ -141,6 +142,8 @@ class Case:
     table: VariantTable
     root: Folder
     paths: list[Path] = field(default_factory=list)
+    pins: Pins = field(default_factory=dict)
+    """Commits of models and data sets of the hub."""
 
     @staticmethod
     def of(settings: StudyConfig, name: str, variants: Sequence[str]) -> Case:
@@ -149,7 +152,8 @@ class Case:
         Raises:
             UserError: with one line for each problem of a config.
         """
-        configs = {v: preflight(study_config(settings, name, v)) for v in variants}
+        pins: Pins = {}
+        configs = {v: preflight(study_config(settings, name, v), pins) for v in variants}
         fingerprints: dict[str, str] = {}
         models, paths, prompts = [], [], set()
         for variant, config in configs.items():
@@ -169,13 +173,13 @@ class Case:
         contrasts = tuple(c for c in settings.contrasts if set(c) <= known)
         first = next(iter(configs.values()))
         root = Folder(first.output).absolute()
-        return Case(first, VariantTable(tuple(models), contrasts), root, paths)
+        return Case(first, VariantTable(tuple(models), contrasts), root, paths, pins)
 
     def run(self) -> dict[str, Any]:
         """Run the missing steps and return the table."""
         step = self.table.step
         if not step.is_done(self.root):
-            with session(self.config, self.root) as run:
+            with session(self.config, self.root, self.pins) as run:
                 run_waves(run, self.paths)
                 log(f"{step.name}: comparing {len(self.table.models)} models")
                 self.table.run(run, [self.table])

@@ -27,7 +27,7 @@ from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
 from wrpo_ray.stages.generate.stage import Generate
-from wrpo_ray.stages.ingest.readers import input_files
+from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.stages.train.stage import Train
@@ -40,7 +40,7 @@ SHARDS = 32
 METRICS = "metrics.jsonl"
 KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
 """Fields of a work that the report shows."""
-BLOCK = 16 * 2**20
+BLOCK, HEAD = 16 * 2**20, 2**20
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
 J = TypeVar("J")
@@ -270,7 +270,7 @@ class _Estimator:
         return {}
 
     def _count_input(self, path: str, what: str) -> int:
-        if not Folder(path).exists():
+        if not exist(path):
             if self.config.plan.prompts is None:
                 raise UserError(f"{what}: no such file: {path}; or give its rows as plan.prompts")
             return self.config.plan.prompts
@@ -368,10 +368,17 @@ def _of_engine(model: ModelConfig) -> Actors:
 
 
 def count_rows(uri: str) -> int:
-    """Rows of a Parquet file by its footer, lines of a JSONL file by its newlines."""
+    """Rows of a Parquet file by its footer, lines of a JSONL file by its newlines.
+
+    Of a large file in a store, by its size and the length of its first lines.
+    """
     file = Folder(uri)
     if str(file).endswith(".parquet"):
         return int(ds.dataset(file.path, filesystem=file.filesystem, format="parquet").count_rows())
+    if file.is_remote and file.size > BLOCK:
+        with file.filesystem.open_input_file(file.path) as stream:
+            first = stream.read(HEAD)
+        return round(file.size * max(1, int(first.count(b"\n"))) / len(first))
     lines, last = 0, b"\n"
     with file.filesystem.open_input_stream(file.path) as stream:
         while block := stream.read(BLOCK):

@@ -39,7 +39,13 @@ def distinguish_bom(key: str, template: Folder) -> str:
 
 
 def data_fingerprint(uris: Iterable[str]) -> str:
-    """Return 16 hex digits over data files, so that an edited file is a new input."""
+    """Return 16 hex digits over data files, so that an edited file is a new input.
+
+    Files of a data set on the hub are known by its commit, which is in their addresses.
+    """
+    uris = list(uris)
+    if all(uri.startswith(HUB_SCHEME) for uri in uris):
+        return digest(uris, 16)
     files = [Folder(uri) for uri in uris]
     return digest([[str(f).rsplit("/", 1)[-1], _digest(f, _whole)] for f in files], 16)
 

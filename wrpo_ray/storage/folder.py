@@ -29,6 +29,8 @@ from wrpo_ray.text.addresses import Address, address_problem, redact, without_se
 
 HUB_SCHEME = "hf://"
 """Scheme of the address of a model on the Hugging Face hub (see `hub`)."""
+DATASET_SCHEME = f"{HUB_SCHEME}datasets/"
+"""Begins the address of files of a data set there, which are only read (see `hub_data`)."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,6 +59,10 @@ class Folder:
     def _opened(self) -> tuple[pafs.FileSystem, str]:
         if self._address is None:
             return pafs.LocalFileSystem(), os.path.abspath(self._local_path)
+        if self.uri.startswith(DATASET_SCHEME):
+            from wrpo_ray.storage import hub_data  # its client takes a moment to import
+
+            return hub_data.open_store(self.uri)
         quoted = replace(self._address, name=quote(self._address.name))  # a URI is escaped
         try:
             filesystem, path = pafs.FileSystem.from_uri(quoted.whole)

@@ -1,5 +1,7 @@
 """Models of the Hugging Face hub: ids, commits of revisions, and their files on a node.
 
+Its data sets are in `hub_data`, with the same errors.
+
 huggingface_hub talks to the hub, and reads the token from the environment (HF_TOKEN); nothing here
 sees it. The driver resolves a revision once; from then on a model is identified by its commit. A
 complete model in the user's own cache (HF_HOME) is used in place and never evicted.
@@ -24,6 +26,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
     RevisionResolutionError,
@@ -40,6 +43,10 @@ ID = re.compile(
     rf"(?P<scheme>{HUB_SCHEME})?(?P<repo>\w[\w.-]*/[\w.-]+)(?(scheme)(?:@(?P<at>[\w.-]+))?)"
 )
 """`org/name`, `hf://org/name` or `hf://org/name@revision`."""
+DATASETS = "datasets/"
+"""Begins the name of a data set's repository, where a model's is `org/name`."""
+Pins = dict[str, str]
+"""{repository@revision: commit}"""
 STREAMS = 8
 """Files downloaded at once."""
 
@@ -93,7 +100,7 @@ class HubModel:
         if found := self._in_users_cache():
             return found, [file.name for file in found.iterdir()]
         cache = node_cache().folder / "hub"
-        with _explain_errors(self.repo, self.commit):
+        with explain_errors(self.repo, self.commit):
             folder = self._download(["config.json"], cache_dir=cache)  # and the list of files
             tree = get_cached_repo_tree(self.repo, revision=self.commit, cache_dir=cache)
             names = [file.path for file in tree]
@@ -103,14 +110,14 @@ class HubModel:
 
     def sizes(self) -> dict[str, int]:
         """Return {name: bytes} of the files that an engine needs."""
-        with _explain_errors(self.repo, self.commit):
+        with explain_errors(self.repo, self.commit):
             tree = HfApi().list_repo_tree(self.repo, recursive=True, revision=self.commit)
             sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
         return {name: sizes[name] for name in engine_files(sizes)}
 
     def fetch(self, sizes: dict[str, int], to: Path) -> None:
         """Download and verify files; complete ones of an interrupted attempt are kept."""
-        with _explain_errors(self.repo, self.commit):
+        with explain_errors(self.repo, self.commit):
             self._download([glob.escape(name) for name in sizes], local_dir=to)
             checked = HfApi().verify_repo_checksums(self.repo, revision=self.commit, local_dir=to)
         spoilt = [mismatch["path"] for mismatch in checked.mismatches]
@@ -153,10 +160,8 @@ def is_hub_id(model: str) -> bool:
     return ID.fullmatch(model) is not None and not os.path.isdir(model)
 
 
-def resolve_address(model: str, revision: str | None) -> str:
-    """Return a hub id's address at its current commit; another `model` is returned as it is.
-
-    Without a network a commit is used as it is, and a branch or tag at the last known commit.
+def resolve_address(model: str, revision: str | None, pins: Pins | None = None) -> str:
+    """Return a hub id's address at its commit (`commit_of`); another `model` is returned as it is.
 
     Raises:
         UserError: the hub does not know the model or denies access, or a folder has a revision.
@@ -167,17 +172,43 @@ def resolve_address(model: str, revision: str | None) -> str:
         return model
     match = ID.fullmatch(model)
     assert match is not None
-    repo, at = match["repo"], match["at"]
+    revision = one_revision(model, match["at"], revision)
+    return HubModel(match["repo"], commit_of(match["repo"], revision, pins)).uri
+
+
+def one_revision(address: str, at: str | None, revision: str | None) -> str | None:
+    """Return the revision of an address, which may be after its `@` or in the field.
+
+    Raises:
+        UserError: both are given, and differ.
+    """
     if at is not None and revision not in (None, at):
-        raise UserError(f"revision: {model} has one already; drop it, or {revision!r}")
-    with _explain_errors(repo, at or revision):
-        commit = HfApi().resolve_revision(repo, revision=at or revision).resolved
-    return HubModel(repo, commit).uri
+        raise UserError(f"revision: {address} has one already; drop it, or {revision!r}")
+    return at or revision
+
+
+def commit_of(repo: str, revision: str | None, pins: Pins | None = None) -> str:
+    """Return the commit of a repository's revision: of `pins`, or the current one, added to them.
+
+    Without a network a commit is used as it is, and a branch or tag at the last known commit.
+
+    Raises:
+        UserError: the hub does not know the repository or revision, or denies access.
+    """
+    pins = {} if pins is None else pins
+    request = f"{repo}@{revision or constants.DEFAULT_REVISION}"
+    if request not in pins:
+        name, kind = repo.removeprefix(DATASETS), "dataset" if repo.startswith(DATASETS) else None
+        with explain_errors(repo, revision):
+            found = HfApi().resolve_revision(name, repo_type=kind, revision=revision)
+        pins[request] = found.resolved
+    return pins[request]
 
 
 @contextmanager
-def _explain_errors(repo: str, revision: str | None) -> Iterator[None]:
+def explain_errors(repo: str, revision: str | None) -> Iterator[None]:
     """Turn errors of the hub into a UserError of one line with the remedy."""
+    is_data = repo.startswith(DATASETS)
     try:
         yield
     except GatedRepoError:
@@ -186,13 +217,23 @@ def _explain_errors(repo: str, revision: str | None) -> Iterator[None]:
             f"every node, to a token of the account that did"
         )
     except RepositoryNotFoundError:
+        lack, key = (
+            ("no data set that", "path")
+            if is_data
+            else ("no such folder, and no model that", "model")
+        )
         problem = (
-            f"no such folder, and no model that {constants.ENDPOINT} shows to this account; "
-            f"correct `model`, or set HF_TOKEN, on every node, if it is private"
+            f"{lack} {constants.ENDPOINT} shows to this account; "
+            f"correct `{key}`, or set HF_TOKEN, on every node, if it is private"
         )
     except RevisionNotFoundError:
         problem = f"has no revision {revision!r}; give a branch, tag or commit that it has"
-    except (RevisionResolutionError, LocalEntryNotFoundError, CachedRepoTreeNotFoundError) as error:
+    except (
+        RevisionResolutionError,
+        LocalEntryNotFoundError,
+        CachedRepoTreeNotFoundError,
+        OfflineModeIsEnabled,
+    ) as error:
         problem = _unreachable(repo, revision, error)
     except HfHubHTTPError as error:
         problem = _refused(error)
@@ -206,11 +247,17 @@ def _explain_errors(repo: str, revision: str | None) -> Iterator[None]:
 
 
 def _unreachable(repo: str, revision: str | None, error: Exception) -> str:
-    wanted = repo if revision is None else f"{repo} --revision {revision}"
     if constants.HF_HUB_OFFLINE:
         reason = "HF_HUB_OFFLINE is set"
     else:
         reason = f"{constants.ENDPOINT} does not answer ({_first_line(error.__cause__ or error)})"
+    wanted = repo if revision is None else f"{repo} --revision {revision}"
+    if repo.startswith(DATASETS):
+        wanted = f"{wanted.removeprefix(DATASETS)} --repo-type dataset --local-dir FOLDER"
+        return (
+            f"cannot be read while {reason}; put that right, or run `hf download {wanted}` where "
+            f"there is a network, and give the folder"
+        )
     return (
         f"no such folder, and the cache does not have it as a hub id while {reason}; put that "
         f"right, run `hf download {wanted}` where there is a network, or give a folder"

@@ -16,7 +16,6 @@ import pytest
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.hub_server import serve
 from support.tiny_models import make_model, write_model
 
 from wrpo_ray.config import Config, ModelConfig, serving
@@ -79,22 +78,6 @@ def _no_holds():
 def model(tmp_path_factory) -> Path:
     """A tiny model's folder."""
     return write_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """A running hub that this process and those it starts speak with."""
-    with serve() as server:
-        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf" / "hub"))
-        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-        monkeypatch.setenv("WRPO_CACHE", str(tmp_path / "cache"))
-        yield server
 
 
 def fetching(folder: Folder, code: str = FETCH) -> subprocess.Popen[str]:

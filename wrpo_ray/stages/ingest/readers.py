@@ -5,6 +5,8 @@ import io
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from decimal import Decimal
 from typing import Any, NotRequired, TypedDict
 
@@ -17,9 +19,11 @@ from wrpo_ray.data.published import RowError, check_text, parse_messages
 from wrpo_ray.data.records import Message, prompt_id
 from wrpo_ray.data.references import pack_reference
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.stages.ingest.cells import JsonFloat, group_of, narrow_columns, reference_of, widened
 from wrpo_ray.storage.fingerprints import unit_interval
-from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
+from wrpo_ray.storage.remote import MAX_STREAMS
 from wrpo_ray.text.documents import read_row
 from wrpo_ray.text.files import is_utf16
 
@@ -31,8 +35,14 @@ def input_files(path: str, what: str) -> list[str]:
     """Return the URIs of the data files at `path`: the file itself, or those in the folder.
 
     Raises:
-        UserError: there is no such file, or none that ends in .jsonl or .parquet.
+        UserError: there is no such file, or none that ends in .jsonl or .parquet; or the hub
+            refuses to list those of a data set.
     """
+    if path.startswith(HUB_SCHEME):
+        from wrpo_ray.storage.hub_data import HubData  # its client takes a moment to import
+
+        with telling_of(what):
+            return HubData.at(path).files(SUFFIXES)
     place = Folder(path)
     info = place.filesystem.get_file_info(place.path)
     if info.type == pafs.FileType.NotFound:
@@ -45,6 +55,56 @@ def input_files(path: str, what: str) -> list[str]:
     return files
 
 
+def exist(path: str) -> bool:
+    """Whether there are input files at `path`, as far as can be told now.
+
+    Those of a data set on the hub whose commit is not known, or where it is not reached, are not.
+    """
+    if not path.startswith(HUB_SCHEME):
+        return Folder(path).exists()
+    try:
+        return bool(input_files(path, path))
+    except UserError:
+        return False
+
+
+def check_inputs(path: str, columns: list[str], what: str) -> None:
+    """Check files of a config before any work: they are there, have the columns, and rows.
+
+    Raises:
+        UserError: they do not, or the hub denies access to their content.
+    """
+    files = input_files(path, what)
+    with ThreadPoolExecutor(MAX_STREAMS) as threads:
+        for checked in [threads.submit(check_columns, uri, columns, what) for uri in files]:
+            checked.result()
+    check_some_rows(files, what)
+
+
+@contextmanager
+def _opened(file: Folder, what: str, *, as_stream: bool = False) -> Iterator[pa.NativeFile]:
+    """Open a file; an error of the hub within the block is a UserError of one line."""
+    with _explained(file, what), _open(file, as_stream) as stream:
+        yield stream
+
+
+def _open(file: Folder, as_stream: bool) -> pa.NativeFile:
+    if as_stream:
+        return file.filesystem.open_input_stream(file.path, compression=None)
+    return file.filesystem.open_input_file(file.path)
+
+
+@contextmanager
+def _explained(file: Folder, what: str) -> Iterator[None]:
+    if not file.uri.startswith(HUB_SCHEME):
+        yield
+        return
+    from wrpo_ray.storage.hub_data import HubData
+
+    with telling_of(what), HubData.at(file.uri).reading():
+        yield
+
+
 def check_columns(uri: str, columns: list[str], what: str) -> None:
     """Check that a Parquet file has the columns, and a JSONL file is not UTF-16.
 
@@ -55,12 +115,13 @@ def check_columns(uri: str, columns: list[str], what: str) -> None:
     """
     file = Folder(uri)
     if not str(file).endswith(".parquet"):
-        with file.filesystem.open_input_file(file.path) as stream:
-            if is_utf16(stream.read(4)):
-                raise UserError(f"{what}: {file}: cannot be read: it is UTF-16; save it as UTF-8")
+        with _opened(file, what) as stream:
+            start = stream.read(4)
+        if is_utf16(start):
+            raise UserError(f"{what}: {file}: cannot be read: it is UTF-16; save it as UTF-8")
         return
     try:
-        with file.filesystem.open_input_file(file.path) as stream:
+        with _opened(file, what) as stream:
             there = pq.ParquetFile(stream).schema_arrow.names
     except pa.ArrowInvalid as error:
         raise UserError(f"{what}: {file} is no Parquet file: {error}") from None
@@ -78,13 +139,13 @@ def check_some_rows(uris: list[str], what: str) -> None:
     Raises:
         UserError: all are empty.
     """
-    if not any(_has_rows(Folder(uri)) for uri in uris):
+    if not any(_has_rows(Folder(uri), what) for uri in uris):
         names = ", ".join(str(Folder(uri)) for uri in uris[:3])
         raise UserError(f"{what}: {names} has no rows; give a file with at least one")
 
 
-def _has_rows(file: Folder) -> bool:
-    with file.filesystem.open_input_file(file.path) as stream:
+def _has_rows(file: Folder, what: str) -> bool:
+    with _opened(file, what) as stream:
         if str(file).endswith(".parquet"):
             return bool(pq.ParquetFile(stream).metadata.num_rows)
         return bool(stream.size())
@@ -100,8 +161,8 @@ def read_rows(
     """
     file = Folder(uri)
     name = str(file).rsplit("/", 1)[-1]
-    with file.filesystem.open_input_file(file.path) as stream:
-        is_parquet = name.endswith(".parquet")
+    is_parquet = name.endswith(".parquet")
+    with _opened(file, name, as_stream=not is_parquet) as stream:
         rows = _parquet(stream, columns, texts) if is_parquet else _jsonl(stream, columns)
         for number, row in enumerate(rows, start=1):
             if row is not None:

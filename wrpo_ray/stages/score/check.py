@@ -10,18 +10,19 @@ from wrpo_ray.llm.model_folder import check_model_folder
 from wrpo_ray.llm.resolve import hub_id, pinned
 from wrpo_ray.stages.score.reward_models import check_reward_model, is_armorm, use_of
 from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.hub import Pins
 from wrpo_ray.storage.tensors import Tensors
 
 Part = TypeVar("Part", bound=ScoreConfig)
 
 
-def resolved_reward(what: str, part: Part) -> Part:
+def resolved_reward(what: str, part: Part, pins: Pins | None = None) -> Part:
     """The section of a reward model, pinned to a commit and checked; `what` is its key.
 
     Raises:
         UserError: it cannot be found, or it is no reward model that the config can use.
     """
-    found = pinned(what, part)
+    found = pinned(what, part, pins)
     place = found.model or ""
     check_reward_folder(Folder(place), part, what, hub_id(part, place))
     return found
