@@ -22,6 +22,12 @@ from wrpo_ray.config.loader import explain, load, load_study, read_serving, serv
 from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
+from wrpo_ray.config.recorded import (
+    RecordedAnswers,
+    RecordedColumns,
+    RecordedConfig,
+    TargetConfig,
+)
 from wrpo_ray.config.resources import Actors, ClusterConfig
 from wrpo_ray.config.reward import (
     CodeConfig,
@@ -72,6 +78,9 @@ __all__ = [
     "PlanConfig",
     "PricesConfig",
     "PromptsConfig",
+    "RecordedAnswers",
+    "RecordedColumns",
+    "RecordedConfig",
     "ReferenceConfig",
     "ResponseColumns",
     "RewardConfig",
@@ -84,6 +93,7 @@ __all__ = [
     "SplitConfig",
     "StorageConfig",
     "StudyConfig",
+    "TargetConfig",
     "TrainConfig",
     "VariantConfig",
     "VerifierName",

@@ -22,7 +22,10 @@ def pinned(config: Config) -> Config:
 def map_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     """The config with each section that names a model changed: `change(what, section)`."""
     models: dict[str, Any] = {
-        "sources": tuple(_changed(change, f"sources.{m.name}", m) for m in config.sources)
+        "sources": tuple(
+            _changed(change, f"sources.{m.name}", m) if isinstance(m, ModelConfig) else m
+            for m in config.sources
+        )
     }
     if config.target:
         models["target"] = change("target", config.target)

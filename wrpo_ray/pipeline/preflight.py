@@ -4,12 +4,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import Config, EndpointConfig, ImportConfig, PromptsConfig, ScoreConfig
+from wrpo_ray.config import Config, EndpointConfig, RecordedAnswers, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import map_models, resolved
-from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
+from wrpo_ray.runtime.job import InputFiles
+from wrpo_ray.stages.ingest.readers import (
+    check_columns,
+    check_some_columns,
+    check_some_rows,
+    input_files,
+)
 from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
@@ -42,7 +48,7 @@ def preflight(config: Config) -> Config:
 
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
-    for model in config.sources:
+    for model in config.models:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
     asked = config.evaluate
@@ -55,11 +61,11 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
         yield partial(_check_scorer, part)
     yield partial(check_patterns, config.answers.refusal_patterns)
-    for what, given in (("prompts", config.prompts), ("import", config.existing)):
+    held_out = asked.prompts if asked else None
+    files = {"prompts": config.prompts, "import": config.existing, "evaluate.prompts": held_out}
+    for what, given in (files | config.recorded_sections).items():
         if given:
             yield partial(_check_input, what, given)
-    if asked and (held_out := asked.prompts):
-        yield partial(_check_input, "evaluate.prompts", held_out)
     yield partial(check_writable, Folder(config.output))
 
 
@@ -81,8 +87,10 @@ def _check_key(what: str, endpoint: EndpointConfig) -> None:
         read_key(endpoint)
 
 
-def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:
+def _check_input(what: str, given: InputFiles) -> None:
     files = input_files(given.path, what)
     for uri in files:
         check_columns(uri, given.needed, what)
     check_some_rows(files, what)
+    if isinstance(given, RecordedAnswers):
+        check_some_columns(files, given.needed, what)

@@ -140,6 +140,7 @@ def _step(stage: str, job: Job) -> StepOutline:
         source=step.source,
         stores=tuple(dict.fromkeys(job.stores)),
         outcome=job.outcome if isinstance(job, Score) else "",
+        note=job.note,
         **asked,
     )
 
