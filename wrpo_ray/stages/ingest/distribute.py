@@ -75,8 +75,8 @@ class Work:
     def _examples(self, done: Any) -> list[str]:
         if EXAMPLES not in (done.columns() or ()):
             return []
-        some = done.filter(lambda row: row[EXAMPLES] != "[]").take(SHOWN)
-        return sorted(text for row in some for text in json.loads(row[EXAMPLES]))[:SHOWN]
+        some = done.flat_map(lambda row: [{"text": text} for text in json.loads(row[EXAMPLES])])
+        return sorted(row["text"] for row in some.take(SHOWN))
 
 
 def _run_here(task: Row) -> Row:
