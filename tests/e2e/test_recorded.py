@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from support.harness import Wrpo, failures, shards
+from support.harness import ROOT, Wrpo, failures, shards
 from support.openai_server import Server, serving
 from support.shared_data import DATA
 
@@ -52,17 +52,14 @@ def test_eight_real_models_are_sources_of_one_file(on_cluster, tmp_path):
     if not REAL.exists():
         pytest.skip("no real data beside the repository, nor named by WRPO_TEST_DATA")
     best: dict[str, float] = collections.defaultdict(float)
-    names = set()
     for row in pq.read_table(REAL, columns=["prompt", "model", "reward"]).to_pylist():
         if row["model"] != TARGET:
-            names.add(row["model"])
             best[row["prompt"]] = max(best[row["prompt"]], row["reward"])
-    columns = {"source": "model", "reward": "reward", "reference": "gold_answer"}
-    answers = {"path": str(REAL), "columns": columns, "reward": "recorded"}
-    wrpo = job(tmp_path, sources=[{"name": n, "answers": answers} for n in sorted(names)])
-    result = wrpo.here("fuse", "--until", "select")
+    wrpo, out = Wrpo(ROOT / "jobs" / "recorded.yaml"), tmp_path / "out"
+    names = {source["name"] for source in yaml.safe_load(wrpo.config.read_text())["sources"]}
+    paths = [f"--set=sources.{i}.answers.path={REAL}" for i in range(len(names))]
+    result = wrpo.here("fuse", "--until", "select", f"--set=output={out}", *paths)
     assert result.returncode == 0, result.stderr
-    out = tmp_path / "out"
     chosen = {r["messages"][0]["content"]: r["source_chosen"] for r in table(out, "select")}
     assert {prompt: answer["reward"] for prompt, answer in chosen.items()} == best
     assert len(names) == 8
@@ -80,10 +77,9 @@ def test_recorded_answers_beside_models_and_an_endpoint(on_cluster, zoo, tmp_pat
     prompts, others = rows[:PROMPTS], rows[PROMPTS:]
     right = [{"q": r["prompt"], "a": r["reference"], "s": 9.5, "end": "EOS"} for r in prompts[:10]]
     wrong = [{"prompt": r["prompt"], "response": ["?", r["reference"]]} for r in prompts + others]
+    write(tmp_path / "scored" / "train" / "0.parquet", right + right[:2])
     scored = {
-        "path": write(tmp_path / "scored" / "train" / "0.parquet", right + right[:2])[
-            : -len("/train/0.parquet")
-        ],
+        "path": str(tmp_path / "scored"),
         "columns": {"prompt": "q", "response": "a", "reward": "s", "finish_reason": "end"},
         "reward": "recorded",
     }
@@ -181,6 +177,10 @@ def test_answers_of_sources_and_target_by_id(on_cluster, zoo, tmp_path, monkeypa
     planned = wrpo.here("plan", "--until", "pair")
     assert planned.returncode == 0, planned.stderr
     assert "recorded-t: off-policy" in planned.stdout
+    listed = wrpo.here("fuse", "--dry-run", "--until", "pair")
+    assert listed.returncode == 0, listed.stderr
+    assert not out.exists()
+    assert {"recorded-A", "recorded-t"} <= set(listed.stdout.split())
     result = wrpo.here("fuse", "--until", "pair")
     assert result.returncode == 0, result.stderr
     counts = {n: manifest(out, f"recorded-{n}")["counts"] for n in ("A", "B", "t")}
@@ -197,7 +197,11 @@ def test_answers_of_sources_and_target_by_id(on_cluster, zoo, tmp_path, monkeypa
     report = (out / "report.html").read_text()
     assert "off-policy" in report
     assert "uid 20" in report
-    assert wrpo.here("export", "--to", str(tmp_path / "rows.parquet")).returncode == 0
+    exported = tmp_path / "rows"
+    assert wrpo.here("export", "--to", str(exported)).returncode == 0
+    card = (exported / "README.md").read_text()
+    assert "| source | A | recorded answers | " in card
+    assert " | mit |" in card
     assert not failures(out)
 
 

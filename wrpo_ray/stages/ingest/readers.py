@@ -27,8 +27,8 @@ from wrpo_ray.text.files import is_utf16
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
-FIRST = 1000
-"""Rows of a JSONL file whose columns are looked at before any work."""
+FILES, FIRST = 16, 1000
+"""JSONL files, and rows of each, whose columns are looked at before any work."""
 
 
 def input_files(path: str, what: str) -> list[str]:
@@ -89,12 +89,12 @@ def check_columns(uri: str, columns: list[str], what: str) -> None:
 
 
 def check_some_columns(uris: list[str], columns: list[str], what: str) -> None:
-    """Check that each column is in some of the first rows of the JSONL files.
+    """Check that each column is in some of the first rows of the first JSONL files.
 
     Raises:
         UserError: one is in none, so that its name is wrong.
     """
-    files = [uri for uri in uris if str(Folder(uri)).endswith(".jsonl")]
+    files = [uri for uri in uris if str(Folder(uri)).endswith(".jsonl")][:FILES]
     there: dict[str, None] = {}
     for uri in files:
         for _, row in islice(read_rows(uri, columns), FIRST):
