@@ -23,7 +23,7 @@ from support.harness import ROOT, shards
 from support.ray_head import RayHead
 from support.waiting import LIMIT, wait_until
 
-from wrpo_ray.stages.ingest.stage import SMALL
+from wrpo_ray.stages.ingest.distribute import SMALL
 
 GPU = {"labels": {"wrpo-ray/gpu": "true"}}
 NODES: dict[str, dict[str, Any]] = {

@@ -30,6 +30,12 @@ from wrpo_ray.config.loader import (
 from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
+from wrpo_ray.config.recorded import (
+    RecordedAnswers,
+    RecordedColumns,
+    RecordedConfig,
+    TargetConfig,
+)
 from wrpo_ray.config.resources import Actors, ClusterConfig
 from wrpo_ray.config.reward import (
     CodeConfig,
@@ -80,6 +86,9 @@ __all__ = [
     "PlanConfig",
     "PricesConfig",
     "PromptsConfig",
+    "RecordedAnswers",
+    "RecordedColumns",
+    "RecordedConfig",
     "ReferenceConfig",
     "ResponseColumns",
     "RewardConfig",
@@ -92,6 +101,7 @@ __all__ = [
     "SplitConfig",
     "StorageConfig",
     "StudyConfig",
+    "TargetConfig",
     "TrainConfig",
     "VariantConfig",
     "VerifierName",

@@ -18,6 +18,9 @@ class Columns(Section):
     false, a date, or a list of these, any of which is right. Nulls are rejected."""
     group: str | None = None
     """A category, such as a skill, by which evaluation tables are split."""
+    id: str | None = Field(None, json_schema_extra=PLACEMENT)
+    """An id of the prompt, a text or a number, by which recorded answers find it
+    (`sources.answers.columns.id`); for `prompts`."""
 
     @property
     def of_prompt(self) -> list[str]:
@@ -70,7 +73,7 @@ class PromptsConfig(InputFiles):
     @property
     def needed(self) -> list[str]:
         """Columns that the files must have."""
-        return self.columns.of_prompt
+        return self.columns.of_prompt + ([self.columns.id] if self.columns.id else [])
 
 
 class ResponseColumns(Columns):

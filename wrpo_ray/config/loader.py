@@ -170,25 +170,26 @@ def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
 
 def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:
     *parents, unknown = loc
-    section = _section_at(kind, parents)
-    names = [f.alias or n for n, f in section.model_fields.items()] if section else []
+    fields = [f for s in _sections_at(kind, parents) for f in s.model_fields.items()]
+    names = list(dict.fromkeys(f.alias or n for n, f in fields))
     close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
 
 
-def _section_at(section: type[Section] | None, loc: list[str | int]) -> type[Section] | None:
-    is_name = False  # of one of the user's own, in a mapping of sections
+def _sections_at(section: type[Section], loc: list[str | int]) -> list[type[Section]]:
+    """The sections that can be at a place: several where it takes one of several kinds."""
+    found, is_name = [section], False  # of one of the user's own, in a mapping of sections
     for part in loc:
-        if isinstance(part, int) or section is None or is_name:
+        if isinstance(part, int) or not found or is_name:
             is_name = False
             continue
-        fields = {f.alias or n: f for n, f in section.model_fields.items()}
+        fields = {f.alias or n: f for s in found for n, f in s.model_fields.items()}
         annotation = fields[part].annotation if part in fields else None
-        section, is_name = _section_in(annotation), get_origin(annotation) is dict
-    return section
+        found, is_name = _sections_in(annotation), get_origin(annotation) is dict
+    return found
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def _sections_in(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((s for a in get_args(annotation) if (s := _section_in(a))), None)
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections_in(part)]

@@ -50,8 +50,14 @@ class FieldLine:
     text: str
     decides: bool
     """Whether its value is part of step keys, because it can change results."""
-    section: str | None
-    """Class name of the section in its value, also inside a list or mapping; None without."""
+    sections: tuple[str, ...]
+    """Class names of the sections in its value, also inside a list or mapping: several where it
+    takes one of several kinds."""
+
+    @property
+    def section(self) -> str | None:
+        """The first of these; None without."""
+        return self.sections[0] if self.sections else None
 
 
 @dataclass(frozen=True)
@@ -88,23 +94,30 @@ def _collect(
     about = schema.get("description", "").partition("\n\nExample:")[0]
     found[name] = SectionLines(path, name, _flat(about), fields)
     for field in fields:
-        if field.section:
-            below = f"{path}.{field.key}".lstrip(".")
-            _collect(defs[field.section], field.section, below, defs, found, field.decides)
+        for number, of in enumerate(field.sections):
+            below = f"{path}.{field.key}".lstrip(".") + f" {_word(of)}" * bool(number)
+            _collect(defs[of], of, below, defs, found, field.decides)
+
+
+def _word(section: str) -> str:
+    """A word for one of several kinds of sections, such as `recorded` for RecordedConfig."""
+    return section.removesuffix("Config").lower()
 
 
 def _fields(schema: Schema, defs: Schema, decides: bool) -> Iterator[FieldLine]:
     required = schema.get("required", ())
     for key, field in schema["properties"].items():
-        section = _section(field)
+        inside = tuple(dict.fromkeys(_sections(field)))
         yield FieldLine(
             key,
             _kind(field),
             ", ".join(_bounds(field)),
-            "required" if key in required else _default(field, defs.get(section or "", {})),
+            "required"
+            if key in required
+            else _default(field, defs.get(inside[0] if inside else "", {})),
             _flat(field.get("description", "")),
             decides and not PLACEMENT.items() <= field.items(),
-            section,
+            inside,
         )
 
 
@@ -114,7 +127,7 @@ def _flat(text: str) -> str:
 
 def _kind(field: Schema) -> str:
     if "$ref" in field:
-        return f"section {_section(field)}"
+        return f"section {next(_sections(field))}"
     if "anyOf" in field:
         return " or ".join(dict.fromkeys(map(_kind, field["anyOf"])))
     if values := field.get("enum") or ([field["const"]] if "const" in field else None):
@@ -147,12 +160,14 @@ def _bounds(field: Schema) -> Iterator[str]:
     yield from dict.fromkeys(bound for part in inner for bound in _bounds(part))
 
 
-def _section(field: Schema) -> str | None:
-    """Class name of the section in a field's schema, at any depth."""
+def _sections(field: Schema) -> Iterator[str]:
+    """Class names of the sections in a field's schema, at any depth."""
     if "$ref" in field:
-        return str(field["$ref"]).rpartition("/")[2]
-    parts = [*field.get("anyOf", ()), field.get("items"), _values_of(field)]
-    return next((s for part in parts if part if (s := _section(part))), None)
+        yield str(field["$ref"]).rpartition("/")[2]
+        return
+    for part in (*field.get("anyOf", ()), field.get("items"), _values_of(field)):
+        if part:
+            yield from _sections(part)
 
 
 def _default(field: Schema, section: Schema) -> str:
@@ -184,24 +199,26 @@ def config_text(path: str, width: int = 100) -> str:
     """
     root, _, rest = path.partition(".") if path.split(".")[0] == "serve" else ("", "", path)
     known = sections(ROOTS[root])
-    here, field = next(iter(known.values())), None
+    here, field = [next(iter(known.values()))], None
     for part in filter(None, rest.split(".")):
         if field and not field.section:
             raise UserError(f"config: {field.key} has no fields below it")
-        here = known[field.section] if field and field.section else here
+        here = [known[name] for name in field.sections] if field else here
         field = _named(here, part)
     if field and not field.section:
         return "\n".join(_field_text(path, field, path, width))
-    here = known[field.section] if field and field.section else here
-    title = f"{path}: {field.text} {here.text}" if field else here.text
-    lines = [*textwrap.wrap(title, width), ""]
-    for one in here.fields:
-        lines += _field_text(one.key, one, f"{path}.{one.key}".lstrip("."), width)
+    here = [known[name] for name in field.sections] if field else here
+    lines: list[str] = []
+    for number, section in enumerate(here):
+        lead = f"{path}: {field.text} " if field and not number else ""
+        lines += [*[""] * bool(number), *textwrap.wrap(lead + section.text, width), ""]
+        for one in section.fields:
+            lines += _field_text(one.key, one, f"{path}.{one.key}".lstrip("."), width)
     return "\n".join([*lines, "", STAR])
 
 
-def _named(section: SectionLines, key: str) -> FieldLine:
-    fields = {field.key: field for field in section.fields}
+def _named(sections: list[SectionLines], key: str) -> FieldLine:
+    fields = {field.key: field for section in reversed(sections) for field in section.fields}
     if key in fields:
         return fields[key]
     close = difflib.get_close_matches(key, fields, n=1)
@@ -210,7 +227,10 @@ def _named(section: SectionLines, key: str) -> FieldLine:
 
 
 def _field_text(shown: str, field: FieldLine, path: str, width: int) -> list[str]:
-    kind = field.kind.replace(f"section {field.section}", "section")
+    kind = field.kind
+    for of in field.sections:
+        named = f"section ({_word(of)})" if of != field.section else "section"
+        kind = kind.replace(f"section {of}", named)
     told = [kind, field.bounds, _default_text(field)]
     star = "" if field.decides else "*"
     more = f" (wrpo config {path})" if field.section else ""
@@ -244,9 +264,9 @@ def _table(section: SectionLines, known: dict[str, SectionLines], prefix: str) -
     yield "| --- | --- | --- | --- |"
     for field in section.fields:
         kind = escaped(field.kind)
-        if field.section:
-            there = f"{prefix}{known[field.section].path}"
-            kind = kind.replace(f"section {field.section}", f"[{there}](#{anchor(there)})")
+        for of in field.sections:
+            there = f"{prefix}{known[of].path}"
+            kind = kind.replace(f"section {of}", f"[{there}](#{anchor(there)})")
         bounds = escaped(f", {field.bounds}" if field.bounds else "")
         default = field.default if field.default == "required" else f"`{field.default}`"
         star = "" if field.decides else " \\*"
@@ -255,7 +275,7 @@ def _table(section: SectionLines, known: dict[str, SectionLines], prefix: str) -
 
 def anchor(path: str) -> str:
     """The anchor that Python-Markdown and GitHub give to the heading of a dotted path."""
-    return path.replace(".", "").lower()
+    return path.replace(".", "").replace(" ", "-").lower()
 
 
 def escaped(text: str) -> str:

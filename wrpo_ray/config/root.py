@@ -7,9 +7,9 @@ stay out of its identity (`Section.identity`).
 """
 
 from collections.abc import Iterator
-from typing import Self, get_args
+from typing import Any, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from wrpo_ray.config.base import PLACEMENT, Section
 from wrpo_ray.config.data import ImportConfig, PromptsConfig, SplitConfig, StorageConfig
@@ -17,6 +17,7 @@ from wrpo_ray.config.evaluation import BenchmarksConfig, EvaluateConfig
 from wrpo_ray.config.models import ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
+from wrpo_ray.config.recorded import RecordedAnswers, RecordedConfig, Source, TargetConfig
 from wrpo_ray.config.resources import ClusterConfig
 from wrpo_ray.config.reward import RewardConfig, VerifierName
 from wrpo_ray.config.training import SftConfig, WrpoConfig
@@ -39,12 +40,12 @@ class Config(Section):
     seed: int = Field(42, ge=0, lt=2**31)
     """Random seed of splits, samples and orders."""
     prompts: PromptsConfig | None = None
-    """The prompts to generate answers for."""
+    """The prompts to generate answers for; null takes those of the recorded answers."""
     existing: ImportConfig | None = Field(None, alias="import")
     """Existing answers, instead of `prompts` and `sources`."""
-    sources: tuple[ModelConfig, ...] = ()
-    """The source models."""
-    target: ModelConfig | None = None
+    sources: tuple[Source, ...] = ()
+    """The source models: each is asked (`model`), or its answers are recorded (`answers`)."""
+    target: TargetConfig | None = None
     """The model to be improved."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling of the sources and target-SFT."""
@@ -81,6 +82,34 @@ class Config(Section):
     """Number of runs that attempt an answer or a score before it stays failed; `wrpo failures
     --retry` resets the count."""
 
+    @field_validator("target", mode="before")
+    @classmethod
+    def _as_target(cls, given: Any) -> Any:
+        """A model given from Python as the target."""
+        return given.model_dump() if type(given) is ModelConfig else given
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The sources that are asked."""
+        return tuple(source for source in self.sources if isinstance(source, ModelConfig))
+
+    @property
+    def recorded(self) -> dict[str, RecordedAnswers]:
+        """{name: answers} of the sources whose answers are recorded."""
+        return {s.name: s.answers for s in self.sources if isinstance(s, RecordedConfig)}
+
+    @property
+    def recorded_sections(self) -> dict[str, RecordedAnswers]:
+        """{place in the config: recorded answers} of sources and target."""
+        found = {f"sources.{name}.answers": answers for name, answers in self.recorded.items()}
+        own = self.target.answers if self.target else None
+        return found | ({"target.answers": own} if own else {})
+
+    @property
+    def has_input(self) -> bool:
+        """Whether there are prompts or answers to train on."""
+        return bool(self.prompts or self.existing or self.recorded)
+
     @model_validator(mode="after")
     def _whole(self) -> Self:
         problems = list(self._problems())
@@ -90,6 +119,7 @@ class Config(Section):
 
     def _problems(self) -> Iterator[str]:
         yield from self._input_problems()
+        yield from self._recorded_problems()
         yield from self._without_reference()
         if self.target and self.target.endpoint:
             yield "target: it is trained, so it needs weights: give a model folder, no endpoint"
@@ -98,20 +128,46 @@ class Config(Section):
         yield from self._name_problems()
 
     def _input_problems(self) -> Iterator[str]:
-        has_input = self.prompts or self.existing
         is_evaluation = bool(self.evaluate and self.evaluate.models)
-        if (self.prompts and self.existing) or (not has_input and not is_evaluation):
-            yield "give exactly one of `prompts` and `import`"
+        if (self.prompts and self.existing) or (not self.has_input and not is_evaluation):
+            yield "give exactly one of `prompts` and `import`, or sources with recorded `answers`"
         if self.prompts and not self.sources:
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
-        if self.prompts and not self.reward:
+        if self._scores_answers and not self.reward:
             yield "reward: missing; give `model`, `function`, `verifier`, `judge` or `mixture`"
+
+    @property
+    def _scores_answers(self) -> bool:
+        """Whether there are answers without recorded scores."""
+        if self.existing or not self.has_input:
+            return False
+        given = [*self.recorded.values()]
+        is_asked = bool(self.models) or not self.sources
+        if self.target and self.pair.policy != "fusechat3":
+            given += [self.target.answers] if self.target.answers else []
+            is_asked = is_asked or not self.target.answers
+        return is_asked or not all(answers.reward for answers in given)
+
+    def _recorded_problems(self) -> Iterator[str]:
+        given = self.recorded_sections
+        if self.existing and given:
+            yield "import: it brings its own answers; leave out `answers`, or `import`"
+        if "target.answers" in given and not self.sources:
+            yield "target.answers: needs `sources`, whose best answers they are paired with"
+        has_ids = bool(self.prompts and self.prompts.columns.id)
+        for where, answers in given.items():
+            if answers.columns.id and not has_ids:
+                yield f"{where}: columns.id needs `prompts` with the same ids (prompts.columns.id)"
+        held_out = self.evaluate.prompts if self.evaluate else None
+        for where, other in {"import": self.existing, "evaluate.prompts": held_out}.items():
+            if other and other.columns.id:
+                yield f"{where}: columns.id is for `prompts`, to find recorded answers"
 
     def _evaluation_problems(self) -> Iterator[str]:
         asked = self.evaluate
         if asked is None:
             return
-        if (self.prompts or self.existing) and not self.target:
+        if self.has_input and not self.target:
             yield "evaluate: needs a `target`"
         if not (self.reward or asked.verifier or asked.judge):
             yield "evaluate: needs a `reward`, a `verifier` or a `judge`"
@@ -149,8 +205,8 @@ class Config(Section):
             yield "evaluate.pairwise: needs `evaluate.prompts`"
         if not self.reward and (baselines.best_of_sources or (pairs and pairs.by == "reward")):
             yield "evaluate: best_of_sources and `pairwise.by: reward` need a `reward`"
-        if not self.sources and (baselines.best_of_sources or baselines.mixture):
-            yield "evaluate.baselines: need `sources`"
+        if not self.models and (baselines.best_of_sources or baselines.mixture):
+            yield "evaluate.baselines: need `sources` that are asked ({name, model})"
 
     def _without_reference(self) -> Iterator[str]:
         """Verifiers of prompts that have no reference column."""
@@ -158,6 +214,9 @@ class Config(Section):
         verifies = bool(self.reward and any(part.verifier for part in self.reward.parts))
         if verifies and self.prompts and not self.prompts.columns.reference:
             yield f"reward: it {lack.format('prompts')}"
+        recorded = [] if self.prompts else list(self.recorded.items())
+        if verifies and recorded and not any(a.columns.reference for _, a in recorded):
+            yield f"reward: it {lack.format(f'sources.{recorded[0][0]}.answers')}"
         asked = self.evaluate
         checks = bool(asked and asked.verifier in get_args(VerifierName))
         held_out = asked.prompts if asked else None

@@ -41,6 +41,8 @@ class StepOutline:
     """Folders with the scored answers to choose y_ws (select), y_wt and y_l (pair) from."""
     outcome: str = ""
     """Of a step that scores: `reward`, or `verdict` of a verifier; empty for other steps."""
+    note: str = ""
+    """What a reader of the results has to know of the step; empty for most."""
 
     def failures(self, root: Folder) -> Folder:
         """The folder with its failed rows."""

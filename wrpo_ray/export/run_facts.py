@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
-from wrpo_ray.config import Config, ScoreConfig
+from wrpo_ray.config import Config, RecordedConfig, ScoreConfig
 from wrpo_ray.export.card_parts import CardFacts, CardModel, license_of
 from wrpo_ray.pipeline.failed_rows import failures_of
 from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.ingest.recorded import IngestRecorded
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
@@ -41,7 +42,12 @@ def _models(config: Config, jobs: StageJobs) -> Iterator[CardModel]:
             weights.setdefault(config.target.name, job.fingerprint)
         if isinstance(job, Score) and config.reward:
             weights[config.reward.name] = job.fingerprint
-    answering = [("source", m) for m in config.sources]
+    recorded = {job.source: job for _, job in jobs if isinstance(job, IngestRecorded)}
+    for source in config.sources:
+        if isinstance(source, RecordedConfig):
+            content = str((recorded[source.name].step.store or {})["path"])
+            yield CardModel("source", source.name, "recorded answers", content, source.license)
+    answering = [("source", m) for m in config.models]
     answering += [("target", config.target)] if config.target else []
     for role, m in answering:
         is_folder = not m.endpoint and not m.model.startswith(HUB_SCHEME)

@@ -7,17 +7,23 @@ more than a few lines are beside it: `inputs` (the user's files), `model_jobs` (
 scores), `held_out` and `evaluation` (comparison of models).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from wrpo_ray.config import AlphaConfig, Config, EvaluateConfig, ModelConfig, SftConfig, TrainConfig
+from wrpo_ray.config import (
+    AlphaConfig,
+    Config,
+    EvaluateConfig,
+    ModelConfig,
+    SftConfig,
+    TargetConfig,
+)
 from wrpo_ray.config.base import required
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.evaluation import Evaluation
-from wrpo_ray.pipeline.held_out import ComparedModel, by_phase
+from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT, ComparedModel, by_phase, contrasts
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.inputs import Inputs
 from wrpo_ray.pipeline.model_jobs import ModelJobs, Trained
@@ -25,6 +31,7 @@ from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import Evaluate, ScoredModel
 from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.ingest.recorded import IngestRecorded
 from wrpo_ray.stages.ingest.stage import (
     SOURCES,
     TARGET,
@@ -33,15 +40,12 @@ from wrpo_ray.stages.ingest.stage import (
     IngestResponses,
 )
 from wrpo_ray.stages.pair.stage import Answers, Contamination, EvalNgrams, Pair, Select
-from wrpo_ray.stages.train.prepare import Prepare
-from wrpo_ray.stages.train.stage import Train
+from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 RETRIES = "retries.json"
 """{key of a step: how often its failed rows were given new attempts}"""
-SFT, DPO, FUSED = "target-sft", "target-dpo", "fused"
-"""Names of the trained models."""
 TRAINING_STEPS = {DPO: "dpo", FUSED: "wrpo"}
 """The step that trains each, by name of the model."""
 
@@ -91,7 +95,7 @@ class Chain:
         existing = self.config.existing
         if existing and existing.format == "preferences":
             self._train_on_published_pairs()
-        elif existing or self.config.prompts:
+        elif self.config.has_input:
             self._pair_and_train()
         if self._evaluating:
             self._evaluate()
@@ -161,23 +165,25 @@ class Chain:
 
     @cached_property
     def _prompts(self) -> Prompts:
-        given = self.config.prompts or required(self.config.existing, "import")
-        step = self._inputs.step("prompts", given, splits=self._splits, seed=self.config.seed)
-        self._add("prompts", (IngestPrompts(step, given, self._splits, self.config.seed),))
-        return Prompts(step, tuple(self._splits))
+        job = self._inputs.prompts(self._splits)
+        self._add("prompts", (job,))
+        return Prompts(job.step, tuple(self._splits))
 
     @property
     def _preference_prompts(self) -> Prompts:
         return Prompts(self._prompts.step, ("preference",))
 
     def _generated(self) -> Select:
-        """Answers of the sources, generated and scored, and y_ws among them."""
+        """Answers of the sources, generated or recorded, scored, and y_ws among them."""
         prompts, left_out = self._prompts, self._contamination()
-        answers = [self._jobs.generate(source, prompts) for source in self.config.sources]
+        recorded = self._inputs.recorded_sources(prompts)
+        self._add("prompts", [*recorded.values(), *self._inputs.recorded_target(prompts)])
+        asked = {m.name: self._jobs.generate(m, prompts) for m in self.config.models}
         # Held-out answers come from the same engines, so that none is started twice.
         held_out = [job for m in self._given_models for job in self._held_out(m)]
-        by_model = sorted([*answers, *held_out], key=lambda job: job.model.name)
+        by_model = sorted([*asked.values(), *held_out], key=lambda job: job.model.name)
         self._add("generate", by_model)
+        answers = [(asked | recorded)[source.name] for source in self.config.sources]
         return self._select(self._scored("score", *answers), left_out)
 
     def _imported(self) -> tuple[Select, Answers]:
@@ -203,23 +209,24 @@ class Chain:
         asked = self.config.evaluate
         if asked is None or asked.prompts is None or config.action == "off":
             return None
-        given = self.config.prompts or required(self.config.existing, "import")
-        both = (given, self._prompts.step), (asked.prompts, self._eval_prompts.step)
-        unspaced = any(self._inputs.is_unspaced(*one) for one in both)
+        unspaced = self._inputs.are_prompts_unspaced() or self._inputs.is_unspaced(asked.prompts)
         ngrams = EvalNgrams(self._eval_prompts, config.ngram, unspaced)
         job = Contamination(self._prompts, ngrams)
         self._add("prompts", (ngrams,), (job,))
         return job if config.action == "drop" else None
 
-    def _scored(self, stage: str, *answers: Generate, before: Sequence[Job] = ()) -> Answers:
+    def _scored(
+        self, stage: str, *answers: Generate | IngestRecorded, before: Sequence[Job] = ()
+    ) -> Answers:
         """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
-        scores = tuple(self._jobs.score(job.samples) for job in answers)
+        scored = [job if job.has_scores else self._jobs.score(job.samples) for job in answers]
+        scores = [job for job in scored if isinstance(job, Score)]
         verify = self.config.pair.verifier
         reward = verifier_reward(verify) if verify else None
         checks = tuple(self._jobs.score(job.samples, reward) for job in answers) if reward else ()
         self._add(stage, before, scores, checks)
         verdicts = tuple(job.samples for job in checks)
-        return self._answers(*(job.samples for job in scores), verdicts=verdicts)
+        return self._answers(*(job.samples for job in scored), verdicts=verdicts)
 
     def _answers(self, *samples: Samples, verdicts: tuple[Samples, ...] = ()) -> Answers:
         return Answers(samples, self.config.answers, verdicts)
@@ -227,7 +234,7 @@ class Chain:
     # --- training, and answers to pair
 
     @property
-    def _target(self) -> ModelConfig:
+    def _target(self) -> TargetConfig:
         return required(self.config.target, "target")
 
     @property
@@ -241,16 +248,22 @@ class Chain:
         """SFT of the target on y_ws."""
         base = Folder(self._target.model).absolute()
         key = self._jobs.fingerprint(base, self._target)
-        rows = self._prepare_job("sft", selection.step, base, key, config)
-        job = self._train_job("sft", rows, config)
+        rows = self._jobs.prepare("sft", selection.step, base, key, config)
+        job = self._jobs.train("sft", rows, config)
         self._add("sft", (rows,), (job,))
         self.trained[SFT] = Trained.of(SFT, job, self._target, self.root)
 
     def _target_answers(self) -> Answers:
-        """Answers of target-SFT, or without SFT of the target, to the preference prompts."""
+        """Answers of target-SFT, or without SFT of the target, to the preference prompts.
+
+        They are recorded ones where the target has these.
+        """
         model = self.trained[SFT].model if SFT in self.trained else self._target
-        own = self._jobs.generate(model, self._preference_prompts)
         held_out = self._held_out(model) if model is not self._target else []
+        for recorded in self._inputs.recorded_target(self._prompts):
+            given = replace(recorded, prompts=self._preference_prompts)
+            return self._scored("sample", given, before=held_out)
+        own = self._jobs.generate(model, self._preference_prompts)
         return self._scored("sample", own, before=(own, *held_out))
 
     def _source_answers(self, selection: Select) -> Answers:
@@ -270,35 +283,16 @@ class Chain:
         if self.config.evaluate and self.config.evaluate.dpo_baseline and wrpo.alpha.end:
             configs = {DPO: wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})} | configs
         is_of_sources = self.config.pair.policy == "fusechat3" and not self.config.existing
-        sampled_by = None if is_of_sources else SFT if sft else self._target.name
-        prepared = self._prepare_job("wrpo", rows, base, key, wrpo, sampled_by)
+        own = SFT if sft and not self._target.answers else self._target.name
+        sampled_by = None if is_of_sources else own
+        prepared = self._jobs.prepare("wrpo", rows, base, key, wrpo, sampled_by)
         jobs = {
-            name: self._train_job(TRAINING_STEPS[name], prepared, config)
+            name: self._jobs.train(TRAINING_STEPS[name], prepared, config)
             for name, config in configs.items()
         }
         self._add("train", (prepared,), tuple(jobs.values()))
         for name, job in jobs.items():
             self.trained[name] = Trained.of(name, job, self._target, self.root)
-
-    def _prepare_job(
-        self,
-        name: str,
-        rows: Step,
-        base: Folder,
-        fingerprint: str,
-        config: TrainConfig,
-        sampled_by: str | None = None,
-    ) -> Prepare:
-        template = Template.of(self._target)
-        return Prepare(name, rows, base, fingerprint, config, template, sampled_by)
-
-    def _train_job(self, name: str, rows: Prepare, config: TrainConfig) -> Train:
-        identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
-        step = Step(name, identity, (rows.step,))
-        return Train(
-            step, rows.step, rows.base, rows.fingerprint, config, self.config.seed,
-            rows.template, self.shares_engines,
-        )  # fmt: skip
 
     # --- evaluation
 
@@ -314,7 +308,7 @@ class Chain:
     def _given_models(self) -> list[ModelConfig]:
         own = [self.config.target] if self.config.target else []
         others = self.config.evaluate.models if self.config.evaluate else ()
-        return [*self.config.sources, *own, *others]
+        return [*self.config.models, *own, *others]
 
     @property
     def _models(self) -> list[ModelConfig]:
@@ -324,9 +318,8 @@ class Chain:
     def _eval_prompts(self) -> Prompts:
         given, splits = required(self._evaluation.prompts, "evaluate.prompts"), {"eval": 1.0}
         existing = self.config.existing
-        is_published = existing and existing.format == "preferences"
-        has_prompts = (self.config.prompts or existing) and not is_published
-        trained_on = self._prompts if has_prompts else None
+        is_published = existing is not None and existing.format == "preferences"
+        trained_on = self._prompts if self.config.has_input and not is_published else None
         inputs = (trained_on.step,) if trained_on else ()
         step = self._inputs.step("eval-prompts", given, inputs, seed=self.config.seed)
         job = IngestPrompts(step, given, splits, self.config.seed, without=trained_on)
@@ -350,7 +343,7 @@ class Chain:
         if pairwise and not pairwise.pairs:
             pairwise = pairwise.model_copy(update={"pairs": ((FUSED, self._target.name),)})
             evaluate = evaluate.model_copy(update={"pairwise": pairwise})
-        sources = tuple(m.name for m in self.config.sources)
+        sources = tuple(m.name for m in self.config.models)
         own = self._eval_prompts if evaluate.prompts else None
         generate, score = self._jobs.generate, self._jobs.score
         found = Evaluation(evaluate, models, sources, own, generate, score)
@@ -361,7 +354,8 @@ class Chain:
         if self._evaluation.prompts and (self.config.reward or self._evaluation.verifier):
             found = [self._compared(model) for model in self._models]
             entrants = tuple(model.scored_model for model in found)
-            job = Evaluate(self._eval_prompts, entrants, tuple(self._contrasts()))
+            target = self._target.name if self.config.target else ""
+            job = Evaluate(self._eval_prompts, entrants, tuple(contrasts(self.trained, target)))
             self._add("evaluate", *by_phase(found), (job,))
         judged = self._judged(self._models)
         judged.check_names()
@@ -369,17 +363,6 @@ class Chain:
 
     def _compared(self, model: ModelConfig) -> ComparedModel:
         return ComparedModel.of(model, self._eval_prompts, self._evaluation, self._jobs)
-
-    def _contrasts(self) -> Iterator[tuple[str, str]]:
-        """Paired differences worth knowing: the fused model's first."""
-        own = self.trained
-        if FUSED not in own:
-            return
-        target = self._target.name
-        yield FUSED, target
-        yield from ((FUSED, name) for name in (SFT, DPO) if name in own)
-        if SFT in own:
-            yield SFT, target
 
     def compared(self, name: str) -> tuple[Stage, ScoredModel, Prompts]:
         """The jobs that compare one model of a built chain with those of other chains.

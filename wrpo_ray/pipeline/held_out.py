@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 from wrpo_ray.config import EvaluateConfig, ModelConfig
@@ -13,6 +13,9 @@ from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import ScoredModel
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.stage import Score
+
+SFT, DPO, FUSED = "target-sft", "target-dpo", "fused"
+"""Names of the trained models."""
 
 
 @dataclass(frozen=True)
@@ -47,3 +50,13 @@ def by_phase(models: list[ComparedModel]) -> Iterator[tuple[Job, ...]]:
     yield tuple(model.answers for model in models)
     yield tuple(model.rewards for model in models if model.rewards)
     yield tuple(model.checks for model in models if model.checks)
+
+
+def contrasts(trained: Container[str], target: str) -> Iterator[tuple[str, str]]:
+    """Pairs of models whose paired difference is worth knowing: the fused model's first."""
+    if FUSED not in trained:
+        return
+    yield FUSED, target
+    yield from ((FUSED, name) for name in (SFT, DPO) if name in trained)
+    if SFT in trained:
+        yield SFT, target

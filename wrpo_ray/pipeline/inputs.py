@@ -1,22 +1,25 @@
-"""Steps that read the user's files: their keys hold the content of the files, not their paths."""
+"""Jobs that read the user's files: their keys hold the content of the files, not their paths."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 
-from wrpo_ray.config import Config, ImportConfig, PromptsConfig
+from wrpo_ray.config import Config, RecordedAnswers
+from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
+from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.cells import READING, beginnings_are, hold_more_than_text
 from wrpo_ray.stages.ingest.readers import exist, input_files
+from wrpo_ray.stages.ingest.recorded import IngestRecorded, IngestRecordedPrompts
+from wrpo_ray.stages.ingest.stage import IngestPrompts
 from wrpo_ray.stages.pair.overlap import are_unspaced
 from wrpo_ray.storage.fingerprints import data_fingerprint
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.steps import Step
-
-Input = PromptsConfig | ImportConfig
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,12 @@ class Inputs:
     config: Config
     for_plan: bool
     """Whether files may be missing; a path then stands for their content."""
+    known: dict[str, str] = field(default_factory=dict)
+    """Fingerprints by path: several sources can have their answers in one file."""
 
-    def step(self, name: str, given: Input, inputs: tuple[Step, ...] = (), **config: Any) -> Step:
+    def step(
+        self, name: str, given: AnyInput, inputs: tuple[Step, ...] = (), **config: Any
+    ) -> Step:
         """The step that reads an input; its key depends on the content of the files.
 
         Raises:
@@ -36,7 +43,7 @@ class Inputs:
         section = self._section(given)
         with _naming_section(section, given):
             files = [] if self._is_unknown(given) else input_files(given.path, section)
-            content = data_fingerprint(files) if files else given.path
+            content = self._content(given, files)
             # nothing was made of a data set on the hub before there was this version
             is_on_hub = given.path.startswith(HUB_SCHEME)
             texts = given.columns.of_text
@@ -45,7 +52,84 @@ class Inputs:
         read |= {"cells": READING} if has_more else {}
         return Step(name, read | config, inputs)
 
-    def is_unspaced(self, given: Input, step: Step) -> bool:
+    def prompts(self, splits: dict[str, float]) -> IngestPrompts | IngestRecordedPrompts:
+        """The job that reads the prompts to train on: from their file, else with the answers.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        seed, given = self.config.seed, self.config.prompts or self.config.existing
+        if given:
+            step = self.step("prompts", given, splits=splits, seed=seed)
+            return IngestPrompts(step, given, splits, seed)
+        found = {json.dumps(self._prompts_of(a)): a for a in self.config.recorded.values()}
+        read = {"files": sorted(found), "buckets": self.config.storage.buckets, "cells": READING}
+        step = Step("prompts", read | {"splits": splits, "seed": seed})
+        return IngestRecordedPrompts(
+            tuple(IngestPrompts(step, answers, splits, seed) for answers in found.values())
+        )
+
+    def _prompts_of(self, given: RecordedAnswers) -> list[str | None]:
+        """What decides the prompts in a file of answers."""
+        columns = given.columns
+        return [self.fingerprint(given), columns.prompt, columns.reference, columns.group]
+
+    def recorded_sources(self, prompts: Prompts) -> dict[str, IngestRecorded]:
+        """{name: job} that read the recorded answers of sources.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        given = self.config.recorded.items()
+        return {name: self._recorded(name, answers, prompts) for name, answers in given}
+
+    def recorded_target(self, prompts: Prompts) -> list[IngestRecorded]:
+        """The job that reads the recorded answers of the target; none if it is sampled.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        target = self.config.target
+        if target is None or target.answers is None:
+            return []
+        return [self._recorded(target.name, target.answers, prompts, is_own=True)]
+
+    def _recorded(
+        self, name: str, given: RecordedAnswers, prompts: Prompts, *, is_own: bool = False
+    ) -> IngestRecorded:
+        """The job that reads recorded answers; its store does not depend on the run's prompts."""
+        by_id = self.config.prompts if given.columns.id else None
+        store = given.identity() | {"path": self.fingerprint(given), "source": name}
+        store |= {"buckets": self.config.storage.buckets, "cells": READING}
+        if by_id:
+            columns = by_id.columns
+            store["ids"] = [self.fingerprint(by_id), columns.prompt, columns.id]
+        asked = {"splits": list(prompts.splits)}
+        step = Step(f"recorded-{name}", asked, prompts.inputs, store, source=name)
+        return IngestRecorded(step, name, given, prompts, by_id, is_own)
+
+    def fingerprint(self, given: AnyInput) -> str:
+        """A hash of the content of the files.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        section = self._section(given)
+        with _naming_section(section, given):
+            files = [] if self._is_unknown(given) else input_files(given.path, section)
+            return self._content(given, files)
+
+    def _content(self, given: AnyInput, files: list[str]) -> str:
+        if given.path not in self.known:
+            self.known[given.path] = data_fingerprint(files) if files else given.path
+        return self.known[given.path]
+
+    def are_prompts_unspaced(self) -> bool:
+        """`is_unspaced` of the prompts to train on."""
+        given = self.config.prompts or self.config.existing
+        return any(map(self.is_unspaced, [given] if given else self.config.recorded.values()))
+
+    def is_unspaced(self, given: AnyInput) -> bool:
         """Whether prompts have text in a script without spaces between words.
 
         Raises:
@@ -58,20 +142,21 @@ class Inputs:
             if given.path.startswith(HUB_SCHEME):
                 return True  # it is asked for results that were made in another way before
             files = input_files(given.path, section)
-            content = step.config["path"]
+            content = self._content(given, files)
             return beginnings_are(are_unspaced, files, given.columns.prompt, content)
 
-    def _is_unknown(self, given: Input) -> bool:
+    def _is_unknown(self, given: AnyInput) -> bool:
         return self.for_plan and not exist(given.path)
 
-    def _section(self, given: Input) -> str:
+    def _section(self, given: AnyInput) -> str:
         """The section of the config that names the files."""
-        own = {"prompts": self.config.prompts, "import": self.config.existing}
+        own: dict[str, Any] = {"prompts": self.config.prompts, "import": self.config.existing}
+        own |= self.config.recorded_sections
         return next((name for name, part in own.items() if part is given), "evaluate.prompts")
 
 
 @contextmanager
-def _naming_section(name: str, given: Input) -> Iterator[None]:
+def _naming_section(name: str, given: AnyInput) -> Iterator[None]:
     """Report a file that cannot be read with the section that names it."""
     try:
         yield

@@ -1,11 +1,18 @@
-"""Jobs that call models, for answers or for scores, and the fingerprints of the models' weights."""
+"""Jobs that call or train models, and the fingerprints of the models' weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
-from wrpo_ray.config import Config, ModelConfig, RewardConfig, SamplingConfig, ScoreConfig
+from wrpo_ray.config import (
+    Config,
+    ModelConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScoreConfig,
+    TrainConfig,
+)
 from wrpo_ray.config.base import required
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.llm.architecture import telling_of
@@ -19,6 +26,7 @@ from wrpo_ray.pipeline.identities import (
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.score.reward_models import can_end_with_padding
 from wrpo_ray.stages.score.stage import Outcome, Score
+from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.fingerprints import digest, model_fingerprint
 from wrpo_ray.storage.folder import Folder
@@ -48,7 +56,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class ModelJobs:
-    """Makes the jobs of a chain that generate or score answers."""
+    """Makes the jobs of a chain that generate or score answers, or train."""
 
     config: Config
     retries: dict[str, int]
@@ -91,6 +99,28 @@ class ModelJobs:
         outcome: Outcome = "verdict" if verifier else "reward"
         known = tuple(folders), tuple(identities)
         return self._retried(Score(answers, with_absolute_paths(reward), *known, outcome=outcome))
+
+    def prepare(
+        self,
+        name: str,
+        rows: Step,
+        base: Folder,
+        fingerprint: str,
+        config: TrainConfig,
+        sampled_by: str | None = None,
+    ) -> Prepare:
+        """The job that prepares rows to train the target, or a model trained from it, on."""
+        template = Template.of(required(self.config.target, "target"))
+        return Prepare(name, rows, base, fingerprint, config, template, sampled_by)
+
+    def train(self, name: str, rows: Prepare, config: TrainConfig) -> Train:
+        """The job that trains on prepared rows."""
+        identity = {"train": config.identity(), "base": rows.fingerprint, "seed": self.config.seed}
+        step = Step(name, identity, (rows.step,))
+        return Train(
+            step, rows.step, rows.base, rows.fingerprint, config, self.config.seed,
+            rows.template, self.shares_engines,
+        )  # fmt: skip
 
     def fingerprint(self, folder: Folder, model: ModelConfig | None = None) -> str:
         """A hash of the given weights, and of the chat template where the config sets one."""

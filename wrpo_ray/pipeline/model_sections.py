@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from typing import Any
 
-from wrpo_ray.config import Config, ImportConfig, ModelConfig, PromptsConfig, ScoreConfig
+from wrpo_ray.config import Config, ModelConfig, RecordedConfig, ScoreConfig
 from wrpo_ray.llm import resolve
 from wrpo_ray.llm.architecture import Use, telling_of
 from wrpo_ray.llm.resolve import resolved_model
+from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.score.check import resolved_reward
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.hub import Pins
 
 PINS = "pins.json"
 """File of an output: the commits that its first run began with, for later ones (`hub.Pins`)."""
-Input = PromptsConfig | ImportConfig
 
 
 def read_pins(output: str) -> Pins:
@@ -53,10 +53,21 @@ def map_inputs(config: Config, change: Callable[[str, Any], Any]) -> Config:
     if config.evaluate and config.evaluate.prompts:
         held_out = change("evaluate.prompts", config.evaluate.prompts)
         inputs["evaluate"] = config.evaluate.model_copy(update={"prompts": held_out})
+    inputs["sources"] = tuple(
+        _with_answers(change, f"sources.{s.name}", s) if isinstance(s, RecordedConfig) else s
+        for s in config.sources
+    )
+    if config.target and config.target.answers:
+        inputs["target"] = _with_answers(change, "target", config.target)
     return config.model_copy(update=inputs)
 
 
-def pinned_input(what: str, given: Input, pins: Pins | None = None) -> Input:
+def _with_answers(change: Callable[[str, Any], Any], what: str, section: Any) -> Any:
+    answers = change(f"{what}.answers", section.answers)
+    return section.model_copy(update={"answers": answers})
+
+
+def pinned_input(what: str, given: AnyInput, pins: Pins | None = None) -> AnyInput:
     """The section of input files with a data set of the hub at its commit (`hub.commit_of`).
 
     Raises:
@@ -74,7 +85,10 @@ def pinned_input(what: str, given: Input, pins: Pins | None = None) -> Input:
 def map_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
     """The config with each section that names a model changed: `change(what, section)`."""
     models: dict[str, Any] = {
-        "sources": tuple(_changed(change, f"sources.{m.name}", m) for m in config.sources)
+        "sources": tuple(
+            _changed(change, f"sources.{m.name}", m) if isinstance(m, ModelConfig) else m
+            for m in config.sources
+        )
     }
     if config.target:
         models["target"] = change("target", config.target)

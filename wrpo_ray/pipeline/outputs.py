@@ -35,9 +35,10 @@ def find(place: str, overrides: Sequence[str] = ()) -> tuple[Folder, Outline]:
         root = Folder(place).absolute()
         return root, outlines.read_outline(root)
     settings = pinned(configs.load(place, overrides))
-    has_input = settings.prompts or settings.existing
     without_target = "pair" if settings.existing else "select"
-    chain = Chain(settings, STAGES[-1] if settings.target or not has_input else without_target)
+    chain = Chain(
+        settings, STAGES[-1] if settings.target or not settings.has_input else without_target
+    )
     chain.build()
     return chain.root, outline_of(chain)
 

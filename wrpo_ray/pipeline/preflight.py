@@ -4,19 +4,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import Config, EndpointConfig, ScoreConfig
+from wrpo_ray.config import Config, EndpointConfig, RecordedAnswers, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import (
-    Input,
     map_inputs,
     map_models,
     pinned_input,
     read_pins,
     resolved,
 )
-from wrpo_ray.stages.ingest.readers import check_inputs
+from wrpo_ray.runtime.job import AnyInput
+from wrpo_ray.stages.ingest.readers import check_inputs, check_some_columns, input_files
 from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
@@ -55,7 +55,7 @@ def preflight(config: Config, pins: Pins | None = None) -> Config:
 
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
-    for model in config.sources:
+    for model in config.models:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
     asked = config.evaluate
@@ -71,9 +71,11 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     yield partial(check_writable, Folder(config.output))
 
 
-def _checked_input(what: str, given: Input, pins: Pins) -> Input:
+def _checked_input(what: str, given: AnyInput, pins: Pins) -> AnyInput:
     found = pinned_input(what, given, pins)
     check_inputs(found.path, found.needed, what)
+    if isinstance(found, RecordedAnswers):
+        check_some_columns(input_files(found.path, what), found.needed, what)
     return found
 
 

@@ -188,7 +188,7 @@ def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
 
 def log_resumed(run: Run, jobs: list[Job]) -> None:
     """Log how many shards the stores that the jobs fill have already."""
-    for step in {job.step.folder: job.step for job in jobs if job.step.store}.values():
+    for step in {job.step.folder: job.step for job in jobs if job.is_retryable}.values():
         if found := len((run.root / step.folder).files(suffix=".parquet")):
             log(f"{step.name}: {found:,} shards exist; the rows in them are skipped")
 

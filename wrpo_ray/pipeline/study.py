@@ -13,7 +13,8 @@ from typing import Any
 
 from wrpo_ray.config import Config, StudyConfig, study_config
 from wrpo_ray.errors import UserError
-from wrpo_ray.pipeline.chain import FUSED, SFT, Chain
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.held_out import FUSED, SFT
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.runner import log_resumed, missing, session
 from wrpo_ray.pipeline.stage_table import STAGES, Stage

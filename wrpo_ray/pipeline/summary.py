@@ -88,8 +88,8 @@ def check_pairs(summary: Row, floor: float) -> None:
 
 
 def model_addresses(config: Config) -> dict[str, str]:
-    """{name: address} of the given models; a hub id with its commit."""
-    found: dict[str, str] = {}
+    """{name: address} of the given models; a hub id with its commit, or files of answers."""
+    found = {name: f"answers in {Folder(a.path)}" for name, a in config.recorded.items()}
     map_models(
         config, lambda what, m: found.update({getattr(m, "name", what): str(Folder(m.model))}) or m
     )
@@ -140,6 +140,7 @@ def _step(stage: str, job: Job) -> StepOutline:
         source=step.source,
         stores=tuple(dict.fromkeys(job.stores)),
         outcome=job.outcome if isinstance(job, Score) else "",
+        note=job.note,
         **asked,
     )
 

@@ -16,15 +16,23 @@ from typing import Any, TypeVar
 
 import pyarrow.dataset as ds
 
-from wrpo_ray.config import Actors, Config, ImportConfig, ModelConfig, PromptsConfig
+from wrpo_ray.config import (
+    Actors,
+    Config,
+    ImportConfig,
+    ModelConfig,
+    PromptsConfig,
+    RecordedAnswers,
+)
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
-from wrpo_ray.pipeline.chain import DPO, FUSED, SFT, Chain
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.work import Plan, Work, share
-from wrpo_ray.runtime.job import Job, JobKind
+from wrpo_ray.runtime.job import AnyInput, Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.readers import exist, input_files
@@ -153,8 +161,8 @@ class _Estimator:
     def _score(self, job: Score) -> Work:
         reward, made = job.reward, self._of(Generate).get(job.answers.step.key)
         lengths = self._lengths(made)
-        prompts = self._count(job.answers.prompts)
-        rows = prompts * (job.answers.count or 1)
+        prompts, count = self._count(job.answers.prompts), job.answers.count
+        rows = prompts * count if count else self._rows(job.answers.step)
         done = self._stored(job.step, rows)
         guess, tokens = FUNCTION_RATE, lengths.prompt + lengths.output
         folders = [folder for folder in job.folders if folder]
@@ -217,7 +225,7 @@ class _Estimator:
         """Ingesting, selecting, pairing, tables: short CPU work, which is not estimated."""
         rows = self._rows(job.step)
         done = rows if job.step.is_done(self.root) else 0
-        return Work(step=job.step.name, pool="", rows=rows, done=done)
+        return Work(step=job.step.name, pool="", rows=rows, done=done, note=job.note)
 
     def _pool(self, work: Work, actors: Actors) -> Work:
         units = self.config.storage.buckets
@@ -253,11 +261,13 @@ class _Estimator:
                 return self._count(prompts)
             case Step() as other:
                 return self._rows(other)
-            case PromptsConfig() | ImportConfig() as given:
+            case PromptsConfig() | ImportConfig() | RecordedAnswers() as given:
                 return self._read(given, step.name)
+            case tuple(inputs):
+                return sum(self._read(given, step.name) for given in inputs)
         raise ValueError(f"{step.name}: nothing tells how many rows it has")
 
-    def _read(self, given: PromptsConfig | ImportConfig, step: str) -> int:
+    def _read(self, given: AnyInput, step: str) -> int:
         """Rows of an input; its files are counted once."""
         if given.path not in self._inputs:
             self._inputs[given.path] = self._count_input(given.path, step)

@@ -36,7 +36,8 @@ def plan_text(plan: Plan) -> str:
             lines.append(
                 _line((stage, "", "", "", "", "", "", "", "", duration(plan.seconds(stage))))
             )
-    return "\n".join([*lines, "", *_totals(plan), "", NOTE, *_advice(plan)])
+    notes = [f"{w.step}: {w.note}" for w in plan.works if w.note]
+    return "\n".join([*lines, "", *_totals(plan), "", *notes, NOTE, *_advice(plan)])
 
 
 def _cells(plan: Plan, w: Work) -> tuple[str, ...]:

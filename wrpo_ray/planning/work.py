@@ -51,6 +51,8 @@ class Work:
     stage: str = ""
     phase: str = ""
     """Works of a stage and phase run side by side."""
+    note: str = ""
+    """What a reader of the plan has to know of the step."""
 
     @property
     def gpu_seconds(self) -> float:

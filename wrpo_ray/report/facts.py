@@ -27,6 +27,8 @@ FORMAT = 1
 """Version of the cached samples."""
 KEPT = "report"
 """Folder of the cache within the output."""
+RECORDED = "ingestrecorded"
+"""Kind of the steps that read recorded answers."""
 METRICS = "metrics.jsonl"
 POINTS = 400
 """Maximum points of a curve."""
@@ -75,6 +77,7 @@ def _steps(root: Folder, outline: Outline, done: dict[str, Row]) -> Iterator[Row
             "folder": step.folder,
             "kind": step.kind,
             "source": step.source,
+            "note": step.note,
             "state": "done" if record else "to do",
             "spent": _spent(entry, prices) if entry else None,
             "plan": plan.get(step.key),
@@ -86,6 +89,7 @@ def _finished(record: Row) -> Row:
     counts = record["counts"]
     return {
         "rows": counts.get("rows", 0),
+        "told": record.get("told", ""),
         "failed": counts.get("failed", 0),
         "seconds": record["seconds"],
         "started": round(ended - record["seconds"], 2),
@@ -138,6 +142,8 @@ def _distributions(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
 
 def _scores_candidates(outline: Outline, step: StepOutline) -> bool:
     """Whether the step scores answers that y_ws, y_wt and y_l are chosen from."""
+    if step.kind == RECORDED:
+        return bool(step.stores)
     if step.stage not in ("score", "sample") or not step.stores:
         return False
     reward = (outline.config.get("reward") or {}).get("name", "")

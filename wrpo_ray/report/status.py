@@ -51,6 +51,8 @@ class StepStatus:
     failed: int = 0
     seconds: float | None = None
     """Duration of a finished step."""
+    notes: tuple[str, ...] = ()
+    """What has to be known of recorded answers."""
 
     @property
     def left(self) -> float | None:
@@ -153,6 +155,7 @@ class _StepReader:
             return StepStatus(
                 step.stage, step.name, DONE, rows, rows, failed=counts.get("failed", 0),
                 seconds=record["seconds"],
+                notes=tuple(filter(None, (record.get("told"), step.note))),
             )  # fmt: skip
         told = self._training(step) if step.kind == "train" else self._buckets(step)
         if told is None:
@@ -278,7 +281,9 @@ def screen(found: Status) -> Any:
     about = [found.output, f"run: {found.last_try}", f"lease: {found.holder}"]
     about.append(f"{done} of {len(found.steps)} steps done")
     head = Text("".join(f"{one_line(line)}\n" for line in about))
-    return Group(head, table, Text(f"\nspent: {_spent_told(found.spent)}"))
+    notes = [one_line(f"{step.name}: {note}") for step in found.steps for note in step.notes]
+    spent = f"spent: {_spent_told(found.spent)}"
+    return Group(head, table, Text("\n" + "\n".join([*notes, spent])))
 
 
 def _lines(steps: Sequence[StepStatus]) -> Iterator[StepStatus]:

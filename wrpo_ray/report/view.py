@@ -34,6 +34,7 @@ def view(facts: Row) -> Row:
         "evaluation": list(_evaluation(facts)),
         "failures": facts["failures"],
         "left_out": list(_left_out(facts)),
+        "notes": list(_notes(facts)),
         "read": _read(facts),
         "models": sorted(facts["models"].items()),
         "versions": sorted(facts["versions"].items()),
@@ -207,6 +208,12 @@ def _left_out(facts: Row) -> Iterator[tuple[str, str, int]]:
             if count and kind in ("dropped", "answers"):
                 told = reason.replace("_", " ").replace(".", ", ") or "dropped"
                 yield step, f"answers: {told}" if kind == "answers" else told, count
+
+
+def _notes(facts: Row) -> Iterator[tuple[str, str]]:
+    """(step, text) of what a reader has to know of recorded answers."""
+    for step in facts["steps"]:
+        yield from ((step["step"], text) for text in (step["note"], step.get("told")) if text)
 
 
 def _read(facts: Row) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
 
-from wrpo_ray.config import ImportConfig, PromptsConfig
+from wrpo_ray.config import ImportConfig, PromptsConfig, RecordedAnswers
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.placement import Pool
@@ -19,6 +19,7 @@ class JobKind(StrEnum):
     INGEST_PROMPTS = "ingestprompts"
     INGEST_RESPONSES = "ingestresponses"
     INGEST_PREFERENCES = "ingestpreferences"
+    INGEST_RECORDED = "ingestrecorded"
     READ_BENCHMARK = "readbenchmark"
     EVAL_NGRAMS = "evalngrams"
     CONTAMINATION = "contamination"
@@ -34,7 +35,8 @@ class JobKind(StrEnum):
     STUDY_TABLE = "studytable"
 
 
-RowSource = int | Prompts | Step | PromptsConfig | ImportConfig
+AnyInput = PromptsConfig | ImportConfig | RecordedAnswers
+RowSource = int | Prompts | Step | AnyInput | tuple[AnyInput, ...]
 """A number of rows, or the prompts, step or input files that have as many."""
 
 
@@ -90,6 +92,10 @@ class Job(Protocol):
         """Folders of the scored answers that the job makes or chooses from."""
 
     @property
+    def note(self) -> str:
+        """What a reader of the results has to know of the job; empty for most."""
+
+    @property
     def stream(self) -> Stream | None:
         """How it runs side by side with the phase before or after it; None if it cannot."""
 
@@ -98,6 +104,11 @@ class BaseJob:
     """Defaults for most jobs."""
 
     is_retryable: ClassVar[bool] = False
+
+    @property
+    def note(self) -> str:
+        """None."""
+        return ""
 
     @property
     def batch_key(self) -> object:

@@ -78,7 +78,9 @@ class Step:
         """
         return read_manifest(root / self.folder, self.manifest)
 
-    def finish(self, root: Folder, counts: dict[str, Any], started: float) -> dict[str, Any]:
+    def finish(
+        self, root: Folder, counts: dict[str, Any], started: float, **more: Any
+    ) -> dict[str, Any]:
         """Write the manifest, which finishes the step. `started` is Unix seconds."""
         record = {
             "step": self.name,
@@ -89,7 +91,7 @@ class Step:
             "seconds": round(time.time() - started, 2),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": versions(),
-        }
+        } | more
         (root / self.folder).write_json(self.manifest, record)
         return record
 

@@ -198,3 +198,83 @@ def test_defaults_are_the_papers():
         3e-7,
         128,
     )
+
+
+# --- recorded answers ------------------------------------------------------------------------
+
+
+RECORDED = {"name": "a", "answers": {"path": "a.jsonl"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sources": [{"name": "a"}]}, "sources.0: give either `model`, which is asked, or `answ"),
+        ({"sources": [RECORDED | {"model": "m"}]}, "sources.0: give either `model`, which is ask"),
+        ({"sources": [RECORDED | {"dtype": "auto"}]}, "sources.0.dtype: unknown key"),
+        (
+            {"sources": [{"name": "a", "answer": {"path": "x"}}]},
+            "sources.0.answer: unknown key; did you mean 'answers'?",
+        ),
+        (
+            {"sources": [{"name": "a", "answers": {"path": "x", "colums": {}}}]},
+            "sources.0.answers.colums: unknown key; did you mean 'columns'?",
+        ),
+        (
+            {"sources": [{"name": "a", "answers": {"path": "x", "reward": "recorded"}}]},
+            "sources.0.answers: reward: recorded needs the column of the scores: columns.reward",
+        ),
+        (
+            {"sources": [{"name": "a", "answers": {"path": "x", "of": "b"}}]},
+            "sources.0.answers: of: needs the column with the names of models: columns.source",
+        ),
+        (
+            {"sources": [{"name": "a", "answers": {"path": "x", "columns": {"id": "n"}}}]},
+            "sources.a.answers: columns.id needs `prompts` with the same ids (prompts.columns.id)",
+        ),
+        ({"sources": [RECORDED], "reward": None}, "reward: missing"),
+        ({"sources": [RECORDED, {"name": "a", "model": "m"}]}, "the name 'a' is given twice"),
+        (
+            {"sources": [RECORDED], "prompts": None, "import": {"path": "x"}},
+            "import: it brings its own answers; leave out `answers`, or `import`",
+        ),
+        (
+            {"sources": [RECORDED], "prompts": None, "reward": {"verifier": "exact"}},
+            "set sources.a.answers.columns.reference to the column with the right ones",
+        ),
+        (
+            {
+                "sources": [RECORDED],
+                "target": {"name": "t", "model": "m"},
+                "evaluate": {"prompts": {"path": "e"}, "baselines": {"best_of_sources": True}},
+            },
+            "evaluate.baselines: need `sources` that are asked ({name, model})",
+        ),
+    ],
+)
+def test_recorded_answers_that_do_not_fit(tmp_path, changes, reason):
+    tree = {name: value for name, value in (BASE | changes).items() if value is not None}
+    assert any(reason in line for line in problems(tmp_path, tree))
+
+
+def test_a_reward_is_needed_only_where_answers_have_no_recorded_score(tmp_path):
+    scored = {"path": "a.jsonl", "columns": {"reward": "s"}, "reward": "recorded"}
+    tree = {"output": "out", "sources": [{"name": "a", "answers": scored}]}
+    assert load(write(tmp_path, tree)).recorded.keys() == {"a"}
+    target = {"name": "t", "model": "m"}
+    assert "reward: missing" in problems(tmp_path, tree | {"target": target})[0]
+    load(write(tmp_path, tree | {"target": target | {"answers": scored}}))
+
+
+def test_the_reference_has_both_kinds_of_sources():
+    text = config_text("sources")
+    assert "max_model_len: " in text
+    assert "answers: section, required (wrpo config sources.answers)" in text
+    assert "finish_reason: " in config_text("sources.answers.columns")
+    assert "off-policy" in config_text("target.answers")
+
+
+def test_a_target_given_from_python_is_any_model():
+    tree = {"output": "out", "prompts": {"path": "p"}, "sources": [{"name": "a", "model": "m"}]}
+    made = Config(**tree, reward={"model": "r"}, target=ModelConfig(name="t", model="m"))
+    assert (made.target.name, made.target.answers) == ("t", None)

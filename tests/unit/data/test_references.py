@@ -27,9 +27,10 @@ from wrpo_ray.data.published import RowError
 from wrpo_ray.data.references import JSON_MARK, pack_reference, show_reference, unpack_reference
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.report.text import _example
+from wrpo_ray.stages.ingest import distribute
 from wrpo_ray.stages.ingest.cells import exact_text
 from wrpo_ray.stages.ingest.readers import read_rows
-from wrpo_ray.stages.ingest.stage import IngestPrompts, _placed
+from wrpo_ray.stages.ingest.stage import IngestPrompts
 from wrpo_ray.stages.score.base import Item
 from wrpo_ray.stages.score.judge import Question
 from wrpo_ray.stages.score.rewards import load_reward
@@ -45,7 +46,7 @@ def read(path) -> list[Any]:
     job = IngestPrompts(Step("p"), PromptsConfig(path="x", columns=COLUMNS), {"sft": 1.0}, 0)
     found = []
     for place, row in read_rows(str(path), job.columns, COLUMNS.of_text):
-        (placed,) = _placed(job, place, row, 4)
+        (placed,) = distribute.placed(job.step.name, job.records, place, row, 4)
         record = json.loads(placed["record"])
         assert placed["good"] or record["error"] in ("RowError", "ValueError", "OverflowError")
         found.append(unpack_reference(record["reference"]) if placed["good"] else BAD)
@@ -195,7 +196,7 @@ def test_groups_are_named_by_the_same_rules(tmp_path, cell, name):
     path.write_text(json.dumps({"prompt": "x", "r": "y", "g": cell}))
     job = IngestPrompts(Step("p"), PromptsConfig(path="x", columns=COLUMNS), {"sft": 1.0}, 0)
     ((place, row),) = read_rows(str(path), job.columns, COLUMNS.of_text)
-    (placed,) = _placed(job, place, row, 4)
+    (placed,) = distribute.placed(job.step.name, job.records, place, row, 4)
     assert (json.loads(placed["record"])["group"] if placed["good"] else BAD) == name
 
 

@@ -91,6 +91,11 @@ class Generate(BaseJob):
         return Samples(self.step, self.prompts, self.sampling.samples)
 
     @property
+    def has_scores(self) -> bool:
+        """No: they have to be scored."""
+        return False
+
+    @property
     def stream(self) -> Stream:
         """Finished buckets can be scored while others are generated."""
         return Stream(self.run, pool_of(self.model))

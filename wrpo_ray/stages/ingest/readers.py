@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
+from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
@@ -24,15 +25,20 @@ from wrpo_ray.stages.ingest.cells import JsonFloat, group_of, narrow_columns, re
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.remote import MAX_STREAMS
+from wrpo_ray.text.display import one_line
 from wrpo_ray.text.documents import read_row
 from wrpo_ray.text.files import is_utf16
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
+FILES, FIRST = 16, 1000
+"""JSONL files, and rows of each, whose columns are looked at before any work."""
 
 
 def input_files(path: str, what: str) -> list[str]:
     """Return the URIs of the data files at `path`: the file itself, or those in the folder.
+
+    Where a folder holds none, those in its subfolders are taken, as in data sets of the hub.
 
     Raises:
         UserError: there is no such file, or none that ends in .jsonl or .parquet; or the hub
@@ -48,11 +54,21 @@ def input_files(path: str, what: str) -> list[str]:
     if info.type == pafs.FileType.NotFound:
         raise UserError(f"{what}: no such file: {place}; give a JSONL or Parquet file, or a folder")
     place = place.absolute()  # a worker's working directory is another
-    found = [place.uri] if info.is_file else [(place / n).uri for n in place.files()]
-    files = [uri for uri in found if str(Folder(uri)).endswith(SUFFIXES)]
+    files = _data_files([place]) if info.is_file else _files_within(place)
     if not files:
         raise UserError(f"{what}: {place} is no .jsonl or .parquet file, and holds none")
     return files
+
+
+def _files_within(folder: Folder) -> list[str]:
+    """The data files in the folder; where there are none, those in its subfolders."""
+    found = _data_files([folder / name for name in folder.files()])
+    inside = [] if found else [folder / n for n in folder.folders() if not n.startswith(".")]
+    return found + [uri for part in inside for uri in _files_within(part)]
+
+
+def _data_files(files: list[Folder]) -> list[str]:
+    return [file.uri for file in files if str(file).endswith(SUFFIXES)]
 
 
 def exist(path: str) -> bool:
@@ -130,6 +146,27 @@ def check_columns(uri: str, columns: list[str], what: str) -> None:
         raise UserError(
             f"{what}: {file} has no column {', '.join(map(repr, missing))}; it has "
             f"{', '.join(there)}; set `columns`"
+        )
+
+
+def check_some_columns(uris: list[str], columns: list[str], what: str) -> None:
+    """Check that each column is in some of the first rows of the first JSONL files.
+
+    Raises:
+        UserError: one is in none, so that its name is wrong.
+    """
+    files = [uri for uri in uris if str(Folder(uri)).endswith(".jsonl")][:FILES]
+    there: dict[str, None] = {}
+    for uri in files:
+        for _, row in islice(read_rows(uri, columns), FIRST):
+            there |= dict.fromkeys(row) if isinstance(row, dict) else {}
+        if set(columns) <= set(there):
+            return
+    missing = [column for column in columns if column not in there]
+    if files and there and missing:
+        raise UserError(
+            f"{what}: {Folder(files[0])} has no column {', '.join(map(repr, missing))} in its "
+            f"first rows; they have {', '.join(map(one_line, there))}; set `columns`"
         )
 
 
@@ -243,13 +280,13 @@ def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: in
         RowError: the prompt is missing, empty or malformed, the reference is null, or reference
             or group cannot be converted to text.
     """
-    messages = _messages(row, columns)
+    messages = messages_of(row, columns)
     key, name = prompt_id(messages), columns.reference
     return {
         "prompt_id": key,
         "messages": messages,
         "split": _split(key, splits, seed),
-        "reference": pack_reference(reference_of(_cell(row, name), name)) if name else None,
+        "reference": pack_reference(reference_of(cell_of(row, name), name)) if name else None,
         "group": group_of(row.get(columns.group), columns.group) if columns.group else None,
     }
 
@@ -270,9 +307,9 @@ def scored_records(row: Row, given: ImportConfig) -> list[ScoredRow | RowError]:
         RowError: prompt or model is null or of a wrong type, or answers and scores do not match.
     """
     columns = given.columns
-    key = prompt_id(_messages(row, columns))
-    source = given.source or _name(_cell(row, columns.source), columns.source)
-    texts, rewards = _cell(row, columns.response), _cell(row, columns.reward)
+    key = prompt_id(messages_of(row, columns))
+    source = given.source or name_of(cell_of(row, columns.source), columns.source)
+    texts, rewards = cell_of(row, columns.response), cell_of(row, columns.reward)
     if given.format == "responses":
         texts, rewards = [texts], [rewards]
     if not isinstance(texts, list) or not isinstance(rewards, list) or not texts:
@@ -295,7 +332,7 @@ def _scored(
             "prompt_id": key,
             "source": source,
             "text": check_text(text),
-            "reward": _number(reward, columns.reward),
+            "reward": number_of(reward, columns.reward),
             "reward_model": f"column {columns.reward}",
             "engine": "import",
         }
@@ -303,23 +340,27 @@ def _scored(
         return error
 
 
-def _messages(row: Row, columns: Columns) -> list[Message]:
-    return parse_messages(_cell(row, columns.prompt))
+def messages_of(row: Row, columns: Columns) -> list[Message]:
+    """The prompt of a row, as a conversation."""
+    return parse_messages(cell_of(row, columns.prompt))
 
 
-def _cell(row: Row, column: str) -> Any:
+def cell_of(row: Row, column: str) -> Any:
+    """The value of a column; RowError if it is missing or null."""
     if row.get(column) is None:
         raise RowError(f"{column!r} is {'null' if column in row else 'missing'}")
     return row[column]
 
 
-def _name(value: Any, column: str) -> str:
+def name_of(value: Any, column: str) -> str:
+    """A text or whole number as a name; RowError for another value."""
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise RowError(f"{column!r} has to be a name (got {type(value).__name__})")
     return check_text(str(value))
 
 
-def _number(value: Any, column: str) -> float:
+def number_of(value: Any, column: str) -> float:
+    """A finite number; RowError for another value."""
     largest = sys.float_info.max
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if not is_number or not -largest <= value <= largest:

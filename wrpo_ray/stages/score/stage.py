@@ -70,7 +70,7 @@ class Score(BaseJob):
     def step(self) -> Step:
         """The step; its store grows with the store of answers."""
         source = self.answers.step
-        name = source.name.removeprefix("generate-")
+        name = source.source or source.name
         store = {
             "reward": self.reward.identity() | {"model": self.fingerprint},
             "answers": source.folder,

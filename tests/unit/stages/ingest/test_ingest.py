@@ -16,8 +16,9 @@ from support.hostile import hostile_lines
 from wrpo_ray.config import Columns, ImportConfig, PromptsConfig
 from wrpo_ray.data.published import ROLES, RowError, from_published, parse_messages
 from wrpo_ray.data.records import FAILURE, PROMPT, SCORED
+from wrpo_ray.stages.ingest.distribute import placed as parts_of
 from wrpo_ray.stages.ingest.readers import prompt_record, read_rows, scored_records
-from wrpo_ray.stages.ingest.stage import IngestPrompts, IngestResponses, _placed
+from wrpo_ray.stages.ingest.stage import IngestPrompts, IngestResponses
 from wrpo_ray.storage.steps import Step
 
 SPLITS = {"sft": 0.5, "preference": 0.5}
@@ -28,7 +29,7 @@ def placed(job, path) -> tuple[list[dict], list[dict]]:
     found = [
         part
         for place, row in read_rows(str(path), job.columns)
-        for part in _placed(job, place, row, 4)
+        for part in parts_of(job.step.name, job.records, place, row, 4)
     ]
     records = {
         good: [json.loads(f["record"]) for f in found if f["good"] == good]
