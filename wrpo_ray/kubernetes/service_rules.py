@@ -140,7 +140,7 @@ def _serve_port(found: RayObject, service: Service) -> Faults:
     for path, group in found.groups:
         named = [each.container_port for each in group.ray.ports if each.name == "serve"]
         asked = named[0] if named else SERVE_PORT
-        if asked != port:
+        if type(port) is int and asked != port:  # another value is a fault of its own
             yield (
                 f"{path}.template.spec.containers[0].ports[serve]",
                 "serve-port",

@@ -275,7 +275,8 @@ def test_an_object_takes_what_kubernetes_takes(
 ):
     version, _, kind = name.partition(" ")
     body = copy.deepcopy(OBJECTS[name]) | {"apiVersion": version, "kind": kind}
-    body["metadata"] = {"name": "a"}
+    elsewhere = {"wrpo-ray/external": "ServiceAccount/a.b"}
+    body["metadata"] = {"name": "a", "annotations": elsewhere}
     holder: Any = body
     *above, last = [int(key) if key.isdigit() else key for key in field.split(".")]
     for key in above:
