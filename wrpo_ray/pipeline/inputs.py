@@ -70,7 +70,7 @@ class Inputs:
         )
 
     def _prompts_of(self, given: RecordedAnswers) -> list[str | None]:
-        """What decides the prompts in a file of answers."""
+        """Everything that decides the prompts in a file of answers."""
         columns = given.columns
         return [self.fingerprint(given), columns.prompt, columns.reference, columns.group]
 

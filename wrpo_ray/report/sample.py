@@ -65,12 +65,16 @@ class Distributions:
         held[measure] = held.get(measure, Histogram()) + found
 
     def __add__(self, other: Distributions) -> Distributions:
-        series = {name: dict(measures) for name, measures in self.series.items()}
-        for name, measures in other.series.items():
-            held = series.setdefault(name, {})
-            for measure, histogram in measures.items():
-                held[measure] = held.get(measure, Histogram()) + histogram
-        unit = other.unit if other.rows else self.unit
+        """Both; lengths in characters are left out where others are in tokens."""
+        units = {part.unit for part in (self, other) if part.rows}
+        unit = "characters" if units == {"characters"} else "tokens"
+        series: dict[str, dict[str, Histogram]] = {}
+        for part in (self, other):
+            for name, measures in part.series.items():
+                held = series.setdefault(name, {})
+                for measure, histogram in measures.items():
+                    if measure != "length" or part.unit == unit:
+                        held[measure] = held.get(measure, Histogram()) + histogram
         return Distributions(self.rows + other.rows, self.of + other.of, unit, series)
 
     def record(self) -> Row:

@@ -93,7 +93,7 @@ class Job(Protocol):
 
     @property
     def note(self) -> str:
-        """What a reader of the results has to know of the job; empty for most."""
+        """A remark for readers of the results; empty for most jobs."""
 
     @property
     def stream(self) -> Stream | None:

@@ -316,3 +316,22 @@ def test_a_reporter_makes_no_report_while_nothing_is_told():
     assert made == []
     reporter.finish()
     assert made == [False]
+
+
+def test_lengths_in_characters_and_in_tokens_are_not_added():
+    """Answers of a recorded source have no token counts, those of a model beside it have."""
+    parts = []
+    for name, unit in (("recorded", "characters"), ("live", "tokens")):
+        part = sample.Distributions(rows=2, unit=unit)
+        part.add(name, "length", pa.array([10, 20]))
+        part.add(name, "reward", pa.array([0.5, 1.0]))
+        parts.append(part)
+    for first, second in (parts, parts[::-1]):
+        both = sample.Distributions() + first + second
+        assert both.unit == "tokens"
+        assert {name: sorted(m) for name, m in both.series.items()} == {
+            "recorded": ["reward"],
+            "live": ["length", "reward"],
+        }
+    alone = sample.Distributions() + parts[0] + sample.Distributions()
+    assert (alone.unit, sorted(alone.series["recorded"])) == ("characters", ["length", "reward"])

@@ -52,7 +52,7 @@ def recorded_answers(
 
 
 def _key(row: Row, given: RecordedAnswers) -> Row:
-    """What the prompt is known by, and a text that shows it."""
+    """The key of the prompt, and a text that shows it."""
     columns = given.columns
     if columns.id:
         known = exact_text(cell_of(row, columns.id), columns.id)

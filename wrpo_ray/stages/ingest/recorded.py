@@ -109,7 +109,7 @@ class IngestRecorded(BaseJob):
 
     @property
     def note(self) -> str:
-        """What a reader of the results has to know of these answers."""
+        """A remark for readers of the results: other scores, off-policy training."""
         own = OWN_SCORES.format(self.source, self.input.columns.reward) if self.has_scores else ""
         return "; ".join(filter(None, (OFF_POLICY.format(self.source) * self.is_own, own)))
 
