@@ -25,6 +25,7 @@ from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
 from wrpo_ray.config.resources import Actors, ClusterConfig
 from wrpo_ray.config.reward import (
     CodeConfig,
+    GroupedRewardConfig,
     JudgeConfig,
     PartConfig,
     RewardConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "ContaminationConfig",
     "EndpointConfig",
     "EvaluateConfig",
+    "GroupedRewardConfig",
     "ImportConfig",
     "JudgeConfig",
     "LoraConfig",

@@ -18,7 +18,7 @@ from wrpo_ray.config.models import ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
 from wrpo_ray.config.resources import ClusterConfig
-from wrpo_ray.config.reward import RewardConfig, VerifierName
+from wrpo_ray.config.reward import GroupedRewardConfig, VerifierName
 from wrpo_ray.config.training import SftConfig, WrpoConfig
 
 RESERVED = frozenset({"target-sft", "target-dpo", "fused", "best-of-sources", "mixture"})
@@ -48,7 +48,7 @@ class Config(Section):
     """The model to be improved."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling of the sources and target-SFT."""
-    reward: RewardConfig | None = None
+    reward: GroupedRewardConfig | None = None
     """The score of an answer."""
     split: SplitConfig = SplitConfig()
     """Shares of prompts for SFT and for preferences."""
@@ -96,6 +96,7 @@ class Config(Section):
         yield from self._evaluation_problems()
         yield from self._pairing_problems()
         yield from self._name_problems()
+        yield from self._group_problems()
 
     def _input_problems(self) -> Iterator[str]:
         has_input = self.prompts or self.existing
@@ -105,7 +106,10 @@ class Config(Section):
         if self.prompts and not self.sources:
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self.prompts and not self.reward:
-            yield "reward: missing; give `model`, `function`, `verifier`, `judge` or `mixture`"
+            yield (
+                "reward: missing; give `model`, `function`, `verifier`, `judge`, `mixture` or "
+                "`by_group`"
+            )
 
     def _evaluation_problems(self) -> Iterator[str]:
         asked = self.evaluate
@@ -155,7 +159,10 @@ class Config(Section):
     def _without_reference(self) -> Iterator[str]:
         """Verifiers of prompts that have no reference column."""
         lack = "verifies answers, so set {}.columns.reference to the column with the right ones"
-        verifies = bool(self.reward and any(part.verifier for part in self.reward.parts))
+        parts = (
+            [part for reward in self.reward.each for part in reward.parts] if self.reward else []
+        )
+        verifies = any(part.verifier for part in parts)
         if verifies and self.prompts and not self.prompts.columns.reference:
             yield f"reward: it {lack.format('prompts')}"
         asked = self.evaluate
@@ -163,3 +170,41 @@ class Config(Section):
         held_out = asked.prompts if asked else None
         if held_out and (verifies or checks) and not held_out.columns.reference:
             yield f"evaluate: it {lack.format('evaluate.prompts')}"
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups of prompts that rewards or sources are given for, sorted."""
+        by_reward = self.reward.by_group if self.reward else {}
+        of_sources = [name for source in self.sources for name in source.groups or ()]
+        return tuple(sorted({*by_reward, *of_sources}))
+
+    def _group_problems(self) -> Iterator[str]:
+        """Sections of groups where the prompts have none, or where all prompts are meant."""
+        asked = self.evaluate
+        others = [("target", self.target)] if self.target else []
+        if asked:
+            others += [(f"evaluate.models.{m.name}", m) for m in asked.models]
+            others += [("evaluate.judge", asked.judge)] if asked.judge else []
+        for what, model in others:
+            if model.groups:
+                yield f"{what}.groups: only sources have it; this model answers all prompts"
+        given = self.prompts or self.existing
+        if given and self.group_names and not given.columns.group:
+            yield (
+                "reward.by_group, sources.groups: set prompts.columns.group to the column with the "
+                "group of each prompt"
+            )
+        if not self.reward or not self.reward.by_group or self.reward.default or not asked:
+            return
+        if asked.prompts and not asked.prompts.columns.group:
+            yield (
+                "evaluate: rewards are given by_group, so set evaluate.prompts.columns.group, or "
+                "give `reward` one for all other prompts"
+            )
+        benchmarks = BenchmarksConfig.model_fields
+        has_benchmark = any(getattr(asked.benchmarks, name) for name in benchmarks)
+        if asked.baselines.best_of_sources and has_benchmark:
+            yield (
+                "evaluate.baselines.best_of_sources: questions of benchmarks are of no group; give "
+                "`reward` one for all other prompts"
+            )

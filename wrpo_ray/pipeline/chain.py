@@ -17,10 +17,10 @@ from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.evaluation import Evaluation
+from wrpo_ray.pipeline.groups import group_check
 from wrpo_ray.pipeline.held_out import ComparedModel, by_phase
-from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.inputs import Inputs
-from wrpo_ray.pipeline.model_jobs import ModelJobs, Trained
+from wrpo_ray.pipeline.model_jobs import ModelJobs, Trained, by_reward
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import Evaluate, ScoredModel
@@ -163,8 +163,10 @@ class Chain:
     def _prompts(self) -> Prompts:
         given = self.config.prompts or required(self.config.existing, "import")
         step = self._inputs.step("prompts", given, splits=self._splits, seed=self.config.seed)
-        self._add("prompts", (IngestPrompts(step, given, self._splits, self.config.seed),))
-        return Prompts(step, tuple(self._splits))
+        prompts = Prompts(step, tuple(self._splits))
+        job = IngestPrompts(step, given, self._splits, self.config.seed)
+        self._add("prompts", (job,), group_check(self.config, prompts))
+        return prompts
 
     @property
     def _preference_prompts(self) -> Prompts:
@@ -173,7 +175,8 @@ class Chain:
     def _generated(self) -> Select:
         """Answers of the sources, generated and scored, and y_ws among them."""
         prompts, left_out = self._prompts, self._contamination()
-        answers = [self._jobs.generate(source, prompts) for source in self.config.sources]
+        asked = ((source, prompts.of_groups(source.groups)) for source in self.config.sources)
+        answers = [self._jobs.generate(source, own) for source, own in asked]
         # Held-out answers come from the same engines, so that none is started twice.
         held_out = [job for m in self._given_models for job in self._held_out(m)]
         by_model = sorted([*answers, *held_out], key=lambda job: job.model.name)
@@ -190,7 +193,7 @@ class Chain:
         return selection, self._answers(Samples(step, self._preference_prompts, None, TARGET))
 
     def _select(self, sources: Answers, left_out: Contamination | None) -> Select:
-        selection = Select(self._prompts, sources, left_out)
+        selection = Select(self._prompts, sources, left_out, self.config.group_names)
         self._add("select", (selection,))
         return selection
 
@@ -213,11 +216,10 @@ class Chain:
 
     def _scored(self, stage: str, *answers: Generate, before: Sequence[Job] = ()) -> Answers:
         """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
-        scores = tuple(self._jobs.score(job.samples) for job in answers)
+        scores = [score for job in answers for score in self._jobs.scores(job.samples)]
         verify = self.config.pair.verifier
-        reward = verifier_reward(verify) if verify else None
-        checks = tuple(self._jobs.score(job.samples, reward) for job in answers) if reward else ()
-        self._add(stage, before, scores, checks)
+        checks = tuple(self._jobs.verify(job.samples, verify) for job in answers) if verify else ()
+        self._add(stage, before, *by_reward(scores), checks)
         verdicts = tuple(job.samples for job in checks)
         return self._answers(*(job.samples for job in scores), verdicts=verdicts)
 
@@ -257,7 +259,7 @@ class Chain:
         """Answers of the sources to the preference prompts."""
         sources = selection.sources
         samples, verdicts = (
-            tuple(replace(s, prompts=self._preference_prompts) for s in given)
+            tuple(replace(s, prompts=replace(s.prompts, splits=("preference",))) for s in given)
             for given in (sources.samples, sources.verdicts)
         )
         return replace(sources, samples=samples, verdicts=verdicts)
@@ -330,8 +332,9 @@ class Chain:
         inputs = (trained_on.step,) if trained_on else ()
         step = self._inputs.step("eval-prompts", given, inputs, seed=self.config.seed)
         job = IngestPrompts(step, given, splits, self.config.seed, without=trained_on)
-        self._add("prompts", (job,))
-        return Prompts(step, tuple(splits))
+        prompts = Prompts(step, tuple(splits))
+        self._add("prompts", (job,), group_check(self.config, prompts, is_held_out=True))
+        return prompts
 
     def _held_out(self, model: ModelConfig) -> list[Generate]:
         """A model's answers for the evaluation that depend on no other answer."""
@@ -352,8 +355,8 @@ class Chain:
             evaluate = evaluate.model_copy(update={"pairwise": pairwise})
         sources = tuple(m.name for m in self.config.sources)
         own = self._eval_prompts if evaluate.prompts else None
-        generate, score = self._jobs.generate, self._jobs.score
-        found = Evaluation(evaluate, models, sources, own, generate, score)
+        generate, scores = self._jobs.generate, self._jobs.scores
+        found = Evaluation(evaluate, models, sources, own, generate, scores)
         self._add("prompts", tuple(found.benchmarks.values()))
         return found
 
@@ -391,7 +394,5 @@ class Chain:
         if model is None:
             there = ", ".join(m.name for m in self._models)
             raise UserError(f"model: there is no {name!r}; there are {there}")
-        if not (self._evaluation.verifier or self.config.reward):
-            raise UserError("evaluate: a study compares by `reward` or `evaluate.verifier`")
-        prompts, found = self._eval_prompts, self._compared(model)
+        prompts, found = self._eval_prompts, self._compared(model).on_one_scale
         return Stage("evaluate", tuple(by_phase([found]))), found.scored_model, prompts

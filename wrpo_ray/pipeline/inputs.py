@@ -11,6 +11,7 @@ from wrpo_ray.config import Config, ImportConfig, PromptsConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.ingest.cells import READING, beginnings_are, hold_more_than_text
 from wrpo_ray.stages.ingest.readers import input_files
+from wrpo_ray.stages.ingest.stage import OPTIONAL, REFERENCES
 from wrpo_ray.stages.pair.overlap import are_unspaced
 from wrpo_ray.storage.fingerprints import data_fingerprint
 from wrpo_ray.storage.folder import Folder
@@ -40,6 +41,9 @@ class Inputs:
             has_more = hold_more_than_text(files, given.columns.of_text, content)
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
         read |= {"cells": READING} if has_more else {}
+        reward = self.config.reward
+        if reward and reward.by_group and name != "import":  # rewards of some groups need none
+            read |= {REFERENCES: OPTIONAL}
         return Step(name, read | config, inputs)
 
     def is_unspaced(self, given: Input, step: Step) -> bool:

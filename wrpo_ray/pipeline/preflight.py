@@ -7,6 +7,7 @@ from typing import Any
 from wrpo_ray.config import Config, EndpointConfig, ImportConfig, PromptsConfig, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
+from wrpo_ray.pipeline.groups import check_first_groups
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import map_models, resolved
 from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files
@@ -50,16 +51,17 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for model in others:
         if model.endpoint:
             yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
-    scorers = list(config.reward.parts) if config.reward else []
+    scorers = [part for own in config.reward.each for part in own.parts] if config.reward else []
     verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
         yield partial(_check_scorer, part)
     yield partial(check_patterns, config.answers.refusal_patterns)
-    for what, given in (("prompts", config.prompts), ("import", config.existing)):
-        if given:
-            yield partial(_check_input, what, given)
+    if config.existing:
+        yield partial(_check_input, "import", config.existing)
+    if config.prompts:
+        yield partial(_check_prompts, config, "prompts", config.prompts)
     if asked and (held_out := asked.prompts):
-        yield partial(_check_input, "evaluate.prompts", held_out)
+        yield partial(_check_prompts, config, "evaluate.prompts", held_out)
     yield partial(check_writable, Folder(config.output))
 
 
@@ -79,6 +81,11 @@ def _check_key(what: str, endpoint: EndpointConfig) -> None:
 
     with telling_of(f"{what}.endpoint"):
         read_key(endpoint)
+
+
+def _check_prompts(config: Config, what: str, given: PromptsConfig) -> None:
+    _check_input(what, given)
+    check_first_groups(config, what, given)
 
 
 def _check_input(what: str, given: PromptsConfig | ImportConfig) -> None:

@@ -130,6 +130,8 @@ def _step(stage: str, job: Job) -> StepOutline:
     if samples := job.samples:
         prompts = samples.prompts
         asked = {"samples": samples.count, "prompts": prompts.step.key, "splits": prompts.splits}
+        if groups := prompts.groups:
+            asked |= {"groups": groups.names, "other_groups": groups.others}
     return StepOutline(
         stage=stage,
         name=step.name,

@@ -166,7 +166,8 @@ class _StepReader:
 
     def _total(self, step: StepOutline) -> int | None:
         """Expected rows; None if unknown."""
-        if step.kind in ("generate", "score") and step.prompts in self.rows and step.samples:
+        is_of_all = step.groups is None and step.prompts in self.rows
+        if step.kind in ("generate", "score") and is_of_all and step.samples:
             sft = (self.outline.config.get("split") or {}).get("sft", 0.0)
             shares = {"sft": sft, "preference": 1 - sft}
             share = sum(shares.get(split, 1.0) for split in step.splits)

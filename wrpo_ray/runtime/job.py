@@ -19,6 +19,7 @@ class JobKind(StrEnum):
     INGEST_PROMPTS = "ingestprompts"
     INGEST_RESPONSES = "ingestresponses"
     INGEST_PREFERENCES = "ingestpreferences"
+    CHECK_GROUPS = "checkgroups"
     READ_BENCHMARK = "readbenchmark"
     EVAL_NGRAMS = "evalngrams"
     CONTAMINATION = "contamination"

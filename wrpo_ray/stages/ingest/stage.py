@@ -46,6 +46,8 @@ from wrpo_ray.storage.steps import Step
 Row = dict[str, Any]
 SOURCES, TARGET = "sources", "target"
 """Subfolders of the imported answers."""
+REFERENCES, OPTIONAL = "references", "optional"
+"""The entry of a step's config by which its prompts may lack a reference."""
 COUNTS = ("read", "rows", "failed", "target_rows")
 SMALL = 32_000_000
 """Total bytes of the files up to which a single task reads them."""
@@ -106,7 +108,11 @@ class IngestPrompts(IngestJob):
 
     def records(self, row: Row) -> list[PromptRow | RowError]:
         """One PROMPT record."""
-        return [prompt_record(row, self.input.columns, self.splits, self.seed)]
+        may_lack = self.step.config.get(REFERENCES) == OPTIONAL
+        record = prompt_record(
+            row, self.input.columns, self.splits, self.seed, may_lack_reference=may_lack
+        )
+        return [record]
 
     def finish_bucket(
         self, rows: list[PromptRow], run: Run, bucket: Bucket

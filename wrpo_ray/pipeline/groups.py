@@ -1,0 +1,61 @@
+"""What groups of prompts need by the config: a reward, a reference, for training also a source."""
+
+from wrpo_ray.config import Config, GroupedRewardConfig, PromptsConfig, RewardConfig
+from wrpo_ray.data.samples import Groups, Prompts
+from wrpo_ray.errors import UserError
+from wrpo_ray.stages.ingest.groups import CheckGroups, Coverage, first_groups
+
+
+def group_check(
+    config: Config, prompts: Prompts, *, is_held_out: bool = False
+) -> tuple[CheckGroups, ...]:
+    """The job that checks the groups of the prompts; none where there is nothing to check.
+
+    Answers that are imported have their rewards.
+    """
+    held_out = config.evaluate and config.evaluate.prompts
+    given = held_out if is_held_out else config.prompts
+    if not config.group_names or not given:
+        return ()
+    needed = coverage(config, is_held_out=is_held_out)
+    return (CheckGroups(prompts, given, needed, config.group_names),)
+
+
+def check_first_groups(config: Config, what: str, given: PromptsConfig) -> None:
+    """Check the groups of an input's first rows.
+
+    Raises:
+        UserError: some prompts lack a reward, a source or a reference; a name is of no group.
+    """
+    if not config.group_names:
+        return
+    counts, is_complete = first_groups(given, what)
+    needed = coverage(config, is_held_out=given is not config.prompts)
+    problems = needed.problems(what, counts, config.failure_limit, is_complete=is_complete)
+    if found := list(problems):
+        raise UserError("\n".join(found))
+
+
+def coverage(config: Config, *, is_held_out: bool) -> Coverage:
+    """Which groups of the training prompts, or of the held-out ones, have what they need."""
+    reward, sources = config.reward, config.sources
+    by_group = tuple(sorted(reward.by_group)) if reward else ()
+    rewarded = Groups(by_group) if reward and by_group and not reward.default else None
+    verified = _verified(reward) if reward and by_group else Groups(())
+    if is_held_out:  # all models answer all of them, and a group may be missing
+        return Coverage(rewarded, None, verified)
+    some = [(source.name, tuple(sorted(source.groups))) for source in sources if source.groups]
+    named = (("reward.by_group", by_group), *((f"sources.{n}.groups", own) for n, own in some))
+    answered = Groups(tuple(sorted({name for _, own in some for name in own})))
+    return Coverage(rewarded, answered if len(some) == len(sources) else None, verified, named)
+
+
+def _verified(reward: GroupedRewardConfig) -> Groups:
+    """The groups whose reward compares with the reference."""
+    others = bool(reward.default and _verifies(reward.default))
+    names = (name for name, own in reward.by_group.items() if _verifies(own) != others)
+    return Groups(tuple(sorted(names)), others)
+
+
+def _verifies(reward: RewardConfig) -> bool:
+    return any(part.verifier for part in reward.parts)
