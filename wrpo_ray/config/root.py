@@ -6,7 +6,7 @@ Fields marked `PLACEMENT` say where and how fast a step runs, never what it comp
 stay out of its identity (`Section.identity`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Self, get_args
 
 from pydantic import Field, model_validator
@@ -159,10 +159,8 @@ class Config(Section):
     def _without_reference(self) -> Iterator[str]:
         """Verifiers of prompts that have no reference column."""
         lack = "verifies answers, so set {}.columns.reference to the column with the right ones"
-        parts = (
-            [part for reward in self.reward.each for part in reward.parts] if self.reward else []
-        )
-        verifies = any(part.verifier for part in parts)
+        rewards = self.reward.each if self.reward else ()
+        verifies = any(part.verifier for reward in rewards for part in reward.parts)
         if verifies and self.prompts and not self.prompts.columns.reference:
             yield f"reward: it {lack.format('prompts')}"
         asked = self.evaluate
@@ -194,17 +192,28 @@ class Config(Section):
                 "reward.by_group, sources.groups: set prompts.columns.group to the column with the "
                 "group of each prompt"
             )
-        if not self.reward or not self.reward.by_group or self.reward.default or not asked:
+        if self.reward and self.reward.by_group:
+            names = {model.name for _, model in others} | {source.name for source in self.sources}
+            yield from self._reward_problems(self.reward, names)
+
+    def _reward_problems(
+        self, reward: GroupedRewardConfig, models: Collection[str]
+    ) -> Iterator[str]:
+        """Rewards by group with the name of a model, or without one for what has no group."""
+        for own in reward.each:
+            if own.name in models:
+                yield f"reward: the name {own.name!r} is a model's; give it another `name`"
+        asked = self.evaluate
+        if reward.default or not asked:
             return
         if asked.prompts and not asked.prompts.columns.group:
             yield (
                 "evaluate: rewards are given by_group, so set evaluate.prompts.columns.group, or "
-                "give `reward` one for all other prompts"
+                "give `reward` a kind beside by_group for all other prompts"
             )
-        benchmarks = BenchmarksConfig.model_fields
-        has_benchmark = any(getattr(asked.benchmarks, name) for name in benchmarks)
-        if asked.baselines.best_of_sources and has_benchmark:
+        benchmarks = asked.benchmarks.model_dump(exclude_none=True)
+        if asked.baselines.best_of_sources and benchmarks:
             yield (
                 "evaluate.baselines.best_of_sources: questions of benchmarks are of no group; give "
-                "`reward` one for all other prompts"
+                "`reward` a kind beside by_group for them"
             )
