@@ -68,7 +68,7 @@ def run(demo: Callable[..., Wrpo], zoo: Path, tmp_path: Path) -> Callable[..., W
             "chat": {"model": str(zoo / "reward"), "overflow": "cut_prompt"},
             "words": {"verifier": "exact"},
             "maths": {"verifier": "number"},
-            "code": {"verifier": "code", "code": {"isolation": "limits"}},
+            "code": {"verifier": "code"},
         }
         return demo(
             tmp_path / "out",
@@ -156,7 +156,7 @@ def plain(row: dict[str, Any]) -> float:
 
 
 @pytest.mark.usefixtures("on_cluster")
-def test_each_group_has_its_reward_and_its_sources(run, zoo, tmp_path, capsys):
+def test_each_group_has_its_reward_and_its_sources(run, zoo, tmp_path):
     output = tmp_path / "out"
     with serving(Teacher()) as server:
         result = run(server.url).here("fuse", "--until", "pair")
@@ -193,8 +193,12 @@ def test_each_group_has_its_reward_and_its_sources(run, zoo, tmp_path, capsys):
         pa.concat_tables(map(pq.read_table, output.glob(f"{n}-*/*.parquet"))).to_pylist()
         for n in ("select", "pair")
     )
-    by_id = {r["prompt_id"]: r["of"]["group"] for n in ("chat", *rules)
-             for s in ("tiny", "teacher", "target") for r in scored(output, f"{n}-{s}")}  # fmt: skip
+    by_id = {
+        r["prompt_id"]: r["of"]["group"]
+        for name in ("chat", *rules)
+        for source in ("tiny", "teacher", "target")
+        for r in scored(output, f"{name}-{source}")
+    }
     named = {key: group if group in sizes else "" for key, group in by_id.items()}
     for name, row in groups.items():
         best = [r["source_chosen"] for r in chosen if named[r["prompt_id"]] == name]
