@@ -20,7 +20,12 @@ from wrpo_ray.config.evaluation import (
 )
 from wrpo_ray.config.loader import explain, load, load_study, read_serving, serving, study_config
 from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig
-from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
+from wrpo_ray.config.pairing import (
+    AnswersConfig,
+    ContaminationConfig,
+    MarginConfig,
+    PairConfig,
+)
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
 from wrpo_ray.config.resources import Actors, ClusterConfig
 from wrpo_ray.config.reward import (
@@ -67,6 +72,7 @@ __all__ = [
     "JudgeConfig",
     "LoraConfig",
     "MTBenchConfig",
+    "MarginConfig",
     "ModelConfig",
     "PairConfig",
     "PairwiseConfig",

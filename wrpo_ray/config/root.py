@@ -171,10 +171,10 @@ class Config(Section):
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        """The groups of prompts that rewards or sources are given for, sorted."""
+        """The groups of prompts that rewards, sources or margins are given for, sorted."""
         by_reward = self.reward.by_group if self.reward else {}
         of_sources = [name for source in self.sources for name in source.groups or ()]
-        return tuple(sorted({*by_reward, *of_sources}))
+        return tuple(sorted({*by_reward, *of_sources, *self.pair.by_group}))
 
     def _group_problems(self) -> Iterator[str]:
         """Sections of groups where the prompts have none, or where all prompts are meant."""
@@ -189,8 +189,8 @@ class Config(Section):
         given = self.prompts or self.existing
         if given and self.group_names and not given.columns.group:
             yield (
-                "reward.by_group, sources.groups: set prompts.columns.group to the column with the "
-                "group of each prompt"
+                "reward.by_group, pair.by_group, sources.groups: set prompts.columns.group to the "
+                "column with the group of each prompt"
             )
         if self.reward and self.reward.by_group:
             names = {model.name for _, model in others} | {source.name for source in self.sources}
@@ -203,6 +203,13 @@ class Config(Section):
         for own in reward.each:
             if own.name in models:
                 yield f"reward: the name {own.name!r} is a model's; give it another `name`"
+        for group in (name for name, own in reward.by_group.items() if own.verifier):
+            high = self.pair.margins_of(group)[1]
+            if high < 1:
+                yield (
+                    f"pair: its verifier gives group {group!r} rewards of 0 and 1, and pairs may "
+                    f"differ by {high:g}; set pair.by_group.{group}.max_margin: 1"
+                )
         asked = self.evaluate
         if reward.default or not asked:
             return

@@ -45,7 +45,12 @@ def coverage(config: Config, *, is_held_out: bool) -> Coverage:
     if is_held_out:  # all models answer all of them, and a group may be missing
         return Coverage(rewarded, None, verified)
     some = [(source.name, tuple(sorted(source.groups))) for source in sources if source.groups]
-    named = (("reward.by_group", by_group), *((f"sources.{n}.groups", own) for n, own in some))
+    of_margins = tuple(sorted(config.pair.by_group))
+    named = (
+        ("reward.by_group", by_group),
+        ("pair.by_group", of_margins),
+        *((f"sources.{n}.groups", own) for n, own in some),
+    )
     answered = Groups(tuple(sorted({name for _, own in some for name in own})))
     return Coverage(rewarded, answered if len(some) == len(sources) else None, verified, named)
 

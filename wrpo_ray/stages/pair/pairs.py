@@ -210,7 +210,7 @@ def selected_by_group(prompts: pa.Table, selection: pa.Table, named: Sequence[st
     sources = best.field("source")
     for source in pc.unique(sources).to_pylist():
         columns[WINS + source] = pc.equal(sources, source).to_numpy(zero_copy_only=False)
-    of_rows = sums_by_group(_groups_of(selection, prompts), named, columns)
+    of_rows = sums_by_group(groups_of(selection, prompts), named, columns)
     return sums_by_group(prompts["group"], named, {"prompts": np.ones(len(prompts), int)}) | of_rows
 
 
@@ -230,11 +230,11 @@ def paired_by_group(
         role: rows[role].combine_chunks().field("reward").to_numpy()
         for role in ("source_chosen", "target_chosen", "rejected")
     }
-    of_rows = sums_by_group(_groups_of(rows, prompts), named, columns)
-    return sums_by_group(_groups_of(selection, prompts), named, count) | of_rows
+    of_rows = sums_by_group(groups_of(rows, prompts), named, columns)
+    return sums_by_group(groups_of(selection, prompts), named, count) | of_rows
 
 
-def _groups_of(rows: pa.Table, prompts: pa.Table) -> pa.ChunkedArray:
+def groups_of(rows: pa.Table, prompts: pa.Table) -> pa.ChunkedArray:
     """The group of each row's prompt, (N,)."""
     places = pc.index_in(rows["prompt_id"], value_set=prompts["prompt_id"].combine_chunks())
     return prompts["group"].take(places)
@@ -244,7 +244,11 @@ def _groups_of(rows: pa.Table, prompts: pa.Table) -> pa.ChunkedArray:
 
 
 def preference_rows(
-    selection: pa.Table, candidates: Candidates, eligible: Eligible, config: PairConfig
+    selection: pa.Table,
+    candidates: Candidates,
+    eligible: Eligible,
+    config: PairConfig,
+    groups: pa.ChunkedArray | None = None,
 ) -> tuple[pa.Table, Counts]:
     """Choose y_wt and y_l of each prompt that has a y_ws.
 
@@ -254,6 +258,7 @@ def preference_rows(
             sources'.
         eligible: which of them may be chosen and which rejected.
         config: margins and policy.
+        groups: the group (P,) of each prompt, for margins by group.
 
     Returns:
         PREFERENCE records, and counts: rows, and `dropped.<reason>` of the other prompts.
@@ -261,7 +266,7 @@ def preference_rows(
     prompts, count = candidates.group_prompts, len(selection)
     best, worst, outcomes = best_and_worst(
         candidates.rewards, eligible.chosen, eligible.rejected, candidates.groups,
-        len(prompts), candidates.ties, config.margins,
+        len(prompts), candidates.ties, _margins(config, groups, prompts),
     )  # fmt: skip
     _check_texts(outcomes, candidates, best, worst, config.max_similarity)
     rewards = at(candidates.rewards, best)  # (G,)
@@ -277,6 +282,18 @@ def preference_rows(
     below = int((table["source_margin"].to_numpy() < 0).sum())
     numbers = {"prompts": count, "rows": len(found), "source_below_target": below}
     return table, {**eligible.counts, **_dropped(outcomes, prompts, count), **numbers}
+
+
+def _margins(
+    config: PairConfig, groups: pa.ChunkedArray | None, prompts: Ints
+) -> tuple[float | Floats, float | Floats]:
+    """The least and the greatest margin, of all prompts or (G,) of these."""
+    if not config.by_group or groups is None:
+        return config.margins
+    places = pc.index_in(groups, value_set=pa.array(list(config.by_group), pa.string()))
+    known = np.array([config.margins, *map(config.margins_of, config.by_group)])
+    low, high = known[places.fill_null(-1).to_numpy()[prompts] + 1].T
+    return low, high
 
 
 def _check_texts(

@@ -281,12 +281,14 @@ class Pair(BucketJob):
         """Write the bucket's PREFERENCE shard; return its counts, such as `dropped.<reason>`."""
         selection = self._selection(run, bucket)
         candidates, eligible = self.answers.read(run, bucket, selection)
-        table, counts = pairs.preference_rows(selection, candidates, eligible, self.config)
+        named, groups = self.select.groups, None
+        if named:
+            prompts = self.prompts.read(run.root, bucket, ["prompt_id", "split", "group"])
+            groups = pairs.groups_of(selection, prompts)
+        given = selection, candidates, eligible
+        table, counts = pairs.preference_rows(*given, self.config, groups)
         write_shard(run.root / self.step.folder, bucket, records.PREFERENCE, table, "all")
-        if not (groups := self.select.groups):
-            return counts
-        prompts = self.prompts.read(run.root, bucket, ["prompt_id", "split", "group"])
-        return counts | pairs.paired_by_group(prompts, selection, table, groups)
+        return counts | (pairs.paired_by_group(prompts, selection, table, named) if named else {})
 
     def _selection(self, run: Run, bucket: Bucket) -> pa.Table:
         """The bucket's preference prompts that have a y_ws, with their references."""
