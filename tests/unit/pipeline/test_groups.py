@@ -265,7 +265,12 @@ def test_a_group_that_leaves_the_common_reward_has_no_answer_scored_again(tmp_pa
 
 
 def test_pairs_of_the_sources_own_answers_keep_their_groups(tmp_path):
-    given = config(tmp_path, pair={"policy": "fusechat3"}, wrpo={"alpha": {"end": 0}}, sft=None)
+    given = config(
+        tmp_path,
+        pair={"policy": "fusechat3", "max_margin": 1},
+        wrpo={"alpha": {"end": 0}},
+        sft=None,
+    )
     (pair,) = (s for s in Chain(given, "pair").build() if s.name == "pair")
     (job,) = pair.jobs
     assert job.prompts == Prompts(job.select.prompts.step, ("preference",))
@@ -389,6 +394,32 @@ def test_the_outline_holds_the_groups_of_a_step(tmp_path):
     assert found["generate-a"] == (None, False)
     assert found["score-reward-a"] == (("chat",), True)
     assert found["score-reward-b"] == (("law",), False)
+
+
+def test_margins_by_group(tmp_path):
+    """FuseChat-3.0 keeps pairs up to 0.1, and a verifier's rewards differ by 1."""
+    changes: dict[str, Any] = {"wrpo": {"alpha": {"end": 0}}, "sft": None}
+    pair = {"policy": "fusechat3"}
+    with pytest.raises(ValidationError, match="set pair.by_group.maths.max_margin: 1"):
+        config(tmp_path, pair=pair, **changes)
+    limits = {"maths": {"max_margin": 1}, "law": {"min_margin": 1, "max_margin": 1}}
+    given = config(tmp_path, pair=pair | {"by_group": limits}, **changes).pair
+    assert given.margins == (0.01, 0.1)
+    assert [given.margins_of(g) for g in ("maths", "law", "chat")] == [
+        (0.01, 1),
+        (1, 1),
+        (0.01, 0.1),
+    ]
+    with pytest.raises(ValidationError, match=r"by_group.law: max_margin \(1\) must be at least"):
+        config(tmp_path, pair={"by_group": {"law": {"min_margin": 2, "max_margin": 1}}})
+    plain = config(tmp_path).pair
+    assert "by_group" not in plain.identity()
+    assert "by_group" in given.identity()
+    (line,) = told(
+        config(tmp_path, pair={"by_group": {"mats": {"min_margin": 1}}}),
+        {"chat": 1, "maths": 1, "law": 1},
+    )
+    assert line == "pair.by_group: no prompt is of group 'mats'; did you mean 'maths'?"
 
 
 # --- rows --------------------------------------------------------------------------------------
