@@ -14,9 +14,11 @@ class Columns(Section):
     """The prompt: a string, a {role, content} record, or a list of such records."""
     reference: str | None = None
     """The right answer: a text, a number (compared as written; a float such as 42.0 as 42), true or
-    false, a date, or a list of these, any of which is right. Nulls are rejected."""
+    false, a date, or a list of these, any of which is right. Nulls are rejected, unless rewards are
+    given by group: some groups' rewards need none."""
     group: str | None = None
-    """A category, such as a skill, by which evaluation tables are split."""
+    """A category, such as a skill, by which evaluation tables are split, and by which rewards,
+    margins and the sources that answer can differ."""
 
     @property
     def of_prompt(self) -> list[str]:

@@ -19,6 +19,7 @@ from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.group_counts import read_counts, sums_by_group
 from wrpo_ray.data.samples import Groups, Prompts, Samples
 from wrpo_ray.errors import UserError
+from wrpo_ray.kubernetes.resource_requests import of_config
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.groups import coverage
 from wrpo_ray.pipeline.preflight import preflight
@@ -26,6 +27,7 @@ from wrpo_ray.pipeline.summary import outline
 from wrpo_ray.planning.estimate import plan
 from wrpo_ray.report.group_table import by_group, tables
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.evaluate.comparison import Compare
 from wrpo_ray.stages.evaluate.stage import ALL, Evaluate, ScoredModel, Summer, tabulate
 from wrpo_ray.stages.evaluate.statistics import Sums
 from wrpo_ray.stages.generate.stage import Generate
@@ -286,6 +288,62 @@ def test_verdicts_are_of_prompts_with_a_reference(tmp_path):
     assert not found["score-law-b"].answers.prompts.referenced
     plain = jobs(config(tmp_path, pair={"verifier": FUNCTION}, reward={"verifier": "exact"}), Score)
     assert not plain["score-verifier-b"].answers.prompts.referenced
+
+
+def evaluated(folder: Path, **changes: Any) -> Config:
+    """With a held-out comparison, also of the best of the sources, by the rewards."""
+    columns = {"group": "group", "reference": "reference"}
+    pairs = {"pairs": [["best-of-sources", "t"]], "by": "reward"}
+    asked = {
+        "prompts": {"path": str(write_rows(folder / "heldout.jsonl")), "columns": columns},
+        "pairwise": pairs,
+        "baselines": {"best_of_sources": True},
+    }
+    target = {"name": "t", "model": "none/t"}
+    return config(
+        folder, target=target, sft=None, evaluate=asked | changes.pop("evaluate", {}), **changes
+    )
+
+
+def test_all_models_answer_all_held_out_prompts_and_the_best_is_of_the_sources_groups(tmp_path):
+    chain = Chain(evaluated(tmp_path), for_plan=True)
+    every = [job for stage in chain.build() for job in stage.jobs]
+    (own,) = [j for j in every if isinstance(j, Evaluate)]
+    b = next(model for model in own.models if model.name == "b")
+    assert [s.prompts.groups for s in b.rewarded] == [Groups((g,)) for g in BY_GROUP]
+    assert own.has_scales("reward")
+    (compare,) = [j for j in every if isinstance(j, Compare)]
+    (pair,) = compare.reward_pairs
+    best, target = ({(s.step.source, s.prompts.groups) for s in side} for side in pair.rewards)
+    assert best == {
+        *(("a", Groups((g,))) for g in BY_GROUP),
+        ("b", Groups(("law",))),
+    }
+    assert target == {("t", Groups((g,))) for g in BY_GROUP}
+    checks = [j for j in every if isinstance(j, CheckGroups)]
+    assert [j.step.name for j in checks] == ["groups", "eval-groups"]
+    assert [j.coverage.named != () for j in checks] == [True, False]
+
+
+def test_a_study_has_no_mean_of_rewards_on_different_scales(tmp_path):
+    chain = Chain(evaluated(tmp_path), for_plan=True)
+    chain.build()
+    with pytest.raises(UserError, match="rewards by_group have scales of their own"):
+        chain.compared("t")
+    chain = Chain(evaluated(tmp_path, evaluate={"verifier": "exact"}), for_plan=True)
+    chain.build()
+    _, model, _ = chain.compared("t")
+    assert (model.rewarded, len(model.verified)) == ((), 1)
+
+
+def test_each_reward_asks_a_cluster_for_its_actors(tmp_path):
+    by_group = BY_GROUP | {"chat": {"function": FUNCTION, "actors": {"min": 3, "max": 3}}}
+    found = {r.what: r.count for r in of_config(config(tmp_path, reward={"by_group": by_group}))}
+    assert {k: v for k, v in found.items() if "score" in k} == {
+        "score with chat": 3,
+        "score with maths": 1,
+        "score with law": 1,
+    }
 
 
 # --- the check ---------------------------------------------------------------------------------
