@@ -106,10 +106,7 @@ class Config(Section):
         if self.prompts and not self.sources:
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self.prompts and not self.reward:
-            yield (
-                "reward: missing; give `model`, `function`, `verifier`, `judge`, `mixture` or "
-                "`by_group`"
-            )
+            yield "reward: missing; give `model`, `function`, `verifier`, `judge` or `mixture`"
 
     def _evaluation_problems(self) -> Iterator[str]:
         asked = self.evaluate

@@ -34,7 +34,7 @@ class Groups:
 
     @property
     def identity(self) -> list[Any]:
-        """What tells them from other groups, as part of step keys."""
+        """The part of step keys that tells them from other groups."""
         return [*sorted(self.names), self.others]
 
     def mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -56,7 +56,7 @@ class Prompts:
 
     @property
     def narrowing(self) -> dict[str, Any]:
-        """What makes them fewer than those of the splits, as part of step keys; empty for all."""
+        """The part of step keys for fewer prompts than all of the splits; empty for all."""
         groups = {"groups": self.groups.identity} if self.groups else {}
         return groups | ({"referenced": True} if self.referenced else {})
 

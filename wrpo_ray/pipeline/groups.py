@@ -1,4 +1,4 @@
-"""What groups of prompts need by the config: a reward, a reference, for training also a source."""
+"""The needs of groups of prompts by the config: a reward, a reference, for training a source."""
 
 from wrpo_ray.config import Config, GroupedRewardConfig, PromptsConfig, RewardConfig
 from wrpo_ray.data.samples import Groups, Prompts

@@ -72,7 +72,7 @@ class Coverage:
 
     @property
     def identity(self) -> Row:
-        """What the outcome of the check depends on beside the prompts, for step keys."""
+        """The part of step keys that the check depends on beside the prompts."""
         groups = {"rewarded": self.rewarded, "answered": self.answered, "verified": self.verified}
         return {n: g and g.identity for n, g in groups.items()} | {"named": self.named}
 
