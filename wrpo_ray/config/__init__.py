@@ -28,7 +28,12 @@ from wrpo_ray.config.loader import (
     study_config,
 )
 from wrpo_ray.config.models import EndpointConfig, ModelConfig, SamplingConfig
-from wrpo_ray.config.pairing import AnswersConfig, ContaminationConfig, PairConfig
+from wrpo_ray.config.pairing import (
+    AnswersConfig,
+    ContaminationConfig,
+    MarginConfig,
+    PairConfig,
+)
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
 from wrpo_ray.config.recorded import (
     RecordedAnswers,
@@ -39,6 +44,7 @@ from wrpo_ray.config.recorded import (
 from wrpo_ray.config.resources import Actors, ClusterConfig
 from wrpo_ray.config.reward import (
     CodeConfig,
+    GroupedRewardConfig,
     JudgeConfig,
     PartConfig,
     RewardConfig,
@@ -75,10 +81,12 @@ __all__ = [
     "ContaminationConfig",
     "EndpointConfig",
     "EvaluateConfig",
+    "GroupedRewardConfig",
     "ImportConfig",
     "JudgeConfig",
     "LoraConfig",
     "MTBenchConfig",
+    "MarginConfig",
     "ModelConfig",
     "PairConfig",
     "PairwiseConfig",

@@ -47,6 +47,9 @@ class Section(BaseModel):
 def _identity(value: Any, dumped: Any) -> Any:
     if isinstance(value, tuple):
         return [_identity(*pair) for pair in zip(value, dumped, strict=True)]
+    if isinstance(value, dict):
+        parts = zip(dumped.items(), value.values(), strict=True)
+        return {name: _identity(part, of) for (name, of), part in parts}
     return value.identity() if isinstance(value, Section) else dumped
 
 

@@ -15,9 +15,11 @@ class Columns(Section):
     """The prompt: a string, a {role, content} record, or a list of such records."""
     reference: str | None = None
     """The right answer: a text, a number (compared as written; a float such as 42.0 as 42), true or
-    false, a date, or a list of these, any of which is right. Nulls are rejected."""
+    false, a date, or a list of these, any of which is right. Nulls are rejected, unless rewards are
+    given by group: some groups' rewards need none."""
     group: str | None = None
-    """A category, such as a skill, by which evaluation tables are split."""
+    """A category, such as a skill, by which evaluation tables are split, and by which rewards,
+    margins and the sources that answer can differ."""
     id: str | None = Field(None, json_schema_extra=PLACEMENT)
     """An id of the prompt, a text or a number, by which recorded answers find it
     (`sources.answers.columns.id`); for `prompts`."""

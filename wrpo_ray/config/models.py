@@ -152,6 +152,10 @@ class ModelConfig(Section):
     """vLLM's name of the weights' format, such as `fp8`; null uses the one in config.json."""
     sampling: SamplingOverride | None = None
     """Changes to the run's `sampling` for this model."""
+    groups: tuple[str, ...] | None = Field(None, min_length=1, json_schema_extra=PLACEMENT)
+    """Of a source: the groups of prompts (`prompts.columns.group`) that it answers; null: all
+    prompts. Which prompts it answers does not change its answers. In the evaluation all models
+    answer all prompts."""
     tensor_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
     """Number of GPUs that each layer is split over."""
     pipeline_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
@@ -193,7 +197,7 @@ class ModelConfig(Section):
     def _fits_endpoint(self) -> ModelConfig:
         if self.endpoint is None:
             return self
-        here = {"name", "model", "endpoint", "sampling", "actors"}
+        here = {"name", "model", "endpoint", "sampling", "groups", "actors"}
         for name, field in type(self).model_fields.items():
             if name not in here and getattr(self, name) != field.default:
                 raise ValueError(f"{name} belongs to a model on vLLM; an endpoint has its own")

@@ -3,7 +3,7 @@
 y_ws is the best answer of all sources, y_wt and y_l are the best and the worst of the target's own.
 """
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -56,6 +56,15 @@ class ContaminationConfig(Section):
     counts as a word. A shorter prompt must match as a whole."""
 
 
+class MarginConfig(Section):
+    """Limits on the difference of rewards, on the scale of a group's reward."""
+
+    min_margin: float | None = Field(None, ge=0, allow_inf_nan=False)
+    """As `pair.min_margin`, which null takes."""
+    max_margin: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """As `pair.max_margin`, which null takes."""
+
+
 class PairConfig(Section):
     """How scored answers become preference rows (y_ws, y_wt, y_l).
 
@@ -79,6 +88,9 @@ class PairConfig(Section):
     rewards never make a row."""
     max_margin: float | None = Field(None, gt=0, allow_inf_nan=False)
     """Greatest difference of these rewards; null means no limit, or 0.1 for `fusechat3`."""
+    by_group: dict[str, MarginConfig] = {}
+    """Other limits for groups of prompts (`prompts.columns.group`), whose rewards have scales of
+    their own."""
     max_similarity: float | None = Field(None, ge=0, le=1)
     """Greatest similarity of y_wt and y_l: the share of character 5-grams that they have in common
     (Jaccard index), ignoring case and spacing. DPO on near-duplicates can make both less likely
@@ -92,16 +104,29 @@ class PairConfig(Section):
 
     @property
     def margins(self) -> tuple[float, float]:
-        """Least and greatest difference of the rewards of y_wt and y_l, by policy."""
+        """The least and the greatest margin of y_wt over y_l."""
+        return self.margins_of(None)
+
+    def margins_of(self, group: str | None) -> tuple[float, float]:
+        """The same for the prompts of a group."""
         low, high = (0.01, 0.1) if self.policy == "fusechat3" else (0.0, float("inf"))
-        low = low if self.min_margin is None else self.min_margin
-        return low, high if self.max_margin is None else self.max_margin
+        for given in (self, self.by_group.get(group or "", MarginConfig())):
+            low = low if given.min_margin is None else given.min_margin
+            high = high if given.max_margin is None else given.max_margin
+        return low, high
+
+    def identity(self) -> dict[str, Any]:
+        """As of every section; `by_group` is left out where it is empty."""
+        found = super().identity()
+        return found if self.by_group else {k: v for k, v in found.items() if k != "by_group"}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        low, high = self.margins
-        if high < low:
-            raise ValueError(f"max_margin ({high:g}) must be at least min_margin ({low:g})")
+        for group in (None, *self.by_group):
+            low, high = self.margins_of(group)
+            if high < low:
+                of = f"by_group.{group}: " if group else ""
+                raise ValueError(f"{of}max_margin ({high:g}) must be at least min_margin ({low:g})")
         if self.policy == "fusechat3" and self.source_below_target == "drop":
             raise ValueError("source_below_target belongs to policy: wrpo")
         return self

@@ -1,10 +1,11 @@
-"""Section `reward`: reward models, functions, verifiers, judges, and mixtures of them."""
+"""Section `reward`: reward models, functions, verifiers, judges, mixtures, rewards by group."""
 
-from typing import Literal, Self
+import re
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from wrpo_ray.config.base import PLACEMENT, ImportPath, Name, Section
+from wrpo_ray.config.base import NAME, PLACEMENT, ImportPath, Name, Section
 from wrpo_ray.config.models import EndpointConfig
 from wrpo_ray.config.resources import Actors
 
@@ -84,12 +85,17 @@ class ScoreConfig(Section):
     code: CodeConfig = CodeConfig()
     """Sandbox of the verifier `code`."""
 
+    @property
+    def _may_be_empty(self) -> bool:
+        """Whether it may have no kind."""
+        return False
+
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
         known = ("model", "function", "verifier", "judge", "mixture")
         kinds = [kind for kind in known if kind in type(self).model_fields]
         given = [kind for kind in kinds if getattr(self, kind)]
-        if len(given) != 1:
+        if len(given) != 1 and (given or not self._may_be_empty):
             raise ValueError(f"give exactly one of {', '.join(f'`{kind}`' for kind in kinds)}")
         of_model = ("revision", "trust", "engine", "dtype", "max_length", "overflow", "batch_size")
         owners = dict.fromkeys(of_model, "model")
@@ -134,3 +140,83 @@ class RewardConfig(ScoreConfig):
                 "a judge is asked by one actor, so that its limits hold (actors.max: 1)"
             )
         return self
+
+
+class GroupedRewardConfig(RewardConfig):
+    """The reward of a run: of all prompts alike, or by their group.
+
+    Example:
+        >>> by_group = {"maths": {"verifier": "number"}, "code": {"verifier": "code"}}
+        >>> [reward.name for reward in GroupedRewardConfig(by_group=by_group).each]
+        ['maths', 'code']
+    """
+
+    by_group: dict[str, RewardConfig] = {}
+    """Rewards of prompts by their group (`prompts.columns.group`), each with a kind of its own. Its
+    `name` is by default that of the group. A reward beside `by_group` is that of all other prompts;
+    without one, every prompt must be of one of these groups."""
+
+    @property
+    def _may_be_empty(self) -> bool:
+        return bool(self.by_group)
+
+    @property
+    def default(self) -> RewardConfig | None:
+        """The reward of the prompts of all groups that `by_group` does not name; None without."""
+        if not any((self.model, self.function, self.verifier, self.judge, self.mixture)):
+            return None
+        own = {name: getattr(self, name) for name in RewardConfig.model_fields}
+        return RewardConfig.model_construct(self.model_fields_set - {"by_group"}, **own)
+
+    @property
+    def each(self) -> tuple[RewardConfig, ...]:
+        """The different rewards, each once."""
+        own = self.default
+        found: list[RewardConfig] = []
+        for reward in [*self.by_group.values(), *([own] if own else [])]:
+            found += [] if reward in found else [reward]
+        return tuple(found)
+
+    def covered_by(self, reward: RewardConfig) -> tuple[tuple[str, ...], bool]:
+        """The groups of a reward, sorted, and False; of `default` those not its own, and True."""
+        is_default = reward == self.default
+        names = (name for name, own in self.by_group.items() if (own == reward) != is_default)
+        return tuple(sorted(names)), is_default
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one(cls, given: Any) -> Any:
+        """A `RewardConfig`, as Python code may give it."""
+        return given.model_dump(exclude_unset=True) if type(given) is RewardConfig else given
+
+    @field_validator("by_group")
+    @classmethod
+    def _named(cls, by_group: dict[str, RewardConfig]) -> dict[str, RewardConfig]:
+        return {group: _with_name(group, reward) for group, reward in by_group.items()}
+
+    @model_validator(mode="after")
+    def _different_names(self) -> Self:
+        if "actors" in self.model_fields_set and self.default is None:
+            raise ValueError("actors: give them to the rewards in `by_group`, which have their own")
+        names = [reward.name for reward in self.each]
+        for name in dict.fromkeys(n for n in names if names.count(n) > 1):
+            raise ValueError(f"the name {name!r} is given to two rewards; give one another `name`")
+        return self
+
+
+def _with_name(group: str, reward: RewardConfig) -> RewardConfig:
+    """The reward of a group, by default with the group's name.
+
+    Raises:
+        ValueError: the group is empty, or has no fit name.
+    """
+    if not group.strip():
+        raise ValueError("a group without a name; leave it out")
+    if "name" in reward.model_fields_set:
+        return reward
+    if not re.fullmatch(NAME, group):
+        raise ValueError(
+            f"group {group!r}: give its reward a `name` of letters, digits and ._-, for tables and "
+            f"folders"
+        )
+    return reward.model_copy(update={"name": group})

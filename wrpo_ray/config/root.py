@@ -6,7 +6,7 @@ Fields marked `PLACEMENT` say where and how fast a step runs, never what it comp
 stay out of its identity (`Section.identity`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
@@ -19,7 +19,7 @@ from wrpo_ray.config.pairing import AnswersConfig, PairConfig
 from wrpo_ray.config.planning import BudgetConfig, PlanConfig, PricesConfig
 from wrpo_ray.config.recorded import RecordedAnswers, RecordedConfig, Source, TargetConfig
 from wrpo_ray.config.resources import ClusterConfig
-from wrpo_ray.config.reward import RewardConfig, VerifierName
+from wrpo_ray.config.reward import GroupedRewardConfig, VerifierName
 from wrpo_ray.config.training import SftConfig, WrpoConfig
 
 RESERVED = frozenset({"target-sft", "target-dpo", "fused", "best-of-sources", "mixture"})
@@ -49,7 +49,7 @@ class Config(Section):
     """The model to be improved."""
     sampling: SamplingConfig = SamplingConfig()
     """Sampling of the sources and target-SFT."""
-    reward: RewardConfig | None = None
+    reward: GroupedRewardConfig | None = None
     """The score of an answer."""
     split: SplitConfig = SplitConfig()
     """Shares of prompts for SFT and for preferences."""
@@ -126,6 +126,7 @@ class Config(Section):
         yield from self._evaluation_problems()
         yield from self._pairing_problems()
         yield from self._name_problems()
+        yield from self._group_problems()
 
     def _input_problems(self) -> Iterator[str]:
         is_evaluation = bool(self.evaluate and self.evaluate.models)
@@ -134,7 +135,10 @@ class Config(Section):
         if self.prompts and not self.sources:
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self._scores_answers and not self.reward:
-            yield "reward: missing; give `model`, `function`, `verifier`, `judge` or `mixture`"
+            yield (
+                "reward: missing; give `model`, `function`, `verifier`, `judge`, `mixture` or "
+                "`by_group`"
+            )
 
     @property
     def _scores_answers(self) -> bool:
@@ -211,7 +215,8 @@ class Config(Section):
     def _without_reference(self) -> Iterator[str]:
         """Verifiers of prompts that have no reference column."""
         lack = "verifies answers, so set {}.columns.reference to the column with the right ones"
-        verifies = bool(self.reward and any(part.verifier for part in self.reward.parts))
+        rewards = self.reward.each if self.reward else ()
+        verifies = any(part.verifier for reward in rewards for part in reward.parts)
         if verifies and self.prompts and not self.prompts.columns.reference:
             yield f"reward: it {lack.format('prompts')}"
         recorded = [] if self.prompts else list(self.recorded.items())
@@ -222,3 +227,60 @@ class Config(Section):
         held_out = asked.prompts if asked else None
         if held_out and (verifies or checks) and not held_out.columns.reference:
             yield f"evaluate: it {lack.format('evaluate.prompts')}"
+
+    @property
+    def group_names(self) -> tuple[str, ...]:
+        """The groups of prompts that rewards, sources or margins are given for, sorted."""
+        by_reward = self.reward.by_group if self.reward else {}
+        of_sources = [name for source in self.models for name in source.groups or ()]
+        return tuple(sorted({*by_reward, *of_sources, *self.pair.by_group}))
+
+    def _group_problems(self) -> Iterator[str]:
+        """Sections of groups where the prompts have none, or where all prompts are meant."""
+        asked = self.evaluate
+        others: list[tuple[str, ModelConfig]] = [("target", self.target)] if self.target else []
+        if asked:
+            others += [(f"evaluate.models.{m.name}", m) for m in asked.models]
+            others += [("evaluate.judge", asked.judge)] if asked.judge else []
+        for what, model in others:
+            if model.groups:
+                yield f"{what}.groups: only sources have it; this model answers all prompts"
+        given = self.prompts or self.existing
+        files = [given] if given else list(self.recorded.values())
+        if files and self.group_names and not any(one.columns.group for one in files):
+            yield (
+                "reward.by_group, pair.by_group, sources.groups: set columns.group of the prompts "
+                "to the column with the group of each prompt"
+            )
+        if self.reward and self.reward.by_group:
+            names = {model.name for _, model in others} | {source.name for source in self.sources}
+            yield from self._reward_problems(self.reward, names)
+
+    def _reward_problems(
+        self, reward: GroupedRewardConfig, models: Collection[str]
+    ) -> Iterator[str]:
+        """Rewards by group with the name of a model, or without one for what has no group."""
+        for own in reward.each:
+            if own.name in models:
+                yield f"reward: the name {own.name!r} is a model's; give it another `name`"
+        for group in (name for name, own in reward.by_group.items() if own.verifier):
+            high = self.pair.margins_of(group)[1]
+            if high < 1:
+                yield (
+                    f"pair: its verifier gives group {group!r} rewards of 0 and 1, and pairs may "
+                    f"differ by {high:g}; set pair.by_group.{group}.max_margin: 1"
+                )
+        asked = self.evaluate
+        if reward.default or not asked:
+            return
+        if asked.prompts and not asked.prompts.columns.group:
+            yield (
+                "evaluate: rewards are given by_group, so set evaluate.prompts.columns.group, or "
+                "give `reward` a kind beside by_group for all other prompts"
+            )
+        benchmarks = asked.benchmarks.model_dump(exclude_none=True)
+        if asked.baselines.best_of_sources and benchmarks:
+            yield (
+                "evaluate.baselines.best_of_sources: questions of benchmarks are of no group; give "
+                "`reward` a kind beside by_group for them"
+            )

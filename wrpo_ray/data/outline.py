@@ -36,6 +36,10 @@ class StepOutline:
     prompts: str = ""
     """Key of the step that holds the prompts."""
     splits: tuple[str, ...] = ()
+    groups: tuple[str, ...] | None = None
+    """Groups of the prompts; null: all."""
+    other_groups: bool = False
+    """Whether it is the prompts of all groups but those, and of no group."""
     samples: int | None = None
     stores: tuple[str, ...] = ()
     """Folders with the scored answers to choose y_ws (select), y_wt and y_l (pair) from."""

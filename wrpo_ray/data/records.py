@@ -81,7 +81,7 @@ PROMPT = _schema(
         ("messages", MESSAGES),
         ("split", pa.string()),  # sft | preference | eval
         ("reference", pa.string()),  # the correct answer, see `pack_reference`; may be null
-        ("group", pa.string()),  # for tables by skill or category; may be null
+        ("group", pa.string()),  # a skill or category, for tables and rewards; may be null
     ],
 )
 RESPONSE = _schema(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -18,11 +19,53 @@ ANSWER_KEY = ("prompt_id", "source", "sample")
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Some groups of prompts: those named, or all others."""
+
+    names: tuple[str, ...]
+    others: bool = False
+    """Whether it is the prompts of all groups but those named, and of no group."""
+
+    def only(self, names: tuple[str, ...] | None) -> Groups:
+        """Those of the groups that are among the names; None: all of them."""
+        if names is None:
+            return self
+        return Groups(tuple(sorted(n for n in set(names) if (n in self.names) != self.others)))
+
+    @property
+    def identity(self) -> list[Any]:
+        """The part of step keys that tells them from other groups."""
+        return [*sorted(self.names), self.others]
+
+    def mask(self, column: pa.ChunkedArray) -> pa.ChunkedArray:
+        """Which prompts are of these groups, by their column `group`."""
+        named = pc.is_in(column, value_set=pa.array(self.names, pa.string()))
+        return pc.invert(named) if self.others else named
+
+
+@dataclass(frozen=True)
 class Prompts:
     """The prompts of some splits, as the input of a stage."""
 
     step: Step
     splits: tuple[str, ...]
+    groups: Groups | None = field(default=None, kw_only=True)
+    """The groups that they are of; None: all."""
+    referenced: bool = field(default=False, kw_only=True)
+    """Whether those without a reference are left out."""
+
+    @property
+    def narrowing(self) -> dict[str, Any]:
+        """The part of step keys for fewer prompts than all of the splits; empty for all."""
+        groups = {"groups": self.groups.identity} if self.groups else {}
+        return groups | ({"referenced": True} if self.referenced else {})
+
+    def of_groups(self, names: tuple[str, ...] | None) -> Self:
+        """Those of them that are of the named groups; None: all of them."""
+        if names is None:
+            return self
+        mine = self.groups or Groups((), others=True)
+        return replace(self, groups=mine.only(names))
 
     @property
     def asks(self) -> str:
@@ -36,8 +79,15 @@ class Prompts:
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """Return the bucket's prompts (PROMPT records); `columns` has to contain `split`."""
-        table = read_bucket(root / self.step.folder, bucket, PROMPT, columns)
-        return table.filter(pc.is_in(table["split"], pa.array(self.splits)))
+        more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
+        wanted = columns and list(dict.fromkeys([*columns, *more]))
+        table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
+        table = table.filter(pc.is_in(table["split"], pa.array(self.splits)))
+        if self.groups:
+            table = table.filter(self.groups.mask(table["group"]))
+        if self.referenced:
+            table = table.filter(pc.is_valid(table["reference"]))
+        return table.select(columns) if columns else table
 
 
 @dataclass(frozen=True)

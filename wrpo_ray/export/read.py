@@ -19,7 +19,7 @@ from wrpo_ray.data import outline as outlines
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
 from wrpo_ray.data.outline import Outline, StepOutline
-from wrpo_ray.data.samples import ANSWER_KEY, unique_rows
+from wrpo_ray.data.samples import ANSWER_KEY, Groups, unique_rows
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.folder import Folder
 
@@ -206,7 +206,9 @@ class _Reading:
         """Ids of the prompts of the wanted splits that a step answers or scores."""
         prompts = next(s for s in self.outline.steps if s.key == step.prompts)
         folder = self.root / prompts.folder
-        table = read_bucket(folder, bucket, records.PROMPT, ["prompt_id", "split"])
+        table = read_bucket(folder, bucket, records.PROMPT, ["prompt_id", "split", "group"])
+        if step.groups is not None:
+            table = table.filter(Groups(step.groups, step.other_groups).mask(table["group"]))
         splits = step.splits if self.splits is None else set(step.splits) & set(self.splits)
         wanted = pa.array(sorted(splits), pa.string())
         return table.filter(pc.is_in(table["split"], wanted))["prompt_id"].combine_chunks()

@@ -25,6 +25,8 @@ def run_facts(config: Config, root: Folder, jobs: StageJobs) -> CardFacts:
     for name in ("sampling", "split", "pair", "reward"):
         section = getattr(config, name)
         settings |= {name: without_paths(section.identity())} if section else {}
+    if config.reward and not config.reward.by_group:
+        settings["reward"].pop("by_group")
     return CardFacts(
         models=list(_models(config, jobs)),
         settings=settings,
@@ -40,8 +42,8 @@ def _models(config: Config, jobs: StageJobs) -> Iterator[CardModel]:
     for _, job in jobs:
         if isinstance(job, Prepare) and config.target:  # the first: WRPO starts from target-SFT
             weights.setdefault(config.target.name, job.fingerprint)
-        if isinstance(job, Score) and config.reward:
-            weights[config.reward.name] = job.fingerprint
+        if isinstance(job, Score):
+            weights[job.reward.name] = job.fingerprint
     recorded = {job.source: job for _, job in jobs if isinstance(job, IngestRecorded)}
     for source in config.sources:
         if isinstance(source, RecordedConfig):
@@ -53,8 +55,8 @@ def _models(config: Config, jobs: StageJobs) -> Iterator[CardModel]:
         is_folder = not m.endpoint and not m.model.startswith(HUB_SCHEME)
         terms = license_of(m.name, m.license, Folder(m.model).absolute() if is_folder else None)
         yield CardModel(role, m.name, last_name(m.model), weights.get(m.name, ""), terms)
-    if config.reward:
-        name, what = config.reward.name, ", ".join(map(_scorer, config.reward.parts))
+    for reward in config.reward.each if config.reward else ():
+        name, what = reward.name, ", ".join(map(_scorer, reward.parts))
         yield CardModel("reward", name, what, weights.get(name, ""), None)
 
 
@@ -67,7 +69,13 @@ def _scorer(part: ScoreConfig) -> str:
 def without_paths(settings: Row) -> Row:
     """Settings for a card: of a local path only the last part, and no nulls."""
     given = {name: value for name, value in settings.items() if value is not None}
-    return {k: last_name(v) if k in ("model", "path") else v for k, v in given.items()}
+    return {k: _without_path(k, v) for k, v in given.items()}
+
+
+def _without_path(name: str, value: Any) -> Any:
+    if name == "by_group":
+        return {group: without_paths(reward) for group, reward in value.items()}
+    return last_name(value) if name in ("model", "path") else value
 
 
 def last_name(path: str) -> str:

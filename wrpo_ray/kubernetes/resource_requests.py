@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from wrpo_ray.config import Config, ModelConfig, RewardConfig, Section, TrainConfig, serving
+from wrpo_ray.config import Config, ModelConfig, Section, TrainConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.ray_objects import Job
 from wrpo_ray.kubernetes.serve_config import own_applications
@@ -41,7 +41,7 @@ def of_config(config: Config) -> Iterator[Request]:
     models = {(m.name, repr(m.actors), m.parts): m for m in _sections(config, ModelConfig)}
     for model in models.values():
         yield of_model(f"generate {model.name}", model)
-    for reward in _sections(config, RewardConfig):
+    for reward in config.reward.each if config.reward else ():
         yield _of_pool(Pool(f"score with {reward.name}", reward.actors))
     if config.target:
         if config.sft:

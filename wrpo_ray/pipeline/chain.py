@@ -23,10 +23,10 @@ from wrpo_ray.config.base import required
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.evaluation import Evaluation
+from wrpo_ray.pipeline.groups import group_check
 from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT, ComparedModel, by_phase, contrasts
-from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.inputs import Inputs
-from wrpo_ray.pipeline.model_jobs import ModelJobs, Trained
+from wrpo_ray.pipeline.model_jobs import ModelJobs, Trained, by_reward
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.stage import Evaluate, ScoredModel
@@ -166,8 +166,9 @@ class Chain:
     @cached_property
     def _prompts(self) -> Prompts:
         job = self._inputs.prompts(self._splits)
-        self._add("prompts", (job,))
-        return Prompts(job.step, tuple(self._splits))
+        prompts = Prompts(job.step, tuple(self._splits))
+        self._add("prompts", (job,), group_check(self.config, prompts))
+        return prompts
 
     @property
     def _preference_prompts(self) -> Prompts:
@@ -178,7 +179,9 @@ class Chain:
         prompts, left_out = self._prompts, self._contamination()
         recorded = self._inputs.recorded_sources(prompts)
         self._add("prompts", [*recorded.values(), *self._inputs.recorded_target(prompts)])
-        asked = {m.name: self._jobs.generate(m, prompts) for m in self.config.models}
+        asked = {
+            m.name: self._jobs.generate(m, prompts.of_groups(m.groups)) for m in self.config.models
+        }
         # Held-out answers come from the same engines, so that none is started twice.
         held_out = [job for m in self._given_models for job in self._held_out(m)]
         by_model = sorted([*asked.values(), *held_out], key=lambda job: job.model.name)
@@ -196,7 +199,7 @@ class Chain:
         return selection, self._answers(Samples(step, self._preference_prompts, None, TARGET))
 
     def _select(self, sources: Answers, left_out: Contamination | None) -> Select:
-        selection = Select(self._prompts, sources, left_out)
+        selection = Select(self._prompts, sources, left_out, self.config.group_names)
         self._add("select", (selection,))
         return selection
 
@@ -219,12 +222,13 @@ class Chain:
         self, stage: str, *answers: Generate | IngestRecorded, before: Sequence[Job] = ()
     ) -> Answers:
         """Add the jobs that score the answers, and verify them where `pair.verifier` is given."""
-        scored = [job if job.has_scores else self._jobs.score(job.samples) for job in answers]
+        scored: list[Generate | IngestRecorded | Score] = []
+        for job in answers:
+            scored += [job] if job.has_scores else self._jobs.scores(job.samples)
         scores = [job for job in scored if isinstance(job, Score)]
         verify = self.config.pair.verifier
-        reward = verifier_reward(verify) if verify else None
-        checks = tuple(self._jobs.score(job.samples, reward) for job in answers) if reward else ()
-        self._add(stage, before, scores, checks)
+        checks = tuple(self._jobs.verify(job.samples, verify) for job in answers) if verify else ()
+        self._add(stage, before, *by_reward(scores), checks)
         verdicts = tuple(job.samples for job in checks)
         return self._answers(*(job.samples for job in scored), verdicts=verdicts)
 
@@ -270,7 +274,7 @@ class Chain:
         """Answers of the sources to the preference prompts."""
         sources = selection.sources
         samples, verdicts = (
-            tuple(replace(s, prompts=self._preference_prompts) for s in given)
+            tuple(replace(s, prompts=replace(s.prompts, splits=("preference",))) for s in given)
             for given in (sources.samples, sources.verdicts)
         )
         return replace(sources, samples=samples, verdicts=verdicts)
@@ -323,8 +327,9 @@ class Chain:
         inputs = (trained_on.step,) if trained_on else ()
         step = self._inputs.step("eval-prompts", given, inputs, seed=self.config.seed)
         job = IngestPrompts(step, given, splits, self.config.seed, without=trained_on)
-        self._add("prompts", (job,))
-        return Prompts(step, tuple(splits))
+        prompts = Prompts(step, tuple(splits))
+        self._add("prompts", (job,), group_check(self.config, prompts, is_held_out=True))
+        return prompts
 
     def _held_out(self, model: ModelConfig) -> list[Generate]:
         """A model's answers for the evaluation that depend on no other answer."""
@@ -345,8 +350,8 @@ class Chain:
             evaluate = evaluate.model_copy(update={"pairwise": pairwise})
         sources = tuple(m.name for m in self.config.models)
         own = self._eval_prompts if evaluate.prompts else None
-        generate, score = self._jobs.generate, self._jobs.score
-        found = Evaluation(evaluate, models, sources, own, generate, score)
+        generate, scores = self._jobs.generate, self._jobs.scores
+        found = Evaluation(evaluate, models, sources, own, generate, scores)
         self._add("prompts", tuple(found.benchmarks.values()))
         return found
 
@@ -374,7 +379,5 @@ class Chain:
         if model is None:
             there = ", ".join(m.name for m in self._models)
             raise UserError(f"model: there is no {name!r}; there are {there}")
-        if not (self._evaluation.verifier or self.config.reward):
-            raise UserError("evaluate: a study compares by `reward` or `evaluate.verifier`")
-        prompts, found = self._eval_prompts, self._compared(model)
+        prompts, found = self._eval_prompts, self._compared(model).on_one_scale
         return Stage("evaluate", tuple(by_phase([found]))), found.scored_model, prompts

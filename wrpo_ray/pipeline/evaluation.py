@@ -13,6 +13,7 @@ from typing import Any
 from wrpo_ray.config import EvaluateConfig, ModelConfig, SamplingConfig
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline.model_jobs import by_reward
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.stages.evaluate.answers import Answers
 from wrpo_ray.stages.evaluate.benchmarks import TEMPERATURES, ReadBenchmark, read_judging, split_of
@@ -32,7 +33,7 @@ Phase = list[Any]  # of jobs; typed when the phases are handed out
 
 @dataclass
 class Evaluation:
-    """Builds the phases; `generate` and `score` make the chain's jobs."""
+    """Builds the phases; `generate` and `scores` make the chain's jobs."""
 
     config: EvaluateConfig
     models: Sequence[ModelConfig]
@@ -40,12 +41,12 @@ class Evaluation:
     own: Prompts | None
     """The held-out prompts."""
     generate: Callable[[ModelConfig, Prompts, SamplingConfig], Generate]
-    score: Callable[[Samples], Score]
+    scores: Callable[..., tuple[Score, ...]]
 
     def __post_init__(self) -> None:
         self.turns: list[Phase] = [[], []]
         self.mixing: Phase = []
-        self.scores: Phase = []
+        self.scoring: Phase = []
         self.judging: list[Phase] = [[], []]
         self.verdicts: list[Verdicts] = []
 
@@ -152,7 +153,8 @@ class Evaluation:
 
     def _in_order(self, pairs: list[RewardPair]) -> list[Phase]:
         by_model = [sorted(turn, key=lambda job: job.model.name) for turn in self.turns]
-        phases: list[Phase] = [*by_model, self.mixing, self.scores, *self.judging, self.verdicts]
+        scoring = map(list, by_reward(self.scoring))
+        phases: list[Phase] = [*by_model, self.mixing, *scoring, *self.judging, self.verdicts]
         if self.verdicts or pairs:
             judge = self.config.judge.name if self.config.judge else None
             reference = self._folders.get("alpaca_eval")
@@ -165,7 +167,7 @@ class Evaluation:
     def _answers(self, prompts: Prompts, sampling: SamplingConfig) -> dict[str, Answers]:
         """One answer to each prompt by every model, and by the baselines made of several models."""
         found: dict[str, Answers] = {}
-        rewarded: dict[str, Samples] = {}
+        rewarded: list[Samples] = []
         baselines = [b for b in self._baselines if self._is_wanted(b, prompts)]
         for model in self.models:
             is_part = bool(baselines) and model.name in self.sources
@@ -175,11 +177,12 @@ class Evaluation:
             self.turns[0].append(job)
             found[model.name] = Answers(model.name, (job.samples,))
         if BEST in baselines:
-            for source in self.sources:
-                score = self.score(found[source].samples[0])
-                self.scores.append(score)
-                rewarded[source] = score.samples
-            found[BEST] = Answers(BEST, tuple(rewarded.values()), best=True)
+            for model in (m for m in self.models if m.name in self.sources):
+                samples = found[model.name].samples[0]
+                if prompts == self.own:
+                    samples = replace(samples, prompts=samples.prompts.of_groups(model.groups))
+                rewarded += self._rewards(samples)
+            found[BEST] = Answers(BEST, tuple(rewarded), best=True)
         if MIXTURE in baselines:
             found[MIXTURE] = self._mixture(prompts, sampling, [found[s] for s in self.sources])
         return found
@@ -253,9 +256,14 @@ class Evaluation:
     def _rewarded(self, answers: Answers) -> tuple[Samples, ...]:
         if answers.best:
             return answers.samples
-        score = self.score(answers.samples[0])
-        self.scores.append(score)
-        return (score.samples,)
+        return self._rewards(answers.samples[0])
+
+    def _rewards(self, samples: Samples) -> tuple[Samples, ...]:
+        """The answers with their rewards, by the jobs that score them."""
+        of_benchmark = self.own is None or samples.prompts.step != self.own.step
+        jobs = self.scores(samples, of_benchmark=of_benchmark)
+        self.scoring += jobs
+        return tuple(job.samples for job in jobs)
 
 
 def _of(job: Generate, prompts: Prompts) -> Samples:

@@ -15,7 +15,7 @@ from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.cells import READING, beginnings_are, hold_more_than_text
 from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.stages.ingest.recorded import IngestRecorded, IngestRecordedPrompts
-from wrpo_ray.stages.ingest.stage import IngestPrompts
+from wrpo_ray.stages.ingest.stage import OPTIONAL, REFERENCES, IngestPrompts
 from wrpo_ray.stages.pair.overlap import are_unspaced
 from wrpo_ray.storage.fingerprints import data_fingerprint
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
@@ -50,7 +50,15 @@ class Inputs:
             has_more = is_on_hub or hold_more_than_text(files, texts, content)
         read = given.identity() | {"path": content, "buckets": self.config.storage.buckets}
         read |= {"cells": READING} if has_more else {}
+        if name != "import":
+            read |= self._references
         return Step(name, read | config, inputs)
+
+    @property
+    def _references(self) -> dict[str, str]:
+        """That prompts may lack a reference, for keys; rewards of some groups need none."""
+        reward = self.config.reward
+        return {REFERENCES: OPTIONAL} if reward and reward.by_group else {}
 
     def prompts(self, splits: dict[str, float]) -> IngestPrompts | IngestRecordedPrompts:
         """The job that reads the prompts to train on: from their file, else with the answers.
@@ -64,6 +72,7 @@ class Inputs:
             return IngestPrompts(step, given, splits, seed)
         found = {json.dumps(self._prompts_of(a)): a for a in self.config.recorded.values()}
         read = {"files": sorted(found), "buckets": self.config.storage.buckets, "cells": READING}
+        read |= self._references
         step = Step("prompts", read | {"splits": splits, "seed": seed})
         return IngestRecordedPrompts(
             tuple(IngestPrompts(step, answers, splits, seed) for answers in found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -14,16 +15,18 @@ from wrpo_ray.config import (
     TrainConfig,
 )
 from wrpo_ray.config.base import required
-from wrpo_ray.data.samples import Prompts, Samples
+from wrpo_ray.data.samples import Groups, Prompts, Samples
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import small_files
 from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.pipeline.identities import (
     scorer_fingerprint,
     template_fingerprint,
+    verifier_reward,
     with_absolute_paths,
 )
 from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.ingest.stage import OPTIONAL, REFERENCES
 from wrpo_ray.stages.score.reward_models import can_end_with_padding
 from wrpo_ray.stages.score.stage import Outcome, Score
 from wrpo_ray.stages.train.prepare import Prepare
@@ -88,15 +91,40 @@ class ModelJobs:
         seed = self.config.seed
         return self._retried(Generate(model, folder, identity, prompts, sampling, seed, 0, family))
 
-    def score(self, answers: Samples, verifier: RewardConfig | None = None) -> Score:
-        """The job that scores answers with the config's reward, or checks them with a verifier."""
-        reward = verifier or required(self.config.reward, "reward")
+    def scores(self, answers: Samples, *, of_benchmark: bool = False) -> tuple[Score, ...]:
+        """The jobs that score answers: one for each reward of the groups that their prompts are of.
+
+        Questions of a benchmark are of no group of the config.
+        """
+        given = required(self.config.reward, "reward")
+        if of_benchmark or not given.by_group:
+            return (self.score(answers, required(given.default, "reward")),)
+        mine = answers.prompts.groups
+        jobs = []
+        for reward in given.each:
+            groups = Groups(*given.covered_by(reward)).only(mine.names if mine else None)
+            if groups.names or groups.others:
+                own = replace(answers, prompts=replace(answers.prompts, groups=groups))
+                jobs.append(self.score(own, reward))
+        return tuple(jobs)
+
+    def verify(self, answers: Samples, name: str) -> Score:
+        """The job that checks answers with a verifier.
+
+        If prompts may lack a reference, it is only of those that have one.
+        """
+        read = answers.prompts.step.config
+        if read.get(REFERENCES) == OPTIONAL and read["columns"]["reference"]:
+            answers = replace(answers, prompts=replace(answers.prompts, referenced=True))
+        return self.score(answers, verifier_reward(name), "verdict")
+
+    def score(self, answers: Samples, reward: RewardConfig, outcome: Outcome = "reward") -> Score:
+        """The job that scores answers with one reward or verifier."""
         folders = [Folder(p.model).absolute() if p.model else None for p in reward.parts]
         identities = [
             self._classifier_fingerprint(part, folder) if folder else scorer_fingerprint(part)
             for part, folder in zip(reward.parts, folders, strict=True)
         ]
-        outcome: Outcome = "verdict" if verifier else "reward"
         known = tuple(folders), tuple(identities)
         return self._retried(Score(answers, with_absolute_paths(reward), *known, outcome=outcome))
 
@@ -162,3 +190,15 @@ class ModelJobs:
         """The job as a new request to its store, if its failed rows were given new attempts."""
         times = self.retries.get(job.step.key, 0)
         return replace(job, retry=times) if times else job
+
+
+def by_reward(jobs: Iterable[Score]) -> list[tuple[Score, ...]]:
+    """The jobs of each reward; those with models come first, to score while others generate."""
+    found: list[list[Score]] = []
+    for job in jobs:
+        alike = next((own for own in found if own[0].reward == job.reward), None)
+        if alike is None:
+            found.append([job])
+        else:
+            alike.append(job)
+    return [tuple(own) for own in sorted(found, key=lambda own: not any(own[0].folders))]

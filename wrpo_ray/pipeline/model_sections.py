@@ -1,9 +1,9 @@
 """Applies a change, such as pinning to a commit, to every section that names models or files."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from wrpo_ray.config import Config, ModelConfig, RecordedConfig, ScoreConfig
+from wrpo_ray.config import Config, ModelConfig, RecordedConfig, RewardConfig, ScoreConfig
 from wrpo_ray.llm import resolve
 from wrpo_ray.llm.architecture import Use, telling_of
 from wrpo_ray.llm.resolve import resolved_model
@@ -30,6 +30,9 @@ def keep_pins(root: Folder, pins: Pins) -> None:
     """Add pins to those of an output."""
     if pins and not root.holds_json(PINS, known := read_pins(root.uri) | pins):
         root.write_json(PINS, known)
+
+
+Reward = TypeVar("Reward", bound=RewardConfig)
 
 
 def pinned(config: Config) -> Config:
@@ -98,15 +101,25 @@ def map_models(config: Config, change: Callable[[str, Any], Any]) -> Config:
         }
         own |= {"judge": _changed(change, "evaluate.judge", asked.judge)} if asked.judge else {}
         models["evaluate"] = asked.model_copy(update=own)
-    if config.reward and config.reward.mixture:
-        parts = [
-            change(f"reward.mixture.{i}", part) if part.model else part
-            for i, part in enumerate(config.reward.mixture)
-        ]
-        models["reward"] = config.reward.model_copy(update={"mixture": tuple(parts)})
-    elif config.reward and config.reward.model:
-        models["reward"] = change("reward", config.reward)
+    if reward := config.reward:
+        by_group = {
+            group: _changed_reward(change, f"reward.by_group.{group}", own)
+            for group, own in reward.by_group.items()
+        }
+        changed = _changed_reward(change, "reward", reward)
+        models["reward"] = changed.model_copy(update={"by_group": by_group})
     return config.model_copy(update=models)
+
+
+def _changed_reward(change: Callable[[str, Any], Any], what: str, reward: Reward) -> Reward:
+    if reward.mixture:
+        parts = [
+            change(f"{what}.mixture.{i}", part) if part.model else part
+            for i, part in enumerate(reward.mixture)
+        ]
+        return reward.model_copy(update={"mixture": tuple(parts)})
+    changed: Reward = change(what, reward) if reward.model else reward
+    return changed
 
 
 def _changed(change: Callable[[str, Any], Any], what: str, model: ModelConfig) -> ModelConfig:

@@ -7,6 +7,7 @@ from typing import Any
 from wrpo_ray.config import Config, EndpointConfig, RecordedAnswers, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
+from wrpo_ray.pipeline.groups import check_first_groups, prompt_files
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import (
     map_inputs,
@@ -63,11 +64,13 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for model in others:
         if model.endpoint:
             yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
-    scorers = list(config.reward.parts) if config.reward else []
+    scorers = [part for own in config.reward.each for part in own.parts] if config.reward else []
     verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
         yield partial(_check_scorer, part)
     yield partial(check_patterns, config.answers.refusal_patterns)
+    for what, given in prompt_files(config).items():
+        yield partial(check_first_groups, config, what, given)
     yield partial(check_writable, Folder(config.output))
 
 

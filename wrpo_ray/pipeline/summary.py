@@ -13,6 +13,7 @@ from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.model_sections import map_models
 from wrpo_ray.pipeline.stage_table import Stage
 from wrpo_ray.report import benchmark_table as comparison
+from wrpo_ray.report.group_table import by_group
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.stages.evaluate.comparison import FILE as COMPARISON
 from wrpo_ray.stages.evaluate.pairwise import shortfall
@@ -37,6 +38,9 @@ def summarise(chain: Chain, stages: list[Stage]) -> Row:
     }
     for job in (job for stage in stages for job in stage.jobs if job.step.is_done(root)):
         summary |= _results(job.kind, root / job.step.folder)
+    counts = {step["step"]: step.get("counts", {}) for step in summary["steps"]}
+    if groups := by_group(counts.get("select", {}), counts.get("pair", {})):
+        summary["groups"] = groups
     fused = chain.fused
     if fused and fused.step.is_done(root):
         summary["fused_model"] = str(root / fused.step.folder / "model")
@@ -130,6 +134,8 @@ def _step(stage: str, job: Job) -> StepOutline:
     if samples := job.samples:
         prompts = samples.prompts
         asked = {"samples": samples.count, "prompts": prompts.step.key, "splits": prompts.splits}
+        if groups := prompts.groups:
+            asked |= {"groups": groups.names, "other_groups": groups.others}
     return StepOutline(
         stage=stage,
         name=step.name,

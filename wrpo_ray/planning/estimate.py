@@ -35,6 +35,7 @@ from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import AnyInput, Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
 from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.ingest.groups import CheckGroups
 from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare
@@ -245,6 +246,10 @@ class _Estimator:
     def _count(self, prompts: Prompts) -> int:
         shares = {"sft": self.config.split.sft, "preference": 1 - self.config.split.sft}
         share = sum(shares.get(split, 1.0) for split in prompts.splits)
+        if prompts.groups:
+            checks = self._of(CheckGroups).values()
+            check = next(job for job in checks if job.prompts.step == prompts.step)
+            share *= check.known(self.root).share(prompts.groups)
         return round(self._rows(prompts.step) * share)
 
     def _rows(self, step: Step) -> int:

@@ -18,6 +18,7 @@ from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import UserError
 from wrpo_ray.report import sample
+from wrpo_ray.report.group_table import by_group
 from wrpo_ray.report.sample import Distributions
 from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger
 from wrpo_ray.storage.fingerprints import digest
@@ -40,6 +41,7 @@ Row = dict[str, Any]
 def gather(root: Folder, outline: Outline, *, is_running: bool = False) -> Row:
     """Gather the facts of a run; the same output gives the same facts."""
     done = {step.key: step.read_manifest(root) for step in outline.steps if step.is_done(root)}
+    counts = {s.name: done[s.key]["counts"] for s in outline.steps if s.key in done}
     facts: Row = {
         "output": str(root),
         "until": outline.until,
@@ -49,7 +51,8 @@ def gather(root: Folder, outline: Outline, *, is_running: bool = False) -> Row:
         "sources": outline.sources,
         "target": outline.target,
         "steps": list(_steps(root, outline, done)),
-        "counts": {s.name: done[s.key]["counts"] for s in outline.steps if s.key in done},
+        "counts": counts,
+        "groups": by_group(counts.get("select", {}), counts.get("pair", {})),
         "versions": {k: v for record in done.values() for k, v in record["versions"].items()},
         "distributions": _distributions(root, outline, done),
         "training": {s.name: t for s in outline.steps if (t := _training(root, s))},
@@ -146,8 +149,10 @@ def _scores_candidates(outline: Outline, step: StepOutline) -> bool:
         return bool(step.stores)
     if step.stage not in ("score", "sample") or not step.stores:
         return False
-    reward = (outline.config.get("reward") or {}).get("name", "")
-    return step.kind != "score" or step.name.startswith(f"score-{reward}-")
+    given = outline.config.get("reward") or {}
+    rewards = [given, *(given.get("by_group") or {}).values()]
+    names = tuple(f"score-{reward.get('name', '')}-" for reward in rewards)
+    return step.kind != "score" or step.name.startswith(names)
 
 
 def _answers(root: Folder, stores: tuple[str, ...], buckets: int) -> Row:

@@ -111,7 +111,9 @@ def _wins_plot(facts: Row, colors: Palette) -> Iterator[Plot]:
 def _distribution_plots(facts: Row, colors: Palette) -> Iterator[Plot]:
     answers = Distributions.read(facts["distributions"]["answers"])
     pairs = Distributions.read(facts["distributions"]["pairs"])
-    reward = f"reward ({(facts['config'].get('reward') or {}).get('name') or 'as imported'})"
+    given = facts["config"].get("reward") or {}
+    by_group = " and ".join(own["name"] for own in (given.get("by_group") or {}).values())
+    reward = f"reward ({by_group or given.get('name') or 'as imported'})"
     order = {name: i for i, name in enumerate([*facts["sources"], facts["target"], "target-sft"])}
     named = dict(
         sorted(answers.series.items(), key=lambda item: order.get(item[0], -1))[:MOST_SERIES]

@@ -17,6 +17,7 @@ import pyarrow.fs as pafs
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import BrokenFileError, UserError
+from wrpo_ray.report.group_table import by_group, tables
 from wrpo_ray.runtime import lease, tries
 from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, read_seconds
 from wrpo_ray.runtime.progress import format_rate
@@ -75,6 +76,8 @@ class Status:
     steps: tuple[StepStatus, ...]
     spent: Row
     """{resource: (spent, limit or None)}"""
+    groups: Row
+    """Of selection and pairing, by group of prompts; empty where the config names no groups."""
 
 
 def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
@@ -84,7 +87,8 @@ def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
     reader = _StepReader(root, outline, is_running, now)
     steps = tuple(map(reader.step, outline.steps))
     told = _try_text(root, now, is_running, is_done=all(step.state == DONE for step in steps))
-    return Status(str(root), told, holder, is_running, steps, _spent(root, outline))
+    groups = by_group(reader.counts.get("select", {}), reader.counts.get("pair", {}))
+    return Status(str(root), told, holder, is_running, steps, _spent(root, outline), groups)
 
 
 def is_running(root: Folder) -> bool:
@@ -145,12 +149,13 @@ class _StepReader:
         self.ledger: dict[str, Entry] = read_ledger(root)
         self.plan: Row = root.read_record(PLAN) if root.exists(PLAN) else {}
         self.rows: dict[str, int] = {}
+        self.counts: dict[str, Row] = {}
 
     def step(self, step: StepOutline) -> StepStatus:
         """One step."""
         if step.is_done(self.root):
             record = step.read_manifest(self.root)
-            counts = record["counts"]
+            counts = self.counts[step.name] = record["counts"]
             rows = self.rows[step.key] = counts.get("rows", 0)
             return StepStatus(
                 step.stage, step.name, DONE, rows, rows, failed=counts.get("failed", 0),
@@ -169,7 +174,8 @@ class _StepReader:
 
     def _total(self, step: StepOutline) -> int | None:
         """Expected rows; None if unknown."""
-        if step.kind in ("generate", "score") and step.prompts in self.rows and step.samples:
+        is_of_all = step.groups is None and step.prompts in self.rows
+        if step.kind in ("generate", "score") and is_of_all and step.samples:
             sft = (self.outline.config.get("split") or {}).get("sft", 0.0)
             shares = {"sft": sft, "preference": 1 - sft}
             share = sum(shares.get(split, 1.0) for split in step.splits)
@@ -283,7 +289,23 @@ def screen(found: Status) -> Any:
     head = Text("".join(f"{one_line(line)}\n" for line in about))
     notes = [one_line(f"{step.name}: {note}") for step in found.steps for note in step.notes]
     spent = f"spent: {_spent_told(found.spent)}"
-    return Group(head, table, Text("\n" + "\n".join([*notes, spent])))
+    by_group = map(_group_table, tables(found.groups))
+    return Group(head, table, *by_group, Text("\n" + "\n".join([*notes, spent])))
+
+
+def _group_table(given: tuple[str, list[list[str]]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    title, (head, *rows) = given
+    table = Table(
+        box=None, padding=(0, 1, 0, 0), header_style="dim", title=f"\n{title}", title_justify="left"
+    )
+    for place, name in enumerate(head):
+        table.add_column(Text(one_line(name)), justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(one_line(cell)) for cell in row))
+    return table
 
 
 def _lines(steps: Sequence[StepStatus]) -> Iterator[StepStatus]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from wrpo_ray.report.benchmark_table import comparison_text
+from wrpo_ray.report.group_table import tables
 from wrpo_ray.text.display import one_line
 
 Row = dict[str, Any]
@@ -15,6 +16,7 @@ EXAMPLE = 120
 def summary_text(summary: Row) -> str:
     """The summary that `wrpo fuse` prints: counts, winners, evaluation, an example, folders."""
     parts = ["\n".join(_stages(summary)), "\n".join(_wins(summary))]
+    parts += [_plain_table(title, rows) for title, rows in tables(summary.get("groups", {}))]
     if "evaluation" in summary:
         parts += ["\n".join(lines) for lines in _tables(summary["evaluation"])]
     if "comparison" in summary:
@@ -57,6 +59,17 @@ def _wins(summary: Row) -> Iterator[str]:
                 if k.startswith("dropped.")
             )
             yield f"preference rows: {counts['rows']:,}" + (f"; dropped: {told}" if told else "")
+
+
+def _plain_table(title: str, rows: list[list[str]]) -> str:
+    """A table with its first column to the left."""
+    shown = [[one_line(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) + 2 for column in zip(*shown, strict=True)]
+    lines = (
+        f"{first:<{widths[0]}}" + "".join(map(str.rjust, cells, widths[1:]))
+        for first, *cells in shown
+    )
+    return "\n".join([title, *lines])
 
 
 def _tables(evaluation: Row) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from wrpo_ray.report import group_table
 from wrpo_ray.report.benchmark_table import tables
 from wrpo_ray.report.figures import ends, palette
 from wrpo_ray.report.plots import Table, number
@@ -31,6 +32,7 @@ def view(facts: Row) -> Row:
         "chain": _chain(facts),
         "spending": _spending(facts),
         "margins": {n: _margins(t["curves"]) for n, t in facts["training"].items() if n != "sft"},
+        "groups": group_table.tables(facts["groups"]),
         "evaluation": list(_evaluation(facts)),
         "failures": facts["failures"],
         "left_out": list(_left_out(facts)),

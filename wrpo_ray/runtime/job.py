@@ -20,6 +20,7 @@ class JobKind(StrEnum):
     INGEST_RESPONSES = "ingestresponses"
     INGEST_PREFERENCES = "ingestpreferences"
     INGEST_RECORDED = "ingestrecorded"
+    CHECK_GROUPS = "checkgroups"
     READ_BENCHMARK = "readbenchmark"
     EVAL_NGRAMS = "evalngrams"
     CONTAMINATION = "contamination"

@@ -49,6 +49,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "wrpo.overflow": "cut",
     },
     "judged": JUDGED,
+    "groups": {
+        "reward.by_group": {"upper": {"verifier": "exact"}, "sort": {"model": "models/other"}},
+        "sources.0.groups": ["sort", "vowels"],
+        "pair.by_group": {"upper": {"min_margin": 1}},
+    },
     "endpoint": {
         "sources.0": {
             "name": "remote",

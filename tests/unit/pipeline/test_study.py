@@ -95,7 +95,7 @@ def test_prompts_that_a_seed_lacks_do_not_count():
 def test_a_table_pairs_the_seeds_that_both_have():
     job = VariantTable(
         tuple(
-            TrainedVariant(name, seed, ScoredModel(name, None, None))
+            TrainedVariant(name, seed, ScoredModel(name, (), ()))
             for name, seeds in {"a": (1, 2, 3), "b": (1, 2)}.items()
             for seed in seeds
         ),

@@ -42,7 +42,11 @@ class Answers:
     @property
     def identity(self) -> list[Any]:
         """Everything that determines the texts, except the prompts."""
-        stores = [[s.step.folder, s.count if self.best else 1] for s in self.samples]
+        stores = [
+            [s.step.folder, s.count if self.best else 1]
+            + ([s.prompts.narrowing] if s.prompts.narrowing else [])
+            for s in self.samples
+        ]
         return [self.best, stores]
 
     def read(self, root: Folder, bucket: Bucket) -> dict[str, Answer]:

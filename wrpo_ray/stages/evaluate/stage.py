@@ -20,6 +20,8 @@ from wrpo_ray.storage.steps import Step
 
 Row = dict[str, Any]
 ALL = "all"
+UNGROUPED = "no group"
+"""Column of the prompts without a group where there is none of all prompts."""
 TABLE, EXAMPLE = "table.json", "example.json"
 Key = tuple[str, str, str]
 """(measure, model or contrast, group)"""
@@ -27,11 +29,16 @@ Key = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class ScoredModel:
-    """A model to compare, with its answers scored by the reward model, the verifier, or both."""
+    """A model to compare, with its answers scored by rewards, the verifier, or both."""
 
     name: str
-    rewarded: Samples | None
-    verified: Samples | None
+    rewarded: tuple[Samples, ...]
+    """By each reward those to the prompts of its groups; empty without."""
+    verified: tuple[Samples, ...]
+
+    def answers(self, measure: str) -> tuple[Samples, ...]:
+        """The answers scored by a measure, `reward` or `accuracy`."""
+        return self.rewarded if measure == "reward" else self.verified
 
 
 @dataclass(frozen=True)
@@ -50,9 +57,13 @@ class Evaluate(BaseJob):
         """The step of the output folder."""
         inputs = [self.prompts.step]
         for model in self.models:
-            inputs += [s.step for s in (model.rewarded, model.verified) if s]
+            inputs += [s.step for s in (*model.rewarded, *model.verified)]
         config = {"models": [m.name for m in self.models], "contrasts": self.contrasts}
         return Step("evaluate", config, tuple(inputs))
+
+    def has_scales(self, measure: str) -> bool:
+        """Whether prompts of different groups are measured on different scales."""
+        return len(self.models[0].answers(measure)) > 1
 
     @property
     def row_source(self) -> Prompts:
@@ -90,26 +101,34 @@ class Evaluate(BaseJob):
 
 
 def _measures(job: Evaluate) -> list[str]:
-    first = job.models[0]
-    answers = {"reward": first.rewarded, "accuracy": first.verified}
-    return [measure for measure, samples in answers.items() if samples]
+    return [measure for measure in ("reward", "accuracy") if job.models[0].answers(measure)]
 
 
 def tabulate(job: Evaluate, sums: dict[Key, Sums]) -> dict[str, Any]:
-    """{measure: {"models": {name: {group: estimate}}, "contrasts": {"a - b": estimate}}}."""
+    """{measure: {"models": {name: {group: estimate}}, "contrasts": {"a - b": estimate}}}.
+
+    Where groups have scales of their own, nothing is estimated over all prompts, and there is a
+    contrast "a - b, group" for each group.
+    """
     names = [m.name for m in job.models]
     groups = [*sorted({group for _, _, group in sums} - {ALL}), ALL]
     table: dict[str, Any] = {"groups": groups}
     for measure in _measures(job):
         interval = wilson_interval if measure == "accuracy" else normal_interval
+        by_group = job.has_scales(measure)
+        shown = dict(sums) | {(measure, name, ALL): Sums() for name in names if by_group}
+        of_contrasts = {ALL: ""} if not by_group else {g: f", {g}" for g in groups if g != ALL}
         table[measure] = {
             "models": {
-                name: {g: plain(interval(sums.get((measure, name, g), Sums()))) for g in groups}
+                name: {g: plain(interval(shown.get((measure, name, g), Sums()))) for g in groups}
                 for name in names
             },
             "contrasts": {
-                f"{a} - {b}": plain(normal_interval(sums.get((measure, f"{a} - {b}", ALL), Sums())))
+                f"{a} - {b}{told}": plain(
+                    normal_interval(sums.get((measure, f"{a} - {b}", group), Sums()))
+                )
                 for a, b in job.contrasts
+                for group, told in of_contrasts.items()
             },
         }
     return table
@@ -143,15 +162,14 @@ class Summer:
         self, model: ScoredModel, measure: str, bucket: Bucket, column: str
     ) -> dict[str, list[Any]]:
         """A column of the model's answers by prompt id, one value for each sample."""
-        samples = model.rewarded if measure == "reward" else model.verified
-        assert samples is not None
         names = ["prompt_id", "source", "sample", column]
-        table = samples.read(self.run.root, bucket, records.SCORED, names)
         values: dict[str, list[Any]] = {}
-        for key, value in zip(
-            table["prompt_id"].to_pylist(), table[column].to_pylist(), strict=True
-        ):
-            values.setdefault(key, []).append(value)
+        for samples in model.answers(measure):
+            table = samples.read(self.run.root, bucket, records.SCORED, names)
+            for key, value in zip(
+                table["prompt_id"].to_pylist(), table[column].to_pylist(), strict=True
+            ):
+                values.setdefault(key, []).append(value)
         return values
 
     def _means(self, model: ScoredModel, measure: str, bucket: Bucket) -> dict[str, float]:
@@ -162,17 +180,22 @@ class Summer:
     def _sums(
         self, measure: str, means: dict[str, dict[str, float]], prompts: dict[str, Row]
     ) -> list[tuple[Key, Sums]]:
+        by_group = self.job.has_scales(measure)
         found: list[tuple[Key, Sums]] = []
         for name, by_prompt in means.items():
             groups: dict[str, list[float]] = {ALL: list(by_prompt.values())}
             for key, value in by_prompt.items():
-                groups.setdefault(prompts[key]["group"] or "", []).append(value)
+                group = prompts[key]["group"] or (UNGROUPED if by_group else "")
+                groups.setdefault(group, []).append(value)
             groups.pop("", None)
             found += [((measure, name, group), Sums.of(v)) for group, v in groups.items()]
         for a, b in self.job.contrasts:
-            both = means[a].keys() & means[b].keys()
-            differences = [means[a][key] - means[b][key] for key in sorted(both)]
-            found.append(((measure, f"{a} - {b}", ALL), Sums.of(differences)))
+            differences: dict[str, list[float]] = {} if by_group else {ALL: []}
+            for key in sorted(means[a].keys() & means[b].keys()):
+                group = (prompts[key]["group"] or UNGROUPED) if by_group else ALL
+                differences.setdefault(group, []).append(means[a][key] - means[b][key])
+            name = f"{a} - {b}"
+            found += [((measure, name, group), Sums.of(v)) for group, v in differences.items()]
         return found
 
     def _example(

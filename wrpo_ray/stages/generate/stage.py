@@ -81,7 +81,7 @@ class Generate(BaseJob):
             "sampling": sampling,
             "seed": self.seed,
         } | ({"asks": self.prompts.asks} if self.prompts.asks else {})
-        wanted = {"samples": count, "splits": list(self.prompts.splits)}
+        wanted = {"samples": count, "splits": list(self.prompts.splits)} | self.prompts.narrowing
         name, inputs = self.model.name, self.prompts.inputs
         return Step(f"generate-{name}", wanted, inputs, store, self.retry, source=name)
 

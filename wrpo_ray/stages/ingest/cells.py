@@ -126,8 +126,12 @@ def group_of(value: Any, column: str) -> str | None:
     Raises:
         RowError: it cannot be converted to text.
     """
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return None if missing else exact_text(value, column)
+    return None if is_missing(value) else exact_text(value, column)
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell is null or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 # --- floats of less than 64 bits ---------------------------------------------------------------

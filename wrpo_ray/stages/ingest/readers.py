@@ -21,7 +21,14 @@ from wrpo_ray.data.records import Message, prompt_id
 from wrpo_ray.data.references import pack_reference
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
-from wrpo_ray.stages.ingest.cells import JsonFloat, group_of, narrow_columns, reference_of, widened
+from wrpo_ray.stages.ingest.cells import (
+    JsonFloat,
+    group_of,
+    is_missing,
+    narrow_columns,
+    reference_of,
+    widened,
+)
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
 from wrpo_ray.storage.remote import MAX_STREAMS
@@ -273,7 +280,14 @@ class ScoredRow(TypedDict):
     engine: str
 
 
-def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: int) -> PromptRow:
+def prompt_record(
+    row: Row,
+    columns: Columns,
+    splits: dict[str, float],
+    seed: int,
+    *,
+    may_lack_reference: bool = False,
+) -> PromptRow:
     """Return a PROMPT record; a hash of the prompt draws its split from {split: share}.
 
     Raises:
@@ -282,6 +296,8 @@ def prompt_record(row: Row, columns: Columns, splits: dict[str, float], seed: in
     """
     messages = messages_of(row, columns)
     key, name = prompt_id(messages), columns.reference
+    if may_lack_reference and name and is_missing(row.get(name)):
+        name = None
     return {
         "prompt_id": key,
         "messages": messages,

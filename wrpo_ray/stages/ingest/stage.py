@@ -38,6 +38,8 @@ from wrpo_ray.storage.steps import Step
 Row = dict[str, Any]
 SOURCES, TARGET = "sources", "target"
 """Subfolders of the imported answers."""
+REFERENCES, OPTIONAL = "references", "optional"
+"""The entry of a step's config by which its prompts may lack a reference."""
 COUNTS = ("read", "rows", "failed", "target_rows")
 
 
@@ -96,7 +98,11 @@ class IngestPrompts(IngestJob):
 
     def records(self, row: Row) -> list[PromptRow | RowError]:
         """One PROMPT record."""
-        return [prompt_record(row, self.input.columns, self.splits, self.seed)]
+        may_lack = self.step.config.get(REFERENCES) == OPTIONAL
+        record = prompt_record(
+            row, self.input.columns, self.splits, self.seed, may_lack_reference=may_lack
+        )
+        return [record]
 
     def finish_bucket(
         self, rows: list[PromptRow], run: Run, bucket: Bucket

@@ -6,6 +6,7 @@ calls both for a table in memory, such as in a notebook.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wrpo_ray.config import AnswersConfig, PairConfig
+from wrpo_ray.data.group_counts import WINS, Number, sums_by_group
 from wrpo_ray.data.records import ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, candidates_of
@@ -35,6 +37,7 @@ from wrpo_ray.stages.pair.select import (
 if TYPE_CHECKING:
     import pandas as pd
 
+Counts = dict[str, Number]
 REQUIRED = ("prompt_id", "source", "text", "reward")
 COLUMNS = {name: SCORED.field(name).type for name in (*REQUIRED, *ANSWER.names)} | {
     "messages": MESSAGES,
@@ -163,7 +166,7 @@ def _eligible(
 
 def source_selection(
     prompts: pa.Table, candidates: Candidates, eligible: Eligible
-) -> tuple[pa.Table, dict[str, int]]:
+) -> tuple[pa.Table, Counts]:
     """Choose y_ws of each prompt: the best of all sources' answers.
 
     Args:
@@ -194,12 +197,59 @@ def source_selection(
     }
 
 
+def selected_by_group(prompts: pa.Table, selection: pa.Table, named: Sequence[str]) -> Counts:
+    """Count a bucket's prompts, those with a y_ws, its source and its reward, by group.
+
+    Args:
+        prompts: P prompts (prompt_id, group).
+        selection: SELECTION records of some of them.
+        named: the groups that are counted by name.
+    """
+    best = selection["source_chosen"].combine_chunks()
+    columns = {"rows": np.ones(len(best), int), "reward": best.field("reward").to_numpy()}
+    sources = best.field("source")
+    for source in pc.unique(sources).to_pylist():
+        columns[WINS + source] = pc.equal(sources, source).to_numpy(zero_copy_only=False)
+    of_rows = sums_by_group(groups_of(selection, prompts), named, columns)
+    return sums_by_group(prompts["group"], named, {"prompts": np.ones(len(prompts), int)}) | of_rows
+
+
+def paired_by_group(
+    prompts: pa.Table, selection: pa.Table, rows: pa.Table, named: Sequence[str]
+) -> Counts:
+    """Count a bucket's prompts with a y_ws, its preference rows and their rewards, by group.
+
+    Args:
+        prompts: P prompts (prompt_id, group).
+        selection: SELECTION records of some of them.
+        rows: PREFERENCE records of some of these.
+        named: the groups that are counted by name.
+    """
+    count = {"prompts": np.ones(len(selection), int)}
+    columns = {"rows": np.ones(len(rows), int)} | {
+        role: rows[role].combine_chunks().field("reward").to_numpy()
+        for role in ("source_chosen", "target_chosen", "rejected")
+    }
+    of_rows = sums_by_group(groups_of(rows, prompts), named, columns)
+    return sums_by_group(groups_of(selection, prompts), named, count) | of_rows
+
+
+def groups_of(rows: pa.Table, prompts: pa.Table) -> pa.ChunkedArray:
+    """The group of each row's prompt, (N,)."""
+    places = pc.index_in(rows["prompt_id"], value_set=prompts["prompt_id"].combine_chunks())
+    return prompts["group"].take(places)
+
+
 # --- y_wt and y_l ------------------------------------------------------------------------------
 
 
 def preference_rows(
-    selection: pa.Table, candidates: Candidates, eligible: Eligible, config: PairConfig
-) -> tuple[pa.Table, dict[str, int]]:
+    selection: pa.Table,
+    candidates: Candidates,
+    eligible: Eligible,
+    config: PairConfig,
+    groups: pa.ChunkedArray | None = None,
+) -> tuple[pa.Table, Counts]:
     """Choose y_wt and y_l of each prompt that has a y_ws.
 
     Args:
@@ -208,6 +258,7 @@ def preference_rows(
             sources'.
         eligible: which of them may be chosen and which rejected.
         config: margins and policy.
+        groups: the group (P,) of each prompt, for margins by group.
 
     Returns:
         PREFERENCE records, and counts: rows, and `dropped.<reason>` of the other prompts.
@@ -215,7 +266,7 @@ def preference_rows(
     prompts, count = candidates.group_prompts, len(selection)
     best, worst, outcomes = best_and_worst(
         candidates.rewards, eligible.chosen, eligible.rejected, candidates.groups,
-        len(prompts), candidates.ties, config.margins,
+        len(prompts), candidates.ties, _margins(config, groups, prompts),
     )  # fmt: skip
     _check_texts(outcomes, candidates, best, worst, config.max_similarity)
     rewards = at(candidates.rewards, best)  # (G,)
@@ -231,6 +282,18 @@ def preference_rows(
     below = int((table["source_margin"].to_numpy() < 0).sum())
     numbers = {"prompts": count, "rows": len(found), "source_below_target": below}
     return table, {**eligible.counts, **_dropped(outcomes, prompts, count), **numbers}
+
+
+def _margins(
+    config: PairConfig, groups: pa.ChunkedArray | None, prompts: Ints
+) -> tuple[float | Floats, float | Floats]:
+    """The least and the greatest margin, of all prompts or (G,) of these."""
+    if not config.by_group or groups is None:
+        return config.margins
+    places = pc.index_in(groups, value_set=pa.array(list(config.by_group), pa.string()))
+    known = np.array([config.margins, *map(config.margins_of, config.by_group)])
+    low, high = known[places.fill_null(-1).to_numpy()[prompts] + 1].T
+    return low, high
 
 
 def _check_texts(

@@ -97,12 +97,13 @@ def best_and_worst(
     groups: Ints,
     count: int,
     ties: Ties,
-    margins: tuple[float, float],
+    margins: tuple[float | Floats, float | Floats],
 ) -> tuple[Ints, Ints, Outcomes]:
     """Return the best and the worst candidate of each group, and the outcomes by reward.
 
     `chosen` and `rejected` (N,) say which candidates may be the best and which the worst;
-    `margins` are the least and the greatest difference of the two rewards. The other arguments are
+    `margins` are the least and the greatest difference of the two rewards, of all groups or (G,)
+    of each. The other arguments are
     as for `best_of`.
     """
     best = best_of(rewards, chosen, groups, count, ties)

@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
+from wrpo_ray.data.group_counts import MARK, Number
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
@@ -52,16 +53,16 @@ class BucketJob(BaseJob):
             log(f"{job.step.name}  {', '.join(f'{name} {count:,}' for name, count in shown)}")
 
 
-def _fill(run: Run, job: AnyBucketJob, row: dict[str, int]) -> dict[str, int]:
+def _fill(run: Run, job: AnyBucketJob, row: dict[str, int]) -> dict[str, Number]:
     return job.fill(run, Bucket(**row))
 
 
 def _without_sources(totals: dict[str, int]) -> dict[str, int]:
-    """The counts for the log: no wins by source, and one count of answers for each policy."""
+    """The counts for the log: none by source or group, one count of answers for each policy."""
     shown: Counter[str] = Counter()
     for name, count in totals.items():
         kind, _, rest = name.partition(".")
-        if kind != "wins":
+        if kind != "wins" and not name.startswith(MARK):
             shown[f"{rest.partition('.')[0]} answers" if kind == "answers" else name] += count
     return shown
 
@@ -96,7 +97,7 @@ class EvalNgrams(BucketJob):
         """At most one row a prompt."""
         return self.prompts
 
-    def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
+    def fill(self, run: Run, bucket: Bucket) -> dict[str, Number]:
         """Write the NGRAMS shard, sorted by hash."""
         texts = _texts(self.prompts.read(run.root, bucket))
         known = np.unique(overlap.ngrams(texts, self.ngram)[0])
@@ -125,7 +126,7 @@ class Contamination(BucketJob):
         """At most one row a prompt."""
         return self.prompts
 
-    def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
+    def fill(self, run: Run, bucket: Bucket) -> dict[str, Number]:
         """Write the bucket's OVERLAP shard."""
         prompts = self.prompts.read(run.root, bucket)
         known = _read_ngrams(run.root / self.ngrams.step.folder)
@@ -203,6 +204,8 @@ class Select(BucketJob):
     sources: Answers
     contamination: Contamination | None = None
     """Leaves out contaminated prompts; null keeps them."""
+    groups: tuple[str, ...] = ()
+    """Groups whose prompts are counted; other names come with other scores, so with another key."""
 
     @property
     def step(self) -> Step:
@@ -221,7 +224,7 @@ class Select(BucketJob):
         """Those of the sources."""
         return self.sources.stores
 
-    def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
+    def fill(self, run: Run, bucket: Bucket) -> dict[str, Number]:
         """Write the bucket's SELECTION shard; return its counts, such as `wins.<source>`."""
         prompts = self.prompts.read(run.root, bucket).sort_by("prompt_id")
         given = len(prompts)
@@ -230,6 +233,7 @@ class Select(BucketJob):
         candidates, eligible = self.sources.read(run, bucket, prompts)
         table, counts = pairs.source_selection(prompts, candidates, eligible)
         write_shard(run.root / self.step.folder, bucket, records.SELECTION, table, "all")
+        counts |= pairs.selected_by_group(prompts, table, self.groups) if self.groups else {}
         return counts | ({"contaminated": given - len(prompts)} if self.contamination else {})
 
 
@@ -250,7 +254,8 @@ class Pair(BucketJob):
     @property
     def prompts(self) -> Prompts:
         """The preference prompts."""
-        return self.answers.samples[0].prompts
+        samples = self.answers.samples[0]
+        return Prompts(self.select.prompts.step, samples.prompts.splits)
 
     @property
     def step(self) -> Step:
@@ -272,13 +277,18 @@ class Pair(BucketJob):
         """Those of the sources, and of the answers that y_wt and y_l are among."""
         return self.select.stores + self.answers.stores
 
-    def fill(self, run: Run, bucket: Bucket) -> dict[str, int]:
+    def fill(self, run: Run, bucket: Bucket) -> dict[str, Number]:
         """Write the bucket's PREFERENCE shard; return its counts, such as `dropped.<reason>`."""
         selection = self._selection(run, bucket)
         candidates, eligible = self.answers.read(run, bucket, selection)
-        table, counts = pairs.preference_rows(selection, candidates, eligible, self.config)
+        named, groups = self.select.groups, None
+        if named:
+            prompts = self.prompts.read(run.root, bucket, ["prompt_id", "split", "group"])
+            groups = pairs.groups_of(selection, prompts)
+        given = selection, candidates, eligible
+        table, counts = pairs.preference_rows(*given, self.config, groups)
         write_shard(run.root / self.step.folder, bucket, records.PREFERENCE, table, "all")
-        return counts
+        return counts | (pairs.paired_by_group(prompts, selection, table, named) if named else {})
 
     def _selection(self, run: Run, bucket: Bucket) -> pa.Table:
         """The bucket's preference prompts that have a y_ws, with their references."""

@@ -78,7 +78,8 @@ class Score(BaseJob):
         if not self.reward.model:  # it may look at the prompts' references
             store["prompts"] = self.answers.prompts.step.key
         label = f"score-{self.reward.name}-{name}"
-        return Step(label, {}, (source,), store, self.retry, source=name)
+        wanted = self.answers.prompts.narrowing  # the store can hold scores of other prompts
+        return Step(label, wanted, (source,), store, self.retry, source=name)
 
     @property
     def samples(self) -> Samples:

@@ -6,7 +6,7 @@ import collections
 import doctest
 import math
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -175,6 +175,36 @@ def test_ties_are_spread_over_sources():
     _, counts = Store(prompts, rows).selected()
     assert counts["ties"] == 1000
     assert all(180 < counts[f"wins.{s}"] < 320 for s in "abcd")
+
+
+def test_margins_and_counts_are_by_group():
+    """Margins of 1 for all; 2 is the most for group x, and 3 the least for y."""
+    groups = ("x", "y", None, "z")
+    prompts = [
+        prompt(f"{g}{i}") | {"group": g} for g in groups for i in range(4)
+    ]  # a margin of i + 0.5
+    keys = [p["prompt_id"] for p in prompts]
+    own = [
+        candidate("t", k, r, prompt_id=key)
+        for place, key in enumerate(keys)
+        for k, r in enumerate((place % 4 + 0.5, 0.0))
+    ]
+    sources = [candidate("ab"[i % 2], 0, 9.0, prompt_id=key) for i, key in enumerate(keys)]
+    limits = {"x": {"max_margin": 2}, "y": {"min_margin": 3}}
+    store = Store(prompts, sources, own, KEEP, PairConfig(min_margin=1, by_group=limits))
+    store.select = replace(store.select, groups=("x", "y"))
+    store.pair = replace(store.pair, select=store.select)
+    found, counts = store.paired()
+    places = sorted(keys.index(row["prompt_id"]) for row in found)
+    assert places == [1, 4 + 3, 8 + 1, 8 + 2, 8 + 3, 12 + 1, 12 + 2, 12 + 3]
+    rows = {name: counts[f"group/rows/{name}"] for name in ("x", "y", "")}
+    assert rows == {"x": 1, "y": 1, "": 6}
+    assert counts["group/target_chosen/y"] == 3.5
+    assert counts["group/target_chosen/"] == 2 * (1.5 + 2.5 + 3.5)
+    selected = store.selected()[1]
+    assert (selected["group/prompts/x"], selected["group/prompts/"]) == (4, 8)
+    assert (selected["group/wins/a/x"], selected["group/wins/b/"]) == (2, 4)
+    assert selected["group/reward/y"] == 36
 
 
 def test_of_equally_good_and_bad_answers_the_greatest_place_is_y_wt_and_the_least_y_l():

@@ -1,0 +1,70 @@
+"""Tables by group of prompts: prompts, y_ws by source, preference rows and mean rewards."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from wrpo_ray.data.group_counts import OTHERS, WINS, read_counts
+
+Row = dict[str, Any]
+Table = list[list[str]]
+HEAD = ["group", "prompts", "with y_ws", "rows", "y_ws", "y_wt", "y_l"]
+TITLES = (
+    "Prompts, preference rows and mean rewards by group",
+    "y_ws by source, share of each group",
+)
+
+
+def by_group(select: Mapping[str, Any], pair: Mapping[str, Any]) -> dict[str, Row]:
+    """Return what is known of each group, from the counts of selection and pairing.
+
+    {group: {prompts, selected, wins {source: y_ws}, rows, y_ws, y_wt, y_l}}: the last three are
+    mean rewards, of the selection and of the preference rows; None without rows. A reward has a
+    scale of its own, so they compare within a group. The group without a name is all others.
+    """
+    of_pair = read_counts(dict(pair))
+    found = {}
+    for group, own in read_counts(dict(select)).items():
+        pairs = of_pair.get(group, {})
+        if group == OTHERS and not own["prompts"]:
+            continue
+        rows = pairs.get("rows", 0)
+        found[group] = {
+            "prompts": own["prompts"],
+            "selected": own["rows"],
+            "wins": {n.removeprefix(WINS): v for n, v in own.items() if n.startswith(WINS)},
+            "rows": rows,
+            "y_ws": _mean(own["reward"], own["rows"]),
+            "y_wt": _mean(pairs.get("target_chosen", 0), rows),
+            "y_l": _mean(pairs.get("rejected", 0), rows),
+        }
+    return found
+
+
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
+
+
+def tables(groups: Mapping[str, Row]) -> list[tuple[str, Table]]:
+    """(title, header and rows) of both tables; none without groups."""
+    if not groups:
+        return []
+    names = {group: group or "others" for group in groups}
+    rows = [
+        [
+            names[group],
+            *(f"{row[name]:,}" for name in ("prompts", "selected", "rows")),
+            *("-" if row[name] is None else f"{row[name]:.3g}" for name in ("y_ws", "y_wt", "y_l")),
+        ]
+        for group, row in groups.items()
+    ]
+    sources = sorted({source for row in groups.values() for source in row["wins"]})
+    wins = [
+        [source, *(_share(row["wins"].get(source, 0), row["selected"]) for row in groups.values())]
+        for source in sources
+    ]
+    both = ([HEAD, *rows], [["source", *names.values()], *wins])
+    return list(zip(TITLES, both, strict=True))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
