@@ -28,7 +28,7 @@ def engine_env(*, on_gpu: bool) -> dict[str, str]:
 
 @contextmanager
 def quick_imports() -> Iterator[None]:
-    """Import without garbage collections; what is loaded then is left out of later ones.
+    """Import without garbage collections.
 
     vLLM's 5,800 modules make no garbage, and looking through them takes a fifth of their import.
     """
@@ -36,7 +36,6 @@ def quick_imports() -> Iterator[None]:
     gc.disable()
     try:
         yield
-        gc.freeze()
     finally:
         if was_on:
             gc.enable()
