@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import os
 import shutil
 import socket
@@ -43,6 +44,20 @@ os.environ |= {
     # workers import actors that tests define, and what these use
 }
 os.environ.pop("RAY_ADDRESS", None)
+
+
+gc.disable()  # the import of 6,000 modules makes no garbage, but every pass looks through them
+
+
+def pytest_collection_finish() -> None:
+    """Keep what is loaded by now out of the passes to come."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_sessionfinish() -> None:
+    """Let libraries that count their objects at the exit find these collected."""
+    gc.unfreeze()
 
 
 class Lanes(LoadFileScheduling):

@@ -1,8 +1,10 @@
 """Settings of vLLM in our actors; variables of the driver's environment override them."""
 
+import gc
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CPU_ENV = {
@@ -22,6 +24,21 @@ def engine_env(*, on_gpu: bool) -> dict[str, str]:
     """Return the environment variables of an engine's process."""
     own = ENV | ({} if on_gpu else CPU_ENV)
     return {name: os.environ.get(name, value) for name, value in own.items()}
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Import without garbage collections.
+
+    vLLM's 5,800 modules make no garbage, and looking through them takes a fifth of their import.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class EngineProcessError(RuntimeError):

@@ -1,5 +1,8 @@
 """What an engine's own process tells of its end."""
 
+import gc
+from contextlib import suppress
+
 import pytest
 
 from wrpo_ray.llm import vllm_settings as vllm
@@ -63,3 +66,17 @@ def test_without_a_word_of_it_the_error_stays(outputs, text):
     outputs[1].write_text(text)  # the other is not there, like a closed one
     error = RuntimeError(RAISED)
     assert vllm.with_root_cause(error) is error
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("error", [None, ImportError])
+def test_imports_leave_the_garbage_collection_as_it_was(is_on, error):
+    (gc.enable if is_on else gc.disable)()
+    try:
+        with suppress(ImportError), vllm.quick_imports():
+            assert not gc.isenabled()
+            if error:
+                raise error
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()

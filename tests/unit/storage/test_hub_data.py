@@ -233,7 +233,9 @@ def test_a_check_reads_little_of_large_files(hub, tmp_path):
     put(hub, {"data/train-0.parquet": parquet(*long), "rows/train-0.jsonl": jsonl(*long)})
     for path in (f"{NAME}/data", f"{NAME}/rows"):
         settings = config(tmp_path, path, columns={"group": "skill"})
+        before = hub.sent
         key(preflight(settings))
+        assert hub.sent - before < 1.5 * 2**20
         assert plan(settings, "prompts").works[0].rows == pytest.approx(4000, rel=0.01)
     assert hub.sent < 8 * 2**20  # of 48 MB, read as often as it is asked for
 

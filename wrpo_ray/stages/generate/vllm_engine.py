@@ -20,7 +20,7 @@ from wrpo_ray.data.records import FailureRow, Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
 from wrpo_ray.llm.rendering import Template, load_tokenizer
-from wrpo_ray.llm.vllm_settings import CPU_ENGINE
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, quick_imports
 from wrpo_ray.storage.fingerprints import digest
 
 Row = dict[str, Any]
@@ -166,7 +166,9 @@ class VllmEngine:
 
     def _load(self, model: ModelConfig, folder: Path) -> None:
         check_weights(folder, Use.ANSWERS)
-        import vllm
+        with quick_imports():
+            import vllm
+            from vllm import LLM
 
         arguments: dict[str, Any] = {
             "dtype": model.dtype,
@@ -177,7 +179,7 @@ class VllmEngine:
         }
         arguments |= {} if model.actors.num_gpus else CPU_ENGINE
         arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
-        llm = vllm.LLM(model=str(folder), disable_log_stats=True, **arguments | model.engine)
+        llm = LLM(model=str(folder), disable_log_stats=True, **arguments | model.engine)
         self.engine = llm.llm_engine
         self.context = self.engine.model_config.max_model_len
         self.version = f"vllm {vllm.__version__}"

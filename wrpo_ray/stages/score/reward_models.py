@@ -12,7 +12,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_loaded, check_weights, telling_of, without_memory
 from wrpo_ray.llm.chat import conversation_ids, prompt_ids
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.llm.vllm_settings import CPU_ENGINE
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, quick_imports
 from wrpo_ray.stages.score.base import Item, Outcome, TooLongError, finite
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import read_json
@@ -239,13 +239,14 @@ class VllmReward(TokenReward):
     """A Hugging Face sequence classifier with one label, on vLLM, which batches by itself."""
 
     def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
-        import vllm
+        with quick_imports():
+            from vllm import LLM
 
         config = json.loads((folder / "config.json").read_bytes())
         self.context = config.get("max_position_embeddings")
         super().__init__(part, folder)
         given = {} if part.dtype == "auto" else {"dtype": part.dtype}
-        self.llm = vllm.LLM(
+        self.llm = LLM(
             model=str(folder),
             runner="pooling",
             convert="classify",
