@@ -5,7 +5,7 @@ from typing import Any
 
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
-from wrpo_ray.export import model_card, model_files
+from wrpo_ray.export import gguf_model, model_card, model_files
 from wrpo_ray.export.card_parts import CARD, CardFacts
 from wrpo_ray.export.model_card import ModelCardFacts
 from wrpo_ray.export.run_facts import StageJobs, last_name, run_facts, without_paths
@@ -32,15 +32,19 @@ ADAPTERS_USE = (
 )
 
 
-def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merged") -> int:
+def export_model(
+    config: Config, to: str, dtype: str = "auto", form: str = "merged", *, gguf: bool = False
+) -> int:
     """Write the fused model as a folder ready to upload; return the bytes of its weights.
 
     `dtype` is float32, bfloat16, float16 or auto. `auto` is the target's own precision, but
     float32 after LoRA, because half precision would round the changes away. `form` is `merged`,
-    or after LoRA also `adapters` (with the model that they were trained on) or `both`.
+    or after LoRA also `adapters` (with the model that they were trained on) or `both`. `gguf`
+    also writes the merged weights as a GGUF file, named like the folder.
 
     Raises:
-        UserError: the model is not trained yet or has no adapters, or `to` is not writable.
+        UserError: the model is not trained yet or has no adapters, `to` is not writable, or the
+            model has no GGUF form.
     """
     config = pinned(config)
     chain, place = Chain(config), Folder(to).absolute()
@@ -52,6 +56,11 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
     check_writable(place, "--to")
     job, facts, size, lines = trained["wrpo"], run_facts(config, chain.root, jobs), 0, []
     step = chain.root / job.step.folder
+    name = model_card.gguf_name(last_name(str(place)))
+    if gguf:
+        gguf_model.check_gguf(step / "model", place)
+    elif place.exists(name):
+        raise UserError(f"export: {place} holds {name}: delete it, or export with --gguf again")
     if form != "merged":
         size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
         lines += [ADAPTERS_USE]
@@ -63,7 +72,12 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
         if lost := how.loss_text():
             log(f"export: {lost}")
             lines[-1] += f" Of the training, {lost}."
-    made = replace(_card_facts(config, chain, jobs, facts, place), weights=tuple(lines))
+        if gguf:
+            size += gguf_model.write_gguf(place.local(), name)
+            lines += [f"`{name}` has the same weights and tokenizer for llama.cpp and Ollama."]
+    made = replace(
+        _card_facts(config, chain, jobs, facts, place), weights=tuple(lines), has_gguf=gguf
+    )
     place.write(CARD, model_card.card(made, facts).encode())
     return size
 
