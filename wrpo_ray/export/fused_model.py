@@ -53,14 +53,10 @@ def export_model(
     if "wrpo" not in trained or not trained["wrpo"].step.is_done(chain.root):
         raise UserError("export: the fused model is not there yet; run `wrpo train` first")
     model_files.check_place(place)
+    step = chain.root / trained["wrpo"].step.folder
+    file = _gguf_file(step / "model", place, is_asked_for=gguf)
     check_writable(place, "--to")
     job, facts, size, lines = trained["wrpo"], run_facts(config, chain.root, jobs), 0, []
-    step = chain.root / job.step.folder
-    name = model_card.gguf_name(last_name(str(place)))
-    if gguf:
-        gguf_model.check_gguf(step / "model", place)
-    elif place.exists(name):
-        raise UserError(f"export: {place} holds {name}: delete it, or export with --gguf again")
     if form != "merged":
         size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
         lines += [ADAPTERS_USE]
@@ -73,13 +69,27 @@ def export_model(
             log(f"export: {lost}")
             lines[-1] += f" Of the training, {lost}."
         if gguf:
-            size += gguf_model.write_gguf(place.local(), name)
-            lines += [f"`{name}` has the same weights and tokenizer for llama.cpp and Ollama."]
+            size += gguf_model.write_gguf(place.local(), file)
+            lines += [f"`{file}` has the same weights and tokenizer for llama.cpp and Ollama."]
     made = replace(
         _card_facts(config, chain, jobs, facts, place), weights=tuple(lines), has_gguf=gguf
     )
     place.write(CARD, model_card.card(made, facts).encode())
     return size
+
+
+def _gguf_file(model: Folder, place: Folder, *, is_asked_for: bool) -> str:
+    """The name of the GGUF file of an export.
+
+    Raises:
+        UserError: it cannot be written, or one is there that would be of other weights.
+    """
+    name = model_card.gguf_name(last_name(str(place)))
+    if is_asked_for:
+        gguf_model.check_gguf(model, place)
+    elif place.exists(name):
+        raise UserError(f"export: {place} holds {name}: delete it, or export with --gguf again")
+    return name
 
 
 def _weights(config: Config, model: Folder, dtype: str, has_lora: bool) -> Weights:

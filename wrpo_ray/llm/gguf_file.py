@@ -5,6 +5,8 @@ name of the rules that split a text before its merges, it knows some and takes G
 the rest. `load_gguf_tokenizer` adds those of `SPLITTERS`.
 """
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +84,14 @@ def load_gguf_tokenizer(file: Path) -> Any:
     Raises:
         UserError: it splits texts by rules that neither transformers nor `SPLITTERS` has.
     """
-    import json
-
     import gguf
     from tokenizers import Tokenizer
     from transformers import AutoTokenizer
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    with tempfile.TemporaryDirectory() as alone:  # else it reads what lies beside the file, too
+        (Path(alone) / file.name).symlink_to(file.absolute())
+        tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=file.name)
     field = gguf.GGUFReader(file).get_field("tokenizer.ggml.pre")
     name = field.contents() if field else "gpt-2"
     if name in SPLITTERS:
