@@ -10,7 +10,7 @@ from wrpo_ray.export.card_parts import CARD, CardFacts
 from wrpo_ray.export.model_card import ModelCardFacts
 from wrpo_ray.export.run_facts import StageJobs, last_name, run_facts, without_paths
 from wrpo_ray.export.weights import DTYPES as BITS
-from wrpo_ray.export.weights import Weights, dtype_of
+from wrpo_ray.export.weights import Weights, dtype_of, dtype_of_tensors
 from wrpo_ray.llm.model_folder import small_files
 from wrpo_ray.llm.rounding import Tensors
 from wrpo_ray.pipeline.chain import Chain
@@ -97,7 +97,7 @@ def _weights(config: Config, model: Folder, dtype: str, has_lora: bool) -> Weigh
     own, target = dtype_of(model.read_json("config.json")), _required_target(config)
     wanted = dtype
     if dtype == "auto":
-        theirs = dtype_of(_config_of(target))
+        theirs = dtype_of(_config_of(target)) or dtype_of_tensors(target)
         wanted = own if has_lora or not theirs else theirs
     if wanted == own or not wanted:
         return Weights(written=own or "their own precision")
