@@ -36,6 +36,21 @@ def add_export(commands: Any) -> None:
         default="target",
         help="for trl: y_wt and y_l (default), y_ws and y_l, or a row of each",
     )
+    _model_arguments(export)
+    export.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="upload the folder to this repository of the Hugging Face hub, made if it is new; "
+        "needs HF_TOKEN or `hf auth login`",
+    )
+    export.add_argument(
+        "--public", action="store_true", help="for --push: everybody sees it (default: private)"
+    )
+    export.set_defaults(run=_export)
+
+
+def _model_arguments(export: argparse.ArgumentParser) -> None:
+    """Options of `--format model`."""
     export.add_argument(
         "--dtype",
         type=_dtype,
@@ -55,16 +70,6 @@ def add_export(commands: Any) -> None:
         help="for model, merged: also as a GGUF file for llama.cpp and Ollama in the folder; for "
         "Llama models with a byte-level BPE",
     )
-    export.add_argument(
-        "--push",
-        metavar="ORG/NAME",
-        help="upload the folder to this repository of the Hugging Face hub, made if it is new; "
-        "needs HF_TOKEN or `hf auth login`",
-    )
-    export.add_argument(
-        "--public", action="store_true", help="for --push: everybody sees it (default: private)"
-    )
-    export.set_defaults(run=_export)
 
 
 def _dtype(text: str) -> str:

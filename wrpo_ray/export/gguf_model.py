@@ -57,7 +57,7 @@ def check_gguf(model: Folder, to: Folder) -> None:
 
 
 def _config_problem(config: Row) -> str:
-    """What about a config this module does not cover; empty if nothing."""
+    """Return why a config is not covered; empty if it is."""
     kind = (config.get("architectures") or ["no architecture"])[0]
     if kind != ARCHITECTURE:
         return f"{kind} is not covered, only {ARCHITECTURE}"
