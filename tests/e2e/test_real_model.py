@@ -154,7 +154,7 @@ def real_rows() -> list[dict[str, Any]]:
         pytest.skip(f"{file} is not there")
     found: dict[str, list[dict[str, Any]]] = {}
     for row in pq.read_table(file).to_pylist():
-        if 40 < len(row["response"]) < 250:
+        if 40 < len(row["response"]) < 320:
             found.setdefault(row["prompt_id"], []).append(row)
     rows = []
     for number, said in enumerate(found[key] for key in sorted(found)):
