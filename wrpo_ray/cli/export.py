@@ -36,6 +36,21 @@ def add_export(commands: Any) -> None:
         default="target",
         help="for trl: y_wt and y_l (default), y_ws and y_l, or a row of each",
     )
+    _model_arguments(export)
+    export.add_argument(
+        "--push",
+        metavar="ORG/NAME",
+        help="upload the folder to this repository of the Hugging Face hub, made if it is new; "
+        "needs HF_TOKEN or `hf auth login`",
+    )
+    export.add_argument(
+        "--public", action="store_true", help="for --push: everybody sees it (default: private)"
+    )
+    export.set_defaults(run=_export)
+
+
+def _model_arguments(export: argparse.ArgumentParser) -> None:
+    """Options of `--format model`."""
     export.add_argument(
         "--dtype",
         type=_dtype,
@@ -50,15 +65,11 @@ def add_export(commands: Any) -> None:
         "were trained on, or both",
     )
     export.add_argument(
-        "--push",
-        metavar="ORG/NAME",
-        help="upload the folder to this repository of the Hugging Face hub, made if it is new; "
-        "needs HF_TOKEN or `hf auth login`",
+        "--gguf",
+        action="store_true",
+        help="for model, merged: also as a GGUF file for llama.cpp and Ollama in the folder; for "
+        "Llama models with a byte-level BPE",
     )
-    export.add_argument(
-        "--public", action="store_true", help="for --push: everybody sees it (default: private)"
-    )
-    export.set_defaults(run=_export)
 
 
 def _dtype(text: str) -> str:
@@ -82,13 +93,15 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UserError("export: --pairs belongs to --format trl; the other forms have all answers")
     if arguments.format != "model" and (arguments.dtype or arguments.weights):
         raise UserError("export: --dtype and --weights belong to --format model")
+    if arguments.gguf and (arguments.format != "model" or arguments.weights == "adapters"):
+        raise UserError("export: --gguf belongs to --format model, with merged weights")
     if arguments.public and not arguments.push:
         raise UserError("export: --public belongs to --push")
     settings = config.load(arguments.config, arguments.overrides)
     push = _push(arguments)
     if arguments.format == "model":
         dtype, form = arguments.dtype or "auto", arguments.weights or "merged"
-        size = export_model(settings, arguments.to, dtype, form)
+        size = export_model(settings, arguments.to, dtype, form, gguf=arguments.gguf)
         say(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
         parts = {"adapters": ("adapters", "base"), "both": ("adapters", "base")}.get(form, ())
         _upload(push, arguments.to, settings.output, parts)

@@ -5,12 +5,12 @@ from typing import Any
 
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
-from wrpo_ray.export import model_card, model_files
+from wrpo_ray.export import gguf_model, model_card, model_files
 from wrpo_ray.export.card_parts import CARD, CardFacts
 from wrpo_ray.export.model_card import ModelCardFacts
 from wrpo_ray.export.run_facts import StageJobs, last_name, run_facts, without_paths
 from wrpo_ray.export.weights import DTYPES as BITS
-from wrpo_ray.export.weights import Weights, dtype_of
+from wrpo_ray.export.weights import Weights, dtype_of, dtype_of_tensors
 from wrpo_ray.llm.model_folder import small_files
 from wrpo_ray.llm.rounding import Tensors
 from wrpo_ray.pipeline.chain import Chain
@@ -32,15 +32,19 @@ ADAPTERS_USE = (
 )
 
 
-def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merged") -> int:
+def export_model(
+    config: Config, to: str, dtype: str = "auto", form: str = "merged", *, gguf: bool = False
+) -> int:
     """Write the fused model as a folder ready to upload; return the bytes of its weights.
 
     `dtype` is float32, bfloat16, float16 or auto. `auto` is the target's own precision, but
     float32 after LoRA, because half precision would round the changes away. `form` is `merged`,
-    or after LoRA also `adapters` (with the model that they were trained on) or `both`.
+    or after LoRA also `adapters` (with the model that they were trained on) or `both`. `gguf`
+    also writes the merged weights as a GGUF file, named like the folder.
 
     Raises:
-        UserError: the model is not trained yet or has no adapters, or `to` is not writable.
+        UserError: the model is not trained yet or has no adapters, `to` is not writable, or the
+            model has no GGUF form.
     """
     config = pinned(config)
     chain, place = Chain(config), Folder(to).absolute()
@@ -49,9 +53,10 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
     if "wrpo" not in trained or not trained["wrpo"].step.is_done(chain.root):
         raise UserError("export: the fused model is not there yet; run `wrpo train` first")
     model_files.check_place(place)
+    step = chain.root / trained["wrpo"].step.folder
+    file = _gguf_file(step / "model", place, is_asked_for=gguf)
     check_writable(place, "--to")
     job, facts, size, lines = trained["wrpo"], run_facts(config, chain.root, jobs), 0, []
-    step = chain.root / job.step.folder
     if form != "merged":
         size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
         lines += [ADAPTERS_USE]
@@ -63,9 +68,28 @@ def export_model(config: Config, to: str, dtype: str = "auto", form: str = "merg
         if lost := how.loss_text():
             log(f"export: {lost}")
             lines[-1] += f" Of the training, {lost}."
-    made = replace(_card_facts(config, chain, jobs, facts, place), weights=tuple(lines))
+        if gguf:
+            size += gguf_model.write_gguf(place.local(), file)
+            lines += [f"`{file}` has the same weights and tokenizer for llama.cpp and Ollama."]
+    made = replace(
+        _card_facts(config, chain, jobs, facts, place), weights=tuple(lines), has_gguf=gguf
+    )
     place.write(CARD, model_card.card(made, facts).encode())
     return size
+
+
+def _gguf_file(model: Folder, place: Folder, *, is_asked_for: bool) -> str:
+    """The name of the GGUF file of an export.
+
+    Raises:
+        UserError: it cannot be written, or one is there that would be of other weights.
+    """
+    name = model_card.gguf_name(last_name(str(place)))
+    if is_asked_for:
+        gguf_model.check_gguf(model, place)
+    elif place.exists(name):
+        raise UserError(f"export: {place} holds {name}: delete it, or export with --gguf again")
+    return name
 
 
 def _weights(config: Config, model: Folder, dtype: str, has_lora: bool) -> Weights:
@@ -73,7 +97,7 @@ def _weights(config: Config, model: Folder, dtype: str, has_lora: bool) -> Weigh
     own, target = dtype_of(model.read_json("config.json")), _required_target(config)
     wanted = dtype
     if dtype == "auto":
-        theirs = dtype_of(_config_of(target))
+        theirs = dtype_of(_config_of(target)) or dtype_of_tensors(target)
         wanted = own if has_lora or not theirs else theirs
     if wanted == own or not wanted:
         return Weights(written=own or "their own precision")

@@ -45,6 +45,8 @@ class ModelCardFacts:
     """The table of the held-out comparison."""
     weights: tuple[str, ...] = ()
     """Notes on the precision and form of the weights, a line each."""
+    has_gguf: bool = False
+    """Whether the folder has the weights also as the file `gguf_name(name)`."""
 
 
 def card(made: ModelCardFacts, facts: CardFacts) -> str:
@@ -133,17 +135,28 @@ def _use(made: ModelCardFacts) -> Iterator[str]:
     yield 'print(chat([{"role": "user", "content": "..."}])[0]["generated_text"][-1]["content"])'
     yield "```"
     yield ""
-    yield "vLLM: `vllm serve path/to/this/folder`. Ollama takes GGUF, which llama.cpp makes of the"
-    yield "architectures that it knows:"
-    yield ""
-    yield "```bash"
-    yield "git clone https://github.com/ggml-org/llama.cpp"
-    yield "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt"
-    name = re.sub(r"[^\w.-]+", "-", made.name)
-    yield f"python llama.cpp/convert_hf_to_gguf.py path/to/this/folder --outfile {name}.gguf"
-    yield f'echo "FROM ./{name}.gguf" > Modelfile'
+    file = gguf_name(made.name)
+    name = file.removesuffix(".gguf")
+    if made.has_gguf:
+        yield f"vLLM: `vllm serve path/to/this/folder`. llama.cpp and Ollama take `{file}`:"
+        yield ""
+        yield "```bash"
+    else:
+        yield "vLLM: `vllm serve path/to/this/folder`. Ollama takes GGUF, which llama.cpp makes of"
+        yield "the architectures that it knows:"
+        yield ""
+        yield "```bash"
+        yield "git clone https://github.com/ggml-org/llama.cpp"
+        yield "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt"
+        yield f"python llama.cpp/convert_hf_to_gguf.py path/to/this/folder --outfile {file}"
+    yield f'echo "FROM ./{file}" > Modelfile'
     yield f"ollama create {name} -f Modelfile && ollama run {name}"
     yield "```"
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF file of a model of this name, without what shells and paths take for their own."""
+    return re.sub(r"[^\w.-]+", "-", name) + ".gguf"
 
 
 def _method(made: ModelCardFacts) -> Iterator[str]:

@@ -22,6 +22,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.card_parts import CARD
 from wrpo_ray.export.dataset_files import DATA, is_file
+from wrpo_ray.export.model_card import gguf_name
+from wrpo_ray.export.run_facts import last_name
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.weight_files import engine_files
 
@@ -102,6 +104,8 @@ class Push:
                 for name in files
             ]
             found += [os.path.join(part, name) for name in engine_files(names)]
+        gguf = gguf_name(last_name(str(place)))
+        found += [gguf] if place.exists(gguf) else []
         return found
 
     @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +15,14 @@ import pyarrow.fs as pafs
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.rounding import Rounding, Tensors
 from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.tensors import read_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
 """Precisions that weights can be written in, with their bits."""
+SAFETENSORS_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 INDEX = "model.safetensors.index.json"
 Row = dict[str, Any]
@@ -56,9 +60,22 @@ class Weights:
 
 def dtype_of(config: Row) -> str:
     """The precision in a model's config.json; empty if it is none of `DTYPES`."""
-    own = config.get("dtype") or config.get("torch_dtype")
-    own = own or (config.get("text_config") or {}).get("dtype") or ""
+    parts = config, config.get("text_config") or {}
+    stated = (part.get(name) for part in parts for name in ("dtype", "torch_dtype"))
+    own = next(filter(None, stated), "")
     return own if own in DTYPES else ""
+
+
+def dtype_of_tensors(model: Folder) -> str:
+    """The precision of most of a model's weights, from their headers; empty if they have none."""
+    try:
+        headers = (read_tensors(model) or {}).values()
+    except (UserError, OSError):
+        return ""
+    counts: Counter[str] = Counter()
+    for header in headers:
+        counts[SAFETENSORS_TYPES.get(header.dtype, "")] += math.prod(header.shape)
+    return max(counts, key=counts.__getitem__, default="")
 
 
 def converted(config: Row, dtype: str) -> Row:

@@ -70,14 +70,14 @@ def build_zoo(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with _only_builder(folder):
+    with only_builder(folder):
         identity = _identity(seed, recipe)
-        _check_same(folder, identity)
+        check_same(folder, identity)
         missing = missing_models(folder)
-        record = _read(folder / "zoo.json")
+        record = read_record(folder / "zoo.json")
         if record and not missing and all((folder / name).exists() for name in PROMPTS):
             return record
-        _write(folder / "zoo.json", {"complete": False, **identity})
+        write_record(folder / "zoo.json", {"complete": False, **identity})
         for name, (count, words) in PROMPTS.items():
             _write_questions(folder / name, make_questions(count, f"{seed}/{name}", words))
         if missing:
@@ -176,15 +176,15 @@ def _finish(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             package: importlib.metadata.version(package)
             for package in ("torch", "transformers", "tokenizers")
         },
-        "models": {name: _read(folder / PLACES[name] / "training.json") for name in names},
+        "models": {name: read_record(folder / PLACES[name] / "training.json") for name in names},
     }
-    _write(folder / "zoo.json", record)
+    write_record(folder / "zoo.json", record)
     return record
 
 
-def _check_same(folder: Path, identity: dict[str, Any]) -> None:
+def check_same(folder: Path, identity: dict[str, Any]) -> None:
     """Refuse a folder whose zoo, complete or not, has another seed or recipe."""
-    record = _read(folder / "zoo.json")
+    record = read_record(folder / "zoo.json")
     for key, value in identity.items():
         if record and record.get(key) != value:
             raise UserError(
@@ -194,18 +194,20 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
+def only_builder(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; the system frees it when the process ends, however it ends."""
     with (folder / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty without the file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _write(path: Path, record: dict[str, Any]) -> None:
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
     _replace(path, json.dumps(record, indent=2) + "\n")
 
 

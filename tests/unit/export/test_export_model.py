@@ -256,6 +256,19 @@ def test_a_tensor_that_the_target_has_in_fp32_stays_so(config, tmp_path):
     assert {t.dtype for t in stored(tmp_path / "all").values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("stated", [{}, {"torch_dtype": "bfloat16"}, {"dtype": "strange"}])
+def test_the_targets_precision_is_found_however_its_config_states_it(config, tmp_path, stated):
+    """As older versions of transformers do, or not at all: then it is that of its weights."""
+    network = train_a_little(put_target(config, "bfloat16"), 1e-3)
+    file = Path(config.target.model) / "config.json"
+    settings = json.loads(file.read_text())
+    del settings["dtype"]
+    file.write_text(json.dumps(settings | stated))
+    put_trained(config, network, tmp_path)
+    export_model(config, str(tmp_path / "to"))
+    assert {t.dtype for t in stored(tmp_path / "to").values()} == {torch.bfloat16}
+
+
 def test_of_what_did_not_change_nothing_is_lost(config, tmp_path):
     put_trained(config, put_target(config, "bfloat16").float(), tmp_path)
     export_model(config, str(tmp_path / "to"))
