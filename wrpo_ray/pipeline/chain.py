@@ -270,7 +270,8 @@ class Chain:
         if self.config.evaluate and self.config.evaluate.dpo_baseline and wrpo.alpha.end:
             configs = {DPO: wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})} | configs
         is_of_sources = self.config.pair.policy == "fusechat3" and not self.config.existing
-        sampled_by = None if is_of_sources else SFT if sft else self._target.name
+        is_stripped = self._target.reasoning == "strip"  # all answers follow the template alike
+        sampled_by = None if is_of_sources or is_stripped else SFT if sft else self._target.name
         prepared = self._prepare_job("wrpo", rows, base, key, wrpo, sampled_by)
         jobs = {
             name: self._train_job(TRAINING_STEPS[name], prepared, config)
