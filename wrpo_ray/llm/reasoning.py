@@ -228,8 +228,13 @@ def _markers(tokenizer: Any) -> Markers:
 
 
 def of_endpoint(model: ModelConfig, text: str) -> Format:
-    """Return the format of a text from a server, whose prompt is not seen."""
-    markers = markers_of_parser(model.reasoning_parser) if model.reasoning_parser else THINK
+    """Return the format of a text from the server of a model."""
+    parser = model.reasoning_parser
+    return of_text(text, markers_of_parser(parser) if parser else THINK)
+
+
+def of_text(text: str, markers: Markers = THINK) -> Format:
+    """Return the format of a text whose prompt is not seen, and may have opened its reasoning."""
     is_open = markers.close in text and not text.lstrip().startswith(markers.open)
     return Format(markers, f"{markers.open}\n" if is_open else "")
 
