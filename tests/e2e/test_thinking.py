@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from support.harness import Wrpo, failures
+from test_serving import messages, serving
 
 from wrpo_ray.llm.chat import end_ids, prompt_ids
 from wrpo_ray.llm.rendering import load_tokenizer
@@ -129,3 +130,34 @@ def _check_training(output: Path, tokenizer: Any) -> None:
             assert whole == expected
             if pair[name]["source"] == "target-sft":
                 assert ids.tolist() == pair[name]["token_ids"]
+
+
+def test_a_served_model_gives_its_reasoning_in_a_field_of_its_own(zoo: Path, tmp_path: Path):
+    """Whole and streamed alike, and a history with it is taken."""
+    model = thinking(zoo / "target", tmp_path / "target")
+    asked = [f"Reverse {word}." for word in ("dap", "tac", "bed", "nog", "lam", "kip")]
+    with serving(zoo, models=[{"name": "target", "model": model, "reasoning": "strip"}]) as server:
+        client = server.client()
+        found = [_both(client, messages(prompt)) for prompt in asked]
+        history = [
+            {"role": "user", "content": "Reverse dap."},
+            {"role": "assistant", "content": "pad", "reasoning_content": "p"},
+            {"role": "user", "content": "Reverse tac."},
+        ]
+        assert _both(client, history)
+    assert any(content for _, content in found), found
+    assert any(content is None for _, content in found), found
+    assert all(reasoning is not None for reasoning, _ in found)
+
+
+def _both(client: Any, chat: list[Any]) -> tuple[str, str | None]:
+    """The reasoning and the content of a greedy answer, which a stream gives too."""
+    call = {"model": "target", "messages": chat, "temperature": 0, "max_tokens": 24}
+    whole = client.chat.completions.create(**call).choices[0].message
+    deltas = [part.choices[0].delta for part in client.chat.completions.create(**call, stream=True)]
+    content = "".join(delta.content or "" for delta in deltas)
+    reasoning = "".join(getattr(delta, "reasoning_content", None) or "" for delta in deltas)
+    assert (whole.reasoning_content, whole.content) == (reasoning, content or None)
+    assert CLOSE not in reasoning
+    assert OPEN not in content
+    return reasoning, whole.content
