@@ -207,13 +207,19 @@ def test_a_policy_of_reasoning_is_part_of_the_identity_only_where_it_is_set():
     assert set_ == plain | {"reasoning": "keep", "reasoning_parser": "qwen3"}
 
 
+CUT = {"wrpo.max_prompt_length": 60, "wrpo.overflow": "cut"}
+
+
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
         ({"sources.0.reasoning_parser": "qwen3"}, "set `reasoning` too, to keep or strip"),
         ({"sources.0.reasoning": "keep"}, "sources.a.reasoning: keep trains the target to reason"),
         ({"sources.0.reasoning": "keep", "target.reasoning": "strip"}, "set target.reasoning to k"),
-        ({"target.reasoning": "keep", "wrpo.compat": "published"}, "published` knows no reasoning"),
+        (
+            {"target.reasoning": "keep", "wrpo.compat": "published", **CUT},
+            "published` knows no reasoning",
+        ),
         ({"target.reasoning": "drop"}, "target.reasoning"),
     ],
 )
@@ -228,4 +234,6 @@ def test_a_policy_of_reasoning_that_cannot_be_followed_is_refused(tmp_path, chan
 )
 def test_policies_of_reasoning_that_fit(source, target):
     models = {"sources": [{"name": "a", "model": "m", "reasoning": source}]}
-    Config.model_validate(BASE | models | {"target": {"name": "t", "model": "m"} | {"reasoning": target}})
+    Config.model_validate(
+        BASE | models | {"target": {"name": "t", "model": "m"} | {"reasoning": target}}
+    )
