@@ -148,6 +148,13 @@ class ModelConfig(Section):
     content, not on its path."""
     chat_template_args: dict[str, str | int | float | bool | None] = {}
     """Variables of the chat template, such as {enable_thinking: false}."""
+    reasoning: Literal["keep", "strip"] | None = None
+    """Reasoning that a thinking model writes before its answer, as <think>...</think>. Rewards,
+    verifiers and judges read the answer only. `strip`: only the answer is trained on; `keep`: the
+    reasoning too. Null reads no markers: all that the model writes is its answer."""
+    reasoning_parser: str | None = None
+    """vLLM's name of the reasoning's format, such as `deepseek_r1`. Null takes the markers from the
+    chat template or the vocabulary; with an endpoint, they are <think> and </think>."""
     quantization: str | None = None
     """vLLM's name of the weights' format, such as `fp8`; null uses the one in config.json."""
     sampling: SamplingOverride | None = None
@@ -168,6 +175,18 @@ class ModelConfig(Section):
     actors: Actors = Field(Actors(), json_schema_extra=PLACEMENT)
     """Its pool of engines; with parallelism, `num_gpus` and `resources` are per worker. An endpoint
     has one actor, so that its limits hold over all calls."""
+
+    def identity(self) -> dict[str, Any]:
+        """As in every section; a policy of reasoning only where one is set."""
+        found = super().identity()
+        unset = [n for n in ("reasoning", "reasoning_parser") if found[n] is None]
+        return {name: value for name, value in found.items() if name not in unset}
+
+    @model_validator(mode="after")
+    def _parser_is_used(self) -> ModelConfig:
+        if self.reasoning_parser and not self.reasoning:
+            raise ValueError("reasoning_parser: set `reasoning` too, to keep or strip")
+        return self
 
     @property
     def parts(self) -> int:
@@ -197,7 +216,8 @@ class ModelConfig(Section):
     def _fits_endpoint(self) -> ModelConfig:
         if self.endpoint is None:
             return self
-        here = {"name", "model", "endpoint", "sampling", "groups", "actors"}
+        of_any = {"name", "model", "endpoint", "sampling", "groups", "actors"}
+        here = of_any | {"reasoning", "reasoning_parser"}
         for name, field in type(self).model_fields.items():
             if name not in here and getattr(self, name) != field.default:
                 raise ValueError(f"{name} belongs to a model on vLLM; an endpoint has its own")

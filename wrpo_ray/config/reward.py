@@ -42,6 +42,14 @@ class JudgeConfig(Section):
     """Highest rating of the scale."""
     max_tokens: int = Field(1024, ge=1)
     """Maximum tokens of a judgement."""
+    reasoning: Literal["strip"] | None = None
+    """`strip` reads no rating from reasoning that the server leaves in the judgement's text,
+    between <think> and </think>. Reasoning in a field of its own is never read."""
+
+    def identity(self) -> dict[str, Any]:
+        """As in every section; `reasoning` only where it is set."""
+        found = super().identity()
+        return {n: value for n, value in found.items() if n != "reasoning" or value is not None}
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -127,6 +127,20 @@ class Config(Section):
         yield from self._pairing_problems()
         yield from self._name_problems()
         yield from self._group_problems()
+        yield from self._reasoning_problems()
+
+    def _reasoning_problems(self) -> Iterator[str]:
+        target = self.target
+        if not target:
+            return
+        kept = next((m.name for m in self.models if m.reasoning == "keep"), None)
+        if kept and target.reasoning != "keep":
+            yield (
+                f"sources.{kept}.reasoning: keep trains the target to reason; set target.reasoning "
+                f"to keep, too, or this one to strip"
+            )
+        if target.reasoning and "published" in (self.wrpo.compat, self.sft and self.sft.compat):
+            yield "target.reasoning: `compat: published` knows no reasoning; leave one of them out"
 
     def _input_problems(self) -> Iterator[str]:
         is_evaluation = bool(self.evaluate and self.evaluate.models)

@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from wrpo_ray.data.records import ADDED
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 
@@ -67,8 +68,22 @@ def read_shards(
 ) -> pa.Table:
     """Return all rows of the shards, in order."""
     wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
-    tables = [folder.read_table(name, wanted.names).cast(wanted) for name in names]
+    tables = [_read(folder, name, wanted) for name in names]
     return pa.concat_tables(tables) if tables else wanted.empty_table()
+
+
+def _read(folder: Folder, name: str, wanted: pa.Schema) -> pa.Table:
+    """Return columns of a shard; those that an earlier version did not write are null."""
+    try:
+        return folder.read_table(name, wanted.names).cast(wanted)
+    except pa.ArrowInvalid:  # a column is missing
+        lacking = ADDED.difference(folder.column_names(name))
+        if not lacking.intersection(wanted.names):
+            raise
+    table = folder.read_table(name, [n for n in wanted.names if n not in lacking])
+    for column in lacking.intersection(wanted.names):
+        table = table.append_column(column, pa.nulls(len(table), pa.string()))
+    return table.select(wanted.names).cast(wanted)
 
 
 def _within(bucket: Bucket, shard: str, table: pa.Table) -> pa.Table:

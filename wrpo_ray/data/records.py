@@ -84,6 +84,10 @@ PROMPT = _schema(
         ("group", pa.string()),  # a skill or category, for tables and rewards; may be null
     ],
 )
+KEPT, STRIPPED, UNFINISHED = "kept", "stripped", "unfinished"
+"""Reasoning that is trained on with the answer, that is not, and that an answer ended within."""
+ADDED = frozenset({"reasoning", "reasoning_state"})
+"""Columns that files of earlier versions lack, where they are null."""
 RESPONSE = _schema(
     "response",
     [
@@ -99,6 +103,8 @@ RESPONSE = _schema(
         ("model", pa.string()),  # fingerprint of the weights and tokenizer
         ("engine", pa.string()),
         ("logprobs", LOGPROBS),  # of the most likely first tokens; null if not requested
+        ("reasoning", pa.string()),  # all before the text, with its markers; null if not put apart
+        ("reasoning_state", pa.string()),  # kept | stripped | unfinished; null without reasoning
     ],
 )
 SCORED = _schema(

@@ -192,10 +192,9 @@ def _text_before(written: str, answer: str, head: str, prompt: str) -> str:
     start = _start_of(written, answer)
     if without_whitespace(written[start:]) == without_whitespace(answer):
         return written[:start]
-    if without_whitespace(head) == without_whitespace(
-        prompt
-    ):  # it leaves something out, which an engine would not
-        return head
+    begun, asked = without_whitespace(head), without_whitespace(prompt)
+    if asked.startswith(begun) and (begun + without_whitespace(answer)).startswith(asked):
+        return head  # it leaves something out, which an engine would not
     raise UserError(
         f"chat template: does not write this answer as it was given; {REMEDY} keeps its text"
     )

@@ -33,6 +33,8 @@ BROKEN_OFF = frozenset({"error", "abort", "insufficient_system_resource"})
 TEXT_PARTS = frozenset({"text", "output_text"})
 REASONING_PARTS = frozenset({"thinking", "redacted_thinking", "reasoning", "reasoning_text"})
 """Types of parts with reasoning, which like the field `reasoning_content` is not the answer."""
+REASONING_FIELDS = ("reasoning_content", "reasoning")
+"""Fields of a message with the reasoning; servers differ."""
 NON_TEXT_PARTS = REASONING_PARTS | {"reference"}
 """Types of parts without text of the answer: reasoning, and numbers of citations."""
 
@@ -51,6 +53,8 @@ class Completion:
     attempts: int = 1
     logprobs: list[dict[str, Any]] | None = None
     """[{token, logprob}] of the likeliest first tokens, if the call asks for them."""
+    reasoning: str | None = None
+    """The reasoning, if the server gives it in a field of its own."""
 
 
 class EndpointError(RuntimeError):
@@ -108,8 +112,10 @@ class ContentFilterError(UnusableAnswerError):
     """The server withholds the answer."""
 
 
-def read_completion(answer: Any) -> Completion:
+def read_completion(answer: Any, *, thinks: bool = False) -> Completion:
     """Return the answer in the JSON of a chat completion; counts of another form become None.
+
+    Of a model that `thinks`, an answer may consist of reasoning only; its text is then empty.
 
     The errors' messages continue a sentence that begins with the server's name.
 
@@ -121,7 +127,10 @@ def read_completion(answer: Any) -> Completion:
     choice = _choice(answer)
     message, reason = choice["message"], _reason(choice)
     _check_is_text(message, reason)
-    text = _text(message.get("content"), reason)
+    reasoning = _reasoning(message)
+    is_thought = thinks and reasoning is not None
+    content = message.get("content")
+    text = "" if is_thought and content is None else _text(content, reason)
     if reason not in FINISH:
         given = choice.get("finish_reason")
         raise UnknownEndError(f"says with finish_reason {given!r} not whether the answer is whole")
@@ -135,6 +144,7 @@ def read_completion(answer: Any) -> Completion:
         _count(counts.get("completion_tokens")),
         " ".join(name for name in names if isinstance(name, str)),
         logprobs=_first_token(choice.get("logprobs")),
+        reasoning=reasoning,
     )
 
 
@@ -204,6 +214,15 @@ def _part(part: Any) -> str | None:
         raise WrongChoiceError(f"answers with a part of type {kind!r} that has no `text`")
     text: str = part["text"]
     return text
+
+
+def _reasoning(message: dict[str, Any]) -> str | None:
+    """Return the text of the field with the reasoning; None if it is missing or no Unicode."""
+    for name in REASONING_FIELDS:
+        text = message.get(name)
+        if isinstance(text, str) and text:
+            return None if any("\ud800" <= c <= "\udfff" for c in text) else text
+    return None
 
 
 def _count(value: Any) -> int | None:

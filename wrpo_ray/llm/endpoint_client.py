@@ -119,8 +119,8 @@ class Endpoint:
     One object a process holds its limits; threads share it, and it cannot be pickled.
     """
 
-    def __init__(self, config: EndpointConfig, model: str):
-        self.config, self.model = config, model
+    def __init__(self, config: EndpointConfig, model: str, *, thinks: bool = False):
+        self.config, self.model, self.thinks = config, model, thinks
         self.host = urlsplit(config.url).netloc
         self._key = read_key(config)
         self._limits = RateLimits(config)
@@ -264,7 +264,7 @@ class Endpoint:
             if (inner := _inner_status(answer)) is not None:
                 raise self._refusal(inner, raw)
             try:
-                return self._redacted(read_completion(answer))
+                return self._redacted(read_completion(answer, thinks=self.thinks))
             except EndpointError as found:
                 # The body in place of a completion is the only hint to the cause.
                 body = f": {_message(raw)}" * isinstance(found, WrongShapeError)

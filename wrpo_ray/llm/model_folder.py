@@ -20,6 +20,7 @@ from wrpo_ray.data.records import Message
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import LANGUAGE_MODEL, Use, check_tensors, telling_of
 from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids
+from wrpo_ray.llm.reasoning import Format, format_of
 from wrpo_ray.llm.rendering import OWN, PROBE, Template, load_tokenizer
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
@@ -201,6 +202,16 @@ def _has_text(folder: Folder, name: str) -> bool:
     return folder.exists(name) and bool(folder.read(name).strip())
 
 
+def reasoning_format(folder: Folder, template: Template) -> Format:
+    """Return how the answers of a model in a folder show their reasoning.
+
+    Raises:
+        UserError: its template and tokenizer do not say so.
+    """
+    with _local_copy(small_files(folder)) as local:
+        return format_of(load_tokenizer(local, template), template.parser)
+
+
 # --- checks that take seconds ------------------------------------------------------------------
 
 
@@ -231,6 +242,7 @@ def _marker(folder: Path, use: Use, template: Template, tensors: Tensors | None)
         [[name, hashlib.sha256((folder / name).read_bytes()).hexdigest()] for name in names],
         template.file and _read_template(template.file),
         template.values,
+        [template.reasoning, template.parser],
         tensors and sorted((n, t.dtype, t.shape) for n, t in tensors.items()),
     ]
     return node_cache().folder / "checked" / digest(inputs, 32)
@@ -268,7 +280,8 @@ def _check_closely(
         raise UserError(
             f"its tokenizer cannot be loaded ({type(error).__name__}: {told}); {SAVE_AGAIN}"
         ) from None
-    reached = _check_turns(tokenizer, folder, use)
+    format_ = format_of(tokenizer, template.parser) if template.reasoning else None
+    reached = _check_turns(tokenizer, folder, use, format_)
     _check_ids(tokenizer, folder, reached, use)
 
 
@@ -282,7 +295,7 @@ def _check_ends(folder: Path) -> None:
         )
 
 
-def _check_turns(tokenizer: Any, folder: Path, use: Use) -> set[int]:
+def _check_turns(tokenizer: Any, folder: Path, use: Use, format_: Format | None = None) -> set[int]:
     """Return the token ids of a chat of two turns by the template, and all ends of turns.
 
     Raises:
@@ -298,8 +311,9 @@ def _check_turns(tokenizer: Any, folder: Path, use: Use) -> set[int]:
             "nothing ends an answer: list the end of turn as eos_token_id in generation_config.json"
         )
     if use is Use.TRAINED:
+        text = format_.finished(PROBE) if format_ else PROBE
         for messages in (CHAT[:1], CHAT):
-            ids |= set(answer_ids(tokenizer, messages, PROBE, ends))
+            ids |= set(answer_ids(tokenizer, messages, text, ends))
         _check_generation(folder, ends)
     return ids | ends
 

@@ -34,12 +34,17 @@ class Template:
     file: str | None = None
     """A Jinja file; None keeps the tokenizer's own template."""
     values: tuple[tuple[str, Any], ...] = ()
+    reasoning: bool = False
+    """Whether the model's answers are read for reasoning."""
+    parser: str | None = None
+    """vLLM's name of its format; None finds its markers."""
 
     @classmethod
     def of(cls, model: ModelConfig) -> Self:
         """Return the template of a model's config, with an absolute path."""
         file = None if model.chat_template is None else Folder(model.chat_template).path
-        return cls(file, tuple(sorted(model.chat_template_args.items())))
+        values = tuple(sorted(model.chat_template_args.items()))
+        return cls(file, values, model.reasoning is not None, model.reasoning_parser)
 
     @property
     def revision(self) -> tuple[int, ...]:

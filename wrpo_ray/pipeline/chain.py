@@ -287,8 +287,9 @@ class Chain:
         if self.config.evaluate and self.config.evaluate.dpo_baseline and wrpo.alpha.end:
             configs = {DPO: wrpo.model_copy(update={"alpha": AlphaConfig(end=0)})} | configs
         is_of_sources = self.config.pair.policy == "fusechat3" and not self.config.existing
+        is_stripped = self._target.reasoning == "strip"  # all answers follow the template alike
         own = SFT if sft and not self._target.answers else self._target.name
-        sampled_by = None if is_of_sources else own
+        sampled_by = None if is_of_sources or is_stripped else own
         prepared = self._jobs.prepare("wrpo", rows, base, key, wrpo, sampled_by)
         jobs = {
             name: self._jobs.train(TRAINING_STEPS[name], prepared, config)

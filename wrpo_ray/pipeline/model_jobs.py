@@ -158,7 +158,7 @@ class ModelJobs:
             self.fingerprints[folder.uri] = model_fingerprint(folder)
         weights = self.fingerprints[folder.uri]
         template = Template.of(model) if model else OWN
-        if template == OWN:
+        if not template.file and not template.values:
             return weights
         file = template_fingerprint(template.file) if template.file else None
         return digest([weights, file, template.values, *template.revision], 16)

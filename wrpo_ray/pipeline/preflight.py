@@ -4,9 +4,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import Config, EndpointConfig, RecordedAnswers, ScoreConfig
+from wrpo_ray.config import Config, EndpointConfig, ModelConfig, RecordedAnswers, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
+from wrpo_ray.llm.model_folder import reasoning_format
+from wrpo_ray.llm.reasoning import Markers, markers_of_parser, of_endpoint
+from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.groups import check_first_groups, prompt_files
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import (
@@ -50,6 +53,8 @@ def preflight(config: Config, pins: Pins | None = None) -> Config:
     config = map_inputs(config, lambda what, one: attempt(_checked_input, what, one, pins) or one)
     for check in _checks(config):
         attempt(check)
+    if not problems:
+        attempt(_check_kept_reasoning, config)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
@@ -59,11 +64,13 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for model in config.models:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
+            yield partial(_check_parser, f"sources.{model.name}", model)
     asked = config.evaluate
     others = [*asked.models, *([asked.judge] if asked.judge else [])] if asked else []
     for model in others:
         if model.endpoint:
             yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
+            yield partial(_check_parser, f"evaluate.{model.name}", model)
     scorers = [part for own in config.reward.each for part in own.parts] if config.reward else []
     verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
@@ -80,6 +87,33 @@ def _checked_input(what: str, given: AnyInput, pins: Pins) -> AnyInput:
     if isinstance(found, RecordedAnswers):
         check_some_columns(input_files(found.path, what), found.needed, what)
     return found
+
+
+def _check_parser(what: str, model: ModelConfig) -> None:
+    """Check the parser of a model behind an endpoint; others are checked with their folders."""
+    if model.reasoning_parser:
+        with telling_of(what):
+            markers_of_parser(model.reasoning_parser)
+
+
+def _check_kept_reasoning(config: Config) -> None:
+    """Check that reasoning which is trained on stands between the target's own markers."""
+    kept = [model for model in config.models if model.reasoning == "keep"]
+    if not kept or not config.target:
+        return
+    own = _markers(config.target)
+    for model in kept:
+        if (others := _markers(model)) != own:
+            raise UserError(
+                f"sources.{model.name}.reasoning: its markers are {' '.join(others)}, the target's "
+                f"{' '.join(own)}; set it to strip"
+            )
+
+
+def _markers(model: ModelConfig) -> Markers:
+    if model.endpoint:
+        return of_endpoint(model, "").markers
+    return reasoning_format(Folder(model.model), Template.of(model)).markers
 
 
 def _check_scorer(part: ScoreConfig) -> None:

@@ -16,6 +16,7 @@ from wrpo_ray.config import RewardConfig, ServeConfig, ServedModel
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.reasoning import format_of
 from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm_settings import CPU_ENGINE, engine_env
 from wrpo_ray.runtime.placement import thread_env
@@ -23,6 +24,7 @@ from wrpo_ray.serve.backends import DONE, MAX_BATCH, Call, Rejection, Replies, o
 from wrpo_ray.serve.grammars import Grammars
 from wrpo_ray.serve.prompts import KEY, Prompts, longest_tokens
 from wrpo_ray.serve.proxy import bind_to_loopback
+from wrpo_ray.serve.thoughts import Thoughts, is_apart
 from wrpo_ray.serve.validation import problem_of
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
 from wrpo_ray.stages.score.rewards import load_reward
@@ -56,6 +58,8 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
         tokenizer = await asyncio.to_thread(load_tokenizer, folder, Template.of(model))
         if model.chat_template:  # vLLM takes it for chats with tools, too
             tokenizer.chat_template = tokenizer.get_chat_template()
+        asks = model.reasoning is not None
+        self._format = format_of(tokenizer, model.reasoning_parser) if asks else None
         self._grammars = Grammars(folder, settings.grammar_seconds)
         self._running: Counter[str] = Counter()
         is_one = model.parts == 1 and not model.actors.num_gpus
@@ -97,6 +101,10 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
             self._prompts.check_length(body)
             if call == "chat":
                 body = await self._prompts.add(body)
+            format_ = self._format if call == "chat" and is_apart(body) else None
+            thoughts = Thoughts(format_) if format_ else None
+            if format_ and format_.is_special:
+                body |= {"skip_special_tokens": False}
             request = kind.model_validate(self._prompts.stopping(body))
         except Exception as error:  # some of vLLM's checks fail on what they do not expect
             yield _invalid(error, body)
@@ -105,19 +113,19 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
         async for reply in await ask(request):
             items = reply if isinstance(reply, list) else [reply]
             if not isinstance(items[0], str):  # a whole answer, or vLLM's record of an error
-                refused = getattr(items[0], "error", None)
-                yield (
-                    _rejection(**refused.model_dump())
-                    if refused
-                    else [items[0].model_dump_json(), DONE]
-                )
+                if refused := getattr(items[0], "error", None):
+                    yield _rejection(**refused.model_dump())
+                    return
+                text = items[0].model_dump_json()
+                yield [thoughts.whole(text) if thoughts else text, DONE]
                 return
             texts = [text.removeprefix("data: ").strip() for text in items]
             if broken := [text for text in texts if text.startswith('{"error"')]:
                 # vLLM goes on with [DONE] after it, as if the answer were whole.
                 yield _rejection(**json.loads(broken[0])["error"], otherwise=503)
                 return
-            yield texts
+            if texts := thoughts.chunks(texts) if thoughts else texts:
+                yield texts
 
 
 def _engine_of_one() -> Any:

@@ -220,6 +220,11 @@ class Folder:
         """Return the table of a Parquet file."""
         return pq.read_table(self._at(name), columns=columns, filesystem=self.filesystem)
 
+    def column_names(self, name: str) -> list[str]:
+        """Return the names of a Parquet file's columns."""
+        names: list[str] = pq.read_schema(self._at(name), filesystem=self.filesystem).names
+        return names
+
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file, which appears when it is complete."""
         columns = dictionary_columns(table.schema)

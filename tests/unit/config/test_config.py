@@ -278,3 +278,42 @@ def test_a_target_given_from_python_is_any_model():
     tree = {"output": "out", "prompts": {"path": "p"}, "sources": [{"name": "a", "model": "m"}]}
     made = Config(**tree, reward={"model": "r"}, target=ModelConfig(name="t", model="m"))
     assert (made.target.name, made.target.answers) == ("t", None)
+
+
+def test_a_policy_of_reasoning_is_part_of_the_identity_only_where_it_is_set():
+    plain = ModelConfig(name="a", model="m").identity()
+    assert not {"reasoning", "reasoning_parser"} & plain.keys()
+    set_ = ModelConfig(name="a", model="m", reasoning="keep", reasoning_parser="qwen3").identity()
+    assert set_ == plain | {"reasoning": "keep", "reasoning_parser": "qwen3"}
+
+
+CUT = {"wrpo.max_prompt_length": 60, "wrpo.overflow": "cut"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sources.0.reasoning_parser": "qwen3"}, "set `reasoning` too, to keep or strip"),
+        ({"sources.0.reasoning": "keep"}, "sources.a.reasoning: keep trains the target to reason"),
+        ({"sources.0.reasoning": "keep", "target.reasoning": "strip"}, "set target.reasoning to k"),
+        (
+            {"target.reasoning": "keep", "wrpo.compat": "published", **CUT},
+            "published` knows no reasoning",
+        ),
+        ({"target.reasoning": "drop"}, "target.reasoning"),
+    ],
+)
+def test_a_policy_of_reasoning_that_cannot_be_followed_is_refused(tmp_path, changes, problem):
+    tree = BASE | {"target": {"name": "t", "model": "m"}}
+    overrides = [f"{name}={value}" for name, value in changes.items()]
+    assert any(problem in line for line in problems(tmp_path, tree, *overrides))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("keep", "keep"), ("strip", None), ("strip", "keep"), (None, "keep")]
+)
+def test_policies_of_reasoning_that_fit(source, target):
+    models = {"sources": [{"name": "a", "model": "m", "reasoning": source}]}
+    Config.model_validate(
+        BASE | models | {"target": {"name": "t", "model": "m"} | {"reasoning": target}}
+    )

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from wrpo_ray.config import ModelConfig
 from wrpo_ray.errors import SpelledTokenError, TemplateError, TokenizeError, UserError
 from wrpo_ray.llm.chat import answer_ids, check_sampled, conversation_ids, end_ids, prompt_ids
+from wrpo_ray.llm.reasoning import format_of
 from wrpo_ray.llm.rendering import Template, load_tokenizer, render
 from wrpo_ray.llm.special_tokens import MARKS
 from wrpo_ray.zoo.tokenizers import char_tokenizer
@@ -569,6 +570,51 @@ def test_thoughts_of_earlier_turns_are_gone_from_both():
     assert "<think>" not in shown(tokenizer, prompt_ids(tokenizer, messages))
     answer = answer_ids(tokenizer, messages, thought, ends("qwen3"))
     assert shown(tokenizer, answer) == "<think> Ċ hi Ċ </think> ĊĊ yes <|im_end|>"
+
+
+THOUGHT = "<think>\nhi\n</think>\n\nyes"
+DROPS = CHATML.replace(
+    "m.role + '\\n' + m.content",
+    "m.role + '\\n' + (m.content.split('</think>')[-1].lstrip('\\n') if m.role == 'assistant' "
+    "else m.content)",
+)
+"""Leaves the reasoning out of every finished turn, as DeepSeek-R1's template does."""
+BLOCK = "assistant\\n<think>\\n\\n</think>\\n\\n' }}{% endif %}"
+
+
+def opens_in_prompt(template):
+    return template.replace("assistant\\n' }}{% endif %}", "assistant\\n<think>\\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "expected"),
+    [
+        (QWEN3, THOUGHT, "<think> Ċ hi Ċ </think> ĊĊ yes <|im_end|>"),
+        (QWEN3, "yes", "<think> ĊĊ </think> ĊĊ yes <|im_end|>"),
+        (opens_in_prompt(QWEN3), THOUGHT, "hi Ċ </think> ĊĊ yes <|im_end|>"),
+        (opens_in_prompt(QWEN3), "yes", "Ċ </think> ĊĊ yes <|im_end|>"),
+        (opens_in_prompt(CHATML), THOUGHT, "hi Ċ </think> ĊĊ yes <|im_end|>"),
+        (opens_in_prompt(CHATML), "yes", "Ċ </think> ĊĊ yes <|im_end|>"),
+        (opens_in_prompt(DROPS), THOUGHT, "hi Ċ </think> ĊĊ yes <|im_end|>"),
+        (opens_in_prompt(DROPS), "yes", "Ċ </think> ĊĊ yes <|im_end|>"),
+        (DROPS, THOUGHT, "<think> Ċ hi Ċ </think> ĊĊ yes <|im_end|>"),
+        (DROPS, "yes", "yes <|im_end|>"),
+        (QWEN3.replace("assistant\\n' }}{% endif %}", BLOCK), "yes", "yes <|im_end|>"),
+    ],
+)
+def test_reasoning_is_trained_on_as_the_model_writes_it_after_the_prompt(template, text, expected):
+    """The prompt's ids are those at inference, and prompt and answer are the model's whole text."""
+    tokenizer = variant("qwen3", template)
+    for messages in (HI, said("hi", THOUGHT, "hi")):
+        written = format_of(tokenizer).finished(text)
+        answer = answer_ids(tokenizer, messages, written, ends("qwen3"))
+        assert shown(tokenizer, answer) == expected
+        prompt = prompt_ids(tokenizer, messages)
+        asked = render(messages, tokenizer, add_generation_prompt=True)
+        assert tokenizer.decode(prompt) == asked
+        whole = tokenizer.decode([*prompt, *answer])
+        assert whole.startswith(asked)
+        assert whole.endswith(f"{text}<|im_end|>")
 
 
 def test_a_thought_that_a_finished_answer_lacks_is_refused():

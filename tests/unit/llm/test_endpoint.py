@@ -258,6 +258,16 @@ USED: dict[str, tuple[Any, str]] = {
     },
 }
 """Completions of other forms that have a text, and the text."""
+THINKS: dict[str, tuple[Any, tuple[str, str | None]]] = {
+    "in a field": (said("a", reasoning_content="hm"), ("a", "hm")),
+    "in the field of other servers": (said("a", reasoning="hm"), ("a", "hm")),
+    "an empty field": (said("a", reasoning="", reasoning_content=None), ("a", None)),
+    "a field that is no text": (said("a", reasoning={"a": 1}), ("a", None)),
+    "a field that is no Unicode": (said("a", reasoning="\ud800"), ("a", None)),
+    "no field": (said("<think>hm</think>a"), ("<think>hm</think>a", None)),
+    "all tokens went into a thought": (said(None, "length", reasoning="hm"), ("", "hm")),
+}
+"""Completions of a model that thinks, with their text and reasoning."""
 UNUSABLE: dict[str, tuple[Any, str]] = {
     "no content": (chat(message={"role": "assistant"}), "NoTextError"),
     "content null": (said(None), "NoTextError"),
@@ -388,6 +398,19 @@ def test_an_answer_that_cannot_be_used_shows_that_the_server_knows_key_and_model
         endpoint.complete(body("a"))
     with pytest.raises(core.AccessError):
         endpoint.complete(body("b"))
+
+
+@pytest.mark.parametrize("name", THINKS)
+def test_reasoning_in_a_field_of_its_own_is_taken(name):
+    answer, parts = THINKS[name]
+    found = completion.read_completion(answer, thinks=True)
+    assert (found.text, found.reasoning) == parts
+
+
+def test_without_a_field_an_answer_of_a_thinking_model_needs_a_text():
+    for message in ({}, {"reasoning": ""}):
+        with pytest.raises(completion.NoTextError):
+            completion.read_completion(said(None, "length", **message), thinks=True)
 
 
 @pytest.mark.parametrize("answer", NO_JSON)

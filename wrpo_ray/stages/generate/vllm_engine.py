@@ -19,6 +19,7 @@ from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import FailureRow, Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
+from wrpo_ray.llm.reasoning import format_of, put_apart
 from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm_settings import CPU_ENGINE, quick_imports
 from wrpo_ray.storage.fingerprints import digest
@@ -107,6 +108,8 @@ class VllmEngine:
         self.tokenizer = load_tokenizer(folder, Template.of(model))
         self.ends = sorted(end_ids(self.tokenizer, folder))
         self.separator = separator(self.tokenizer)
+        self.policy = model.reasoning or "strip"
+        self.format = format_of(self.tokenizer, model.reasoning_parser) if model.reasoning else None
         self._inbox: SimpleQueue[_Asked] = SimpleQueue()
         self._asked: dict[str, _Asked] = {}
         self._held: _Asked | None = None
@@ -237,12 +240,13 @@ class VllmEngine:
             seed=seed_base(identity.seed, identity.name, request.prompt_id) + request.first,
             stop_token_ids=self.ends,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_special_tokens=not (self.format and self.format.is_special),
         )
 
     def _rows(self, asked: _Asked, output: Any) -> list[Row]:
         request, identity = asked.request, asked.identity
         base = seed_base(identity.seed, identity.name, request.prompt_id)
-        return [
+        rows = [
             {
                 "prompt_id": request.prompt_id,
                 "source": identity.name,
@@ -258,6 +262,19 @@ class VllmEngine:
             }
             for sample, answer in zip(request.samples, output.outputs, strict=True)
         ]
+        return [self._put_apart(row) for row in rows]
+
+    def _put_apart(self, row: Row) -> Row:
+        """Return the row with its reasoning in a column of its own, if the config asks for it."""
+        if self.format is None:
+            return row
+        return put_apart(row, self.format, self.policy, self._decode)
+
+    def _decode(self, ids: list[int]) -> str:
+        """Return the text of an answer's token ids as the engine gives it."""
+        is_skipped = not (self.format and self.format.is_special)
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=is_skipped)
+        return text.removeprefix(self.separator)
 
 
 def _first_token(logprobs: Any) -> list[Row] | None:

@@ -1,4 +1,4 @@
-"""Scored answers as columns. Token ids are read only for the answers that are chosen."""
+"""Scored answers as columns. Token ids and reasoning are read only for the chosen answers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,14 +10,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket
-from wrpo_ray.data.records import ANSWER, CANDIDATES, SCORED
+from wrpo_ray.data.records import ANSWER, CANDIDATES, KEPT, SCORED
 from wrpo_ray.data.samples import ANSWER_KEY, RowSelection, Samples, dense_ranks
 from wrpo_ray.stages.pair.select import Bools, Floats, Ints
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
 
-DECIDING = ["reward", "finish_reason", "text"]
-"""The columns that selection and pairing need; `token_ids` are read after the choice."""
+DECIDING = ["reward", "finish_reason", "text", "reasoning_state"]
+"""The columns that selection and pairing need."""
+LATE = ["token_ids", "reasoning"]
+"""Long columns, which are read after the choice."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Candidates:
     stores: tuple[RowSelection, ...]
     table: pa.Table
     """The columns ANSWER_KEY and DECIDING of all rows of the stores, concatenated, in no order.
-    Without stores, such as in a notebook, the column `token_ids` too."""
+    Without stores, such as in a notebook, the columns LATE too."""
     rows: Ints
     """The row of each answer in the table, (N,)."""
     prompts: Ints
@@ -79,21 +81,27 @@ class Candidates:
         return {count["values"]: count["counts"] for count in counts}
 
     def answers(self, of: Ints) -> pa.StructArray:
-        """The ANSWER records of these answers, with their token ids."""
+        """The ANSWER records of these answers: their text with kept reasoning, their token ids."""
         table = self.table.take(self.rows[of])
         if self.stores:
-            table = table.append_column("token_ids", self._token_ids(self.rows[of]))
+            late = self._late(self.rows[of])
+            for name in LATE:
+                table = table.append_column(name, late[name])
+        is_kept = pc.equal(table["reasoning_state"], KEPT).fill_null(False)
+        whole = pc.binary_join_element_wise(table["reasoning"].fill_null(""), table["text"], "")
+        text = pc.if_else(is_kept, whole, table["text"])
+        table = table.set_column(table.column_names.index("text"), "text", text)
         return _structs(table, list(ANSWER))
 
-    def _token_ids(self, rows: Ints) -> pa.ChunkedArray:
+    def _late(self, rows: Ints) -> pa.Table:
         lengths = [store.keys.num_rows for store in self.stores]
         ends = np.cumsum(lengths)
         of_store = np.searchsorted(ends, rows, side="right")
         parts, order = [], np.argsort(of_store, kind="stable")
         for number, store in enumerate(self.stores):
             inside = rows[order][of_store[order] == number] - (ends[number] - lengths[number])
-            parts.append(store.read_all(["token_ids"]).take(inside))
-        return pa.concat_tables(parts)["token_ids"].take(np.argsort(order))
+            parts.append(store.read_all(LATE).take(inside))
+        return pa.concat_tables(parts).take(np.argsort(order))
 
     def scores(self, count: int) -> pa.ListArray:
         """The CANDIDATES records of P = `count` prompts: the reward of every answer."""

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from wrpo_ray.config import AnswersConfig
+from wrpo_ray.data.records import UNFINISHED
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts
 from wrpo_ray.stages.pair.select import Bools
@@ -29,7 +30,7 @@ def eligible_answers(
     """Apply the policies one after another, each to the answers that no earlier one matched.
 
     Of the answers left, only right ones may be chosen and only wrong ones rejected. An answer
-    without a reward is never used.
+    without a reward, or that ended within its reasoning, is never used.
     """
     chosen: Bools = np.ones(len(candidates), bool)
     rejected = chosen.copy()
@@ -43,6 +44,8 @@ def eligible_answers(
             counts[f"answers.{policy}.{source}"] += count
 
     restrict("no_reward", np.isnan(candidates.rewards))
+    unfinished = pc.equal(candidates.table["reasoning_state"], UNFINISHED)
+    restrict("unfinished_reasoning", candidates.mask(unfinished))
     if config.empty == "drop":
         texts = pc.utf8_trim_whitespace(candidates.table["text"])
         restrict("empty", candidates.mask(pc.equal(texts, "")))

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data.group_counts import WINS, Number, sums_by_group
-from wrpo_ray.data.records import ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
+from wrpo_ray.data.records import ADDED, ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, candidates_of
 from wrpo_ray.stages.pair.eligibility import Eligible, eligible_answers
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 Counts = dict[str, Number]
 REQUIRED = ("prompt_id", "source", "text", "reward")
-COLUMNS = {name: SCORED.field(name).type for name in (*REQUIRED, *ANSWER.names)} | {
+OPTIONAL = (*ANSWER.names, *sorted(ADDED))
+COLUMNS = {name: SCORED.field(name).type for name in (*REQUIRED, *OPTIONAL)} | {
     "messages": MESSAGES,
     "correct": pa.bool_(),
 }

@@ -10,6 +10,7 @@ from wrpo_ray.data.references import show_reference
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.completion import Completion
 from wrpo_ray.llm.endpoint_client import Body, Endpoint
+from wrpo_ray.llm.reasoning import of_text, split
 from wrpo_ray.stages.score.base import Item, Outcome
 from wrpo_ray.text.files import read_text
 
@@ -127,7 +128,10 @@ class JudgeReward:
     def _rating(self, judgement: Completion) -> Outcome:
         """Return the judgement's rating, or a NoRatingError."""
         try:
-            return read_rating(judgement.text, self.config.worst, self.config.best)
+            text = judgement.text
+            if self.config.reasoning == "strip":
+                text = split(text, of_text(text)).answer
+            return read_rating(text, self.config.worst, self.config.best)
         except NoRatingError as error:
             cut = ", which was cut off at max_tokens" * (judgement.finish_reason == "length")
             text = " ".join(judgement.text.split())

@@ -21,6 +21,7 @@ from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.chat import end_ids
+from wrpo_ray.llm.reasoning import format_of
 from wrpo_ray.llm.rendering import OWN, Template, load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
@@ -94,6 +95,8 @@ class Prepare(BaseJob):
         } | ({"prompts": "all"} if config.takes_all_prompts else {})
         if config.is_preference and self.own is None and config.compat != "published":
             key |= {"own": None}
+        if self.template.reasoning:
+            key |= {"reasoning": self.template.parser or "template"}
         return Step(f"rows-{self.name}", key, (self.rows,))
 
     @property
@@ -177,7 +180,9 @@ class Preparer:
         base = self.job.base.local(self.job.fingerprint)
         tokenizer = load_tokenizer(base, self.job.template)
         ends = end_ids(tokenizer, base)
-        return Tokenizing(tokenizer, ends, self.job.answers, self.job.config, self.job.own)
+        job, template = self.job, self.job.template
+        format_ = format_of(tokenizer, template.parser) if template.reasoning else None
+        return Tokenizing(tokenizer, ends, job.answers, job.config, job.own, format_)
 
     @cached_property
     def reference(self) -> Any:

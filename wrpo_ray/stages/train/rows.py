@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from wrpo_ray.config import TrainConfig, WrpoConfig
 from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm import chat
+from wrpo_ray.llm.reasoning import Format
 from wrpo_ray.stages.train import published_tokens as published
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
@@ -95,6 +96,8 @@ class Tokenizing:
     config: TrainConfig
     own: str | None = None
     """The model that sampled with this tokenizer, so that its token ids are valid; null if none."""
+    format: Format | None = None
+    """How the model shows its reasoning; null if its answers are not read for it."""
 
     def rows(self, records: Iterable[Record], stage: str) -> Rows:
         """Rows of records; a record that fails or is too long becomes a FAILURE row of `stage`."""
@@ -138,6 +141,7 @@ class Tokenizing:
         return ids
 
     def _of_text(self, messages: list[Any], text: str, *, closed: bool) -> list[int]:
+        text = self.format.finished(text) if self.format else text
         return chat.answer_ids(self.tokenizer, messages, text, self.ends, closed=closed)
 
 

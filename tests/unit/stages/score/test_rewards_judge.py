@@ -9,6 +9,7 @@ from support.openai_server import Call, Server, serving
 from wrpo_ray.config import EndpointConfig, JudgeConfig, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm import endpoint_client as endpoint
+from wrpo_ray.llm.completion import Completion
 from wrpo_ray.pipeline.identities import scorer_fingerprint
 from wrpo_ray.stages.score import judge
 from wrpo_ray.stages.score.base import Item
@@ -248,3 +249,17 @@ def test_a_row_that_the_template_cannot_take_fails_alone(tmp_path):
 def test_bounds_have_an_order():
     with pytest.raises(ValueError, match="worst \\(3\\) must be below best \\(3\\)"):
         config("http://h/v1", worst=3, best=3)
+
+
+def test_a_rating_is_not_read_from_reasoning():
+    """Unless the config says nothing of reasoning: then the whole text counts, as ever."""
+
+    def rated(text, **more):
+        asked = JudgeReward(config("http://127.0.0.1:9/v1", **more))
+        return asked._rating(Completion(text, "length", None, None, "j"))
+
+    for text in ("<think>[[3]]", "<think>[[3]]</think>\n\nso so", "[[3]], no [[4]]</think>bad"):
+        assert isinstance(rated(text, reasoning="strip"), NoRatingError), text
+        assert isinstance(rated(text), float), text
+    assert rated("<think>[[3]]</think>\n\n[[8]]", reasoning="strip") == 8
+    assert rated("[[8]]", reasoning="strip") == 8
