@@ -1,11 +1,18 @@
 """Sections `sft` and `wrpo`: SFT and the preference objectives."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from wrpo_ray.config.base import PLACEMENT, Section
 from wrpo_ray.config.resources import Actors
+from wrpo_ray.text.addresses import without_secrets
 
 
 class LoraConfig(Section):
@@ -71,8 +78,11 @@ class TrainConfig(Section):
     """Recompute activations in the backward pass, to save memory."""
     packing: bool = Field(True, json_schema_extra=PLACEMENT)
     """Compute a row's prompt once for all of its answers, and pack rows without padding."""
-    micro_batch_tokens: int = Field(8192, ge=1, json_schema_extra=PLACEMENT)
-    """Maximum tokens of a micro-batch; a longer row is a micro-batch of its own."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", json_schema_extra=PLACEMENT
+    )
+    """Maximum tokens of a micro-batch; a longer row is a micro-batch of its own. `auto` takes as
+    many as fit into the memory, at most 2,048 on a CPU and 16,384 on a GPU."""
     workers: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
     """Number of Ray Train workers."""
     min_workers: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
@@ -128,6 +138,16 @@ class TrainConfig(Section):
     def reference_actors(self) -> Actors | None:
         """The pool that is configured for log-probs under the reference."""
         return None
+
+    @field_validator("micro_batch_tokens", mode="wrap")
+    @classmethod
+    def _tokens_or_auto(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """One error, where a union has one for each of its types."""
+        try:
+            return validate(value)
+        except ValidationError:
+            told = without_secrets(value)
+            raise ValueError(f"give a number of at least 1, or auto (got {told!r})") from None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

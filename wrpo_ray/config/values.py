@@ -34,7 +34,7 @@ def as_written(value: Any, annotation: Any) -> Any:
     Raises:
         ValueError: an address holds credentials, or a number among other values is not finite.
     """
-    kinds = _kinds(annotation)
+    kinds = _kinds(_without_word(value, annotation))
     if isinstance(value, bool) and bool not in kinds:
         value = _word(value, annotation)
     if isinstance(value, dict):
@@ -47,7 +47,8 @@ def as_written(value: Any, annotation: Any) -> Any:
         if inner is None or inner[0] is str:  # lists of texts are patterns and names
             return value
         return [as_written(v, t) for v, t in _each(value, inner)]
-    if Any in kinds or str in kinds:
+    is_wrong = isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}
+    if (Any in kinds or str in kinds) and not is_wrong:
         return _text_or_number(value, kinds)
     if not kinds & {int, float}:
         return value
@@ -60,6 +61,15 @@ def _word(value: bool, annotation: Any) -> Any:
     """The word of a literal that YAML 1.1 reads as a boolean: unquoted `off` is false."""
     meant = [word for word in _WORDS[value] if word in _literals(annotation)]
     return meant[0] if len(meant) == 1 else value
+
+
+def _without_word(value: Any, annotation: Any) -> Any:
+    """The annotation without its literals, if it has other types, and the value is none of them."""
+    is_union = get_origin(annotation) in (Union, UnionType)
+    if not is_union or (isinstance(value, str) and value in _literals(annotation)):
+        return annotation
+    others = [part for part in get_args(annotation) if get_origin(part) is not Literal]
+    return Union[tuple(others)] if others else annotation  # noqa: UP007 (made of a list)
 
 
 def _literals(annotation: Any) -> set[Any]:

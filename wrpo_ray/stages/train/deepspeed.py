@@ -14,11 +14,7 @@ from typing import Any
 import torch
 
 from wrpo_ray.config import TrainConfig
-
-BUCKET = 50_000_000
-"""Elements reduced or gathered at once."""
-SUB_GROUP = 100_000_000
-"""Elements that stage 3 updates at once; their gradients are copied for it."""
+from wrpo_ray.stages.train.memory import BUCKET, SUB_GROUP
 
 
 def prepare(config: TrainConfig) -> None:

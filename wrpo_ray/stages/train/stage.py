@@ -30,7 +30,7 @@ from wrpo_ray.runtime.placement import (
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error
-from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task, TrainedCounts
+from wrpo_ray.stages.train.task import CHECKPOINTS, MEMORY, TRAINED, Task, TrainedCounts
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -238,11 +238,12 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
     thread.start()
     waiting = list(tasks)
     task, ledger = waiting.pop(0), tasks[0].run.ledger
-    shown, held = _progress(task, None), committed(checkpoints)
+    shown, held, untold = _progress(task, None), committed(checkpoints), list(tasks)
     while thread.is_alive():
         started = time.monotonic()
         thread.join(PROGRESS_INTERVAL)
         _count(task, time.monotonic() - started)
+        untold = [t for t in untold if not _tell_memory(t)]
         shown = _progress(task, shown)
         while waiting and task.folder.exists(TRAINED):  # its workers train the next model
             task = waiting.pop(0)
@@ -253,6 +254,15 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     fitted: list[TrainedCounts] | WrpoError = outcome["value"]
     return fitted
+
+
+def _tell_memory(task: Task) -> bool:
+    """Log the estimate that the workers wrote, and delete it; whether it was there."""
+    if task.folder.exists(MEMORY):
+        log(str(task.folder.read_json(MEMORY)))
+        task.folder.delete(MEMORY)
+        return True
+    return False
 
 
 def _count(task: Task, seconds: float) -> None:
