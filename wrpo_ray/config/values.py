@@ -64,9 +64,14 @@ def _word(value: bool, annotation: Any) -> Any:
 
 
 def _without_word(value: Any, annotation: Any) -> Any:
-    """The annotation without its literals, if it has other types, and the value is none of them."""
-    is_union = get_origin(annotation) in (Union, UnionType)
-    if not is_union or (isinstance(value, str) and value in _literals(annotation)):
+    """The annotation without its literal words, if it has numbers too and the value is no word."""
+    is_text = isinstance(value, str) and not isinstance(value, PlainNumber)
+    if is_text and value in _literals(annotation):
+        return annotation
+    if get_origin(annotation) is Literal:
+        numbers = tuple(word for word in get_args(annotation) if not isinstance(word, str))
+        return Literal[numbers] if numbers else annotation
+    if get_origin(annotation) not in (Union, UnionType):
         return annotation
     others = [part for part in get_args(annotation) if get_origin(part) is not Literal]
     return Union[tuple(others)] if others else annotation  # noqa: UP007 (made of a list)
