@@ -21,6 +21,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.runtime.placement import (
+    MALLOC,
     capacity_for,
     check_capacity,
     is_own_ray,
@@ -198,17 +199,18 @@ def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
             storage_filesystem=checkpoints.filesystem,
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            worker_runtime_env={"env_vars": _worker_env(config)},
+            worker_runtime_env={"env_vars": worker_env(config)},
         ),
     )
 
 
-def _worker_env(config: TrainConfig) -> dict[str, str]:
+def worker_env(config: TrainConfig) -> dict[str, str]:
+    """Environment of a worker."""
     env = thread_env(config.num_cpus)
     if config.num_gpus:
         return env
     # DeepSpeed's import compiles an optimizer that is not used: more than a second a worker
-    return env | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return env | MALLOC | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def _work(config: dict[str, Any]) -> Any:
