@@ -169,7 +169,7 @@ def worker_memory(
         gradients=_gradients(trained, stage, wide, workers),
         optimizer=_optimizer(trained, stage, config, workers),
         activations=_activations(sizes, config, tokens, shape),
-        head=_head(sizes, config, wide),
+        head=max(0.0, _head(sizes, config, wide) - _recomputed(sizes, config, tokens, shape)),
         reference=wide * whole / share if has_second else 0.0,
         process=0.0 if gpu else process,
     )
@@ -201,12 +201,16 @@ def _optimizer(trained: int, stage: int, config: TrainConfig, workers: int) -> f
 
 
 def _activations(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -> float:
-    """What the layers keep, and the work of the layer whose gradient is computed."""
-    layer = tokens * _layer_bytes(sizes, config, shape)
+    """The tensors that layers keep, and the work of the layer whose gradient is computed."""
     if config.gradient_checkpointing:
         kept = sizes.layers * tokens * sizes.width * BYTES[config.precision]
-        return kept + 2 * layer
-    return (sizes.layers + 1) * layer
+        return kept + _recomputed(sizes, config, tokens, shape)
+    return (sizes.layers + 1) * tokens * _layer_bytes(sizes, config, shape)
+
+
+def _recomputed(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -> float:
+    """With checkpointing a layer and its gradients, which exist once the head's are gone."""
+    return 2.0 * tokens * _layer_bytes(sizes, config, shape) * config.gradient_checkpointing
 
 
 def _layer_bytes(sizes: Sizes, config: TrainConfig, shape: Shape) -> float:
