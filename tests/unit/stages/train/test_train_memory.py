@@ -89,6 +89,22 @@ def test_the_state_by_hand():
     assert off.optimizer == 0
 
 
+@pytest.mark.parametrize(
+    ("settings", "workers", "stage"),
+    [
+        ({"precision": "fp32"}, 1, 0),
+        ({}, 1, 1),  # bf16 without ZeRO has no fp32 weights
+        ({}, 2, 3),
+        ({"num_gpus": 1}, 1, 3),
+        ({"offload": "optimizer"}, 1, 3),
+        ({"zero_stage": 3}, 1, 3),
+        ({"zero_stage": 2}, 2, 2),
+    ],
+)
+def test_the_stage_of_auto(settings, workers, stage):
+    assert SftConfig(**settings).stage_of(workers) == stage
+
+
 def test_a_layer_by_hand():
     """Row: 128 + 3 x 128 tokens, keys 128 + 3 x 256, so 1.75 for each token; masks 192 each."""
     layer = 16 * 576 + 2 * (3 * 576 + 2 * 1.75 * 576 + 192) + 8 * 1536
