@@ -348,7 +348,7 @@ contenders and columns are those of [the measurement on a CPU](#training-one-ste
 What it does not show: other values of r; FlashAttention in the peers; a fully used GPU. Where our
 step takes the same time at a larger r with more tokens, kernel launches limit it, and the ratios
 stay below those of the work: to be comparable, micro-batches hold two short rows here, while our
-training fills them to `micro_batch_tokens`, 8,192 by default.
+training fills them to `micro_batch_tokens`, by default what fits.
 """
 
 

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
-from wrpo_ray.stages.train.model import FORWARD_TOKENS, Policy
+from wrpo_ray.stages.train.memory import FORWARD_TOKENS
+from wrpo_ray.stages.train.model import Policy
 from wrpo_ray.stages.train.packing import assign_micro_batches, costs, pack
 from wrpo_ray.stages.train.rows import Row
 

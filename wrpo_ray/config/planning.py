@@ -55,3 +55,6 @@ class PlanConfig(Section):
     """Startup time of an engine in seconds, by model; estimated from its size if not given."""
     gpu_tflops: float = Field(990, gt=0)
     """Dense bf16 TFLOP/s of a GPU, to estimate rates; the default is an H100's."""
+    gpu_memory: float = Field(80, gt=0)
+    """Memory of a GPU in GB (10^9 bytes), to tell whether training fits; the default is an H100's.
+    """

@@ -1,11 +1,18 @@
 """Sections `sft` and `wrpo`: SFT and the preference objectives."""
 
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import (
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from wrpo_ray.config.base import PLACEMENT, Section
 from wrpo_ray.config.resources import Actors
+from wrpo_ray.text.addresses import without_secrets
 
 
 class LoraConfig(Section):
@@ -62,16 +69,20 @@ class TrainConfig(Section):
     """Share of the rows, by hash, to measure the loss on instead of training."""
     holdout_every: int = Field(50, ge=1, json_schema_extra=PLACEMENT)
     """Optimizer steps between measurements on held-out rows; the last step always has one."""
-    zero_stage: Literal[0, 1, 2, 3] = Field(3, json_schema_extra=PLACEMENT)
-    """DeepSpeed ZeRO stage."""
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = Field("auto", json_schema_extra=PLACEMENT)
+    """DeepSpeed ZeRO stage; `auto` is 3, but 0 for a single worker on a CPU without offload, where
+    sharding would only cost memory and time."""
     offload: Literal["none", "optimizer", "all"] = Field("none", json_schema_extra=PLACEMENT)
     """State that ZeRO keeps in CPU memory: the optimizer's, or (at stage 3) weights as well."""
     gradient_checkpointing: bool = Field(False, json_schema_extra=PLACEMENT)
     """Recompute activations in the backward pass, to save memory."""
     packing: bool = Field(True, json_schema_extra=PLACEMENT)
     """Compute a row's prompt once for all of its answers, and pack rows without padding."""
-    micro_batch_tokens: int = Field(8192, ge=1, json_schema_extra=PLACEMENT)
-    """Maximum tokens of a micro-batch; a longer row is a micro-batch of its own."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", json_schema_extra=PLACEMENT
+    )
+    """Maximum tokens of a micro-batch; a longer row is a micro-batch of its own. `auto` takes as
+    many as fit into the memory, at most 2,048 on a CPU and 16,384 on a GPU."""
     workers: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
     """Number of Ray Train workers."""
     min_workers: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
@@ -98,6 +109,16 @@ class TrainConfig(Section):
         found = super().identity()
         return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
 
+    def stage_of(self, workers: int) -> int:
+        """The ZeRO stage with this number of workers.
+
+        Stage 0 in bf16 becomes stage 1: without ZeRO there are no fp32 master weights, and small
+        updates vanish.
+        """
+        alone = workers == 1 and not self.num_gpus and self.offload == "none"
+        stage = (0 if alone else 3) if self.zero_stage == "auto" else self.zero_stage
+        return 1 if stage == 0 and self.precision == "bf16" else stage
+
     @property
     def takes_all_prompts(self) -> bool:
         """Whether the rows are those of all prompts, not only of those for SFT."""
@@ -118,6 +139,16 @@ class TrainConfig(Section):
         """The pool that is configured for log-probs under the reference."""
         return None
 
+    @field_validator("micro_batch_tokens", mode="wrap")
+    @classmethod
+    def _tokens_or_auto(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """One error, where a union has one for each of its types."""
+        try:
+            return validate(value)
+        except ValidationError:
+            told = without_secrets(value)
+            raise ValueError(f"give a number of at least 1, or auto (got {told!r})") from None
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_prompt_length is not None and self.max_prompt_length >= self.max_length:
@@ -129,7 +160,7 @@ class TrainConfig(Section):
             raise ValueError("compat: published needs max_prompt_length (the paper's is 1800)")
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError("offload needs a zero_stage of 1, 2 or 3")
-        if self.offload == "all" and self.zero_stage != 3:
+        if self.offload == "all" and self.zero_stage not in (3, "auto"):
             raise ValueError("offload: all needs zero_stage 3")
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers must be at most workers ({self.workers})")

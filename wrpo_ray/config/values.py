@@ -34,7 +34,7 @@ def as_written(value: Any, annotation: Any) -> Any:
     Raises:
         ValueError: an address holds credentials, or a number among other values is not finite.
     """
-    kinds = _kinds(annotation)
+    kinds = _kinds(_without_word(value, annotation))
     if isinstance(value, bool) and bool not in kinds:
         value = _word(value, annotation)
     if isinstance(value, dict):
@@ -47,7 +47,8 @@ def as_written(value: Any, annotation: Any) -> Any:
         if inner is None or inner[0] is str:  # lists of texts are patterns and names
             return value
         return [as_written(v, t) for v, t in _each(value, inner)]
-    if Any in kinds or str in kinds:
+    is_wrong = isinstance(value, bool) and kinds & {int, float} and not kinds & {bool, Any}
+    if (Any in kinds or str in kinds) and not is_wrong:
         return _text_or_number(value, kinds)
     if not kinds & {int, float}:
         return value
@@ -60,6 +61,20 @@ def _word(value: bool, annotation: Any) -> Any:
     """The word of a literal that YAML 1.1 reads as a boolean: unquoted `off` is false."""
     meant = [word for word in _WORDS[value] if word in _literals(annotation)]
     return meant[0] if len(meant) == 1 else value
+
+
+def _without_word(value: Any, annotation: Any) -> Any:
+    """The annotation without its literal words, if it has numbers too and the value is no word."""
+    is_text = isinstance(value, str) and not isinstance(value, PlainNumber)
+    if is_text and value in _literals(annotation):
+        return annotation
+    if get_origin(annotation) is Literal:
+        numbers = tuple(word for word in get_args(annotation) if not isinstance(word, str))
+        return Literal[numbers] if numbers else annotation
+    if get_origin(annotation) not in (Union, UnionType):
+        return annotation
+    others = [part for part in get_args(annotation) if get_origin(part) is not Literal]
+    return Union[tuple(others)] if others else annotation  # noqa: UP007 (made of a list)
 
 
 def _literals(annotation: Any) -> set[Any]:

@@ -31,6 +31,7 @@ from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
+from wrpo_ray.planning.memory import training_memory
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import AnyInput, Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
@@ -72,8 +73,10 @@ def plan(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Pl
     with suppress(UserError):  # a plan can be made where the hub is not reached
         config = pinned(config)
     chain = Chain(config, until, for_plan=True)
-    works = list(_Estimator(config, chain.root, chain.build()).works())
-    return Plan(share(works, gpus) if gpus else works, config.prices, gpus)
+    estimator = _Estimator(config, chain.root, chain.build())
+    works = list(estimator.works())
+    memory = list(filter(None, estimator.memory()))
+    return Plan(share(works, gpus) if gpus else works, config.prices, gpus, memory)
 
 
 def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dict[str, Any]]:
@@ -115,6 +118,14 @@ class _Estimator:
                     startup = 0.0 if work.pool in started else work.startup
                     started.add(work.pool)
                     yield replace(work, stage=stage.name, phase=name, startup=startup)
+
+    def memory(self) -> Iterator[str | None]:
+        """A line for each training that is not finished."""
+        lengths = self._lengths()
+        for job in self._of(Train).values():
+            if not job.step.is_done(self.root):
+                _, base = self._model(job.step.name, job.base)
+                yield training_memory(self.config, job, base, lengths.prompt, lengths.output)
 
     def _work(self, job: Job) -> Work:
         match job:
@@ -366,11 +377,16 @@ class _Estimator:
         return None
 
     def _size(self, name: str, folder: Folder) -> float:
-        """Parameters that each token uses; a trained model has those of the target."""
+        """Parameters that each token uses."""
+        name, folder = self._model(name, folder)
+        return self.config.plan.parameters.get(name) or rates.parameters(folder, name)
+
+    def _model(self, name: str, folder: Folder) -> tuple[str, Folder]:
+        """Name and folder of a model of the same sizes: for a trained one the target."""
         target = self.config.target
         if target and folder.is_within(self.root):
-            name, folder = target.name, Folder(target.model).absolute()
-        return self.config.plan.parameters.get(name) or rates.parameters(folder, name)
+            return target.name, Folder(target.model).absolute()
+        return name, folder
 
     def _power(self, actors: Actors) -> rates.Power:
         return rates.Power(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)

@@ -36,7 +36,7 @@ def plan_text(plan: Plan) -> str:
             lines.append(
                 _line((stage, "", "", "", "", "", "", "", "", duration(plan.seconds(stage))))
             )
-    notes = [f"{w.step}: {w.note}" for w in plan.works if w.note]
+    notes = [*_memory(plan), *(f"{w.step}: {w.note}" for w in plan.works if w.note)]
     return "\n".join([*lines, "", *_totals(plan), "", *notes, NOTE, *_advice(plan)])
 
 
@@ -71,6 +71,11 @@ def _totals(plan: Plan) -> Iterator[str]:
         f"tokens, {totals['gpu_hours']:,.1f} GPU-hours, {totals['money']:,.2f} of money; "
         f"{duration(totals['seconds'])} {where}"
     )
+
+
+def _memory(plan: Plan) -> list[str]:
+    """Training memory, and an empty line."""
+    return [*plan.memory, ""] if plan.memory else []
 
 
 def _advice(plan: Plan) -> Iterator[str]:

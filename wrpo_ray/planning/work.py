@@ -80,6 +80,8 @@ class Plan:
     works: Sequence[Work]
     prices: PricesConfig
     gpus: int | None = None
+    memory: Sequence[str] = ()
+    """A line for each training still to do."""
 
     @property
     def stages(self) -> list[str]:
@@ -109,6 +111,7 @@ class Plan:
         ]
         return {
             "gpus": self.gpus,
+            "memory": list(self.memory),
             "works": [asdict(w) | d for w, d in zip(self.works, derived, strict=True)],
             "stage_seconds": {name: self.seconds(name) for name in self.stages},
             "totals": self.totals(),

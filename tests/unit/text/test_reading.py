@@ -160,7 +160,7 @@ def test_the_fields_are_those_of_all_three_trees():
         "StudyConfig.seeds",
         "PricesConfig.pools",
     } < names
-    assert {"WrpoConfig.zero_stage", "Actors.resources", "PartConfig.weight"} < names
+    assert {"WrpoConfig.workers", "Actors.resources", "PartConfig.weight"} < names
     assert {"EndpointConfig.extra", "ModelConfig.chat_template_args"} < set(map(str, MIXED))
 
 

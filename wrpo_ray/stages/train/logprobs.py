@@ -11,10 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wrpo_ray.stages.train.memory import CHUNK
 from wrpo_ray.stages.train.packing import Batch
-
-CHUNK = 2**24
-"""Most logits in memory at once: 64 MB in fp32."""
 
 
 def answer_logps(hidden: Tensor, head: Any, batch: Batch) -> Tensor:

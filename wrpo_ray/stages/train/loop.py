@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.stages.train import checkpoint, deepspeed, faults, model, packing, probe
+from wrpo_ray.stages.train import checkpoint, deepspeed, faults, fitting, model, packing, probe
 from wrpo_ray.stages.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
 from wrpo_ray.stages.train.order import Order, learning_rate_at
@@ -91,7 +91,7 @@ class Trainer:
         """Load the policy and, if the objective needs a live one, the reference model.
 
         Raises:
-            UserError: no row is left to train on.
+            UserError: no row is left to train on, or the memory is too small.
         """
         config, base = task.config, task.base.local(task.fingerprint)
         torch.manual_seed(task.seed)  # adapters start at random
@@ -104,8 +104,10 @@ class Trainer:
                 f"or give more prompts"
             )
         order = Order(len(train_rows), config.epochs, config.batch_size, task.seed)
-        settings = deepspeed.engine_config(config, dist.get_world_size())
         device = torch.device("cuda" if config.num_gpus else "cpu")
+        task = fitting.fitted(task, base, rows.lengths, device)
+        config = task.config
+        settings = deepspeed.engine_config(config, dist.get_world_size())
         with deepspeed.partitioned_loading(settings):
             policy = model.load_policy(base, config, device)
             reference = model.load_policy(base, config, device) if task.has_second_model else None
@@ -232,6 +234,7 @@ class Trainer:
         """
         config = self.task.config
         costs = packing.costs(self.rows.lengths[batch], packed=config.packing)
+        assert config.micro_batch_tokens != "auto"  # `fitted` has chosen
         assigned = packing.assign_micro_batches(
             costs, dist.get_world_size(), config.micro_batch_tokens
         )

@@ -18,14 +18,13 @@ from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.rounding import Rounding, Tensors
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
+from wrpo_ray.stages.train.memory import forward_tokens
 from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad
 from wrpo_ray.stages.train.probe import NOT_HERE, UNPACKED, as_user_error, check_forward
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.storage.folder import Folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FORWARD_TOKENS = 4
-"""Factor on the micro-batch size of a forward pass without a backward pass."""
 
 
 class Policy(nn.Module):  # type: ignore[misc]
@@ -161,7 +160,7 @@ class Reference:
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the rows with the log-probs of their answers."""
         lengths = np.array([row.lengths for row in rows])
-        budget = FORWARD_TOKENS * self.config.micro_batch_tokens
+        budget = forward_tokens(self.config)
         (parts,) = assign_micro_batches(costs(lengths, packed=self.config.packing), 1, budget)
         done: dict[int, Row] = {}
         for part in filter(None, parts):

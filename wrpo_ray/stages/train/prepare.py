@@ -25,7 +25,7 @@ from wrpo_ray.llm.reasoning import format_of
 from wrpo_ray.llm.rendering import OWN, Template, load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
-from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.placement import MALLOC, Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.stages.train.rows import SUFFIX, Record, Rows, Tokenizing, read_counts, write_rows
@@ -126,7 +126,7 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     counts = [Counter[str]() for _ in jobs]
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
-    env = thread_env(actors.num_cpus) | {"TORCHDYNAMO_DISABLE": "1"}
+    env = thread_env(actors.num_cpus) | MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
     pool = Pool(jobs[0].step.name, actors, env)
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]

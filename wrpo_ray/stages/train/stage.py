@@ -21,6 +21,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.runtime.placement import (
+    MALLOC,
     capacity_for,
     check_capacity,
     is_own_ray,
@@ -30,7 +31,7 @@ from wrpo_ray.runtime.placement import (
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error
-from wrpo_ray.stages.train.task import CHECKPOINTS, TRAINED, Task, TrainedCounts
+from wrpo_ray.stages.train.task import CHECKPOINTS, MEMORY, TRAINED, Task, TrainedCounts
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -198,17 +199,18 @@ def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
             storage_filesystem=checkpoints.filesystem,
             failure_config=train.FailureConfig(max_failures=config.max_failures),
             checkpoint_config=train.CheckpointConfig(num_to_keep=config.keep_checkpoints),
-            worker_runtime_env={"env_vars": _worker_env(config)},
+            worker_runtime_env={"env_vars": worker_env(config)},
         ),
     )
 
 
-def _worker_env(config: TrainConfig) -> dict[str, str]:
+def worker_env(config: TrainConfig) -> dict[str, str]:
+    """Environment of a worker."""
     env = thread_env(config.num_cpus)
     if config.num_gpus:
         return env
     # DeepSpeed's import compiles an optimizer that is not used: more than a second a worker
-    return env | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
+    return env | MALLOC | {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1"}
 
 
 def _work(config: dict[str, Any]) -> Any:
@@ -238,11 +240,12 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
     thread.start()
     waiting = list(tasks)
     task, ledger = waiting.pop(0), tasks[0].run.ledger
-    shown, held = _progress(task, None), committed(checkpoints)
+    shown, held, untold = _progress(task, None), committed(checkpoints), list(tasks)
     while thread.is_alive():
         started = time.monotonic()
         thread.join(PROGRESS_INTERVAL)
         _count(task, time.monotonic() - started)
+        untold = [t for t in untold if not _tell_memory(t)]
         shown = _progress(task, shown)
         while waiting and task.folder.exists(TRAINED):  # its workers train the next model
             task = waiting.pop(0)
@@ -253,6 +256,15 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
     fitted: list[TrainedCounts] | WrpoError = outcome["value"]
     return fitted
+
+
+def _tell_memory(task: Task) -> bool:
+    """Log the estimate that the workers wrote, and delete it; whether it was there."""
+    if task.folder.exists(MEMORY):
+        log(str(task.folder.read_json(MEMORY)))
+        task.folder.delete(MEMORY)
+        return True
+    return False
 
 
 def _count(task: Task, seconds: float) -> None:

@@ -25,12 +25,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from wrpo_ray.errors import WrpoError
+from wrpo_ray.stages.train.memory import FILE_BYTES
 
 INDEX = "state.json"
 WEIGHT = "weight"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-FILE_BYTES = 1 << 30
-"""Bytes after which a new file begins."""
 
 
 def save_state(engine: Any, folder: Path, extra: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ CHECKPOINTS = "checkpoints"
 """Subfolder of the checkpoints that an unfinished run resumes from."""
 TRAINED = "trained.json"
 """File of counts of a trained model while others of its series are still to be trained."""
+MEMORY = "memory.json"
+"""File of the line that tells the micro-batches and the memory, while a training runs."""
 METRICS = "metrics.jsonl"
 """One JSON record per optimizer step."""
 

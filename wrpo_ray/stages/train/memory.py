@@ -1,0 +1,356 @@
+"""The peak memory of a training worker, as a pure function of the model's sizes and the config.
+
+Sums what exists at once in the backward pass of a micro-batch, term by term of the code: weights,
+gradients and optimizer by DeepSpeed's stage (`deepspeed`), what the layers keep for the backward
+pass (`attention`, transformers' decoder layers), the head (`logprobs`). `benchmarks/memory.py`
+holds it against measured peaks. Not covered: fragmentation, and models whose layers are no decoder
+layers with gated MLPs. P parameters, W workers, T tokens, H width; s bytes of the precision.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from typing import Any
+
+from wrpo_ray.config import LoraConfig, TrainConfig
+from wrpo_ray.errors import UserError
+from wrpo_ray.runtime.node_memory import Room
+
+CHUNK = 2**24
+"""Most logits in memory at once: 64 MB in fp32."""
+BUCKET = 50_000_000
+"""Elements that ZeRO reduces or gathers at once."""
+SUB_GROUP = 100_000_000
+"""Elements that ZeRO stage 3 updates at once; their gradients are copied for it."""
+FILE_BYTES = 1 << 30
+"""Bytes of a checkpoint's file, which are copied before it is written."""
+FORWARD_TOKENS = 4
+"""Factor on the micro-batch size of a forward pass without a backward pass."""
+PROCESS = 0.75e9
+"""A worker with torch, Ray, transformers and DeepSpeed, before it loads anything; measured."""
+BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of a decoder model."""
+
+    width: int
+    layers: int
+    queries: int
+    """Width of all query heads together."""
+    keys: int
+    """Width of all key heads together."""
+    inner: int
+    """Width of the MLPs that a token goes through in a layer, together."""
+    all_inner: int
+    """The same of all experts."""
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Sizes":
+        """The sizes in a Hugging Face config; what it lacks is a Llama's of its width."""
+        tied = bool(config.get("tie_word_embeddings", False))
+        config = config.get("text_config") or config
+        width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
+        head = config.get("head_dim") or width // heads
+        dense = config.get("intermediate_size", 4 * width)
+        experts = config.get("num_experts") or config.get("num_local_experts") or 1
+        inner = config.get("moe_intermediate_size", dense) if experts > 1 else dense
+        shared = config.get("n_shared_experts") or 0
+        active = (config.get("num_experts_per_tok") or 1) if experts > 1 else 1
+        return cls(
+            width=width,
+            layers=config.get("num_hidden_layers", 32),
+            queries=head * heads,
+            keys=head * (config.get("num_key_value_heads") or heads),
+            inner=inner * (active + shared),
+            all_inner=inner * (experts + shared),
+            vocabulary=config.get("vocab_size", 32000),
+            tied=tied or bool(config.get("tie_word_embeddings", False)),
+        )
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a layer."""
+        return self.width * (2 * self.queries + 2 * self.keys + 3 * self.all_inner + 2)
+
+    @property
+    def head(self) -> int:
+        """Parameters of the head."""
+        return self.vocabulary * self.width
+
+    @property
+    def parameters(self) -> int:
+        """All parameters, shared ones once."""
+        return self.layers * self.layer + self.head * (1 if self.tied else 2) + self.width
+
+    def adapters(self, rank: int) -> int:
+        """Parameters of LoRA adapters on all linear layers of the body."""
+        ends = 4 * self.width + 2 * self.queries + 2 * self.keys  # of q, k, v, o
+        return self.layers * rank * (ends + 3 * (self.width + self.all_inner))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The mean row of a micro-batch, in tokens, which decides what attention keeps."""
+
+    prompt: float
+    answer: float
+    answers: int
+
+    @property
+    def tokens(self) -> float:
+        """Tokens of a packed row."""
+        return self.prompt + self.answers * self.answer
+
+    @property
+    def keys(self) -> float:
+        """Keys of all blocks for each token: an answer's are its prompt's and its own."""
+        return 1 + self.answers * self.prompt / self.tokens
+
+    @property
+    def pairs(self) -> float:
+        """Elements of the masks of answers, for each token."""
+        return self.answers * self.answer * (self.prompt + self.answer) / self.tokens
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one worker at the peak of a step."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    head: float
+    reference: float = 0.0
+    process: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All terms."""
+        return float(sum(asdict(self).values()))
+
+    def __str__(self) -> str:
+        parts = [f"{name} {value / 1e9:.1f}" for name, value in asdict(self).items() if value]
+        return f"{self.total / 1e9:.1f} GB ({', '.join(parts)})"
+
+
+def worker_memory(
+    sizes: Sizes,
+    config: TrainConfig,
+    tokens: int,
+    shape: Shape,
+    *,
+    workers: int | None = None,
+    process: float = PROCESS,
+) -> Memory:
+    """The peak of one of `workers` workers with micro-batches of `tokens` tokens.
+
+    On GPUs it is the memory of the GPU, where state that is offloaded is not counted.
+    """
+    workers = workers or config.workers
+    stage, wide = config.stage_of(workers), BYTES[config.precision]
+    whole, gpu = sizes.parameters, config.num_gpus > 0
+    trained = sizes.adapters(config.lora.rank) if config.lora else whole
+    held = whole + (trained if config.lora else 0)
+    share = workers if stage == 3 else 1
+    weights = wide * held / share
+    if stage == 3:  # the layer at work, and what is fetched ahead
+        weights += wide * min(held, sizes.layer + max(BUCKET, sizes.layer, sizes.head))
+    if gpu and config.offload == "all":
+        weights -= wide * held / share
+    has_second = config.has_reference and not config.stores_reference and config.lora is None
+    return Memory(
+        weights=weights,
+        gradients=_gradients(trained, stage, wide, workers),
+        optimizer=_optimizer(trained, stage, config, workers),
+        activations=_activations(sizes, config, tokens, shape),
+        head=max(0.0, _head(sizes, config, wide) - _recomputed(sizes, config, tokens, shape)),
+        reference=wide * whole / share if has_second else 0.0,
+        process=0.0 if gpu else process,
+    )
+
+
+def _gradients(trained: int, stage: int, wide: int, workers: int) -> float:
+    """Sums in fp32; those of a micro-batch beside them, all of them up to stage 1."""
+    if stage == 0:
+        return 4.0 * trained
+    if stage == 1:
+        return 4.0 * trained + wide * trained
+    own = trained / workers
+    return 4.0 * own + 4.0 * min(own, SUB_GROUP) + 2 * wide * min(trained, BUCKET)
+
+
+def _optimizer(trained: int, stage: int, config: TrainConfig, workers: int) -> float:
+    """Adam's moments in fp32, and with ZeRO fp32 masters; on GPUs also a copy of what it updates.
+
+    Torch's AdamW is fused on CPUs only.
+    """
+    if stage == 0:
+        return (8.0 if config.num_gpus == 0 else 12.0) * trained
+    if config.num_gpus == 0:
+        return 12.0 * trained / workers
+    if config.offload != "none":
+        return 0.0
+    own = trained / workers
+    return 12.0 * own + 4.0 * (min(own, SUB_GROUP) if stage == 3 else own)
+
+
+def _activations(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -> float:
+    """The tensors that layers keep, and the work of the layer whose gradient is computed."""
+    if config.gradient_checkpointing:
+        kept = sizes.layers * tokens * sizes.width * BYTES[config.precision]
+        return kept + _recomputed(sizes, config, tokens, shape)
+    return (sizes.layers + 1) * tokens * _layer_bytes(sizes, config, shape)
+
+
+def _recomputed(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -> float:
+    """With checkpointing a layer and its gradients, which exist once the head's are gone."""
+    return 2.0 * tokens * _layer_bytes(sizes, config, shape) * config.gradient_checkpointing
+
+
+def _layer_bytes(sizes: Sizes, config: TrainConfig, shape: Shape) -> float:
+    """Bytes for each token that a layer keeps for its backward pass.
+
+    Two norms: each has its input in fp32, and the normalized one before and after its gain.
+    Attention: queries, keys, values, output, and the output's copy in the order of tokens. The MLP:
+    gate, its activation, the other half, the product.
+    """
+    wide = BYTES[config.precision]
+    norms = 2 * (4 + 2 * wide) * sizes.width
+    if config.num_gpus and config.precision == "bf16" and config.packing:
+        attention = wide * (2 * sizes.queries + 2 * shape.keys * sizes.keys)  # one flash kernel
+    else:
+        keys = shape.keys if config.packing else 1  # heads of keys are repeated for the queries'
+        masks = shape.pairs if config.packing else 0
+        attention = wide * (3 * sizes.queries + 2 * keys * sizes.queries + masks)
+    return norms + attention + 4 * wide * sizes.inner
+
+
+def _head(sizes: Sizes, config: TrainConfig, wide: int) -> float:
+    """Logits of a chunk with their copies; the gradient of the head's weight in fp32."""
+    weight = 0 if config.lora else (4 + (wide if wide < 4 else 0)) * sizes.head
+    return (12.0 + wide) * max(CHUNK, sizes.vocabulary) + weight
+
+
+def forward_tokens(config: TrainConfig) -> int:
+    """Tokens of a micro-batch without a backward pass, which keeps one layer's activations only."""
+    given = config.micro_batch_tokens
+    if given == "auto":
+        given = 8192 if config.num_gpus else MOST_CPU
+    return FORWARD_TOKENS * given
+
+
+# --- what fits ----------------------------------------------------------------------------------
+
+LEAST = 512
+"""Smallest micro-batch that `auto` chooses, in tokens: below it, matrix products are slow."""
+MOST_CPU, MOST_GPU = 2048, 16384
+"""Largest micro-batches of `auto`: more tokens are no faster there."""
+SPARE = 0.85
+"""Share of the free memory that `auto` fills by the estimate, which holds within 20 %."""
+CERTAIN = 1.5
+"""An estimate of so many times the free memory is refused although memory may become free."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peaks of a worker of one training, for any of its settings."""
+
+    sizes: Sizes
+    config: TrainConfig
+    shape: Shape
+    longest: int
+    """Tokens of the longest row, which is a micro-batch of its own if it has to be."""
+    workers: int
+    process: float = PROCESS
+
+    def at(self, tokens: int, **changes: Any) -> Memory:
+        """The peak with micro-batches of so many tokens, and these changes of the config."""
+        config = self.config.model_copy(update=changes)
+        workers = changes.get("workers", self.workers)
+        return worker_memory(
+            self.sizes,
+            config,
+            max(tokens, self.longest),
+            self.shape,
+            workers=workers,
+            process=self.process,
+        )
+
+    def tokens(self, free: float) -> int:
+        """`micro_batch_tokens`; for `auto` the largest power of two whose peak leaves a reserve.
+
+        `free` is the memory for the worker with its process, in bytes.
+        """
+        given = self.config.micro_batch_tokens
+        if given != "auto":
+            return given
+        tokens = MOST_GPU if self.config.num_gpus else MOST_CPU
+        while tokens > LEAST and self.at(tokens).total > SPARE * free:
+            tokens //= 2
+        return tokens
+
+    def check(self, room: Room, what: str) -> tuple[int, str]:
+        """The micro-batch's tokens, and a line that gives the peak and warns if memory is short.
+
+        Raises:
+            UserError: the peak exceeds the memory of the node or GPU, or by far what is free of it.
+        """
+        tokens = self.tokens(room.free)
+        peak = self.at(tokens)
+        told = f"{what}: micro-batches of {tokens:,} tokens need about {peak} for each worker"
+        if peak.total <= room.free:
+            return tokens, told
+        most = min(room.total, CERTAIN * room.free)
+        lack = f"{told}, of which {room.free / 1e9:.1f} GB are free"
+        line = f"{lack}; {self.remedy(tokens, min(room.total, room.free))}"
+        if peak.total > most:
+            raise UserError(line)
+        return tokens, f"{line} (it may fit if other processes end)"
+
+    def remedy(self, tokens: int, room: float) -> str:
+        """Which settings to change so that the peak is at most `room` bytes; few before many."""
+        options = list(self._options(max(tokens, self.longest)))
+        together = accumulate(options, lambda held, option: held | option)
+        for changes in (*options, *together):
+            if self._peak(tokens, changes) <= room:
+                listed = ", ".join(f"{name}: {_yaml(value)}" for name, value in changes.items())
+                return f"set {listed}"
+        least = min([self._peak(tokens, o) for o in accumulate(options, dict.__or__)], default=0.0)
+        least = least or self.at(tokens).total
+        return (
+            f"no setting makes it fit (the least is {least / 1e9:.1f} GB): take a smaller model, a "
+            "lower max_length, or more memory"
+        )
+
+    def _peak(self, tokens: int, changes: dict[str, Any]) -> float:
+        others = {name: value for name, value in changes.items() if name != "micro_batch_tokens"}
+        return self.at(changes.get("micro_batch_tokens", tokens), **others).total
+
+    def _options(self, tokens: int) -> Iterator[dict[str, Any]]:
+        """Changes that need less memory, those that cost least first."""
+        config, smaller = self.config, 2 ** int(math.log2(max(2, tokens - 1)))
+        while smaller >= max(LEAST, self.longest):
+            yield {"micro_batch_tokens": smaller}
+            smaller //= 2
+        if not config.gradient_checkpointing:
+            yield {"gradient_checkpointing": True}
+        if self.workers > 1 and config.stage_of(self.workers) < 3:
+            yield {"zero_stage": 3}
+        if config.num_gpus and config.offload == "none":
+            yield {"zero_stage": 3, "offload": "optimizer"}
+        if config.num_gpus:
+            yield from ({"zero_stage": 3, "workers": self.workers * n} for n in (2, 4, 8))
+        if not config.lora:
+            yield {"lora": LoraConfig()}
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, LoraConfig):
+        return f"{{rank: {value.rank}}}"
+    return str(value).lower() if isinstance(value, bool) else str(value)
