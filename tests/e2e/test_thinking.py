@@ -1,7 +1,8 @@
 """A run whose source and target think: real engines write markers, which no answer shows.
 
 A letter's token of the zoo's models becomes the closing marker, so that their answers have
-reasoning up to that letter, and the others never end it. Their templates open the reasoning.
+reasoning up to that letter, and the others never end it. The token that begins an answer becomes
+the opening one: their templates open the reasoning, and they read what they were trained on.
 """
 
 from __future__ import annotations
@@ -20,23 +21,27 @@ from wrpo_ray.llm.chat import end_ids, prompt_ids
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.train.rows import PreparedRows
 
-OPEN, CLOSE = "<think>\n", "</think>"
+OPEN, CLOSE = "<think>", "</think>"
 
 
 def thinking(model: Path, folder: Path) -> str:
-    """A copy of a zoo model whose `a` is the closing marker, and `~` the opening one."""
+    """A copy of a zoo model whose prompts end with the opening marker, and whose `a` is the other."""
     shutil.copytree(model, folder)
-    file = folder / "tokenizer.json"
-    tree = json.loads(file.read_text())
-    vocabulary = tree["model"]["vocab"]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
-    for letter, marker in (("~", "<think>"), ("a", CLOSE)):
-        vocabulary[marker] = vocabulary.pop(letter)
-        tree["added_tokens"].append({"id": vocabulary[marker], "content": marker} | flags)
-    file.write_text(json.dumps(tree))
+    tree = json.loads((folder / "tokenizer.json").read_text())
     template = (folder / "chat_template.jinja").read_text()
-    before, asks, after = template.rpartition("-}}{%- endif -%}")
-    (folder / "chat_template.jinja").write_text(f"{before}+ '<think>\\n' {asks}{after}")
+    begins = template.rpartition("{{- '")[2].partition("'")[0]
+    vocabulary = tree["model"]["vocab"]
+    for token, marker in ((begins, OPEN), ("a", CLOSE)):
+        vocabulary[marker] = vocabulary.pop(token)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    others = [added for added in tree["added_tokens"] if added["content"] != begins]
+    markers = [{"id": vocabulary[marker], "content": marker} | flags for marker in (OPEN, CLOSE)]
+    tree["added_tokens"] = others + markers
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["extra_special_tokens"].remove(begins)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.jinja").write_text(template.replace(begins, OPEN))
     return str(folder)
 
 
