@@ -25,7 +25,7 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def thinking(model: Path, folder: Path) -> str:
-    """A copy of a zoo model whose prompts end with the opening marker, and whose `a` is the other."""
+    """A copy of a zoo model whose prompts end with one marker, and whose `a` is the other."""
     shutil.copytree(model, folder)
     tree = json.loads((folder / "tokenizer.json").read_text())
     template = (folder / "chat_template.jinja").read_text()
