@@ -7,14 +7,11 @@ skipped: they can hold answers to prompts that are not part of this config.
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from statistics import mean, median
 from typing import Any, TypeVar
-
-import pyarrow.dataset as ds
 
 from wrpo_ray.config import (
     Actors,
@@ -31,13 +28,13 @@ from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
+from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.memory import training_memory
 from wrpo_ray.planning.work import Plan, Work, share
-from wrpo_ray.runtime.job import AnyInput, Job, JobKind
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
-from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.stages.train.stage import Train
@@ -50,7 +47,6 @@ SHARDS = 32
 METRICS = "metrics.jsonl"
 KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
 """Fields of a work that the report shows."""
-BLOCK, HEAD = 16 * 2**20, 2**20
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
 J = TypeVar("J")
@@ -263,6 +259,10 @@ class _Estimator:
             share *= check.known(self.root).share(prompts.groups)
         return round(self._rows(prompts.step) * share)
 
+    @cached_property
+    def _inputs(self) -> InputRows:
+        return InputRows(self.config)
+
     def _rows(self, step: Step) -> int:
         """Rows of a step's result: of its manifest, or at most so many."""
         job = self.jobs[step.key]
@@ -278,30 +278,10 @@ class _Estimator:
             case Step() as other:
                 return self._rows(other)
             case PromptsConfig() | ImportConfig() | RecordedAnswers() as given:
-                return self._read(given, step.name)
+                return self._inputs.of(given, step.name)
             case tuple(inputs):
-                return sum(self._read(given, step.name) for given in inputs)
+                return sum(self._inputs.of(given, step.name) for given in inputs)
         raise ValueError(f"{step.name}: nothing tells how many rows it has")
-
-    def _read(self, given: AnyInput, step: str) -> int:
-        """Rows of an input; its files are counted once."""
-        if given.path not in self._inputs:
-            self._inputs[given.path] = self._count_input(given.path, step)
-        rows = self._inputs[given.path]
-        limit = given.limit if isinstance(given, PromptsConfig) else None
-        return min(rows, limit or rows)
-
-    @cached_property
-    def _inputs(self) -> dict[str, int]:
-        return {}
-
-    def _count_input(self, path: str, what: str) -> int:
-        if not exist(path):
-            if self.config.plan.prompts is None:
-                raise UserError(f"{what}: no such file: {path}; or give its rows as plan.prompts")
-            return self.config.plan.prompts
-        with ThreadPoolExecutor(16) as threads:
-            return sum(threads.map(count_rows, input_files(path, what)))
 
     def _stored(self, step: Step, wanted: int) -> int:
         """Rows that the store has, capped at those wanted."""
@@ -396,22 +376,3 @@ def _of_engine(model: ModelConfig) -> Actors:
     """The pool with the GPUs of all parts of an engine."""
     gpus = model.actors.num_gpus * model.parts
     return model.actors.model_copy(update={"num_gpus": gpus})
-
-
-def count_rows(uri: str) -> int:
-    """Rows of a Parquet file by its footer, lines of a JSONL file by its newlines.
-
-    Of a large file in a store, by its size and the length of its first lines.
-    """
-    file = Folder(uri)
-    if str(file).endswith(".parquet"):
-        return int(ds.dataset(file.path, filesystem=file.filesystem, format="parquet").count_rows())
-    if file.is_remote and file.size > BLOCK:
-        with file.filesystem.open_input_file(file.path) as stream:
-            first = stream.read(HEAD)
-        return round(file.size * max(1, int(first.count(b"\n"))) / len(first))
-    lines, last = 0, b"\n"
-    with file.filesystem.open_input_stream(file.path) as stream:
-        while block := stream.read(BLOCK):
-            lines, last = lines + block.count(b"\n"), block[-1:]
-    return lines + (last != b"\n")

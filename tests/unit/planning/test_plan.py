@@ -18,8 +18,8 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.identities import scorer_fingerprint
 from wrpo_ray.planning import rates
-from wrpo_ray.planning.estimate import count_rows
 from wrpo_ray.planning.estimate import plan as make_plan
+from wrpo_ray.planning.input_rows import count_rows
 from wrpo_ray.planning.text import count, duration, plan_text
 from wrpo_ray.planning.work import Plan, Work, balance, share
 from wrpo_ray.runtime.ledger import FILE
