@@ -220,7 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         under = {path: data for path, data in files.items() if path.startswith(start)}
         if not under:
             return self._refuse(404, "EntryNotFound")
-        if "recursive=True" in self.path:
+        if "recursive=true" in self.path.lower():
             return self._json([_entry(path, data) for path, data in under.items()])
         names = {path.removeprefix(start).partition("/")[0]: None for path in under}
         direct = [

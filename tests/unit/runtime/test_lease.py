@@ -191,7 +191,7 @@ def test_a_lease_of_another_machine_is_taken_when_its_heart_stops(tmp_path):
 def test_a_file_without_a_lease_counts_as_one_until_it_has_not_changed(tmp_path, content):
     folder = Folder(str(tmp_path))
     folder.write(file_name("x"), content)
-    with Lease(folder, "me", beat=0.1, expires=0.3):
+    with Lease(folder, "me", beat=0.1, expires=1):
         assert files(folder) == [file_name("me")]
 
 

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import make_model, write_model
 
-from wrpo_ray.config import Config, ModelConfig, serving
+from wrpo_ray.config import Config, ModelConfig, TargetConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.preferences import export_preferences
@@ -372,7 +372,7 @@ def test_all_problems_are_told_at_once(hub, tmp_path):
 def test_an_export_finds_the_steps_of_a_hub_model(hub, model, tmp_path):
     hub.add("org/name", model)
     settings = config("org/name", tmp_path).model_copy(
-        update={"target": ModelConfig(name="t", model="org/name")}
+        update={"target": TargetConfig(name="t", model="org/name")}
     )
     with pytest.raises(UserError, match="the preference rows are not there yet"):
         export_preferences(settings, str(tmp_path / "rows.jsonl"), Form())

@@ -332,7 +332,7 @@ def test_processes_beyond_the_limit_end_a_run_that_the_kernel_does_not_count(
 
 
 def test_secrets_and_limits_do_not_go_together(monkeypatch: ON) -> None:
-    for name in filter(module.SECRET.search, list(os.environ)):
+    for name in filter(module.SECRET_NAME.search, list(os.environ)):
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
