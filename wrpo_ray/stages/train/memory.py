@@ -28,7 +28,8 @@ FILE_BYTES = 1 << 30
 FORWARD_TOKENS = 4
 """Factor on the micro-batch size of a forward pass without a backward pass."""
 PROCESS = 0.75e9
-"""A worker with torch, Ray, transformers and DeepSpeed, before it loads anything; measured."""
+"""A worker with torch, Ray, transformers and DeepSpeed, before it loads anything: 0.57 without Ray,
+measured; Ray is a guess."""
 BYTES = {"fp32": 4, "bf16": 2}
 
 
