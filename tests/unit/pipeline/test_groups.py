@@ -110,7 +110,7 @@ def test_rewards_by_group_that_cannot_be(tmp_path, reward, told):
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"prompts": {"path": "p", "columns": {"reference": "r"}}}, "set columns.group of the prompts"),
+        ({"prompts": {"path": "p", "columns": {"reference": "r"}}}, "set columns.group of the"),
         ({"prompts": {"path": "p", "columns": {"group": "g"}}}, "set prompts.columns.reference"),
         ({"target": {"name": "t", "model": "m", "groups": ["law"]}}, "target.groups: only sources"),
         (
