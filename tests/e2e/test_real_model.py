@@ -9,14 +9,18 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 import openai
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -323,3 +327,57 @@ def test_the_gguf_is_the_one_that_llama_cpp_wrote(exported, tmp_path):
     for name, field in theirs.fields.items():
         if name.startswith(("llama.", "tokenizer.")) and name not in told:
             assert ours.get_field(name).contents() == field.contents(), name
+
+
+# --- the whole chain ---------------------------------------------------------------------------
+
+SIX_GB = 6e9
+
+
+def memory_of(process: psutil.Process) -> dict[int, int]:
+    """Resident bytes of a process and all that it started, by process id."""
+    found = {}
+    for each in [process, *process.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            found[each.pid] = each.memory_info().rss
+    return found
+
+
+def rows_of(file: Path) -> list[dict[str, Any]]:
+    return pq.read_table(file).to_pylist()
+
+
+@pytest.mark.soak
+def test_recorded_answers_of_eight_models_are_fused_into_a_real_one(smollm2: Path, tmp_path: Path):
+    """jobs/gsm8k.yaml as its first lines say, on few prompts; no process takes 6 GB."""
+    data = DATA / "gsm8k_real_responses.parquet"
+    if not data.exists():
+        pytest.skip(f"{data} is not there")
+    (tmp_path / data.name).symlink_to(data)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "smollm2").symlink_to(smollm2)
+    shutil.copytree(ROOT / "jobs", tmp_path / "jobs")
+    limits = ["--set", "prompts.limit=64", "--set", "evaluate.prompts.limit=88"]
+    command = [sys.executable, "-m", "wrpo_ray", "fuse", "jobs/gsm8k.yaml", *limits]
+    peaks: dict[int, int] = {}
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log)
+        while run.poll() is None:
+            with suppress(psutil.NoSuchProcess):
+                for pid, size in memory_of(psutil.Process(run.pid)).items():
+                    peaks[pid] = max(size, peaks.get(pid, 0))
+            time.sleep(0.5)
+    told = (tmp_path / "log").read_text()
+    assert run.returncode == 0, told
+    print(told)
+    assert 1e9 < max(peaks.values()) < SIX_GB
+    output = tmp_path / "out" / "gsm8k"
+    answers = [row for file in output.glob("recorded-*/*.parquet") for row in rows_of(file)]
+    prompts = [row for file in output.glob("prompts-*/*.parquet") for row in rows_of(file)]
+    wanted = {row["prompt_id"] for row in prompts}
+    by_source = Counter(row["source"] for row in answers if row["prompt_id"] in wanted)
+    assert len(wanted) == 64
+    assert set(by_source.values()) == {64}
+    assert len(by_source) == 8
+    summary = json.loads((output / "summary.json").read_text())
+    assert load(Path(summary["fused_model"])).config.num_hidden_layers == 30

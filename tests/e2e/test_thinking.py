@@ -25,13 +25,13 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 def thinking(model: Path, folder: Path) -> str:
-    """A copy of a zoo model whose prompts end with one marker, and whose `a` is the other."""
+    """A copy of a zoo model whose prompts end with one marker, and whose `p` is the other."""
     shutil.copytree(model, folder)
     tree = json.loads((folder / "tokenizer.json").read_text())
     template = (folder / "chat_template.jinja").read_text()
     begins = template.rpartition("{{- '")[2].partition("'")[0]
     vocabulary = tree["model"]["vocab"]
-    for token, marker in ((begins, OPEN), ("a", CLOSE)):
+    for token, marker in ((begins, OPEN), ("p", CLOSE)):
         vocabulary[marker] = vocabulary.pop(token)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     others = [added for added in tree["added_tokens"] if added["content"] != begins]
@@ -43,6 +43,13 @@ def thinking(model: Path, folder: Path) -> str:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "chat_template.jinja").write_text(template.replace(begins, OPEN))
     return str(folder)
+
+
+def shifts(zoo: Path) -> list[dict[str, Any]]:
+    """Prompts to shift a word by a letter: `o` becomes `p`, which none of them has."""
+    rows = [json.loads(line) for line in (zoo / "prompts.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["skill"] == "shift" and "p" not in row["prompt"]]
+    return [row for row in found if "p" in row["reference"]][:60] + found[:10]
 
 
 def table(output: Path, step: str) -> list[dict[str, Any]]:
@@ -57,10 +64,11 @@ def test_reasoning_is_kept_or_left_out_from_the_engine_to_the_training_row(
 ):
     source = thinking(zoo / "sources" / "gemma2-chars", tmp_path / "source")
     target = thinking(zoo / "target", tmp_path / "target")
-    output = tmp_path / "out"
+    output, prompts = tmp_path / "out", tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in shifts(zoo)))
     wrpo = demo(
         output,
-        prompts={"path": str(zoo / "prompts.jsonl"), "limit": 80},
+        prompts={"path": str(prompts)},
         sources=[
             {"name": "aloud", "model": source, "reasoning": "keep"},
             {"name": "quiet", "model": source, "reasoning": "strip"},
@@ -140,14 +148,14 @@ def _check_training(output: Path, tokenizer: Any) -> None:
 def test_a_served_model_gives_its_reasoning_in_a_field_of_its_own(zoo: Path, tmp_path: Path):
     """Whole and streamed alike, and a history with it is taken."""
     model = thinking(zoo / "target", tmp_path / "target")
-    asked = [f"Reverse {word}." for word in ("dap", "tac", "bed", "nog", "lam", "kip")]
+    asked = [row["prompt"] for row in shifts(zoo)[:12]]
     with serving(zoo, models=[{"name": "target", "model": model, "reasoning": "strip"}]) as server:
         client = server.client()
         found = [_both(client, messages(prompt)) for prompt in asked]
         history = [
-            {"role": "user", "content": "Reverse dap."},
-            {"role": "assistant", "content": "pad", "reasoning_content": "p"},
-            {"role": "user", "content": "Reverse tac."},
+            {"role": "user", "content": asked[0]},
+            {"role": "assistant", "content": "b", "reasoning_content": "a"},
+            {"role": "user", "content": asked[1]},
         ]
         assert _both(client, history)
     assert any(content for _, content in found), found
