@@ -84,6 +84,7 @@ HUB = "hf_AbCdEfGhIjKlMnOpQrStUvWx"
         *((f"{before}{HUB} x", f"{before}... x") for before in (
             "-", "key-", "\x1b[31m", "\x1b[1;31m", "\x1b[0m", "/", ",", "user:",
         )),
+        (f"key-{JWT}", "key-..."),
         *((f"of {form} x", "of ... x") for form in (
             "hf_oauth_eyJhbGciOi.Ab12Cd34Ef56", f"npm_{'aB3' * 12}", f"pypi-AgEIc{'aB3-' * 12}",
             f"dckr_pat_{'aB3' * 9}", "sk-ant-api03-Ab12Cd34Ef56Gh78-x", "sk-or-v1-0123456789abcdef",
