@@ -3,6 +3,8 @@
 They are known by three signs: the environment has the value in a variable that is named like a
 secret; a name before the value says so (`HF_TOKEN=...`, `Authorization: ...`); or the value has the
 form of a well-known token. Words such as "token ids" and `max_tokens=5` have none of them.
+In doubt a value is hidden, but a plain word or a number below 8 characters is kept where its name
+alone (`TOKEN`, `KEY`) does not say that it is a secret.
 """
 
 import os
@@ -16,8 +18,9 @@ SECRET_NAME = re.compile(
 SHORTEST = 8
 """Minimum characters of a variable's value that is hidden wherever it is: less may be a word."""
 _PLAIN = r"[^\s'\"\\,;&(){}\[\]<>]"
+_GOES_ON = rf"(?:{_PLAIN}|[,;&](?=[\w@#$%^*!+-])(?![\w.-]{{1,40}}=))"
 _VALUE = (
-    rf"{_PLAIN}(?:{_PLAIN}|[,;&](?=[\w@#$%^*!+-])(?![\w.-]{{1,40}}=)"
+    rf"{_PLAIN}(?:{_GOES_ON}"
     r"|[(){}\[\]<>'\"](?=[A-Za-z0-9])|\\(?![nrtux'\"\\]))*"
 )
 """A value without quotes; a comma, a bracket or the like ends it unless it goes on behind it."""
@@ -27,14 +30,14 @@ _CLOSE = r"[\\'\"]{0,4}\]?[ \t]{0,8}"
 """What may be between a name and its `=` or `:`."""
 _EQUALS = rf"{_CLOSE}:?=>?(?!=)[ \t]{{0,8}}"
 _COLON = rf"{_CLOSE}:[ \t]{{0,8}}"
-_END = rf"[.:!?]{{0,3}}(?!{_PLAIN})"
+_END = rf"[.:!?]{{0,3}}(?!{_GOES_ON})"
 _ABSENT = rf"(?:None|null|true|false|True|False){_END}"
 _SHORT = rf"(?:{_ABSENT}|(?:[A-Za-z_-]{{1,7}}|[0-9]{{1,7}}){_END}|[<\[])"
 """A plain word or a number that is too short for a secret, or a special token of a model."""
 _PROSE = rf"(?:{_SHORT}|[A-Za-z][a-z]{{0,14}}{_END}|https?://)"
 """What follows a colon in a sentence."""
 _NO_TOKEN = (
-    rf"(?!(?!https?://)(?={_PLAIN}{{8}})(?:(?={_PLAIN}{{0,99}}[0-9]){_PLAIN}{{0,99}}[A-Za-z]"
+    rf"(?!(?!https?://|\d{{1,9}}\.\d)(?={_PLAIN}{{8}})(?:(?={_PLAIN}{{0,99}}[0-9]){_PLAIN}{{0,99}}[A-Za-z]"
     rf"|{_PLAIN}{{0,99}}[a-z][A-Z]|{_PLAIN}{{20}}))"
 )
 """What has not the look of a secret: a word in a tokenizer's or a model's output."""
