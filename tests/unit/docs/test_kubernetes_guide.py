@@ -106,7 +106,7 @@ def test_only_ones_own_folders_are_applied_and_each_that_is_written_is(
     applied: dict[str, list[dict[str, Any]]],
 ):
     written = {str(Path(b.saved_as).parent) for b in page() if b.saved_as}
-    written -= {"mine", "mine/storage", "mine/limits"}  # single files, and components
+    written -= {"mine", "mine/storage", "mine/limits", "mine/inside"}  # single files, components
     assert set(applied) == written
 
 
@@ -127,8 +127,11 @@ def test_what_the_guide_writes_passes_the_check(
         assert [str(problem) for problem in found.problems] == []
     monkeypatch.chdir(place)
     monkeypatch.setenv("PATH", str(Path(kubectl()).parent), prepend=":")
-    (words,) = commands("wrpo")
-    assert cli.main(words) == 0
+    alone, team = commands("wrpo")
+    assert team[2:4] == ["mine/team-a/base", "mine/team-a/job"]
+    assert cli.main(team) == 0
+    assert "no problem found" in capsys.readouterr().out
+    assert cli.main(alone) == 0
     told = capsys.readouterr().out
     (shown,) = (b.text for b in page() if b.language == "text" and "RayJob/fusion" in b.text)
     assert all(line in told for line in shown.splitlines())
@@ -174,11 +177,102 @@ def test_folders_do_not_change_objects_of_each_other(applied: dict[str, list[dic
     assert len(outputs) == 2
 
 
-def test_a_team_has_a_quota_and_a_run_in_its_namespace(applied: dict[str, list[dict[str, Any]]]):
-    found = [*applied["mine/team-a/base"], *applied["mine/team-a/job"]]
-    assert {b["metadata"].get("namespace", "team-a") for b in found} == {"team-a"}
-    assert {b["metadata"]["name"] for b in found if b["kind"] == "Namespace"} == {"team-a"}
-    assert {"ResourceQuota", "RayJob", "PersistentVolumeClaim"} <= {b["kind"] for b in found}
+WIDE = {"Namespace", "ClusterQueue", "ResourceFlavor", "Topology", "PriorityClass"}
+WIDE |= {"WorkloadPriorityClass", "ClusterRole", "ClusterRoleBinding", "PersistentVolume"}
+"""Kinds of objects that are the whole cluster's, which only its administrator may write."""
+
+
+def rendered(place: Path, name: str) -> list[dict[str, Any]]:
+    """The objects of a folder of the reader."""
+    command = [kubectl(), "kustomize", name]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def test_a_team_has_a_quota_and_a_run_in_its_namespace(
+    applied: dict[str, list[dict[str, Any]]],
+):
+    base, job = applied["mine/team-a/base"], applied["mine/team-a/job"]
+    assert {b["metadata"].get("namespace", "team-a") for b in [*base, *job]} == {"team-a"}
+    assert [b["metadata"]["name"] for b in base if b["kind"] == "Namespace"] == ["team-a"]
+    assert {"RayJob", "PersistentVolumeClaim"} <= {b["kind"] for b in job}
+    (quota,) = (b["spec"]["hard"] for b in base if b["kind"] == "ResourceQuota")
+    (whole,) = yaml.safe_load(
+        (CLUSTER / "components/quota/quota.yaml").read_text().split("---")[0]
+    )["spec"].values()
+    changed = {name for name in whole if quota[name] != whole[name]}
+    assert set(quota) == set(whole)
+    assert {"requests.cpu", "requests.nvidia.com/gpu"} <= changed
+
+
+@pytest.mark.parametrize("run", ["job", "kueue"])
+def test_what_a_team_applies_lacks_only_what_the_administrator_does(place: Path, run: str):
+    """Under a name of its own: the team may not write what is the whole cluster's."""
+    folder = place / f"mine/team-a/try-{run}"
+    folder.mkdir(exist_ok=True)
+    team = yaml.safe_load((place / "mine/team-a/job/kustomization.yaml").read_text())
+    priorities = "../../../cluster/components/priorities"
+    found = {}
+    for name, components in {
+        "all": [priorities],
+        "team": [priorities, *team["components"]],
+    }.items():
+        parts = {**team, "resources": [f"../../{run}"], "components": components}
+        (folder / "kustomization.yaml").write_text(yaml.safe_dump(parts))
+        found[name] = rendered(place, str(folder.relative_to(place)))
+    left = [body for body in found["all"] if body not in found["team"]]
+    queue = {"ClusterQueue", "LocalQueue", "ResourceFlavor", "WorkloadPriorityClass"}
+    expected = {"Namespace", "PriorityClass"} | (queue if run == "kueue" else set())
+    assert {body["kind"] for body in left} == expected
+    assert not WIDE & {body["kind"] for body in found["team"]}
+    assert all(body in found["all"] for body in found["team"])
+
+
+def test_the_administrator_s_base_with_kueue_has_the_team_s_queue(place: Path):
+    text = (CLUSTER.parent / PAGE).read_text()
+    (resources,) = re.findall(r"the administrator's base has `(resources: \[.+?\])`", text)
+    folder = place / "mine/team-a/try-base"
+    shutil.copytree(place / "mine/team-a/base", folder)
+    file = folder / "kustomization.yaml"
+    parts = {**yaml.safe_load(file.read_text()), **yaml.safe_load(resources)}
+    file.write_text(yaml.safe_dump(parts))
+    found = {b["kind"]: b for b in rendered(place, "mine/team-a/try-base")}
+    assert found["ClusterQueue"]["metadata"]["name"] == "team-a"
+    assert found["LocalQueue"]["spec"]["clusterQueue"] == "team-a"
+    selector = found["ClusterQueue"]["spec"]["namespaceSelector"]["matchLabels"]
+    assert selector == {"kubernetes.io/metadata.name": "team-a"}
+
+
+def test_a_team_may_change_nothing_outside_of_its_namespace(
+    applied: dict[str, list[dict[str, Any]]],
+):
+    base = applied["mine/team-a/base"]
+    assert not [b for b in base if b["kind"].startswith("ClusterRole")]
+    (role,) = (b for b in base if b["kind"] == "Role")
+    given = {kind: rule["verbs"] for rule in role["rules"] for kind in rule["resources"]}
+    assert {"create", "delete"} <= set(given["rayjobs"])
+    assert set(given["localqueues"]) == {"get", "list", "watch"}
+    assert "*" not in str(role["rules"])
+    bound = [b for b in base if b["kind"] == "RoleBinding"]
+    assert {b["roleRef"]["name"] for b in bound} == {role["metadata"]["name"], "edit"}
+    assert {s["name"] for b in bound for s in b["subjects"]} == {"team-a"}
+
+
+def test_every_folder_is_made_before_it_is_written_to():
+    made = {w for words in commands("mkdir") for w in words if not w.startswith("-")}
+    written = {str(Path(b.saved_as).parent) for b in page() if b.saved_as}
+    assert written - {"mine"} == made
+    ignored = (CLUSTER.parent / ".gitignore").read_text().splitlines()
+    assert "/mine/" in ignored
+
+
+def test_every_model_of_the_run_is_downloaded():
+    (listed,) = (b.text for b in page() if b.saved_as == "mine/models/models.txt")
+    rows = [line.split() for line in listed.splitlines()]
+    assert all(len(row) == 3 for row in rows)
+    run = str(saved("mine/job/fusion.yaml"))
+    assert {row[0] for row in rows} == set(re.findall(r"/cache/models/([\w.-]+)", run))
 
 
 def test_fewer_nodes_are_those_of_the_groups_that_the_guide_names(place: Path):

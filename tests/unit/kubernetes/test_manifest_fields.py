@@ -24,7 +24,7 @@ from wrpo_ray.kubernetes.manifests import Manifest, Problem, read
 
 OTHERS = (
     "base/network.yaml", "storage/storage.yaml", "base/accounts.yaml", "base/namespace.yaml",
-    "overlays/kueue/queue.yaml", "overlays/serve-redis/redis.yaml", "dashboards/podmonitors.yaml",
+    "queue/queue.yaml", "overlays/serve-redis/redis.yaml", "dashboards/podmonitors.yaml",
     "secrets.example.yaml", "launcher.yaml",
 )  # fmt: skip
 GROUPS = ("cpu", "generate-1gpu", "serve")

@@ -46,6 +46,58 @@ def test_a_credential_is_hidden_and_the_text_around_it_is_kept(text: str, left: 
     assert redact(text) == left
 
 
+PEM = "-----BEGIN RSA PRIVATE KEY-----\nMIIEpAIBAAKCAQEA0\n-----END RSA PRIVATE KEY-----"
+HUB = "hf_AbCdEfGhIjKlMnOpQrStUvWx"
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        *((f"{name}={CANARY} x", f"{name}=... x") for name in (
+            "TOKEN", "SECRET", "KEY", "DB_PASS", "CREDENTIALS", "hf_token", "access_token",
+            "client_secret", "AccountKey", "--api-key", "--token", "SharedAccessKey", "apiKey",
+        )),
+        *((f'{{"{name}": "{CANARY}", "a": 1}}', f'{{"{name}": "...", "a": 1}}') for name in (
+            "token", "hf_token", "accessToken", "secret", "TOKEN", "credentials", "password",
+        )),
+        *((f"{name}: {CANARY}\nx", f"{name}: ...\nx") for name in (
+            "x-goog-api-key", "x-amz-security-token", "X-Auth-Token", "api-key", "PRIVATE-TOKEN",
+            "TOKEN", "token", "DB_PASS", "password",
+        )),
+        ("curl -H 'X-Api-Key: plugh' x", "curl -H 'X-Api-Key: ...' x"),
+        (f"wrpo x --token {CANARY} --api-key {CANARY} y", "wrpo x --token ... --api-key ... y"),
+        (f"['hf', '--token', '{CANARY}', 'y']", "['hf', '--token', '...', 'y']"),
+        ("Cookie: session=abc; user=plugh\nx", "Cookie: ...\nx"),
+        ("{'Cookie': 'session=abc; b=c', 'A': 1}", "{'Cookie': '...', 'A': 1}"),
+        ("AccountName=a;AccountKey=Ab/+c==;EndpointSuffix=b",
+         "AccountName=a;AccountKey=...;EndpointSuffix=b"),
+        (f'Bearer "{CANARY}" x', 'Bearer "..." x'),
+        (f'Authorization: Bearer "{CANARY}" x', 'Authorization: ..." x'),
+        ("PASSWORD=p@ss,word9 x", "PASSWORD=... x"),
+        ("DB_PASS=abc,def9 x", "DB_PASS=... x"),
+        ("PASSWORD=p(a)s's\\word9 x", "PASSWORD=... x"),
+        ("f(password=p@ss, user=1)", "f(password=..., user=1)"),
+        ('password="p\'q\\"r" x', 'password="..." x'),
+        ("os.environ['HF_TOKEN'] = 'Xyzzy0Plugh'", "os.environ['HF_TOKEN'] = '...'"),
+        (f"a {PEM} b", f"a {PEM[:31]}...{PEM[-29:]} b"),
+        (repr(PEM), f"'{PEM[:31]}...{PEM[-29:]}'"),
+        (PEM[:50], "-----BEGIN RSA PRIVATE KEY-----..."),
+        *((f"{before}{HUB} x", f"{before}... x") for before in (
+            "-", "key-", "\x1b[31m", "\x1b[1;31m", "\x1b[0m", "/", ",", "user:",
+        )),
+        (f"key-{JWT}", "key-..."),
+        *((f"of {form} x", "of ... x") for form in (
+            "hf_oauth_eyJhbGciOi.Ab12Cd34Ef56", f"npm_{'aB3' * 12}", f"pypi-AgEIc{'aB3-' * 12}",
+            f"dckr_pat_{'aB3' * 9}", "sk-ant-api03-Ab12Cd34Ef56Gh78-x", "sk-or-v1-0123456789abcdef",
+            "xoxb-123456789012-abcdefghijkl",
+        )),
+    ],
+)  # fmt: skip
+def test_every_kind_of_credential_is_hidden_up_to_its_end(text: str, left: str):
+    assert redact(text) == left
+    assert redact(left) == left
+
+
 @pytest.mark.parametrize("form", [str, repr, json.dumps, lambda h: json.dumps(json.dumps(h))])
 def test_headers_are_hidden_however_they_are_printed(form):
     assert CANARY not in redact(f"request failed: {form(HEADERS)}")
@@ -64,6 +116,22 @@ def test_headers_are_hidden_however_they_are_printed(form):
         "hf_hub_download and hf_transfer of sk-learn-contrib-extra-packages",
         "authorization of the cluster failed",
         "Basic authentication needs a password",
+        "if API_KEY == 'abc': pass",
+        "if password == 'abc' and token != 'Ab12Cd34'",
+        "Authorization: required. Please",
+        "What is authorization: it is",
+        "EOS_TOKEN: 151643, EOS_TOKEN=151643, EOS_TOKEN='</s>'",
+        "SORT_KEY=name",
+        "Basic Authentication, Basic Authorization/Authentication",
+        "sk-learn-contrib-Package-name-V2",
+        "def f(api_key: str = None, password: Optional[str], token: str)",
+        '{"token": "understanding", "logprob": -0.5, "token": "<|endoftext|>"}',
+        "tiktoken==0.12.0, tiktoken=0.12.0, tokens: 12345678, n_tokens=1234567890",
+        "pass --token to the command, or --api-key. The cookie: it is",
+        "time per token: 0.12ms/token",
+        "get a token: https://huggingface.co/settings/tokens",
+        "wrpo serve --new-key client; stop_token='User:'; the secret: nobody knows",
+        "-----BEGIN CERTIFICATE-----\nMIIEpAIBAAKCAQEA0\n-----END CERTIFICATE-----",
         "RayJob/wrpo-raycluster-generate-1gpu-worker-abcde-fghij-klmno",
     ],
 )

@@ -87,7 +87,23 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "text.addresses._IN_TEXT": (addresses.redact, ("a", "b1", "QmFzZTY0", "-", " ")),
     "text.credentials._HEADERS": (
         hide_credentials,
-        ("Authorization", ":", "'", "\\", " ", "basic ", "a", ",", ", a=", '"', ", a=b"),
+        ("Authorization", ":", "'", "\\", " ", "basic ", "a", ",", ", a=", '"', ", a=b", "x-a-key"),
+    ),
+    "text.credentials._COOKIES": (
+        hide_credentials,
+        ("Cookie", ":", "=", " ", "'", "\\", "a", ";", "\n", "]"),
+    ),
+    "text.credentials._BASIC": (
+        hide_credentials,
+        ("Basic", " ", "a", "A", "aA", "1", "=", "/", "'", "\n"),
+    ),
+    "text.credentials._FLAGS": (
+        hide_credentials,
+        ("--", "-", "a-", "token", "api-key", " ", "=", "'", ",", "a", "A1"),
+    ),
+    "text.credentials._PEM": (
+        hide_credentials,
+        ("-----BEGIN ", "RSA ", "PRIVATE KEY-----", "-----END ", "-----", "-", "A", "\n"),
     ),
     "text.credentials._SCHEMES": (
         hide_credentials,
@@ -95,7 +111,22 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     ),
     "text.credentials._NAMED": (
         hide_credentials,
-        ("A", "_KEY", "_TOKEN", "=", ": ", "'", '"', "api_key", "a", "1", "\\", "password"),
+        (
+            "A",
+            "_KEY",
+            "token",
+            "=",
+            ": ",
+            "'",
+            '"',
+            "api_key",
+            "a",
+            "1",
+            "\\",
+            "password",
+            ",",
+            "(",
+        ),
     ),
     "text.credentials._TOKENS": (
         hide_credentials,
