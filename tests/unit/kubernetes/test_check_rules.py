@@ -14,6 +14,7 @@ from support.manifests import FILLED, FUSION, Body, ray_objects, rendered
 
 from wrpo_ray import cli, config
 from wrpo_ray.kubernetes.check import Report, check
+from wrpo_ray.kubernetes.schema import Schemas
 
 TOKEN_ENV = "spec.headGroupSpec.template.spec.containers[0].env"
 
@@ -188,6 +189,24 @@ def test_a_submitter_with_a_command_needs_no_entrypoint(
     body["spec"] |= {"entrypoint": "", "submissionMode": "K8sJobMode"}
     body["spec"]["submitterPodTemplate"] = {"spec": {"containers": [container]}}
     assert bool(texts(report(tmp_path, body), "entrypoint")) != is_right
+
+
+@pytest.mark.parametrize("value", [12345678, ["hunter2"], {"a": "hunter2"}, 1.5, True])
+def test_no_message_has_the_value_of_a_secret(value: Any, tmp_path: Path):
+    secret = made("Secret", "s", data={"A": value}, stringData={"B": value})
+    body = ray_objects()["RayCluster"]
+    head = at(body, "spec.headGroupSpec")
+    head["rayStartParams"]["redis-password"] = value
+    at(body, TOKEN_ENV).append({"name": "DB_PASSWORD", "value": value})
+    at(body, "spec")["gcsFaultToleranceOptions"] = {"redisPassword": {"value": value}}
+    head["template"]["spec"]["initContainers"] = [
+        {"name": "a", "image": "a:1", "env": {"HF_TOKEN": value}}
+    ]
+    (tmp_path / "c.yaml").write_text(f"{json.dumps(secret)}\n---\n{json.dumps(body)}")
+    told = check([str(tmp_path / "c.yaml")], None, Schemas()).problems
+    assert len(told) >= 6
+    assert not [problem for problem in told if str(value) in str(problem)], told
+    assert sum("a value that is not shown" in problem.text for problem in told) >= 5
 
 
 # --- namespaces ------------------------------------------------------------------------------
