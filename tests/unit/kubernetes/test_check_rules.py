@@ -13,7 +13,11 @@ from support.edits import at
 from support.manifests import FILLED, FUSION, Body, ray_objects, rendered
 
 from wrpo_ray import cli, config
+from wrpo_ray.kubernetes import capacity
 from wrpo_ray.kubernetes.check import Report, check
+from wrpo_ray.kubernetes.manifests import Manifest
+from wrpo_ray.kubernetes.ray_objects import RayObject, typed
+from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
 
 TOKEN_ENV = "spec.headGroupSpec.template.spec.containers[0].env"
@@ -116,6 +120,44 @@ def test_an_error_of_kustomize_is_told_without_the_logs_prefix(
     assert cli.main(["cluster", "check", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert told.endswith('kubectl kustomize: old field "x" error: no [a] b\n')
+
+
+PARTS = ({"CPU": 1.0}, *[{"GPU": 1.0, "generate-8gpu": 1.0}] * 4)
+
+
+@pytest.mark.parametrize(
+    ("bundles", "count"),
+    [(({"CPU": 8.0, "GPU": 1.0},), n) for n in (65, 99, 210)]
+    + [(({"CPU": 4.0},), 131), (PARTS, 14), (PARTS, 16), (PARTS, 17)],
+)
+def test_many_requests_are_counted_as_rays_scheduler_would(bundles: tuple[Any, ...], count: int):
+    body = ray_objects()["RayCluster"]
+    for group in at(body, "spec.workerGroupSpecs"):
+        group |= {"minReplicas": 1, "replicas": 1, "maxReplicas": 8}
+    found = typed(Manifest("c", body))
+    assert isinstance(found, RayObject)
+    types = capacity.node_types(found, found.cluster)
+    for kind in types.config["available_node_types"].values():
+        kind["min_workers"] = 0
+    request = Request("a", bundles, count)
+    assert types.nodes_for(request) == capacity._scheduled(types.config, request)
+
+
+@pytest.mark.parametrize(("least", "engines"), [(2**31 - 1, 1), (100_000, 64), (0, 5000)])
+def test_thousands_of_nodes_are_counted_in_seconds(least: int, engines: int, tmp_path: Path):
+    body = ray_objects()["RayCluster"]
+    group = at(body, "spec.workerGroupSpecs")[2]
+    assert group["groupName"] == "generate-4gpu"
+    group |= {"minReplicas": least, "replicas": least, "maxReplicas": max(least, 5000)}
+    changes = {"tensor_parallel": 4, "actors": {"min": engines, "max": engines, "num_cpus": 8,
+        "num_gpus": 1, "resources": {"generate-4gpu": 1}}}  # fmt: skip
+    job = config.load(FUSION, [f"sources.0.{k}={json.dumps(v)}" for k, v in changes.items()])
+    started = time.process_time()
+    told = report(tmp_path, body, job=job)
+    assert time.process_time() - started < 10
+    assert told.problems == []
+    (place,) = [place for place in told.places if "generate qwen" in place]
+    assert f"{max(least, engines)} x generate-4gpu" in place
 
 
 # --- files -----------------------------------------------------------------------------------
