@@ -163,6 +163,37 @@ def test_thousands_of_nodes_are_counted_in_seconds(least: int, engines: int, tmp
 # --- files -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"a.yaml": ""}, "a.yaml: has no object, so there is nothing to check"),
+        ({"a.yaml": "---\n# none\n---\nnull\n"}, "has no object, so there is nothing to check"),
+        ({"a.yaml": "kind: List\napiVersion: v1\nitems: []"}, "has no object"),
+        ({}, "no .yaml, .yml or .json file is in this folder"),
+        ({"a.txt": "kind: Namespace"}, "no .yaml, .yml or .json file is in this folder"),
+        ({"a.yaml": "{}", "job/kustomization.yaml": "", "b/c/Kustomization": ""}, "/b/c, "),
+        ({"a.yml": "{", "b.yaml": "apiVersion: v1\nkind: Namespace\nmetadata: {name: a}"}, "a.yml"),
+        ({"a.json": "{"}, "a.json"),
+        ({"kustomization.yml": "resources: [none.yaml]"}, "kubectl"),
+        ({"Kustomization": "resources: [none.yaml]"}, "kubectl"),
+    ],
+)
+def test_nothing_is_passed_over_silently(
+    files: dict[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    one = tmp_path / next(iter(files)) if list(files) == ["a.yaml"] else tmp_path
+    assert cli.main(["cluster", "check", str(one)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_an_empty_stream_is_nothing_to_check(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["cluster", "check", os.devnull]) == 2
+    assert "has no object" in capsys.readouterr().err
+
+
 def bomb(levels: int) -> str:
     """Aliases of ten aliases each."""
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
