@@ -69,6 +69,7 @@ def check_objects(
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
         report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
+        report.problems += _told(manifest, pod_rules.check_volumes, manifest)
         report.problems += _told(manifest, secret_rules.check, manifest)
         report.problems += _told(manifest, neighbour_rules.check, manifest, manifests)
         faults = list(field_formats.check(manifest))  # which say more than schemas

@@ -1,13 +1,15 @@
 """Rules for pods that no schema knows: one Ray version, equal GPUs, shared memory, references."""
 
+import difflib
 import importlib.metadata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 from wrpo_ray import __version__
 from wrpo_ray.kubernetes import node_rules
-from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.manifests import Body, Manifest, Problem, mapping
 from wrpo_ray.kubernetes.ray_objects import (
     GPU,
     Container,
@@ -132,6 +134,53 @@ def _shared_memory(path: str, group: Group) -> Faults:
             f"is {volume.size_limit} of {memory} memory; it counts as memory, and Ray takes "
             f"{OBJECT_STORE:.0%} for objects: set it between the two",
         )
+
+
+# --- volumes ---------------------------------------------------------------------------------
+
+
+def check_volumes(manifest: Manifest) -> Iterator[Problem]:
+    """Yield the mounts and volumes of pods that Kubernetes rejects."""
+    for path, pod in _pods(manifest.body, ()):
+        volumes = [str(mapping(v).get("name")) for v in pod.get("volumes") or []]
+        for name in _twice(volumes):
+            text = f"{name!r} is the name of two volumes"
+            yield _volume_problem(manifest, (*path, "volumes"), text)
+        claims = mapping(manifest.body.get("spec")).get("volumeClaimTemplates") or []
+        known = {*volumes, *(str(mapping(mapping(c).get("metadata")).get("name")) for c in claims)}
+        for key in ("initContainers", "containers"):
+            for number, container in enumerate(map(mapping, pod.get(key) or [])):
+                mounts = [mapping(mount) for mount in container.get("volumeMounts") or []]
+                for text in _mount_faults(mounts, known):
+                    yield _volume_problem(manifest, (*path, key, number, "volumeMounts"), text)
+
+
+def _volume_problem(manifest: Manifest, path: tuple[Any, ...], text: str) -> Problem:
+    return Problem(manifest, path_text(path), "volumes", f"{text}: Kubernetes rejects the pod")
+
+
+def _mount_faults(mounts: list[Body], volumes: set[str]) -> Iterator[str]:
+    for name in sorted({str(mount.get("name")) for mount in mounts} - volumes):
+        close = difflib.get_close_matches(name, volumes, n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield f"the pod has no volume {name!r}{hint}"
+    for place in _twice([str(mount.get("mountPath")).rstrip("/") for mount in mounts]):
+        yield f"two volumes are mounted at {place}"
+
+
+def _twice(names: list[str]) -> list[str]:
+    return sorted(name for name, n in Counter(names).items() if n > 1)
+
+
+def _pods(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Body]]:
+    """Yield the specs of pods in an object, each with its path."""
+    if isinstance(value, dict) and isinstance(value.get("containers"), list):
+        yield path, value
+        return
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield from _pods(part, (*path, key))
+    for number, part in enumerate(value) if isinstance(value, list) else ():
+        yield from _pods(part, (*path, number))
 
 
 # --- references ------------------------------------------------------------------------------

@@ -532,6 +532,35 @@ def test_the_buckets_of_the_overlays_have_to_be_filled_in(overlay: str, tmp_path
     assert {p.rule for p in check([str(tmp_path / "c.yaml")]).problems} == {"placeholder"}
 
 
+@pytest.mark.parametrize(
+    ("key", "more", "told"),
+    [
+        ("volumeMounts", {"name": "cachee", "mountPath": "/n"}, "no volume 'cachee'; did you mean "),
+        ("volumeMounts", {"name": "zzz", "mountPath": "/n"}, "the pod has no volume 'zzz':"),
+        ("volumeMounts", {"name": "cache", "mountPath": "/cache/"}, "two volumes are mounted at /c"),
+        ("volumeMounts", {"name": "cache", "mountPath": "/n"}, None),
+        ("volumes", {"name": "cache", "emptyDir": {}}, "'cache' is the name of two volumes"),
+        ("volumes", {"name": "other", "emptyDir": {}}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["RayCluster", "StatefulSet"])
+def test_the_volumes_of_a_pod_are_those_that_are_mounted(
+    key: str, more: Body, told: str | None, kind: str, tmp_path: Path
+):
+    mounts = [{"name": "cache", "mountPath": "/cache"}, {"name": "claim", "mountPath": "/claim"}]
+    pod: Body = {"volumes": [{"name": "cache", "emptyDir": {}}]}
+    pod["containers"] = [{"name": "a", "image": "a:1", "volumeMounts": mounts}]
+    claims = [{"metadata": {"name": "claim"}, "spec": {}}]
+    spec = {"template": {"spec": pod}, "volumeClaimTemplates": claims}
+    body = made(kind, "redis", spec, apiVersion="apps/v1")
+    if kind == "RayCluster":
+        body = ray_objects()[kind]
+        pod = at(body, "spec.headGroupSpec.template.spec")
+    (pod if key == "volumes" else pod["containers"][0])[key].append(more)
+    found = texts(report(tmp_path, body), "volumes")
+    assert [told in one for one in found] == ([True] if told else []), found
+
+
 # --- ports -----------------------------------------------------------------------------------
 
 
