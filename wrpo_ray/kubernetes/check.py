@@ -16,6 +16,7 @@ from wrpo_ray.kubernetes import (
     pod_rules,
     queue_rules,
     quota_rules,
+    reference_rules,
     resource_requests,
     secret_rules,
     serve_config,
@@ -64,11 +65,11 @@ def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
     """Check objects that are already read."""
-    needs, uses = (pod_rules.external(manifests, is_optional) for is_optional in (False, True))
+    needs, uses = (reference_rules.external(manifests, is_optional) for is_optional in (False, True))
     report = Report(manifests, needs=needs, uses=uses)
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
-        report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
+        report.problems += _told(manifest, reference_rules.check, manifest, manifests)
         report.problems += _told(manifest, pod_rules.check_volumes, manifest)
         report.problems += _told(manifest, secret_rules.check, manifest)
         report.problems += _told(manifest, neighbour_rules.check, manifest, manifests)

@@ -9,8 +9,9 @@ from pathlib import PurePosixPath
 from wrpo_ray.config import Config, parse
 from wrpo_ray.errors import UserError
 from wrpo_ray.kubernetes.manifests import Manifest, Problem, mapping
-from wrpo_ray.kubernetes.pod_rules import EXTERNAL, IMAGE, declared
+from wrpo_ray.kubernetes.pod_rules import IMAGE
 from wrpo_ray.kubernetes.ray_objects import GPU, Group, Job, Mount, RayObject, Volume
+from wrpo_ray.kubernetes.reference_rules import EXTERNAL, declared
 
 FIELD = "spec.entrypoint"
 IN_IMAGE = "/opt/wrpo"

@@ -1,4 +1,4 @@
-"""Rules for pods that no schema knows: one Ray version, equal GPUs, shared memory, references."""
+"""Rules for pods that no schema knows: one Ray version, equal GPUs, shared memory, volumes."""
 
 import difflib
 import importlib.metadata
@@ -22,14 +22,12 @@ from wrpo_ray.kubernetes.ray_objects import (
 
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
-EXTERNAL = "wrpo-ray/external"
-"""Annotation: `Kind/name` of objects that exist elsewhere, separated by spaces."""
 OBJECT_STORE = 0.3
 """Ray's default share of a node's memory for its object store."""
 
 
 def check(found: RayObject) -> Iterator[Problem]:
-    """Yield the problems of an object's pods; `check_references` needs all objects."""
+    """Yield the problems of an object's pods."""
     for field, rule, text in _faults(found):
         yield found.problem(field, rule, text)
 
@@ -181,82 +179,3 @@ def _pods(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], 
         yield from _pods(part, (*path, key))
     for number, part in enumerate(value) if isinstance(value, list) else ():
         yield from _pods(part, (*path, number))
-
-
-# --- references ------------------------------------------------------------------------------
-
-REFERENCES = {
-    "secretKeyRef": ("Secret", "name"),
-    "secretRef": ("Secret", "name"),
-    "secret": ("Secret", "secretName"),
-    "authOptions": ("Secret", "secretName"),
-    "imagePullSecrets": ("Secret", "name"),
-    "configMapKeyRef": ("ConfigMap", "name"),
-    "configMapRef": ("ConfigMap", "name"),
-    "configMap": ("ConfigMap", "name"),
-    "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
-}
-"""Key of a reference: (kind of the object, key of its name)."""
-ACCOUNT = "serviceAccountName"
-
-
-def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
-    """Check that references of pods are among the manifests, optional, or declared external."""
-    there = _there(manifest, manifests) | declared(manifest)
-    for path, one, is_optional in _references(manifest.body.get("spec"), ("spec",)):
-        if not is_optional and one not in there:
-            kind, _, name = one.partition("/")
-            yield Problem(
-                manifest,
-                path,
-                "reference",
-                f"{kind} {name!r} is not in these manifests; add it, or name it in the "
-                f"annotation {EXTERNAL}: {one}",
-            )
-
-
-def _there(manifest: Manifest, manifests: Sequence[Manifest]) -> set[str]:
-    """Return the objects that a manifest can refer to, as `Kind/name`."""
-    return {f"{m.kind}/{m.name}" for m in manifests if m.is_beside(manifest)}
-
-
-def declared(manifest: Manifest) -> set[str]:
-    """Return the objects that a manifest declares to exist elsewhere, as `Kind/name`."""
-    return set(str(manifest.annotations.get(EXTERNAL, "")).replace(",", " ").split())
-
-
-def external(manifests: Sequence[Manifest], is_optional: bool) -> dict[str, list[str]]:
-    """Return the objects that exist elsewhere, as `Kind/name`, by namespace.
-
-    They are either those that are declared and needed, or those that are used if they exist.
-    """
-    found: dict[str, set[str]] = {}
-    for manifest in manifests:
-        used: dict[str, bool] = {}
-        for _, one, may_miss in _references(manifest.body.get("spec"), ("spec",)):
-            used[one] = may_miss and used.get(one, True)
-        used = dict.fromkeys(declared(manifest), False) | used
-        wanted = {one for one, may_miss in used.items() if may_miss is is_optional}
-        outside = wanted - _there(manifest, manifests)
-        found.setdefault(manifest.namespace, set()).update(outside)
-    return {namespace: sorted(names) for namespace, names in sorted(found.items()) if names}
-
-
-def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (path, `Kind/name`, whether it is optional) of each reference below."""
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _references(item, (*path, number))
-    if not isinstance(value, dict):
-        return
-    for key, part in value.items():
-        here = (*path, key)
-        if key == ACCOUNT and isinstance(part, str) and part not in ("", "default"):
-            yield path_text(here), f"ServiceAccount/{part}", False
-        if key in REFERENCES:
-            kind, name_key = REFERENCES[key]
-            for item in part if isinstance(part, list) else [part]:
-                name = item.get(name_key) if isinstance(item, dict) else None
-                if name:
-                    yield path_text((*here, name_key)), f"{kind}/{name}", bool(item.get("optional"))
-        yield from _references(part, here)

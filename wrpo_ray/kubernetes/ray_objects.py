@@ -43,7 +43,7 @@ class Resources(View):
 
 
 class EnvVar(View):
-    """An environment variable; `check_references` reads `valueFrom`."""
+    """An environment variable; `reference_rules` reads `valueFrom`."""
 
     name: str
     value: str | None = None

@@ -561,6 +561,55 @@ def test_the_volumes_of_a_pod_are_those_that_are_mounted(
     assert [told in one for one in found] == ([True] if told else []), found
 
 
+KEY = {"name": "s", "key": "nope"}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY}}]}, "Secret 's' has no key 'no"),
+        ({"env": [{"name": "A", "valueFrom": {"configMapKeyRef": KEY}}]}, "ConfigMap 's' has no k"),
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"optional": True}}}]}, None),
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"key": "a"}}}]}, None),
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"key": "b"}}}]}, None),
+        ({"volume": {"secret": {"secretName": "s", "items": [KEY]}}}, "Secret 's' has no key"),
+        ({"volume": {"configMap": {"name": "s", "items": [KEY]}}}, "has no key 'nope'; it has a"),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "nope"}}]}}}, "Secret 'nope' is"),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "s"}}]}}}, None),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "n", "optional": True}}]}}},
+         None),
+    ],
+)  # fmt: skip
+def test_a_reference_and_its_key_are_there(more: Body, told: str | None, tmp_path: Path):
+    body = ray_objects()["RayCluster"]
+    pod = at(body, "spec.headGroupSpec.template.spec")
+    pod["containers"][0]["env"] += more.get("env", [])
+    pod["volumes"] += [{"name": "more"} | more["volume"]] if "volume" in more else []
+    secret = made("Secret", "s", data={"a": ""}, stringData={"b": ""})
+    found = report(tmp_path, body, secret, made("ConfigMap", "s", data={"a": ""})).problems
+    assert [told in problem.text for problem in found] == ([True] if told else []), found
+
+
+def test_classes_and_queues_that_are_not_there_have_to_exist_before(tmp_path: Path):
+    version = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    flavors = {"resourceGroups": [{"coveredResources": ["cpu"], "flavors": [{"name": "f"}]}]}
+    body = ray_objects()["RayJob"]
+    names = {"queue-name": "q", "priority-class": "w"}
+    body["metadata"] |= {"labels": {f"kueue.x-k8s.io/{k}": v for k, v in names.items()}}
+    body["metadata"] |= {"namespace": "team"}
+    pods = at(body, "spec.rayClusterSpec.workerGroupSpecs")
+    for group, name in zip(pods, ("p", "system-node-critical"), strict=False):
+        group["template"]["spec"]["priorityClassName"] = name
+    needs = report(tmp_path, body).needs
+    assert "LocalQueue/q" in needs["team"]
+    assert needs[""] == ["PriorityClass/p", "WorkloadPriorityClass/w"]
+    local = made("LocalQueue", "q", {"clusterQueue": "c"}, "team", **version)
+    assert report(tmp_path, local).needs == {"": ["ClusterQueue/c"]}
+    queue = made("ClusterQueue", "c", flavors, **version)
+    assert report(tmp_path, local, queue).needs == {"": ["ResourceFlavor/f"]}
+    assert report(tmp_path, local, queue, made("ResourceFlavor", "f", **version)).needs == {}
+
+
 # --- ports -----------------------------------------------------------------------------------
 
 
