@@ -15,7 +15,10 @@ def add_cluster(commands: Any) -> None:
     text = "check manifests offline, and whether a config's steps fit their nodes"
     check = actions.add_parser("check", help=text, description=text)
     check.add_argument(
-        "manifests", metavar="MANIFEST", nargs="+", help="a YAML or JSON file, a folder, or - for stdin"
+        "manifests",
+        metavar="MANIFEST",
+        nargs="+",
+        help="a YAML or JSON file, a folder, or - for stdin",
     )
     check.add_argument("--job", metavar="CONFIG", help="the config whose steps have to fit")
     check.add_argument("--crds", metavar="FOLDER", help="CRDs of another KubeRay than 1.7.0")

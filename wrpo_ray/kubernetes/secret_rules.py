@@ -18,6 +18,7 @@ REFERENCE = re.compile(r"(?<!\$)\$\([A-Za-z_][\w.-]*\)")
 PLACEHOLDER = "PLACEHOLDER"
 """What cluster/secrets.example.yaml has in the place of each value."""
 RUNTIME_ENV = "runtimeEnvYAML"
+COMMAND_KEYS = ("entrypoint", "command", "args")
 SECRET_ENDS = ("password", "passwd", "_token", "_key", "_secret", "api-key")
 """How keys of mappings end that have secrets, such as `redis-password` of rayStartParams."""
 NOT_SHOWN = "a value that is not shown"
@@ -58,9 +59,21 @@ def _plain(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
         if _is_literal(name, value.get("value")):
             yield path_text((*path, "value")), str(name)
         yield from _in_runtime_env(value.get(RUNTIME_ENV), path)
+        for key in COMMAND_KEYS:
+            yield from _in_command(value.get(key), (*path, key))
         parts = value.items()
     for key, part in parts:
         yield from _plain(part, (*path, key))
+
+
+def _in_command(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
+    """Yield a literal such as `HF_TOKEN=hf_abc` or `--redis-password=abc` of a command line."""
+    texts = value if isinstance(value, list) else [value]
+    for word in " ".join(text for text in texts if isinstance(text, str)).split():
+        name, _, given = word.strip("\"'").partition("=")
+        is_variable = given.strip("\"'").startswith("$")
+        if not is_variable and _is_literal(name.lstrip("-").replace("-", "_"), given):
+            yield path_text(path), name
 
 
 def _in_runtime_env(text: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from argparse import _SubParsersAction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from support.edits import at
 from support.manifests import FILLED, FUSION, Body, ray_objects, rendered
 
 from wrpo_ray import cli, config
-from wrpo_ray.kubernetes import capacity
+from wrpo_ray.cli.entry import make_parser
+from wrpo_ray.kubernetes import capacity, job_config
 from wrpo_ray.kubernetes.check import Report, check
 from wrpo_ray.kubernetes.manifests import Manifest
 from wrpo_ray.kubernetes.ray_objects import RayObject, typed
@@ -535,9 +537,17 @@ def test_the_buckets_of_the_overlays_have_to_be_filled_in(overlay: str, tmp_path
 @pytest.mark.parametrize(
     ("key", "more", "told"),
     [
-        ("volumeMounts", {"name": "cachee", "mountPath": "/n"}, "no volume 'cachee'; did you mean "),
+        (
+            "volumeMounts",
+            {"name": "cachee", "mountPath": "/n"},
+            "no volume 'cachee'; did you mean ",
+        ),
         ("volumeMounts", {"name": "zzz", "mountPath": "/n"}, "the pod has no volume 'zzz':"),
-        ("volumeMounts", {"name": "cache", "mountPath": "/cache/"}, "two volumes are mounted at /c"),
+        (
+            "volumeMounts",
+            {"name": "cache", "mountPath": "/cache/"},
+            "two volumes are mounted at /c",
+        ),
         ("volumeMounts", {"name": "cache", "mountPath": "/n"}, None),
         ("volumes", {"name": "cache", "emptyDir": {}}, "'cache' is the name of two volumes"),
         ("volumes", {"name": "other", "emptyDir": {}}, None),
@@ -725,7 +735,13 @@ GOOD = FUSION.read_text().replace("your-bucket", "bucket")
         (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml --set seed=x"), "seed: "),
         (run_with(GOOD, entrypoint="sh -c 'cd /x && exec wrpo sft --set=seed=x "
                   "/etc/wrpo/fusion.yaml; ls'"), "seed: "),
-        (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo x --set seed=x"), None),
+        (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo status --set seed=x"), None),
+        (run_with(GOOD, entrypoint="python -m wrpo_ray fuse /etc/wrpo/no.yaml"), "no file 'no.ya"),
+        (run_with(GOOD, entrypoint="wrpo plan /etc/wrpo/fusion.yaml && /b/wrpo fuse "
+                  "/etc/wrpo/no.yaml"), "no file 'no.yaml'"),
+        (run_with(GOOD, entrypoint="A=1 wrpo fuze /etc/wrpo/fusion.yaml"), "did you mean 'fuse'?"),
+        (run_with(GOOD, entrypoint="sh -c 'cd x; wrpo fuze'"), "no command 'fuze'"),
+        (run_with(GOOD, entrypoint="cd wrpo && echo wrpo rocks; wrpo $X; wrpo --version"), None),
     ],
 )  # fmt: skip
 def test_the_config_that_is_mounted_is_there_and_valid(
@@ -733,6 +749,63 @@ def test_the_config_that_is_mounted_is_there_and_valid(
 ):
     told = texts(report(tmp_path, *bodies), "job-config")
     assert [text in one for one in told] == ([True] if text else []), told
+
+
+def test_the_commands_are_those_of_the_parser():
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, _SubParsersAction))
+    assert job_config.COMMANDS.split() == list(commands.choices)
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "is_kept"),
+    [
+        ("cp x output=/tmp/y && wrpo fuse {}", True),
+        ("wrpo fuse {} --set output=/tmp/y", False),
+        ("wrpo fuse {} --set=output=/tmp/y", False),
+        ("wrpo fuse {} --set output=/cache/y", True),
+    ],
+)
+def test_the_output_of_a_run_is_that_of_its_command(entrypoint: str, is_kept: bool, tmp_path: Path):
+    bodies = run_with(GOOD, entrypoint=entrypoint.format("/etc/wrpo/fusion.yaml"))
+    assert (texts(report(tmp_path, *bodies), "output") == []) == is_kept
+
+
+def test_two_runs_have_two_names_and_two_outputs(tmp_path: Path):
+    job, files = run_with(GOOD)
+    other = json.loads(json.dumps(job))
+    other["metadata"]["name"] = "other"
+    (text,) = texts(report(tmp_path, job, other, files), "output")
+    assert text.startswith("writes to 's3://bucket/fusion', as RayJob/fusion does")
+    other["spec"]["entrypoint"] += " --set output=s3://bucket/other"
+    assert report(tmp_path, job, other, files).problems == []
+    other["metadata"]["name"] = "fusion"
+    assert [p.rule for p in report(tmp_path, job, other, files).problems] == ["twice"]
+    assert [p.rule for p in report(tmp_path, files, files).problems] == ["twice"]
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(files))
+    assert check([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]).problems == []
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "is_plain"),
+    [
+        ("spec", "HF_TOKEN=hf_abc wrpo fuse x", True),
+        ("spec", "sh -c 'export HF_TOKEN=\"hf_abc\"; wrpo fuse x'", True),
+        ("spec", "HF_TOKEN=$TOKEN wrpo fuse x", False),
+        ("spec", 'HF_TOKEN="$(cat /run/token)" wrpo fuse x', False),
+        ("args", ["--redis-password=hunter2"], True),
+        ("args", ["--max-tokens=5", "--password=$(PASSWORD)"], False),
+    ],
+)
+def test_a_secret_in_a_command_is_plain(field: str, text: Any, is_plain: bool, tmp_path: Path):
+    body = ray_objects()["RayJob"]
+    if field == "spec":
+        body["spec"]["entrypoint"] = text
+    else:
+        at(body, "spec.rayClusterSpec.headGroupSpec.template.spec.containers")[0][field] = text
+    told = texts(report(tmp_path, body), "plain-secret")
+    assert bool(told) == is_plain
+    assert "hf_abc" not in str(told)
 
 
 def test_the_steps_of_the_mounted_config_have_to_fit(tmp_path: Path):
