@@ -218,7 +218,7 @@ def _formats_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]
 def _walk(
     value: Any, path: Path, formats: dict[tuple[str, ...], Format]
 ) -> Iterator[tuple[Path, str, Any, str]]:
-    """Yield (path, rule, value, problem) for a value and all below it; nothing below a wrong one."""
+    """Yield (path, rule, value, problem) for a value and all below; nothing below a wrong one."""
     if value is None and not isinstance(path[-1], int):
         return
     expected = _format(path, formats)

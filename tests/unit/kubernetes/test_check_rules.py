@@ -584,7 +584,7 @@ KEY = {"name": "s", "key": "nope"}
         ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"key": "b"}}}]}, None),
         ({"volume": {"secret": {"secretName": "s", "items": [KEY]}}}, "Secret 's' has no key"),
         ({"volume": {"configMap": {"name": "s", "items": [KEY]}}}, "has no key 'nope'; it has a"),
-        ({"volume": {"projected": {"sources": [{"secret": {"name": "nope"}}]}}}, "Secret 'nope' is"),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "nope"}}]}}}, "Secret 'nope'"),
         ({"volume": {"projected": {"sources": [{"secret": {"name": "s"}}]}}}, None),
         ({"volume": {"projected": {"sources": [{"secret": {"name": "n", "optional": True}}]}}},
          None),
@@ -672,6 +672,29 @@ def test_a_backend_is_a_port_of_a_service(ingress: Body, is_right: bool, tmp_pat
     assert len(texts(told, "backend")) == (0 if is_right else 1)
 
 
+def test_a_backend_may_be_elsewhere_or_have_a_name_of_its_own(tmp_path: Path):
+    service = ray_objects()["RayService"]
+    missing = backend("gateway", number=80)
+    (text,) = texts(report(tmp_path, service, missing), "backend")
+    assert text.endswith("the annotation wrpo-ray/external: Service/gateway")
+    missing["metadata"]["annotations"] = {"wrpo-ray/external": "Service/gateway"}
+    assert report(tmp_path, service, missing).problems == []
+    service["spec"]["serveService"] = {"metadata": {"name": "custom"}}
+    assert report(tmp_path, service, backend("custom", number=8000)).problems == []
+    cluster = ray_objects()["RayCluster"]
+    at(cluster, "spec.headGroupSpec")["headService"] = {"metadata": {"name": "head"}}
+    assert texts(report(tmp_path, cluster, backend("head", number=8265)), "backend") == []
+    assert len(texts(report(tmp_path, service, backend("custom", number=1)), "backend")) == 1
+    assert len(texts(report(tmp_path, service, backend("fused-serve-svc")), "backend")) == 1
+    outside = made("Service", "out", {"type": "ExternalName", "externalName": "a.example.org"})
+    assert report(tmp_path, service, outside, backend("out", number=443)).problems == []
+    pool = {"name": "pool", "port": 1, "group": "inference.networking.k8s.io"}
+    route = made("HTTPRoute", "r", {"rules": [{"backendRefs": [pool]}]})
+    assert report(tmp_path, service, route).problems == []
+    quoted = texts(report(tmp_path, service, backend("custom", number="8000")), "backend")
+    assert quoted == ["the port '8000' is a text; write 8000"]
+
+
 def test_backends_elsewhere_are_not_judged(tmp_path: Path):
     assert report(tmp_path, backend("other", number=80)).problems == []
 
@@ -681,11 +704,13 @@ def test_backends_elsewhere_are_not_judged(tmp_path: Path):
     [
         ({"ray.io/serve": "true"}, {"port": 80, "targetPort": 8000}, True),
         ({"ray.io/serve": "true"}, {"port": 80, "targetPort": "serve"}, True),
-        ({"ray.io/serve": "true"}, {"port": 80}, False),
+        ({"ray.io/serve": "true"}, {"port": 80}, True),  # pods need not declare a number
+        ({"ray.io/serve": "true"}, {"port": 80, "targetPort": "web"}, False),
         ({"ray.io/node-type": "head"}, {"port": 8265}, True),
         ({"app": "redis"}, {"port": 1, "targetPort": 6379}, True),
-        ({"app": "redis"}, {"port": 6380}, False),
-        ({"app": "elsewhere"}, {"port": 6380}, True),
+        ({"app": "redis"}, {"port": 6380}, True),
+        ({"app": "redis"}, {"port": 1, "targetPort": "redis"}, False),
+        ({"app": "elsewhere"}, {"port": 1, "targetPort": "redis"}, True),
     ],
 )
 def test_a_service_asks_a_port_of_its_pods(
@@ -735,7 +760,8 @@ GOOD = FUSION.read_text().replace("your-bucket", "bucket")
         (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml --set seed=x"), "seed: "),
         (run_with(GOOD, entrypoint="sh -c 'cd /x && exec wrpo sft --set=seed=x "
                   "/etc/wrpo/fusion.yaml; ls'"), "seed: "),
-        (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo status --set seed=x"), None),
+        (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo status --set "
+                  "seed=x"), None),
         (run_with(GOOD, entrypoint="python -m wrpo_ray fuse /etc/wrpo/no.yaml"), "no file 'no.ya"),
         (run_with(GOOD, entrypoint="wrpo plan /etc/wrpo/fusion.yaml && /b/wrpo fuse "
                   "/etc/wrpo/no.yaml"), "no file 'no.yaml'"),
