@@ -27,15 +27,15 @@ def add_cluster(commands: Any) -> None:
 
 def _check_cluster(arguments: argparse.Namespace) -> None:
     from wrpo_ray import config
-    from wrpo_ray.kubernetes.check import check
+    from wrpo_ray.kubernetes.check import check, told_once
     from wrpo_ray.kubernetes.schema import Schemas
 
     settings = config.load(arguments.job) if arguments.job else None
     report = check(arguments.manifests, settings, Schemas(arguments.crds))
-    for advice in report.advice:
+    for advice in told_once(report.advice):
         say(f"advice: {advice}")
     if report.problems:
-        raise UserError("\n".join(map(str, report.problems)))
+        raise UserError("\n".join(told_once(report.problems)))
     for place in report.places:
         say(place)
     for namespace, names in report.needs.items():

@@ -21,7 +21,7 @@ from wrpo_ray.kubernetes import (
     serve_config,
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
-from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, mapping, read
+from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, described, mapping, read
 from wrpo_ray.kubernetes.ray_objects import SPECS, Job, RayObject, typed
 from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
@@ -60,6 +60,18 @@ def check(
     report = check_objects(manifests, config, schemas)
     report.problems = unread + report.problems
     return report
+
+
+def told_once(problems: Sequence[Problem]) -> list[str]:
+    """Return the lines of problems; one that an object has in many fields is told once."""
+    groups: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((str(problem.where), problem.rule, problem.text), []).append(problem)
+    lines = []
+    for first, *others in groups.values():
+        more = f" and {len(others)} more fields" if others else ""
+        lines.append(str(replace(first, field=f"{first.field}{more}")))
+    return lines
 
 
 def check_objects(
@@ -153,8 +165,8 @@ def _told(
 
 
 def _unreadable(manifest: Manifest, module: str, error: Exception) -> Problem:
-    name, told = module.rpartition(".")[2], " ".join(str(error).split()) or repr(error)
-    return Problem(manifest, "", "unreadable", f"{name} cannot read a value here: {told}")
+    text = f"{module.rpartition('.')[2]} cannot read a value here: {described(error)}"
+    return Problem(manifest, "", "unreadable", text)
 
 
 def _configs_of(
@@ -203,7 +215,7 @@ def _fit(
         results = [(r, capacity.misfit(known, r), _nodes(known, r)) for r in asked]
         twice = [r for r in served if capacity.misfit(known, replace(r, count=2 * r.count))]
     except Exception as error:  # Ray's code does not validate its input
-        text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
+        text = f"Ray cannot read its resources: {described(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return
     misfits: dict[tuple[str, str], list[str]] = {}

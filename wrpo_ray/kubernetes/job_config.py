@@ -1,10 +1,13 @@
 """The config that a RayJob's entrypoint reads, where a ConfigMap among the manifests has it."""
 
+import base64
 import difflib
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 from wrpo_ray.config import Config, parse
 from wrpo_ray.errors import UserError
@@ -168,7 +171,7 @@ def _text(found: RayObject, group: Group, path: str, manifests: Sequence[Manifes
     volume = next((v for v in group.template.spec.volumes if v.name == mount.name), None)
     if volume and volume.empty_dir:
         raise LookupError(f"{path} is on an emptyDir, which has no file at the start")
-    if volume is None or volume.config_map is None:
+    if volume is None or volume.config_map is None or mount.sub_path_expr:
         return None
     inside = str(PurePosixPath(mount.sub_path) / PurePosixPath(path).relative_to(mount.mount_path))
     return _value(found, volume, path, inside, manifests)
@@ -181,13 +184,22 @@ def _mount_of(group: Group, path: str) -> Mount | None:
     return max(mounts, key=lambda mount: len(mount.mount_path), default=None)
 
 
+def _files(manifest: Manifest) -> dict[str, Any]:
+    """Return the files of a ConfigMap."""
+    texts = {}
+    for key, value in mapping(manifest.body.get("binaryData")).items():
+        with suppress(ValueError):
+            texts[key] = base64.b64decode(str(value)).decode()
+    return texts | mapping(manifest.body.get("data"))
+
+
 def _value(
     found: RayObject, volume: Volume, path: str, inside: str, manifests: Sequence[Manifest]
 ) -> str | None:
     source = volume.config_map or {}
     name, items = str(source.get("name")), [mapping(one) for one in source.get("items") or []]
     beside = [m for m in manifests if m.is_beside(found.manifest)]
-    maps = [mapping(m.body.get("data")) for m in beside if (m.kind, m.name) == ("ConfigMap", name)]
+    maps = [_files(m) for m in beside if (m.kind, m.name) == ("ConfigMap", name)]
     if not maps and f"ConfigMap/{name}" in declared(found.manifest):
         return None
     if not maps:
@@ -197,6 +209,10 @@ def _value(
         )
     keys = {str(one.get("path")): str(one.get("key")) for one in items}
     key = keys.get(inside) if items else inside
+    if key is not None and items and key not in maps[0]:
+        known = ", ".join(maps[0]) or "none"
+        text = f"{path}: `items` names the key {key!r}, which the ConfigMap {name!r} does not have"
+        raise LookupError(f"{text}; it has {known}")
     if key not in maps[0]:
         names = list(keys or maps[0])
         close = difflib.get_close_matches(inside, names, n=1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from wrpo_ray.kubernetes.manifests import described
 from wrpo_ray.kubernetes.ray_objects import DeletionRule, Faults, Job, RayObject, value_of
 from wrpo_ray.text.documents import describe_yaml_error, read_document
 
@@ -237,7 +238,7 @@ def _runtime_env_keys(field: str, given: Any) -> Faults:
     try:
         RuntimeEnv(**{name: value for name, value in given.items() if not _is_file(name, value)})
     except Exception as error:  # its checks do not validate all input
-        yield field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}"
+        yield field, "runtime-env", f"Ray refuses it: {described(error)}"
         return
     for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
         yield f"{field}.{name}", "runtime-env", "Ray has no such key"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.text.addresses import Address, address_problem, redact
@@ -110,6 +111,16 @@ class Problem:
     def __str__(self) -> str:
         place = f"{self.where}: {self.field}" if self.field else str(self.where)
         return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
+
+
+def described(error: Exception) -> str:
+    """Return an error of a library that reads values in words for those who wrote them."""
+    if isinstance(error, TypeError | AttributeError | LookupError):
+        return "a value is of another type than expected; compare it with cluster/"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def mapping(value: Any) -> Body:

@@ -60,6 +60,7 @@ class Mount(View):
     name: str
     mount_path: str
     sub_path: str = ""
+    sub_path_expr: str = ""
 
 
 class ContainerPort(View):

@@ -62,11 +62,11 @@ def _check_keys(manifest: Manifest, beside: Sequence[Manifest]) -> Iterator[Prob
         if one.kind in ("Secret", "ConfigMap"):
             own = {str(key) for part in DATA for key in mapping(one.body.get(part))}
             keys.setdefault(f"{one.kind}/{one.name}", set()).update(own)
-    for path, one, key in _keys(manifest.body.get("spec"), ("spec",)):
-        if one in keys and key not in keys[one]:
-            kind, _, name = one.partition("/")
-            close = difflib.get_close_matches(key, keys[one], n=1, cutoff=0.6)
-            known = ", ".join(sorted(keys[one])) or "none"
+    for path, wanted, key in _keys(manifest.body.get("spec"), ("spec",)):
+        if wanted in keys and key not in keys[wanted]:
+            kind, _, name = wanted.partition("/")
+            close = difflib.get_close_matches(key, keys[wanted], n=1, cutoff=0.6)
+            known = ", ".join(sorted(keys[wanted])) or "none"
             hint = f"did you mean {close[0]!r}?" if close else f"it has {known}"
             text = f"the {kind} {name!r} has no key {key!r}; {hint}"
             yield Problem(manifest, path, "reference-key", text)

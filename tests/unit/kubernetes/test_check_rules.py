@@ -519,6 +519,11 @@ def test_a_shared_claim_names_its_class(spec: Body, is_told: bool, tmp_path: Pat
         ("s3://yours/run", False),
         ("https://US-east.example.com", False),
         ("see s3://your-bucket", False),
+        ("CLASS", True),
+        ("fs-0123456789abcdef0", True),
+        ("nfs.example.com", True),
+        ("arn:aws:iam::ACCOUNT:role/wrpo", True),
+        ("a CLASS of its own", False),
     ],
 )
 def test_an_address_of_the_example_is_told(value: str, is_told: bool, tmp_path: Path):
@@ -618,6 +623,35 @@ def test_classes_and_queues_that_are_not_there_have_to_exist_before(tmp_path: Pa
     queue = made("ClusterQueue", "c", flavors, **version)
     assert report(tmp_path, local, queue).needs == {"": ["ResourceFlavor/f"]}
     assert report(tmp_path, local, queue, made("ResourceFlavor", "f", **version)).needs == {}
+
+
+def test_a_cause_in_many_fields_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    body = ray_objects()["RayCluster"]
+    body["metadata"]["annotations"]["wrpo-ray/external"] = ""
+    (tmp_path / "c.yaml").write_text(json.dumps(body))
+    assert cli.main(["cluster", "check", str(tmp_path / "c.yaml")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "'wrpo-cache' is not in" in line]) == 1
+    assert any("claimName and 8 more fields: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("RayJob", "runtimeEnvYAML", "- pip"),
+        ("RayJob", "runtimeEnvYAML", "pip: [1]"),
+        ("RayService", "serveConfigV2", "applications: [{name: a, import_path: 'a:b', "
+         "deployments: [3, x]}]"),
+        ("RayService", "serveConfigV2", "applications: {a: 1}"),
+    ],
+)  # fmt: skip
+def test_no_text_of_python_is_told(kind: str, field: str, value: str, tmp_path: Path):
+    body = ray_objects()[kind]
+    body["spec"][field] = value
+    found = report(tmp_path, body).problems
+    words = ("object has no", "unhashable", "validation error", "not subscriptable", "argument")
+    assert found
+    assert not [p for p in found if any(word in p.text for word in words)], found
 
 
 # --- ports -----------------------------------------------------------------------------------
@@ -762,6 +796,7 @@ GOOD = FUSION.read_text().replace("your-bucket", "bucket")
                   "/etc/wrpo/fusion.yaml; ls'"), "seed: "),
         (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo status --set "
                   "seed=x"), None),
+        (run_with(GOOD, "k"), "has no file 'fusion.yaml'; it has k"),
         (run_with(GOOD, entrypoint="python -m wrpo_ray fuse /etc/wrpo/no.yaml"), "no file 'no.ya"),
         (run_with(GOOD, entrypoint="wrpo plan /etc/wrpo/fusion.yaml && /b/wrpo fuse "
                   "/etc/wrpo/no.yaml"), "no file 'no.yaml'"),
@@ -839,6 +874,16 @@ def test_the_steps_of_the_mounted_config_have_to_fit(tmp_path: Path):
     told = report(tmp_path, *run_with(text))
     assert [p.rule for p in told.problems] == ["no-room"]
     assert any(": sft: 1 x train" in place for place in told.places)
+
+
+def test_a_wrong_key_of_items_is_named(tmp_path: Path):
+    bodies = run_with(GOOD)
+    for group in bodies[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        volumes = group["template"]["spec"]["volumes"]
+        items = [{"key": "nope", "path": "fusion.yaml"}]
+        next(v for v in volumes if v["name"] == "fusion")["configMap"]["items"] = items
+    (text,) = texts(report(tmp_path, *bodies), "job-config")
+    assert "`items` names the key 'nope', which the ConfigMap 'wrpo-fusion' does not have" in text
 
 
 def test_a_key_may_have_another_path_or_be_mounted_alone(tmp_path: Path):
