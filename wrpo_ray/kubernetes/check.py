@@ -88,6 +88,7 @@ def check_objects(
         report.problems += _told(manifest, pod_rules.check_volumes, manifest)
         report.problems += _told(manifest, secret_rules.check, manifest)
         report.problems += _told(manifest, neighbour_rules.check, manifest, manifests)
+        report.problems += _told(manifest, quota_rules.check_objects, manifest, manifests)
         faults = list(field_formats.check(manifest))  # which say more than schemas
         reported = {fault.field for fault in faults}
         found = schemas.problems(manifest) if schemas else ()

@@ -202,6 +202,8 @@ def _formats_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]
     if manifest.kind in ("ConfigMap", "Secret"):
         maps = ("data", "stringData", "binaryData")
         return METADATA | {(k,): f.MAP for k in maps} | {(k, "*"): f.TEXT for k in maps}
+    if manifest.kind == "ResourceQuota":
+        own = {("spec", "hard"): f.MAP, ("hard", "*"): f.QUANTITY}
     if manifest.kind == "LimitRange":
         own = {("spec", "limits"): f.LIST, ("spec", "limits", "[]"): f.MAP}
     if manifest.kind in SPECS:  # `rules` are stricter about their names

@@ -365,6 +365,29 @@ def test_the_pods_of_all_groups_fit_the_quota_of_their_namespace(
 
 
 @pytest.mark.parametrize(
+    ("hard", "text"),
+    [
+        ({"requests.storage": "2Ti"}, None),
+        ({"requests.storage": "1Ti"}, "is 1Ti, and these manifests need 1,536Gi"),
+        ({"persistentvolumeclaims": "2"}, None),
+        ({"persistentvolumeclaims": 1}, "is 1, and these manifests need 2"),
+        ({"count/rayjobs.ray.io": "0"}, "is 0, and these manifests need 1"),
+        ({"count/rayclusters.ray.io": "2"}, None),
+        ({"count/rayclusters.ray.io": "1"}, "is 1, and these manifests need 2"),
+        (["cpu"], "is ['cpu'], a list; it has to be a mapping"),
+        ({"requests.cpu": "lots"}, "is 'lots', which is no quantity"),
+    ],
+)
+def test_a_quota_has_room_for_the_objects(hard: Any, text: str | None, tmp_path: Path):
+    claim = {"resources": {"requests": {"storage": "768Gi"}}, "accessModes": ["ReadWriteOnce"]}
+    claims = [made("PersistentVolumeClaim", name, claim) for name in "ab"]
+    job, service = ray_objects()["RayJob"], ray_objects()["RayService"]
+    quotas = made("ResourceQuota", "q", {"hard": hard})
+    found = [p for p in report(tmp_path, job, service, quotas, *claims).problems if p.field]
+    assert [text in p.text for p in found] == ([True] if text else []), found
+
+
+@pytest.mark.parametrize(
     ("inits", "cpus"),
     [
         ([], "4500m"),
