@@ -91,8 +91,6 @@ def check_objects(quota: Manifest, manifests: Sequence[Manifest]) -> Iterator[Pr
         if has[name] > number_of(hard[name]):
             wanted = _text("memory" if name == "requests.storage" else name, has[name])
             text = f"is {hard[name]}, and these manifests need {wanted}: the rest is refused"
-                f"is {hard[name]}, and these manifests need {wanted}: Kubernetes refuses the rest"
-            )
             yield Problem(quota, f"spec.hard.{name}", "quota", text)
 
 
