@@ -15,7 +15,7 @@ from wrpo_ray.kubernetes.reference_rules import EXTERNAL, declared
 
 EXAMPLE = re.compile(r"^[a-z][a-z0-9+.-]*://(your-|<|[A-Z]{3})")
 """An address as examples have them: `s3://your-bucket/run`, `gs://BUCKET/run`, `hdfs://<host>`."""
-PLACEHOLDERS = {"CLASS", "ACCOUNT", "PROJECT", "POLICY", "fs-0123456789abcdef0", "nfs.example.com"}
+PLACEHOLDERS = {"ACCOUNT", "PROJECT", "POLICY", "fs-0123456789abcdef0", "nfs.example.com"}
 """What the guide writes for names of a cloud and of its storage."""
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": 8000, "metrics": 8080}
 """Ports of a Ray pod that the operator names where the manifest does not."""

@@ -542,7 +542,6 @@ def test_a_shared_claim_names_its_class(spec: Body, is_told: bool, tmp_path: Pat
         ("s3://yours/run", False),
         ("https://US-east.example.com", False),
         ("see s3://your-bucket", False),
-        ("CLASS", True),
         ("fs-0123456789abcdef0", True),
         ("nfs.example.com", True),
         ("arn:aws:iam::ACCOUNT:role/wrpo", True),
