@@ -15,7 +15,10 @@ def add_cluster(commands: Any) -> None:
     text = "check manifests offline, and whether a config's steps fit their nodes"
     check = actions.add_parser("check", help=text, description=text)
     check.add_argument(
-        "manifests", metavar="MANIFEST", nargs="+", help="a YAML file, a folder, or - for stdin"
+        "manifests",
+        metavar="MANIFEST",
+        nargs="+",
+        help="a YAML or JSON file, a folder, or - for stdin",
     )
     check.add_argument("--job", metavar="CONFIG", help="the config whose steps have to fit")
     check.add_argument("--crds", metavar="FOLDER", help="CRDs of another KubeRay than 1.7.0")
@@ -24,15 +27,15 @@ def add_cluster(commands: Any) -> None:
 
 def _check_cluster(arguments: argparse.Namespace) -> None:
     from wrpo_ray import config
-    from wrpo_ray.kubernetes.check import check
+    from wrpo_ray.kubernetes.check import check, told_once
     from wrpo_ray.kubernetes.schema import Schemas
 
     settings = config.load(arguments.job) if arguments.job else None
     report = check(arguments.manifests, settings, Schemas(arguments.crds))
-    for advice in report.advice:
+    for advice in told_once(report.advice):
         say(f"advice: {advice}")
     if report.problems:
-        raise UserError("\n".join(map(str, report.problems)))
+        raise UserError("\n".join(told_once(report.problems)))
     for place in report.places:
         say(place)
     for namespace, names in report.needs.items():

@@ -7,13 +7,18 @@ it would start for a request on an empty cluster. This is private code of the pi
 import copy
 import difflib
 import logging
-from dataclasses import dataclass, replace
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wrpo_ray.kubernetes.ray_objects import Cluster, RayObject
 from wrpo_ray.kubernetes.resource_requests import Needs, Request
 
 HEAD = "headgroup"
+SIMULATED = 64
+"""The most bundles of equal requests that Ray's scheduler is given."""
+RUNNING = 8
+"""The most nodes of a group that are there before a request, whatever its `minReplicas`."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class NodeTypes:
     """The autoscaler's own config."""
     hosts: dict[str, int]
     """Nodes per replica, for groups with more than one."""
+    found: dict[str, dict[str, int] | None] = field(default_factory=dict)
+    """The nodes of each request that was asked for."""
 
     @property
     def resources(self) -> dict[str, Needs]:
@@ -36,28 +43,92 @@ class NodeTypes:
         }
 
     def nodes_for(self, request: Request) -> dict[str, int] | None:
-        """Return the nodes of each group that Ray would start; None if there is never room."""
-        from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
-        from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
-        from ray.autoscaler.v2.utils import ResourceRequestUtil
-        from ray.core.generated.autoscaler_pb2 import GangResourceRequest
-        from ray.core.generated.common_pb2 import LABEL_OPERATOR_NOT_IN as NOT_IN
+        """Return the nodes of each group that Ray would start; None if there is never room.
 
-        config = AutoscalingConfig(copy.deepcopy(self.config), skip_content_hash=True)
-        labels = [[(k, NOT_IN, [v.removeprefix("!")]) for k, v in request.selector.items()]]
-        made = [ResourceRequestUtil.make(b, label_selectors=labels) for b in request.bundles]
-        one = GangResourceRequest(requests=made)
-        reply = ResourceDemandScheduler().schedule(
-            SchedulingRequest(
-                disable_launch_config_check=True,
-                node_type_configs=config.get_node_type_configs(),
-                max_num_nodes=config.get_max_num_nodes(),
-                gang_resource_requests=[one] * request.count,
-            )
-        )
-        if reply.infeasible_gang_resource_requests:
+        Ray's scheduler takes a time that rises with the square of the number of nodes, so more
+        than `SIMULATED` equal requests are counted by those that fill nodes together.
+        """
+        key = repr((request.bundles, request.count, request.selector))
+        if key not in self.found:
+            one = _divided(request)
+            small = one.count <= max(1, SIMULATED // len(one.bundles))
+            self.found[key] = _scheduled(self.config, one) if small else _counted(self.config, one)
+        return self.found[key]
+
+
+def _divided(request: Request) -> Request:
+    """Return many equal bundles of one training run as requests of one bundle each."""
+    bundles = request.bundles
+    if request.count > 1 or len(bundles) <= SIMULATED or any(b != bundles[0] for b in bundles):
+        return request
+    return replace(request, bundles=bundles[:1], count=len(bundles))
+
+
+def _counted(config: dict[str, Any], request: Request) -> dict[str, int] | None:
+    """Return the nodes of many equal requests; None if there is no room."""
+    left, total, rest = request.count, Counter[str](), copy.deepcopy(config)
+    most = max(1, SIMULATED // len(request.bundles))
+    least = {name: kind.get("min_workers", 0) for name, kind in _types(rest).items()}
+    for kind in _types(rest).values():
+        kind["min_workers"] = 0
+    while left:
+        many, used = _unit(rest, replace(request, count=min(left, most)))
+        if not used:
             return None
-        return {launch.instance_type: launch.count for launch in reply.to_launch}
+        rooms = [_types(rest)[name]["max_workers"] // n for name, n in used.items()]
+        times = max(1, min(left // many, rest["max_workers"] // sum(used.values()), *rooms))
+        for name, number in used.items():
+            total[name] += times * number
+            _types(rest)[name]["max_workers"] -= times * number
+            rest["max_workers"] -= times * number
+        left -= times * many
+    return {name: max(total[name], n) for name, n in least.items() if total[name] or n}
+
+
+def _unit(config: dict[str, Any], request: Request) -> tuple[int, dict[str, int]]:
+    """Return the most requests that fit the nodes which the first one needs, and these nodes."""
+    used = _scheduled(config, replace(request, count=1)) or {}
+    low, high = 1, request.count
+    while low < high:
+        middle = (low + high + 1) // 2
+        is_same = _scheduled(config, replace(request, count=middle)) == used
+        low, high = (middle, high) if is_same else (low, middle - 1)
+    return low, used
+
+
+def _types(config: dict[str, Any]) -> dict[str, Any]:
+    types: dict[str, Any] = config["available_node_types"]
+    return types
+
+
+def _scheduled(given: dict[str, Any], request: Request) -> dict[str, int] | None:
+    """Return the nodes that Ray's scheduler would start; None if there is no room."""
+    from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.autoscaler_pb2 import GangResourceRequest
+    from ray.core.generated.common_pb2 import LABEL_OPERATOR_NOT_IN as NOT_IN
+
+    own = copy.deepcopy(given)
+    least = {name: kind.get("min_workers", 0) for name, kind in _types(own).items()}
+    for kind in _types(own).values():
+        kind["min_workers"] = min(kind.get("min_workers", 0), RUNNING)
+    config = AutoscalingConfig(own, skip_content_hash=True)
+    labels = [[(k, NOT_IN, [v.removeprefix("!")]) for k, v in request.selector.items()]]
+    made = [ResourceRequestUtil.make(b, label_selectors=labels) for b in request.bundles]
+    one = GangResourceRequest(requests=made)
+    reply = ResourceDemandScheduler().schedule(
+        SchedulingRequest(
+            disable_launch_config_check=True,
+            node_type_configs=config.get_node_type_configs(),
+            max_num_nodes=config.get_max_num_nodes(),
+            gang_resource_requests=[one] * request.count,
+        )
+    )
+    if reply.infeasible_gang_resource_requests:
+        return None
+    counts = {launch.instance_type: launch.count for launch in reply.to_launch}
+    return {name: max(n, least.get(name, 0)) for name, n in counts.items()}
 
 
 def node_types(found: RayObject, cluster: Cluster) -> NodeTypes:

@@ -1,6 +1,6 @@
 """Runs all checks of manifests."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -9,19 +9,19 @@ from wrpo_ray.kubernetes import (
     capacity,
     field_formats,
     job_config,
-    job_rules,
     neighbour_rules,
     network_rules,
     operator_rules,
     pod_rules,
     queue_rules,
     quota_rules,
+    reference_rules,
     resource_requests,
     secret_rules,
     serve_config,
 )
 from wrpo_ray.kubernetes.capacity import NodeTypes
-from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, mapping, read
+from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem, described, mapping, read
 from wrpo_ray.kubernetes.ray_objects import SPECS, Job, RayObject, typed
 from wrpo_ray.kubernetes.resource_requests import Request
 from wrpo_ray.kubernetes.schema import Schemas
@@ -44,6 +44,8 @@ class Report:
     """Objects that have to exist before, as `Kind/name`, by namespace."""
     uses: dict[str, list[str]] = field(default_factory=dict)
     """Objects that are used if they exist, likewise."""
+    outputs: dict[str, list[Manifest]] = field(default_factory=dict)
+    """The runs that write to an output."""
 
 
 def check(
@@ -60,17 +62,33 @@ def check(
     return report
 
 
+def told_once(problems: Sequence[Problem]) -> list[str]:
+    """Return the lines of problems; one that an object has in many fields is told once."""
+    groups: dict[tuple[str, str, str], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault((str(problem.where), problem.rule, problem.text), []).append(problem)
+    lines = []
+    for first, *others in groups.values():
+        more = f" and {len(others)} more fields" if others else ""
+        lines.append(str(replace(first, field=f"{first.field}{more}")))
+    return lines
+
+
 def check_objects(
     manifests: list[Manifest], config: Config | None = None, schemas: Schemas | None = None
 ) -> Report:
     """Check objects that are already read."""
-    needs, uses = (pod_rules.external(manifests, is_optional) for is_optional in (False, True))
+    needs, uses = (
+        reference_rules.external(manifests, is_optional) for is_optional in (False, True)
+    )
     report = Report(manifests, needs=needs, uses=uses)
     for manifest in manifests:
         report.problems += operator_rules.check_kind(manifest)
-        report.problems += _told(manifest, pod_rules.check_references, manifest, manifests)
+        report.problems += _told(manifest, reference_rules.check, manifest, manifests)
+        report.problems += _told(manifest, pod_rules.check_volumes, manifest)
         report.problems += _told(manifest, secret_rules.check, manifest)
         report.problems += _told(manifest, neighbour_rules.check, manifest, manifests)
+        report.problems += _told(manifest, quota_rules.check_objects, manifest, manifests)
         faults = list(field_formats.check(manifest))  # which say more than schemas
         reported = {fault.field for fault in faults}
         found = schemas.problems(manifest) if schemas else ()
@@ -81,6 +99,7 @@ def check_objects(
             _fit(report, manifest, partial(capacity.launcher_node_types, manifest.body), asked)
         elif manifest.kind in SPECS:
             _check_ray(report, manifest, faults, config)
+    report.problems += _twice(report)
     if config and not any(_has_steps(manifest) for manifest in manifests):
         text = (
             "no RayCluster, RayJob with a cluster of its own, or launcher file is among the "
@@ -119,15 +138,20 @@ def _check_ray(
     cluster = found.cluster
     if cluster is None or any(problem.rule in operator_rules.UNREADABLE for problem in broken):
         return
+    configs = [config] if config else []
     if found.job:
-        config, faults = _config_of(found, found.job, report.manifests, config)
+        configs, faults = _configs_of(found, found.job, report.manifests, config)
         report.problems += faults
-    if found.job and config:
-        report.problems += job_rules.check_output(found, found.job, config.output)
+        for one in configs:
+            output = job_config.output_of(found.job, one)
+            report.problems += job_config.check_output(found, output)
+            if one is not config:
+                report.outputs.setdefault(output.rstrip("/"), []).append(manifest)
     served = list(resource_requests.of_serving(serve)) if serve else []
     asked = list(served)
     asked += resource_requests.of_driver(found.job) if found.job else []
-    asked += resource_requests.of_config(config) if config and not found.service else []
+    for one in () if found.service else configs:
+        asked += [r for r in resource_requests.of_config(one) if r not in asked]
     _fit(report, manifest, partial(capacity.node_types, found, cluster), asked, served)
 
 
@@ -142,18 +166,41 @@ def _told(
 
 
 def _unreadable(manifest: Manifest, module: str, error: Exception) -> Problem:
-    name, told = module.rpartition(".")[2], " ".join(str(error).split()) or repr(error)
-    return Problem(manifest, "", "unreadable", f"{name} cannot read a value here: {told}")
+    text = f"{module.rpartition('.')[2]} cannot read a value here: {described(error)}"
+    return Problem(manifest, "", "unreadable", text)
 
 
-def _config_of(
+def _configs_of(
     found: RayObject, job: Job, manifests: Sequence[Manifest], given: Config | None
-) -> tuple[Config | None, list[Problem]]:
-    """Return the config that a RayJob runs, and its problems; the given one if it is elsewhere."""
+) -> tuple[list[Config], list[Problem]]:
+    """Return the configs that a RayJob runs, and their problems; the given one if elsewhere."""
     try:
         return job_config.check(found, job, manifests, given)
     except Exception as error:
-        return given, [_unreadable(found.manifest, job_config.__name__, error)]
+        known = [given] if given else []
+        return known, [_unreadable(found.manifest, job_config.__name__, error)]
+
+
+def _twice(report: Report) -> Iterator[Problem]:
+    """Yield the objects that replace each other, and the runs that write to one place."""
+    seen: dict[tuple[str, str, str], Manifest] = {}
+    for manifest in report.manifests:
+        first = seen.setdefault((manifest.kind, manifest.namespace, manifest.name), manifest)
+        is_other = first.file == manifest.file or first.body != manifest.body
+        if first is not manifest and manifest.name and is_other:
+            text = f"is the name of another {manifest.kind} too, in {first.file}; one replaces the "
+            text += "other: give each its own"
+            yield Problem(manifest, "metadata.name", "twice", text)
+    for output, runs in report.outputs.items():
+        first = runs[0]
+        others = [one for one in runs if (one.name, one.namespace) != (first.name, first.namespace)]
+        for other in others:
+            if "://" in output or other.is_beside(first):
+                text = (
+                    f"writes to {output!r}, as RayJob/{first.name} does: two runs would write the "
+                    f"same files; give each its own `output`"
+                )
+                yield Problem(other, job_config.FIELD, "output", text)
 
 
 def _fit(
@@ -169,7 +216,7 @@ def _fit(
         results = [(r, capacity.misfit(known, r), _nodes(known, r)) for r in asked]
         twice = [r for r in served if capacity.misfit(known, replace(r, count=2 * r.count))]
     except Exception as error:  # Ray's code does not validate its input
-        text = f"Ray cannot read its resources: {' '.join(str(error).split()) or repr(error)}"
+        text = f"Ray cannot read its resources: {described(error)}"
         report.problems.append(Problem(manifest, "", "resources", text))
         return
     misfits: dict[tuple[str, str], list[str]] = {}

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from wrpo_ray.kubernetes import formats as f
+from wrpo_ray.kubernetes import secret_rules
 from wrpo_ray.kubernetes.formats import Format, integer, one_of, or_empty
 from wrpo_ray.kubernetes.manifests import LAUNCHER, Manifest, Problem
 from wrpo_ray.kubernetes.ray_objects import SPECS, path_text
@@ -182,8 +183,9 @@ def check(manifest: Manifest) -> Iterator[Problem]:
     group = manifest.api_version.rpartition("/")[0]
     is_known = group in KNOWN_GROUPS or _is_monitor(manifest, group)
     body = {k: v for k, v in manifest.body.items() if is_known or k in TOP}
-    for path, rule, text in _walk(body, (), _formats_of(manifest, group)):
-        yield Problem(manifest, path_text(path), rule, text)
+    for path, rule, value, text in _walk(body, (), _formats_of(manifest, group)):
+        hidden = secret_rules.hide(manifest, path, value, text)
+        yield Problem(manifest, path_text(path), rule, hidden)
 
 
 def _is_monitor(manifest: Manifest, group: str) -> bool:
@@ -200,6 +202,8 @@ def _formats_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]
     if manifest.kind in ("ConfigMap", "Secret"):
         maps = ("data", "stringData", "binaryData")
         return METADATA | {(k,): f.MAP for k in maps} | {(k, "*"): f.TEXT for k in maps}
+    if manifest.kind == "ResourceQuota":
+        own = {("spec", "hard"): f.MAP, ("hard", "*"): f.QUANTITY}
     if manifest.kind == "LimitRange":
         own = {("spec", "limits"): f.LIST, ("spec", "limits", "[]"): f.MAP}
     if manifest.kind in SPECS:  # `rules` are stricter about their names
@@ -215,13 +219,13 @@ def _formats_of(manifest: Manifest, group: str) -> dict[tuple[str, ...], Format]
 
 def _walk(
     value: Any, path: Path, formats: dict[tuple[str, ...], Format]
-) -> Iterator[tuple[Path, str, str]]:
-    """Yield (path, rule, problem) for a value and all below it; nothing below a wrong one."""
+) -> Iterator[tuple[Path, str, Any, str]]:
+    """Yield (path, rule, value, problem) for a value and all below; nothing below a wrong one."""
     if value is None and not isinstance(path[-1], int):
         return
     expected = _format(path, formats)
     if expected and (wrong := expected.wrong(value)):
-        yield path, expected.rule, wrong
+        yield path, expected.rule, value, wrong
         return
     items: list[tuple[str | int, Any]] = []
     if isinstance(value, dict):
@@ -231,7 +235,7 @@ def _walk(
     is_keyed = bool(path) and path[-1] in KEYED and isinstance(value, dict) and expected is f.MAP
     for name, part in items:
         if is_keyed and (wrong := f.KEY.wrong(name)):
-            yield (*path, name), f.KEY.rule, wrong
+            yield (*path, name), f.KEY.rule, part, wrong
         else:
             yield from _walk(part, (*path, name), formats)
 

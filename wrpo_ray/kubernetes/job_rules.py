@@ -4,14 +4,12 @@ Source: KubeRay 1.7.0, ray-operator/controllers/ray: utils/validation.go (V), ra
 (J), utils/constant.go (C).
 """
 
-import shlex
-from collections.abc import Iterator, Sequence
-from pathlib import PurePosixPath
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
-from wrpo_ray.kubernetes.manifests import Problem
+from wrpo_ray.kubernetes.manifests import described
 from wrpo_ray.kubernetes.ray_objects import DeletionRule, Faults, Job, RayObject, value_of
 from wrpo_ray.text.documents import describe_yaml_error, read_document
 
@@ -240,7 +238,7 @@ def _runtime_env_keys(field: str, given: Any) -> Faults:
     try:
         RuntimeEnv(**{name: value for name, value in given.items() if not _is_file(name, value)})
     except Exception as error:  # its checks do not validate all input
-        yield field, "runtime-env", f"Ray refuses it: {' '.join(str(error).split())}"
+        yield field, "runtime-env", f"Ray refuses it: {described(error)}"
         return
     for name in sorted(set(given) - set(RuntimeEnv.known_fields)):
         yield f"{field}.{name}", "runtime-env", "Ray has no such key"
@@ -261,36 +259,3 @@ def _stop_wait(variables: dict[str, Any]) -> Faults:
             f"has no {STOP}: a run that is deleted has {STOP_SECONDS} s to close its files; write "
             f'{STOP}: "30"',
         )
-
-
-def check_output(found: RayObject, job: Job, output: str) -> Iterator[Problem]:
-    """Yield a problem if the config's `output` is lost with the pods of a try.
-
-    A `--set output=...` of the entrypoint comes before the config's.
-    """
-    try:
-        words = shlex.split(job.entrypoint)
-    except ValueError:
-        words = job.entrypoint.split()
-    given = [word for text in words for word in text.split() if word.startswith("output=")]
-    output = given[-1].removeprefix("output=") if given else output
-    if "://" in output or not found.cluster:
-        return
-    pods = [group.template.spec for _, group in found.groups]
-    kept = [
-        {
-            mount.mount_path
-            for mount in (pod.containers[0].volume_mounts if pod.containers else [])
-            for volume in pod.volumes
-            if volume.name == mount.name and volume.persistent_volume_claim
-        }
-        for pod in pods
-    ]
-    above = {str(parent) for parent in (PurePosixPath(output), *PurePosixPath(output).parents)}
-    if not all(above & paths for paths in kept):
-        text = (
-            f"writes to {output!r}, on no volume that all pods mount: each try starts from "
-            f"nothing, and the result is deleted with the cluster; set `output` to a folder of a "
-            f"mounted PersistentVolumeClaim, or of an object store"
-        )
-        yield found.problem("spec.entrypoint", "output", text)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.text.addresses import Address, address_problem, redact
@@ -30,6 +31,10 @@ ADVICE = frozenset(
 """Rules whose violation works on some clusters, or costs time or money but no run."""
 KLOG = re.compile(r"^[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ [^\s\]]+\] ")
 """What kubectl's logs have before a message: level, time, process and line of its source."""
+KUSTOMIZATIONS = ("kustomization.yaml", "kustomization.yml", "Kustomization")
+"""Names of the file that makes a folder one for `kubectl kustomize`."""
+SHOWN = 8
+"""Maximum folders named in a message."""
 LAUNCHER = "launcher"
 """The kind assigned to a file of Ray's cluster launcher, which has none."""
 
@@ -108,6 +113,16 @@ class Problem:
         return f"{_printable(place)}: {_printable(self.text)} [{self.rule}]"
 
 
+def described(error: Exception) -> str:
+    """Return an error of a library that reads values in words for those who wrote them."""
+    if isinstance(error, TypeError | AttributeError | LookupError):
+        return "a value is of another type than expected; compare it with cluster/"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def mapping(value: Any) -> Body:
     """Return a value that may be a mapping; an empty one otherwise."""
     return value if isinstance(value, dict) else {}
@@ -149,11 +164,12 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
     """Return the objects of YAML files, folders (kustomizations are rendered) or stdin (`-`).
 
     Raises:
-        UserError: a path does not exist, or a folder cannot be rendered.
+        UserError: a path does not exist or has no object, or a folder cannot be rendered.
     """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
     for path in paths:
+        before = len(manifests) + len(problems)
         for file, text in _texts(path):
             try:
                 documents = [d for d in read_documents(text) if d is not None]
@@ -167,6 +183,8 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
                     problems.append(Problem(file, "", "yaml", wrong))
                 else:
                     manifests.append(Manifest(file, _given(item)))
+        if len(manifests) + len(problems) == before:
+            raise UserError(f"{path}: has no object, so there is nothing to check")
     return manifests, problems
 
 
@@ -213,14 +231,30 @@ def _texts(path: str) -> Iterator[tuple[str, str]]:
     if Address.of(path) or address_problem(path):
         raise UserError(f"{redact(path)}: manifests are files on this machine; copy them here")
     place = Path(path)
-    if (place / "kustomization.yaml").exists():
+    if any((place / name).exists() for name in KUSTOMIZATIONS):
         yield path, _kustomize(place)
         return
-    files = sorted(place.glob("*.yaml")) if place.is_dir() else [place]
-    if not files:
-        raise UserError(f"{path}: no .yaml file is in this folder")
-    for file in files:
+    for file in _files(place) if place.is_dir() else [place]:
         yield str(file), read_text(file, "manifest")
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the manifests of a folder.
+
+    Raises:
+        UserError: it has none, or kustomizations in subfolders, which would be passed over.
+    """
+    below = sorted({str(f.parent) for name in KUSTOMIZATIONS for f in folder.rglob(name)})
+    if below:
+        more = f" and {len(below) - SHOWN} more" if len(below) > SHOWN else ""
+        raise UserError(
+            f"{folder}: has no kustomization of its own, but its subfolders do; give those to "
+            f"check: {', '.join(below[:SHOWN])}{more}"
+        )
+    files = sorted(file for end in ("yaml", "yml", "json") for file in folder.glob(f"*.{end}"))
+    if not files:
+        raise UserError(f"{folder}: no .yaml, .yml or .json file is in this folder")
+    return files
 
 
 def _kustomize(folder: Path) -> str:

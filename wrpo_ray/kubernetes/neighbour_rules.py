@@ -11,9 +11,12 @@ from typing import Any
 
 from wrpo_ray.kubernetes.manifests import Manifest, Problem, document_in, mapping
 from wrpo_ray.kubernetes.ray_objects import RAY_KINDS, path_text
+from wrpo_ray.kubernetes.reference_rules import EXTERNAL, declared
 
 EXAMPLE = re.compile(r"^[a-z][a-z0-9+.-]*://(your-|<|[A-Z]{3})")
 """An address as examples have them: `s3://your-bucket/run`, `gs://BUCKET/run`, `hdfs://<host>`."""
+PLACEHOLDERS = {"ACCOUNT", "PROJECT", "POLICY", "fs-0123456789abcdef0", "nfs.example.com"}
+"""What the guide writes for names of a cloud and of its storage."""
 PORTS = {"gcs-server": 6379, "dashboard": 8265, "client": 10001, "serve": 8000, "metrics": 8080}
 """Ports of a Ray pod that the operator names where the manifest does not."""
 SERVE, SERVE_PORT = "serve", 8000
@@ -37,7 +40,7 @@ def check(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem
 def _addresses(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
     """Yield each example's address, also in a config inside a text."""
     if isinstance(value, str):
-        if EXAMPLE.match(value):
+        if EXAMPLE.match(value) or PLACEHOLDERS & set(value.split(":")):
             yield path_text(path), value
         elif "\n" in value and "://" in value:
             inside = document_in(value)
@@ -74,31 +77,46 @@ def _backend(
 ) -> Iterator[Problem]:
     """Check a Service that an Ingress or a route names."""
     services = dict(_services(beside))
-    known = services.get(name)
-    if known is None and services:
-        text = f"no Service {name!r} is made by these manifests; they make {_names(services)}"
+    known, external = services.get(name), f"Service/{name}"
+    if services and name not in services and external not in declared(manifest):
+        text = (
+            f"no Service {name!r} is made by these manifests; they make {_names(services)}. Name "
+            f"one of them, or one that is elsewhere in the annotation {EXTERNAL}: {external}"
+        )
         yield Problem(manifest, path, "backend", text)
+    elif known is not None and isinstance(port, str) and port.isdecimal():
+        yield Problem(manifest, path, "backend", f"the port {port!r} is a text; write {port}")
     elif known is not None and port is not None and port not in known:
         text = f"the Service {name!r} has no port {port!r}; it has {_names(known)}"
         yield Problem(manifest, path, "backend", text)
 
 
-def _services(manifests: Sequence[Manifest]) -> Iterator[tuple[str, set[Port]]]:
-    """Yield each Service with the numbers and names of its ports, also those of the operator."""
+def _services(manifests: Sequence[Manifest]) -> Iterator[tuple[str, set[Port] | None]]:
+    """Yield each Service with the numbers and names of its ports, also those of the operator.
+
+    The ports of an ExternalName are those of its host: None.
+    """
     for manifest in manifests:
         spec = mapping(manifest.body.get("spec"))
         if manifest.kind == "Service":
-            yield manifest.name, _ports(spec.get("ports"), "port")
+            is_elsewhere = spec.get("type") == "ExternalName"
+            yield manifest.name, None if is_elsewhere else _ports(spec.get("ports"), "port")
         if manifest.kind in ("RayCluster", "RayService"):
             cluster = spec if manifest.kind == "RayCluster" else spec.get("rayClusterConfig")
-            template = mapping(mapping(mapping(cluster).get("headGroupSpec")).get("template"))
-            first = (mapping(template.get("spec")).get("containers") or [{}])[0]
-            ports = _ports(mapping(first).get("ports"), "containerPort")
-            yield f"{manifest.name}-head-svc", _with_defaults(ports)
+            head = mapping(mapping(cluster).get("headGroupSpec"))
+            template = mapping(mapping(head.get("template")).get("spec"))
+            first = mapping((template.get("containers") or [{}])[0])
+            ports = _with_defaults(_ports(first.get("ports"), "containerPort"))
+            yield _own_name(head.get("headService")) or f"{manifest.name}-head-svc", ports
             if manifest.kind == "RayService":
-                named = [p for p in mapping(first).get("ports") or [] if _is_serve(p)]
+                named = [p for p in first.get("ports") or [] if _is_serve(p)]
                 served = _ports(named, "containerPort") or {SERVE_PORT, SERVE}
-                yield f"{manifest.name}-serve-svc", served
+                yield _own_name(spec.get("serveService")) or f"{manifest.name}-serve-svc", served
+
+
+def _own_name(service: Any) -> str:
+    """Return the name that an object gives the operator's Service; empty without one."""
+    return str(mapping(mapping(service).get("metadata")).get("name") or "")
 
 
 def _is_serve(port: Any) -> bool:
@@ -116,7 +134,7 @@ def _ports(given: Any, key: str) -> set[Port]:
 
 
 def _targets(manifest: Manifest, beside: Sequence[Manifest]) -> Iterator[Problem]:
-    """Check the ports of a Service against those that its pods declare."""
+    """Check the names of ports of a Service; a number may be one that pods do not declare."""
     spec = mapping(manifest.body.get("spec"))
     selector = mapping(spec.get("selector"))
     templates = [one for m in beside for one in _templates(m.body, m.kind in RAY_KINDS)]
@@ -124,7 +142,7 @@ def _targets(manifest: Manifest, beside: Sequence[Manifest]) -> Iterator[Problem
     declared = {port for template in chosen for port in template.ports}
     for number, entry in enumerate(map(mapping, spec.get("ports") or [])):
         target = entry.get("targetPort", entry.get("port"))
-        if declared and target not in declared:
+        if declared and isinstance(target, str) and target not in declared:
             text = f"is {target!r}, and the pods behind it have {_names(declared)}"
             yield Problem(manifest, f"spec.ports[{number}].targetPort", "backend", text)
 
@@ -160,7 +178,8 @@ def _backends(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, Por
             yield where, str(service.get("name")), port.get("number", port.get("name"))
         elif key == "backendRefs" and isinstance(part, list):
             for number, one in enumerate(map(mapping, part)):
-                if one.get("kind", "Service") == "Service" and "namespace" not in one:
+                is_service = one.get("kind", "Service") == "Service" and not one.get("group")
+                if is_service and "namespace" not in one:
                     where = path_text((*path, key, number))
                     yield where, str(one.get("name")), one.get("port")
         else:

@@ -1,13 +1,15 @@
-"""Rules for pods that no schema knows: one Ray version, equal GPUs, shared memory, references."""
+"""Rules for pods that no schema knows: one Ray version, equal GPUs, shared memory, volumes."""
 
+import difflib
 import importlib.metadata
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from wrpo_ray import __version__
 from wrpo_ray.kubernetes import node_rules
-from wrpo_ray.kubernetes.manifests import Manifest, Problem
+from wrpo_ray.kubernetes.manifests import Body, Manifest, Problem, mapping
 from wrpo_ray.kubernetes.ray_objects import (
     GPU,
     Container,
@@ -20,14 +22,12 @@ from wrpo_ray.kubernetes.ray_objects import (
 
 IMAGE = "wrpo-ray"
 """Last part of the name of the project's image; its tag is VERSION-gpu or VERSION-cpu."""
-EXTERNAL = "wrpo-ray/external"
-"""Annotation: `Kind/name` of objects that exist elsewhere, separated by spaces."""
 OBJECT_STORE = 0.3
 """Ray's default share of a node's memory for its object store."""
 
 
 def check(found: RayObject) -> Iterator[Problem]:
-    """Yield the problems of an object's pods; `check_references` needs all objects."""
+    """Yield the problems of an object's pods."""
     for field, rule, text in _faults(found):
         yield found.problem(field, rule, text)
 
@@ -134,80 +134,48 @@ def _shared_memory(path: str, group: Group) -> Faults:
         )
 
 
-# --- references ------------------------------------------------------------------------------
-
-REFERENCES = {
-    "secretKeyRef": ("Secret", "name"),
-    "secretRef": ("Secret", "name"),
-    "secret": ("Secret", "secretName"),
-    "authOptions": ("Secret", "secretName"),
-    "imagePullSecrets": ("Secret", "name"),
-    "configMapKeyRef": ("ConfigMap", "name"),
-    "configMapRef": ("ConfigMap", "name"),
-    "configMap": ("ConfigMap", "name"),
-    "persistentVolumeClaim": ("PersistentVolumeClaim", "claimName"),
-}
-"""Key of a reference: (kind of the object, key of its name)."""
-ACCOUNT = "serviceAccountName"
+# --- volumes ---------------------------------------------------------------------------------
 
 
-def check_references(manifest: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
-    """Check that references of pods are among the manifests, optional, or declared external."""
-    there = _there(manifest, manifests) | declared(manifest)
-    for path, one, is_optional in _references(manifest.body.get("spec"), ("spec",)):
-        if not is_optional and one not in there:
-            kind, _, name = one.partition("/")
-            yield Problem(
-                manifest,
-                path,
-                "reference",
-                f"{kind} {name!r} is not in these manifests; add it, or name it in the "
-                f"annotation {EXTERNAL}: {one}",
-            )
+def check_volumes(manifest: Manifest) -> Iterator[Problem]:
+    """Yield the mounts and volumes of pods that Kubernetes rejects."""
+    for path, pod in _pods(manifest.body, ()):
+        volumes = [str(mapping(v).get("name")) for v in pod.get("volumes") or []]
+        for name in _twice(volumes):
+            text = f"{name!r} is the name of two volumes"
+            yield _volume_problem(manifest, (*path, "volumes"), text)
+        claims = mapping(manifest.body.get("spec")).get("volumeClaimTemplates") or []
+        known = {*volumes, *(str(mapping(mapping(c).get("metadata")).get("name")) for c in claims)}
+        for key in ("initContainers", "containers"):
+            for number, container in enumerate(map(mapping, pod.get(key) or [])):
+                mounts = [mapping(mount) for mount in container.get("volumeMounts") or []]
+                for text in _mount_faults(mounts, known):
+                    yield _volume_problem(manifest, (*path, key, number, "volumeMounts"), text)
 
 
-def _there(manifest: Manifest, manifests: Sequence[Manifest]) -> set[str]:
-    """Return the objects that a manifest can refer to, as `Kind/name`."""
-    return {f"{m.kind}/{m.name}" for m in manifests if m.is_beside(manifest)}
+def _volume_problem(manifest: Manifest, path: tuple[Any, ...], text: str) -> Problem:
+    return Problem(manifest, path_text(path), "volumes", f"{text}: Kubernetes rejects the pod")
 
 
-def declared(manifest: Manifest) -> set[str]:
-    """Return the objects that a manifest declares to exist elsewhere, as `Kind/name`."""
-    return set(str(manifest.annotations.get(EXTERNAL, "")).replace(",", " ").split())
+def _mount_faults(mounts: list[Body], volumes: set[str]) -> Iterator[str]:
+    for name in sorted({str(mount.get("name")) for mount in mounts} - volumes):
+        close = difflib.get_close_matches(name, volumes, n=1, cutoff=0.6)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield f"the pod has no volume {name!r}{hint}"
+    for place in _twice([str(mount.get("mountPath")).rstrip("/") for mount in mounts]):
+        yield f"two volumes are mounted at {place}"
 
 
-def external(manifests: Sequence[Manifest], is_optional: bool) -> dict[str, list[str]]:
-    """Return the objects that exist elsewhere, as `Kind/name`, by namespace.
-
-    They are either those that are declared and needed, or those that are used if they exist.
-    """
-    found: dict[str, set[str]] = {}
-    for manifest in manifests:
-        used: dict[str, bool] = {}
-        for _, one, may_miss in _references(manifest.body.get("spec"), ("spec",)):
-            used[one] = may_miss and used.get(one, True)
-        used = dict.fromkeys(declared(manifest), False) | used
-        wanted = {one for one, may_miss in used.items() if may_miss is is_optional}
-        outside = wanted - _there(manifest, manifests)
-        found.setdefault(manifest.namespace, set()).update(outside)
-    return {namespace: sorted(names) for namespace, names in sorted(found.items()) if names}
+def _twice(names: list[str]) -> list[str]:
+    return sorted(name for name, n in Counter(names).items() if n > 1)
 
 
-def _references(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[str, str, bool]]:
-    """Yield (path, `Kind/name`, whether it is optional) of each reference below."""
-    if isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from _references(item, (*path, number))
-    if not isinstance(value, dict):
+def _pods(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Body]]:
+    """Yield the specs of pods in an object, each with its path."""
+    if isinstance(value, dict) and isinstance(value.get("containers"), list):
+        yield path, value
         return
-    for key, part in value.items():
-        here = (*path, key)
-        if key == ACCOUNT and isinstance(part, str) and part not in ("", "default"):
-            yield path_text(here), f"ServiceAccount/{part}", False
-        if key in REFERENCES:
-            kind, name_key = REFERENCES[key]
-            for item in part if isinstance(part, list) else [part]:
-                name = item.get(name_key) if isinstance(item, dict) else None
-                if name:
-                    yield path_text((*here, name_key)), f"{kind}/{name}", bool(item.get("optional"))
-        yield from _references(part, here)
+    for key, part in value.items() if isinstance(value, dict) else ():
+        yield from _pods(part, (*path, key))
+    for number, part in enumerate(value) if isinstance(value, list) else ():
+        yield from _pods(part, (*path, number))

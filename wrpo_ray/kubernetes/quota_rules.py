@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from wrpo_ray.kubernetes.manifests import Manifest, Problem, mapping
-from wrpo_ray.kubernetes.ray_objects import Container, PodSpec, RayObject, Resources, number_of
+from wrpo_ray.kubernetes.ray_objects import (
+    RAY_KINDS,
+    Container,
+    PodSpec,
+    RayObject,
+    Resources,
+    number_of,
+)
 
 HALF_CPU = {"cpu": "500m", "memory": "512Mi"}
 AUTOSCALER = Container(
@@ -61,6 +68,30 @@ def check(found: RayObject, manifests: Sequence[Manifest]) -> Iterator[Problem]:
             for part in ("requests", "limits"):
                 if (part, name) in hard:
                     yield from _unnamed(found, quota, part, name, defaults)
+
+
+def check_objects(quota: Manifest, manifests: Sequence[Manifest]) -> Iterator[Problem]:
+    """Yield what a quota allows less of than the manifests have: claims, storage, Ray objects."""
+    if quota.kind != "ResourceQuota":
+        return
+    hard = mapping(mapping(quota.body.get("spec")).get("hard"))
+    has: Counter[str] = Counter()
+    for manifest in (one for one in manifests if one.is_beside(quota)):
+        spec = mapping(manifest.body.get("spec"))
+        if manifest.kind == "PersistentVolumeClaim":
+            asked = mapping(mapping(spec.get("resources")).get("requests")).get("storage", 0)
+            has["persistentvolumeclaims"] += 1
+            has["count/persistentvolumeclaims"] += 1
+            has["requests.storage"] += int(number_of(asked))
+        if manifest.kind in RAY_KINDS:
+            makes_one = manifest.kind == "RayService" or "rayClusterSpec" in spec
+            has[f"count/{manifest.kind.lower()}s.ray.io"] += 1
+            has["count/rayclusters.ray.io"] += makes_one
+    for name in sorted(set(hard) & set(has)):
+        if has[name] > number_of(hard[name]):
+            wanted = _text("memory" if name == "requests.storage" else name, has[name])
+            text = f"is {hard[name]}, and these manifests need {wanted}: the rest is refused"
+            yield Problem(quota, f"spec.hard.{name}", "quota", text)
 
 
 def _key(name: str) -> tuple[str, str]:

@@ -43,7 +43,7 @@ class Resources(View):
 
 
 class EnvVar(View):
-    """An environment variable; `check_references` reads `valueFrom`."""
+    """An environment variable; `reference_rules` reads `valueFrom`."""
 
     name: str
     value: str | None = None
@@ -60,6 +60,7 @@ class Mount(View):
     name: str
     mount_path: str
     sub_path: str = ""
+    sub_path_expr: str = ""
 
 
 class ContainerPort(View):

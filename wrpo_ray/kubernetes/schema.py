@@ -14,10 +14,12 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.kubernetes import secret_rules
 from wrpo_ray.kubernetes.manifests import Manifest, Problem
 from wrpo_ray.kubernetes.ray_objects import LONGEST_SHOWN, path_text, shown
 from wrpo_ray.text.documents import read_documents
@@ -59,7 +61,10 @@ class Schemas:
         if schema is None:
             return
         for error in Draft7Validator(schema).iter_errors(manifest.body):
-            yield from _explained(manifest, error)
+            path, value = list(error.absolute_path), error.instance
+            for problem in _explained(manifest, error):
+                text = problem.text.replace(repr(value), shown(value))
+                yield replace(problem, text=secret_rules.hide(manifest, path, value, text))
 
 
 def kinds_of(folder: str) -> dict[str, Schema]:

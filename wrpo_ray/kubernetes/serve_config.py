@@ -3,11 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from wrpo_ray.config import serving
 from wrpo_ray.errors import UserError
-from wrpo_ray.kubernetes.manifests import Problem
+from wrpo_ray.kubernetes.manifests import Problem, described
 from wrpo_ray.kubernetes.ray_objects import RayObject, path_text
 from wrpo_ray.text.documents import describe_yaml_error, read_document
 
@@ -30,7 +31,9 @@ def read(found: RayObject) -> tuple[dict[str, Any] | None, list[Problem]]:
         lines = [(path_text((*e["loc"],)), e["msg"]) for e in error.errors()]
         return None, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in lines]
     except Exception as error:  # of YAML, or of a validator that expects other types
-        return None, [found.problem(FIELD, "serve-config", describe_yaml_error(error))]
+        is_yaml = isinstance(error, yaml.YAMLError | RecursionError)
+        text = describe_yaml_error(error) if is_yaml else described(error)
+        return None, [found.problem(FIELD, "serve-config", text)]
     problems = [*_unknown(given), *_own_arguments(given)]
     return given, [found.problem(f"{FIELD}.{at}", "serve-config", text) for at, text in problems]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from argparse import _SubParsersAction
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,13 @@ from support.edits import at
 from support.manifests import FILLED, FUSION, Body, ray_objects, rendered
 
 from wrpo_ray import cli, config
+from wrpo_ray.cli.entry import make_parser
+from wrpo_ray.kubernetes import capacity, job_config
 from wrpo_ray.kubernetes.check import Report, check
+from wrpo_ray.kubernetes.manifests import Manifest
+from wrpo_ray.kubernetes.ray_objects import RayObject, typed
+from wrpo_ray.kubernetes.resource_requests import Request
+from wrpo_ray.kubernetes.schema import Schemas
 
 TOKEN_ENV = "spec.headGroupSpec.template.spec.containers[0].env"
 
@@ -117,7 +124,76 @@ def test_an_error_of_kustomize_is_told_without_the_logs_prefix(
     assert told.endswith('kubectl kustomize: old field "x" error: no [a] b\n')
 
 
+PARTS = ({"CPU": 1.0}, *[{"GPU": 1.0, "generate-8gpu": 1.0}] * 4)
+
+
+@pytest.mark.parametrize(
+    ("bundles", "count"),
+    [(({"CPU": 8.0, "GPU": 1.0},), n) for n in (65, 99, 210)]
+    + [(({"CPU": 4.0},), 131), (PARTS, 14), (PARTS, 16), (PARTS, 17)],
+)
+def test_many_requests_are_counted_as_rays_scheduler_would(bundles: tuple[Any, ...], count: int):
+    body = ray_objects()["RayCluster"]
+    for group in at(body, "spec.workerGroupSpecs"):
+        group |= {"minReplicas": 1, "replicas": 1, "maxReplicas": 8}
+    found = typed(Manifest("c", body))
+    assert isinstance(found, RayObject)
+    types = capacity.node_types(found, found.cluster)
+    for kind in types.config["available_node_types"].values():
+        kind["min_workers"] = 0
+    request = Request("a", bundles, count)
+    assert types.nodes_for(request) == capacity._scheduled(types.config, request)
+
+
+@pytest.mark.parametrize(("least", "engines"), [(2**31 - 1, 1), (100_000, 64), (0, 5000)])
+def test_thousands_of_nodes_are_counted_in_seconds(least: int, engines: int, tmp_path: Path):
+    body = ray_objects()["RayCluster"]
+    group = at(body, "spec.workerGroupSpecs")[2]
+    assert group["groupName"] == "generate-4gpu"
+    group |= {"minReplicas": least, "replicas": least, "maxReplicas": max(least, 5000)}
+    changes = {"tensor_parallel": 4, "actors": {"min": engines, "max": engines, "num_cpus": 8,
+        "num_gpus": 1, "resources": {"generate-4gpu": 1}}}  # fmt: skip
+    job = config.load(FUSION, [f"sources.0.{k}={json.dumps(v)}" for k, v in changes.items()])
+    started = time.process_time()
+    told = report(tmp_path, body, job=job)
+    assert time.process_time() - started < 10
+    assert told.problems == []
+    (place,) = [place for place in told.places if "generate qwen" in place]
+    assert f"{max(least, engines)} x generate-4gpu" in place
+
+
 # --- files -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"a.yaml": ""}, "a.yaml: has no object, so there is nothing to check"),
+        ({"a.yaml": "---\n# none\n---\nnull\n"}, "has no object, so there is nothing to check"),
+        ({"a.yaml": "kind: List\napiVersion: v1\nitems: []"}, "has no object"),
+        ({}, "no .yaml, .yml or .json file is in this folder"),
+        ({"a.txt": "kind: Namespace"}, "no .yaml, .yml or .json file is in this folder"),
+        ({"a.yaml": "{}", "job/kustomization.yaml": "", "b/c/Kustomization": ""}, "/b/c, "),
+        ({"a.yml": "{", "b.yaml": "apiVersion: v1\nkind: Namespace\nmetadata: {name: a}"}, "a.yml"),
+        ({"a.json": "{"}, "a.json"),
+        ({"kustomization.yml": "resources: [none.yaml]"}, "kubectl"),
+        ({"Kustomization": "resources: [none.yaml]"}, "kubectl"),
+    ],
+)
+def test_nothing_is_passed_over_silently(
+    files: dict[str, str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    one = tmp_path / next(iter(files)) if list(files) == ["a.yaml"] else tmp_path
+    assert cli.main(["cluster", "check", str(one)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_an_empty_stream_is_nothing_to_check(capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["cluster", "check", os.devnull]) == 2
+    assert "has no object" in capsys.readouterr().err
 
 
 def bomb(levels: int) -> str:
@@ -188,6 +264,24 @@ def test_a_submitter_with_a_command_needs_no_entrypoint(
     body["spec"] |= {"entrypoint": "", "submissionMode": "K8sJobMode"}
     body["spec"]["submitterPodTemplate"] = {"spec": {"containers": [container]}}
     assert bool(texts(report(tmp_path, body), "entrypoint")) != is_right
+
+
+@pytest.mark.parametrize("value", [12345678, ["hunter2"], {"a": "hunter2"}, 1.5, True])
+def test_no_message_has_the_value_of_a_secret(value: Any, tmp_path: Path):
+    secret = made("Secret", "s", data={"A": value}, stringData={"B": value})
+    body = ray_objects()["RayCluster"]
+    head = at(body, "spec.headGroupSpec")
+    head["rayStartParams"]["redis-password"] = value
+    at(body, TOKEN_ENV).append({"name": "DB_PASSWORD", "value": value})
+    at(body, "spec")["gcsFaultToleranceOptions"] = {"redisPassword": {"value": value}}
+    head["template"]["spec"]["initContainers"] = [
+        {"name": "a", "image": "a:1", "env": {"HF_TOKEN": value}}
+    ]
+    (tmp_path / "c.yaml").write_text(f"{json.dumps(secret)}\n---\n{json.dumps(body)}")
+    told = check([str(tmp_path / "c.yaml")], None, Schemas()).problems
+    assert len(told) >= 6
+    assert not [problem for problem in told if str(value) in str(problem)], told
+    assert sum("a value that is not shown" in problem.text for problem in told) >= 5
 
 
 # --- namespaces ------------------------------------------------------------------------------
@@ -268,6 +362,29 @@ def test_the_pods_of_all_groups_fit_the_quota_of_their_namespace(
     told = report(tmp_path, small(**most), quota(**hard))
     assert [p.rule for p in (*told.problems, *told.advice)] == rules
     assert report(tmp_path, small(**most), quota("other", **hard)).advice == []
+
+
+@pytest.mark.parametrize(
+    ("hard", "text"),
+    [
+        ({"requests.storage": "2Ti"}, None),
+        ({"requests.storage": "1Ti"}, "is 1Ti, and these manifests need 1,536Gi"),
+        ({"persistentvolumeclaims": "2"}, None),
+        ({"persistentvolumeclaims": 1}, "is 1, and these manifests need 2"),
+        ({"count/rayjobs.ray.io": "0"}, "is 0, and these manifests need 1"),
+        ({"count/rayclusters.ray.io": "2"}, None),
+        ({"count/rayclusters.ray.io": "1"}, "is 1, and these manifests need 2"),
+        (["cpu"], "is ['cpu'], a list; it has to be a mapping"),
+        ({"requests.cpu": "lots"}, "is 'lots', which is no quantity"),
+    ],
+)
+def test_a_quota_has_room_for_the_objects(hard: Any, text: str | None, tmp_path: Path):
+    claim = {"resources": {"requests": {"storage": "768Gi"}}, "accessModes": ["ReadWriteOnce"]}
+    claims = [made("PersistentVolumeClaim", name, claim) for name in "ab"]
+    job, service = ray_objects()["RayJob"], ray_objects()["RayService"]
+    quotas = made("ResourceQuota", "q", {"hard": hard})
+    found = [p for p in report(tmp_path, job, service, quotas, *claims).problems if p.field]
+    assert [text in p.text for p in found] == ([True] if text else []), found
 
 
 @pytest.mark.parametrize(
@@ -425,6 +542,10 @@ def test_a_shared_claim_names_its_class(spec: Body, is_told: bool, tmp_path: Pat
         ("s3://yours/run", False),
         ("https://US-east.example.com", False),
         ("see s3://your-bucket", False),
+        ("fs-0123456789abcdef0", True),
+        ("nfs.example.com", True),
+        ("arn:aws:iam::ACCOUNT:role/wrpo", True),
+        ("a CLASS of its own", False),
     ],
 )
 def test_an_address_of_the_example_is_told(value: str, is_told: bool, tmp_path: Path):
@@ -438,6 +559,121 @@ def test_the_buckets_of_the_overlays_have_to_be_filled_in(overlay: str, tmp_path
     text = rendered(overlay).replace("s3://bucket", "s3://your-bucket")
     (tmp_path / "c.yaml").write_text(text)
     assert {p.rule for p in check([str(tmp_path / "c.yaml")]).problems} == {"placeholder"}
+
+
+@pytest.mark.parametrize(
+    ("key", "more", "told"),
+    [
+        (
+            "volumeMounts",
+            {"name": "cachee", "mountPath": "/n"},
+            "no volume 'cachee'; did you mean ",
+        ),
+        ("volumeMounts", {"name": "zzz", "mountPath": "/n"}, "the pod has no volume 'zzz':"),
+        (
+            "volumeMounts",
+            {"name": "cache", "mountPath": "/cache/"},
+            "two volumes are mounted at /c",
+        ),
+        ("volumeMounts", {"name": "cache", "mountPath": "/n"}, None),
+        ("volumes", {"name": "cache", "emptyDir": {}}, "'cache' is the name of two volumes"),
+        ("volumes", {"name": "other", "emptyDir": {}}, None),
+    ],
+)
+@pytest.mark.parametrize("kind", ["RayCluster", "StatefulSet"])
+def test_the_volumes_of_a_pod_are_those_that_are_mounted(
+    key: str, more: Body, told: str | None, kind: str, tmp_path: Path
+):
+    mounts = [{"name": "cache", "mountPath": "/cache"}, {"name": "claim", "mountPath": "/claim"}]
+    pod: Body = {"volumes": [{"name": "cache", "emptyDir": {}}]}
+    pod["containers"] = [{"name": "a", "image": "a:1", "volumeMounts": mounts}]
+    claims = [{"metadata": {"name": "claim"}, "spec": {}}]
+    spec = {"template": {"spec": pod}, "volumeClaimTemplates": claims}
+    body = made(kind, "redis", spec, apiVersion="apps/v1")
+    if kind == "RayCluster":
+        body = ray_objects()[kind]
+        pod = at(body, "spec.headGroupSpec.template.spec")
+    (pod if key == "volumes" else pod["containers"][0])[key].append(more)
+    found = texts(report(tmp_path, body), "volumes")
+    assert [told in one for one in found] == ([True] if told else []), found
+
+
+KEY = {"name": "s", "key": "nope"}
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY}}]}, "Secret 's' has no key 'no"),
+        ({"env": [{"name": "A", "valueFrom": {"configMapKeyRef": KEY}}]}, "ConfigMap 's' has no k"),
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"optional": True}}}]}, None),
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"key": "a"}}}]}, None),
+        ({"env": [{"name": "A", "valueFrom": {"secretKeyRef": KEY | {"key": "b"}}}]}, None),
+        ({"volume": {"secret": {"secretName": "s", "items": [KEY]}}}, "Secret 's' has no key"),
+        ({"volume": {"configMap": {"name": "s", "items": [KEY]}}}, "has no key 'nope'; it has a"),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "nope"}}]}}}, "Secret 'nope'"),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "s"}}]}}}, None),
+        ({"volume": {"projected": {"sources": [{"secret": {"name": "n", "optional": True}}]}}},
+         None),
+    ],
+)  # fmt: skip
+def test_a_reference_and_its_key_are_there(more: Body, told: str | None, tmp_path: Path):
+    body = ray_objects()["RayCluster"]
+    pod = at(body, "spec.headGroupSpec.template.spec")
+    pod["containers"][0]["env"] += more.get("env", [])
+    pod["volumes"] += [{"name": "more"} | more["volume"]] if "volume" in more else []
+    secret = made("Secret", "s", data={"a": ""}, stringData={"b": ""})
+    found = report(tmp_path, body, secret, made("ConfigMap", "s", data={"a": ""})).problems
+    assert [told in problem.text for problem in found] == ([True] if told else []), found
+
+
+def test_classes_and_queues_that_are_not_there_have_to_exist_before(tmp_path: Path):
+    version = {"apiVersion": "kueue.x-k8s.io/v1beta2"}
+    flavors = {"resourceGroups": [{"coveredResources": ["cpu"], "flavors": [{"name": "f"}]}]}
+    body = ray_objects()["RayJob"]
+    names = {"queue-name": "q", "priority-class": "w"}
+    body["metadata"] |= {"labels": {f"kueue.x-k8s.io/{k}": v for k, v in names.items()}}
+    body["metadata"] |= {"namespace": "team"}
+    pods = at(body, "spec.rayClusterSpec.workerGroupSpecs")
+    for group, name in zip(pods, ("p", "system-node-critical"), strict=False):
+        group["template"]["spec"]["priorityClassName"] = name
+    needs = report(tmp_path, body).needs
+    assert "LocalQueue/q" in needs["team"]
+    assert needs[""] == ["PriorityClass/p", "WorkloadPriorityClass/w"]
+    local = made("LocalQueue", "q", {"clusterQueue": "c"}, "team", **version)
+    assert report(tmp_path, local).needs == {"": ["ClusterQueue/c"]}
+    queue = made("ClusterQueue", "c", flavors, **version)
+    assert report(tmp_path, local, queue).needs == {"": ["ResourceFlavor/f"]}
+    assert report(tmp_path, local, queue, made("ResourceFlavor", "f", **version)).needs == {}
+
+
+def test_a_cause_in_many_fields_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    body = ray_objects()["RayCluster"]
+    body["metadata"]["annotations"]["wrpo-ray/external"] = ""
+    (tmp_path / "c.yaml").write_text(json.dumps(body))
+    assert cli.main(["cluster", "check", str(tmp_path / "c.yaml")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len([line for line in lines if "'wrpo-cache' is not in" in line]) == 1
+    assert any("claimName and 8 more fields: " in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("RayJob", "runtimeEnvYAML", "- pip"),
+        ("RayJob", "runtimeEnvYAML", "pip: [1]"),
+        ("RayService", "serveConfigV2", "applications: [{name: a, import_path: 'a:b', "
+         "deployments: [3, x]}]"),
+        ("RayService", "serveConfigV2", "applications: {a: 1}"),
+    ],
+)  # fmt: skip
+def test_no_text_of_python_is_told(kind: str, field: str, value: str, tmp_path: Path):
+    body = ray_objects()[kind]
+    body["spec"][field] = value
+    found = report(tmp_path, body).problems
+    words = ("object has no", "unhashable", "validation error", "not subscriptable", "argument")
+    assert found
+    assert not [p for p in found if any(word in p.text for word in words)], found
 
 
 # --- ports -----------------------------------------------------------------------------------
@@ -492,6 +728,29 @@ def test_a_backend_is_a_port_of_a_service(ingress: Body, is_right: bool, tmp_pat
     assert len(texts(told, "backend")) == (0 if is_right else 1)
 
 
+def test_a_backend_may_be_elsewhere_or_have_a_name_of_its_own(tmp_path: Path):
+    service = ray_objects()["RayService"]
+    missing = backend("gateway", number=80)
+    (text,) = texts(report(tmp_path, service, missing), "backend")
+    assert text.endswith("the annotation wrpo-ray/external: Service/gateway")
+    missing["metadata"]["annotations"] = {"wrpo-ray/external": "Service/gateway"}
+    assert report(tmp_path, service, missing).problems == []
+    service["spec"]["serveService"] = {"metadata": {"name": "custom"}}
+    assert report(tmp_path, service, backend("custom", number=8000)).problems == []
+    cluster = ray_objects()["RayCluster"]
+    at(cluster, "spec.headGroupSpec")["headService"] = {"metadata": {"name": "head"}}
+    assert texts(report(tmp_path, cluster, backend("head", number=8265)), "backend") == []
+    assert len(texts(report(tmp_path, service, backend("custom", number=1)), "backend")) == 1
+    assert len(texts(report(tmp_path, service, backend("fused-serve-svc")), "backend")) == 1
+    outside = made("Service", "out", {"type": "ExternalName", "externalName": "a.example.org"})
+    assert report(tmp_path, service, outside, backend("out", number=443)).problems == []
+    pool = {"name": "pool", "port": 1, "group": "inference.networking.k8s.io"}
+    route = made("HTTPRoute", "r", {"rules": [{"backendRefs": [pool]}]})
+    assert report(tmp_path, service, route).problems == []
+    quoted = texts(report(tmp_path, service, backend("custom", number="8000")), "backend")
+    assert quoted == ["the port '8000' is a text; write 8000"]
+
+
 def test_backends_elsewhere_are_not_judged(tmp_path: Path):
     assert report(tmp_path, backend("other", number=80)).problems == []
 
@@ -501,11 +760,13 @@ def test_backends_elsewhere_are_not_judged(tmp_path: Path):
     [
         ({"ray.io/serve": "true"}, {"port": 80, "targetPort": 8000}, True),
         ({"ray.io/serve": "true"}, {"port": 80, "targetPort": "serve"}, True),
-        ({"ray.io/serve": "true"}, {"port": 80}, False),
+        ({"ray.io/serve": "true"}, {"port": 80}, True),  # pods need not declare a number
+        ({"ray.io/serve": "true"}, {"port": 80, "targetPort": "web"}, False),
         ({"ray.io/node-type": "head"}, {"port": 8265}, True),
         ({"app": "redis"}, {"port": 1, "targetPort": 6379}, True),
-        ({"app": "redis"}, {"port": 6380}, False),
-        ({"app": "elsewhere"}, {"port": 6380}, True),
+        ({"app": "redis"}, {"port": 6380}, True),
+        ({"app": "redis"}, {"port": 1, "targetPort": "redis"}, False),
+        ({"app": "elsewhere"}, {"port": 1, "targetPort": "redis"}, True),
     ],
 )
 def test_a_service_asks_a_port_of_its_pods(
@@ -555,7 +816,15 @@ GOOD = FUSION.read_text().replace("your-bucket", "bucket")
         (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml --set seed=x"), "seed: "),
         (run_with(GOOD, entrypoint="sh -c 'cd /x && exec wrpo sft --set=seed=x "
                   "/etc/wrpo/fusion.yaml; ls'"), "seed: "),
-        (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo x --set seed=x"), None),
+        (run_with(GOOD, entrypoint="wrpo fuse /etc/wrpo/fusion.yaml && wrpo status --set "
+                  "seed=x"), None),
+        (run_with(GOOD, "k"), "has no file 'fusion.yaml'; it has k"),
+        (run_with(GOOD, entrypoint="python -m wrpo_ray fuse /etc/wrpo/no.yaml"), "no file 'no.ya"),
+        (run_with(GOOD, entrypoint="wrpo plan /etc/wrpo/fusion.yaml && /b/wrpo fuse "
+                  "/etc/wrpo/no.yaml"), "no file 'no.yaml'"),
+        (run_with(GOOD, entrypoint="A=1 wrpo fuze /etc/wrpo/fusion.yaml"), "did you mean 'fuse'?"),
+        (run_with(GOOD, entrypoint="sh -c 'cd x; wrpo fuze'"), "no command 'fuze'"),
+        (run_with(GOOD, entrypoint="cd wrpo && echo wrpo rocks; wrpo $X; wrpo --version"), None),
     ],
 )  # fmt: skip
 def test_the_config_that_is_mounted_is_there_and_valid(
@@ -565,11 +834,78 @@ def test_the_config_that_is_mounted_is_there_and_valid(
     assert [text in one for one in told] == ([True] if text else []), told
 
 
+def test_the_commands_are_those_of_the_parser():
+    (commands,) = (a for a in make_parser()._actions if isinstance(a, _SubParsersAction))
+    assert job_config.COMMANDS.split() == list(commands.choices)
+
+
+@pytest.mark.parametrize(
+    ("entrypoint", "is_kept"),
+    [
+        ("cp x output=/tmp/y && wrpo fuse {}", True),
+        ("wrpo fuse {} --set output=/tmp/y", False),
+        ("wrpo fuse {} --set=output=/tmp/y", False),
+        ("wrpo fuse {} --set output=/cache/y", True),
+    ],
+)
+def test_the_output_of_a_run_is_that_of_its_command(entrypoint: str, is_kept: bool, tmp_path: Path):
+    bodies = run_with(GOOD, entrypoint=entrypoint.format("/etc/wrpo/fusion.yaml"))
+    assert (texts(report(tmp_path, *bodies), "output") == []) == is_kept
+
+
+def test_two_runs_have_two_names_and_two_outputs(tmp_path: Path):
+    job, files = run_with(GOOD)
+    other = json.loads(json.dumps(job))
+    other["metadata"]["name"] = "other"
+    (text,) = texts(report(tmp_path, job, other, files), "output")
+    assert text.startswith("writes to 's3://bucket/fusion', as RayJob/fusion does")
+    other["spec"]["entrypoint"] += " --set output=s3://bucket/other"
+    assert report(tmp_path, job, other, files).problems == []
+    other["metadata"]["name"] = "fusion"
+    assert [p.rule for p in report(tmp_path, job, other, files).problems] == ["twice"]
+    assert [p.rule for p in report(tmp_path, files, files).problems] == ["twice"]
+    for name in "ab":
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(files))
+    assert check([str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]).problems == []
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "is_plain"),
+    [
+        ("spec", "HF_TOKEN=hf_abc wrpo fuse x", True),
+        ("spec", "sh -c 'export HF_TOKEN=\"hf_abc\"; wrpo fuse x'", True),
+        ("spec", "HF_TOKEN=$TOKEN wrpo fuse x", False),
+        ("spec", 'HF_TOKEN="$(cat /run/token)" wrpo fuse x', False),
+        ("args", ["--redis-password=hunter2"], True),
+        ("args", ["--max-tokens=5", "--password=$(PASSWORD)"], False),
+    ],
+)
+def test_a_secret_in_a_command_is_plain(field: str, text: Any, is_plain: bool, tmp_path: Path):
+    body = ray_objects()["RayJob"]
+    if field == "spec":
+        body["spec"]["entrypoint"] = text
+    else:
+        at(body, "spec.rayClusterSpec.headGroupSpec.template.spec.containers")[0][field] = text
+    told = texts(report(tmp_path, body), "plain-secret")
+    assert bool(told) == is_plain
+    assert "hf_abc" not in str(told)
+
+
 def test_the_steps_of_the_mounted_config_have_to_fit(tmp_path: Path):
     text = GOOD.replace("generate-4gpu: 1", "generate-5gpu: 1")
     told = report(tmp_path, *run_with(text))
     assert [p.rule for p in told.problems] == ["no-room"]
     assert any(": sft: 1 x train" in place for place in told.places)
+
+
+def test_a_wrong_key_of_items_is_named(tmp_path: Path):
+    bodies = run_with(GOOD)
+    for group in bodies[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]:
+        volumes = group["template"]["spec"]["volumes"]
+        items = [{"key": "nope", "path": "fusion.yaml"}]
+        next(v for v in volumes if v["name"] == "fusion")["configMap"]["items"] = items
+    (text,) = texts(report(tmp_path, *bodies), "job-config")
+    assert "`items` names the key 'nope', which the ConfigMap 'wrpo-fusion' does not have" in text
 
 
 def test_a_key_may_have_another_path_or_be_mounted_alone(tmp_path: Path):
