@@ -41,6 +41,7 @@ def thinking(model: Path, folder: Path) -> str:
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config["extra_special_tokens"].remove(begins)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    template = template.replace(begins, "", 1)  # of a message, which brings its own marker
     (folder / "chat_template.jinja").write_text(template.replace(begins, OPEN))
     return str(folder)
 
