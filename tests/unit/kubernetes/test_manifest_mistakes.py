@@ -552,9 +552,9 @@ def sections_with_actors(kind: type[config.Section], path: str = "") -> set[str]
     """Where a config has a pool of actors, by the types of its fields."""
     found = {path} if "actors" in kind.model_fields else set()
     for name, field in kind.model_fields.items():
-        inner = loader._section_in(field.annotation)
-        if inner is not None and inner is not kind:
-            found |= sections_with_actors(inner, f"{path}.{name}".removeprefix("."))
+        for inner in loader._sections_in(field.annotation):
+            if inner is not kind:
+                found |= sections_with_actors(inner, f"{path}.{name}".removeprefix("."))
     return found
 
 
@@ -566,13 +566,17 @@ def test_every_section_of_a_config_that_starts_actors_is_asked_about():
         "models": [{"name": "other", "model": "m"}],
         "judge": {"name": "judge", "model": "m"},
     }
+    tree["evaluate"]["prompts"]["columns"] = {"reference": "r", "group": "g"}
+    tree["prompts"]["columns"] = {"reference": "r", "group": "g"}
+    tree["reward"]["by_group"] = {"maths": {"verifier": "number"}}
     tree["wrpo"] = tree.get("wrpo", {}) | {"reference": {}}
     places = sections_with_actors(config.Config)
-    assert places >= {"sources", "target", "reward", "evaluate.models", "evaluate.judge"}
+    assert places >= {"sources", "target", "reward.by_group", "evaluate.models", "evaluate.judge"}
     for place in places:
         section = tree
         for key in place.split("."):
             section = section[key][0] if isinstance(section[key], list) else section[key]
+            section = section["maths"] if key == "by_group" else section
         section["actors"] = {"num_cpus": 1, "resources": {place: 1}}
     asked = {name for r in of_config(config.Config(**tree)) for b in r.bundles for name in b}
     assert places <= asked
