@@ -164,7 +164,7 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
     """Return the objects of YAML files, folders (kustomizations are rendered) or stdin (`-`).
 
     Raises:
-        UserError: a path does not exist or has no object, or a folder cannot be rendered.
+        UserError: a path does not exist, or a folder cannot be rendered.
     """
     manifests: list[Manifest] = []
     problems: list[Problem] = []
@@ -184,7 +184,8 @@ def read(paths: Sequence[str]) -> tuple[list[Manifest], list[Problem]]:
                 else:
                     manifests.append(Manifest(file, _given(item)))
         if len(manifests) + len(problems) == before:
-            raise UserError(f"{path}: has no object, so there is nothing to check")
+            text = "has no object, so there is nothing to check"
+            problems.append(Problem(path, "", "empty", text))
     return manifests, problems
 
 
