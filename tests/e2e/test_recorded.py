@@ -179,7 +179,7 @@ def test_answers_of_sources_and_target_by_id(on_cluster, zoo, tmp_path, monkeypa
     assert "recorded-t: off-policy" in planned.stdout
     listed = wrpo.here("fuse", "--dry-run", "--until", "pair")
     assert listed.returncode == 0, listed.stderr
-    assert not out.exists()
+    assert not list(out.iterdir())
     assert {"recorded-A", "recorded-t"} <= set(listed.stdout.split())
     result = wrpo.here("fuse", "--until", "pair")
     assert result.returncode == 0, result.stderr

@@ -14,7 +14,7 @@ from wrpo_ray import read
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.runner import fuse
-from wrpo_ray.stages.ingest import stage
+from wrpo_ray.stages.ingest import distribute
 
 
 def files(*prompts: str) -> dict[str, bytes]:
@@ -54,7 +54,7 @@ def test_a_run_that_resumes_keeps_its_commit(hub, tmp_path, monkeypatch):
         repo.is_gated = False
         second = repo.commit(files("a", "b", "d"))
         with monkeypatch.context() as patch:
-            patch.setattr(stage, "SMALL", 0)
+            patch.setattr(distribute, "SMALL", 0)
             fuse(settings, until="prompts")
         assert prompts(settings) == ["a", "b", "c"]
         fresh = settings.model_copy(update={"output": str(tmp_path / "fresh")})
