@@ -153,8 +153,8 @@ def test_yaml_inside_a_field_is_told_in_a_line_or_taken(kind: str, field: str):
 
 GOOD = json.dumps({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "a"}})
 FILES = {
-    "": None,
-    "---\n---\n": None,
+    "": "has no object",
+    "---\n---\n": "has no object",
     GOOD: None,
     "\ufeff" + GOOD: None,
     "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: a, annotations: {day: 2001-99-99}}": None,
