@@ -47,7 +47,8 @@ def scraped() -> dict[tuple[str, str, str], float]:
 
 
 def test_a_step_is_found_by_prometheus_and_by_name(local_ray, tmp_path):
-    root, prompts, source = Folder(str(tmp_path)), Step("prompts"), Step("generate-a-b")
+    root, prompts = Folder(str(tmp_path)), Step("prompts")
+    source = Step("generate-a-b", source="a-b")
     keys = [records.digest(n) for n in range(6)]
     for bucket in (Bucket(0, 2), Bucket(1, 2)):
         mine = [n for n, key in enumerate(keys) if key in bucket]
