@@ -123,6 +123,8 @@ class Inputs:
         Raises:
             UserError: a file cannot be read.
         """
+        if given.path in self.known:
+            return self.known[given.path]
         section = self._section(given)
         with _naming_section(section, given):
             files = [] if self._is_unknown(given) else input_files(given.path, section)
