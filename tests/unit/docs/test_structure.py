@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,3 +46,9 @@ def test_the_tree_in_the_documentation_is_the_tree_of_the_package(monkeypatch) -
 
     page = hooks.ARCHITECTURE.read_text()
     assert hooks.with_tree(page) == page
+
+
+def test_no_two_files_of_tests_have_one_name() -> None:
+    """pytest imports them by their names alone, and refuses the second of a name."""
+    names = Counter(file.name for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []
