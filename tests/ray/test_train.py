@@ -21,6 +21,7 @@ from support.waiting import LIMIT, start_patiently, wait_until
 from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.train.checkpoint import committed
 from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
@@ -264,6 +265,7 @@ def start_driver(root: Folder, name: str, *nodes: str) -> subprocess.Popen:
         "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
         "RAY_health_check_period_ms": "1000",  # a lost node is seen after 8 s, not 15
         "RAY_health_check_failure_threshold": "8",
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "0.2",
     }
     return subprocess.Popen(
         [sys.executable, __file__, str(root), name, *nodes],
@@ -309,15 +311,23 @@ def test_five_kills_at_random_moments(root, undisturbed):
 
 
 ELASTIC = LONG.model_copy(update={"min_workers": 1})
+ON_NOTICE = ELASTIC.model_copy(update={"checkpoint_every": 1000})
 
 
-def test_a_lost_node_leaves_a_smaller_run_with_the_same_losses(root, undisturbed):
-    """Two nodes with one CPU each; the second is lost in mid-run and does not come back."""
-    step = step_of("node-lost", prepared(root, ELASTIC), ELASTIC)
-    assert start_driver(root, "node-lost", "two-nodes").wait(LIMIT) == 0
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("announced", ON_NOTICE), pytest.param("lost", ELASTIC, marks=pytest.mark.soak)],
+)
+def test_a_lost_node_leaves_a_smaller_run_with_the_same_losses(root, undisturbed, name, config):
+    """Two nodes with one CPU each; the second is lost in mid-run and does not come back.
+
+    Where Ray tells of it before, as of a spot node, its workers save a checkpoint: the only one.
+    """
+    step = step_of(name, prepared(root, config), config)
+    assert start_driver(root, name, "two-nodes").wait(LIMIT) == 0
     counts = step.read_manifest(root)["counts"]
     assert counts["workers"] == 1
-    assert counts["resumed_at"] > 0
+    assert 0 < counts["resumed_at"] < STEPS
     assert losses(root, step) == pytest.approx(losses(root, undisturbed), abs=1e-4)
     assert_close(weights(root, step), weights(root, undisturbed))
 
@@ -331,16 +341,32 @@ def lose_a_node(root: Folder, name: str) -> None:
     cluster = start_patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
     second = start_patiently(lambda: cluster.add_node(num_cpus=1))
     ray.init(address=cluster.address, log_to_driver=False)
-    step = step_of(name, prepared(root, ELASTIC), ELASTIC)
+    config = {"announced": ON_NOTICE, "lost": ELASTIC}[name]
+    step = step_of(name, prepared(root, config), config)
 
     def lose() -> None:
-        wait_until(lambda: has_steps(root, step, KILLED_AT))
+        if name == "announced":
+            wait_until(lambda: has_steps(root, step, 1))
+            announce_end(cluster.address, second.node_id)
+            wait_until(lambda: committed(root / step.folder / "checkpoints"))
+        else:
+            wait_until(lambda: has_steps(root, step, KILLED_AT))
         cluster.remove_node(second, allow_graceful=False)
 
     threading.Thread(target=lose, daemon=True).start()
-    train(root, name, ELASTIC)
+    train(root, name, config)
     ray.shutdown()
     cluster.shutdown()
+
+
+def announce_end(address: str, node: str) -> None:
+    """Tell Ray that a node is about to leave, as a cloud does."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    deadline = int((time.time() + 60) * 1000)
+    GcsClient(address=address).drain_node(node, reason, "a spot node", deadline)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,26 @@
 
 A checkpoint holds the training state (`state`), one part per worker, and the next step. The rest
 (order of rows, alpha, learning rate) is a function of the step. So any number of workers can
-resume from it, at any ZeRO stage. Each worker writes its part to a local folder; Ray Train uploads
-it to the run's storage while training continues, and lists a checkpoint in its snapshot once all
-parts are uploaded. So a run never resumes from an incomplete checkpoint: if a worker is lost before
-its upload ends, training resumes from the checkpoint before.
+resume from it, at any ZeRO stage. Each worker writes its part to a local folder, with a GPU from a
+copy while training continues. Ray Train uploads it to the run's storage meanwhile, and lists a
+checkpoint in its snapshot once all parts are uploaded. So a run never resumes from an incomplete
+checkpoint: if a worker is lost before its upload ends, training resumes from the one before.
 """
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from wrpo_ray.runtime.node_memory import node_memory
 from wrpo_ray.runtime.progress import log
-from wrpo_ray.stages.train.state import INDEX, load_state, save_state
+from wrpo_ray.stages.train.state import INDEX, bytes_of, load_state, part_of
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
@@ -25,27 +32,80 @@ SNAPSHOT = "checkpoint_manager_snapshot.json"
 """Ray Train's list of complete checkpoints (ray.train.v2, 2.60)."""
 
 
-def save(engine: Any, key: str, next_step: int, metrics: dict[str, Any]) -> None:
-    """Write a checkpoint; Ray Train uploads it in the background. All workers call it.
+NOTICE_INTERVAL = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "5"))
+"""Seconds between two questions whether a node is about to leave, as often as Ray Train looks."""
 
-    `key` is the step's key, as a series of models shares one folder of checkpoints.
 
-    It first waits until the checkpoint before is complete, so that at most one is on the local
-    disk. Ray Train deletes it after the upload, and uploads the last one before a run ends.
+class Saver:
+    """Saves the state of one engine; every worker has one and calls it after the same steps."""
+
+    def __init__(self, engine: Any, key: str, device: torch.device):
+        """`key` is the step's key, as a series of models shares one folder of checkpoints."""
+        self._engine, self._key, self._device = engine, key, device
+        self._copies: dict[str, Tensor] | None = {} if has_room_for_copies(engine, device) else None
+        self._asked = time.monotonic()
+        self._saved_for = ""
+
+    def save(self, next_step: int, metrics: dict[str, Any]) -> None:
+        """Save a checkpoint; training goes on while it is uploaded, with a GPU also while written.
+
+        It first waits until the checkpoint before is complete, so that at most one is on the local
+        disk. Ray Train deletes it after the upload, and uploads the last one before a run ends.
+        """
+        from ray import train
+
+        train.get_all_reported_checkpoints(train.CheckpointConsistencyMode.COMMITTED)
+        folder, storage = _local_folder(), train.get_context().get_storage()
+        if folder.exists():  # of a worker that was killed
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True)
+        part = part_of(self._engine, {"next_step": next_step, "step": self._key}, self._copies)
+        if self._copies is None:
+            part.write(folder)
+
+        def upload(local: Any, name: str) -> Any:
+            if self._copies is not None:
+                part.write(folder)
+            return storage.persist_current_checkpoint(local, name)
+
+        train.report(
+            metrics,
+            checkpoint=train.Checkpoint.from_directory(str(folder)),
+            checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
+            checkpoint_upload_fn=upload,
+            delete_local_checkpoint_after_upload=True,
+        )
+
+    def is_node_leaving(self) -> bool:
+        """Whether a node of the workers is newly announced to end, such as a spot node.
+
+        The answer is the same on all workers. It is asked every `NOTICE_INTERVAL`, since the
+        question itself waits for all of them.
+        """
+        from ray import train
+
+        waited = torch.tensor([time.monotonic() - self._asked], device=self._device)
+        dist.all_reduce(waited, dist.ReduceOp.MAX)
+        if waited.item() < NOTICE_INTERVAL:
+            return False
+        self._asked = time.monotonic()
+        notice = train.get_preemption_info()
+        nodes = ",".join(notice.preempted_node_ids) if notice else ""
+        is_new, self._saved_for = nodes not in ("", self._saved_for), nodes
+        return is_new
+
+
+def has_room_for_copies(engine: Any, device: torch.device) -> bool:
+    """Whether the node has twice the memory of the copies that are written while training goes on.
+
+    On a CPU they would take the memory of training itself; the state is written at once there.
     """
     from ray import train
 
-    train.get_all_reported_checkpoints(train.CheckpointConsistencyMode.COMMITTED)
-    folder = _local_folder()
-    if folder.exists():  # of a worker that was killed
-        shutil.rmtree(folder)
-    save_state(engine, folder, {"next_step": next_step, "step": key})
-    train.report(
-        metrics,
-        checkpoint=train.Checkpoint.from_directory(str(folder)),
-        checkpoint_upload_mode=train.CheckpointUploadMode.ASYNC,
-        delete_local_checkpoint_after_upload=True,
-    )
+    if device.type == "cpu":
+        return False
+    workers = train.get_context().get_local_world_size()
+    return node_memory().among(workers).free > 2 * bytes_of(engine)
 
 
 def _local_folder() -> Path:

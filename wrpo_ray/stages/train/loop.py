@@ -136,17 +136,19 @@ class Trainer:
         return file.records[-1]["loss"] if file.records else None
 
     def _steps(self, first_step: int, file: MetricsFile | None, active: list[Tracker]) -> None:
+        saver = checkpoint.Saver(self.policy, self.task.step.key, self.device)
         for step in range(first_step, self.order.steps):
             record = self.step(step) | self._held_out(step)
             if file:
                 file.append(record)
             for tracker in active:
                 tracker.log(record)
-            if (step + 1) % self.task.config.checkpoint_every == 0 and step + 1 < self.order.steps:
+            if step + 1 < self.order.steps and (
+                (step + 1) % self.task.config.checkpoint_every == 0 or saver.is_node_leaving()
+            ):
                 if file:
                     file.flush()
-                metrics = {"step": step, "loss": record["loss"]}
-                checkpoint.save(self.policy, self.task.step.key, step + 1, metrics)
+                saver.save(step + 1, {"step": step, "loss": record["loss"]})
 
     def step(self, step: int) -> dict[str, Any]:
         """One optimizer step; returns its metrics, which are the same on all workers."""

@@ -15,7 +15,7 @@ fused, no amsgrad); optimizer state on NVMe or partly offloaded; fp16 with loss 
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,14 +37,55 @@ def save_state(engine: Any, folder: Path, extra: dict[str, Any]) -> None:
 
     Workers may write to different folders: the state is all of their files. `extra` is JSON.
     """
-    from safetensors.torch import save_file
+    part_of(engine, extra).write(folder)
 
-    folder.mkdir(parents=True, exist_ok=True)
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Part:
+    """A worker's part of the state, in files."""
+
+    worker: int
+    files: Iterable[Tensors]
+    """The tensors of each file, on the CPU."""
+    index: str
+    """The content of `state.json`; empty for all workers but the first."""
+
+    def write(self, folder: Path) -> None:
+        """Write the files; an error leaves some of them."""
+        from safetensors.torch import save_file
+
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, tensors in enumerate(self.files):
+            save_file(tensors, folder / f"part-{self.worker:05}-{number:05}.safetensors")
+        if self.index:
+            (folder / INDEX).write_text(self.index)
+
+
+def part_of(engine: Any, extra: dict[str, Any], into: Tensors | None = None) -> Part:
+    """This worker's part of an engine's state between two optimizer steps; all workers call it.
+
+    Without `into` a file's tensors are copied when it is written, which has to be before the next
+    step. With it, all are copied at once into its tensors, so that steps may go on meanwhile; those
+    that are not there yet are added, page-locked where the engine is on a GPU.
+    """
     rank = dist.get_rank()
-    for number, tensors in enumerate(_files(engine)):
-        save_file(tensors, folder / f"part-{rank:05}-{number:05}.safetensors")
-    if rank == 0:
-        (folder / INDEX).write_text(json.dumps({"adam_steps": _steps(engine), "extra": extra}))
+    index = json.dumps({"adam_steps": _steps(engine), "extra": extra}) if rank == 0 else ""
+    files = ({n: t.to("cpu", copy=True) for n, t in file.items()} for file in _files(engine))
+    if into is None:
+        return Part(rank, files, index)
+    copied = [{n: _copied(n, t, into) for n, t in file.items()} for file in _files(engine)]
+    if any(tensor.is_pinned() for tensor in into.values()):
+        torch.cuda.synchronize()  # the copies are made while this goes on
+    return Part(rank, copied, index)
+
+
+def bytes_of(engine: Any) -> int:
+    """Bytes of this worker's part after the first step."""
+    weights = sum(own.size for own in _owned(engine)) * torch.float32.itemsize
+    return weights * (1 + len(MOMENTS))
 
 
 def load_state(engine: Any, folder: Path) -> dict[str, Any]:
@@ -137,16 +178,28 @@ def _publish(engine: Any) -> None:
 # --- saving -----------------------------------------------------------------------------------
 
 
-def _files(engine: Any) -> Iterator[dict[str, Tensor]]:
-    """This worker's tensors, copied to the CPU, one file's at a time."""
-    tensors: dict[str, Tensor] = {}
-    for own in _ranges(engine):
-        tensors |= _tensors(engine, _share(own) if engine.zero_optimization_stage() == 0 else own)
+def _files(engine: Any) -> Iterator[Tensors]:
+    """Views of this worker's tensors, one file's at a time."""
+    tensors: Tensors = {}
+    for own in _owned(engine):
+        tensors |= _tensors(engine, own)
         if sum(tensor.nbytes for tensor in tensors.values()) >= FILE_BYTES:
             yield tensors
             tensors = {}
     if tensors:
         yield tensors
+
+
+def _owned(engine: Any) -> Iterator[Range]:
+    """The ranges that this worker saves."""
+    is_shared = engine.zero_optimization_stage() == 0
+    return (_share(own) if is_shared else own for own in _ranges(engine))
+
+
+def _copied(name: str, tensor: Tensor, into: Tensors) -> Tensor:
+    if name not in into:
+        into[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return into[name].copy_(tensor, non_blocking=True)
 
 
 def _share(whole: Range) -> Range:
@@ -156,11 +209,11 @@ def _share(whole: Range) -> Range:
     return replace(whole, start=first, size=end - first, offset=first)
 
 
-def _tensors(engine: Any, own: Range) -> dict[str, Tensor]:
+def _tensors(engine: Any, own: Range) -> Tensors:
     state = engine.basic_optimizer.state.get(own.master, {})
     kinds = {WEIGHT: own.master} | {kind: state[kind] for kind in MOMENTS if kind in state}
     return {
-        f"{own.name}|{kind}|{own.start}": own.of(tensor).to("cpu", copy=True)
+        f"{own.name}|{kind}|{own.start}": own.of(tensor)
         for kind, tensor in kinds.items()
         if own.size
     }

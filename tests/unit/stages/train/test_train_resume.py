@@ -7,7 +7,10 @@ asked is answered here.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,18 +39,32 @@ def kept(tmp_path, monkeypatch) -> list[Path]:
     from ray import train
 
     folders: list[Path] = []
+    uploads: list[Callable[[], Any]] = []
 
-    def report(metrics: dict[str, Any], *, checkpoint: Any, **_: Any) -> None:
+    def report(_: Any, *, checkpoint: Any, checkpoint_upload_fn: Any, **__: Any) -> None:
         folders.append(tmp_path / f"checkpoint-{len(folders)}")
         shutil.rmtree(folders[-1], ignore_errors=True)  # of a run before
-        shutil.copytree(checkpoint.path, folders[-1])
+        uploads.append(partial(checkpoint_upload_fn, checkpoint, folders[-1].name))
+
+    def wait_for_uploads(_: Any = None) -> list[Any]:
+        """As late as it can be: the steps after a checkpoint are over by then."""
+        while uploads:
+            uploads.pop(0)()
+        return []
+
+    def persist(checkpoint: Any, name: str) -> Any:
+        return shutil.copytree(checkpoint.path, tmp_path / name)
 
     def newest() -> Any:
+        wait_for_uploads()
         return train.Checkpoint.from_directory(str(folders[-1])) if folders else None
 
     monkeypatch.setattr(train, "report", report)
     monkeypatch.setattr(train, "get_checkpoint", newest)
-    monkeypatch.setattr(train, "get_all_reported_checkpoints", lambda mode: [])
+    monkeypatch.setattr(train, "get_all_reported_checkpoints", wait_for_uploads)
+    storage = SimpleNamespace(persist_current_checkpoint=persist)
+    context = SimpleNamespace(get_storage=lambda: storage)
+    monkeypatch.setattr(train, "get_context", lambda: context)
     monkeypatch.setattr(checkpoint, "_local_folder", lambda: tmp_path / "written")
     return folders
 
@@ -56,9 +73,11 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in trainer.policy.module.named_parameters()}
 
 
+@pytest.mark.parametrize("copies", [False, True], ids=["written", "copied"])
 @pytest.mark.parametrize("stage", [0, 1])
-def test_each_batch_is_taken_once(tmp_path, kept, stage):
+def test_each_batch_is_taken_once(tmp_path, kept, stage, copies, monkeypatch):
     """Six steps with checkpoints behind the second and fourth; the run ends behind each of them."""
+    monkeypatch.setattr(checkpoint, "has_room_for_copies", lambda engine, device: copies)
     base = write_model(tmp_path / "base", tied=True)
     tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), WRPO_ANSWERS, WRPO)
     rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
@@ -79,3 +98,27 @@ def test_each_batch_is_taken_once(tmp_path, kept, stage):
         assert got == want[last:]
         for name, value in weights(whole).items():
             assert torch.equal(weights(again)[name], value), name
+
+
+def test_a_leaving_node_makes_one_checkpoint_more(tmp_path, kept, monkeypatch):
+    """Ray Train tells of one node behind the fourth step, and of another one behind the eighth."""
+    from ray import train
+
+    notices = [*[None] * 3, *[("a",)] * 4, ("a", "b")]
+    monkeypatch.setattr(checkpoint, "NOTICE_INTERVAL", 0.0)
+    monkeypatch.setattr(
+        train,
+        "get_preemption_info",
+        lambda: (n := notices.pop(0)) and SimpleNamespace(preempted_node_ids=n),
+    )
+    base = write_model(tmp_path / "base", tied=True)
+    tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), WRPO_ANSWERS, WRPO)
+    rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
+    config = LONG.model_copy(update={"checkpoint_every": 1000, "epochs": 3})
+    trainer = create(tmp_path / "run", base, rows, config)
+    trainer.run(0)
+    assert len(kept) == 2
+    assert not notices
+    for last in (8, 4):
+        assert checkpoint.restore(trainer.policy, trainer.task.step.key) == last
+        kept.pop()
