@@ -152,16 +152,18 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     Raises:
         WrpoError: a job failed; what is finished is kept.
     """
-    phases = [(number, phase) for number, s in enumerate(stages) for phase in s.phases]
+    phases = [(stage.name, phase) for stage in stages for phase in stage.phases]
+    order = list(dict.fromkeys(name for name, _ in phases))
     while phases:
-        number, phase = phases.pop(0)
+        name, phase = phases.pop(0)
+        label = f"[{order.index(name) + 1}/{len(order)}] {name}"
         jobs = missing(run, phase)
         following = missing(run, phases[0][1]) if jobs and phases else []
         if following and _can_stream(jobs, following):
-            number, _ = phases.pop(0)
+            next_name, _ = phases.pop(0)
+            label += f" and {next_name}" if next_name != name else ""
         else:
             following = []
-        label = f"[{number + 1}/{len(stages)}] {stages[number].name}"
         if not jobs:
             log(f"{label}: done before")
             continue
