@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import psutil
@@ -244,15 +246,31 @@ def check_resumed(root: Folder, step: Step, undisturbed: Step) -> None:
 
 def workers() -> list[psutil.Process]:
     """The Ray Train workers of this module's Ray."""
-    return [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
+    return processes("RayTrainWorker")
 
 
-def _is_worker(process: psutil.Process) -> bool:
-    """Whether it is a Ray Train worker of this session."""
+def processes(name: str) -> list[psutil.Process]:
+    """The processes that this one has started with this in their command line."""
+    return [p for p in psutil.Process().children(recursive=True) if name in _command(p)]
+
+
+def _command(process: psutil.Process) -> str:
     try:
-        return "RayTrainWorker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
+
+
+@contextmanager
+def halted(processes: list[psutil.Process]) -> Iterator[None]:
+    """Stop processes for the time of the block."""
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.resume()
 
 
 def start_driver(root: Folder, name: str, *nodes: str) -> subprocess.Popen:
@@ -347,7 +365,10 @@ def lose_a_node(root: Folder, name: str) -> None:
     def lose() -> None:
         if name == "announced":
             wait_until(lambda: has_steps(root, step, 1))
-            announce_end(cluster.address, second.node_id)
+            with halted(workers()):  # else they may be done before Ray Train looks at the nodes
+                wait_until(lambda: processes("ray::PreemptionWatcher"))
+                announce_end(cluster.address, second.node_id)
+                time.sleep(2)
             wait_until(lambda: committed(root / step.folder / "checkpoints"))
         else:
             wait_until(lambda: has_steps(root, step, KILLED_AT))
@@ -365,7 +386,7 @@ def announce_end(address: str, node: str) -> None:
     from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
     reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline = int((time.time() + 60) * 1000)
+    deadline = int((time.time() + 15) * 1000)
     GcsClient(address=address).drain_node(node, reason, "a spot node", deadline)
 
 
