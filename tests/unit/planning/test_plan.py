@@ -161,7 +161,9 @@ def write_answers(config: Config, name: str, prompts: int, tokens: int) -> Gener
 def test_what_is_there_is_skipped_and_measured(tmp_path):
     config = tree(tmp_path)
     job = write_answers(config, "a", 150, 40)
-    ledger = {job.step.folder: {"pool": "a", "output_tokens": 30_000, "actor_seconds": 15.0}}
+    spent = {"rows": 750, "prompt_tokens": 7500, "output_tokens": 30_000, "actor_seconds": 75.0}
+    spent |= {"start_seconds": 50.0, "starts": 2, "idle_seconds": 10.0}
+    ledger = {job.step.folder: {"pool": "a", **spent}}
     Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": ledger})
     unknown = config.plan.model_copy(update={"rates": {}})
     plan = make_plan(config.model_copy(update={"plan": unknown}))
@@ -169,7 +171,11 @@ def test_what_is_there_is_skipped_and_measured(tmp_path):
     assert (a.rows, a.done) == (3000, 750)
     assert a.output_tokens == 2250 * 40  # the mean so far, not the given 300
     assert a.prompt_tokens == 450 * 50
-    assert a.actor_seconds == 90_000 / 2000  # the ledger's tokens a second
+    # the ledger's tokens a second, without starts and waiting; its 750 rows filled the engine less
+    # (2 buckets of 12 answers) than the 2,250 to come (2 of 35), of 320/256 x n / (n + 64)
+    less, more = (n / (n + 64) for n in (2 * 750 / 64, 2 * 2250 / 64))
+    assert a.actor_seconds == pytest.approx(90_000 / 2000 * less / more)
+    assert a.startup == 60  # as given
     assert (a.lengths, a.rate) == ("measured", "measured")
     b = of(plan, "generate-b")
     assert (b.done, b.output_tokens, b.lengths, b.rate) == (0, 3000 * 40, "measured", "guess")
@@ -312,6 +318,7 @@ def test_guesses_on_one_cpu_are_what_was_measured(config, kind, least, most, tmp
         target={"name": "t", "model": folder, "actors": cpu},
         wrpo={"workers": 1, "num_cpus": 1},
         plan={"prompts": 600},
+        storage={"buckets": 16},  # so that the engine is full
     )
     plan = make_plan(settings)
     work = of(plan, "generate-a" if kind == "generate" else "wrpo")

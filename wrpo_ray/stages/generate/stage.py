@@ -19,11 +19,12 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
 from wrpo_ray.data.samples import Prompts, Samples, sample_keys
-from wrpo_ray.llm.vllm_settings import engine_env
+from wrpo_ray.llm.vllm_settings import engine_env, slots
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
@@ -115,6 +116,13 @@ class Generate(BaseJob):
         run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
 
 
+def at_once(model: ModelConfig, bucket: float) -> float:
+    """Answers that an engine works on at once, of buckets of `bucket` answers."""
+    return min(
+        slots(model.engine, on_gpu=bool(model.actors.num_gpus)), MAX_CONCURRENT_BUCKETS * bucket
+    )
+
+
 def pool_of(model: ModelConfig) -> Pool:
     """Return the pool of actors that hold the model's engines."""
     if model.endpoint:
@@ -141,7 +149,7 @@ def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) ->
         tallies[result["job"]].add(result)
         run.record_usage(
             jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
-            idle=result["idle"], gpus=pool.needs["GPU"],
+            idle=result["idle"], start=result["start"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
             prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
         )  # fmt: skip
@@ -167,7 +175,7 @@ class Generator:
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
-        self._starting = threading.Lock()
+        self._starting, self._start_clock = threading.Lock(), StartClock()
 
     @cached_property
     def engine(self) -> Engine:
@@ -177,7 +185,8 @@ class Generator:
             from wrpo_ray.stages.generate.endpoint import EndpointEngine  # it imports a client
 
             return EndpointEngine(job.model, job.seed)
-        return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
+        with self._start_clock.running():
+            return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
@@ -192,7 +201,8 @@ class Generator:
                 prompt_tokens += self._prompt_tokens(job, rows)
                 output_tokens += sum(r["output_tokens"] or 0 for r in rows)
         counts = {"rows": held + done, "new": done, "failed": failed}
-        return row | counts | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        counts |= {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        return row | counts | self._start_clock.take()
 
     def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
         """Return tokens read: vLLM reads a prompt once for all its samples, a server for each."""
