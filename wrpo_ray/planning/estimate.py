@@ -28,12 +28,12 @@ from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.lengths import AnswerLengths
-from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, Measured
+from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, SHARDS, Measured
 from wrpo_ray.planning.memory import training_memory
 from wrpo_ray.planning.speeds import Origin, Speeds, of_engine, on_gpu
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Usage, stored_rows
+from wrpo_ray.runtime.ledger import Usage, stored_rows, stored_unequal
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
 from wrpo_ray.stages.score.stage import Score
@@ -220,9 +220,9 @@ class _Estimator:
         """Passes over rows of one prompt and some answers; equal scores give no row."""
         rows, origin = self._rows(rows_of.step), self.lengths.of().origin
         done = rows if job.step.is_done(self.root) else 0
-        ties = self._may_tie(rows_of)
+        paired, least = self._paired(rows_of)
         each = self.measured.row_tokens(rows_of.step) or self._row_tokens(rows_of)
-        tokens = round((rows - done) * epochs * each * (TIES if ties else 1))
+        tokens = round((rows - done) * epochs * each * paired)
         return Work(
             step=job.step.name,
             pool=job.step.name,
@@ -232,7 +232,7 @@ class _Estimator:
             actor_seconds=tokens / rate[0],
             lengths=origin,
             rate=rate[1],
-            least=0.0 if ties else 1.0,
+            least=least,
         )
 
     def _row_tokens(self, job: Prepare) -> float:
@@ -241,13 +241,17 @@ class _Estimator:
         source, own = self.lengths.by_role
         return self.lengths.of().prompt + source + len(others) * own
 
-    def _may_tie(self, job: Prepare) -> bool:
-        """Whether it is open how many prompts have answers with unequal rewards."""
-        pairs = self.jobs[job.rows.key]
+    def _paired(self, job: Prepare) -> tuple[float, float]:
+        """Share of the rows that have answers of unequal rewards, and how much of it is certain."""
+        pairs, scores = self.jobs[job.rows.key], self._of(Score)
         if pairs.kind is not JobKind.PAIR or pairs.step.is_done(self.root):
-            return False
-        rewards = [made.reward for made in self._of(Score).values()]
-        return any(part.verifier for reward in rewards for part in reward.parts)
+            return 1.0, 1.0
+        for made in (scores[step.key] for step in pairs.step.inputs if step.key in scores):
+            unequal = stored_unequal(made.samples.folder(self.root), SHARDS)
+            if unequal is not None:
+                return unequal, 1.0
+        verdicts = any(part.verifier for made in scores.values() for part in made.reward.parts)
+        return (TIES, 0.0) if verdicts else (1.0, 1.0)
 
     def _plain(self, job: Job) -> Work:
         """Ingesting, selecting, pairing, tables: short CPU work, which is not estimated."""
@@ -256,7 +260,13 @@ class _Estimator:
         startup = 0.0 if is_done else rates.CPU_TASK * self.is_small
         done = rows if is_done else 0
         return Work(
-            step=job.step.name, pool="", rows=rows, done=done, note=job.note, startup=startup
+            step=job.step.name,
+            pool="",
+            rows=rows,
+            done=done,
+            note=job.note,
+            startup=startup,
+            spread=SPREAD[GUESS],
         )
 
     def _pool(self, work: Work, actors: Actors) -> Work:

@@ -26,7 +26,7 @@ UNKNOWN = 8e9
 """Parameters assumed for a model whose size is unknown."""
 START, START_PER_WEIGHT = 60.0, 3e-9
 """Seconds until an engine is up, and for loading each weight (two bytes at 0.7 GB/s)."""
-CPU_START, CPU_LOAD, CPU_TASK = 20.0, 8.0, 2.5
+CPU_START, CPU_LOAD, CPU_TASK = 20.0, 8.0, 4.0
 """Seconds on a CPU until an engine or training is up, until a model is loaded without an engine,
 and of a task without a model: Ray starts a process, which imports."""
 FULL, HALF = 256, 64

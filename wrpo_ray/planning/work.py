@@ -79,7 +79,7 @@ class Work:
         return replace(
             self,
             actor_seconds=self.actor_seconds * share * factor,
-            startup=self.startup * min(self.spread, 1.5) ** bound,
+            startup=self.startup * min(self.spread, 2.0) ** bound,
         )
 
     @property

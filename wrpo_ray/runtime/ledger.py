@@ -28,6 +28,7 @@ TOKENS = pa.schema(
 )
 
 TEXTS = pa.schema([("text", pa.string())])
+REWARDS = pa.schema([("prompt_id", pa.string()), ("reward", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -195,6 +196,15 @@ def stored_bytes(folder: Folder, most: int | None = None) -> float | None:
     """Mean bytes of an answer's text in about `most` of a store's shards; None without answers."""
     texts = _shards(folder, most, TEXTS).to_table()["text"]
     return pa.compute.mean(pa.compute.binary_length(texts)).as_py() if len(texts) else None
+
+
+def stored_unequal(folder: Folder, most: int | None = None) -> float | None:
+    """Share of the prompts with unequal rewards, of about `most` shards; None without scores."""
+    rewards = _shards(folder, most, REWARDS).to_table().group_by("prompt_id")
+    ends = rewards.aggregate([("reward", "min"), ("reward", "max"), ("reward", "count")])
+    ends = ends.filter(pa.compute.greater(ends["reward_count"], 1))
+    unequal = pa.compute.less(ends["reward_min"], ends["reward_max"])
+    return float(pa.compute.mean(unequal).as_py()) if len(ends) else None
 
 
 def stored_rows(folder: Folder) -> int:
