@@ -25,6 +25,11 @@ CPU_SLOTS, GPU_SLOTS = 256, 1024
 """vLLM's own `max_num_seqs` for generation, on a CPU and on a GPU with 70 GB or more."""
 
 
+PARALLEL_ENGINE = {"max_num_seqs": GPU_SLOTS, "max_num_batched_tokens": 16384}
+"""vLLM's own values on such a GPU, for engines of several GPUs: the actor that starts one has none,
+so that vLLM would take its values for small ones."""
+
+
 def slots(engine: dict[str, Any], *, on_gpu: bool) -> int:
     """Return how many answers an engine with these arguments works on at once."""
     return int(engine.get("max_num_seqs") or (GPU_SLOTS if on_gpu else CPU_SLOTS))

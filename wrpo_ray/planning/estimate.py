@@ -258,6 +258,8 @@ class _Estimator:
         rows = self._rows(job.step)
         is_done = job.step.is_done(self.root)
         startup = 0.0 if is_done else rates.CPU_TASK * self.is_small
+        if job.kind is JobKind.EVALUATE:
+            startup *= 2  # two of its actors share a CPU
         done = rows if is_done else 0
         return Work(
             step=job.step.name,

@@ -42,10 +42,11 @@ class Speeds:
         """Actor-seconds of answers, by the size of the model and how full its engines are."""
         if model.endpoint:
             return wanted.output_tokens / (model.endpoint.concurrency * rates.STREAM)
-        bucket = wanted.rows / self.config.storage.buckets
+        buckets = self.config.storage.buckets
+        bucket, each = wanted.rows / buckets, buckets / min(model.actors.max, buckets)
         power = self.power(of_engine(model))
         return power.answer_seconds(
-            size, wanted.prompt_tokens, wanted.output_tokens, at_once(model, bucket)
+            size, wanted.prompt_tokens, wanted.output_tokens, at_once(model, bucket, each)
         )
 
     def _pace(self, name: str) -> float | None:

@@ -171,15 +171,36 @@ def test_what_is_there_is_skipped_and_measured(tmp_path):
     assert (a.rows, a.done) == (3000, 750)
     assert a.output_tokens == 2250 * 40  # the mean so far, not the given 300
     assert a.prompt_tokens == 450 * 50
-    # the ledger's tokens a second, without starts and waiting; its 750 rows filled the engine less
-    # (2 buckets of 12 answers) than the 2,250 to come (2 of 35), of 320/256 x n / (n + 64)
-    less, more = (n / (n + 64) for n in (2 * 750 / 64, 2 * 2250 / 64))
-    assert a.actor_seconds == pytest.approx(90_000 / 2000 * less / more)
+    # the ledger's tokens a second, without starts and waiting; engines were and will be full
+    assert a.actor_seconds == pytest.approx(90_000 / 2000)
     assert a.startup == 60  # as given
     assert (a.lengths, a.rate) == ("measured", "measured")
     b = of(plan, "generate-b")
     assert (b.done, b.output_tokens, b.lengths, b.rate) == (0, 3000 * 40, "measured", "guess")
     assert of(make_plan(config), "generate-a").rate == "given"  # for other hardware
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(60, 30), (150, 75), (3000, 256)])
+def test_a_rate_of_engines_that_were_half_empty_is_not_that_of_full_ones(rows, at_once, tmp_path):
+    """n answers at once, half of the rows with each of two engines, make n / (n + 64) of the most.
+
+    The rate of few answers thus gives a higher one of many: 30 make 0.32 of it, 256 make 0.8.
+    """
+    config = tree(tmp_path)
+    unknown = config.plan.model_copy(update={"rates": {}})
+    config = config.model_copy(update={"plan": unknown})
+    first = next(s for s in config.sources if s.name == "a")
+    first = first.model_copy(update={"engine": {"max_num_seqs": 256}})
+    config = config.model_copy(update={"sources": [first, *config.sources[1:]]})
+    jobs = [j for s in Chain(config, for_plan=True).build() for p in s.phases for j in p]
+    folder = next(j for j in jobs if j.step.name == "generate-a").step.folder
+    spent = {"pool": "a", "rows": rows, "output_tokens": 100 * rows, "actor_seconds": rows / 10.0}
+    spent["prompt_tokens"] = 20 * rows
+    Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": {folder: spent}})
+    a = of(make_plan(config), "generate-a")  # 3,000 answers of 100 tokens, measured at 1,000/s
+    share = (at_once / (at_once + 64)) / (256 / (256 + 64))
+    assert a.rate == "measured"
+    assert a.actor_seconds == pytest.approx(300 * share)
 
 
 def test_a_finished_step_has_nothing_left(tmp_path):
