@@ -363,3 +363,76 @@ def test_works_of_a_pool_share_engines():
 def test_a_reward_in_a_module_without_a_file_has_a_fingerprint(module: str):
     part = RewardConfig(function=f"{module}:pow")
     assert len(scorer_fingerprint(part)) == 16
+
+
+def test_cores_of_a_machine_are_shared():
+    """Three engines of a core each, of 10 s to start and 90 of work, on two cores: 150 s."""
+    works = [
+        Work(name, name, actor_seconds=90, cpus=1, units=4, startup=10, stage="x") for name in "abc"
+    ]
+    assert Plan(works, PricesConfig()).seconds() == 100
+    assert Plan(works, PricesConfig(), cpus=2).seconds() == 150
+    assert Plan(works[:1], PricesConfig(), cpus=2).seconds() == 100
+
+
+def test_the_bounds_of_a_plan():
+    sure = Work("a", "a", actor_seconds=60, stage="x")
+    guessed = Work("b", "b", actor_seconds=90, startup=10, spread=2, stage="y")
+    open_ = Work("c", "c", actor_seconds=30, least=0, stage="z")
+    plan = Plan([sure, guessed, open_], PricesConfig())
+    assert plan.seconds() == 60 + 100 + 30
+    assert plan.range() == (60 + 50 + 0, 60 + 200 + 60)
+    text = plan_text(plan)
+    assert "between 2 min and 5 min" in text
+    assert "between" not in plan_text(Plan([sure], PricesConfig()))
+
+
+def on_cpus(tmp_path: Path, **changes) -> Config:
+    """One model as source and target, on two cores of this machine."""
+    model, cpu = "none/m-135M", {"num_cpus": 1}
+    return tree(
+        tmp_path,
+        sources=[{"name": "a", "model": model, "actors": cpu}],
+        target={"name": "t", "model": model, "actors": cpu},
+        reward={"name": "r", "model": model, "actors": cpu},
+        sft={"workers": 1}, wrpo={"workers": 1}, cluster={"num_cpus": 2},
+        plan={"prompts": 600, "parameters": {"a": 1e8, "t": 1e8}}, **changes,
+    )  # fmt: skip
+
+
+def job_of(config: Config, step: str):
+    jobs = [j for s in Chain(config, for_plan=True).build() for p in s.phases for j in p]
+    return next(job for job in jobs if job.step.name == step)
+
+
+def test_a_finished_training_tells_how_long_the_start_of_another_takes(tmp_path, monkeypatch):
+    """Of 47 s it made 3,000 tokens at 100/s: 17 s were no steps. WRPO has the rate too."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    root = Folder(config.output).absolute()
+    before = of(make_plan(config), "wrpo")
+    assert (before.rate, before.startup) == ("guess", rates.CPU_START)
+    sft = job_of(config, "sft")
+    lines = [json.dumps({"step": n, "tokens": 1500, "tokens_per_s": 100.0}) for n in range(2)]
+    folder = root / sft.step.folder
+    folder.write("metrics.jsonl", "\n".join(lines).encode())
+    folder.write_json(sft.step.manifest, {"counts": {"rows": 9}, "seconds": 47.0})
+    after = of(make_plan(config), "wrpo")
+    assert (after.rate, after.startup) == ("measured", 17)
+    assert after.actor_seconds == pytest.approx(after.prompt_tokens / 100)
+
+
+def test_a_trained_model_answers_as_long_as_its_sources(tmp_path, monkeypatch):
+    """The untrained target's short answers to other prompts say nothing of it."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path, evaluate={"prompts": {"path": "none/eval.jsonl"}})
+    spent = {"pool": "x", "rows": 100, "prompt_tokens": 5000, "actor_seconds": 100.0}
+    steps = {
+        job_of(config, step).step.folder: spent | {"output_tokens": tokens}
+        for step, tokens in (("generate-a", 18_000), ("generate-t", 3000))
+    }
+    Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": steps})
+    plan = make_plan(config)
+    trained = of(plan, "generate-target-sft")
+    assert trained.output_tokens == trained.rows * 180
+    assert of(plan, "generate-t").output_tokens == pytest.approx(of(plan, "generate-t").rows * 30)
