@@ -140,7 +140,8 @@ class _Estimator:
         size = self.speeds.size(name, job.folder)
         spent = Usage(left, round(asked * lengths.prompt), tokens)
         seconds, origin = self.speeds.answer_seconds(job.model, size, spent)
-        start = self.measured.start(name, job.kind) or rates.startup(size, actors.num_gpus)
+        alike = None if actors.num_gpus else job.kind  # on GPUs it depends on the size
+        start = self.measured.start(name, job.kind, alike) or rates.startup(size, actors.num_gpus)
         startup = self.config.plan.startup.get(name, start)
         return self._pool(
             Work(
@@ -196,8 +197,8 @@ class _Estimator:
             guess *= self.speeds.training_speed
         rate = self.speeds.rate(job.step.name, None, guess)
         work = self._tokens(job, job, rate)
-        load = self.measured.start(job.step.name, job.kind) or rates.CPU_LOAD * loads
-        return self._pool(self._started(work, load + rates.CPU_TASK), job.actors)
+        start = rates.CPU_LOAD * loads + rates.CPU_TASK
+        return self._pool(self._started(work, start), job.actors)
 
     def _train(self, job: Train) -> Work:
         config = job.config
@@ -246,15 +247,16 @@ class _Estimator:
         pairs, scores = self.jobs[job.rows.key], self._of(Score)
         if pairs.kind is not JobKind.PAIR or pairs.step.is_done(self.root):
             return 1.0, 1.0
-        for made in (scores[step.key] for step in pairs.step.inputs if step.key in scores):
+        compared = [scores[step.key] for step in pairs.step.inputs if step.key in scores]
+        for made in compared:
             unequal = stored_unequal(made.samples.folder(self.root), SHARDS)
             if unequal is not None:
                 return unequal, 1.0
-        verdicts = any(part.verifier for made in scores.values() for part in made.reward.parts)
+        verdicts = any(part.verifier for made in compared for part in made.reward.parts)
         return (TIES, 0.0) if verdicts else (1.0, 1.0)
 
     def _plain(self, job: Job) -> Work:
-        """Ingesting, selecting, pairing, tables: short CPU work, which is not estimated."""
+        """Ingesting, selecting, pairing, tables: short CPU work, of which only starts count."""
         rows = self._rows(job.step)
         is_done = job.step.is_done(self.root)
         startup = 0.0 if is_done else rates.CPU_TASK * self.is_small

@@ -107,11 +107,11 @@ class Measured:
         spent = sum(self.usage(pool, JobKind.SCORE), Usage())
         return spent.rows / spent.busy_seconds if spent.rows and spent.busy_seconds else None
 
-    def start(self, pool: str | None, kind: JobKind) -> float | None:
-        """Mean seconds in which an actor of the pool, or any of the kind, loaded its model."""
-        spent = [e.usage for f, e in self.ledger.items() if f.startswith(f"{kind}-")]
-        own = list(self.usage(pool, kind)) if pool else []
-        for found in (sum(own, Usage()), sum(spent, Usage())):
+    def start(self, pool: str, kind: JobKind, alike: JobKind | None = None) -> float | None:
+        """Mean seconds in which an actor of the pool loaded its model; else any of kind `alike`."""
+        others = (e.usage for f, e in self.ledger.items() if alike and f.startswith(f"{alike}-"))
+        for usages in (self.usage(pool, kind), others):
+            found = sum(usages, Usage())
             if found.starts:
                 return found.start_seconds / found.starts
         return None
