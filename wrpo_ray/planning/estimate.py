@@ -302,7 +302,7 @@ class _Estimator:
 
     @cached_property
     def measured(self) -> Measured:
-        """What the output shows."""
+        """The measurements in the output."""
         return Measured(self.root, self.jobs.values())
 
     @cached_property

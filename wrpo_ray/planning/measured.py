@@ -1,4 +1,4 @@
-"""What the output of a run shows: lengths of answers, and how fast its actors and workers were.
+"""Measurements in an output: lengths of answers, and how fast its actors and workers were.
 
 Speeds are kept as a *pace*: the measured seconds over those guessed for the same tokens. Engines
 that are half empty, and prompts that are read, are in the guess. So a pace carries over from few
