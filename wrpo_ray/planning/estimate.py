@@ -172,8 +172,10 @@ class _Estimator:
             size = sum(self.speeds.size(reward.name, folder) for folder in folders)
             guess = self.speeds.power(reward.actors).forward_rate(size) / tokens
         rate = self.speeds.rate(reward.name, self.measured.rows_rate(reward.name), guess)
-        load = self.measured.start(reward.name, job.kind) or rates.CPU_LOAD * bool(folders)
-        start = (load + rates.CPU_TASK) * self.is_small
+        load = self.measured.start(reward.name, job.kind) or (
+            rates.CPU_LOAD * bool(folders) * self.measured.start_pace
+        )
+        start = (load + rates.CPU_TASK * self.measured.start_pace) * self.is_small
         return self._pool(
             Work(
                 step=job.step.name,
@@ -197,7 +199,7 @@ class _Estimator:
             guess *= self.speeds.training_speed
         rate = self.speeds.rate(job.step.name, None, guess)
         work = self._tokens(job, job, rate)
-        start = rates.CPU_LOAD * loads + rates.CPU_TASK
+        start = (rates.CPU_LOAD * loads + rates.CPU_TASK) * self.measured.start_pace
         return self._pool(self._started(work, start), job.actors)
 
     def _train(self, job: Train) -> Work:
@@ -208,7 +210,9 @@ class _Estimator:
         rate = self.speeds.rate(job.step.name, measured, guess)
         work = self._tokens(job, self._of(Prepare)[job.rows.key], rate, config.epochs)
         starts = [told.start for _, told in self.measured.trained if told.start is not None]
-        work = self._started(work, starts[0] if starts else rates.CPU_START)
+        work = self._started(
+            work, starts[0] if starts else rates.CPU_START * self.measured.start_pace
+        )
         return replace(self._pool(work, actors), units=config.workers, engines=config.workers)
 
     def _started(self, work: Work, seconds: float) -> Work:
@@ -259,7 +263,7 @@ class _Estimator:
         """Ingesting, selecting, pairing, tables: short CPU work, of which only starts count."""
         rows = self._rows(job.step)
         is_done = job.step.is_done(self.root)
-        startup = 0.0 if is_done else rates.CPU_TASK * self.is_small
+        startup = 0.0 if is_done else rates.CPU_TASK * self.measured.start_pace * self.is_small
         if job.kind is JobKind.EVALUATE:
             startup *= 2  # two of its actors share a CPU
         done = rows if is_done else 0

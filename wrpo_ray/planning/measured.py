@@ -11,6 +11,7 @@ from functools import cached_property
 from math import exp, log
 from statistics import mean, median
 
+from wrpo_ray.planning.rates import CPU_START
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, stored_bytes, stored_tokens
 from wrpo_ray.stages.generate.stage import Generate
@@ -115,6 +116,16 @@ class Measured:
             if found.starts:
                 return found.start_seconds / found.starts
         return None
+
+    @cached_property
+    def start_pace(self) -> float:
+        """Measured seconds of engines' starts on CPUs over the guessed ones; 1 without any.
+
+        Other processes start as much slower or faster: how busy and quick the machine is counts.
+        """
+        usages = (e.usage for f, e in self.ledger.items() if f.startswith("generate-"))
+        found = sum((u for u in usages if not u.gpu_seconds), Usage())
+        return found.start_seconds / found.starts / CPU_START if found.starts else 1.0
 
     @cached_property
     def trained(self) -> list[tuple[Train, Trained]]:
