@@ -436,3 +436,23 @@ def test_a_trained_model_answers_as_long_as_its_sources(tmp_path, monkeypatch):
     trained = of(plan, "generate-target-sft")
     assert trained.output_tokens == trained.rows * 180
     assert of(plan, "generate-t").output_tokens == pytest.approx(of(plan, "generate-t").rows * 30)
+
+
+def test_a_slow_machine_is_slow_for_what_was_not_measured_too(tmp_path, monkeypatch):
+    """One model's engine took twice the guessed time to start, and thrice for its answers."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    before = make_plan(config)
+    a, t = of(before, "generate-a"), of(before, "generate-target-sft")
+    folder = job_of(config, "generate-a").step.folder
+    start = 2 * rates.CPU_START
+    spent = {"pool": "a", "rows": a.rows, "output_tokens": a.output_tokens, "starts": 1}
+    spent |= {"prompt_tokens": a.prompt_tokens, "start_seconds": start}
+    spent |= {"actor_seconds": 3 * a.actor_seconds + start}
+    Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": {folder: spent}})
+    after = make_plan(config)
+    assert of(after, "generate-target-sft").rate == "guess"
+    assert of(after, "generate-target-sft").actor_seconds == pytest.approx(3 * t.actor_seconds)
+    assert of(after, "generate-target-sft").startup == start
+    assert of(after, "sft").startup == start
+    assert of(after, "select").startup == 2 * of(before, "select").startup
