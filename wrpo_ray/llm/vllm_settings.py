@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 CPU_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -18,6 +19,20 @@ of several engines starve each other."""
 CPU_ENGINE = {"enforce_eager": True, "enable_chunked_prefill": False}
 """A seeded request with chunked prefill fails on the CPU: its random generator has no offset."""
 ENV = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+CPU_SLOTS, GPU_SLOTS = 256, 1024
+"""vLLM's own `max_num_seqs` for generation, on a CPU and on a GPU with 70 GB or more."""
+
+
+PARALLEL_ENGINE = {"max_num_seqs": GPU_SLOTS, "max_num_batched_tokens": 16384}
+"""vLLM's own values on such a GPU, for engines of several GPUs: the actor that starts one has none,
+so that vLLM would take its values for small ones."""
+
+
+def slots(engine: dict[str, Any], *, on_gpu: bool) -> int:
+    """Return how many answers an engine with these arguments works on at once."""
+    return int(engine.get("max_num_seqs") or (GPU_SLOTS if on_gpu else CPU_SLOTS))
 
 
 def engine_env(*, on_gpu: bool) -> dict[str, str]:

@@ -6,33 +6,34 @@ skipped: they can hold answers to prompts that are not part of this config.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import mean, median
 from typing import Any, TypeVar
 
 from wrpo_ray.config import (
     Actors,
     Config,
     ImportConfig,
-    ModelConfig,
     PromptsConfig,
     RecordedAnswers,
 )
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
-from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.input_rows import InputRows
+from wrpo_ray.planning.lengths import AnswerLengths
+from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, SHARDS, Measured
 from wrpo_ray.planning.memory import training_memory
+from wrpo_ray.planning.speeds import Origin, Speeds, of_engine, on_gpu
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
+from wrpo_ray.runtime.ledger import Usage, stored_rows, stored_unequal
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
 from wrpo_ray.stages.score.stage import Score
@@ -41,17 +42,18 @@ from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-GIVEN, MEASURED, GUESS = "given", "measured", "guess"
-SHARDS = 32
-"""Number of shards of a store whose token counts are read."""
-METRICS = "metrics.jsonl"
+SPREAD = {GIVEN: 1.0, MEASURED: 1.3, GUESS: 2.0}
+"""Factor by which a time may be off, by the origin of its rate."""
+CPU_SPREAD = 3.0
+"""The same for guesses on CPUs."""
+TIES = 0.5
+"""Share of prompts that are expected to give a preference row where rewards are verdicts, which are
+often equal for all answers to a prompt; between none and all."""
 KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
 """Fields of a work that the report shows."""
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
 J = TypeVar("J")
-Origin = tuple[float, str]
-"""A number, and where it comes from."""
 
 
 def plan(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Plan:
@@ -72,7 +74,8 @@ def plan(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Pl
     estimator = _Estimator(config, chain.root, chain.build())
     works = list(estimator.works())
     memory = list(filter(None, estimator.memory()))
-    return Plan(share(works, gpus) if gpus else works, config.prices, gpus, memory)
+    shared = share(works, gpus) if gpus else works
+    return Plan(shared, config.prices, gpus, memory, estimator.room)
 
 
 def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dict[str, Any]]:
@@ -85,15 +88,6 @@ def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dic
         for step, work in zip(steps, record["works"], strict=True)
         if not step.is_done(root)
     }
-
-
-@dataclass(frozen=True)
-class _Lengths:
-    """Mean tokens of a prompt and of an answer."""
-
-    prompt: float
-    output: float
-    origin: str
 
 
 @dataclass
@@ -112,15 +106,15 @@ class _Estimator:
                     # only models answer side by side; all requests to one share its engines
                     name = f"{number}" if job.kind is JobKind.GENERATE else f"{number} {work.pool}"
                     startup = 0.0 if work.pool in started else work.startup
-                    started.add(work.pool)
+                    started |= {work.pool} if work.startup else set()
                     yield replace(work, stage=stage.name, phase=name, startup=startup)
 
     def memory(self) -> Iterator[str | None]:
         """A line for each training that is not finished."""
-        lengths = self._lengths()
+        lengths = self.lengths.of()
         for job in self._of(Train).values():
             if not job.step.is_done(self.root):
-                _, base = self._model(job.step.name, job.base)
+                _, base = self.speeds.model(job.step.name, job.base)
                 yield training_memory(self.config, job, base, lengths.prompt, lengths.output)
 
     def _work(self, job: Job) -> Work:
@@ -138,17 +132,17 @@ class _Estimator:
     # --- kinds of jobs
 
     def _generate(self, job: Generate) -> Work:
-        name, samples, actors = job.model.name, job.sampling.samples, _of_engine(job.model)
-        prompts, lengths = self._count(job.prompts), self._lengths(job)
+        name, samples, actors = job.model.name, job.sampling.samples, of_engine(job.model)
+        prompts, lengths = self._count(job.prompts), self.lengths.of(job)
         done = self._stored(job.step, prompts * samples)
         left = prompts * samples - done
-        size = self._size(name, job.folder)
-        guess = self._power(actors).decode_rate(size)
-        if job.model.endpoint:
-            guess = job.model.endpoint.concurrency * rates.STREAM
-        rate = self._rate(name, self._measured_rate(name, "output_tokens", JobKind.GENERATE), guess)
-        tokens = round(left * lengths.output)
-        startup = self.config.plan.startup.get(name, rates.startup(size, actors.num_gpus))
+        tokens, asked = round(left * lengths.output), math.ceil(left / samples)
+        size = self.speeds.size(name, job.folder)
+        spent = Usage(left, round(asked * lengths.prompt), tokens)
+        seconds, origin = self.speeds.answer_seconds(job.model, size, spent)
+        alike = None if actors.num_gpus else job.kind  # on GPUs it depends on the size
+        start = self.measured.start(name, job.kind, alike) or rates.startup(size, actors.num_gpus)
+        startup = self.config.plan.startup.get(name, start)
         return self._pool(
             Work(
                 step=job.step.name,
@@ -156,30 +150,32 @@ class _Estimator:
                 prompts=prompts,
                 rows=prompts * samples,
                 done=done,
-                prompt_tokens=round(math.ceil(left / samples) * lengths.prompt),
+                prompt_tokens=spent.prompt_tokens,
                 output_tokens=tokens,
-                actor_seconds=tokens / rate[0],
+                actor_seconds=seconds,
                 startup=startup if left else 0.0,
                 lengths=lengths.origin,
-                rate=rate[1],
+                rate=origin,
             ),
             actors,
         )
 
     def _score(self, job: Score) -> Work:
         reward, made = job.reward, self._of(Generate).get(job.answers.step.key)
-        lengths = self._lengths(made)
+        lengths = self.lengths.of(made)
         prompts, count = self._count(job.answers.prompts), job.answers.count
         rows = prompts * count if count else self._rows(job.answers.step)
         done = self._stored(job.step, rows)
         guess, tokens = FUNCTION_RATE, lengths.prompt + lengths.output
         folders = [folder for folder in job.folders if folder]
         if folders:
-            size = sum(self._size(reward.name, folder) for folder in folders)
-            guess = self._power(reward.actors).forward_rate(size) / tokens
-        rate = self._rate(
-            reward.name, self._measured_rate(reward.name, "rows", JobKind.SCORE), guess
+            size = sum(self.speeds.size(reward.name, folder) for folder in folders)
+            guess = self.speeds.power(reward.actors).forward_rate(size) / tokens
+        rate = self.speeds.rate(reward.name, self.measured.rows_rate(reward.name), guess)
+        load = self.measured.start(reward.name, job.kind) or (
+            rates.CPU_LOAD * bool(folders) * self.measured.start_pace
         )
+        start = (load + rates.CPU_TASK * self.measured.start_pace) * self.is_small
         return self._pool(
             Work(
                 step=job.step.name,
@@ -189,6 +185,7 @@ class _Estimator:
                 done=done,
                 prompt_tokens=round((rows - done) * tokens) if folders else 0,
                 actor_seconds=(rows - done) / rate[0],
+                startup=start if rows > done else 0.0,
                 lengths=lengths.origin,
                 rate=rate[1],
             ),
@@ -196,50 +193,131 @@ class _Estimator:
         )
 
     def _prepare(self, job: Prepare) -> Work:
-        guess = rates.MOST
-        if job.config.stores_reference:
-            guess = self._power(job.actors).forward_rate(self._size(job.name, job.base))
-        rate = self._rate(job.step.name, None, guess)
-        work = self._tokens(job.step, self._rows(job.step), len(job.answers), rate)
-        return self._pool(work, job.actors)
+        guess, loads = rates.MOST, job.config.stores_reference
+        if loads:
+            guess = self.speeds.power(job.actors).forward_rate(self.speeds.size(job.name, job.base))
+            guess *= self.speeds.training_speed
+        rate = self.speeds.rate(job.step.name, None, guess)
+        work = self._tokens(job, job, rate)
+        start = (rates.CPU_LOAD * loads + rates.CPU_TASK) * self.measured.start_pace
+        return self._pool(self._started(work, start), job.actors)
 
     def _train(self, job: Train) -> Work:
         config = job.config
         actors = Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=config.num_gpus)
-        guess = self._power(actors).training_rate(
-            self._size(job.step.name, job.base), checkpointing=config.gradient_checkpointing
+        trained = [told.rate for _, told in self.measured.trained]
+        measured, guess = trained[0] if trained else None, self.speeds.train_guess(job)
+        rate = self.speeds.rate(job.step.name, measured, guess)
+        work = self._tokens(job, self._of(Prepare)[job.rows.key], rate, config.epochs)
+        starts = [told.start for _, told in self.measured.trained if told.start is not None]
+        work = self._started(
+            work, starts[0] if starts else rates.CPU_START * self.measured.start_pace
         )
-        rate = self._rate(job.step.name, self._trained_rate, guess)
-        answers = len(self._of(Prepare)[job.rows.key].answers)
-        work = self._tokens(job.step, self._rows(job.rows), answers, rate, config.epochs)
-        return replace(self._pool(work, actors), units=config.workers)
+        return replace(self._pool(work, actors), units=config.workers, engines=config.workers)
 
-    def _tokens(self, step: Step, rows: int, answers: int, rate: Origin, epochs: int = 1) -> Work:
-        """Passes over rows of one prompt and some answers."""
-        done, lengths = rows if step.is_done(self.root) else 0, self._lengths()
-        tokens = round((rows - done) * epochs * (lengths.prompt + answers * lengths.output))
+    def _started(self, work: Work, seconds: float) -> Work:
+        """The work with the start of its workers, which counts in small runs only."""
+        return replace(work, startup=seconds * self.is_small if work.rows > work.done else 0.0)
+
+    def _tokens(
+        self, job: Prepare | Train, rows_of: Prepare, rate: Origin, epochs: int = 1
+    ) -> Work:
+        """Passes over rows of one prompt and some answers; equal scores give no row."""
+        rows, origin = self._rows(rows_of.step), self.lengths.of().origin
+        done = rows if job.step.is_done(self.root) else 0
+        paired, least = self._paired(rows_of)
+        each = self.measured.row_tokens(rows_of.step) or self._row_tokens(rows_of)
+        tokens = round((rows - done) * epochs * each * paired)
         return Work(
-            step=step.name,
-            pool=step.name,
+            step=job.step.name,
+            pool=job.step.name,
             rows=rows,
             done=done,
             prompt_tokens=tokens,
             actor_seconds=tokens / rate[0],
-            lengths=lengths.origin,
+            lengths=origin,
             rate=rate[1],
+            least=least,
         )
 
+    def _row_tokens(self, job: Prepare) -> float:
+        """Mean tokens of a row: the prompt, an answer of a source, and others of the target."""
+        _, *others = job.answers
+        source, own = self.lengths.by_role
+        return self.lengths.of().prompt + source + len(others) * own
+
+    def _paired(self, job: Prepare) -> tuple[float, float]:
+        """Share of the rows that have answers of unequal rewards, and how much of it is certain."""
+        pairs, scores = self.jobs[job.rows.key], self._of(Score)
+        if pairs.kind is not JobKind.PAIR or pairs.step.is_done(self.root):
+            return 1.0, 1.0
+        compared = [scores[step.key] for step in pairs.step.inputs if step.key in scores]
+        for made in compared:
+            unequal = stored_unequal(made.samples.folder(self.root), SHARDS)
+            if unequal is not None:
+                return unequal, 1.0
+        verdicts = any(part.verifier for made in compared for part in made.reward.parts)
+        return (TIES, 0.0) if verdicts else (1.0, 1.0)
+
     def _plain(self, job: Job) -> Work:
-        """Ingesting, selecting, pairing, tables: short CPU work, which is not estimated."""
+        """Ingesting, selecting, pairing, tables: short CPU work, of which only starts count."""
         rows = self._rows(job.step)
-        done = rows if job.step.is_done(self.root) else 0
-        return Work(step=job.step.name, pool="", rows=rows, done=done, note=job.note)
+        is_done = job.step.is_done(self.root)
+        startup = 0.0 if is_done else rates.CPU_TASK * self.measured.start_pace * self.is_small
+        if job.kind is JobKind.EVALUATE:
+            startup *= 2  # two of its actors share a CPU
+        done = rows if is_done else 0
+        return Work(
+            step=job.step.name,
+            pool="",
+            rows=rows,
+            done=done,
+            note=job.note,
+            startup=startup,
+            spread=SPREAD[GUESS],
+        )
 
     def _pool(self, work: Work, actors: Actors) -> Work:
-        units = self.config.storage.buckets
-        return replace(work, gpus=actors.num_gpus, engines=min(actors.max, units), units=units)
+        units, room = self.config.storage.buckets, actors.max
+        if self.room and actors.num_cpus:
+            room = max(1, int(self.room // actors.num_cpus))
+        spread = CPU_SPREAD if work.rate == GUESS and not actors.num_gpus else SPREAD[work.rate]
+        if work.lengths == GUESS:
+            spread *= 2
+        return replace(
+            work, gpus=actors.num_gpus, cpus=actors.num_cpus, units=units,
+            engines=min(actors.max, room, units), spread=spread,
+        )  # fmt: skip
+
+    @cached_property
+    def room(self) -> float | None:
+        """CPUs of this node, if the run starts Ray here and needs no GPU."""
+        uses_gpu = any(on_gpu(job.model) for job in self._of(Generate).values())
+        if uses_gpu or self.config.cluster.address or os.environ.get("RAY_ADDRESS"):
+            return None
+        return self.config.cluster.num_cpus or len(os.sched_getaffinity(0))
+
+    @property
+    def is_small(self) -> bool:
+        """Whether starts of processes count: where the run is on this node's CPUs."""
+        return self.room is not None
 
     # --- counts
+
+    @cached_property
+    def measured(self) -> Measured:
+        """The measurements in the output."""
+        return Measured(self.root, self.jobs.values())
+
+    @cached_property
+    def speeds(self) -> Speeds:
+        """Rates and model sizes."""
+        return Speeds(self.config, self.root, self.jobs, self.measured)
+
+    @cached_property
+    def lengths(self) -> AnswerLengths:
+        """Lengths of prompts and answers."""
+        return AnswerLengths(self.config, self.root, self.jobs, self.measured)
 
     @cached_property
     def jobs(self) -> dict[str, Job]:
@@ -290,89 +368,3 @@ class _Estimator:
         return min(wanted, stored_rows(self.root / step.folder))
 
     # --- lengths and rates
-
-    def _lengths(self, job: Generate | None = None) -> _Lengths:
-        """Mean lengths of the job's own answers so far; else of all answers; else as given."""
-        own = self._measured.get(job.step.folder) if job else None
-        found = [own] if own else list(self._measured.values())
-        given, sampling = self.config.plan, job.sampling if job else self.config.sampling
-        if found:
-            prompt, output = (mean(getattr(m, n) for m in found) for n in ("prompt", "output"))
-            origin = MEASURED
-        else:
-            prompt, output = given.prompt_tokens, given.output_tokens
-            origin = GIVEN if "output_tokens" in given.model_fields_set else GUESS
-        return _Lengths(prompt, min(output, sampling.max_tokens), origin)
-
-    @cached_property
-    def _measured(self) -> dict[str, _Lengths]:
-        """By store, of some of its shards."""
-        found = {}
-        for job in self._of(Generate).values():
-            sums = stored_tokens(self.root / job.step.folder, SHARDS)
-            if sums.rows:
-                prompts = sums.rows / job.sampling.samples
-                found[job.step.folder] = _Lengths(
-                    sums.prompt_tokens / prompts, sums.output_tokens / sums.rows, MEASURED
-                )
-        return found
-
-    def _rate(self, pool: str, measured: float | None, guess: float) -> Origin:
-        """Tokens or rows that an actor makes in a second: given, measured or guessed."""
-        given = [self.config.plan.rates.get(name) for name in self._names(pool)]
-        choices = [(n, GIVEN) for n in given if n] + ([(measured, MEASURED)] if measured else [])
-        return (*choices, (guess, GUESS))[0]
-
-    def _measured_rate(self, pool: str, unit: str, kind: JobKind) -> float | None:
-        """`unit` per actor-second by the ledger, whose folders are named by kind."""
-        for name in self._names(pool):
-            spent = [
-                e.usage
-                for f, e in self._ledger.items()
-                if e.pool == name and f.startswith(f"{kind}-")
-            ]
-            held = sum(s.actor_seconds for s in spent)
-            if held and (made := sum(getattr(s, unit) for s in spent)):
-                return float(made / held)
-        return None
-
-    @cached_property
-    def _ledger(self) -> dict[str, Entry]:
-        return read_ledger(self.root)
-
-    def _names(self, pool: str) -> tuple[str, ...]:
-        """Names under which a rate may be given: a trained model is as fast as the target."""
-        target = self.config.target
-        return (pool, target.name) if target and pool in (SFT, DPO, FUSED) else (pool,)
-
-    @cached_property
-    def _trained_rate(self) -> float | None:
-        """Tokens/s a worker, by the metrics of an earlier training in the output."""
-        for job in self._of(Train).values():
-            folder = self.root / job.step.folder
-            if folder.exists(METRICS):
-                records = folder.read_records(METRICS)
-                if speeds := [r["tokens_per_s"] for r in records if r.get("tokens_per_s")]:
-                    return float(median(speeds) / job.config.workers)
-        return None
-
-    def _size(self, name: str, folder: Folder) -> float:
-        """Parameters that each token uses."""
-        name, folder = self._model(name, folder)
-        return self.config.plan.parameters.get(name) or rates.parameters(folder, name)
-
-    def _model(self, name: str, folder: Folder) -> tuple[str, Folder]:
-        """Name and folder of a model of the same sizes: for a trained one the target."""
-        target = self.config.target
-        if target and folder.is_within(self.root):
-            return target.name, Folder(target.model).absolute()
-        return name, folder
-
-    def _power(self, actors: Actors) -> rates.Power:
-        return rates.Power(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)
-
-
-def _of_engine(model: ModelConfig) -> Actors:
-    """The pool with the GPUs of all parts of an engine."""
-    gpus = model.actors.num_gpus * model.parts
-    return model.actors.model_copy(update={"num_gpus": gpus})

@@ -4,7 +4,8 @@ On GPUs: generation at 15 % of peak (a 67B model made 8,700 tokens/s on 8 GPUs o
 arXiv 2405.04434, section 3.2.3), forward passes and training at 35 %. On a CPU: what one core did
 with SmolLM2-135M (vLLM in bf16 50 to 75 output tokens/s, training in fp32 80 tokens/s), and the
 8,000 to 12,000 output tokens/s of models of 0.4M weights, where Python takes most of the time.
-Other CPUs differ from that one by more than a factor of two.
+Other CPUs differ from that one by more than a factor of two. These are rates of full engines; a
+step of an engine takes a time of its own, so n answers at once make n / (n + half) of them.
 """
 
 import re
@@ -25,6 +26,14 @@ UNKNOWN = 8e9
 """Parameters assumed for a model whose size is unknown."""
 START, START_PER_WEIGHT = 60.0, 3e-9
 """Seconds until an engine is up, and for loading each weight (two bytes at 0.7 GB/s)."""
+CPU_START, CPU_LOAD, CPU_TASK = 20.0, 8.0, 4.0
+"""Seconds on a CPU until an engine or training is up, until a model is loaded without an engine,
+and of a task without a model: Ray starts a process, which imports."""
+FULL, HALF = 256, 64
+"""Answers at once of a full engine, and those that make half of the highest rate on a GPU, as in
+`benchmarks/simulation.py`."""
+CPU_STEP, CPU_WEIGHT = 0.01, 2e-10
+"""Seconds of an engine's step on a CPU, and for reading each weight (two bytes at 10 GB/s)."""
 
 
 def parameters(folder: Folder, name: str) -> float:
@@ -68,6 +77,21 @@ class Power:
         rate = self._flops(DECODE, CORE_DECODE) / (2 * size)
         return rate if self.gpus else min(rate, MOST)
 
+    def answer_seconds(self, size: float, prompt: float, output: float, at_once: float) -> float:
+        """Seconds in which an engine reads `prompt` tokens and writes `output`.
+
+        Args:
+            size: parameters that each token uses.
+            prompt: tokens of all prompts; on GPUs reading them is part of the rate.
+            output: tokens of all answers.
+            at_once: answers that the engine works on at the same time.
+        """
+        full = self.decode_rate(size)
+        half = HALF if self.gpus else (CPU_STEP + CPU_WEIGHT * size) * full
+        share = min(1.0, max(at_once, 1) / (max(at_once, 1) + half) * (1 + half / FULL))
+        reading = 0.0 if self.gpus else prompt / self.forward_rate(size)
+        return reading + output / (full * share)
+
     def forward_rate(self, size: float) -> float:
         """Tokens/s of a forward pass."""
         return self._flops(FORWARD, CORE_FORWARD) / (2 * size)
@@ -85,4 +109,4 @@ class Power:
 
 def startup(size: float, gpus: float) -> float:
     """Seconds until an engine answers."""
-    return START + START_PER_WEIGHT * size if gpus else 20.0
+    return START + START_PER_WEIGHT * size if gpus else CPU_START

@@ -65,12 +65,17 @@ def _line(cells: tuple[str, ...]) -> str:
 
 def _totals(plan: Plan) -> Iterator[str]:
     totals = plan.totals()
-    where = f"on {plan.gpus:,} GPUs" if plan.gpus else "with room for all engines at once"
+    where = "with room for all engines at once"
+    if plan.gpus or plan.cpus:
+        where = f"on {plan.gpus:,} GPUs" if plan.gpus else f"on {plan.cpus:g} CPUs"
     yield (
         f"{count(totals['prompt_tokens'])} prompt tokens, {count(totals['output_tokens'])} answer "
         f"tokens, {totals['gpu_hours']:,.1f} GPU-hours, {totals['money']:,.2f} of money; "
         f"{duration(totals['seconds'])} {where}"
     )
+    low, high = plan.range()
+    if high > 1.1 * low:
+        yield f"by what is measured and guessed, between {duration(low)} and {duration(high)}"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -15,9 +15,13 @@ from wrpo_ray.config import PricesConfig
 from wrpo_ray.runtime.ledger import Usage
 
 SUMS = (
-    "rows", "done", "prompts", "prompt_tokens", "output_tokens", "actor_seconds", "units", "startup"
+    "rows", "done", "prompts", "prompt_tokens", "output_tokens", "actor_seconds", "units",
+    "startup",
 )  # fmt: skip
 """Fields of works that are added where a pool does several; only its first one starts engines."""
+
+START_SPREAD = 2.0
+"""Factor by which starts may be off: on a busy machine, equal engines took 13 to 69 s in a run."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Work:
     actor_seconds: float = 0.0
     gpus: float = 0
     """GPUs of an engine."""
+    cpus: float = 0
+    """CPUs of an engine."""
     engines: int = 1
     """Engines, or workers, at the same time."""
     units: int = 1
@@ -51,6 +57,10 @@ class Work:
     stage: str = ""
     phase: str = ""
     """Works of a stage and phase run side by side."""
+    spread: float = 1.0
+    """Factor by which the seconds may be off, up or down."""
+    least: float = 1.0
+    """Share of the work that there is in any case."""
     note: str = ""
     """What a reader of the plan has to know of the step."""
 
@@ -59,6 +69,21 @@ class Work:
         """Of all engines, with their starts."""
         starts = self.startup * min(self.engines, self.units)
         return (self.actor_seconds + starts) * self.gpus
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all engines, with their starts."""
+        return (self.actor_seconds + self.startup * min(self.engines, self.units)) * self.cpus
+
+    def at(self, bound: int) -> "Work":
+        """The work at its lower (-1) or upper (1) bound."""
+        share = self.least if bound < 0 else 2 - self.least
+        factor = self.spread**bound
+        return replace(
+            self,
+            actor_seconds=self.actor_seconds * share * factor,
+            startup=self.startup * (START_SPREAD**bound if self.spread > 1 else 1),
+        )
 
     @property
     def seconds(self) -> float:
@@ -82,6 +107,8 @@ class Plan:
     gpus: int | None = None
     memory: Sequence[str] = ()
     """A line for each training still to do."""
+    cpus: float | None = None
+    """CPUs of the node where the run starts Ray itself; None where there is room for all."""
 
     @property
     def stages(self) -> list[str]:
@@ -91,7 +118,12 @@ class Plan:
     def seconds(self, stage: str | None = None) -> float:
         """Wall-clock seconds of one stage or of all; phases run one after another."""
         works = [w for w in self.works if stage in (None, w.stage)]
-        return sum(phase_seconds(part, self.gpus) for part in phases(works))
+        return sum(phase_seconds(part, self.gpus, self.cpus) for part in phases(works))
+
+    def range(self) -> tuple[float, float]:
+        """Wall-clock seconds of all, if everything uncertain takes as little, or as long."""
+        low, high = (replace(self, works=[w.at(b) for w in self.works]) for b in (-1, 1))
+        return low.seconds(), high.seconds()
 
     def totals(self) -> dict[str, float]:
         """Sums over all works."""
@@ -115,6 +147,7 @@ class Plan:
             "works": [asdict(w) | d for w, d in zip(self.works, derived, strict=True)],
             "stage_seconds": {name: self.seconds(name) for name in self.stages},
             "totals": self.totals(),
+            "range_seconds": list(self.range()),
         }
 
 
@@ -136,7 +169,7 @@ def pools(works: Sequence[Work]) -> list[Work]:
     return list(found.values())
 
 
-def phase_seconds(works: Sequence[Work], gpus: int | None) -> float:
+def phase_seconds(works: Sequence[Work], gpus: int | None, cpus: float | None = None) -> float:
     """Wall-clock seconds of works that run side by side.
 
     With `gpus` the GPUs of a pool that ends go to those that still have buckets, so all of them
@@ -144,7 +177,8 @@ def phase_seconds(works: Sequence[Work], gpus: int | None) -> float:
     """
     by_pool = pools(works)
     if not gpus or len(by_pool) == 1 or not any(w.gpus for w in by_pool):
-        return max(w.seconds for w in by_pool)
+        held = sum(w.cpu_seconds for w in by_pool) / cpus if cpus else 0.0
+        return max(held, *(w.seconds for w in by_pool))
     busy = sum(w.gpu_seconds for w in by_pool) / gpus
     buckets = [w.actor_seconds / w.units for w in by_pool]
     alone = [w.startup + bucket for w, bucket in zip(by_pool, buckets, strict=True)]

@@ -35,6 +35,7 @@ class Run:
         seconds: float,
         *,
         idle: float = 0,
+        start: float = 0,
         gpus: float = 0,
         rows: int = 0,
         failed: int = 0,
@@ -43,7 +44,8 @@ class Run:
     ) -> None:
         """Add an actor's usage to the ledger and to the Prometheus metrics; for the driver.
 
-        The actor has `gpus` GPUs, held them for `seconds`, and was `idle` for some of these.
+        The actor has `gpus` GPUs, held them for `seconds`, was `idle` for some of these and
+        loaded its model (`start`) for others.
 
         Raises:
             BudgetError: the budget is spent.
@@ -53,7 +55,10 @@ class Run:
             actor_seconds=seconds, idle_seconds=idle, gpu_seconds=seconds * gpus,
         )  # fmt: skip
         if self.ledger:
-            usage = Usage(rows, prompt_tokens, output_tokens, seconds, seconds * gpus)
+            usage = Usage(
+                rows, prompt_tokens, output_tokens, seconds, seconds * gpus,
+                idle, start, int(start > 0),
+            )  # fmt: skip
             self.ledger.add(step, pool, usage)
             self.ledger.check()
 

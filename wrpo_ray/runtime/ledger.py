@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -27,6 +27,9 @@ TOKENS = pa.schema(
     [("sample", pa.int32()), ("prompt_tokens", pa.int32()), ("output_tokens", pa.int32())]
 )
 
+TEXTS = pa.schema([("text", pa.string())])
+REWARDS = pa.schema([("prompt_id", pa.string()), ("reward", pa.float64())])
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -39,6 +42,17 @@ class Usage:
     actor_seconds: float = 0.0
     """Time that actors or workers held their resources, with the start of engines."""
     gpu_seconds: float = 0.0
+    idle_seconds: float = 0.0
+    """Of `actor_seconds`, those in which an actor had no row."""
+    start_seconds: float = 0.0
+    """Of `actor_seconds`, those in which an actor loaded its model."""
+    starts: int = 0
+    """Actors that loaded a model."""
+
+    @property
+    def busy_seconds(self) -> float:
+        """Actor-seconds without starts and without waiting for rows."""
+        return max(0.0, self.actor_seconds - self.idle_seconds - self.start_seconds)
 
     def __add__(self, other: Usage) -> Usage:
         return Usage(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -165,7 +179,7 @@ class Ledger:
             held = self.entries.get(folder, Entry(pool, Usage()))
             there = stored_tokens(self.root / folder)
             if there.output_tokens > held.usage.output_tokens:
-                seconds = Usage(0, 0, 0, held.usage.actor_seconds, held.usage.gpu_seconds)
+                seconds = replace(held.usage, rows=0, prompt_tokens=0, output_tokens=0)
                 self.entries[folder] = Entry(held.pool, there + seconds)
 
 
@@ -178,16 +192,31 @@ def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
     return sums
 
 
+def stored_bytes(folder: Folder, most: int | None = None) -> float | None:
+    """Mean bytes of an answer's text in about `most` of a store's shards; None without answers."""
+    texts = _shards(folder, most, TEXTS).to_table()["text"]
+    return pa.compute.mean(pa.compute.binary_length(texts)).as_py() if len(texts) else None
+
+
+def stored_unequal(folder: Folder, most: int | None = None) -> float | None:
+    """Share of the prompts with unequal rewards, of about `most` shards; None without scores."""
+    rewards = _shards(folder, most, REWARDS).to_table().group_by("prompt_id")
+    ends = rewards.aggregate([("reward", "min"), ("reward", "max"), ("reward", "count")])
+    ends = ends.filter(pa.compute.greater(ends["reward_count"], 1))
+    unequal = pa.compute.less(ends["reward_min"], ends["reward_max"])
+    return float(pa.compute.mean(unequal).as_py()) if len(ends) else None
+
+
 def stored_rows(folder: Folder) -> int:
     """Number of rows in a store, read from the footers of its shards."""
     return int(_shards(folder).count_rows())
 
 
-def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:
+def _shards(folder: Folder, most: int | None = None, schema: pa.Schema = TOKENS) -> ds.Dataset:
     names = folder.files(suffix=".parquet")
     step = -(-len(names) // most) if most and names else 1
     paths = [f"{folder.path}/{name}" for name in names[::step]]
-    return ds.dataset(paths, schema=TOKENS, format="parquet", filesystem=folder.filesystem)
+    return ds.dataset(paths, schema=schema, format="parquet", filesystem=folder.filesystem)
 
 
 def _sum(column: pa.Array) -> int:

@@ -218,12 +218,13 @@ class RunningPool:
     def _assign_rows(self) -> None:
         """Assign rows to the actors with the fewest, at most an equal share of all that are left.
 
+        Actors that have room and have not answered yet count as well, however long they take.
         While the pool is starting, one row is kept for each actor that has room and is expected.
         """
         ready, now = self.ready, time.monotonic()
-        sharing, kept = len(ready), 0
+        coming = [m for m in self.members if m.starting is not None and m.has_room]
+        sharing, kept = len(ready) + len(coming), 0
         if self._is_starting:
-            coming = [m for m in self.members if m.starting is not None and m.has_room]
             sharing, kept = self.most, sum(now - m.since < START_TIME for m in coming)
         most = min(self.pool.threads, math.ceil(self.left / max(1, sharing)))
         while ready and len(self.queue) > max(0, kept - self.to_come):

@@ -3,8 +3,8 @@
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -67,6 +67,27 @@ class BusyClock:
             times = {"seconds": self._ended - self._reported, "idle": self._idle}
             self._reported, self._idle = self._ended, 0.0
             return times
+
+
+class StartClock:
+    """How many seconds a worker loaded its model, for its next result. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock, self._seconds = threading.Lock(), 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Count the time of the block."""
+        began = time.monotonic()
+        yield
+        with self._lock:
+            self._seconds += time.monotonic() - began
+
+    def take(self) -> dict[str, float]:
+        """Return the seconds since the last call as `start`."""
+        with self._lock:
+            taken, self._seconds = self._seconds, 0.0
+        return {"start": taken}
 
 
 REMOVAL_TIMEOUT = 60.0

@@ -8,6 +8,9 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.steps import Step
 
+NOT_COUNTED = ("job", "bucket", "seconds", "idle", "start")
+"""Fields of a result that are no counts of rows; the ledger has the times."""
+
 
 class Tally:
     """The sums of a job's counts; the last bucket finishes the job's step.
@@ -27,9 +30,7 @@ class Tally:
         Raises:
             FailureLimitError: more rows failed than `failure_limit` allows for the whole job.
         """
-        self.counts.update(
-            {k: v for k, v in result.items() if k not in ("job", "bucket", "seconds", "idle")}
-        )
+        self.counts.update({k: v for k, v in result.items() if k not in NOT_COUNTED})
         self._buckets += 1
         failed, rows = self.counts["failed"], self.counts["rows"]
         expected = (failed + rows) * self.run.buckets // self._buckets

@@ -161,7 +161,9 @@ def write_answers(config: Config, name: str, prompts: int, tokens: int) -> Gener
 def test_what_is_there_is_skipped_and_measured(tmp_path):
     config = tree(tmp_path)
     job = write_answers(config, "a", 150, 40)
-    ledger = {job.step.folder: {"pool": "a", "output_tokens": 30_000, "actor_seconds": 15.0}}
+    spent = {"rows": 750, "prompt_tokens": 7500, "output_tokens": 30_000, "actor_seconds": 75.0}
+    spent |= {"start_seconds": 50.0, "starts": 2, "idle_seconds": 10.0}
+    ledger = {job.step.folder: {"pool": "a", **spent}}
     Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": ledger})
     unknown = config.plan.model_copy(update={"rates": {}})
     plan = make_plan(config.model_copy(update={"plan": unknown}))
@@ -169,11 +171,36 @@ def test_what_is_there_is_skipped_and_measured(tmp_path):
     assert (a.rows, a.done) == (3000, 750)
     assert a.output_tokens == 2250 * 40  # the mean so far, not the given 300
     assert a.prompt_tokens == 450 * 50
-    assert a.actor_seconds == 90_000 / 2000  # the ledger's tokens a second
+    # the ledger's tokens a second, without starts and waiting; engines were and will be full
+    assert a.actor_seconds == pytest.approx(90_000 / 2000)
+    assert a.startup == 60  # as given
     assert (a.lengths, a.rate) == ("measured", "measured")
     b = of(plan, "generate-b")
     assert (b.done, b.output_tokens, b.lengths, b.rate) == (0, 3000 * 40, "measured", "guess")
     assert of(make_plan(config), "generate-a").rate == "given"  # for other hardware
+
+
+@pytest.mark.parametrize(("rows", "at_once"), [(60, 30), (150, 75), (3000, 256)])
+def test_a_rate_of_engines_that_were_half_empty_is_not_that_of_full_ones(rows, at_once, tmp_path):
+    """n answers at once, half of the rows with each of two engines, make n / (n + 64) of the most.
+
+    The rate of few answers thus gives a higher one of many: 30 make 0.32 of it, 256 make 0.8.
+    """
+    config = tree(tmp_path)
+    unknown = config.plan.model_copy(update={"rates": {}})
+    config = config.model_copy(update={"plan": unknown})
+    first = next(s for s in config.sources if s.name == "a")
+    first = first.model_copy(update={"engine": {"max_num_seqs": 256}})
+    config = config.model_copy(update={"sources": [first, *config.sources[1:]]})
+    jobs = [j for s in Chain(config, for_plan=True).build() for p in s.phases for j in p]
+    folder = next(j for j in jobs if j.step.name == "generate-a").step.folder
+    spent = {"pool": "a", "rows": rows, "output_tokens": 100 * rows, "actor_seconds": rows / 10.0}
+    spent["prompt_tokens"] = 20 * rows
+    Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": {folder: spent}})
+    a = of(make_plan(config), "generate-a")  # 3,000 answers of 100 tokens, measured at 1,000/s
+    share = (at_once / (at_once + 64)) / (256 / (256 + 64))
+    assert a.rate == "measured"
+    assert a.actor_seconds == pytest.approx(300 * share)
 
 
 def test_a_finished_step_has_nothing_left(tmp_path):
@@ -312,6 +339,7 @@ def test_guesses_on_one_cpu_are_what_was_measured(config, kind, least, most, tmp
         target={"name": "t", "model": folder, "actors": cpu},
         wrpo={"workers": 1, "num_cpus": 1},
         plan={"prompts": 600},
+        storage={"buckets": 16},  # so that the engine is full
     )
     plan = make_plan(settings)
     work = of(plan, "generate-a" if kind == "generate" else "wrpo")
@@ -335,3 +363,96 @@ def test_works_of_a_pool_share_engines():
 def test_a_reward_in_a_module_without_a_file_has_a_fingerprint(module: str):
     part = RewardConfig(function=f"{module}:pow")
     assert len(scorer_fingerprint(part)) == 16
+
+
+def test_cores_of_a_machine_are_shared():
+    """Three engines of a core each, of 10 s to start and 90 of work, on two cores: 150 s."""
+    works = [
+        Work(name, name, actor_seconds=90, cpus=1, units=4, startup=10, stage="x") for name in "abc"
+    ]
+    assert Plan(works, PricesConfig()).seconds() == 100
+    assert Plan(works, PricesConfig(), cpus=2).seconds() == 150
+    assert Plan(works[:1], PricesConfig(), cpus=2).seconds() == 100
+
+
+def test_the_bounds_of_a_plan():
+    sure = Work("a", "a", actor_seconds=60, stage="x")
+    guessed = Work("b", "b", actor_seconds=90, startup=10, spread=2, stage="y")
+    open_ = Work("c", "c", actor_seconds=30, least=0, stage="z")
+    plan = Plan([sure, guessed, open_], PricesConfig())
+    assert plan.seconds() == 60 + 100 + 30
+    assert plan.range() == (60 + 50 + 0, 60 + 200 + 60)
+    text = plan_text(plan)
+    assert "between 2 min and 5 min" in text
+    assert "between" not in plan_text(Plan([sure], PricesConfig()))
+
+
+def on_cpus(tmp_path: Path, **changes) -> Config:
+    """One model as source and target, on two cores of this machine."""
+    model, cpu = "none/m-135M", {"num_cpus": 1}
+    return tree(
+        tmp_path,
+        sources=[{"name": "a", "model": model, "actors": cpu}],
+        target={"name": "t", "model": model, "actors": cpu},
+        reward={"name": "r", "model": model, "actors": cpu},
+        sft={"workers": 1}, wrpo={"workers": 1}, cluster={"num_cpus": 2},
+        plan={"prompts": 600, "parameters": {"a": 1e8, "t": 1e8}}, **changes,
+    )  # fmt: skip
+
+
+def job_of(config: Config, step: str):
+    jobs = [j for s in Chain(config, for_plan=True).build() for p in s.phases for j in p]
+    return next(job for job in jobs if job.step.name == step)
+
+
+def test_a_finished_training_tells_how_long_the_start_of_another_takes(tmp_path, monkeypatch):
+    """Of 47 s it made 3,000 tokens at 100/s: 17 s were no steps. WRPO has the rate too."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    root = Folder(config.output).absolute()
+    before = of(make_plan(config), "wrpo")
+    assert (before.rate, before.startup) == ("guess", rates.CPU_START)
+    sft = job_of(config, "sft")
+    lines = [json.dumps({"step": n, "tokens": 1500, "tokens_per_s": 100.0}) for n in range(2)]
+    folder = root / sft.step.folder
+    folder.write("metrics.jsonl", "\n".join(lines).encode())
+    folder.write_json(sft.step.manifest, {"counts": {"rows": 9}, "seconds": 47.0})
+    after = of(make_plan(config), "wrpo")
+    assert (after.rate, after.startup) == ("measured", 17)
+    assert after.actor_seconds == pytest.approx(after.prompt_tokens / 100)
+
+
+def test_a_trained_model_answers_as_long_as_its_sources(tmp_path, monkeypatch):
+    """The untrained target's short answers to other prompts say nothing of it."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path, evaluate={"prompts": {"path": "none/eval.jsonl"}})
+    spent = {"pool": "x", "rows": 100, "prompt_tokens": 5000, "actor_seconds": 100.0}
+    steps = {
+        job_of(config, step).step.folder: spent | {"output_tokens": tokens}
+        for step, tokens in (("generate-a", 18_000), ("generate-t", 3000))
+    }
+    Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": steps})
+    plan = make_plan(config)
+    trained = of(plan, "generate-target-sft")
+    assert trained.output_tokens == trained.rows * 180
+    assert of(plan, "generate-t").output_tokens == pytest.approx(of(plan, "generate-t").rows * 30)
+
+
+def test_a_slow_machine_is_slow_for_what_was_not_measured_too(tmp_path, monkeypatch):
+    """One model's engine took twice the guessed time to start, and thrice for its answers."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    before = make_plan(config)
+    a, t = of(before, "generate-a"), of(before, "generate-target-sft")
+    folder = job_of(config, "generate-a").step.folder
+    start = 2 * rates.CPU_START
+    spent = {"pool": "a", "rows": a.rows, "output_tokens": a.output_tokens, "starts": 1}
+    spent |= {"prompt_tokens": a.prompt_tokens, "start_seconds": start}
+    spent |= {"actor_seconds": 3 * a.actor_seconds + start}
+    Folder(config.output).write_json(FILE, {"seconds": 9, "open": False, "steps": {folder: spent}})
+    after = make_plan(config)
+    assert of(after, "generate-target-sft").rate == "guess"
+    assert of(after, "generate-target-sft").actor_seconds == pytest.approx(3 * t.actor_seconds)
+    assert of(after, "generate-target-sft").startup == start
+    assert of(after, "sft").startup == start
+    assert of(after, "select").startup == 2 * of(before, "select").startup

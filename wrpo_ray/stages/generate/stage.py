@@ -3,9 +3,10 @@
 The unit of work is a bucket. An actor reads its bucket's prompts, skips the (prompt, sample) pairs
 that the store already holds, and commits the rest chunk by chunk. So a crash loses at most the
 uncommitted chunks, and larger runs only add what is missing. An actor works on several buckets at
-once, so that its engine's batch stays full while the last long answers of one bucket finish.
+once, on more the smaller they are, so that its engine's batch stays full.
 """
 
+import math
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,11 +20,12 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
 from wrpo_ray.data.samples import Prompts, Samples, sample_keys
-from wrpo_ray.llm.vllm_settings import engine_env
+from wrpo_ray.llm.vllm_settings import engine_env, slots
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
@@ -39,9 +41,12 @@ from wrpo_ray.stages.generate.vllm_engine import (
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-MAX_CONCURRENT_BUCKETS, MAX_ENDPOINT_BUCKETS = 2, 8
-"""Buckets that an actor works on at once: few for vLLM, which holds them all in memory; more for an
-endpoint, so that small buckets also reach its limit of calls in flight."""
+LEAST_IN_HAND, MOST_IN_HAND, MAX_ENDPOINT_BUCKETS = 2, 128, 8
+"""Buckets that an actor works on at once: those that fill its engine, which holds them in memory;
+for an endpoint, so that small buckets also reach its limit of calls in flight."""
+FILLS = 2
+"""Times that the buckets in hand fill an engine: when the last answers of a bucket are awaited, the
+others are finished, so that about half of the answers in hand are still running."""
 
 
 @dataclass(frozen=True)
@@ -115,23 +120,64 @@ class Generate(BaseJob):
         run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
 
 
-def pool_of(model: ModelConfig) -> Pool:
-    """Return the pool of actors that hold the model's engines."""
+def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
+    """Buckets of `bucket` answers that an actor of the model works on at once.
+
+    Small ones are so many that its engine stays full; of large ones two are, so that the second
+    fills the batch while the last long answers of the first are finished.
+
+    Example:
+        >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=8)
+        64
+        >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=5000)
+        2
+    """
     if model.endpoint:
-        return Pool(f"generate {model.name}", model.actors, threads=MAX_ENDPOINT_BUCKETS)
-    on_gpu = bool(model.actors.num_gpus)
-    env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
+        return MAX_ENDPOINT_BUCKETS
+    filling = math.ceil(FILLS * engine_slots(model) / max(1.0, bucket))
+    return min(max(LEAST_IN_HAND, filling), MOST_IN_HAND)
+
+
+def engine_slots(model: ModelConfig) -> int:
+    """Answers that the model's engine has room for at once."""
+    return slots(model.engine, on_gpu=bool(model.actors.num_gpus))
+
+
+def at_once(model: ModelConfig, bucket: float, buckets: float = math.inf) -> float:
+    """Answers that an engine works on at once, of `buckets` buckets of `bucket` answers."""
+    return min(engine_slots(model), min(buckets_in_hand(model, bucket), buckets) * bucket)
+
+
+def pool_of(model: ModelConfig, bucket: float = math.inf) -> Pool:
+    """Return the pool of actors that hold the model's engines, for buckets of `bucket` answers."""
+    on_gpu, env = bool(model.actors.num_gpus), {}
+    if not model.endpoint:
+        env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
     return Pool(
         f"generate {model.name}",
         model.actors,
         env,
-        threads=MAX_CONCURRENT_BUCKETS,
-        parts=model.parts,
+        threads=buckets_in_hand(model, bucket),
+        parts=1 if model.endpoint else model.parts,
     )
 
 
+def _bucket(run: Run, jobs: list[Generate]) -> float:
+    """Answers of a bucket of the jobs, at the most on average; infinite if that is not known.
+
+    It is for jobs of several weights, too, which take turns in an engine: with few buckets in hand
+    it seldom changes between them.
+    """
+    steps = [job.prompts.step for job in jobs]
+    if len({job.fingerprint for job in jobs}) > 1 or not all(s.is_done(run.root) for s in steps):
+        return math.inf
+    counts = [step.read_manifest(run.root)["counts"].get("rows", 0) for step in steps]
+    samples = [job.sampling.samples for job in jobs]
+    return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
+
+
 def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
-    pool = pool_of(jobs[0].engines)
+    pool = pool_of(jobs[0].engines, _bucket(run, jobs))
     log(f"{pool.what}: starting engines")
     rows = _rows(jobs, buckets(run.buckets))
     progress = Progress(pool.what, len(rows))
@@ -141,7 +187,7 @@ def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) ->
         tallies[result["job"]].add(result)
         run.record_usage(
             jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
-            idle=result["idle"], gpus=pool.needs["GPU"],
+            idle=result["idle"], start=result["start"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
             prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
         )  # fmt: skip
@@ -167,7 +213,7 @@ class Generator:
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
-        self._starting = threading.Lock()
+        self._starting, self._start_clock = threading.Lock(), StartClock()
 
     @cached_property
     def engine(self) -> Engine:
@@ -177,7 +223,8 @@ class Generator:
             from wrpo_ray.stages.generate.endpoint import EndpointEngine  # it imports a client
 
             return EndpointEngine(job.model, job.seed)
-        return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
+        with self._start_clock.running():
+            return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
@@ -192,7 +239,8 @@ class Generator:
                 prompt_tokens += self._prompt_tokens(job, rows)
                 output_tokens += sum(r["output_tokens"] or 0 for r in rows)
         counts = {"rows": held + done, "new": done, "failed": failed}
-        return row | counts | {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        counts |= {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
+        return row | counts | self._start_clock.take()
 
     def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
         """Return tokens read: vLLM reads a prompt once for all its samples, a server for each."""

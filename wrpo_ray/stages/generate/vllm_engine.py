@@ -21,7 +21,7 @@ from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
 from wrpo_ray.llm.reasoning import format_of, put_apart
 from wrpo_ray.llm.rendering import Template, load_tokenizer
-from wrpo_ray.llm.vllm_settings import CPU_ENGINE, quick_imports
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, PARALLEL_ENGINE, quick_imports
 from wrpo_ray.storage.fingerprints import digest
 
 Row = dict[str, Any]
@@ -94,6 +94,23 @@ class _Asked:
     sampling: SamplingConfig
     identity: SamplingIdentity
     out: SimpleQueue[Answers | Exception]
+
+
+def engine_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Return vLLM's arguments for a model's engine; those of its config go first."""
+    arguments: dict[str, Any] = {
+        "dtype": model.dtype,
+        "quantization": model.quantization,
+        "max_model_len": model.max_model_len,
+        "tensor_parallel_size": model.tensor_parallel,
+        "pipeline_parallel_size": model.pipeline_parallel,
+    }
+    if not model.actors.num_gpus:
+        arguments |= CPU_ENGINE
+    elif model.parts > 1:
+        arguments |= PARALLEL_ENGINE
+    arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
+    return arguments | model.engine
 
 
 class VllmEngine:
@@ -173,16 +190,7 @@ class VllmEngine:
             import vllm
             from vllm import LLM
 
-        arguments: dict[str, Any] = {
-            "dtype": model.dtype,
-            "quantization": model.quantization,
-            "max_model_len": model.max_model_len,
-            "tensor_parallel_size": model.tensor_parallel,
-            "pipeline_parallel_size": model.pipeline_parallel,
-        }
-        arguments |= {} if model.actors.num_gpus else CPU_ENGINE
-        arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
-        llm = LLM(model=str(folder), disable_log_stats=True, **arguments | model.engine)
+        llm = LLM(model=str(folder), disable_log_stats=True, **engine_arguments(model))
         self.engine = llm.llm_engine
         self.context = self.engine.model_config.max_model_len
         self.version = f"vllm {vllm.__version__}"

@@ -23,6 +23,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally
@@ -133,7 +134,7 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
         tallies[result["job"]].add(result)
         run.record_usage(
             jobs[result["job"]].step, jobs[0].reward.name, result["seconds"],
-            idle=result["idle"], gpus=pool.needs["GPU"],
+            idle=result["idle"], start=result["start"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
         )  # fmt: skip
 
@@ -165,16 +166,17 @@ class Scorer:
     """The actor: a reward or verifier that is loaded at the first answer without a score."""
 
     def __init__(self, run: Run, jobs: list[Score]):
-        self.run, self.jobs = run, jobs
+        self.run, self.jobs, self._start_clock = run, jobs, StartClock()
 
     @cached_property
     def reward(self) -> Reward:
         """The loaded reward or verifier."""
         job = self.jobs[0]
         parts = zip(job.folders, job.fingerprints, strict=True)
-        return load_reward(
-            job.reward, [folder.local(key) if folder else None for folder, key in parts]
-        )
+        with self._start_clock.running():
+            return load_reward(
+                job.reward, [folder.local(key) if folder else None for folder, key in parts]
+            )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score one bucket of one job; return counts only."""
@@ -192,7 +194,7 @@ class Scorer:
         counts = {"rows": held + done, "new": done, "failed": failed, "score_sum": score_sum}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
         wins = self._wins(bucket) if done and is_sampled else []
-        return row | counts | {"wins": json.dumps(wins)}
+        return row | counts | {"wins": json.dumps(wins)} | self._start_clock.take()
 
     def _wins(self, bucket: Bucket) -> list[int]:
         """Return how many of the bucket's prompts each job's source wins, if all are scored.

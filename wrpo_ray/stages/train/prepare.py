@@ -27,7 +27,9 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.placement import MALLOC, Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
+from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress, log
+from wrpo_ray.runtime.tally import NOT_COUNTED
 from wrpo_ray.stages.train.rows import SUFFIX, Record, Rows, Tokenizing, read_counts, write_rows
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -130,11 +132,12 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     pool = Pool(jobs[0].step.name, actors, env)
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]
-        counts[number].update({k: v for k, v in result.items() if k not in ("job", "bucket")})
+        counts[number].update({k: v for k, v in result.items() if k not in NOT_COUNTED})
         progress.add(result["rows"])
         run.record_usage(
             job.step, job.step.name, result["seconds"], idle=result["idle"],
-            gpus=actors.num_gpus, rows=result["rows"], failed=result["failed"],
+            start=result["start"], gpus=actors.num_gpus,
+            rows=result["rows"], failed=result["failed"],
         )  # fmt: skip
         left[number] -= 1
         if not left[number]:
@@ -171,14 +174,15 @@ class Preparer:
     """The actor of the pool; it holds the model of one job at a time, and returns counts."""
 
     def __init__(self, run: Run, jobs: list[Prepare]):
-        self.run, self.jobs = run, jobs
+        self.run, self.jobs, self._start_clock = run, jobs, StartClock()
         self.job = jobs[0]
 
     @cached_property
     def tokenizing(self) -> Tokenizing:
         """How records become rows."""
         base = self.job.base.local(self.job.fingerprint)
-        tokenizer = load_tokenizer(base, self.job.template)
+        with self._start_clock.running():
+            tokenizer = load_tokenizer(base, self.job.template)
         ends = end_ids(tokenizer, base)
         job, template = self.job, self.job.template
         format_ = format_of(tokenizer, template.parser) if template.reasoning else None
@@ -187,11 +191,11 @@ class Preparer:
     @cached_property
     def reference(self) -> Any:
         """Adds the reference's log-probs to rows."""
-        from wrpo_ray.stages.train.model import Reference
+        with self._start_clock.running():
+            from wrpo_ray.stages.train.model import Reference  # it imports torch
 
-        return Reference(
-            self.job.base.local(self.job.fingerprint), self.job.config, self.job.actors.num_gpus > 0
-        )
+            base = self.job.base.local(self.job.fingerprint)
+            return Reference(base, self.job.config, self.job.actors.num_gpus > 0)
 
     def _turn_to(self, job: Prepare) -> None:
         """Let go of what belongs to the job before."""
@@ -213,7 +217,7 @@ class Preparer:
             self._write_left_out(rows, bucket)
             counts = _counts(rows)
             write_rows(folder, name, rows.kept, counts)
-        return row | counts
+        return row | counts | self._start_clock.take()
 
     def _write_left_out(self, rows: Rows, bucket: Bucket) -> None:
         """Write failure rows; those that are too long do not count against `failure_limit`."""

@@ -60,7 +60,8 @@ def job(base: Path | str, config: TrainConfig = WRPO, fingerprint: str = "base")
 def fill(root: Folder, job: Prepare, count: int = COUNT) -> list[dict[str, Any]]:
     """All buckets by one actor; returns their counts."""
     preparer = Preparer(Run(root, count), [job])
-    return [preparer({"job": 0, "bucket": bucket.index}) for bucket in buckets(count)]
+    filled = [preparer({"job": 0, "bucket": bucket.index}) for bucket in buckets(count)]
+    return [{n: value for n, value in made.items() if n != "start"} for made in filled]
 
 
 def read(root: Folder, job: Prepare) -> PreparedRows:

@@ -1,0 +1,155 @@
+"""Measurements in an output: lengths of answers, and how fast its actors and workers were.
+
+Speeds are kept as a *pace*: the measured seconds over those guessed for the same tokens. Engines
+that are half empty, and prompts that are read, are in the guess. So a pace carries over from few
+held-out prompts to all prompts, and from a model to others on the same kind of hardware.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import exp, log
+from statistics import mean, median
+
+from wrpo_ray.planning.rates import CPU_START
+from wrpo_ray.runtime.job import Job, JobKind
+from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, stored_bytes, stored_tokens
+from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.stages.train.stage import Train
+from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.steps import Step
+
+GIVEN, MEASURED, GUESS = "given", "measured", "guess"
+"""Where a number comes from."""
+SHARDS = 32
+"""Number of shards of a store whose token counts are read."""
+METRICS = "metrics.jsonl"
+TOKEN = 3.5
+"""Bytes of a token of text, a guess for recorded answers."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training of the output."""
+
+    rate: float
+    """Tokens/s of a worker."""
+    start: float | None
+    """Seconds that were no optimizer steps; None while it runs."""
+
+
+class Measured:
+    """The measurements in an output, by its ledger, manifests and metrics."""
+
+    def __init__(self, root: Folder, jobs: Iterable[Job]):
+        self.root, self.jobs = root, list(jobs)
+
+    @cached_property
+    def ledger(self) -> dict[str, Entry]:
+        """The usage of each step folder."""
+        return read_ledger(self.root)
+
+    # --- lengths
+
+    @cached_property
+    def lengths(self) -> dict[str, tuple[float, float]]:
+        """{store: mean tokens of a prompt and of an answer}."""
+        found = {}
+        for job in self.jobs:
+            if isinstance(job, Generate) and job.step.folder not in found:
+                sums = self._answers(job)
+                if sums.rows:
+                    asked = sums.rows / job.sampling.samples
+                    found[job.step.folder] = (
+                        sums.prompt_tokens / asked,
+                        sums.output_tokens / sums.rows,
+                    )
+        return found
+
+    def _answers(self, job: Generate) -> Usage:
+        """Rows and tokens of a store: by the ledger, or by some of its shards."""
+        entry = self.ledger.get(job.step.folder)
+        if entry and entry.usage.rows and entry.usage.prompt_tokens and not job.model.endpoint:
+            return entry.usage
+        return stored_tokens(self.root / job.step.folder, SHARDS)
+
+    @cached_property
+    def recorded_length(self) -> float | None:
+        """Mean tokens of a recorded answer, by its bytes."""
+        steps = [job.step for job in self.jobs if job.kind is JobKind.INGEST_RECORDED]
+        sizes = [stored_bytes(self.root / step.folder, SHARDS) for step in steps]
+        found = [size / TOKEN for size in sizes if size]
+        return mean(found) if found else None
+
+    def row_tokens(self, rows: Step) -> float | None:
+        """Mean tokens of a prepared row, if the step that prepares them is finished."""
+        if not rows.is_done(self.root):
+            return None
+        counts = rows.read_manifest(self.root)["counts"]
+        tokens, made = counts.get("tokens"), counts.get("rows")
+        return tokens / made if tokens and made else None
+
+    # --- speeds
+
+    def usage(self, pool: str, kind: JobKind) -> Iterator[Usage]:
+        """The usages of a pool; folders are named by kind."""
+        for folder, entry in self.ledger.items():
+            if entry.pool == pool and folder.startswith(f"{kind}-"):
+                yield entry.usage
+
+    def pace(self, pool: str, kind: JobKind, guess: Callable[[Usage], float]) -> float | None:
+        """The pace of a pool; `guess` gives the seconds that a usage should have taken."""
+        spent = [u for u in self.usage(pool, kind) if u.output_tokens and u.busy_seconds]
+        expected = sum(map(guess, spent))
+        return sum(u.busy_seconds for u in spent) / expected if expected else None
+
+    def rows_rate(self, pool: str) -> float | None:
+        """Scores/s of an actor."""
+        spent = sum(self.usage(pool, JobKind.SCORE), Usage())
+        return spent.rows / spent.busy_seconds if spent.rows and spent.busy_seconds else None
+
+    def start(self, pool: str, kind: JobKind, alike: JobKind | None = None) -> float | None:
+        """Mean seconds in which an actor of the pool loaded its model; else any of kind `alike`."""
+        others = (e.usage for f, e in self.ledger.items() if alike and f.startswith(f"{alike}-"))
+        for usages in (self.usage(pool, kind), others):
+            found = sum(usages, Usage())
+            if found.starts:
+                return found.start_seconds / found.starts
+        return None
+
+    @cached_property
+    def start_pace(self) -> float:
+        """Measured seconds of engines' starts on CPUs over the guessed ones; 1 without any.
+
+        Other processes start as much slower or faster: how busy and quick the machine is counts.
+        """
+        usages = (e.usage for f, e in self.ledger.items() if f.startswith("generate-"))
+        found = sum((u for u in usages if not u.gpu_seconds), Usage())
+        return found.start_seconds / found.starts / CPU_START if found.starts else 1.0
+
+    @cached_property
+    def trained(self) -> list[tuple[Train, Trained]]:
+        """The trainings that have made optimizer steps."""
+        found = []
+        for job in self.jobs:
+            if isinstance(job, Train) and (told := self._trained(job)):
+                found.append((job, told))
+        return found
+
+    def _trained(self, job: Train) -> Trained | None:
+        folder = self.root / job.step.folder
+        if not folder.exists(METRICS):
+            return None
+        told = [r for r in folder.read_records(METRICS) if r.get("tokens_per_s")]
+        if not told:
+            return None
+        stepping = sum(r.get("tokens", 0) / r["tokens_per_s"] for r in told)
+        start = None
+        if stepping and job.step.is_done(self.root):
+            start = max(0.0, job.step.read_manifest(self.root)["seconds"] - stepping)
+        return Trained(median(r["tokens_per_s"] for r in told) / job.config.workers, start)
+
+
+def geometric_mean(numbers: list[float]) -> float:
+    """Of positive numbers; 1 of none."""
+    return exp(mean(map(log, numbers))) if numbers else 1.0
