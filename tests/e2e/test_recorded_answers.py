@@ -141,25 +141,32 @@ def by_id(tmp_path: Path) -> dict[str, Any]:
     """A job whose recorded answers know their prompts by an id; the target's are recorded too."""
     prompts = [{"prompt": f"Question {i}?", "n": i} for i in range(20)]
     files = [
-        [{"uid": float(i), "response": f"{name} {i}", "score": i % 2 + 0.5} for i in part]
-        for name in ("A", "B")
+        [{"uid": float(i), "response": f"{says} {i}", "score": i % 2 + 0.5} for i in part]
+        for says in ("<think>7</think>A", "B")
         for part in (range(10), range(10, 22))
     ]
     for number, rows in enumerate(files):
         write(tmp_path / "AB"[number // 2] / f"{number}.jsonl", rows)
     own = [{"uid": f"{i}", "response": ["good", "bad"], "score": [2.0, 1.0]} for i in range(20)]
+    own = [row | {"why": ["9", None]} for row in own]
     ids = {"id": "uid", "reward": "score"}
     recorded = {"columns": ids, "reward": "recorded"}
     return {
         "prompts": {"path": write(tmp_path / "p.parquet", prompts), "columns": {"id": "n"}},
         "sources": [
-            {"name": name, "answers": {"path": str(tmp_path / name), **recorded}, "license": "mit"}
-            for name in "AB"
+            {"name": name, "answers": {"path": str(tmp_path / name), **recorded} | more}
+            | {"license": "mit"}
+            for name, more in {"A": {"reasoning": "strip"}, "B": {}}.items()
         ],
         "target": {
             "name": "t",
             "model": "unset",
-            "answers": {"path": write(tmp_path / "own.jsonl", own), **recorded},
+            "reasoning": "keep",
+            "answers": {
+                "path": write(tmp_path / "own.jsonl", own),
+                "columns": ids | {"reasoning": "why"},
+                "reward": "recorded",
+            },
         },
         "sft": None,
         "split": {"sft": 0.0},

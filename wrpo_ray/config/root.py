@@ -133,11 +133,13 @@ class Config(Section):
         target = self.target
         if not target:
             return
-        kept = next((m.name for m in self.models if m.reasoning == "keep"), None)
+        thinking = {f"sources.{m.name}": m.reasoning for m in self.models}
+        thinking |= {where: answers.reasoning for where, answers in self.recorded_sections.items()}
+        kept = next((where for where, policy in thinking.items() if policy == "keep"), None)
         if kept and target.reasoning != "keep":
             yield (
-                f"sources.{kept}.reasoning: keep trains the target to reason; set target.reasoning "
-                f"to keep, too, or this one to strip"
+                f"{kept}.reasoning: keep trains the target to reason; set target.reasoning to "
+                f"keep, too, or this one to strip"
             )
         if target.reasoning and "published" in (self.wrpo.compat, self.sft and self.sft.compat):
             yield "target.reasoning: `compat: published` knows no reasoning; leave one of them out"

@@ -8,7 +8,7 @@ from wrpo_ray.config import Config, EndpointConfig, ModelConfig, RecordedAnswers
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import reasoning_format
-from wrpo_ray.llm.reasoning import Markers, markers_of_parser, of_endpoint
+from wrpo_ray.llm.reasoning import Markers, Thinker, unseen_markers
 from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.groups import check_first_groups, prompt_files
 from wrpo_ray.pipeline.identities import verifier_reward
@@ -71,6 +71,8 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
         if model.endpoint:
             yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
             yield partial(_check_parser, f"evaluate.{model.name}", model)
+    for what, answers in config.recorded_sections.items():
+        yield partial(_check_parser, what, answers)
     scorers = [part for own in config.reward.each for part in own.parts] if config.reward else []
     verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
@@ -89,31 +91,34 @@ def _checked_input(what: str, given: AnyInput, pins: Pins) -> AnyInput:
     return found
 
 
-def _check_parser(what: str, model: ModelConfig) -> None:
-    """Check the parser of a model behind an endpoint; others are checked with their folders."""
-    if model.reasoning_parser:
-        with telling_of(what):
-            markers_of_parser(model.reasoning_parser)
+def _check_parser(what: str, given: Thinker) -> None:
+    """Check the parser of an endpoint or recorded answers; others are checked with the folders."""
+    with telling_of(what):
+        unseen_markers(given)
 
 
 def _check_kept_reasoning(config: Config) -> None:
     """Check that reasoning which is trained on stands between the target's own markers."""
-    kept = [model for model in config.models if model.reasoning == "keep"]
+    sections: dict[str, Thinker] = {f"sources.{model.name}": model for model in config.models}
+    sections |= config.recorded_sections
+    kept = {what: given for what, given in sections.items() if given.reasoning == "keep"}
     if not kept or not config.target:
         return
     own = _markers(config.target)
-    for model in kept:
-        if (others := _markers(model)) != own:
+    for what, given in kept.items():
+        if (others := _markers(given)) != own:
+            is_model = isinstance(given, ModelConfig)
+            remedy = "" if is_model else ", or reasoning_parser to the format of the answers"
             raise UserError(
-                f"sources.{model.name}.reasoning: its markers are {' '.join(others)}, the target's "
-                f"{' '.join(own)}; set it to strip"
+                f"{what}.reasoning: its markers are {' '.join(others)}, the target's "
+                f"{' '.join(own)}; set it to strip{remedy}"
             )
 
 
-def _markers(model: ModelConfig) -> Markers:
-    if model.endpoint:
-        return of_endpoint(model, "").markers
-    return reasoning_format(Folder(model.model), Template.of(model)).markers
+def _markers(given: Thinker) -> Markers:
+    if not isinstance(given, ModelConfig) or given.endpoint:
+        return unseen_markers(given)
+    return reasoning_format(Folder(given.model), Template.of(given)).markers
 
 
 def _check_scorer(part: ScoreConfig) -> None:

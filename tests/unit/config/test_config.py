@@ -301,6 +301,13 @@ CUT = {"wrpo.max_prompt_length": 60, "wrpo.overflow": "cut"}
             "published` knows no reasoning",
         ),
         ({"target.reasoning": "drop"}, "target.reasoning"),
+        (
+            {"sources": '[{"name": "b", "answers": {"path": "x", "reasoning": "keep"}}]'},
+            "sources.b.answers.reasoning: keep trains the target to reason; set target.reasoning",
+        ),
+        ({"target.answers": '{"path": "x", "reasoning_parser": "qwen3"}'}, "set `reasoning` too"),
+        ({"target.answers": '{"path": "x", "columns": {"reasoning": "r"}}'}, "columns.reasoning: "),
+        ({"target.answers": '{"path": "x", "reasoning": "keep"}'}, "target.answers.reasoning: ke"),
     ],
 )
 def test_a_policy_of_reasoning_that_cannot_be_followed_is_refused(tmp_path, changes, problem):
