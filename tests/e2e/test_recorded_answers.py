@@ -161,11 +161,11 @@ def by_id(tmp_path: Path) -> dict[str, Any]:
         "target": {
             "name": "t",
             "model": "unset",
-            "reasoning": "keep",
             "answers": {
                 "path": write(tmp_path / "own.jsonl", own),
                 "columns": ids | {"reasoning": "why"},
                 "reward": "recorded",
+                "reasoning": "strip",
             },
         },
         "sft": None,
@@ -195,6 +195,11 @@ def test_answers_of_sources_and_target_by_id(on_cluster, zoo, tmp_path, monkeypa
     assert [(c["rows"], c["unmatched"]) for c in counts.values()] == [(20, 2), (20, 2), (40, 0)]
     pairs = table(out, "pair")
     assert len(pairs) == 20
+    rows = [row for name in "ABt" for row in table(out, f"recorded-{name}")]
+    why = "<think>\n9\n</think>\n\n"
+    assert {(row["text"].split()[0], row["reasoning"]) for row in rows} == {
+        ("A", "<think>7</think>"), ("B", None), ("good", why), ("bad", None),
+    }  # fmt: skip
     for row in pairs:
         number = int(row["messages"][0]["content"].split()[1][:-1])
         assert row["source_chosen"]["text"] in (f"A {number}", f"B {number}")

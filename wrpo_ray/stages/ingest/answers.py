@@ -176,10 +176,13 @@ def _two_scores(row: Row, scores: list[float], stage: str) -> FailureRow:
     return failure(stage, error, where=row["where"], **key)
 
 
-def merged_prompts(rows: list[Row], stage: str) -> tuple[list[Row], list[FailureRow]]:
+def merged_prompts(
+    rows: list[Row], stage: str, *, one_group: bool = False
+) -> tuple[list[Row], list[FailureRow]]:
     """Return each prompt once, with its reference and group if any row has them.
 
-    A prompt with two references is a failure: a verifier would take one of them for right.
+    A prompt with two references is a failure: a verifier would take one of them for right. So is
+    one with two groups, whose rewards can differ, where it may have `one_group` only.
     """
     by_prompt: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -188,9 +191,10 @@ def merged_prompts(rows: list[Row], stage: str) -> tuple[list[Row], list[Failure
     failed: list[FailureRow] = []
     for key, same in sorted(by_prompt.items()):
         known = {n: sorted({r[n] for r in same} - {None}) for n in ("reference", "group")}
-        if len(known["reference"]) > 1:
-            told = " and ".join(repr(one[:SHOWN]) for one in known["reference"][:2])
-            error = RowError(f"the prompt has two references, {told}; keep one")
+        names = ("reference", "group") if one_group else ("reference",)
+        if unlike := next((name for name in names if len(known[name]) > 1), None):
+            told = " and ".join(repr(one[:SHOWN]) for one in known[unlike][:2])
+            error = RowError(f"the prompt has two {unlike}s, {told}; keep one")
             failed.append(failure(stage, error, prompt_id=key))
         else:
             kept.append(same[0] | {n: found[0] if found else None for n, found in known.items()})

@@ -286,9 +286,12 @@ def prompt_record(
     splits: dict[str, float],
     seed: int,
     *,
+    group: str | None = None,
     may_lack_reference: bool = False,
 ) -> PromptRow:
     """Return a PROMPT record; a hash of the prompt draws its split from {split: share}.
+
+    `group` is that of all prompts of the file, if it has no column with the group of each.
 
     Raises:
         RowError: the prompt is missing, empty or malformed, the reference is null, or reference
@@ -303,7 +306,7 @@ def prompt_record(
         "messages": messages,
         "split": _split(key, splits, seed),
         "reference": pack_reference(reference_of(cell_of(row, name), name)) if name else None,
-        "group": group_of(row.get(columns.group), columns.group) if columns.group else None,
+        "group": group_of(row.get(columns.group), columns.group) if columns.group else group,
     }
 
 
