@@ -31,6 +31,8 @@ class Inputs:
     """Whether files may be missing; a path then stands for their content."""
     known: dict[str, str] = field(default_factory=dict)
     """Fingerprints by path: several sources can have their answers in one file."""
+    listed: dict[str, list[str]] = field(default_factory=dict)
+    """Files by path: each is listed once."""
 
     def step(
         self, name: str, given: AnyInput, inputs: tuple[Step, ...] = (), **config: Any
@@ -42,7 +44,7 @@ class Inputs:
         """
         section = self._section(given)
         with _naming_section(section, given):
-            files = [] if self._is_unknown(given) else input_files(given.path, section)
+            files = self._files(given, section)
             content = self._content(given, files)
             # nothing was made of a data set on the hub before there was this version
             is_on_hub = given.path.startswith(HUB_SCHEME)
@@ -129,8 +131,14 @@ class Inputs:
             return self.known[given.path]
         section = self._section(given)
         with _naming_section(section, given):
-            files = [] if self._is_unknown(given) else input_files(given.path, section)
-            return self._content(given, files)
+            return self._content(given, self._files(given, section))
+
+    def _files(self, given: AnyInput, section: str) -> list[str]:
+        """The files of an input; none in a plan without them."""
+        if given.path not in self.listed:
+            is_unknown = self._is_unknown(given)
+            self.listed[given.path] = [] if is_unknown else input_files(given.path, section)
+        return self.listed[given.path]
 
     def _content(self, given: AnyInput, files: list[str]) -> str:
         if given.path not in self.known:
@@ -151,11 +159,11 @@ class Inputs:
         """
         section = self._section(given)
         with _naming_section(section, given):
-            if self._is_unknown(given):
+            if not self._files(given, section):
                 return False
             if given.path.startswith(HUB_SCHEME):
                 return True  # it is asked for results that were made in another way before
-            files = input_files(given.path, section)
+            files = self._files(given, section)
             content = self._content(given, files)
             return beginnings_are(are_unspaced, files, given.columns.prompt, content)
 

@@ -20,7 +20,7 @@ from wrpo_ray.pipeline.model_sections import (
     resolved,
 )
 from wrpo_ray.runtime.job import AnyInput
-from wrpo_ray.stages.ingest.readers import check_inputs, check_some_columns, input_files
+from wrpo_ray.stages.ingest.readers import check_inputs, check_some_columns
 from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
@@ -50,7 +50,10 @@ def preflight(config: Config, pins: Pins | None = None) -> Config:
     pins = {} if pins is None else pins
     pins |= attempt(read_pins, config.output) or {}
     config = map_models(config, lambda what, model: attempt(resolved, what, model, pins) or model)
-    config = map_inputs(config, lambda what, one: attempt(_checked_input, what, one, pins) or one)
+    checked: set[tuple[str, ...]] = set()
+    config = map_inputs(
+        config, lambda what, one: attempt(_checked_input, what, one, pins, checked) or one
+    )
     for check in _checks(config):
         attempt(check)
     if not problems:
@@ -83,11 +86,17 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     yield partial(check_writable, Folder(config.output))
 
 
-def _checked_input(what: str, given: AnyInput, pins: Pins) -> AnyInput:
+def _checked_input(
+    what: str, given: AnyInput, pins: Pins, checked: set[tuple[str, ...]]
+) -> AnyInput:
+    """The input at its commit. Files in `checked` are in order: several sources can share them."""
     found = pinned_input(what, given, pins)
-    check_inputs(found.path, found.needed, what)
-    if isinstance(found, RecordedAnswers):
-        check_some_columns(input_files(found.path, what), found.needed, what)
+    key = (type(found).__name__, found.path, *found.needed)
+    if key not in checked:
+        files = check_inputs(found.path, found.needed, what)
+        if isinstance(found, RecordedAnswers):
+            check_some_columns(files, found.needed, what)
+        checked.add(key)
     return found
 
 

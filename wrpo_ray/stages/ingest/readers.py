@@ -91,8 +91,10 @@ def exist(path: str) -> bool:
         return False
 
 
-def check_inputs(path: str, columns: list[str], what: str) -> None:
+def check_inputs(path: str, columns: list[str], what: str) -> list[str]:
     """Check files of a config before any work: they are there, have the columns, and rows.
+
+    Returns their URIs.
 
     Raises:
         UserError: they do not, or the hub denies access to their content.
@@ -102,6 +104,7 @@ def check_inputs(path: str, columns: list[str], what: str) -> None:
         for checked in [threads.submit(check_columns, uri, columns, what) for uri in files]:
             checked.result()
     check_some_rows(files, what)
+    return files
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import random
 from pathlib import Path
@@ -16,10 +17,12 @@ from wrpo_ray.data.published import RowError
 from wrpo_ray.data.records import RESPONSE, prompt_id
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.reasoning import Format, Markers
+from wrpo_ray.pipeline import inputs
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.planning.estimate import plan
 from wrpo_ray.planning.text import plan_text
+from wrpo_ray.stages.ingest import readers
 from wrpo_ray.stages.ingest.answers import ENDS, merged_prompts, recorded_answers, settled
 from wrpo_ray.stages.ingest.readers import input_files
 
@@ -440,6 +443,55 @@ def test_a_format_of_reasoning_that_does_not_fit_is_told_before_any_work(tmp_pat
     assert told(reasoning_parser="qwen33").startswith(
         "sources.a.answers: reasoning_parser: vLLM has no 'qwen33'; the closest is 'qwen3'"
     )
+
+
+def test_a_file_of_several_models_is_listed_and_opened_once_by_each_check(tmp_path, monkeypatch):
+    """Once before the work, once for the keys; and the target's job is made once."""
+    path = jsonl(tmp_path / "all.jsonl", {"prompt": "p", "response": "x", "model": "a"})
+    answers = {"path": path, "columns": {"source": "model", "prompt": "prompt"}}
+    given = config(
+        tmp_path,
+        sources=[{"name": name, "answers": answers} for name in "abcd"],
+        target={"name": "t", "model": "none/t", "answers": answers},
+    )
+    calls: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def counting(module: Any, name: str, place: int) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            calls[name, Path(str(arguments[place])).name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    monkeypatch.setattr("wrpo_ray.pipeline.preflight.map_models", lambda given, _: given)
+    counting(readers, "input_files", 0)
+    counting(readers, "check_columns", 0)
+    preflight(given)
+    once = {(n, f): 1 for n in ("input_files", "check_columns") for f in ("all.jsonl", "p.jsonl")}
+    assert calls == once
+    calls.clear()
+    counting(inputs, "input_files", 0)
+    made: list[str] = []
+    real = inputs.Inputs._recorded
+    monkeypatch.setattr(
+        inputs.Inputs, "_recorded", lambda own, name, *rest, **more: (
+            made.append(name) or real(own, name, *rest, **more)
+        ),
+    )  # fmt: skip
+    Chain(given, "pair", for_plan=True).build()
+    assert calls == {("input_files", "all.jsonl"): 1, ("input_files", "p.jsonl"): 1}
+    assert made == ["a", "b", "c", "d", "t"]
+
+
+def test_each_section_with_a_bad_file_is_told(tmp_path):
+    answers = {"path": str(tmp_path / "a.jsonl"), "columns": {"reward": "scor"}}
+    sources = [{"name": name, "answers": answers} for name in "ab"]
+    with pytest.raises(UserError) as caught:
+        preflight(config(tmp_path, sources=sources))
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["sources.a.answers", "sources.b.answers"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
