@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import Config, EndpointConfig, ModelConfig, RecordedAnswers, ScoreConfig
+from wrpo_ray.config import Config, EndpointConfig, ModelConfig, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import reasoning_format
@@ -94,8 +94,7 @@ def _checked_input(
     key = (type(found).__name__, found.path, *found.needed)
     if key not in checked:
         files = check_inputs(found.path, found.needed, what)
-        if isinstance(found, RecordedAnswers):
-            check_some_columns(files, found.needed, what)
+        check_some_columns(files, found.needed, what)
         checked.add(key)
     return found
 

@@ -691,6 +691,18 @@ def test_files_of_prompts_that_do_not_fit_the_rewards(tmp_path):
         Config.model_validate(own | {"prompts": bare})
 
 
+@pytest.mark.parametrize("column", ["prompt", "reference", "group", "id"])
+def test_a_column_of_prompts_that_no_row_has_is_told_before_any_work(tmp_path, column):
+    own = tree(tmp_path)
+    own["prompts"]["columns"][column] = "nope"
+    with pytest.raises(UserError) as caught:
+        preflight(Config.model_validate(own))
+    assert str(caught.value).splitlines()[0] == (
+        f"prompts: {tmp_path}/prompts.jsonl has no column 'nope' in its first rows; they have "
+        f"prompt, group, reference; set `columns`"
+    )
+
+
 def test_a_prompt_in_files_of_two_groups_is_a_failed_row():
     rows = [{"prompt_id": "a", "reference": None, "group": g} for g in ("chat", "maths", None)]
     assert merged_prompts(rows[::2], "prompts", one_group=True)[0] == [rows[0]]
