@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
 from wrpo_ray.config import Config, RewardConfig, load
 from wrpo_ray.data import records
@@ -26,6 +28,7 @@ from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.summary import outline
 from wrpo_ray.planning.estimate import plan
 from wrpo_ray.report.group_table import by_group, tables
+from wrpo_ray.report.status import _group_table
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.evaluate.comparison import Compare
 from wrpo_ray.stages.evaluate.stage import ALL, Evaluate, ScoredModel, Summer, tabulate
@@ -540,8 +543,33 @@ def test_counts_by_group_are_told_as_tables():
         ["a/b", "1", "1", "0", "16", "-", "-"],
         ["others", "2", "2", "0", "3", "-", "-"],
     ]
-    assert second == [["source", "x", "a/b", "others"], ["q.1", "50.0%", "100.0%", "50.0%"]]
+    assert second == [["group", "q.1"], ["x", "50.0%"], ["a/b", "100.0%"], ["others", "50.0%"]]
     assert tables(by_group({"rows": 3}, {})) == []
+
+
+def test_tables_by_group_show_all_numbers_beside_long_names(tmp_path):
+    """Others come last; a group without prompts has no means; a wide terminal is not needed."""
+    long = {f"a name that many groups begin with, {end}": end for end in ("one", "two")}
+    row = {"prompts": 1234, "selected": 4, "wins": {"a": 1, "b": 3}, "rows": 2}
+    row |= {"y_ws": 0.5, "y_wt": 0.25, "y_l": -0.125}
+    empty = dict.fromkeys(row, 0) | {"wins": {}} | dict.fromkeys(("y_ws", "y_wt", "y_l"))
+    groups = {"": row, **dict.fromkeys(long, row), "empty": empty}
+    (title, first), (_, second) = tables(groups)
+    names = [own[0] for own in first[1:]]
+    assert [name[-3:] for name in names[:2]] == ["one", "two"]
+    assert names[2:] == ["empty", "others"]
+    assert all(len(name) <= 32 for name in names)
+    assert first[3] == ["empty", "0", "0", "0", "-", "-", "-"]
+    assert second[:1] + second[3:] == [
+        ["group", "a", "b"], ["empty", "-", "-"], ["others", "25.0%", "75.0%"],
+    ]  # fmt: skip
+    few = tables({"x": row, "": row})[1][1]
+    assert few == [["source", "x", "others"], ["a", "25.0%", "25.0%"], ["b", "75.0%", "75.0%"]]
+    console = Console(width=80, file=StringIO())
+    console.print(_group_table((title, first)))
+    shown = console.file.getvalue()
+    assert shown.count("1,234") == 3
+    assert shown.count("-0.125") == 3
 
 
 def test_rewards_of_different_groups_have_no_common_mean(tmp_path):
