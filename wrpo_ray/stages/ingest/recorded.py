@@ -1,4 +1,4 @@
-"""Jobs that read recorded answers of a source or the target, and prompts from the same files.
+"""Jobs that read recorded answers of a source or the target, and prompts of several files.
 
 An answer belongs to the prompt of the run with the same messages, or with the same id. Answers
 move to the buckets of their prompts as other rows do; by an id they first meet the rows of the
