@@ -141,25 +141,32 @@ def by_id(tmp_path: Path) -> dict[str, Any]:
     """A job whose recorded answers know their prompts by an id; the target's are recorded too."""
     prompts = [{"prompt": f"Question {i}?", "n": i} for i in range(20)]
     files = [
-        [{"uid": float(i), "response": f"{name} {i}", "score": i % 2 + 0.5} for i in part]
-        for name in ("A", "B")
+        [{"uid": float(i), "response": f"{says} {i}", "score": i % 2 + 0.5} for i in part]
+        for says in ("<think>7</think>A", "B")
         for part in (range(10), range(10, 22))
     ]
     for number, rows in enumerate(files):
         write(tmp_path / "AB"[number // 2] / f"{number}.jsonl", rows)
     own = [{"uid": f"{i}", "response": ["good", "bad"], "score": [2.0, 1.0]} for i in range(20)]
+    own = [row | {"why": ["9", None]} for row in own]
     ids = {"id": "uid", "reward": "score"}
     recorded = {"columns": ids, "reward": "recorded"}
     return {
         "prompts": {"path": write(tmp_path / "p.parquet", prompts), "columns": {"id": "n"}},
         "sources": [
-            {"name": name, "answers": {"path": str(tmp_path / name), **recorded}, "license": "mit"}
-            for name in "AB"
+            {"name": name, "answers": {"path": str(tmp_path / name), **recorded} | more}
+            | {"license": "mit"}
+            for name, more in {"A": {"reasoning": "strip"}, "B": {}}.items()
         ],
         "target": {
             "name": "t",
             "model": "unset",
-            "answers": {"path": write(tmp_path / "own.jsonl", own), **recorded},
+            "answers": {
+                "path": write(tmp_path / "own.jsonl", own),
+                "columns": ids | {"reasoning": "why"},
+                "reward": "recorded",
+                "reasoning": "strip",
+            },
         },
         "sft": None,
         "split": {"sft": 0.0},
@@ -188,6 +195,11 @@ def test_answers_of_sources_and_target_by_id(on_cluster, zoo, tmp_path, monkeypa
     assert [(c["rows"], c["unmatched"]) for c in counts.values()] == [(20, 2), (20, 2), (40, 0)]
     pairs = table(out, "pair")
     assert len(pairs) == 20
+    rows = [row for name in "ABt" for row in table(out, f"recorded-{name}")]
+    why = "<think>\n9\n</think>\n\n"
+    assert {(row["text"].split()[0], row["reasoning"]) for row in rows} == {
+        ("A", "<think>7</think>"), ("B", None), ("good", why), ("bad", None),
+    }  # fmt: skip
     for row in pairs:
         number = int(row["messages"][0]["content"].split()[1][:-1])
         assert row["source_chosen"]["text"] in (f"A {number}", f"B {number}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,9 +63,18 @@ def prompts(zoo: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture
 def run(demo: Callable[..., Wrpo], zoo: Path, tmp_path: Path) -> Callable[..., Wrpo]:
-    """Makes the config, with a source for chat only, and a teacher for all prompts."""
-    file = tmp_path / "prompts.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in prompts(zoo)))
+    """Makes the config, with a source for chat only, and a teacher for all prompts.
+
+    Maths and code have files of their own, the other groups a column.
+    """
+    own = {name: tmp_path / f"{name}.jsonl" for name in ("maths", "code")}
+    file, lines = tmp_path / "prompts.jsonl", defaultdict(list)
+    for row in prompts(zoo):
+        path = own.get(row["group"], file)
+        without = {name: value for name, value in row.items() if name != "group" or path == file}
+        lines[path].append(json.dumps(without) + "\n")
+    for path, written in lines.items():
+        path.write_text("".join(written))
 
     def make(url: str, **by_group: Any) -> Wrpo:
         rewards = {
@@ -76,10 +85,13 @@ def run(demo: Callable[..., Wrpo], zoo: Path, tmp_path: Path) -> Callable[..., W
         }
         return demo(
             tmp_path / "out",
-            prompts={
-                "path": str(file),
-                "columns": {"reference": "reference", "group": "group"},
-            },
+            prompts=[
+                {"path": str(file), "columns": {"reference": "reference", "group": "group"}},
+                *(
+                    {"path": str(path), "columns": {"reference": "reference"}, "group": name}
+                    for name, path in own.items()
+                ),
+            ],
             sources=[
                 {"name": "tiny", "model": str(zoo / "sources/llama-bytes"), "groups": ["chat"]},
                 {"name": "teacher", "model": "t", "endpoint": {"url": url}},

@@ -53,6 +53,16 @@ def _identity(value: Any, dumped: Any) -> Any:
     return value.identity() if isinstance(value, Section) else dumped
 
 
+def without_unset(identity: dict[str, Any], *names: str) -> dict[str, Any]:
+    """An identity without those of the named fields that are null: keys from before they existed.
+
+    Example:
+        >>> without_unset({"path": "a", "reasoning": None}, "reasoning")
+        {'path': 'a'}
+    """
+    return {n: value for n, value in identity.items() if n not in names or value is not None}
+
+
 NotNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 

@@ -1,10 +1,10 @@
 """Sections for input files, their columns, the split of prompts, and the storage of outputs."""
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, WrapValidator, model_validator
 
-from wrpo_ray.config.base import PLACEMENT, Name, Section
+from wrpo_ray.config.base import PLACEMENT, Name, Section, without_unset
 from wrpo_ray.text.addresses import without_secrets
 
 
@@ -68,6 +68,9 @@ class PromptsConfig(InputFiles):
     without URL escapes."""
     columns: Columns = Columns()
     """Column names in the file."""
+    group: str | None = None
+    """The group of all prompts of the file, instead of a column with the group of each
+    (`columns.group`)."""
     limit: int | None = Field(None, ge=1)
     """Use only the first rows, up to this number, with files in the order of their names; null
     uses all."""
@@ -76,6 +79,34 @@ class PromptsConfig(InputFiles):
     def needed(self) -> list[str]:
         """Columns that the files must have."""
         return self.columns.of_prompt + ([self.columns.id] if self.columns.id else [])
+
+    def identity(self) -> dict[str, Any]:
+        """As in every section; the group only where one is set."""
+        return without_unset(super().identity(), "group")
+
+    @model_validator(mode="after")
+    def _one_group(self) -> Self:
+        if self.group is not None and self.columns.group:
+            raise ValueError(
+                "group: is that of all prompts, and columns.group a column with that of each; "
+                "leave one of them out"
+            )
+        if self.group is not None and not self.group.strip():
+            raise ValueError("group: a group without a name; leave it out")
+        return self
+
+
+def _one_or_several(given: Any, _: Any) -> Any:
+    """A section, or a list of them; an error names its place in the list."""
+    if isinstance(given, list | tuple):
+        return TypeAdapter(tuple[PromptsConfig, ...]).validate_python(tuple(given))
+    is_section = given is None or isinstance(given, PromptsConfig)
+    return given if is_section else PromptsConfig.model_validate(given)
+
+
+OneOrSeveral = Annotated[
+    PromptsConfig | tuple[PromptsConfig, ...] | None, WrapValidator(_one_or_several)
+]
 
 
 class ResponseColumns(Columns):

@@ -7,6 +7,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from wrpo_ray.config.base import S, Section
 from wrpo_ray.config.root import Config
@@ -162,6 +163,8 @@ def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
         return f"{where}: unknown key{_nearest(kind, error['loc'])}"
     if error["type"] == "missing":
         return f"{where}: missing; it is required"
+    if error["type"] == "model_type":
+        return f"{where}: {_as_section(kind, error)}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message
@@ -170,10 +173,39 @@ def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
 
 def _nearest(kind: type[Section], loc: tuple[str | int, ...]) -> str:
     *parents, unknown = loc
-    fields = [f for s in _sections_at(kind, parents) for f in s.model_fields.items()]
+    sections = _sections_at(kind, parents)
+    if len({unknown in section.model_fields for section in sections}) > 1:
+        return _of_another_kind(sections, str(unknown))
+    fields = [f for s in sections for f in s.model_fields.items()]
     names = list(dict.fromkeys(f.alias or n for n, f in fields))
     close = difflib.get_close_matches(str(unknown), names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known here: {', '.join(names)}"
+
+
+def _of_another_kind(sections: list[type[Section]], key: str) -> str:
+    """Where a key belongs that another kind of section has than the one that is given."""
+    others = [s for s in sections if key not in s.model_fields]
+    below = [(n, s) for o in others for n, f in o.model_fields.items() for s in _inside(f)]
+    if inner := next((name for name, section in below if key in section.model_fields), None):
+        return f"; did you mean '{inner}.{key}'?"
+    owners = [s.model_fields for s in sections if key in s.model_fields]
+    needed = (n for fields in owners for n, field in fields.items() if field.is_required())
+    own = next((n for n in needed if not all(n in s.model_fields for s in others)), None)
+    return f"; it belongs to a section with {own!r}" if own else "; it belongs to another section"
+
+
+def _as_section(kind: type[Section], error: Mapping[str, Any]) -> str:
+    """How a value is written that is given in place of a section."""
+    found, given = _sections_at(kind, list(error["loc"])), error["input"]
+    needed = [n for s in found[:1] for n, field in s.model_fields.items() if field.is_required()]
+    shown = repr(without_secrets(given))
+    if isinstance(given, str) and len(needed) == 1:
+        return f"write it as {{{needed[0]}: ...}} (got {shown})"
+    return f"has to be a section of keys and values (got {shown})"
+
+
+def _inside(field: FieldInfo) -> list[type[Section]]:
+    return _sections_in(field.annotation)
 
 
 def _sections_at(section: type[Section], loc: list[str | int]) -> list[type[Section]]:

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from wrpo_ray.config.base import PLACEMENT, Name, Section
+from wrpo_ray.config.base import PLACEMENT, Name, Section, without_unset
 from wrpo_ray.config.resources import Actors
 
 
@@ -178,9 +178,7 @@ class ModelConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """As in every section; a policy of reasoning only where one is set."""
-        found = super().identity()
-        unset = [n for n in ("reasoning", "reasoning_parser") if found[n] is None]
-        return {name: value for name, value in found.items() if name not in unset}
+        return without_unset(super().identity(), "reasoning", "reasoning_parser")
 
     @model_validator(mode="after")
     def _parser_is_used(self) -> ModelConfig:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, WrapValidator, model_validator
 
-from wrpo_ray.config.base import PLACEMENT, Name, Section
+from wrpo_ray.config.base import PLACEMENT, Name, Section, without_unset
 from wrpo_ray.config.data import Columns, InputFiles
 from wrpo_ray.config.models import ModelConfig
 
@@ -28,6 +28,9 @@ class RecordedColumns(Columns):
     (also `max_tokens`) or null, in capitals or not."""
     token_ids: str | None = None
     """The token ids of the answer, with the end token. They are used for answers of the target."""
+    reasoning: str | None = None
+    """The reasoning before the answer, where a file has it apart; an empty or missing one is looked
+    for in the answer's text. Needs `reasoning` beside `path`."""
     source: str | None = None
     """The model that answered, where a file holds the answers of several models."""
 
@@ -40,8 +43,12 @@ class RecordedColumns(Columns):
     def of_answer(self) -> list[str]:
         """Columns of the answers, and of what their prompt is known by."""
         key = self.id or self.prompt
-        more = (self.reward, self.finish_reason, self.token_ids, self.source)
+        more = (self.reward, self.finish_reason, self.token_ids, self.source, self.reasoning)
         return [key, self.response, *(column for column in more if column)]
+
+    def identity(self) -> dict[str, Any]:
+        """As in every section; the column of the reasoning only where one is named."""
+        return without_unset(super().identity(), "reasoning")
 
 
 class RecordedAnswers(InputFiles):
@@ -57,6 +64,16 @@ class RecordedAnswers(InputFiles):
     reward: Literal["recorded"] | None = None
     """`recorded` uses the scores in `columns.reward` and compares them with the scores of other
     answers as they are; null scores these answers with the run's reward."""
+    reasoning: Literal["keep", "strip"] | None = None
+    """Reasoning before an answer, as <think>...</think>: `strip` trains on the answer only, `keep`
+    on the reasoning too, as for models. Null reads no markers; of the target it is by default the
+    target's own policy."""
+    reasoning_parser: str | None = None
+    """vLLM's name of the reasoning's format, as for models; null is <think> and </think>."""
+
+    def identity(self) -> dict[str, Any]:
+        """As in every section; a policy of reasoning only where one is set."""
+        return without_unset(super().identity(), "reasoning", "reasoning_parser")
 
     @property
     def needed(self) -> list[str]:
@@ -69,6 +86,9 @@ class RecordedAnswers(InputFiles):
             raise ValueError("reward: recorded needs the column of the scores: columns.reward")
         if self.of is not None and not self.columns.source:
             raise ValueError("of: needs the column with the names of models: columns.source")
+        if not self.reasoning and (self.reasoning_parser or self.columns.reasoning):
+            name = "reasoning_parser" if self.reasoning_parser else "columns.reasoning"
+            raise ValueError(f"{name}: set `reasoning` too, to keep or strip")
         return self
 
 
@@ -94,6 +114,18 @@ class TargetConfig(ModelConfig):
     answers: RecordedAnswers | None = Field(None, json_schema_extra=PLACEMENT)
     """Recorded answers of the target, used for y_wt and y_l instead of samples of target-SFT; so
     preference training is off-policy. null samples target-SFT."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _answers_think_alike(cls, given: Any) -> Any:
+        """The recorded answers get the target's policy of reasoning unless they have their own."""
+        answers = given.get("answers") if isinstance(given, dict) else None
+        if isinstance(answers, RecordedAnswers):
+            answers = answers.model_dump(exclude_unset=True)
+        if not isinstance(answers, dict) or not given.get("reasoning"):
+            return given
+        names = ("reasoning", "reasoning_parser") if "reasoning" not in answers else ()
+        return given | {"answers": {n: given.get(n) for n in names} | answers}
 
 
 def _source(given: Any, _: Any) -> Any:

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from wrpo_ray.config.base import NAME, PLACEMENT, ImportPath, Name, Section
+from wrpo_ray.config.base import NAME, PLACEMENT, ImportPath, Name, Section, without_unset
 from wrpo_ray.config.models import EndpointConfig
 from wrpo_ray.config.resources import Actors
 
@@ -48,8 +48,7 @@ class JudgeConfig(Section):
 
     def identity(self) -> dict[str, Any]:
         """As in every section; `reasoning` only where it is set."""
-        found = super().identity()
-        return {n: value for n, value in found.items() if n != "reasoning" or value is not None}
+        return without_unset(super().identity(), "reasoning")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -12,7 +12,13 @@ from typing import Any, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from wrpo_ray.config.base import PLACEMENT, Section
-from wrpo_ray.config.data import ImportConfig, PromptsConfig, SplitConfig, StorageConfig
+from wrpo_ray.config.data import (
+    ImportConfig,
+    OneOrSeveral,
+    PromptsConfig,
+    SplitConfig,
+    StorageConfig,
+)
 from wrpo_ray.config.evaluation import BenchmarksConfig, EvaluateConfig
 from wrpo_ray.config.models import ModelConfig, SamplingConfig
 from wrpo_ray.config.pairing import AnswersConfig, PairConfig
@@ -39,8 +45,10 @@ class Config(Section):
     from the environment or the machine's role, never from the address."""
     seed: int = Field(42, ge=0, lt=2**31)
     """Random seed of splits, samples and orders."""
-    prompts: PromptsConfig | None = None
-    """The prompts to generate answers for; null takes those of the recorded answers."""
+    prompts: OneOrSeveral = None
+    """The prompts to generate answers for, or a list of such sections: files of several kinds, such
+    as chat and maths, each with its columns and its `group`. null takes those of the recorded
+    answers."""
     existing: ImportConfig | None = Field(None, alias="import")
     """Existing answers, instead of `prompts` and `sources`."""
     sources: tuple[Source, ...] = ()
@@ -89,6 +97,20 @@ class Config(Section):
         return given.model_dump() if type(given) is ModelConfig else given
 
     @property
+    def prompt_files(self) -> tuple[PromptsConfig, ...]:
+        """The sections of `prompts`: one, several or none."""
+        if isinstance(self.prompts, PromptsConfig):
+            return (self.prompts,)
+        return self.prompts or ()
+
+    @property
+    def prompt_sections(self) -> dict[str, PromptsConfig]:
+        """{place in the config: prompts}."""
+        if isinstance(self.prompts, PromptsConfig):
+            return {"prompts": self.prompts}
+        return {f"prompts.{number}": given for number, given in enumerate(self.prompt_files)}
+
+    @property
     def models(self) -> tuple[ModelConfig, ...]:
         """The sources that are asked."""
         return tuple(source for source in self.sources if isinstance(source, ModelConfig))
@@ -133,11 +155,13 @@ class Config(Section):
         target = self.target
         if not target:
             return
-        kept = next((m.name for m in self.models if m.reasoning == "keep"), None)
+        thinking = {f"sources.{m.name}": m.reasoning for m in self.models}
+        thinking |= {where: answers.reasoning for where, answers in self.recorded_sections.items()}
+        kept = next((where for where, policy in thinking.items() if policy == "keep"), None)
         if kept and target.reasoning != "keep":
             yield (
-                f"sources.{kept}.reasoning: keep trains the target to reason; set target.reasoning "
-                f"to keep, too, or this one to strip"
+                f"{kept}.reasoning: keep trains the target to reason; set target.reasoning to "
+                f"keep, too, or this one to strip"
             )
         if target.reasoning and "published" in (self.wrpo.compat, self.sft and self.sft.compat):
             yield "target.reasoning: `compat: published` knows no reasoning; leave one of them out"
@@ -172,7 +196,7 @@ class Config(Section):
             yield "import: it brings its own answers; leave out `answers`, or `import`"
         if "target.answers" in given and not self.sources:
             yield "target.answers: needs `sources`, whose best answers they are paired with"
-        has_ids = bool(self.prompts and self.prompts.columns.id)
+        has_ids = bool(self.prompts) and all(one.columns.id for one in self.prompt_files)
         for where, answers in given.items():
             if answers.columns.id and not has_ids:
                 yield f"{where}: columns.id needs `prompts` with the same ids (prompts.columns.id)"
@@ -231,8 +255,11 @@ class Config(Section):
         lack = "verifies answers, so set {}.columns.reference to the column with the right ones"
         rewards = self.reward.each if self.reward else ()
         verifies = any(part.verifier for reward in rewards for part in reward.parts)
-        if verifies and self.prompts and not self.prompts.columns.reference:
-            yield f"reward: it {lack.format('prompts')}"
+        given = self.prompt_sections
+        bare = [where for where, one in given.items() if not one.columns.reference]
+        is_of_all = bool(self.reward and not self.reward.by_group)
+        if verifies and bare and (is_of_all or len(bare) == len(given)):
+            yield f"reward: it {lack.format(bare[0])}"
         recorded = [] if self.prompts else list(self.recorded.items())
         if verifies and recorded and not any(a.columns.reference for _, a in recorded):
             yield f"reward: it {lack.format(f'sources.{recorded[0][0]}.answers')}"
@@ -259,12 +286,12 @@ class Config(Section):
         for what, model in others:
             if model.groups:
                 yield f"{what}.groups: only sources have it; this model answers all prompts"
-        given = self.prompts or self.existing
-        files = [given] if given else list(self.recorded.values())
-        if files and self.group_names and not any(one.columns.group for one in files):
+        of_answers = [self.existing] if self.existing else list(self.recorded.values())
+        files = self.prompt_files or of_answers
+        if files and self.group_names and not any(map(_has_group, files)):
             yield (
                 "reward.by_group, pair.by_group, sources.groups: set columns.group of the prompts "
-                "to the column with the group of each prompt"
+                "to the column with the group of each prompt, or `group` to that of a whole file"
             )
         if self.reward and self.reward.by_group:
             names = {model.name for _, model in others} | {source.name for source in self.sources}
@@ -287,7 +314,7 @@ class Config(Section):
         asked = self.evaluate
         if reward.default or not asked:
             return
-        if asked.prompts and not asked.prompts.columns.group:
+        if asked.prompts and not _has_group(asked.prompts):
             yield (
                 "evaluate: rewards are given by_group, so set evaluate.prompts.columns.group, or "
                 "give `reward` a kind beside by_group for all other prompts"
@@ -298,3 +325,8 @@ class Config(Section):
                 "evaluate.baselines.best_of_sources: questions of benchmarks are of no group; give "
                 "`reward` a kind beside by_group for them"
             )
+
+
+def _has_group(given: PromptsConfig | ImportConfig | RecordedAnswers) -> bool:
+    """Whether the prompts of the files have groups."""
+    return bool(given.columns.group or (isinstance(given, PromptsConfig) and given.group))

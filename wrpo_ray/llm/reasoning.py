@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from wrpo_ray.config import ModelConfig
+from wrpo_ray.config import ModelConfig, RecordedAnswers
 from wrpo_ray.data.records import KEPT, STRIPPED, UNFINISHED
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.rendering import PROBE, render
@@ -56,6 +56,10 @@ OTHER_PARSERS = frozenset(
     }
 )
 """vLLM's other reasoning parsers, for formats with more than a pair of markers."""
+
+
+Thinker = ModelConfig | RecordedAnswers
+"""A section with a policy of reasoning."""
 
 
 @dataclass(frozen=True)
@@ -227,10 +231,14 @@ def _markers(tokenizer: Any) -> Markers:
     return found[0]
 
 
-def of_endpoint(model: ModelConfig, text: str) -> Format:
-    """Return the format of a text from the server of a model."""
-    parser = model.reasoning_parser
-    return of_text(text, markers_of_parser(parser) if parser else THINK)
+def unseen_markers(given: Thinker) -> Markers:
+    """Return the markers of answers whose model is not seen.
+
+    Raises:
+        UserError: `reasoning_parser` is of no use.
+    """
+    parser = given.reasoning_parser
+    return markers_of_parser(parser) if parser else THINK
 
 
 def of_text(text: str, markers: Markers = THINK) -> Format:
@@ -248,31 +256,46 @@ def put_apart(
     """Return a RESPONSE row with the reasoning in its own column and only the answer as text.
 
     `token_ids` are those of what is trained on: of all of it where it is kept, else of the answer.
-    They are null if no token begins where the answer does. `decode` gives the text of token ids.
+    They are null if no token begins where the answer does, or this cannot be told without `decode`,
+    which gives the text of token ids.
     """
     parts = split(row["text"], format_)
     if not parts.before:
         return row
     ids = row["token_ids"]
-    if ids is not None and policy == "strip" and parts.is_finished and decode:
-        ids = ids_from(len(row["text"]) - len(parts.answer), row["text"], ids, decode)
+    if ids is not None and policy == "strip" and parts.is_finished:
+        start = len(row["text"]) - len(parts.answer)
+        ids = ids_from(start, row["text"], ids, decode) if decode else None
     state = UNFINISHED if not parts.is_finished else KEPT if policy == "keep" else STRIPPED
     return row | {
         "text": parts.answer, "reasoning": parts.before, "reasoning_state": state, "token_ids": ids
     }  # fmt: skip
 
 
-def written_apart(row: Row, reasoning: str, model: ModelConfig) -> Row:
-    """Return a RESPONSE row with the reasoning that a server gives in a field of its own.
+def put_apart_unseen(row: Row, given: Thinker, reasoning: str | None) -> Row:
+    """Return a RESPONSE row of a server or a file, with the reasoning in its own column.
 
-    It is written between the markers, so that it can be trained on.
+    `reasoning` is that of a field of its own, if there is one.
     """
-    markers = of_endpoint(model, "").markers
-    state = KEPT if model.reasoning == "keep" else STRIPPED
+    if given.reasoning is None:
+        return row
+    markers = unseen_markers(given)
+    if reasoning is not None:
+        return written_apart(row, reasoning, markers, given.reasoning)
+    return put_apart(row, of_text(row["text"], markers), given.reasoning)
+
+
+def written_apart(row: Row, reasoning: str, markers: Markers, policy: str) -> Row:
+    """Return a RESPONSE row with the reasoning that stands in a field of its own.
+
+    It is written between the markers, so that it can be trained on; no token ids are known of that.
+    """
+    state = KEPT if policy == "keep" else STRIPPED
     is_finished = row["text"].strip() or row["finish_reason"] == "stop"
     return row | {
         "reasoning": f"{markers.open}\n{reasoning.strip()}\n{markers.close}\n\n",
         "reasoning_state": state if is_finished else UNFINISHED,
+        "token_ids": None,
     }
 
 

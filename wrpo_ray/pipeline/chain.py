@@ -170,6 +170,11 @@ class Chain:
         self._add("prompts", (job,), group_check(self.config, prompts))
         return prompts
 
+    @cached_property
+    def _recorded_target(self) -> list[IngestRecorded]:
+        """The job that reads recorded answers of the target, if it has these."""
+        return self._inputs.recorded_target(self._prompts)
+
     @property
     def _preference_prompts(self) -> Prompts:
         return Prompts(self._prompts.step, ("preference",))
@@ -178,7 +183,7 @@ class Chain:
         """Answers of the sources, generated or recorded, scored, and y_ws among them."""
         prompts, left_out = self._prompts, self._contamination()
         recorded = self._inputs.recorded_sources(prompts)
-        self._add("prompts", [*recorded.values(), *self._inputs.recorded_target(prompts)])
+        self._add("prompts", [*recorded.values(), *self._recorded_target])
         asked = {
             m.name: self._jobs.generate(m, prompts.of_groups(m.groups)) for m in self.config.models
         }
@@ -264,7 +269,7 @@ class Chain:
         """
         model = self.trained[SFT].model if SFT in self.trained else self._target
         held_out = self._held_out(model) if model is not self._target else []
-        for recorded in self._inputs.recorded_target(self._prompts):
+        for recorded in self._recorded_target:
             given = replace(recorded, prompts=self._preference_prompts)
             return self._scored("sample", given, before=held_out)
         own = self._jobs.generate(model, self._preference_prompts)

@@ -27,7 +27,7 @@ def prompt_files(config: Config) -> dict[str, tuple[PromptFiles, ...]]:
     """The inputs that hold the prompts to train on, and the held-out ones; imported ones not."""
     recorded = {} if config.existing else config.recorded
     files = {(given.path, *given.columns.of_prompt): given for given in recorded.values()}
-    training = (config.prompts,) if config.prompts else tuple(files.values())
+    training: tuple[PromptFiles, ...] = config.prompt_files or tuple(files.values())
     held_out = config.evaluate.prompts if config.evaluate else None
     found = {TRAINING: training, HELD_OUT: (held_out,) if held_out else ()}
     return {what: given for what, given in found.items() if given}

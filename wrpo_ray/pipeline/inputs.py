@@ -8,13 +8,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from wrpo_ray.config import Config, RecordedAnswers
+from wrpo_ray.config import Config, PromptsConfig, RecordedAnswers
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.cells import READING, beginnings_are, hold_more_than_text
 from wrpo_ray.stages.ingest.readers import exist, input_files
-from wrpo_ray.stages.ingest.recorded import IngestRecorded, IngestRecordedPrompts
+from wrpo_ray.stages.ingest.recorded import IngestJoinedPrompts, IngestRecorded
 from wrpo_ray.stages.ingest.stage import OPTIONAL, REFERENCES, IngestPrompts
 from wrpo_ray.stages.pair.overlap import are_unspaced
 from wrpo_ray.storage.fingerprints import data_fingerprint
@@ -31,6 +31,8 @@ class Inputs:
     """Whether files may be missing; a path then stands for their content."""
     known: dict[str, str] = field(default_factory=dict)
     """Fingerprints by path: several sources can have their answers in one file."""
+    listed: dict[str, list[str]] = field(default_factory=dict)
+    """Files by path: each is listed once."""
 
     def step(
         self, name: str, given: AnyInput, inputs: tuple[Step, ...] = (), **config: Any
@@ -42,7 +44,7 @@ class Inputs:
         """
         section = self._section(given)
         with _naming_section(section, given):
-            files = [] if self._is_unknown(given) else input_files(given.path, section)
+            files = self._files(given, section)
             content = self._content(given, files)
             # nothing was made of a data set on the hub before there was this version
             is_on_hub = given.path.startswith(HUB_SCHEME)
@@ -60,28 +62,30 @@ class Inputs:
         reward = self.config.reward
         return {REFERENCES: OPTIONAL} if reward and reward.by_group else {}
 
-    def prompts(self, splits: dict[str, float]) -> IngestPrompts | IngestRecordedPrompts:
-        """The job that reads the prompts to train on: from their file, else with the answers.
+    def prompts(self, splits: dict[str, float]) -> IngestPrompts | IngestJoinedPrompts:
+        """The job that reads the prompts to train on: from their files, else with the answers.
 
         Raises:
             UserError: a file cannot be read.
         """
         seed, given = self.config.seed, self.config.prompts or self.config.existing
-        if given:
+        if given and not isinstance(given, tuple):
             step = self.step("prompts", given, splits=splits, seed=seed)
             return IngestPrompts(step, given, splits, seed)
-        found = {json.dumps(self._prompts_of(a)): a for a in self.config.recorded.values()}
+        answers = tuple(self.config.recorded.values())
+        files: tuple[PromptsConfig | RecordedAnswers, ...] = self.config.prompt_files or answers
+        found = {json.dumps(self._prompts_of(one)): one for one in files}
         read = {"files": sorted(found), "buckets": self.config.storage.buckets, "cells": READING}
         read |= self._references
         step = Step("prompts", read | {"splits": splits, "seed": seed})
-        return IngestRecordedPrompts(
-            tuple(IngestPrompts(step, answers, splits, seed) for answers in found.values())
-        )
+        parts = (IngestPrompts(step, one, splits, seed) for one in found.values())
+        return IngestJoinedPrompts(tuple(parts))
 
-    def _prompts_of(self, given: RecordedAnswers) -> list[str | None]:
-        """Everything that decides the prompts in a file of answers."""
+    def _prompts_of(self, given: PromptsConfig | RecordedAnswers) -> list[str | int | None]:
+        """Everything that decides the prompts in one of several files."""
         columns = given.columns
-        return [self.fingerprint(given), columns.prompt, columns.reference, columns.group]
+        more = [given.group, given.limit] if isinstance(given, PromptsConfig) else []
+        return [self.fingerprint(given), columns.prompt, columns.reference, columns.group, *more]
 
     def recorded_sources(self, prompts: Prompts) -> dict[str, IngestRecorded]:
         """{name: job} that read the recorded answers of sources.
@@ -107,12 +111,12 @@ class Inputs:
         self, name: str, given: RecordedAnswers, prompts: Prompts, *, is_own: bool = False
     ) -> IngestRecorded:
         """The job that reads recorded answers; its store does not depend on the run's prompts."""
-        by_id = self.config.prompts if given.columns.id else None
+        by_id = self.config.prompt_files if given.columns.id else ()
         store = given.identity() | {"path": self.fingerprint(given), "source": name}
         store |= {"buckets": self.config.storage.buckets, "cells": READING}
         if by_id:
-            columns = by_id.columns
-            store["ids"] = [self.fingerprint(by_id), columns.prompt, columns.id]
+            ids = [[self.fingerprint(p), p.columns.prompt, p.columns.id] for p in by_id]
+            store["ids"] = ids if isinstance(self.config.prompts, tuple) else ids[0]
         asked = {"splits": list(prompts.splits)}
         step = Step(f"recorded-{name}", asked, prompts.inputs, store, source=name)
         return IngestRecorded(step, name, given, prompts, by_id, is_own)
@@ -127,8 +131,14 @@ class Inputs:
             return self.known[given.path]
         section = self._section(given)
         with _naming_section(section, given):
-            files = [] if self._is_unknown(given) else input_files(given.path, section)
-            return self._content(given, files)
+            return self._content(given, self._files(given, section))
+
+    def _files(self, given: AnyInput, section: str) -> list[str]:
+        """The files of an input; none in a plan without them."""
+        if given.path not in self.listed:
+            is_unknown = self._is_unknown(given)
+            self.listed[given.path] = [] if is_unknown else input_files(given.path, section)
+        return self.listed[given.path]
 
     def _content(self, given: AnyInput, files: list[str]) -> str:
         if given.path not in self.known:
@@ -137,8 +147,9 @@ class Inputs:
 
     def are_prompts_unspaced(self) -> bool:
         """`is_unspaced` of the prompts to train on."""
-        given = self.config.prompts or self.config.existing
-        return any(map(self.is_unspaced, [given] if given else self.config.recorded.values()))
+        existing = (self.config.existing,) if self.config.existing else ()
+        given = self.config.prompt_files or existing or self.config.recorded.values()
+        return any(map(self.is_unspaced, given))
 
     def is_unspaced(self, given: AnyInput) -> bool:
         """Whether prompts have text in a script without spaces between words.
@@ -148,11 +159,11 @@ class Inputs:
         """
         section = self._section(given)
         with _naming_section(section, given):
-            if self._is_unknown(given):
+            if not self._files(given, section):
                 return False
             if given.path.startswith(HUB_SCHEME):
                 return True  # it is asked for results that were made in another way before
-            files = input_files(given.path, section)
+            files = self._files(given, section)
             content = self._content(given, files)
             return beginnings_are(are_unspaced, files, given.columns.prompt, content)
 
@@ -161,8 +172,8 @@ class Inputs:
 
     def _section(self, given: AnyInput) -> str:
         """The section of the config that names the files."""
-        own: dict[str, Any] = {"prompts": self.config.prompts, "import": self.config.existing}
-        own |= self.config.recorded_sections
+        own: dict[str, Any] = {"import": self.config.existing}
+        own |= self.config.prompt_sections | self.config.recorded_sections
         return next((name for name, part in own.items() if part is given), "evaluate.prompts")
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from wrpo_ray.config import (
     Config,
@@ -114,7 +115,7 @@ class ModelJobs:
         If prompts may lack a reference, it is only of those that have one.
         """
         read = answers.prompts.step.config
-        if read.get(REFERENCES) == OPTIONAL and read["columns"]["reference"]:
+        if read.get(REFERENCES) == OPTIONAL and _have_references(read):
             answers = replace(answers, prompts=replace(answers.prompts, referenced=True))
         return self.score(answers, verifier_reward(name), "verdict")
 
@@ -190,6 +191,13 @@ class ModelJobs:
         """The job as a new request to its store, if its failed rows were given new attempts."""
         times = self.retries.get(job.step.key, 0)
         return replace(job, retry=times) if times else job
+
+
+def _have_references(read: dict[str, Any]) -> bool:
+    """Whether a file of prompts has a column with references, by the config of their step."""
+    if "columns" in read:
+        return read["columns"]["reference"] is not None
+    return any(json.loads(of_file)[2] for of_file in read["files"])  # `Inputs.prompts`
 
 
 def by_reward(jobs: Iterable[Score]) -> list[tuple[Score, ...]]:

@@ -50,7 +50,9 @@ def map_inputs(config: Config, change: Callable[[str, Any], Any]) -> Config:
     """The config with each section that names files of rows changed: `change(what, section)`."""
     inputs: dict[str, Any] = {}
     if config.prompts:
-        inputs["prompts"] = change("prompts", config.prompts)
+        changed = [change(what, given) for what, given in config.prompt_sections.items()]
+        is_list = isinstance(config.prompts, tuple)
+        inputs["prompts"] = tuple(changed) if is_list else changed[0]
     if config.existing:
         inputs["existing"] = change("import", config.existing)
     if config.evaluate and config.evaluate.prompts:

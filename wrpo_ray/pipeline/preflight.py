@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import Config, EndpointConfig, ModelConfig, RecordedAnswers, ScoreConfig
+from wrpo_ray.config import Config, EndpointConfig, ModelConfig, ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import reasoning_format
-from wrpo_ray.llm.reasoning import Markers, markers_of_parser, of_endpoint
+from wrpo_ray.llm.reasoning import Markers, Thinker, unseen_markers
 from wrpo_ray.llm.rendering import Template
 from wrpo_ray.pipeline.groups import check_first_groups, prompt_files
 from wrpo_ray.pipeline.identities import verifier_reward
@@ -20,7 +20,7 @@ from wrpo_ray.pipeline.model_sections import (
     resolved,
 )
 from wrpo_ray.runtime.job import AnyInput
-from wrpo_ray.stages.ingest.readers import check_inputs, check_some_columns, input_files
+from wrpo_ray.stages.ingest.readers import check_inputs, check_some_columns
 from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable
@@ -50,7 +50,10 @@ def preflight(config: Config, pins: Pins | None = None) -> Config:
     pins = {} if pins is None else pins
     pins |= attempt(read_pins, config.output) or {}
     config = map_models(config, lambda what, model: attempt(resolved, what, model, pins) or model)
-    config = map_inputs(config, lambda what, one: attempt(_checked_input, what, one, pins) or one)
+    checked: set[tuple[str, ...]] = set()
+    config = map_inputs(
+        config, lambda what, one: attempt(_checked_input, what, one, pins, checked) or one
+    )
     for check in _checks(config):
         attempt(check)
     if not problems:
@@ -71,6 +74,8 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
         if model.endpoint:
             yield partial(_check_key, f"evaluate.{model.name}", model.endpoint)
             yield partial(_check_parser, f"evaluate.{model.name}", model)
+    for what, answers in config.recorded_sections.items():
+        yield partial(_check_parser, what, answers)
     scorers = [part for own in config.reward.each for part in own.parts] if config.reward else []
     verifiers = (config.evaluate.verifier if config.evaluate else None, config.pair.verifier)
     for part in [*scorers, *(verifier_reward(name) for name in verifiers if name)]:
@@ -81,39 +86,47 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     yield partial(check_writable, Folder(config.output))
 
 
-def _checked_input(what: str, given: AnyInput, pins: Pins) -> AnyInput:
+def _checked_input(
+    what: str, given: AnyInput, pins: Pins, checked: set[tuple[str, ...]]
+) -> AnyInput:
+    """The input at its commit. Files in `checked` are in order: several sources can share them."""
     found = pinned_input(what, given, pins)
-    check_inputs(found.path, found.needed, what)
-    if isinstance(found, RecordedAnswers):
-        check_some_columns(input_files(found.path, what), found.needed, what)
+    key = (type(found).__name__, found.path, *found.needed)
+    if key not in checked:
+        files = check_inputs(found.path, found.needed, what)
+        check_some_columns(files, found.needed, what)
+        checked.add(key)
     return found
 
 
-def _check_parser(what: str, model: ModelConfig) -> None:
-    """Check the parser of a model behind an endpoint; others are checked with their folders."""
-    if model.reasoning_parser:
-        with telling_of(what):
-            markers_of_parser(model.reasoning_parser)
+def _check_parser(what: str, given: Thinker) -> None:
+    """Check the parser of an endpoint or recorded answers; others are checked with the folders."""
+    with telling_of(what):
+        unseen_markers(given)
 
 
 def _check_kept_reasoning(config: Config) -> None:
     """Check that reasoning which is trained on stands between the target's own markers."""
-    kept = [model for model in config.models if model.reasoning == "keep"]
+    sections: dict[str, Thinker] = {f"sources.{model.name}": model for model in config.models}
+    sections |= config.recorded_sections
+    kept = {what: given for what, given in sections.items() if given.reasoning == "keep"}
     if not kept or not config.target:
         return
     own = _markers(config.target)
-    for model in kept:
-        if (others := _markers(model)) != own:
+    for what, given in kept.items():
+        if (others := _markers(given)) != own:
+            is_model = isinstance(given, ModelConfig)
+            remedy = "" if is_model else ", or reasoning_parser to the format of the answers"
             raise UserError(
-                f"sources.{model.name}.reasoning: its markers are {' '.join(others)}, the target's "
-                f"{' '.join(own)}; set it to strip"
+                f"{what}.reasoning: its markers are {' '.join(others)}, the target's "
+                f"{' '.join(own)}; set it to strip{remedy}"
             )
 
 
-def _markers(model: ModelConfig) -> Markers:
-    if model.endpoint:
-        return of_endpoint(model, "").markers
-    return reasoning_format(Folder(model.model), Template.of(model)).markers
+def _markers(given: Thinker) -> Markers:
+    if not isinstance(given, ModelConfig) or given.endpoint:
+        return unseen_markers(given)
+    return reasoning_format(Folder(given.model), Template.of(given)).markers
 
 
 def _check_scorer(part: ScoreConfig) -> None:

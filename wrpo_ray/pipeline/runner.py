@@ -27,7 +27,7 @@ from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.runtime.ledger import Ledger
-from wrpo_ray.runtime.placement import fit_together
+from wrpo_ray.runtime.placement import Pool, fit_together
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tasks import run_in_threads
@@ -147,7 +147,7 @@ def _report(root: Folder, described: Outline, is_running: bool) -> None:
 def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     """Run the jobs that are not done, phase by phase; `tell` is called after each phase.
 
-    A phase that can take the buckets of the one before it runs side by side with that.
+    The phases that can take the buckets of the one before them run side by side with that.
 
     Raises:
         WrpoError: a job failed; what is finished is kept.
@@ -156,14 +156,12 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     order = list(dict.fromkeys(name for name, _ in phases))
     while phases:
         name, phase = phases.pop(0)
-        label = f"[{order.index(name) + 1}/{len(order)}] {name}"
         jobs = missing(run, phase)
-        following = missing(run, phases[0][1]) if jobs and phases else []
-        if following and _can_stream(jobs, following):
-            next_name, _ = phases.pop(0)
-            label += f" and {next_name}" if next_name != name else ""
-        else:
-            following = []
+        beside = _streaming(run, jobs, [other for _, other in phases])
+        following = [missing(run, phases[place][1]) for place in beside]
+        together = dict.fromkeys([name, *(phases[place][0] for place in beside)])
+        label = f"[{order.index(name) + 1}/{len(order)}] {' and '.join(together)}"
+        phases = [other for place, other in enumerate(phases) if place not in beside]
         if not jobs:
             log(f"{label}: done before")
             continue
@@ -171,11 +169,11 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
         tell()
 
 
-def _run_phase(run: Run, label: str, jobs: list[Job], following: list[Job]) -> None:
-    """Run a phase, and the one that takes its buckets, if there is one."""
-    started, names = time.time(), dict.fromkeys(job.step.name for job in jobs + following)
-    log(f"{label}: {', '.join(names)}")
-    log_resumed(run, jobs + following)
+def _run_phase(run: Run, label: str, jobs: list[Job], following: list[list[Job]]) -> None:
+    """Run a phase, and those that take its buckets."""
+    started, all_jobs = time.time(), [*jobs, *(job for others in following for job in others)]
+    log(f"{label}: {', '.join(dict.fromkeys(job.step.name for job in all_jobs))}")
+    log_resumed(run, all_jobs)
     if following:
         _stream(run, jobs, following)
     else:
@@ -195,27 +193,59 @@ def log_resumed(run: Run, jobs: list[Job]) -> None:
             log(f"{step.name}: {found:,} shards exist; the rows in them are skipped")
 
 
-def _can_stream(jobs: list[Job], following: list[Job]) -> bool:
-    """Whether `following` can take the buckets of `jobs` while these run, with room for both.
+def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> list[int]:
+    """The places of the later phases that can take the buckets of `jobs` while these run.
 
-    All jobs of `following` share the pool of the first one.
+    They are among the phases behind it that take buckets, up to one that does not: those of the
+    rewards of several groups, say. There must be room for an actor of each beside one of every pool
+    that fills buckets. All jobs of such a phase share the pool of the first one.
     """
-    producers = [job.stream for job in jobs if job.stream and not job.stream.source]
-    consumers = [job.stream for job in following if job.stream and job.stream.source]
-    if len(producers) < len(jobs) or len(consumers) < len(following):
-        return False
-    return all(fit_together([stream.pool, consumers[0].pool]) for stream in producers)
+    producers = [job.stream.pool for job in jobs if job.stream and not job.stream.source]
+    if not jobs or len(producers) < len(jobs):
+        return []
+    found: list[int] = []
+    pools: list[Pool] = []
+    for place, phase in enumerate(later):
+        waiting = missing(run, phase)
+        takers = [job.stream.pool for job in waiting if job.stream and job.stream.source]
+        if len(takers) < len(waiting):
+            break
+        more = [*pools, *takers[:1]]
+        if takers and all(fit_together([pool, *more]) for pool in producers):
+            found.append(place)
+            pools = more
+    return found
 
 
-def _stream(run: Run, jobs: list[Job], following: list[Job]) -> None:
-    """Run two phases side by side: `following` takes each bucket as soon as it is filled."""
-    sources = [job.stream.source for job in following if job.stream and job.stream.source]
-    queue, made = ReadyQueue(sources), {job.step.key for job in jobs}
+class _EachQueue(ReadyQueue):
+    """Adds each bucket to the queues of all phases that take it."""
+
+    def __init__(self, queues: list[ReadyQueue]):
+        super().__init__([])
+        self.queues = queues
+
+    def add(self, step: Step, bucket: int, **more: bool) -> None:
+        for queue in self.queues:
+            queue.add(step, bucket, **more)
+
+
+def _stream(run: Run, jobs: list[Job], following: list[list[Job]]) -> None:
+    """Run phases side by side: those that follow take each bucket as soon as it is filled."""
+    made = {job.step.key for job in jobs}
+    queues = [_queue(run, others, made) for others in following]
+    all_ = zip([jobs, *following], [_EachQueue(queues), *queues], strict=True)
+    run_in_threads([partial(_with_queue, run, phase, queue) for phase, queue in all_])
+
+
+def _queue(run: Run, jobs: list[Job], made: set[str]) -> ReadyQueue:
+    """The queue of a phase, with the buckets of all sources but those that are being made."""
+    sources = [job.stream.source for job in jobs if job.stream and job.stream.source]
+    queue = ReadyQueue(sources)
     for step in sources:
         if step.key not in made:  # by an earlier run
             for bucket in buckets(run.buckets):
                 queue.add(step, bucket.index)
-    run_in_threads([partial(_with_queue, run, phase, queue) for phase in (jobs, following)])
+    return queue
 
 
 def _with_queue(run: Run, jobs: list[Job], queue: ReadyQueue) -> None:

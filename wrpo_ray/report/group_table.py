@@ -8,6 +8,8 @@ from wrpo_ray.data.group_counts import OTHERS, WINS, read_counts
 Row = dict[str, Any]
 Table = list[list[str]]
 HEAD = ["group", "prompts", "with y_ws", "rows", "y_ws", "y_wt", "y_l"]
+LONG = 32
+"""Maximum characters of a group's name in a table, beside which its numbers have to fit."""
 TITLES = (
     "Prompts, preference rows and mean rewards by group",
     "y_ws by source, share of each group",
@@ -45,10 +47,14 @@ def _mean(total: float, count: float) -> float | None:
 
 
 def tables(groups: Mapping[str, Row]) -> list[tuple[str, Table]]:
-    """(title, header and rows) of both tables; none without groups."""
+    """(title, header and rows) of both tables; none without groups.
+
+    All other groups come last. Of sources and groups those that are more go down the second table.
+    """
     if not groups:
         return []
-    names = {group: group or "others" for group in groups}
+    groups = dict(sorted(groups.items(), key=lambda item: item[0] == OTHERS))
+    names = {group: _clipped(group) or "others" for group in groups}
     rows = [
         [
             names[group],
@@ -62,8 +68,16 @@ def tables(groups: Mapping[str, Row]) -> list[tuple[str, Table]]:
         [source, *(_share(row["wins"].get(source, 0), row["selected"]) for row in groups.values())]
         for source in sources
     ]
-    both = ([HEAD, *rows], [["source", *names.values()], *wins])
-    return list(zip(TITLES, both, strict=True))
+    shares = [["source", *names.values()], *wins]
+    if len(groups) > len(sources):
+        shares = [list(column) for column in zip(*shares, strict=True)]
+        shares[0][0] = "group"
+    return list(zip(TITLES, ([HEAD, *rows], shares), strict=True))
+
+
+def _clipped(name: str) -> str:
+    """A name with its middle left out if it is long: names often begin alike."""
+    return name if len(name) <= LONG else f"{name[: LONG // 2]}…{name[-LONG // 2 + 1 :]}"
 
 
 def _share(part: int, whole: int) -> str:

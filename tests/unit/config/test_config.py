@@ -257,6 +257,37 @@ def test_recorded_answers_that_do_not_fit(tmp_path, changes, reason):
     assert any(reason in line for line in problems(tmp_path, tree))
 
 
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"sources": [{"name": "a"}]}, "sources.0: give either `model`, which is asked, or `answ"),
+        (
+            {"sources": [RECORDED | {"reasoning": "strip"}]},
+            "sources.0.reasoning: unknown key; did you mean 'answers.reasoning'?",
+        ),
+        (
+            {"sources": [RECORDED | {"groups": ["x"]}]},
+            "sources.0.groups: unknown key; it belongs to a section with 'model'",
+        ),
+        (
+            {"sources": [RECORDED | {"licence": "mit"}]},
+            "sources.0.licence: unknown key; did you mean 'license'?",
+        ),
+        (
+            {"sources": [{"name": "a", "answers": "a.jsonl"}]},
+            "sources.0.answers: write it as {path: ...} (got 'a.jsonl')",
+        ),
+        ({"prompts": "p.jsonl"}, "prompts: write it as {path: ...} (got 'p.jsonl')"),
+        ({"prompts": ["p.jsonl"]}, "prompts.0: write it as {path: ...} (got 'p.jsonl')"),
+        ({"prompts": 3}, "prompts: has to be a section of keys and values (got 3)"),
+        ({"storage": "x"}, "storage: has to be a section of keys and values (got 'x')"),
+    ],
+)
+def test_a_section_that_is_none_or_of_another_kind_is_told_with_the_remedy(tmp_path, changes, line):
+    (found,) = problems(tmp_path, BASE | changes)
+    assert found.partition(".yaml: ")[2].startswith(line)
+
+
 def test_a_reward_is_needed_only_where_answers_have_no_recorded_score(tmp_path):
     scored = {"path": "a.jsonl", "columns": {"reward": "s"}, "reward": "recorded"}
     tree = {"output": "out", "sources": [{"name": "a", "answers": scored}]}
@@ -301,6 +332,13 @@ CUT = {"wrpo.max_prompt_length": 60, "wrpo.overflow": "cut"}
             "published` knows no reasoning",
         ),
         ({"target.reasoning": "drop"}, "target.reasoning"),
+        (
+            {"sources": '[{"name": "b", "answers": {"path": "x", "reasoning": "keep"}}]'},
+            "sources.b.answers.reasoning: keep trains the target to reason; set target.reasoning",
+        ),
+        ({"target.answers": '{"path": "x", "reasoning_parser": "qwen3"}'}, "set `reasoning` too"),
+        ({"target.answers": '{"path": "x", "columns": {"reasoning": "r"}}'}, "columns.reasoning: "),
+        ({"target.answers": '{"path": "x", "reasoning": "keep"}'}, "target.answers.reasoning: ke"),
     ],
 )
 def test_a_policy_of_reasoning_that_cannot_be_followed_is_refused(tmp_path, changes, problem):

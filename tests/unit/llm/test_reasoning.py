@@ -25,10 +25,9 @@ from wrpo_ray.llm.reasoning import (
     format_of,
     ids_from,
     markers_of_parser,
-    of_endpoint,
     put_apart,
+    put_apart_unseen,
     split,
-    written_apart,
 )
 
 PLAIN = Format(THINK)
@@ -178,6 +177,8 @@ def test_token_ids_are_those_of_what_is_trained_on(ids: list[int], stripped: Any
     given = row(decoded(ids), ids)
     assert put_apart(given, PLAIN, "strip", decoded)["token_ids"] == stripped
     assert put_apart(given, PLAIN, "keep", decoded)["token_ids"] == ids
+    unread = ids if ids[0] == 4 else None  # without reasoning they stay
+    assert put_apart(given, PLAIN, "strip")["token_ids"] == unread
 
 
 def test_ids_of_another_text_are_not_used() -> None:
@@ -199,14 +200,15 @@ def test_a_field_with_the_reasoning_is_written_between_the_markers() -> None:
     keeps = ModelConfig.model_validate(
         {"name": "a", "model": "a", "endpoint": {"url": "http://a/v1"}, "reasoning": "keep"}
     )
-    found = written_apart(row("8"), " hm\n", keeps)
+    found = put_apart_unseen(row("8", [3]), keeps, " hm\n")
     assert found == row("8") | {
         "reasoning": "<think>\nhm\n</think>\n\n",
         "reasoning_state": "kept",
     }
-    assert written_apart(row("", reason="length"), "hm", keeps)["reasoning_state"] == "unfinished"
+    cut = put_apart_unseen(row("", reason="length"), keeps, "hm")
+    assert cut["reasoning_state"] == "unfinished"
     named = keeps.model_copy(update={"reasoning": "strip", "reasoning_parser": "mistral"})
-    found = written_apart(row("8"), "hm", named)
+    found = put_apart_unseen(row("8"), named, "hm")
     assert found["reasoning"] == "[THINK]\nhm\n[/THINK]\n\n"
     assert found["reasoning_state"] == "stripped"
 
@@ -214,7 +216,7 @@ def test_a_field_with_the_reasoning_is_written_between_the_markers() -> None:
 def test_a_servers_text_may_lack_the_opening_marker() -> None:
     model = ModelConfig(name="a", model="a", reasoning="strip")
     for text, answer in (("hm</think>b", "b"), ("<think>hm</think>b", "b"), ("b", "b")):
-        assert split(text, of_endpoint(model, text)).answer == answer
+        assert put_apart_unseen(row(text), model, None)["text"] == answer
 
 
 # --- formats -----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pydantic import ValidationError
+from rich.console import Console
 
-from wrpo_ray.config import Config, RewardConfig
+from wrpo_ray.config import Config, RewardConfig, load
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.group_counts import read_counts, sums_by_group
@@ -26,12 +28,15 @@ from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.pipeline.summary import outline
 from wrpo_ray.planning.estimate import plan
 from wrpo_ray.report.group_table import by_group, tables
+from wrpo_ray.report.status import _group_table
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.evaluate.comparison import Compare
 from wrpo_ray.stages.evaluate.stage import ALL, Evaluate, ScoredModel, Summer, tabulate
 from wrpo_ray.stages.evaluate.statistics import Sums
 from wrpo_ray.stages.generate.stage import Generate
-from wrpo_ray.stages.ingest.groups import FIRST, CheckGroups, GroupCounts, _count
+from wrpo_ray.stages.ingest.answers import merged_prompts
+from wrpo_ray.stages.ingest.groups import FIRST, CheckGroups, GroupCounts, _count, first_groups
+from wrpo_ray.stages.ingest.recorded import IngestRecorded
 from wrpo_ray.stages.pair.stage import Select
 from wrpo_ray.stages.score.stage import Score, Scorer
 from wrpo_ray.storage.folder import Folder
@@ -538,8 +543,33 @@ def test_counts_by_group_are_told_as_tables():
         ["a/b", "1", "1", "0", "16", "-", "-"],
         ["others", "2", "2", "0", "3", "-", "-"],
     ]
-    assert second == [["source", "x", "a/b", "others"], ["q.1", "50.0%", "100.0%", "50.0%"]]
+    assert second == [["group", "q.1"], ["x", "50.0%"], ["a/b", "100.0%"], ["others", "50.0%"]]
     assert tables(by_group({"rows": 3}, {})) == []
+
+
+def test_tables_by_group_show_all_numbers_beside_long_names(tmp_path):
+    """Others come last; a group without prompts has no means; a wide terminal is not needed."""
+    long = {f"a name that many groups begin with, {end}": end for end in ("one", "two")}
+    row = {"prompts": 1234, "selected": 4, "wins": {"a": 1, "b": 3}, "rows": 2}
+    row |= {"y_ws": 0.5, "y_wt": 0.25, "y_l": -0.125}
+    empty = dict.fromkeys(row, 0) | {"wins": {}} | dict.fromkeys(("y_ws", "y_wt", "y_l"))
+    groups = {"": row, **dict.fromkeys(long, row), "empty": empty}
+    (title, first), (_, second) = tables(groups)
+    names = [own[0] for own in first[1:]]
+    assert [name[-3:] for name in names[:2]] == ["one", "two"]
+    assert names[2:] == ["empty", "others"]
+    assert all(len(name) <= 32 for name in names)
+    assert first[3] == ["empty", "0", "0", "0", "-", "-", "-"]
+    assert second[:1] + second[3:] == [
+        ["group", "a", "b"], ["empty", "-", "-"], ["others", "25.0%", "75.0%"],
+    ]  # fmt: skip
+    few = tables({"x": row, "": row})[1][1]
+    assert few == [["source", "x", "others"], ["a", "25.0%", "25.0%"], ["b", "75.0%", "75.0%"]]
+    console = Console(width=80, file=StringIO())
+    console.print(_group_table((title, first)))
+    shown = console.file.getvalue()
+    assert shown.count("1,234") == 3
+    assert shown.count("-0.125") == 3
 
 
 def test_rewards_of_different_groups_have_no_common_mean(tmp_path):
@@ -572,3 +602,161 @@ def test_rewards_of_different_groups_have_no_common_mean(tmp_path):
     assert (new["chat"]["mean"], new["maths"]["mean"], new["no group"]["mean"]) == (2, 100, 7)
     means = {name: own["mean"] for name, own in table["contrasts"].items()}
     assert means == {"new - old, chat": 0, "new - old, maths": 50, "new - old, no group": 0}
+
+
+# --- files of one group ------------------------------------------------------------------------
+
+
+def several(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A file of chat without references, one of maths, and one with a column of groups."""
+    rows = {
+        "chat": [{"q": "hi"}, {"q": "ho"}],
+        "maths": [{"prompt": "1+1", "reference": "2"}, {"prompt": "2+2", "reference": "4"}],
+        "mixed": [{"prompt": "law?", "reference": "no", "group": "law"}],
+    }
+    for name, own in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    referenced = {"columns": {"reference": "reference"}}
+    files = [
+        {"path": str(folder / "chat.jsonl"), "group": "chat", "columns": {"prompt": "q"}},
+        {"path": str(folder / "maths.jsonl"), "group": "maths"} | referenced,
+        {
+            "path": str(folder / "mixed.jsonl"),
+            "columns": {"reference": "reference", "group": "group"},
+        },
+    ]
+    return tree(folder, prompts=files) | changes
+
+
+def prompts_job(given: Config) -> Any:
+    made = [job for stage in Chain(given, "prompts").build() for job in stage.jobs]
+    return next(job for job in made if job.step.name == "prompts")
+
+
+def test_each_file_of_prompts_has_its_columns_and_its_group(tmp_path):
+    given = preflight(Config.model_validate(several(tmp_path)))
+    parts = prompts_job(given).parts
+    rows = [
+        part.records(json.loads(line))[0]
+        for part in parts
+        for line in Path(part.input.path).read_text().splitlines()
+    ]
+    found = [(r["messages"][0]["content"], r["group"], r["reference"]) for r in rows]
+    assert found == [
+        ("hi", "chat", None),
+        ("ho", "chat", None),
+        ("1+1", "maths", "2"),
+        ("2+2", "maths", "4"),
+        ("law?", "law", "no"),
+    ]
+    counts, is_all = first_groups(given.prompt_files, "prompts")
+    assert (counts.prompts, is_all) == ({"chat": 2, "maths": 2, "law": 1}, True)
+    assert counts.bare == {"chat": 2, "maths": 0, "law": 0}
+    works = {work.step: work.rows for work in plan(given, "score").works}
+    assert works["generate-a"] == 25
+    assert works["score-maths-a"] == 10
+
+
+def test_the_key_of_prompts_in_several_files_is_that_of_their_content_groups_and_limits(tmp_path):
+    def key(change: dict[str, Any] | None = None, *, is_turned: bool = False) -> str:
+        own = several(tmp_path)
+        own["prompts"][1] |= change or {}
+        own["prompts"] = own["prompts"][::-1] if is_turned else own["prompts"]
+        return prompts_job(Config.model_validate(own)).step.key
+
+    known = key()
+    assert key(is_turned=True) == known
+    changes: list[dict[str, Any]] = [{"group": "law"}, {"group": None}, {"limit": 1}]
+    assert len({known, *map(key, changes)}) == 4
+    one = tree(tmp_path)
+    plain = prompts_job(Config.model_validate(one)).step.key
+    one["prompts"] |= {"group": None}
+    assert prompts_job(Config.model_validate(one)).step.key == plain
+    one["prompts"] |= {"group": "law", "columns": {"reference": "reference"}}
+    assert prompts_job(Config.model_validate(one)).step.key != plain
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "told"),
+    [
+        (1, {"columns": {"group": "g"}}, "prompts.1: group: is that of all prompts, and columns"),
+        (1, {"group": " "}, "prompts.1: group: a group without a name"),
+        (1, {"group": ""}, "prompts.1: group: a group without a name"),
+        (1, {"grup": "a"}, "prompts.1.grup: "),
+        (1, {"path": None}, "prompts.1.path: "),
+    ],
+)
+def test_a_group_of_a_file_that_cannot_be_is_told_with_its_place(tmp_path, number, change, told):
+    own = several(tmp_path)
+    own["prompts"][number] |= change
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(own))
+    with pytest.raises(UserError) as caught:
+        load(path)
+    (line,) = str(caught.value).splitlines()
+    assert f"{path}: {told}" in line
+
+
+def test_files_of_prompts_that_do_not_fit_the_rewards(tmp_path):
+    own = several(tmp_path)
+    own["prompts"][1]["group"] = "math"
+    with pytest.raises(UserError) as caught:
+        preflight(Config.model_validate(own))
+    assert str(caught.value).splitlines() == [
+        "prompts: no reward covers the prompts of group 'math' (2); add the groups to "
+        "reward.by_group, or give `reward` a kind beside it for all other prompts",
+        "reward.by_group: no prompt is of group 'maths'; did you mean 'math'?",
+    ]
+    own["prompts"][1] |= {"group": "maths", "columns": {"reference": "answer"}}
+    (tmp_path / "maths.jsonl").unlink()
+    with pytest.raises(UserError, match=r"prompts.1: no such file"):
+        preflight(Config.model_validate(own))
+    with pytest.raises(ValidationError, match="set prompts.0.columns.reference"):
+        Config.model_validate(several(tmp_path, reward={"verifier": "exact"}))
+    own = several(tmp_path)
+    bare = [{n: v for n, v in one.items() if n != "columns"} for one in own["prompts"][:2]]
+    with pytest.raises(ValidationError, match="set prompts.0.columns.reference"):
+        Config.model_validate(own | {"prompts": bare})
+
+
+@pytest.mark.parametrize("column", ["prompt", "reference", "group", "id"])
+def test_a_column_of_prompts_that_no_row_has_is_told_before_any_work(tmp_path, column):
+    own = tree(tmp_path)
+    own["prompts"]["columns"][column] = "nope"
+    with pytest.raises(UserError) as caught:
+        preflight(Config.model_validate(own))
+    assert str(caught.value).splitlines()[0] == (
+        f"prompts: {tmp_path}/prompts.jsonl has no column 'nope' in its first rows; they have "
+        f"prompt, group, reference; set `columns`"
+    )
+
+
+def test_a_prompt_in_files_of_two_groups_is_a_failed_row():
+    rows = [{"prompt_id": "a", "reference": None, "group": g} for g in ("chat", "maths", None)]
+    assert merged_prompts(rows[::2], "prompts", one_group=True)[0] == [rows[0]]
+    kept, (failed,) = merged_prompts(rows, "prompts", one_group=True)
+    assert not kept
+    assert failed["message"] == "the prompt has two groups, 'chat' and 'maths'; keep one"
+    assert merged_prompts(rows, "prompts")[0][0]["group"] == "chat"  # of recorded answers
+
+
+def test_recorded_answers_are_found_by_the_ids_of_several_files(tmp_path):
+    own = several(tmp_path)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"uid": 1, "response": "x"}\n')
+    own["sources"] += [{"name": "r", "answers": {"path": str(answers), "columns": {"id": "uid"}}}]
+    told = "sources.r.answers: columns.id needs `prompts` with the same ids"
+    with pytest.raises(ValidationError, match=told):
+        Config.model_validate(own)
+    for one in own["prompts"]:
+        one["columns"] = one.get("columns", {}) | {"id": "n"}
+    given = Config.model_validate(own)
+    job = jobs(given, IngestRecorded)["recorded-r"]
+    assert job.by_id == given.prompt_files
+    assert len(job.step.store["ids"]) == 3
+
+
+def test_verdicts_are_of_prompts_with_a_reference_also_in_several_files(tmp_path):
+    given = Config.model_validate(several(tmp_path, pair={"verifier": FUNCTION}))
+    checks = {n: j for n, j in jobs(given, Score).items() if j.outcome == "verdict"}
+    assert {job.answers.prompts.referenced for job in checks.values()} == {True}

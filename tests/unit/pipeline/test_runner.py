@@ -142,6 +142,48 @@ def test_buckets_stream_into_the_next_phase_where_there_is_room(
         assert len(told) == 2
 
 
+def test_all_rewards_that_fit_score_beside_generation_and_the_others_after_it(
+    context, log, monkeypatch
+):
+    """Of four rewards one is done, and one has no room beside the two others."""
+    asked: list[list[str]] = []
+
+    def fits(pools: list[Pool]) -> bool:
+        asked.append([pool.what for pool in pools])
+        return "large a" not in asked[-1]
+
+    monkeypatch.setattr(runner, "fit_together", fits)
+    made = Streaming("a", log), Streaming("b", log)
+    rewards = ("chat", "done", "large", "maths")
+    phases = [
+        tuple(Streaming(f"{name} {job.name}", log, source=job.step) for job in made)
+        for name in rewards
+    ]
+    for job in phases[1]:
+        job.step.finish(context.root, {"rows": 1}, 0)
+    stages = [Stage("g", (made,)), Stage("s", tuple(phases)), Stage("x", ((Toy("x", log),),))]
+    told: list[bool] = []
+    run_stages(context, stages, lambda: told.append(True))
+    first, last = log.calls[:3], log.calls[3:]
+    scored = [[f"{name} {of} {i}" for of in "ab" for i in range(2)] for name in ("chat", "maths")]
+    assert sorted(first) == sorted([["a", "b"], *scored])
+    assert last == [["large a", "large b"], ["x"]]
+    assert len(told) == 3
+    assert asked[0] == ["a", "chat a"]
+    assert asked[-1] == ["b", "chat a", "maths a"]
+    assert all(step.is_done(context.root) for stage in stages for step in stage.steps)
+
+
+def test_what_takes_buckets_behind_another_stage_waits_for_it(context, log, monkeypatch):
+    monkeypatch.setattr(runner, "fit_together", lambda pools: True)
+    made = Streaming("a", log)
+    near, far = (Streaming(name, log, source=made.step) for name in ("near", "far"))
+    stages = [Stage("g", ((made,), (near,), (Toy("x", log),), (far,)))]
+    run_stages(context, stages, lambda: None)
+    assert sorted(log.calls[:2]) == [["a"], ["near 0", "near 1"]]
+    assert log.calls[2:] == [["x"], ["far"]]
+
+
 def test_a_phase_without_a_stream_never_runs_beside_another(context, log, monkeypatch):
     monkeypatch.setattr(runner, "fit_together", lambda pools: pytest.fail("not asked"))
     producer, plain = Streaming("g", log), Toy("x", log)

@@ -12,7 +12,7 @@ from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm.completion import INT32, Completion, EndpointError
 from wrpo_ray.llm.endpoint_client import Body, Endpoint
-from wrpo_ray.llm.reasoning import of_endpoint, put_apart, written_apart
+from wrpo_ray.llm.reasoning import put_apart_unseen
 from wrpo_ray.stages.generate.vllm_engine import Answers, Request, Row, SamplingIdentity, seed_base
 
 NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
@@ -78,11 +78,7 @@ class EndpointEngine:
             "engine": f"openai {self.endpoint.host}/{answer.model}",
             "logprobs": answer.logprobs,
         }
-        if self.model.reasoning is None:
-            return row
-        if answer.reasoning is not None:
-            return written_apart(row, answer.reasoning, self.model)
-        return put_apart(row, of_endpoint(self.model, answer.text), self.model.reasoning)
+        return put_apart_unseen(row, self.model, answer.reasoning)
 
     def _failure(
         self, request: Request, sample: int, error: EndpointError, identity: SamplingIdentity

@@ -7,7 +7,8 @@ from typing import Any
 
 from wrpo_ray.config import RecordedAnswers
 from wrpo_ray.data.published import RowError, check_text
-from wrpo_ray.data.records import FailureRow, failure, prompt_id
+from wrpo_ray.data.records import UNFINISHED, FailureRow, failure, prompt_id
+from wrpo_ray.llm.reasoning import put_apart_unseen
 from wrpo_ray.stages.ingest.cells import exact_text
 from wrpo_ray.stages.ingest.readers import cell_of, messages_of, name_of, number_of
 
@@ -40,13 +41,12 @@ def recorded_answers(
     """
     columns = given.columns
     key = _key(row, given) | {"source": source, "where": where}
-    texts = cell_of(row, columns.response)
+    is_thought = bool(columns.reasoning and row.get(columns.reasoning))
+    texts = row.get(columns.response) if is_thought else cell_of(row, columns.response)
     if texts == []:
         raise RowError(f"{columns.response!r} is an empty list")
-    of_all = [
-        _listed(row, name, texts)
-        for name in (columns.reward, columns.finish_reason, columns.token_ids)
-    ]
+    names = (columns.reward, columns.finish_reason, columns.token_ids, columns.reasoning)
+    of_all = [_listed(row, name, texts) for name in names]
     listed = texts if isinstance(texts, list) else [texts]
     return [_answer(key, given, *parts) for parts in zip(listed, *of_all, strict=False)]
 
@@ -76,17 +76,20 @@ def _listed(row: Row, column: str | None, texts: Any) -> Iterable[Any]:
 
 
 def _answer(
-    key: Row, given: RecordedAnswers, text: Any, reward: Any, reason: Any, ids: Any
+    key: Row, given: RecordedAnswers, text: Any, reward: Any, reason: Any, ids: Any, thought: Any
 ) -> Row | RowError:
     columns = given.columns
     try:
+        reasoning = _reasoning(thought, columns.reasoning)
+        if text is None and reasoning is not None:
+            text = ""
         if not isinstance(text, str):
             raise RowError(f"{columns.response!r} has to be a text (got {type(text).__name__})")
         score = None
         if columns.reward and (given.reward or reward is not None):
             score = number_of(reward, columns.reward)
         token_ids = _token_ids(ids, columns.token_ids)
-        return key | {
+        answer = key | {
             "text": check_text(text),
             "reward": score,
             "finish_reason": _reason(reason, columns.finish_reason),
@@ -95,8 +98,25 @@ def _answer(
             "engine": "recorded",
             "reward_model": f"column {columns.reward}",
         }
+        return _put_apart(answer, given, reasoning)
     except RowError as error:
         return error
+
+
+def _reasoning(value: Any, column: str | None) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise RowError(f"{column!r} has to be a text (got {type(value).__name__})")
+    return check_text(value) if value.strip() else None
+
+
+def _put_apart(answer: Row, given: RecordedAnswers, reasoning: str | None) -> Row:
+    """Return the answer with its reasoning apart; one that ends within it was cut off."""
+    found = put_apart_unseen(answer, given, reasoning)
+    if found.get("reasoning_state") == UNFINISHED and found["finish_reason"] is None:
+        return found | {"finish_reason": "length"}
+    return found
 
 
 def _reason(value: Any, column: str | None) -> str | None:
@@ -125,13 +145,13 @@ def settled(rows: list[Row], stage: str) -> tuple[list[Row], list[FailureRow]]:
 
     The result does not depend on the order of the rows.
     """
-    by_text: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    by_text: dict[tuple[str, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        by_text[row["prompt_id"], row["text"]].append(row)
+        by_text[row["prompt_id"], row["text"], row.get("reasoning") or ""].append(row)
     kept: list[Row] = []
     failed: list[FailureRow] = []
     samples: dict[str, int] = defaultdict(int)
-    for (prompt, _), same in sorted(by_text.items()):
+    for (prompt, *_), same in sorted(by_text.items()):
         scores = sorted({row["reward"] for row in same} - {None})
         if len(scores) > 1:
             failed += [_two_scores(row, scores, stage) for row in same]
@@ -156,10 +176,13 @@ def _two_scores(row: Row, scores: list[float], stage: str) -> FailureRow:
     return failure(stage, error, where=row["where"], **key)
 
 
-def merged_prompts(rows: list[Row], stage: str) -> tuple[list[Row], list[FailureRow]]:
+def merged_prompts(
+    rows: list[Row], stage: str, *, one_group: bool = False
+) -> tuple[list[Row], list[FailureRow]]:
     """Return each prompt once, with its reference and group if any row has them.
 
-    A prompt with two references is a failure: a verifier would take one of them for right.
+    A prompt with two references is a failure: a verifier would take one of them for right. So is
+    one with two groups, whose rewards can differ, where it may have `one_group` only.
     """
     by_prompt: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -168,9 +191,10 @@ def merged_prompts(rows: list[Row], stage: str) -> tuple[list[Row], list[Failure
     failed: list[FailureRow] = []
     for key, same in sorted(by_prompt.items()):
         known = {n: sorted({r[n] for r in same} - {None}) for n in ("reference", "group")}
-        if len(known["reference"]) > 1:
-            told = " and ".join(repr(one[:SHOWN]) for one in known["reference"][:2])
-            error = RowError(f"the prompt has two references, {told}; keep one")
+        names = ("reference", "group") if one_group else ("reference",)
+        if unlike := next((name for name in names if len(known[name]) > 1), None):
+            told = " and ".join(repr(one[:SHOWN]) for one in known[unlike][:2])
+            error = RowError(f"the prompt has two {unlike}s, {told}; keep one")
             failed.append(failure(stage, error, prompt_id=key))
         else:
             kept.append(same[0] | {n: found[0] if found else None for n, found in known.items()})

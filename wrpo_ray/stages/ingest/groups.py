@@ -236,13 +236,15 @@ def _count_first(given: PromptFiles, what: str, counts: GroupCounts) -> bool:
     uris = input_files(given.path, what)
     texts = [name for name in (columns.group, columns.reference) if name]
     every = (found for uri in uris for found in read_rows(uri, columns.of_prompt, texts))
-    limit = given.limit if isinstance(given, PromptsConfig) else None
+    limit, of_all = None, None
+    if isinstance(given, PromptsConfig):
+        limit, of_all = given.limit, given.group
     rows = list(islice(every, min(limit or FIRST + 1, FIRST + 1)))
     for _, row in rows[:FIRST]:
         if isinstance(row, Exception):
             continue
         try:
-            group = group_of(row.get(columns.group), columns.group) if columns.group else None
+            group = group_of(row.get(columns.group), columns.group) if columns.group else of_all
         except RowError:
             continue
         counts.prompts[group] += 1

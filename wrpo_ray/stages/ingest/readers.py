@@ -91,8 +91,10 @@ def exist(path: str) -> bool:
         return False
 
 
-def check_inputs(path: str, columns: list[str], what: str) -> None:
+def check_inputs(path: str, columns: list[str], what: str) -> list[str]:
     """Check files of a config before any work: they are there, have the columns, and rows.
+
+    Returns their URIs.
 
     Raises:
         UserError: they do not, or the hub denies access to their content.
@@ -102,6 +104,7 @@ def check_inputs(path: str, columns: list[str], what: str) -> None:
         for checked in [threads.submit(check_columns, uri, columns, what) for uri in files]:
             checked.result()
     check_some_rows(files, what)
+    return files
 
 
 @contextmanager
@@ -286,9 +289,12 @@ def prompt_record(
     splits: dict[str, float],
     seed: int,
     *,
+    group: str | None = None,
     may_lack_reference: bool = False,
 ) -> PromptRow:
     """Return a PROMPT record; a hash of the prompt draws its split from {split: share}.
+
+    `group` is that of all prompts of the file, if it has no column with the group of each.
 
     Raises:
         RowError: the prompt is missing, empty or malformed, the reference is null, or reference
@@ -303,7 +309,7 @@ def prompt_record(
         "messages": messages,
         "split": _split(key, splits, seed),
         "reference": pack_reference(reference_of(cell_of(row, name), name)) if name else None,
-        "group": group_of(row.get(columns.group), columns.group) if columns.group else None,
+        "group": group_of(row.get(columns.group), columns.group) if columns.group else group,
     }
 
 

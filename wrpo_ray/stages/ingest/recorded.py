@@ -1,4 +1,4 @@
-"""Jobs that read recorded answers of a source or the target, and prompts from the same files.
+"""Jobs that read recorded answers of a source or the target, and prompts of several files.
 
 An answer belongs to the prompt of the run with the same messages, or with the same id. Answers
 move to the buckets of their prompts as other rows do; by an id they first meet the rows of the
@@ -28,7 +28,7 @@ from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.job import BaseJob, JobKind
+from wrpo_ray.runtime.job import AnyInput, BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.ingest.answers import is_of, merged_prompts, recorded_answers, settled
 from wrpo_ray.stages.ingest.cells import exact_text
@@ -77,8 +77,8 @@ class IngestRecorded(BaseJob):
     """Name of the source or target."""
     input: RecordedAnswers
     prompts: Prompts
-    by_id: PromptsConfig | None = None
-    """The file of prompts with their ids; null compares the prompts themselves."""
+    by_id: tuple[PromptsConfig, ...] = ()
+    """The files of prompts with their ids; without any, the prompts themselves are compared."""
     is_own: bool = False
     """Whether they are the target's, in place of samples."""
 
@@ -142,11 +142,12 @@ def _told(job: IngestRecorded, counts: dict[str, int], examples: list[str]) -> s
 
 def _ingest(run: Run, job: IngestRecorded) -> tuple[dict[str, int], list[str]]:
     name = job.step.name
-    tasks = file_tasks(input_files(job.input.path, name), None, of_prompts=False)
+    tasks = file_tasks(input_files(job.input.path, name), None, of_prompts=None)
     read, write = _reader(job, run.buckets), _writer(run, job)
     writers = [write]
     if job.by_id:
-        tasks += file_tasks(input_files(job.by_id.path, "prompts"), None, of_prompts=True)
+        for number, given in enumerate(job.by_id):
+            tasks += file_tasks(input_files(given.path, "prompts"), None, of_prompts=number)
         writers.insert(0, partial(_joined, name, run.buckets))
     counts, examples = Work(name, tasks, read, writers, COUNTS, run.buckets).run()
     metrics.add_counts(job.step, rows=counts["rows"], failures=counts["failed"])
@@ -186,8 +187,8 @@ def _reader(job: IngestRecorded, buckets: int) -> Callable[[Row], Iterator[Row]]
 
     def read(task: Row) -> Iterator[Row]:
         for uri in task["files"]:
-            if task["of_prompts"] and job.by_id:
-                yield from _ids(uri, job.by_id, buckets)
+            if task["of_prompts"] is not None:
+                yield from _ids(uri, job.by_id[task["of_prompts"]], buckets)
                 continue
             texts = [given.columns.id] if given.columns.id else []
             for place, row in read_rows(uri, given.columns.of_answer, texts):
@@ -269,12 +270,12 @@ def _writer(run: Run, job: IngestRecorded) -> Callable[[pa.Table], pa.Table]:
     return write
 
 
-# --- prompts of the same files -------------------------------------------------------------------
+# --- prompts of several files --------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class IngestRecordedPrompts(BaseJob):
-    """Write the prompts of all recorded answers into PROMPT shards, each prompt once."""
+class IngestJoinedPrompts(BaseJob):
+    """Write the prompts of several files, or of recorded answers, into PROMPT shards, each once."""
 
     kind = JobKind.INGEST_PROMPTS
 
@@ -287,12 +288,17 @@ class IngestRecordedPrompts(BaseJob):
         return self.parts[0].step
 
     @property
-    def row_source(self) -> tuple[RecordedAnswers, ...]:
+    def is_of_answers(self) -> bool:
+        """Whether they are those of recorded answers."""
+        return all(isinstance(part.input, RecordedAnswers) for part in self.parts)
+
+    @property
+    def row_source(self) -> tuple[AnyInput, ...]:
         """At most the rows of all files."""
-        return tuple(part.input for part in self.parts if isinstance(part.input, RecordedAnswers))
+        return tuple(part.input for part in self.parts)
 
     @classmethod
-    def run(cls, run: Run, jobs: Sequence[IngestRecordedPrompts]) -> None:
+    def run(cls, run: Run, jobs: Sequence[IngestJoinedPrompts]) -> None:
         """Run each job.
 
         Raises:
@@ -301,13 +307,15 @@ class IngestRecordedPrompts(BaseJob):
         """
         for job in jobs:
             started, name = time.time(), job.step.name
+            limits = [getattr(part.input, "limit", None) for part in job.parts]
             tasks = [
                 task
-                for number, part in enumerate(job.parts)
-                for task in file_tasks(input_files(part.input.path, name), None, part=number)
+                for number, (part, limit) in enumerate(zip(job.parts, limits, strict=True))
+                for task in file_tasks(input_files(part.input.path, name), limit, part=number)
             ]
-            readers = [reader(part, run.buckets, None) for part in job.parts]
-            read, write = partial(_read_part, readers), partial(_write_prompts, run, job.step)
+            pairs = zip(job.parts, limits, strict=True)
+            readers = [reader(part, run.buckets, limit) for part, limit in pairs]
+            read, write = partial(_read_part, readers), partial(_write_prompts, run, job)
             found, _ = Work(name, tasks, read, (write,), PROMPT_COUNTS, run.buckets).run()
             metrics.add_counts(job.step, rows=found["rows"], failures=found["failed"])
             run.check_failures(job.step, found["failed"], found["read"] - found["failed"])
@@ -315,18 +323,18 @@ class IngestRecordedPrompts(BaseJob):
                 raise UserError(f"{name}: no usable prompt; see {job.step.failures(run.root)}")
             dropped = found["read"] - found["rows"] - found["failed"]
             job.step.finish(run.root, found | {"dropped": dropped}, started)
-            log(f"{name}  {found['rows']:,} of the recorded answers, {found['failed']} rows failed")
+            log(f"{name}  {found['rows']:,} of all files, {found['failed']} rows failed")
 
 
 def _read_part(readers: Sequence[Callable[[Row], Iterator[Row]]], task: Row) -> Iterator[Row]:
     return readers[task["part"]](task)
 
 
-def _write_prompts(run: Run, step: Step, group: pa.Table) -> pa.Table:
-    """Write one bucket's shard: of equal prompts the one with a reference."""
-    bucket = Bucket(group["bucket"][0].as_py(), run.buckets)
+def _write_prompts(run: Run, job: IngestJoinedPrompts, group: pa.Table) -> pa.Table:
+    """Write one bucket's shard: of equal prompts one, with the reference and group of any."""
+    bucket, step = Bucket(group["bucket"][0].as_py(), run.buckets), job.step
     good, failed = split_good(group)
-    kept, unlike = merged_prompts(good, step.name)
+    kept, unlike = merged_prompts(good, step.name, one_group=not job.is_of_answers)
     write_shard(run.root / step.folder, bucket, records.PROMPT, kept, "all")
     failures = [*failed, *unlike]
     write_failures(step.failures(run.root), bucket, failures, "all")

@@ -99,10 +99,9 @@ class IngestPrompts(IngestJob):
     def records(self, row: Row) -> list[PromptRow | RowError]:
         """One PROMPT record."""
         may_lack = self.step.config.get(REFERENCES) == OPTIONAL
-        record = prompt_record(
-            row, self.input.columns, self.splits, self.seed, may_lack_reference=may_lack
-        )
-        return [record]
+        group = self.input.group if isinstance(self.input, PromptsConfig) else None
+        columns, drawn = self.input.columns, (self.splits, self.seed)
+        return [prompt_record(row, columns, *drawn, group=group, may_lack_reference=may_lack)]
 
     def finish_bucket(
         self, rows: list[PromptRow], run: Run, bucket: Bucket

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import random
 from pathlib import Path
@@ -11,14 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from wrpo_ray.config import Config, RecordedAnswers
+from wrpo_ray.config import Config, RecordedAnswers, TargetConfig
 from wrpo_ray.data.published import RowError
 from wrpo_ray.data.records import RESPONSE, prompt_id
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.reasoning import Format, Markers
+from wrpo_ray.pipeline import inputs
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.planning.estimate import plan
 from wrpo_ray.planning.text import plan_text
+from wrpo_ray.stages.ingest import readers
 from wrpo_ray.stages.ingest.answers import ENDS, merged_prompts, recorded_answers, settled
 from wrpo_ray.stages.ingest.readers import input_files
 
@@ -116,6 +120,93 @@ def test_an_id_is_the_same_as_text_and_as_number(value):
     (found,) = answers({"uid": value, "response": "x"}, columns={"id": "uid"})
     assert found["id"] == "7"
     assert "prompt_id" not in found
+
+
+# --- reasoning -----------------------------------------------------------------------------------
+
+
+def thought(policy: str | None, **row: Any) -> dict[str, Any]:
+    """The answer of a row with the columns ALL and `why`, with its reasoning apart."""
+    columns = ALL | ({"reasoning": "why"} if policy else {})
+    (found,) = answers({"prompt": "p"} | row, columns=columns, reasoning=policy)
+    return found
+
+
+@pytest.mark.parametrize(("policy", "state"), [("keep", "kept"), ("strip", "stripped")])
+def test_reasoning_of_a_recorded_answer_is_put_apart_as_that_of_a_model(policy, state):
+    text = "<think>\n7\n</think>\n\n8"
+    told = thought(policy, response=text)
+    assert (told["text"], told["reasoning"]) == ("8", "<think>\n7\n</think>\n\n")
+    assert (told["reasoning_state"], told["finish_reason"]) == (state, None)
+    apart = thought(policy, response="8", why="7\n")
+    assert {n: apart[n] for n in told} == told
+    opened = thought(policy, response="7</think>8")  # by the prompt, which is not seen
+    assert (opened["text"], opened["reasoning"]) == ("8", "<think>\n7</think>")
+    assert "reasoning_state" not in thought(policy, response="8", why=" ")
+    assert thought(None, response=text)["text"] == text
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"response": "<think>\n7"},
+        {"response": "<think>\n7", "f": "max_tokens"},
+        {"response": None, "why": "7"},
+        {"response": "", "why": "7"},
+    ],
+)
+@pytest.mark.parametrize("policy", ["keep", "strip"])
+def test_an_answer_that_ends_within_its_reasoning_was_cut_off(policy, row):
+    found = thought(policy, **row)
+    assert (found["text"], found["reasoning_state"]) == ("", "unfinished")
+    assert found["finish_reason"] == "length"
+
+
+def test_an_end_that_is_given_stays():
+    assert thought("strip", response="<think>7", f="eos")["finish_reason"] == "stop"
+
+
+def test_token_ids_are_kept_only_where_they_are_those_of_what_is_trained_on():
+    text = "<think>7</think>8"
+    assert thought("keep", response=text, t=[1, 2])["token_ids"] == [1, 2]
+    assert thought("strip", response=text, t=[1, 2])["token_ids"] is None
+    assert thought("strip", response=text, t=[1, 2])["output_tokens"] == 2
+    assert thought("keep", response="8", why="7", t=[1])["token_ids"] is None
+    assert thought("strip", response="8", t=[1])["token_ids"] == [1]
+
+
+def test_lists_have_a_list_of_reasoning():
+    columns = {"reasoning": "why"}
+    row = {"prompt": "p", "response": ["x", None, "z"], "why": ["a", "b", None]}
+    found = answers(row, columns=columns, reasoning="keep")
+    assert [a["text"] for a in found] == ["x", "", "z"]
+    assert [a.get("reasoning_state") for a in found] == ["kept", "unfinished", None]
+    with pytest.raises(RowError, match="'why' has to hold a value for each of 3 answers"):
+        answers(row | {"why": ["a"]}, columns=columns, reasoning="keep")
+    for bad, told in ((3, "'why' has to be a text (got int)"), ("\ud83d", "no Unicode")):
+        (error,) = answers(row | {"response": "x", "why": bad}, columns=columns, reasoning="keep")
+        assert told in str(error)
+
+
+def test_markers_are_those_of_the_parser():
+    text = "[THINK]7[/THINK]8"
+    (found,) = answers(
+        {"prompt": "p", "response": text}, reasoning="strip", reasoning_parser="mistral"
+    )
+    assert found["text"] == "8"
+    (found,) = answers({"prompt": "p", "response": text}, reasoning="strip")
+    assert found["text"] == text
+
+
+def test_answers_that_differ_in_their_reasoning_are_two():
+    rows = [made("8", 1.0, reasoning=why) for why in ("a", "b", "a")] + [made("8", 2.0)]
+    kept, failed = settled(rows, "s")
+    assert [(r["reward"], r.get("reasoning"), r["sample"]) for r in kept] == [
+        (2.0, None, 0),
+        (1.0, "a", 1),
+        (1.0, "b", 2),
+    ]
+    assert not failed
 
 
 # --- all answers of a prompt ---------------------------------------------------------------------
@@ -292,6 +383,115 @@ def test_token_ids_of_the_target_are_those_of_its_recorded_answers(tmp_path):
         chain = Chain(config(tmp_path, target=given), "train", for_plan=True)
         (rows,) = (j for s in chain.build() for j in s.jobs if j.step.name == "rows-wrpo")
         assert rows.own == own
+
+
+def test_a_policy_of_reasoning_is_another_store_of_the_same_answers(tmp_path):
+    def keys(**more: Any) -> dict[str, str]:
+        answers = {"path": str(tmp_path / "a.jsonl")} | more
+        return steps(config(tmp_path, sources=[{"name": "a", "answers": answers}]))
+
+    plain = keys()
+    assert keys(reasoning=None, reasoning_parser=None, columns={"reasoning": None}) == plain
+    policies: list[dict[str, Any]] = [
+        {"reasoning": "strip"},
+        {"reasoning": "strip", "columns": {"reasoning": "why"}},
+        {"reasoning": "strip", "reasoning_parser": "mistral"},
+    ]
+    found = {keys(**policy)["recorded-a"] for policy in policies}
+    assert len(found | {plain["recorded-a"]}) == 4
+
+
+def test_recorded_answers_of_the_target_have_its_policy_unless_they_have_their_own(tmp_path):
+    def policy(**more: Any) -> tuple[str | None, str | None]:
+        answers = {"path": str(tmp_path / "a.jsonl")} | more
+        own = {"reasoning": "keep", "reasoning_parser": "mistral"}
+        target = {"name": "t", "model": "m", "answers": answers} | own
+        found = config(tmp_path, target=target).target.answers
+        return found.reasoning, found.reasoning_parser
+
+    assert policy() == ("keep", "mistral")
+    assert policy(reasoning="strip") == ("strip", None)
+    assert policy(reasoning=None) == (None, None)
+    given = RecordedAnswers(path=str(tmp_path / "a.jsonl"))
+    target = TargetConfig(name="t", model="m", reasoning="strip", answers=given)
+    assert target.answers == given.model_copy(update={"reasoning": "strip"})
+
+
+def test_a_format_of_reasoning_that_does_not_fit_is_told_before_any_work(tmp_path, monkeypatch):
+    """What the target's own template shows is the business of `model_folder`."""
+    own = Markers("[THINK]", "[/THINK]")
+    monkeypatch.setattr("wrpo_ray.pipeline.preflight.map_models", lambda given, _: given)
+    monkeypatch.setattr(
+        "wrpo_ray.pipeline.preflight.reasoning_format", lambda folder, template: Format(own)
+    )
+    answers = {"path": str(tmp_path / "a.jsonl"), "reasoning": "keep"}
+    target = {"name": "t", "model": "m", "reasoning": "keep"}
+
+    def told(**more: Any) -> str:
+        sources = [{"name": "a", "answers": answers | more}]
+        try:
+            preflight(config(tmp_path, sources=sources, target=target))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    assert told() == (
+        "sources.a.answers.reasoning: its markers are <think> </think>, the target's [THINK] "
+        "[/THINK]; set it to strip, or reasoning_parser to the format of the answers"
+    )
+    assert told(reasoning_parser="mistral") == told(reasoning="strip") == ""
+    assert told(reasoning_parser="qwen33").startswith(
+        "sources.a.answers: reasoning_parser: vLLM has no 'qwen33'; the closest is 'qwen3'"
+    )
+
+
+def test_a_file_of_several_models_is_listed_and_opened_once_by_each_check(tmp_path, monkeypatch):
+    """Once before the work, once for the keys; and the target's job is made once."""
+    path = jsonl(tmp_path / "all.jsonl", {"prompt": "p", "response": "x", "model": "a"})
+    answers = {"path": path, "columns": {"source": "model", "prompt": "prompt"}}
+    given = config(
+        tmp_path,
+        sources=[{"name": name, "answers": answers} for name in "abcd"],
+        target={"name": "t", "model": "none/t", "answers": answers},
+    )
+    calls: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def counting(module: Any, name: str, place: int) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any) -> Any:
+            calls[name, Path(str(arguments[place])).name] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(module, name, call)
+
+    monkeypatch.setattr("wrpo_ray.pipeline.preflight.map_models", lambda given, _: given)
+    counting(readers, "input_files", 0)
+    counting(readers, "check_columns", 0)
+    preflight(given)
+    once = {(n, f): 1 for n in ("input_files", "check_columns") for f in ("all.jsonl", "p.jsonl")}
+    assert calls == once
+    calls.clear()
+    counting(inputs, "input_files", 0)
+    made: list[str] = []
+    real = inputs.Inputs._recorded
+    monkeypatch.setattr(
+        inputs.Inputs, "_recorded", lambda own, name, *rest, **more: (
+            made.append(name) or real(own, name, *rest, **more)
+        ),
+    )  # fmt: skip
+    Chain(given, "pair", for_plan=True).build()
+    assert calls == {("input_files", "all.jsonl"): 1, ("input_files", "p.jsonl"): 1}
+    assert made == ["a", "b", "c", "d", "t"]
+
+
+def test_each_section_with_a_bad_file_is_told(tmp_path):
+    answers = {"path": str(tmp_path / "a.jsonl"), "columns": {"reward": "scor"}}
+    sources = [{"name": name, "answers": answers} for name in "ab"]
+    with pytest.raises(UserError) as caught:
+        preflight(config(tmp_path, sources=sources))
+    lines = str(caught.value).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["sources.a.answers", "sources.b.answers"]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
