@@ -84,8 +84,8 @@ def part_of(engine: Any, extra: dict[str, Any], into: Tensors | None = None) -> 
 
 def bytes_of(engine: Any) -> int:
     """Bytes of this worker's part after the first step."""
-    weights = sum(own.size for own in _owned(engine)) * torch.float32.itemsize
-    return weights * (1 + len(MOMENTS))
+    weights = sum(own.size for own in _owned(engine))
+    return 4 * weights * (1 + len(MOMENTS))  # fp32
 
 
 def load_state(engine: Any, folder: Path) -> dict[str, Any]:
