@@ -27,7 +27,7 @@ from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.runtime.ledger import Ledger
-from wrpo_ray.runtime.placement import fit_together
+from wrpo_ray.runtime.placement import Pool, fit_together
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tasks import run_in_threads
@@ -213,7 +213,22 @@ def _stream(run: Run, jobs: list[Job], following: list[Job]) -> None:
         if step.key not in made:  # by an earlier run
             for bucket in buckets(run.buckets):
                 queue.add(step, bucket.index)
-    run_in_threads([partial(_with_queue, run, phase, queue) for phase in (jobs, following)])
+    beside_following, beside_jobs = _pools(jobs), _pools(following)[:1]
+    run_in_threads(
+        [
+            partial(_with_queue, replace(run, beside=beside_jobs), jobs, queue),
+            partial(_with_queue, replace(run, beside=beside_following), following, queue),
+        ]
+    )
+
+
+def _pools(jobs: list[Job]) -> tuple[Pool, ...]:
+    """The pools of a phase that streams, each once."""
+    found: list[Pool] = []
+    for job in jobs:
+        if job.stream and job.stream.pool not in found:
+            found.append(job.stream.pool)
+    return tuple(found)
 
 
 def _with_queue(run: Run, jobs: list[Job], queue: ReadyQueue) -> None:

@@ -369,7 +369,7 @@ class _Estimator:
         return name, folder
 
     def _power(self, actors: Actors) -> rates.Power:
-        return rates.Power(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)
+        return rates.Power(actors.num_gpus, actors.cpus, self.config.plan.gpu_tflops)
 
 
 def _of_engine(model: ModelConfig) -> Actors:

@@ -33,12 +33,14 @@ class Pool:
     """Concurrent calls of an actor."""
     parts: int = 1
     """Worker processes with a GPU each that an actor starts; 1 is the actor alone."""
+    has_model: bool = False
+    """Whether its actors compute with a model, with a thread for each of their CPUs."""
 
     @property
     def needs(self) -> dict[str, float]:
         """Resources of one actor with its worker processes."""
         actors = self.actors
-        needs = {"CPU": actors.num_cpus, "GPU": actors.num_gpus * self.parts}
+        needs = {"CPU": actors.cpus, "GPU": actors.num_gpus * self.parts}
         return needs | {name: n * self.parts for name, n in actors.resources.items()}
 
     @property
@@ -50,7 +52,7 @@ class Pool:
     def bundles(self) -> list[dict[str, float]]:
         """Bundles of the placement group for one actor and its worker processes."""
         gpus = {"GPU": self.actors.num_gpus} if self.actors.num_gpus else {}
-        return [{"CPU": self.actors.num_cpus}, *[gpus | self.actors.resources] * self.parts]
+        return [{"CPU": self.actors.cpus}, *[gpus | self.actors.resources] * self.parts]
 
 
 def selector_for(num_gpus: float, resources: dict[str, float]) -> dict[str, str]:

@@ -21,8 +21,9 @@ from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_fai
 from wrpo_ray.data.samples import Prompts, Samples, sample_keys
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
-from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
@@ -98,7 +99,7 @@ class Generate(BaseJob):
     @property
     def stream(self) -> Stream:
         """Finished buckets can be scored while others are generated."""
-        return Stream(self.run, pool_of(self.model))
+        return Stream(self.run, pool_of(self.engines))
 
     @classmethod
     def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
@@ -112,7 +113,9 @@ class Generate(BaseJob):
         pools: dict[str, list[Generate]] = defaultdict(list)
         for job in jobs:
             pools[job.engines.model_dump_json()].append(job)
-        run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
+        shared = with_shares([pool_of(alike[0].engines) for alike in pools.values()], run.beside)
+        pairs = zip(shared, pools.values(), strict=True)
+        run_in_threads([partial(_run_pool, run, *pair, ready_queue) for pair in pairs])
 
 
 def pool_of(model: ModelConfig) -> Pool:
@@ -120,18 +123,17 @@ def pool_of(model: ModelConfig) -> Pool:
     if model.endpoint:
         return Pool(f"generate {model.name}", model.actors, threads=MAX_ENDPOINT_BUCKETS)
     on_gpu = bool(model.actors.num_gpus)
-    env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
     return Pool(
         f"generate {model.name}",
         model.actors,
-        env,
+        engine_env(on_gpu=on_gpu),
         threads=MAX_CONCURRENT_BUCKETS,
         parts=model.parts,
+        has_model=True,
     )
 
 
-def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
-    pool = pool_of(jobs[0].engines)
+def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
     log(f"{pool.what}: starting engines")
     rows = _rows(jobs, buckets(run.buckets))
     progress = Progress(pool.what, len(rows))
