@@ -26,6 +26,8 @@ from typing import Any
 QUESTION = "A shop sells {a} apples on Monday and {b} times as many on Tuesday, at {c} dollars. "
 PROMPT = ANSWER = 64
 """Tokens of a row in training: of its prompt, and of each of its three answers."""
+LOADED = "loaded\n"
+"""The line of a process whose model is loaded."""
 
 
 @dataclass(frozen=True)
@@ -69,38 +71,35 @@ def cells(cores: int) -> list[Cell]:
 
 
 def measure(cell: Cell, options: argparse.Namespace) -> float:
-    """Run a cell; tokens per second of all its processes together."""
+    """Run a cell; tokens per second of all its processes together, which begin at once."""
     from wrpo_ray.llm.vllm_settings import engine_env
 
-    own = engine_env(on_gpu=False) | {"DS_ACCELERATOR": "cpu"} | cell.env
-    own |= {"OMP_NUM_THREADS": str(cell.threads)}
-    busy = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(cell.beside)
-    ]
+    own = {"OMP_NUM_THREADS": str(cell.threads), "DS_ACCELERATOR": "cpu"} | cell.env
+    busy = [sys.executable, "-c", "while True: pass"]
+    others = [subprocess.Popen(busy) for _ in range(cell.beside)]
     working = [
         subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--cell", json.dumps(asdict(cell))],
-            env=os.environ | own | _alone(),
+            env=os.environ | engine_env(on_gpu=False) | own | _alone(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE if not options.verbose else None,
+            stderr=None if options.verbose else subprocess.DEVNULL,
             text=True,
         )
         for _ in range(cell.actors)
     ]
-    for process in working:
-        assert process.stdout
-        for line in process.stdout:
-            if line == "loaded\n":
-                break
-    done = [process.stdin and process.stdin.write("go\n") for process in working]
-    for process in working:
-        process.stdin.flush()
-    done = [process.communicate() for process in working]
-    for process in busy:
-        process.kill()
-        process.wait()
-    return sum(json.loads(out.splitlines()[-1]) for out, _ in done)
+    try:
+        for process in working:
+            if not any(line == LOADED for line in process.stdout or ()):
+                raise SystemExit(f"{cell.told}: it ended; --verbose shows why")
+        for process in working:
+            process.stdin.write("\n")  # type: ignore[union-attr]
+            process.stdin.flush()  # type: ignore[union-attr]
+        return sum(json.loads(process.communicate()[0].splitlines()[-1]) for process in working)
+    finally:
+        for process in (*working, *others):
+            process.kill()
+            process.wait()
 
 
 def _alone() -> dict[str, str]:
@@ -113,7 +112,7 @@ def _alone() -> dict[str, str]:
 
 
 def _wait_for_others() -> None:
-    print("loaded", flush=True)
+    print(LOADED, end="", flush=True)
     sys.stdin.readline()
 
 
@@ -207,17 +206,17 @@ def main() -> None:
         work = generate if cell.part == "generate" else train
         print(json.dumps(work(cell, options)), flush=True)
         os._exit(0)
-    chosen = [c for c in cells(len(os.sched_getaffinity(0))) if options.part in (None, c.part)]
-    chosen = [c for c in chosen if not options.only or options.only in c.told]
-    best: dict[Cell, float] = {}
-    found = {c.told + c.part: 0.0 for c in chosen}
+    cores = len(os.sched_getaffinity(0))
+    wanted = [c for c in cells(cores) if options.part in (None, c.part)]
+    wanted = [c for c in wanted if (options.only or "") in c.told]
+    best = dict.fromkeys(range(len(wanted)), 0.0)
     for _ in range(options.repeat):
-        for c in chosen:
-            found[c.told + c.part] = max(found[c.told + c.part], measure(c, options))
-            print(f"# {c.part} {c.told}: {found[c.told + c.part]:.1f}", file=sys.stderr, flush=True)
+        for number, cell in enumerate(wanted):
+            best[number] = max(best[number], measure(cell, options))
+            print(f"{cell.part}, {cell.told}: {best[number]:.1f}", file=sys.stderr, flush=True)
     print("| part | how | tokens/s |\n| --- | --- | --- |")
-    for c in chosen:
-        print(f"| {c.part} | {c.told} | {found[c.told + c.part]:,.0f} |")
+    for number, cell in enumerate(wanted):
+        print(f"| {cell.part} | {cell.told} | {best[number]:,.0f} |")
 
 
 if __name__ == "__main__":
