@@ -1,6 +1,7 @@
 """Resources of actor pools, and whether the cluster has room for them."""
 
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -19,6 +20,10 @@ them. The manifests give the label to groups with GPUs; without it any node will
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(64 * 2**20)}
 """Environment of glibc's allocator for training: with an arena for each thread, what the backward
 pass frees is not used again by the forward pass, which took 2 GB of 6."""
+
+SPINS = "2000"
+"""How often a thread of OpenMP (libgomp) looks for the others before it sleeps. Its own number is
+300,000: milliseconds for which a core does nothing while what the others need waits for it."""
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,15 @@ def is_own_ray() -> bool:
 
 
 def thread_env(num_cpus: float) -> dict[str, str]:
-    """Environment of a worker with as many threads as CPUs, at least one."""
-    return {"OMP_NUM_THREADS": str(max(1, int(num_cpus)))}
+    """Environment of a worker with as many threads as CPUs, at least one.
+
+    Several threads wait for each other for `SPINS`, unless the user's environment says how.
+    """
+    threads = max(1, int(num_cpus))
+    env = {"OMP_NUM_THREADS": str(threads)}
+    if threads == 1 or any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        return env
+    return env | {"GOMP_SPINCOUNT": SPINS}
 
 
 class Minimums:

@@ -11,7 +11,7 @@ from wrpo_ray.config import Actors, EndpointConfig, ModelConfig, RewardConfig, W
 from wrpo_ray.llm.rendering import OWN
 from wrpo_ray.runtime import cores
 from wrpo_ray.runtime.cores import NONE, Machine, machine_of, share, this_machine, with_shares
-from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.placement import SPINS, Pool, thread_env
 from wrpo_ray.stages.generate import stage as generate
 from wrpo_ray.stages.score import stage as score
 from wrpo_ray.stages.train.stage import Train, _needs, _with_shares
@@ -133,3 +133,12 @@ def test_workers_of_trainings_share_the_cores(settings, at_once, expected):
     ((job,),) = _with_shares([[training(**settings)]], at_once, EIGHT)
     assert _needs(job, 1)["CPU"] == expected
     assert job.config.identity() == training(**settings).config.identity()
+
+
+def test_several_threads_wait_for_each_other_asleep_unless_the_user_says_how(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert thread_env(0.5) == thread_env(1) == {"OMP_NUM_THREADS": "1"}
+    assert thread_env(2.5) == {"OMP_NUM_THREADS": "2", "GOMP_SPINCOUNT": SPINS}
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert thread_env(2.5) == {"OMP_NUM_THREADS": "2"}
