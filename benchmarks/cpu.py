@@ -95,11 +95,12 @@ def measure(cell: Cell, options: argparse.Namespace) -> float:
         for process in working:
             process.stdin.write("\n")  # type: ignore[union-attr]
             process.stdin.flush()  # type: ignore[union-attr]
-        return sum(json.loads(process.communicate()[0].splitlines()[-1]) for process in working)
+        told = [process.communicate()[0] for process in working]
+        return float(sum(json.loads(out.splitlines()[-1]) for out in told))
     finally:
-        for process in (*working, *others):
-            process.kill()
-            process.wait()
+        for begun in [*working, *others]:
+            begun.kill()  # type: ignore[attr-defined]
+            begun.wait()  # type: ignore[attr-defined]
 
 
 def _alone() -> dict[str, str]:
@@ -136,7 +137,7 @@ def generate(cell: Cell, options: argparse.Namespace) -> float:
     answers = list(engine.answers(asked, SamplingConfig(samples=2, max_tokens=options.tokens)))
     seconds = time.perf_counter() - started
     assert not any(failed for _, failed in answers)
-    return sum(row["output_tokens"] for rows, _ in answers for row in rows) / seconds
+    return float(sum(r["output_tokens"] for rows, _ in answers for r in rows) / seconds)
 
 
 def _questions(options: argparse.Namespace) -> list[str]:
