@@ -73,8 +73,9 @@ def cells(cores: int) -> list[Cell]:
 def measure(cell: Cell, options: argparse.Namespace) -> float:
     """Run a cell; tokens per second of all its processes together, which begin at once."""
     from wrpo_ray.llm.vllm_settings import engine_env
+    from wrpo_ray.runtime.placement import thread_env
 
-    own = {"OMP_NUM_THREADS": str(cell.threads), "DS_ACCELERATOR": "cpu"} | cell.env
+    own = thread_env(cell.threads) | {"DS_ACCELERATOR": "cpu"} | cell.env
     busy = [sys.executable, "-c", "while True: pass"]
     others = [subprocess.Popen(busy) for _ in range(cell.beside)]
     working = [
