@@ -18,6 +18,7 @@ from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.runtime import cluster
 from wrpo_ray.runtime import pool as pools
+from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.tasks import MAX_TASKS, map_tasks
 from wrpo_ray.storage.fingerprints import digest
@@ -232,6 +233,28 @@ def test_the_limit_of_the_cache_reaches_the_workers(local_ray):
     pool = Pool("look", Actors(), {"OMP_NUM_THREADS": "1"})
     (row,) = pools.map_rows(pool, [{"n": 0}], Limit, {})
     assert row["limit"] == "20.0"
+
+
+class Threads:
+    """Tells the CPUs that Ray reserves for it, and the threads of torch."""
+
+    def __call__(self, row):
+        import ray
+        import torch
+
+        reserved = ray.get_runtime_context().get_assigned_resources()["CPU"]
+        return row | {"cpus": reserved, "threads": torch.get_num_threads()}
+
+
+def test_an_actor_has_as_many_threads_as_cpus_and_alone_all_cores(local_ray, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    pool, half = (Pool("look", Actors(max=n), has_model=True) for n in (1, 2))
+    given = Pool("look", Actors(num_cpus=2.5), has_model=True)
+    cores = min(3, psutil.cpu_count(logical=False) or 3)
+    for pools_, expected in (([pool], cores), ([half], max(1, cores // 2)), ([given], 2.5)):
+        (shared,) = with_shares(pools_)
+        (row,) = pools.map_rows(shared, [{"n": 0}], Threads, {})
+        assert (row["cpus"], row["threads"]) == (expected, int(expected))
 
 
 def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):

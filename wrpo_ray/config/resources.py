@@ -14,12 +14,18 @@ class Actors(Section):
     """Minimum number of actors."""
     max: int = Field(1, ge=1)
     """Maximum number of actors; the pool grows while the cluster has room."""
-    num_cpus: float = Field(1, ge=0)
-    """CPUs of each actor."""
+    num_cpus: float | None = Field(None, ge=0)
+    """CPUs of each actor, and threads of its model. Null is 1; where the run starts Ray itself on a
+    machine without GPUs, an actor with a model gets its share of the cores."""
     num_gpus: float = Field(0, ge=0)
     """GPUs of each actor; 0 runs it on the CPU."""
     resources: dict[str, float] = {}
     """Custom Ray resources of each actor, such as a node type's: {h100: 1}."""
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of each actor, 1 where the config leaves them out."""
+        return 1.0 if self.num_cpus is None else self.num_cpus
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -87,8 +87,9 @@ class TrainConfig(Section):
     """Number of Ray Train workers."""
     min_workers: int | None = Field(None, ge=1, json_schema_extra=PLACEMENT)
     """Fewest workers to train with if nodes are lost or not ready yet; null needs all."""
-    num_cpus: float = Field(1, ge=0, json_schema_extra=PLACEMENT)
-    """CPUs per worker."""
+    num_cpus: float | None = Field(None, ge=0, json_schema_extra=PLACEMENT)
+    """CPUs per worker, and its threads. Null is 1; where the run starts Ray itself on a machine
+    without GPUs, a worker gets its share of the cores."""
     num_gpus: int = Field(0, ge=0, le=1, json_schema_extra=PLACEMENT)
     """GPUs per worker; 0 trains on CPUs (gloo)."""
     resources: dict[str, float] = Field({}, json_schema_extra=PLACEMENT)
@@ -108,6 +109,11 @@ class TrainConfig(Section):
         """With LoRA it includes the precision of merging, which was once bf16."""
         found = super().identity()
         return found | ({"lora": found["lora"] | {"merged": "fp32"}} if self.lora else {})
+
+    @property
+    def cpus(self) -> float:
+        """CPUs per worker, 1 where the config leaves them out."""
+        return 1.0 if self.num_cpus is None else self.num_cpus
 
     def stage_of(self, workers: int) -> int:
         """The ZeRO stage with this number of workers.

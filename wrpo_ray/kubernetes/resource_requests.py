@@ -66,7 +66,7 @@ def of_model(what: str, model: ModelConfig) -> Request:
     if model.parts == 1:
         return _of_pool(Pool(what, model.actors))
     part = _given({"GPU": model.actors.num_gpus} | model.actors.resources)
-    engine = ({"CPU": model.actors.num_cpus}, *[part] * model.parts)
+    engine = ({"CPU": model.actors.cpus}, *[part] * model.parts)
     return Request(what, engine, model.actors.min, model.parts)
 
 
@@ -75,7 +75,7 @@ def _of_pool(pool: Pool) -> Request:
 
 
 def _of_training(name: str, config: TrainConfig) -> Iterator[Request]:
-    worker = _given({"CPU": config.num_cpus, "GPU": config.num_gpus} | config.resources)
+    worker = _given({"CPU": config.cpus, "GPU": config.num_gpus} | config.resources)
     selector = selector_for(config.num_gpus, config.resources)
     yield Request(name, (worker,) * (config.min_workers or config.workers), selector=selector)
     if config.reference_actors:

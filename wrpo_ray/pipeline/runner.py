@@ -233,8 +233,12 @@ def _stream(run: Run, jobs: list[Job], following: list[list[Job]]) -> None:
     """Run phases side by side: those that follow take each bucket as soon as it is filled."""
     made = {job.step.key for job in jobs}
     queues = [_queue(run, others, made) for others in following]
-    all_ = zip([jobs, *following], [_EachQueue(queues), *queues], strict=True)
-    run_in_threads([partial(_with_queue, run, phase, queue) for phase, queue in all_])
+    phases = [jobs, *following]
+    work: list[Callable[[], None]] = []
+    for phase, queue in zip(phases, [_EachQueue(queues), *queues], strict=True):
+        beside = [pool for other in phases if other is not phase for pool in _pools(other)]
+        work.append(partial(_with_queue, replace(run, beside=tuple(beside)), phase, queue))
+    run_in_threads(work)
 
 
 def _queue(run: Run, jobs: list[Job], made: set[str]) -> ReadyQueue:
@@ -246,6 +250,13 @@ def _queue(run: Run, jobs: list[Job], made: set[str]) -> ReadyQueue:
             for bucket in buckets(run.buckets):
                 queue.add(step, bucket.index)
     return queue
+
+
+def _pools(jobs: list[Job]) -> list[Pool]:
+    """The pools of a phase that streams, each once; jobs that take buckets share the first one."""
+    found = [job.stream for job in jobs if job.stream]
+    pools = [stream.pool for stream in found if not stream.source]
+    return list({pool.what: pool for pool in pools or [found[0].pool]}.values())
 
 
 def _with_queue(run: Run, jobs: list[Job], queue: ReadyQueue) -> None:

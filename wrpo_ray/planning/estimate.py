@@ -279,13 +279,13 @@ class _Estimator:
 
     def _pool(self, work: Work, actors: Actors) -> Work:
         units, room = self.config.storage.buckets, actors.max
-        if self.room and actors.num_cpus:
-            room = max(1, int(self.room // actors.num_cpus))
+        if self.room and actors.cpus:
+            room = max(1, int(self.room // actors.cpus))
         spread = CPU_SPREAD if work.rate == GUESS and not actors.num_gpus else SPREAD[work.rate]
         if work.lengths == GUESS:
             spread *= 2
         return replace(
-            work, gpus=actors.num_gpus, cpus=actors.num_cpus, units=units,
+            work, gpus=actors.num_gpus, cpus=actors.cpus, units=units,
             engines=min(actors.max, room, units), spread=spread,
         )  # fmt: skip
 
@@ -366,5 +366,3 @@ class _Estimator:
         if step.is_done(self.root):
             return wanted
         return min(wanted, stored_rows(self.root / step.folder))
-
-    # --- lengths and rates

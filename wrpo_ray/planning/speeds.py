@@ -106,7 +106,7 @@ class Speeds:
 
     def power(self, actors: Actors) -> rates.Power:
         """Compute resources of an actor, to guess by."""
-        return rates.Power(actors.num_gpus, actors.num_cpus, self.config.plan.gpu_tflops)
+        return rates.Power(actors.num_gpus, actors.cpus, self.config.plan.gpu_tflops)
 
 
 def of_engine(model: ModelConfig) -> Actors:

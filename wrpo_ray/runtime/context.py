@@ -6,6 +6,7 @@ from typing import Any
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.ledger import Ledger, Usage
+from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -24,6 +25,8 @@ class Run:
     """Attempts over all runs after which a failed row is not retried."""
     ledger: Ledger | None = None
     """None in workers: only the driver writes it."""
+    beside: tuple[Pool, ...] = ()
+    """Pools of another phase that runs at the same time."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}

@@ -1,6 +1,7 @@
 """Resources of actor pools, and whether the cluster has room for them."""
 
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -20,6 +21,10 @@ MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TOP_PAD_": str(64 * 2**20)}
 """Environment of glibc's allocator for training: with an arena for each thread, what the backward
 pass frees is not used again by the forward pass, which took 2 GB of 6."""
 
+SPINS = "2000"
+"""How often a thread of OpenMP (libgomp) looks for the others before it sleeps. Its own number is
+300,000: milliseconds for which a core does nothing while what the others need waits for it."""
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -33,12 +38,14 @@ class Pool:
     """Concurrent calls of an actor."""
     parts: int = 1
     """Worker processes with a GPU each that an actor starts; 1 is the actor alone."""
+    has_model: bool = False
+    """Whether its actors compute with a model, with a thread for each of their CPUs."""
 
     @property
     def needs(self) -> dict[str, float]:
         """Resources of one actor with its worker processes."""
         actors = self.actors
-        needs = {"CPU": actors.num_cpus, "GPU": actors.num_gpus * self.parts}
+        needs = {"CPU": actors.cpus, "GPU": actors.num_gpus * self.parts}
         return needs | {name: n * self.parts for name, n in actors.resources.items()}
 
     @property
@@ -50,7 +57,7 @@ class Pool:
     def bundles(self) -> list[dict[str, float]]:
         """Bundles of the placement group for one actor and its worker processes."""
         gpus = {"GPU": self.actors.num_gpus} if self.actors.num_gpus else {}
-        return [{"CPU": self.actors.num_cpus}, *[gpus | self.actors.resources] * self.parts]
+        return [{"CPU": self.actors.cpus}, *[gpus | self.actors.resources] * self.parts]
 
 
 def selector_for(num_gpus: float, resources: dict[str, float]) -> dict[str, str]:
@@ -120,8 +127,15 @@ def is_own_ray() -> bool:
 
 
 def thread_env(num_cpus: float) -> dict[str, str]:
-    """Environment of a worker with as many threads as CPUs, at least one."""
-    return {"OMP_NUM_THREADS": str(max(1, int(num_cpus)))}
+    """Environment of a worker with as many threads as CPUs, at least one.
+
+    Several threads wait for each other for `SPINS`, unless the user's environment says how.
+    """
+    threads = max(1, int(num_cpus))
+    env = {"OMP_NUM_THREADS": str(threads)}
+    if threads == 1 or any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
+        return env
+    return env | {"GOMP_SPINCOUNT": SPINS}
 
 
 class Minimums:

@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.ready_queue import Row
 from wrpo_ray.runtime.worker_errors import capture_error
 
@@ -132,9 +132,9 @@ def start_member(pool: Pool, arguments: dict[str, Any], groups: str, *, has_room
     handle = (
         ray.remote(type(pool.what, (ErrorCapturingWorker,), {}))  # the name in Ray's dashboard
         .options(
-            num_cpus=actors.num_cpus,
+            num_cpus=actors.cpus,
             max_concurrency=pool.threads,
-            runtime_env={"env_vars": pool.env},
+            runtime_env={"env_vars": thread_env(actors.cpus) | pool.env},
             **where,
         )
         .remote(**arguments)

@@ -73,12 +73,12 @@ def application(settings: ServeConfig) -> Application:
 
 def _reward(reward: RewardConfig, settings: ServeConfig, change: dict[str, Any]) -> Application:
     actors = reward.actors
-    env = engine_env(on_gpu=actors.num_gpus > 0) | thread_env(actors.num_cpus)
+    env = engine_env(on_gpu=actors.num_gpus > 0) | thread_env(actors.cpus)
     deployment = serve.deployment(
         Reward,
         name="Reward",
         ray_actor_options={
-            "num_cpus": actors.num_cpus,
+            "num_cpus": actors.cpus,
             "num_gpus": actors.num_gpus,
             "resources": actors.resources,
             "runtime_env": {"env_vars": env},
@@ -154,12 +154,10 @@ def _tell(problems: list[str]) -> None:
 
 def _cpus(settings: ServeConfig) -> float:
     """Return the CPUs that Ray reserves for all initial replicas."""
-    models = sum(m.actors.min * m.parts * m.actors.num_cpus for m in settings.models)
+    models = sum(m.actors.min * m.parts * m.actors.cpus for m in settings.models)
     reward = settings.reward.actors if settings.reward else None
     return (
-        models
-        + settings.ingresses[0] * INGRESS_CPUS
-        + (reward.min * reward.num_cpus if reward else 0)
+        models + settings.ingresses[0] * INGRESS_CPUS + (reward.min * reward.cpus if reward else 0)
     )
 
 

@@ -204,8 +204,8 @@ def engine_settings(
         **(in_replica or {}),
     }
     chosen = {name: value for name, value in engine.items() if value is not None}
-    bundle = {"CPU": actors.num_cpus, "GPU": actors.num_gpus, **actors.resources}
-    env = engine_env(on_gpu=not on_cpu) | NO_PROMPT_LOGS | thread_env(actors.num_cpus)
+    bundle = {"CPU": actors.cpus, "GPU": actors.num_gpus, **actors.resources}
+    env = engine_env(on_gpu=not on_cpu) | NO_PROMPT_LOGS | thread_env(actors.cpus)
     return LLMConfig(
         model_loading_config={"model_id": model.name, "model_source": source},
         engine_kwargs=chosen | model.engine,

@@ -1,6 +1,6 @@
 """The runner on toy jobs: it knows no stage, only what every job says of itself."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import pytest
@@ -182,6 +182,26 @@ def test_what_takes_buckets_behind_another_stage_waits_for_it(context, log, monk
     run_stages(context, stages, lambda: None)
     assert sorted(log.calls[:2]) == [["a"], ["near 0", "near 1"]]
     assert log.calls[2:] == [["x"], ["far"]]
+
+
+def test_phases_side_by_side_know_of_each_others_pools(context, log, monkeypatch):
+    """So that they share the cores: all pools before, and the one that all jobs after share."""
+    monkeypatch.setattr(runner, "fit_together", lambda pools: True)
+    seen = {}
+
+    def streaming(context, jobs, queue):
+        seen[jobs[0].name] = [pool.what for pool in context.beside]
+        _run_streaming(context, jobs, queue)
+
+    stream = Streaming.stream.fget
+    told = property(lambda self: replace(stream(self), run=streaming))
+    monkeypatch.setattr(Streaming, "stream", told)
+    before = Streaming("a", log), Streaming("b", log), Streaming("alone", log)
+    scores = tuple(Streaming(f"score {j.name}", log, source=j.step) for j in before[:2])
+    stages = [Stage("g", (before[:2],)), Stage("s", (scores,)), Stage("x", (before[2:],))]
+    run_stages(context, stages, lambda: None)
+    assert seen == {"a": ["score a"], "score a": ["a", "b"]}
+    assert context.beside == ()
 
 
 def test_a_phase_without_a_stream_never_runs_beside_another(context, log, monkeypatch):

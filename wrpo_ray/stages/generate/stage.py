@@ -22,8 +22,9 @@ from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_fai
 from wrpo_ray.data.samples import Prompts, Samples, sample_keys
 from wrpo_ray.llm.vllm_settings import engine_env, slots
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
-from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress, log
@@ -103,7 +104,7 @@ class Generate(BaseJob):
     @property
     def stream(self) -> Stream:
         """Finished buckets can be scored while others are generated."""
-        return Stream(self.run, pool_of(self.model))
+        return Stream(self.run, pool_of(self.engines))
 
     @classmethod
     def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
@@ -117,7 +118,10 @@ class Generate(BaseJob):
         pools: dict[str, list[Generate]] = defaultdict(list)
         for job in jobs:
             pools[job.engines.model_dump_json()].append(job)
-        run_in_threads([partial(_run_pool, run, pool, ready_queue) for pool in pools.values()])
+        alike = [pool_of(same[0].engines, _bucket(run, same)) for same in pools.values()]
+        shared = with_shares(alike, run.beside)
+        pairs = zip(shared, pools.values(), strict=True)
+        run_in_threads([partial(_run_pool, run, *pair, ready_queue) for pair in pairs])
 
 
 def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
@@ -150,15 +154,14 @@ def at_once(model: ModelConfig, bucket: float, buckets: float = math.inf) -> flo
 
 def pool_of(model: ModelConfig, bucket: float = math.inf) -> Pool:
     """Return the pool of actors that hold the model's engines, for buckets of `bucket` answers."""
-    on_gpu, env = bool(model.actors.num_gpus), {}
-    if not model.endpoint:
-        env = engine_env(on_gpu=on_gpu) | thread_env(model.actors.num_cpus)
+    is_here = model.endpoint is None
     return Pool(
         f"generate {model.name}",
         model.actors,
-        env,
+        engine_env(on_gpu=bool(model.actors.num_gpus)) if is_here else {},
         threads=buckets_in_hand(model, bucket),
-        parts=1 if model.endpoint else model.parts,
+        parts=model.parts if is_here else 1,
+        has_model=is_here,
     )
 
 
@@ -176,8 +179,7 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
     return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
 
 
-def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
-    pool = pool_of(jobs[0].engines, _bucket(run, jobs))
+def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
     log(f"{pool.what}: starting engines")
     rows = _rows(jobs, buckets(run.buckets))
     progress = Progress(pool.what, len(rows))

@@ -136,7 +136,7 @@ def _load(part: ScoreConfig, folder: Path | None, whole: RewardConfig) -> Reward
     if part.verifier:
         from wrpo_ray.stages.score.verifiers import load_verifier
 
-        threads = max(1, int(whole.actors.num_cpus))
+        threads = max(1, int(whole.actors.cpus))
         verifier = load_verifier(part.verifier, part.code, threads)
         return OneTest(verifier) if part.verifier == "code" else AnyReference(verifier)
     if part.judge:

@@ -20,8 +20,9 @@ from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_fai
 from wrpo_ray.data.samples import Samples, sample_keys
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
-from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress
@@ -118,14 +119,15 @@ class Score(BaseJob):
 
 def pool_of(reward: RewardConfig) -> Pool:
     """Return the pool of a reward's or verifier's actors."""
-    env = thread_env(reward.actors.num_cpus)
+    env = {}
     if any(part.engine == "vllm" for part in reward.parts):
-        env |= engine_env(on_gpu=bool(reward.actors.num_gpus))
-    return Pool(f"score with {reward.name}", reward.actors, env)
+        env = engine_env(on_gpu=bool(reward.actors.num_gpus))
+    has_model = any(part.model for part in reward.parts)
+    return Pool(f"score with {reward.name}", reward.actors, env, has_model=has_model)
 
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
-    pool = pool_of(jobs[0].reward)
+    (pool,) = with_shares([pool_of(jobs[0].reward)], run.beside)
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
     shown = [_SourceProgress(job, run.buckets) for job in jobs]
     tallies = [Tally(run, job.step) for job in jobs]

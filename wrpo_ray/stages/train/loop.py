@@ -46,7 +46,7 @@ def _train(task: Task, *, in_series: bool) -> TrainedCounts:
         counts = task.folder.read_json(TRAINED)
         return counts
     started = time.time()
-    torch.set_num_threads(max(1, int(task.config.num_cpus)))
+    torch.set_num_threads(max(1, int(task.config.cpus)))
     deepspeed.prepare(task.config)
     trainer = Trainer.create(task)
     first_step = checkpoint.restore(trainer.policy, task.step.key)

@@ -24,8 +24,9 @@ from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.reasoning import format_of
 from wrpo_ray.llm.rendering import OWN, Template, load_tokenizer
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind
-from wrpo_ray.runtime.placement import MALLOC, Pool, thread_env
+from wrpo_ray.runtime.placement import MALLOC, Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress, log
@@ -128,8 +129,9 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     counts = [Counter[str]() for _ in jobs]
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
-    env = thread_env(actors.num_cpus) | MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
-    pool = Pool(jobs[0].step.name, actors, env)
+    env = MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
+    has_model = any(job.config.stores_reference for job in jobs)
+    (pool,) = with_shares([Pool(jobs[0].step.name, actors, env, has_model=has_model)])
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]
         counts[number].update({k: v for k, v in result.items() if k not in NOT_COUNTED})

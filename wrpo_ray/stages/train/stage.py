@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.cores import Machine, share, this_machine
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.runtime.placement import (
@@ -83,7 +84,21 @@ class Train(BaseJob):
         series = [
             part for alike in _grouped_by_workers(jobs) for part in _split_into_series(alike, most)
         ]
+        series = _with_shares(series, min(most, len(series)), this_machine())
         run_in_threads([partial(_train, run, part) for part in series], most)
+
+
+def _with_shares(series: list[list[Train]], at_once: int, machine: Machine) -> list[list[Train]]:
+    """The series with the CPUs of their workers decided, where the config names none."""
+    workers = at_once * max(part[0].config.workers for part in series)
+    given = {"num_cpus": share(machine, workers)}
+
+    def decided(job: Train) -> Train:
+        if job.config.num_cpus is not None or job.config.num_gpus:
+            return job
+        return replace(job, config=job.config.model_copy(update=given))
+
+    return [[decided(job) for job in part] for part in series]
 
 
 def _grouped_by_workers(jobs: list[Train]) -> list[list[Train]]:
@@ -144,7 +159,7 @@ def _check_room(job: Train) -> None:
 def _needs(job: Train, workers: int) -> dict[str, float]:
     """Resources of this number of workers."""
     config = job.config
-    each = {"CPU": config.num_cpus, "GPU": float(config.num_gpus)} | config.resources
+    each = {"CPU": config.cpus, "GPU": float(config.num_gpus)} | config.resources
     return {name: workers * n for name, n in each.items()}
 
 
@@ -181,7 +196,7 @@ def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
 
     config = tasks[0].config
     is_elastic = config.min_workers not in (None, config.workers)
-    resources = {"CPU": config.num_cpus} | ({"GPU": 1} if config.num_gpus else {})
+    resources = {"CPU": config.cpus} | ({"GPU": 1} if config.num_gpus else {})
     resources |= config.resources
     return TorchTrainer(
         _work,
@@ -206,7 +221,7 @@ def _trainer(tasks: list[Task], checkpoints: Folder) -> Any:
 
 def worker_env(config: TrainConfig) -> dict[str, str]:
     """Environment of a worker."""
-    env = thread_env(config.num_cpus)
+    env = thread_env(config.cpus)
     if config.num_gpus:
         return env
     # DeepSpeed's import compiles an optimizer that is not used: more than a second a worker
