@@ -77,7 +77,7 @@ def test_reasoning_is_kept_or_left_out_from_the_engine_to_the_training_row(
         target={"name": "target", "model": target, "reasoning": "keep"},
         reward={"function": "support.grades:checksum"},
         answers={"empty": "keep", "cut_off": "keep"},
-        storage={"buckets": 2, "chunk": 64},
+        storage={"buckets": 2},
         evaluate=None,
     )
     result = wrpo.here("fuse")

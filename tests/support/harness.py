@@ -108,7 +108,7 @@ def greedy(
         sources=[{"name": name, "model": str(zoo / "sources" / name), **long} for name in sources],
         sampling={"samples": 1, "temperature": 0, "max_tokens": 16},
         reward={"model": str(zoo / "reward"), "overflow": "cut_prompt"},
-        storage={"buckets": 16, "chunk": 4},
+        storage={"buckets": 16, "commit_seconds": 2},
         evaluate=None,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -9,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wrpo_ray.data.buckets import Bucket, read_bucket, read_shards, shard_names
+from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.data.records import PROMPT
+from wrpo_ray.data.shards import OpenShards
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -111,39 +113,39 @@ class Samples:
         self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
     ) -> pa.Table:
         """Return the bucket's answers, each once, sorted by (prompt, source, sample)."""
-        return self.find(root, bucket, schema).read(columns)
+        names = schema.names if columns is None else columns
+        found = self.find(root, bucket, schema, names)
+        table = found.table.select(names).take(found.rows)
+        return table.cast(schema) if columns is None else table
 
-    def find(self, root: Folder, bucket: Bucket, schema: pa.Schema) -> RowSelection:
-        """Select the same answers, to read their columns later."""
+    def find(
+        self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: Sequence[str] = ()
+    ) -> RowSelection:
+        """Select the same answers with some columns, to read others later."""
         folder = self.folder(root)
-        names = shard_names(folder, bucket)
-        keys = read_shards(folder, names, schema, list(ANSWER_KEY))
+        shards = OpenShards(folder, bucket.shards(folder), schema)
+        names = list(dict.fromkeys([*ANSWER_KEY, *columns]))
+        table = shards.read_all(names)
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
-        inside = pc.is_in(keys["prompt_id"], wanted.combine_chunks()).to_numpy()
+        inside = pc.is_in(table["prompt_id"], wanted.combine_chunks()).to_numpy()
         if self.count is not None:
-            inside &= keys["sample"].to_numpy() < self.count
-        return RowSelection(folder, tuple(names), schema, keys, unique_rows(keys, inside))
+            inside &= table["sample"].to_numpy() < self.count
+        return RowSelection(shards, table, unique_rows(table, inside))
 
 
 @dataclass(frozen=True)
 class RowSelection:
     """A selection of rows from a bucket's concatenated shards."""
 
-    folder: Folder
-    shards: tuple[str, ...]
-    schema: pa.Schema
-    keys: pa.Table
-    """ANSWER_KEY columns of every row of the shards."""
+    shards: OpenShards
+    table: pa.Table
+    """The columns ANSWER_KEY, and others that were asked for, of every row of the shards."""
     rows: np.ndarray
     """Indices of the selected rows, in order."""
 
-    def read(self, columns: list[str] | None = None) -> pa.Table:
-        """Return columns of the selected rows."""
-        return self.read_all(columns).take(self.rows)
-
-    def read_all(self, columns: list[str] | None = None) -> pa.Table:
-        """Return columns of every row of the shards."""
-        return read_shards(self.folder, list(self.shards), self.schema, columns)
+    def read_all(self, columns: list[str]) -> pa.Table:
+        """Return further columns of every row of the shards."""
+        return self.shards.read_all(columns)
 
 
 def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:

@@ -21,6 +21,7 @@ from wrpo_ray.config import (
     PromptsConfig,
     RecordedAnswers,
 )
+from wrpo_ray.data.finished import stored, stored_rows
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
@@ -32,7 +33,7 @@ from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.memory import training_memory
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Entry, read_ledger, stored_rows, stored_tokens
+from wrpo_ray.runtime.ledger import Entry, read_ledger
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
 from wrpo_ray.stages.score.stage import Score
@@ -309,7 +310,7 @@ class _Estimator:
         """By store, of some of its shards."""
         found = {}
         for job in self._of(Generate).values():
-            sums = stored_tokens(self.root / job.step.folder, SHARDS)
+            sums = stored(self.root / job.step.folder, most=SHARDS)
             if sums.rows:
                 prompts = sums.rows / job.sampling.samples
                 found[job.step.folder] = _Lengths(

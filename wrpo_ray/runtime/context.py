@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.shards import list_shards
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.ledger import Ledger, Usage
@@ -16,7 +18,8 @@ class Run:
 
     root: Folder
     buckets: int
-    chunk: int = 64
+    commit_seconds: float = 300
+    """Age at which answers and scores are committed."""
     failure_limit: float = 0.01
     session: str = ""
     """Id of this driver, in the environment of its processes."""
@@ -27,6 +30,10 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+
+    def bucket(self, index: int) -> Bucket:
+        """A bucket of the run, for its workers."""
+        return Bucket(index, self.buckets, self.session)
 
     def record_usage(
         self,
@@ -69,6 +76,6 @@ class Run:
 
     def _example(self, step: Step) -> str:
         folder = step.failures(self.root)
-        row = folder.read_table(folder.files(suffix=".parquet")[0]).slice(0, 1).to_pylist()[0]
+        row = folder.read_table(list_shards(folder)[0].path).slice(0, 1).to_pylist()[0]
         where = row["where"] or f"prompt {row['prompt_id']}"
         return f" (such as {where}: {row['error']}: {row['message']})"

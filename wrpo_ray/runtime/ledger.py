@@ -2,7 +2,8 @@
 
 The driver sums tokens and actor-seconds by step folder, and writes `ledger.json` once a second. A
 run that is interrupted leaves the ledger marked as open; the next run then also counts the answers
-in the stores. Not counted: seconds of actors that were lost before they reported them.
+in the stores, by the names of their shards. Not counted: seconds of actors that were lost before
+they reported them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as ds
-
 from wrpo_ray.config import BudgetConfig, PricesConfig
+from wrpo_ray.data.finished import stored
 from wrpo_ray.errors import BudgetError, UserError
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -23,9 +22,6 @@ from wrpo_ray.storage.steps import Step
 FILE = "ledger.json"
 EVERY = 1.0
 """Seconds between writes of the ledger."""
-TOKENS = pa.schema(
-    [("sample", pa.int32()), ("prompt_tokens", pa.int32()), ("output_tokens", pa.int32())]
-)
 
 
 @dataclass(frozen=True)
@@ -163,32 +159,7 @@ class Ledger:
         for folder in (f for f in self.root.folders() if f.startswith("generate-")):
             pool = folder.removeprefix("generate-").rpartition("-")[0]
             held = self.entries.get(folder, Entry(pool, Usage()))
-            there = stored_tokens(self.root / folder)
+            there = Usage(**asdict(stored(self.root / folder)))
             if there.output_tokens > held.usage.output_tokens:
                 seconds = Usage(0, 0, 0, held.usage.actor_seconds, held.usage.gpu_seconds)
                 self.entries[folder] = Entry(held.pool, there + seconds)
-
-
-def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
-    """Rows and tokens of a store's answers, or of about `most` of its shards, evenly chosen."""
-    sums = Usage()
-    for batch in _shards(folder, most).to_batches():
-        first = batch.filter(pa.compute.equal(batch["sample"], 0))
-        sums += Usage(batch.num_rows, _sum(first["prompt_tokens"]), _sum(batch["output_tokens"]))
-    return sums
-
-
-def stored_rows(folder: Folder) -> int:
-    """Number of rows in a store, read from the footers of its shards."""
-    return int(_shards(folder).count_rows())
-
-
-def _shards(folder: Folder, most: int | None = None) -> ds.Dataset:
-    names = folder.files(suffix=".parquet")
-    step = -(-len(names) // most) if most and names else 1
-    paths = [f"{folder.path}/{name}" for name in names[::step]]
-    return ds.dataset(paths, schema=TOKENS, format="parquet", filesystem=folder.filesystem)
-
-
-def _sum(column: pa.Array) -> int:
-    return int(pa.compute.sum(column).as_py() or 0)

@@ -16,7 +16,7 @@ from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.errors import BudgetError
 from wrpo_ray.pipeline import runner
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.ledger import FILE, Ledger, Usage, read_ledger, stored_rows, stored_tokens
+from wrpo_ray.runtime.ledger import FILE, Ledger, Usage, read_ledger
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 

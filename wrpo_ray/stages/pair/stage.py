@@ -54,7 +54,8 @@ class BucketJob(BaseJob):
 
 
 def _fill(run: Run, job: AnyBucketJob, row: dict[str, int]) -> dict[str, Number]:
-    return job.fill(run, Bucket(**row))
+    is_of_run = row["count"] == run.buckets
+    return job.fill(run, run.bucket(row["index"]) if is_of_run else Bucket(**row))
 
 
 def _without_sources(totals: dict[str, int]) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """Scores of answers, by a pool of actors; the unit of work is a bucket of one store of answers.
 
-An actor skips the answers that have a score, and commits the others chunk by chunk. Scores are
-rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
+An actor skips the answers that have a score, and commits the others by their size and age
+(`ShardWriter`). A bucket that is whole, answers and scores, is marked and passed over later. Scores
+are rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
 """
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal, Self
 
@@ -17,7 +18,9 @@ from wrpo_ray.config import RewardConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket, write_shard
 from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
+from wrpo_ray.data.finished import mark
 from wrpo_ray.data.samples import Samples, sample_keys
+from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
@@ -25,7 +28,7 @@ from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress
 from wrpo_ray.runtime.ready_queue import ReadyQueue
-from wrpo_ray.runtime.tally import Tally
+from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.stages.score.base import Item, Reward
 from wrpo_ray.stages.score.rewards import load_reward
 from wrpo_ray.storage.fingerprints import digest
@@ -38,6 +41,8 @@ SCORE = "reward"
 Outcome = Literal["reward", "verdict"]
 SHOWN_AS = {"reward": "mean reward", "verdict": "share right"}
 """The mean of a job's scores, as the progress calls it."""
+BATCHES = 64
+"""Batches that a reward scores at once, in an order of its own, such as by length."""
 SAMPLED_BUCKETS = 32
 """Evenly chosen buckets in which the share of wins is counted. A bucket reads two columns of each
 source for it; counting in all of them would cost more with every bucket of the run."""
@@ -125,9 +130,14 @@ def pool_of(reward: RewardConfig) -> Pool:
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
     pool = pool_of(jobs[0].reward)
+    tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    shown = [_SourceProgress(job, run.buckets) for job in jobs]
-    tallies = [Tally(run, job.step) for job in jobs]
+    rows = unmarked(tallies, rows)
+    if ready_queue:
+        ready_queue.passed_over |= {(j, b) for j, tally in enumerate(tallies) for b in tally.marks}
+    if not rows:
+        return
+    shown = [_SourceProgress(job, t.left) for job, t in zip(jobs, tallies, strict=True)]
     for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, ready_queue):
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
@@ -178,21 +188,27 @@ class Scorer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score one bucket of one job; return counts only."""
-        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
+        job, bucket = self.jobs[row["job"]], self.run.bucket(row["bucket"])
         kept = job.step.failures(self.run.root)
-        done, score_sum = 0, 0.0
+        done, failed, score_sum = 0, 0, 0.0
         with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
-            held, failed, missing = self._missing(job, bucket, earlier)
+            held, given_up, missing = self._missing(job, bucket, earlier)
             prompts = self._prompts(job, bucket) if missing else {}
-            for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
-                good, failures = self._score(job, prompts, rows)
-                self._commit(job, bucket, rows, good, failures, earlier)
-                done, failed = done + len(good), failed + len(failures)
-                score_sum += sum(r[SCORE] for r in good)
-        counts = {"rows": held + done, "new": done, "failed": failed, "score_sum": score_sum}
+            commit = partial(self._commit, job, bucket, earlier)
+            with ShardWriter(commit, self.run.commit_seconds) as writer:
+                for rows in chunks(missing, BATCHES * job.reward.batch_size):
+                    good, failures = self._score(job, prompts, rows)
+                    writer.add(good, failures)
+                    done, failed = done + len(good), failed + len(failures)
+                    score_sum += sum(r[SCORE] for r in good)
+        if not failed and row.get("is_whole", True):
+            store, most = job.samples.folder(self.run.root), self.run.max_attempts
+            told = {"rows": held + done, "failed": given_up, "attempts": most}
+            mark(store, job.step.key, bucket, **told)
+        counts = {"rows": held + done, "new": done, "failed": given_up + failed}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
         wins = self._wins(bucket) if done and is_sampled else []
-        return row | counts | {"wins": json.dumps(wins)}
+        return row | counts | {"score_sum": score_sum, "wins": json.dumps(wins)}
 
     def _wins(self, bucket: Bucket) -> list[int]:
         """Return how many of the bucket's prompts each job's source wins, if all are scored.
@@ -202,12 +218,12 @@ class Scorer:
         if len({job.step.source for job in self.jobs}) < len(self.jobs):
             return []
         columns, best = ["prompt_id", SCORE], []
-        for job in self.jobs:
+        for job in reversed(self.jobs):  # the last one is scored last
             store = job.samples.folder(self.run.root)
             table = read_bucket(store, bucket, records.SCORED, columns)
             if not table.num_rows:
                 return []
-            best.append(table.group_by("prompt_id").aggregate([(SCORE, "max")]))
+            best.insert(0, table.group_by("prompt_id").aggregate([(SCORE, "max")]))
         highest = f"{SCORE}_max"
         most = pa.concat_tables(best).group_by("prompt_id").aggregate([(highest, "max")])
         return [
@@ -256,12 +272,11 @@ class Scorer:
         self,
         job: Score,
         bucket: Bucket,
-        rows: list[Row],
+        earlier: EarlierFailures,
         good: list[Row],
         failed: list[records.FailureRow],
-        earlier: EarlierFailures,
     ) -> None:
-        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in rows)
+        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in [*good, *failed])
         if good:
             write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
         write_failures(job.step.failures(self.run.root), bucket, failed, key, earlier)
