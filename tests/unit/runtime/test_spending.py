@@ -148,16 +148,6 @@ def write_answers(root: Folder) -> None:
         write_shard(root / STEP.folder, bucket, records.RESPONSE, rows, "x")
 
 
-def test_stores_are_counted_by_footers_and_by_some_shards(root):
-    assert stored_rows(root / STEP.folder) == 0
-    assert stored_tokens(root / STEP.folder) == Usage()
-    write_answers(root)
-    assert stored_rows(root / STEP.folder) == 6
-    some = stored_tokens(root / STEP.folder, most=1)
-    assert 0 < some.rows < 6
-    assert some.output_tokens == 10 * some.rows
-
-
 def test_seconds_of_several_calls_add_up(root):
     with ledger(root):
         time.sleep(0.2)

@@ -15,7 +15,7 @@ from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.published import parse_messages
 from wrpo_ray.data.records import FAILURE, failure
 from wrpo_ray.data.samples import Prompts, Samples
-from wrpo_ray.data.shards import Shard
+from wrpo_ray.data.shards import Shard, list_shards
 from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.report.status import is_running
 from wrpo_ray.runtime.cluster import output_mark
@@ -61,7 +61,9 @@ def test_a_prompt_lies_in_one_bucket_and_is_found_under_any_number_of_buckets(ke
     old = Shard.of(f"{written.index:05d}-of-{written.count:05d}-{digest('any', 16)}.parquet")
     holders = [x for x in buckets(2**b) if key in x]
     assert len(holders) == 1
-    assert shard and old and shard.key == old.key
+    assert shard
+    assert old
+    assert shard.key == old.key
     assert holders[0].meets(shard)
     assert holders[0].meets(old)
 
@@ -222,4 +224,4 @@ def test_a_crash_while_failed_rows_are_tried_again_forgets_no_attempt(tmp_path):
             assert earlier.given_up == {("lasting", 0)}
     with retrying_failures(folder, bucket) as earlier:
         assert earlier.attempts == {("lasting", "a", 0): 3}
-    assert folder.files(suffix=".parquet") == []
+    assert list_shards(folder) == []
