@@ -26,7 +26,9 @@ class Bucket:
     index: int
     count: int
     session: str = field(default="", compare=False, repr=False)
-    """The run that works on it, if its buckets are `count` many; see `shards.find_shards`."""
+    """The run or worker for which it is, if its buckets are `count` many; see `find_shards`."""
+    is_untouched: bool = field(default=False, compare=False, repr=False)
+    """Whether nothing was written into it since the session's first look at a folder."""
 
     def __contains__(self, prompt_id: str) -> bool:
         return int(prompt_id[:8], 16) % self.count == self.index
@@ -46,7 +48,7 @@ class Bucket:
 
     def shards(self, folder: Folder) -> list[Shard]:
         """The shards of a step's folder that can hold its records, in the order of their keys."""
-        return find_shards(folder, self.place, self.session)
+        return find_shards(folder, self.place, self.session, is_untouched=self.is_untouched)
 
 
 def buckets(count: int) -> list[Bucket]:
@@ -55,10 +57,14 @@ def buckets(count: int) -> list[Bucket]:
 
 
 def read_bucket(
-    folder: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
+    folder: Folder,
+    bucket: Bucket,
+    schema: pa.Schema,
+    columns: list[str] | None = None,
+    shards: list[Shard] | None = None,
 ) -> pa.Table:
-    """Return a bucket's records, in the order of the shards' keys."""
-    shards = bucket.shards(folder)
+    """Return a bucket's records, in the order of the shards' keys; `shards` if they are known."""
+    shards = bucket.shards(folder) if shards is None else shards
     there = OpenShards(folder, shards, schema)
     if not shards:
         return there.read_all(columns)
@@ -79,10 +85,15 @@ def write_shard(
     schema: pa.Schema,
     rows: list[dict[str, Any]] | pa.Table,
     key: Any,
-) -> None:
-    """Commit rows as one shard; of shards with the same key, readers take the last."""
+) -> Counts | None:
+    """Commit rows as one shard; return what its name counts.
+
+    Of shards with the same key, readers take the last.
+    """
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
-    folder.write_table(bucket.shard(key, Counts.of(table)), table)
+    counts = Counts.of(table)
+    folder.write_table(bucket.shard(key, counts), table)
+    return counts
 
 
 def chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:

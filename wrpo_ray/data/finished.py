@@ -10,12 +10,14 @@ bucket holds is known by its marks once all of these steps have marked it.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
+from wrpo_ray.data.samples import sample_keys
 from wrpo_ray.data.shards import Counts, Layout, Place, Shard, list_shards, place_name, shards_in
 from wrpo_ray.storage.folder import Folder
 
@@ -63,16 +65,35 @@ def begin(store: Folder, key: str) -> None:
     store.write(f"{MARKS}/{key}/{BEGUN}", b"")
 
 
-def mark(store: Folder, key: str, bucket: Bucket, *, rows: int, failed: int, attempts: int) -> None:
-    """Mark a bucket of which nothing is missing that the step with this key asks for."""
-    held = _sum(shards_in(store, [bucket.place]))
-    made = Mark(bucket.place, rows, failed, attempts, held)
-    store.write(f"{MARKS}/{key}/{made.name}", b"")
+class Filling:
+    """A bucket of a store while a worker fills it, for the step with this key.
 
+    `is_alone` says that nothing else fills it meanwhile.
+    """
 
-def is_marked(store: Folder, key: str, bucket: Bucket, attempts: int) -> bool:
-    """Whether a bucket is marked for the step with this key."""
-    return bucket.index in marks(store, key, bucket.count, attempts)
+    def __init__(
+        self, store: Folder, key: str, bucket: Bucket, schema: pa.Schema, *, is_alone: bool
+    ):
+        self.store, self.key, self.bucket, self.schema = store, key, bucket, schema
+        self.is_alone = is_alone
+        self.shards = bucket.shards(store)
+        self.held = total(s for s in self.shards if s.place == bucket.place)
+
+    def sample_keys(self) -> set[tuple[str, int]]:
+        """The (prompt_id, sample) pairs that it had at first."""
+        columns = ["prompt_id", "sample"]
+        return sample_keys(read_bucket(self.store, self.bucket, self.schema, columns, self.shards))
+
+    def write(self, rows: list[dict[str, Any]], key: Any) -> None:
+        """Commit rows as one shard."""
+        self.held += write_shard(self.store, self.bucket, self.schema, rows, key) or Counts()
+
+    def mark(self, *, rows: int, failed: int, attempts: int) -> None:
+        """Say that nothing is missing of what the step asks for."""
+        place = self.bucket.place
+        held = self.held if self.is_alone else total(shards_in(self.store, [place]))
+        made = Mark(place, rows, failed, attempts, held)
+        self.store.write(f"{MARKS}/{self.key}/{made.name}", b"")
 
 
 def marks(store: Folder, key: str, count: int, attempts: int) -> dict[int, Mark]:
@@ -99,7 +120,7 @@ def stored(store: Folder, *, most: int | None = None) -> Counts:
     step = -(-len(unknown) // most) if most else 1
     for batch in _dataset(store, unknown[::step]).to_batches():
         first = batch.filter(pc.equal(batch["sample"], 0))
-        tokens = _total(first["prompt_tokens"]), _total(batch["output_tokens"])
+        tokens = _sum_of(first["prompt_tokens"]), _sum_of(batch["output_tokens"])
         known += Counts(batch.num_rows, *tokens)
     return known
 
@@ -113,7 +134,7 @@ def stored_rows(store: Folder) -> int:
 def failed_rows(failures: Folder) -> int:
     """Rows in a folder of failed rows."""
     shards = list_shards(failures)
-    return _sum(shards).rows + _rows_of(failures, [s for s in shards if s.counts is None])
+    return total(shards).rows + _rows_of(failures, [s for s in shards if s.counts is None])
 
 
 def _rows_of(store: Folder, shards: list[Shard]) -> int:
@@ -125,7 +146,7 @@ def _told(store: Folder) -> tuple[Counts, list[Shard]]:
     layout = Layout.of(store)
     known = _held(store)
     shards = [*layout.flat, *shards_in(store, sorted(layout.places - known.keys()))]
-    told = _sum(shards) + sum((known[p] for p in layout.places & known.keys()), Counts())
+    told = total(shards) + sum((known[p] for p in layout.places & known.keys()), Counts())
     return told, [shard for shard in shards if shard.counts is None]
 
 
@@ -144,7 +165,8 @@ def _held(store: Folder) -> dict[Place, Counts]:
     return {p: max((of[p] for of in found.values()), key=lambda c: c.rows) for p in common}
 
 
-def _sum(shards: Iterable[Shard]) -> Counts:
+def total(shards: Iterable[Shard]) -> Counts:
+    """The sum of what the names of shards tell."""
     return sum((shard.counts for shard in shards if shard.counts), Counts())
 
 
@@ -153,5 +175,5 @@ def _dataset(store: Folder, shards: list[Shard]) -> ds.Dataset:
     return ds.dataset(paths, schema=TOKENS, format="parquet", filesystem=store.filesystem)
 
 
-def _total(column: pa.Array) -> int:
+def _sum_of(column: pa.Array) -> int:
     return int(pc.sum(column).as_py() or 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -45,6 +46,12 @@ class Groups:
         return pc.invert(named) if self.others else named
 
 
+@lru_cache(maxsize=2)
+def _read_prompts(folder: Folder, bucket: Bucket, session: str) -> pa.Table:
+    """All columns of the last buckets that the session read; steps of prompts do not change."""
+    return read_bucket(folder, bucket, PROMPT)
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The prompts of some splits, as the input of a stage."""
@@ -81,9 +88,12 @@ class Prompts:
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """Return the bucket's prompts (PROMPT records); `columns` has to contain `split`."""
-        more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
-        wanted = columns and list(dict.fromkeys([*columns, *more]))
-        table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
+        if bucket.session:  # it reads them several times
+            table = _read_prompts(root / self.step.folder, bucket, bucket.session)
+        else:
+            more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
+            wanted = columns and list(dict.fromkeys([*columns, *more]))
+            table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
         table = table.filter(pc.is_in(table["split"], pa.array(self.splits)))
         if self.groups:
             table = table.filter(self.groups.mask(table["group"]))

@@ -31,7 +31,13 @@ MANY = 8
 """Folders of buckets above which all of a store is listed, if most of them are asked for."""
 _PLACE = re.compile(r"(\d{5})-of-(\d{5})")
 _NAME = re.compile(rf"{_PLACE.pattern}([/-])(\w+?)(?:-r(\d+)(?:-p(\d+)-t(\d+))?)?\.parquet")
-_PARQUET = ds.ParquetFileFormat()
+_PARQUET = ds.ParquetFileFormat(
+    default_fragment_scan_options=ds.ParquetFragmentScanOptions(
+        pre_buffer=True,
+        cache_options=pa.CacheOptions(hole_size_limit=2**20, range_size_limit=2**26, lazy=False),
+    )
+)
+"""A request costs an object store about as much as a megabyte, so smaller gaps are read, too."""
 
 
 @dataclass(frozen=True)
@@ -151,15 +157,18 @@ def _layout_in(session: str, folder: Folder) -> Layout:
     return Layout.of(folder)
 
 
-def find_shards(folder: Folder, place: Place, session: str = "") -> list[Shard]:
+def find_shards(
+    folder: Folder, place: Place, session: str = "", *, is_untouched: bool = False
+) -> list[Shard]:
     """Return the shards that can hold records of a bucket, in the order of their keys.
 
     A `session` writes buckets of one number, that of `place`, so within one each process looks only
-    once which others there are. Without a session it looks each time.
+    once which others there are. Without a session it looks each time. Nothing was written into an
+    untouched bucket since the session's first look.
     """
     layout = _layout_in(session, folder) if session else Layout.of(folder)
     places = {other for other in layout.places if overlap(place, other)}
-    if session:
+    if session and not is_untouched:
         places.add(place)
     flat = [shard for shard in layout.flat if overlap(place, shard.place)]
     if len(places) > MANY and 2 * len(places) > len(layout.places):

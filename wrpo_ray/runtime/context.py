@@ -31,9 +31,9 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
 
-    def bucket(self, index: int) -> Bucket:
-        """A bucket of the run, for its workers."""
-        return Bucket(index, self.buckets, self.session)
+    def bucket(self, index: int, worker: str = "") -> Bucket:
+        """A bucket of the run, for its workers, or for one of them that has an id of its own."""
+        return Bucket(index, self.buckets, worker or self.session)
 
     def record_usage(
         self,

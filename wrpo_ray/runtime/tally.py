@@ -11,7 +11,7 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-UNCOUNTED = ("job", "bucket", "seconds", "idle", "is_whole")
+UNCOUNTED = ("job", "bucket", "seconds", "idle", "is_whole", "is_again")
 """Fields of a result that are no counts."""
 
 

@@ -18,10 +18,10 @@ from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
-from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
-from wrpo_ray.data.finished import mark
-from wrpo_ray.data.samples import Prompts, Samples, sample_keys
+from wrpo_ray.data.buckets import Bucket, buckets
+from wrpo_ray.data.failures import EarlierFailures, write_failures
+from wrpo_ray.data.finished import Filling
+from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
@@ -32,6 +32,7 @@ from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.runtime.tasks import run_in_threads
+from wrpo_ray.runtime.workplace import Workplace
 from wrpo_ray.stages.generate.vllm_engine import (
     Answers,
     Engine,
@@ -177,6 +178,7 @@ class Generator:
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
+        self.workplace = Workplace(run, [job.step for job in jobs])
         self._starting = threading.Lock()
 
     @cached_property
@@ -191,25 +193,20 @@ class Generator:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
-        job, bucket = self.jobs[row["job"]], self.run.bucket(row["bucket"])
-        kept = job.step.failures(self.run.root)
+        job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
         made = Counter(new=0, failed=0, prompt_tokens=0, output_tokens=0)
-        with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
-            held, given_up, requests = self._missing(job, bucket, earlier)
-            commit = partial(self._commit, bucket, job, earlier)
+        with self.workplace.filling(row, records.RESPONSE) as (filling, earlier):
+            held, given_up, requests = self._missing(job, bucket, filling, earlier)
+            commit = partial(self._commit, job, filling, earlier)
             with ShardWriter(commit, self.run.commit_seconds) as writer:
                 for rows, failures in self._answers(job, requests):
                     writer.add(rows, failures)
                     made.update(self._counts(job, rows, failures))
         counts = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
         if is_whole := not made["failed"]:
-            self._mark(job, bucket, counts)
+            most = self.run.max_attempts
+            filling.mark(rows=counts["rows"], failed=given_up, attempts=most)
         return row | counts | {"is_whole": is_whole}
-
-    def _mark(self, job: Generate, bucket: Bucket, counts: dict[str, int]) -> None:
-        """Mark a bucket of which nothing is missing."""
-        most, told = self.run.max_attempts, {name: counts[name] for name in ("rows", "failed")}
-        mark(job.samples.folder(self.run.root), job.step.key, bucket, attempts=most, **told)
 
     def _counts(
         self, job: Generate, rows: list[Row], failures: list[records.FailureRow]
@@ -240,11 +237,10 @@ class Generator:
         return SamplingIdentity(job.model.name, job.seed, folder)
 
     def _missing(
-        self, job: Generate, bucket: Bucket, earlier: EarlierFailures
+        self, job: Generate, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Request]]:
         """Return the numbers of answers stored and given up, and requests for the others."""
-        store = self.run.root / job.step.folder
-        done = sample_keys(read_bucket(store, bucket, records.RESPONSE, ["prompt_id", "sample"]))
+        done = filling.sample_keys()
         given_up = earlier.given_up - done
         prompts = job.prompts.read(self.run.root, bucket).to_pylist()
         requests, wanted = [], job.sampling.samples
@@ -260,17 +256,17 @@ class Generator:
 
     def _commit(
         self,
-        bucket: Bucket,
         job: Generate,
+        filling: Filling,
         earlier: EarlierFailures,
         rows: list[Row],
         failures: list[records.FailureRow],
     ) -> None:
         key = sorted([r["prompt_id"], r["sample"]] for r in [*rows, *failures])
         if rows:
-            marked = [row | {"model": job.fingerprint} for row in rows]
-            write_shard(job.samples.folder(self.run.root), bucket, records.RESPONSE, marked, key)
-        write_failures(job.step.failures(self.run.root), bucket, failures, key, earlier)
+            filling.write([row | {"model": job.fingerprint} for row in rows], key)
+        folder = job.step.failures(self.run.root)
+        write_failures(folder, filling.bucket, failures, key, earlier)
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

@@ -54,8 +54,8 @@ class BucketJob(BaseJob):
 
 
 def _fill(run: Run, job: AnyBucketJob, row: dict[str, int]) -> dict[str, Number]:
-    is_of_run = row["count"] == run.buckets
-    return job.fill(run, run.bucket(row["index"]) if is_of_run else Bucket(**row))
+    index, count = row["index"], row["count"]
+    return job.fill(run, run.bucket(index) if count == run.buckets else Bucket(index, count))
 
 
 def _without_sources(totals: dict[str, int]) -> dict[str, int]:

@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket, write_shard
-from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
-from wrpo_ray.data.finished import mark
-from wrpo_ray.data.samples import Samples, sample_keys
+from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket
+from wrpo_ray.data.failures import EarlierFailures, write_failures
+from wrpo_ray.data.finished import Filling
+from wrpo_ray.data.samples import Samples
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
@@ -29,6 +29,7 @@ from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.progress import Progress
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally, unmarked
+from wrpo_ray.runtime.workplace import Workplace
 from wrpo_ray.stages.score.base import Item, Reward
 from wrpo_ray.stages.score.rewards import load_reward
 from wrpo_ray.storage.fingerprints import digest
@@ -176,6 +177,7 @@ class Scorer:
 
     def __init__(self, run: Run, jobs: list[Score]):
         self.run, self.jobs = run, jobs
+        self.workplace = Workplace(run, [job.step for job in jobs])
 
     @cached_property
     def reward(self) -> Reward:
@@ -188,13 +190,12 @@ class Scorer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score one bucket of one job; return counts only."""
-        job, bucket = self.jobs[row["job"]], self.run.bucket(row["bucket"])
-        kept = job.step.failures(self.run.root)
+        job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
         done, failed, score_sum = 0, 0, 0.0
-        with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
-            held, given_up, missing = self._missing(job, bucket, earlier)
+        with self.workplace.filling(row, records.SCORED) as (filling, earlier):
+            held, given_up, missing = self._missing(job, bucket, filling, earlier)
             prompts = self._prompts(job, bucket) if missing else {}
-            commit = partial(self._commit, job, bucket, earlier)
+            commit = partial(self._commit, job, filling, earlier)
             with ShardWriter(commit, self.run.commit_seconds) as writer:
                 for rows in chunks(missing, BATCHES * job.reward.batch_size):
                     good, failures = self._score(job, prompts, rows)
@@ -202,9 +203,7 @@ class Scorer:
                     done, failed = done + len(good), failed + len(failures)
                     score_sum += sum(r[SCORE] for r in good)
         if not failed and row.get("is_whole", True):
-            store, most = job.samples.folder(self.run.root), self.run.max_attempts
-            told = {"rows": held + done, "failed": given_up, "attempts": most}
-            mark(store, job.step.key, bucket, **told)
+            filling.mark(rows=held + done, failed=given_up, attempts=self.run.max_attempts)
         counts = {"rows": held + done, "new": done, "failed": given_up + failed}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
         wins = self._wins(bucket) if done and is_sampled else []
@@ -217,7 +216,7 @@ class Scorer:
         """
         if len({job.step.source for job in self.jobs}) < len(self.jobs):
             return []
-        columns, best = ["prompt_id", SCORE], []
+        columns, best = ["prompt_id", SCORE], list[pa.Table]()
         for job in reversed(self.jobs):  # the last one is scored last
             store = job.samples.folder(self.run.root)
             table = read_bucket(store, bucket, records.SCORED, columns)
@@ -232,11 +231,10 @@ class Scorer:
         ]
 
     def _missing(
-        self, job: Score, bucket: Bucket, earlier: EarlierFailures
+        self, job: Score, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Row]]:
         """Return how many wanted answers have a score, how many are given up, and the others."""
-        store = job.samples.folder(self.run.root)
-        done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
+        done = filling.sample_keys()
         answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
         given_up = earlier.given_up - done
         keys = [(row["prompt_id"], row["sample"]) for row in answers]
@@ -271,12 +269,13 @@ class Scorer:
     def _commit(
         self,
         job: Score,
-        bucket: Bucket,
+        filling: Filling,
         earlier: EarlierFailures,
         good: list[Row],
         failed: list[records.FailureRow],
     ) -> None:
         key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in [*good, *failed])
         if good:
-            write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
-        write_failures(job.step.failures(self.run.root), bucket, failed, key, earlier)
+            filling.write(good, key)
+        folder = job.step.failures(self.run.root)
+        write_failures(folder, filling.bucket, failed, key, earlier)
