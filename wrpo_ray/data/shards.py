@@ -10,10 +10,10 @@ failed rows their number, so that no file is opened to count them. Earlier versi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -135,6 +135,8 @@ class Layout:
     """Buckets that have a folder."""
     flat: tuple[Shard, ...]
     """Shards of earlier versions."""
+    shards: tuple[Shard, ...] | None = None
+    """All shards, of a folder that does not change; None: each bucket has to be listed."""
 
     @classmethod
     def of(cls, folder: Folder) -> Layout:
@@ -150,11 +152,28 @@ class Layout:
         """Buckets that have shards."""
         return self.places | {shard.place for shard in self.flat}
 
+    @classmethod
+    def whole(cls, folder: Folder) -> Layout:
+        """List a folder that does not change, with its buckets: of prompts, a shard each."""
+        shards = list_shards(folder)
+        places = frozenset(shard.place for shard in shards)
+        return cls(places, tuple(s for s in shards if s.is_flat), tuple(shards))
 
-@lru_cache(maxsize=256)
+
+_SHARED: dict[tuple[str, Folder], Layout] = {}
+"""Of this process, by session."""
+
+
+def share_layouts(session: str, layouts: Mapping[Folder, Layout]) -> None:
+    """Let a session of this process know what the driver saw in some folders."""
+    _SHARED.update({(session, folder): layout for folder, layout in layouts.items()})
+
+
 def _layout_in(session: str, folder: Folder) -> Layout:
-    """List a folder once a session and process."""
-    return Layout.of(folder)
+    """List a folder once a session and process, unless the driver did."""
+    if (session, folder) not in _SHARED:
+        _SHARED[session, folder] = Layout.of(folder)
+    return _SHARED[session, folder]
 
 
 def find_shards(
@@ -167,6 +186,8 @@ def find_shards(
     untouched bucket since the session's first look.
     """
     layout = _layout_in(session, folder) if session else Layout.of(folder)
+    if layout.shards is not None:
+        return [shard for shard in layout.shards if overlap(place, shard.place)]
     places = {other for other in layout.places if overlap(place, other)}
     if session and not is_untouched:
         places.add(place)

@@ -1,10 +1,13 @@
 """Run context: the output, limits and ledger that every stage of a run shares."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wrpo_ray.data.buckets import Bucket
-from wrpo_ray.data.shards import list_shards
+from wrpo_ray.data.shards import Layout, list_shards
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.ledger import Ledger, Usage
@@ -25,11 +28,19 @@ class Run:
     """Id of this driver, in the environment of its processes."""
     max_attempts: int = 3
     """Attempts over all runs after which a failed row is not retried."""
+    layouts: Mapping[Folder, Layout] = field(default_factory=dict, compare=False, repr=False)
+    """What the driver saw in the folders that a pool reads, so that its workers need not look."""
     ledger: Ledger | None = None
     """None in workers: only the driver writes it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+
+    def having_seen(self, stores: Iterable[Folder], finished: Iterable[Folder]) -> Run:
+        """The run for a pool's workers, with the layouts of stores and of finished steps."""
+        seen = {folder: Layout.of(folder) for folder in dict.fromkeys(stores)}
+        seen |= {folder: Layout.whole(folder) for folder in dict.fromkeys(finished)}
+        return replace(self, layouts=seen)
 
     def bucket(self, index: int, worker: str = "") -> Bucket:
         """A bucket of the run, for its workers, or for one of them that has an id of its own."""

@@ -11,6 +11,7 @@ import pyarrow as pa
 from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.failures import EarlierFailures, retrying_failures
 from wrpo_ray.data.finished import Filling
+from wrpo_ray.data.shards import share_layouts
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.storage.steps import Step
 
@@ -18,14 +19,15 @@ from wrpo_ray.storage.steps import Step
 class Workplace:
     """The buckets that one worker fills, for steps of which each row {job, bucket} names one.
 
-    It looks once which buckets each store has. What it fills for the first time, in a store that no
-    other step fills at the same time, need not be listed: what was there at that look was written
-    by earlier runs, and nothing came after it.
+    The driver, or else the worker, looks once which buckets each store has. What it fills for the
+    first time, in a store that no other step fills at the same time, need not be listed: what was
+    there at that look was written by earlier runs, and nothing came after it.
     """
 
     def __init__(self, run: Run, steps: Sequence[Step]):
         self.run, self.steps = run, steps
         self._id = uuid.uuid4().hex
+        share_layouts(self._id, run.layouts)
         self._seen: set[tuple[int, int]] = set()
 
     def bucket(self, row: dict[str, Any]) -> Bucket:

@@ -146,8 +146,10 @@ def _run_pool(run: Run, jobs: list[Generate], ready_queue: ReadyQueue | None) ->
     if not rows:
         return
     log(f"{pool.what}: starting engines")
+    stores = [f for j in jobs for f in (j.samples.folder(run.root), j.step.failures(run.root))]
+    seen = run.having_seen(stores, [run.root / job.prompts.step.folder for job in jobs])
     progress = Progress(pool.what, len(rows))
-    for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
+    for result in map_rows(pool, rows, Generator, {"run": seen, "jobs": jobs}):
         progress.add(result["new"], result["failed"], result["output_tokens"])
         tallies[result["job"]].add(result)
         run.record_usage(

@@ -44,7 +44,7 @@ SHOWN_AS = {"reward": "mean reward", "verdict": "share right"}
 """The mean of a job's scores, as the progress calls it."""
 BATCHES = 64
 """Batches that a reward scores at once, in an order of its own, such as by length."""
-SAMPLED_BUCKETS = 32
+SAMPLED_BUCKETS = 8
 """Evenly chosen buckets in which the share of wins is counted. A bucket reads two columns of each
 source for it; counting in all of them would cost more with every bucket of the run."""
 
@@ -138,8 +138,12 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
         ready_queue.passed_over |= {(j, b) for j, tally in enumerate(tallies) for b in tally.marks}
     if not rows:
         return
+    stores = [s.folder(run.root) for job in jobs for s in (job.samples, job.answers)]
+    stores += [job.step.failures(run.root) for job in jobs]
+    prompts = [run.root / job.answers.prompts.step.folder for job in jobs]
+    seen = run.having_seen(stores, prompts)
     shown = [_SourceProgress(job, t.left) for job, t in zip(jobs, tallies, strict=True)]
-    for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, ready_queue):
+    for result in map_rows(pool, rows, Scorer, {"run": seen, "jobs": jobs}, ready_queue):
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
         run.record_usage(
