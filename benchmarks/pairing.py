@@ -77,7 +77,7 @@ class Data:
 
     def shards(self, name: str) -> str:
         """A pattern of the files of a step."""
-        return str(self.folder / Step(name).folder / "*.parquet")
+        return str(self.folder / Step(name).folder / "*/*.parquet")
 
     def make(self) -> None:
         """Write all buckets."""
@@ -341,7 +341,7 @@ def check_equal(data: Data) -> None:
 
 def read(path: Path, schema: pa.Schema) -> pa.Table:
     """A table, sorted by its prompts, with our own types."""
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    files = sorted(path.glob("*/*.parquet")) if path.is_dir() else [path]
     table = ds.dataset(files, format="parquet").to_table(columns=schema.names).cast(schema)
     return table.sort_by("prompt_id").combine_chunks()
 

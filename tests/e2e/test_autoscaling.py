@@ -126,7 +126,7 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, monkeypa
         prompts={"path": str(large(zoo / "prompts.jsonl", tmp_path)), "limit": 800},
         sources=[source | {"actors": of | {"max": 4, "num_gpus": 1}}],
         reward={"function": "support.fake_engine:reward", "actors": of},
-        storage={"buckets": 64, "chunk": 8},
+        storage={"buckets": 64},
         evaluate=None,
     )
     monkeypatch.setenv("PYTHONPATH", fake_engine.PYTHONPATH)
@@ -155,7 +155,7 @@ def test_nodes_follow_the_steps_and_a_run_outlives_lost_ones(demo, zoo, monkeypa
             head.kill_node(watch.ids[kind][0])
 
         try:
-            answers = "generate-*/*.parquet"
+            answers = "generate-*/*/*.parquet"
             lose(GENERATE, lambda: watch.engines == 2 and len(shards(output, answers)) > 3)
             lose("train", lambda: list(output.glob("sft-*/metrics.jsonl")))
             assert driver.wait(LIMIT) == 0

@@ -244,13 +244,13 @@ def test_killed_twice_the_same_command_ends_with_the_same_rows(demo, fused, tmp_
     output = tmp_path / "killed"
     wrpo = demo(output)
 
-    log = wrpo.killed_when(lambda: len(shards(output, "generate-*/*.parquet")) >= 10, "fuse")
+    log = wrpo.killed_when(lambda: len(shards(output, "generate-*/*/*.parquet")) >= 10, "fuse")
     assert "generate" in log
-    generated = shards(output, "generate-*/*.parquet")
+    generated = shards(output, "generate-*/*/*.parquet")
 
     log = wrpo.killed_when(lambda: has_checkpoint(output), "fuse")
     assert "rows were there" in log
-    assert generated.items() <= shards(output, "generate-*/*.parquet").items()
+    assert generated.items() <= shards(output, "generate-*/*/*.parquet").items()
     finished = shards(output, "**/*.parquet")
 
     result = wrpo("fuse")
@@ -275,14 +275,14 @@ def test_a_fourth_source_is_all_that_is_generated(demo, fused, on_cluster, zoo, 
     """
     output = tmp_path / "four"
     shutil.copytree(fused, output)
-    before = shards(output, "generate-*/*.parquet") | shards(output, "score-*/*.parquet")
+    before = shards(output, "generate-*/*/*.parquet") | shards(output, "score-*/*/*.parquet")
     sources = [{"name": n, "model": str(zoo / "sources" / n)} for n in SOURCES]
     with serving(Server()) as server:
         endpoint = {"url": server.url}
         sources.append({"name": "fourth", "model": "served", "endpoint": endpoint})
         result = demo(output, sources=sources, evaluate=None).here("fuse", "--until", "select")
     assert result.returncode == 0, result.stderr
-    after = shards(output, "generate-*/*.parquet") | shards(output, "score-*/*.parquet")
+    after = shards(output, "generate-*/*/*.parquet") | shards(output, "score-*/*/*.parquet")
     assert before.items() <= after.items()
     assert {name.split("/")[0].rpartition("-")[0] for name in after.keys() - before.keys()} == {
         "generate-fourth",

@@ -20,7 +20,7 @@ from support.shared_data import DATA
 from support.waiting import LIMIT, wait_until
 
 GSM8K = DATA / "gsm8k_real_responses.parquet"
-DONE = ("generate-*/*.parquet", "score-*/*.parquet")
+DONE = ("generate-*/*/*.parquet", "score-*/*/*.parquet")
 """The shards that a crash must not cost."""
 KINDS = ("generate", "score", "node", "driver")
 """What is killed: an actor that generates, one that scores, a node with all it runs, the driver."""
@@ -141,7 +141,7 @@ def check(trial: Trial, undisturbed: Path, count: int, sources: Sequence[str]) -
     assert [r[0] for r in chosen] == [r[0] for r in rows(undisturbed, "select", "prompt_id")]
     later = [log.read_text() for log in sorted(trial.logs.iterdir())[1:]]
     assert len(later) == trial.killed["driver"]
-    assert all("shards exist" in log for log in later if "generate-" in log)  # else too short
+    assert all("buckets have rows" in log for log in later if "generate-" in log)  # else too short
     wait_until(lambda: not processes_of(trial.output))
 
 

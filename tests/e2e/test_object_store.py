@@ -6,6 +6,7 @@ from support.harness import SOURCES, greedy
 from wrpo_ray.cli.entry import main
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket
+from wrpo_ray.data.shards import list_shards
 from wrpo_ray.storage.folder import Folder
 
 SOURCE = SOURCES[0]
@@ -34,14 +35,7 @@ def test_same_rows_as_on_disk_after_a_kill(demo, zoo, bucket, greedy_run, on_clu
                 pa.fs.FileSelector(store.path, allow_not_found=True)
             )
         ]
-        return (
-            sum(
-                len((store / n).files(suffix=".parquet"))
-                for n in names
-                if n.startswith("generate-")
-            )
-            >= 6
-        )
+        return sum(len(list_shards(store / n)) for n in names if n.startswith("generate-")) >= 6
 
     remote.killed_when(is_generating, "fuse", "--until", "select")
     result = remote.here("fuse", "--until", "select")

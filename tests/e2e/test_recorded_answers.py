@@ -29,7 +29,7 @@ def job(tmp_path: Path, **tree: Any) -> Wrpo:
 
 
 def table(output: Path, step: str) -> list[dict[str, Any]]:
-    files = sorted(shards(output, f"{step}-????????????/*.parquet"))
+    files = sorted(shards(output, f"{step}-????????????/*/*.parquet"))
     return [row for file in files for row in pq.read_table(output / file).to_pylist()]
 
 
@@ -121,7 +121,7 @@ def test_recorded_answers_beside_models_and_an_endpoint(on_cluster, zoo, tmp_pat
         assert "4 match no prompt (such as plain.jsonl:" in status
         assert "scores of its own" in status
 
-        before = shards(out, "*-????????????/*.parquet")
+        before = shards(out, "*-????????????/*/*.parquet")
         server.calls.clear()
         late = write(
             tmp_path / "late.jsonl",
@@ -131,7 +131,7 @@ def test_recorded_answers_beside_models_and_an_endpoint(on_cluster, zoo, tmp_pat
         result = job(tmp_path, **tree).here("fuse", "--until", "select")
         assert result.returncode == 0, result.stderr
         assert not server.calls
-        after = shards(out, "*-????????????/*.parquet")
+        after = shards(out, "*-????????????/*/*.parquet")
         assert {name: time for name, time in after.items() if name in before} == before
         new = {name.split("/")[0].rsplit("-", 1)[0] for name in after.keys() - before.keys()}
         assert new == {"recorded-late", "score-reward-late", "select"}

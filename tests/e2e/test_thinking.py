@@ -54,7 +54,7 @@ def shifts(zoo: Path) -> list[dict[str, Any]]:
 
 
 def table(output: Path, step: str) -> list[dict[str, Any]]:
-    files = sorted(output.glob(f"{step}-????????????/*.parquet"))
+    files = sorted(output.glob(f"{step}-????????????/*/*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert rows, step
     return rows
@@ -77,7 +77,7 @@ def test_reasoning_is_kept_or_left_out_from_the_engine_to_the_training_row(
         target={"name": "target", "model": target, "reasoning": "keep"},
         reward={"function": "support.grades:checksum"},
         answers={"empty": "keep", "cut_off": "keep"},
-        storage={"buckets": 2, "chunk": 64},
+        storage={"buckets": 2},
         evaluate=None,
     )
     result = wrpo.here("fuse")

@@ -108,7 +108,7 @@ def greedy(
         sources=[{"name": name, "model": str(zoo / "sources" / name), **long} for name in sources],
         sampling={"samples": 1, "temperature": 0, "max_tokens": 16},
         reward={"model": str(zoo / "reward"), "overflow": "cut_prompt"},
-        storage={"buckets": 16, "chunk": 4},
+        storage={"buckets": 16, "commit_seconds": 2},
         evaluate=None,
     )
 
@@ -121,7 +121,7 @@ def shards(output: Path, pattern: str) -> dict[str, int]:
 
 def rows(output: Path, step: str, *columns: str) -> list[tuple]:
     """The rows of all of a step's shards, as sorted tuples of some columns."""
-    files = sorted(shards(output, f"{step}-????????????/*.parquet"))
+    files = sorted(shards(output, f"{step}-????????????/*/*.parquet"))
     assert files, f"no shards of {step} in {output}"
     table = pa.concat_tables(pq.read_table(output / f, columns=list(columns)) for f in files)
     return sorted(tuple(str(v) for v in row.values()) for row in table.to_pylist())
@@ -144,7 +144,7 @@ def processes_of(output: str | Path) -> set[int]:
 
 def failures(output: Path) -> list[dict[str, Any]]:
     """All failed rows that a run has kept, ordered by where they come from."""
-    files = output.glob("*/failures/*/*.parquet")
+    files = output.glob("*/failures/*/*/*.parquet")
     rows = [row for f in files for row in pq.read_table(f).to_pylist()]
     return sorted(rows, key=lambda row: row["where"] or "")
 

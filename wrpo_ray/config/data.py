@@ -170,9 +170,22 @@ class StorageConfig(Section):
     buckets: int = Field(64, ge=1, le=65536)
     """Number of buckets, a power of two. A bucket is a hash partition of the prompts, and the unit
     of parallel work."""
-    chunk: int = Field(64, ge=1, json_schema_extra=PLACEMENT)
-    """Prompts (and batches of scores) that are written at once. A crash loses at most this much
-    work of each actor."""
+    commit_seconds: float = Field(300, gt=0, le=86400, json_schema_extra=PLACEMENT)
+    """Age in seconds at which answers and scores are written, if there are not enough for a file
+    of about 64 MB before. A kill loses at most this much work of each actor, about what the start
+    of an engine costs. Shorter costs an object store more requests, which `docs/scale.md` has in
+    numbers; on a local disk, 30 costs next to nothing."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_chunk(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "chunk" in given:
+            raise ValueError(
+                "chunk: answers are no longer written by their number of prompts, but by their "
+                "size and age; remove it, or set commit_seconds, the seconds of work that a kill "
+                "may lose (300 by default)"
+            )
+        return given
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:

@@ -1,25 +1,22 @@
 """Buckets: a hash partition of the prompts, stored as Parquet shards.
 
 Every record of a prompt is in the bucket of its prompt_id. So generate, score, select and pair each
-work bucket by bucket, without a shuffle and without collecting rows on the driver. A shard is named
-`<bucket>-of-<buckets>-<key>.parquet`. The number of buckets is a power of two, so shards written
+work bucket by bucket, without a shuffle and without collecting rows on the driver. Each bucket has
+a folder for its shards (see `shards`). The number of buckets is a power of two, so shards written
 under another number are still found: bucket i of B overlaps bucket j of C exactly if i = j modulo
 min(B, C).
 """
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wrpo_ray.data.records import ADDED
+from wrpo_ray.data.shards import Counts, OpenShards, Place, Shard, find_shards, overlap, shard_path
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
-
-_NAME = re.compile(r"(\d{5})-of-(\d{5})-(\w+)\.parquet")
 
 
 @dataclass(frozen=True)
@@ -28,20 +25,30 @@ class Bucket:
 
     index: int
     count: int
+    session: str = field(default="", compare=False, repr=False)
+    """The run or worker for which it is, if its buckets are `count` many; see `find_shards`."""
+    is_untouched: bool = field(default=False, compare=False, repr=False)
+    """Whether nothing was written into it since the session's first look at a folder."""
 
     def __contains__(self, prompt_id: str) -> bool:
         return int(prompt_id[:8], 16) % self.count == self.index
 
-    def meets(self, shard: str) -> bool:
-        """Whether a shard of this name can hold records of the bucket."""
-        match = _NAME.fullmatch(shard)
-        if not match:
-            return False
-        return (self.index - int(match[1])) % min(self.count, int(match[2])) == 0
+    @property
+    def place(self) -> Place:
+        """Its index and count."""
+        return self.index, self.count
 
-    def shard(self, key: Any) -> str:
-        """The name of the shard whose contents have the key."""
-        return f"{self.index:05d}-of-{self.count:05d}-{digest(key, 16)}.parquet"
+    def meets(self, shard: Shard) -> bool:
+        """Whether a shard can hold records of the bucket."""
+        return overlap(self.place, shard.place)
+
+    def shard(self, key: Any, counts: Counts | None = None) -> str:
+        """The path of the shard whose contents have the key, within its step's folder."""
+        return shard_path(self.place, digest(key, 16), counts)
+
+    def shards(self, folder: Folder) -> list[Shard]:
+        """The shards of a step's folder that can hold its records, in the order of their keys."""
+        return find_shards(folder, self.place, self.session, is_untouched=self.is_untouched)
 
 
 def buckets(count: int) -> list[Bucket]:
@@ -50,46 +57,25 @@ def buckets(count: int) -> list[Bucket]:
 
 
 def read_bucket(
-    folder: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
+    folder: Folder,
+    bucket: Bucket,
+    schema: pa.Schema,
+    columns: list[str] | None = None,
+    shards: list[Shard] | None = None,
 ) -> pa.Table:
-    """Return a bucket's records, in the order of the shards' names."""
-    names = shard_names(folder, bucket)
-    tables = [_within(bucket, n, read_shards(folder, [n], schema, columns)) for n in names]
-    return pa.concat_tables(tables) if tables else read_shards(folder, [], schema, columns)
+    """Return a bucket's records, in the order of the shards' keys; `shards` if they are known."""
+    shards = bucket.shards(folder) if shards is None else shards
+    there = OpenShards(folder, shards, schema)
+    if not shards:
+        return there.read_all(columns)
+    pairs = zip(shards, there.read(columns), strict=True)
+    return pa.concat_tables([_within(bucket, shard, table) for shard, table in pairs])
 
 
-def shard_names(folder: Folder, bucket: Bucket) -> list[str]:
-    """Names of the shards that can hold records of the bucket, sorted."""
-    return [name for name in folder.files(suffix=".parquet") if bucket.meets(name)]
-
-
-def read_shards(
-    folder: Folder, names: list[str], schema: pa.Schema, columns: list[str] | None
-) -> pa.Table:
-    """Return all rows of the shards, in order."""
-    wanted = schema if columns is None else pa.schema([schema.field(c) for c in columns])
-    tables = [_read(folder, name, wanted) for name in names]
-    return pa.concat_tables(tables) if tables else wanted.empty_table()
-
-
-def _read(folder: Folder, name: str, wanted: pa.Schema) -> pa.Table:
-    """Return columns of a shard; those that an earlier version did not write are null."""
-    try:
-        return folder.read_table(name, wanted.names).cast(wanted)
-    except pa.ArrowInvalid:  # a column is missing
-        lacking = ADDED.difference(folder.column_names(name))
-        if not lacking.intersection(wanted.names):
-            raise
-    table = folder.read_table(name, [n for n in wanted.names if n not in lacking])
-    for column in lacking.intersection(wanted.names):
-        table = table.append_column(column, pa.nulls(len(table), pa.string()))
-    return table.select(wanted.names).cast(wanted)
-
-
-def _within(bucket: Bucket, shard: str, table: pa.Table) -> pa.Table:
-    if int(shard.split("-")[2]) >= bucket.count:  # all of the shard's rows are in the bucket
+def _within(bucket: Bucket, shard: Shard, table: pa.Table) -> pa.Table:
+    if shard.place[1] >= bucket.count:  # all of the shard's rows are in the bucket
         return table
-    inside = [i for i in table["prompt_id"].unique().to_pylist() if i in bucket]
+    inside = [i for i in table["prompt_id"].unique().to_pylist() if i and i in bucket]
     return table.filter(pc.is_in(table["prompt_id"], pa.array(inside, pa.string())))
 
 
@@ -99,10 +85,15 @@ def write_shard(
     schema: pa.Schema,
     rows: list[dict[str, Any]] | pa.Table,
     key: Any,
-) -> None:
-    """Commit rows as one shard; the same key overwrites the same file."""
+) -> Counts | None:
+    """Commit rows as one shard; return what its name counts.
+
+    Of shards with the same key, readers take the last.
+    """
     table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema=schema)
-    folder.write_table(bucket.shard(key), table)
+    counts = Counts.of(table)
+    folder.write_table(bucket.shard(key, counts), table)
+    return counts
 
 
 def chunks(rows: list[Any], size: int) -> Iterator[list[Any]]:

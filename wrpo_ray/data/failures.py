@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket, write_shard
 from wrpo_ray.data.records import FAILURE, FailureRow
+from wrpo_ray.data.shards import Counts, list_shards
 from wrpo_ray.storage.folder import Folder
 
 FailureKey = tuple[str | None, str | None, int | None]
@@ -55,24 +56,31 @@ def retrying_failures(
     kept = [r for r in rows.values() if max_attempts and r["attempts"] >= max_attempts]
     attempts = {key: row["attempts"] for key, row in rows.items()}
     yield EarlierFailures(attempts, frozenset((row["prompt_id"], row["sample"]) for row in kept))
-    if kept and len(kept) < len(rows):
+    if len(kept) < len(rows):
         write_failures(folder, bucket, kept, EARLIER)
-    elif rows and not kept:
-        folder.delete(bucket.shard(EARLIER))
+        folder.delete(_earlier(bucket, len(rows)))
 
 
 def _merge_shards(folder: Folder, bucket: Bucket) -> dict[FailureKey, FailureRow]:
     """Merge a bucket's failed rows into one shard; of duplicates the most attempts count."""
-    shard = f"{bucket.index:05d}-of-{bucket.count:05d}-"
-    names = [name for name in folder.files(suffix=".parquet") if name.startswith(shard)]
+    shards = bucket.shards(folder)
+    if any(shard.is_flat for shard in shards):  # another process may have merged them since
+        shards = Bucket(*bucket.place).shards(folder)
+    names = [shard.path for shard in shards if shard.place == bucket.place]
     found = [row for name in names for row in folder.read_table(name).to_pylist()]
     rows = {_failed_key(row): row for row in sorted(found, key=lambda row: row["attempts"])}
-    if names != [bucket.shard(EARLIER)]:
+    merged = _earlier(bucket, len(rows))
+    if names != [merged]:
         write_failures(folder, bucket, list(rows.values()), EARLIER)
     for name in names:
-        if name != bucket.shard(EARLIER):
+        if name != merged:
             folder.delete(name)
     return rows
+
+
+def _earlier(bucket: Bucket, rows: int) -> str:
+    """The path of the shard with so many failures of earlier runs."""
+    return bucket.shard(EARLIER, Counts(rows))
 
 
 def _failed_key(row: FailureRow) -> FailureKey:
@@ -86,8 +94,8 @@ def failed_by_error(folder: Folder, most: int | None = None) -> list[dict[str, A
     """
     groups: dict[str, dict[str, Any]] = {}
     shown = ["where", "prompt_id", "message"]
-    for name in folder.files(suffix=".parquet")[:most]:
-        table = folder.read_table(name, ["error", "attempts", *shown])
+    for shard in list_shards(folder)[:most]:
+        table = folder.read_table(shard.path, ["error", "attempts", *shown])
         firsts = [(column, "first", SKIP_NO_NULL) for column in shown]
         counts = [("attempts", "max"), ([], "count_all"), *firsts]
         for found in table.group_by("error", use_threads=False).aggregate(counts).to_pylist():

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from wrpo_ray.data.buckets import Bucket, read_bucket, read_shards, shard_names
+from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.data.records import PROMPT
+from wrpo_ray.data.shards import OpenShards
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -41,6 +44,12 @@ class Groups:
         """Which prompts are of these groups, by their column `group`."""
         named = pc.is_in(column, value_set=pa.array(self.names, pa.string()))
         return pc.invert(named) if self.others else named
+
+
+@lru_cache(maxsize=2)
+def _read_prompts(folder: Folder, bucket: Bucket, session: str) -> pa.Table:
+    """All columns of the last buckets that the session read; steps of prompts do not change."""
+    return read_bucket(folder, bucket, PROMPT)
 
 
 @dataclass(frozen=True)
@@ -79,9 +88,12 @@ class Prompts:
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """Return the bucket's prompts (PROMPT records); `columns` has to contain `split`."""
-        more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
-        wanted = columns and list(dict.fromkeys([*columns, *more]))
-        table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
+        if bucket.session:  # it reads them several times
+            table = _read_prompts(root / self.step.folder, bucket, bucket.session)
+        else:
+            more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
+            wanted = columns and list(dict.fromkeys([*columns, *more]))
+            table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
         table = table.filter(pc.is_in(table["split"], pa.array(self.splits)))
         if self.groups:
             table = table.filter(self.groups.mask(table["group"]))
@@ -111,39 +123,39 @@ class Samples:
         self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: list[str] | None = None
     ) -> pa.Table:
         """Return the bucket's answers, each once, sorted by (prompt, source, sample)."""
-        return self.find(root, bucket, schema).read(columns)
+        names = schema.names if columns is None else columns
+        found = self.find(root, bucket, schema, names)
+        table = found.table.select(names).take(found.rows)
+        return table.cast(schema) if columns is None else table
 
-    def find(self, root: Folder, bucket: Bucket, schema: pa.Schema) -> RowSelection:
-        """Select the same answers, to read their columns later."""
+    def find(
+        self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: Sequence[str] = ()
+    ) -> RowSelection:
+        """Select the same answers with some columns, to read others later."""
         folder = self.folder(root)
-        names = shard_names(folder, bucket)
-        keys = read_shards(folder, names, schema, list(ANSWER_KEY))
+        shards = OpenShards(folder, bucket.shards(folder), schema)
+        names = list(dict.fromkeys([*ANSWER_KEY, *columns]))
+        table = shards.read_all(names)
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
-        inside = pc.is_in(keys["prompt_id"], wanted.combine_chunks()).to_numpy()
+        inside = pc.is_in(table["prompt_id"], wanted.combine_chunks()).to_numpy()
         if self.count is not None:
-            inside &= keys["sample"].to_numpy() < self.count
-        return RowSelection(folder, tuple(names), schema, keys, unique_rows(keys, inside))
+            inside &= table["sample"].to_numpy() < self.count
+        return RowSelection(shards, table, unique_rows(table, inside))
 
 
 @dataclass(frozen=True)
 class RowSelection:
     """A selection of rows from a bucket's concatenated shards."""
 
-    folder: Folder
-    shards: tuple[str, ...]
-    schema: pa.Schema
-    keys: pa.Table
-    """ANSWER_KEY columns of every row of the shards."""
+    shards: OpenShards
+    table: pa.Table
+    """The columns ANSWER_KEY, and others that were asked for, of every row of the shards."""
     rows: np.ndarray
     """Indices of the selected rows, in order."""
 
-    def read(self, columns: list[str] | None = None) -> pa.Table:
-        """Return columns of the selected rows."""
-        return self.read_all(columns).take(self.rows)
-
-    def read_all(self, columns: list[str] | None = None) -> pa.Table:
-        """Return columns of every row of the shards."""
-        return read_shards(self.folder, list(self.shards), self.schema, columns)
+    def read_all(self, columns: list[str]) -> pa.Table:
+        """Return further columns of every row of the shards."""
+        return self.shards.read_all(columns)
 
 
 def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:

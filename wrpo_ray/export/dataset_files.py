@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wrpo_ray.data.shards import list_shards
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.statistics import Statistics, bounds
@@ -41,7 +42,7 @@ def write_file(shards: Folder, to: Folder, form: Form) -> int:
     parent = os.path.dirname(to.path)
     if not to.is_remote and not os.path.isdir(parent):
         raise UserError(f"export: --to {to}: there is no folder {parent}; make it")
-    names = shards.files(suffix=".parquet")
+    names = _names(shards)
     if not str(to).endswith(".jsonl"):
         return _write_parquet(to, "", form, _batches(shards, names))
     alone = form.name == "published" and not _has_conversations(shards, names)
@@ -62,7 +63,7 @@ def write_folder(shards: Folder, to: Folder, form: Form) -> Statistics:
     Raises:
         UserError: there are no rows, or the folder holds files of another export.
     """
-    footers = {name: _open(shards, name).metadata for name in shards.files(suffix=".parquet")}
+    footers = {name: _open(shards, name).metadata for name in _names(shards)}
     parts = _parts({name: footer for name, footer in footers.items() if footer.num_rows})
     if not parts:
         raise UserError("export: there are no preference rows; see `dropped` in the summary")
@@ -112,6 +113,10 @@ def _write_part(
 
     _write_parquet(to, f"{DATA}/{name}", form, counted())
     return statistics
+
+
+def _names(shards: Folder) -> list[str]:
+    return [shard.path for shard in list_shards(shards)]
 
 
 def _open(shards: Folder, name: str) -> pq.ParquetFile:

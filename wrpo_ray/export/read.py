@@ -7,8 +7,9 @@ prompts, more samples, or an answer twice, written again after a crash.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -20,6 +21,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
 from wrpo_ray.data.outline import Outline, StepOutline
 from wrpo_ray.data.samples import ANSWER_KEY, Groups, unique_rows
+from wrpo_ray.data.shards import list_shards
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.folder import Folder
 
@@ -125,6 +127,7 @@ class _Reading:
     columns: list[str]
     split: str | None
     step: str | None
+    session: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
     def schema(self) -> pa.Schema:
@@ -178,13 +181,13 @@ class _Reading:
     def _tables(self, step: StepOutline) -> Iterator[pa.Table]:
         if self.what == "failures":
             folder = step.failures(self.root)
-            for name in folder.files(suffix=".parquet"):
-                yield folder.read_table(name, self.columns)
+            for shard in list_shards(folder):
+                yield folder.read_table(shard.path, self.columns)
             return
         parts = step.stores if step.kind == "ingestresponses" else (step.folder,)
         for folder in (self.root / part for part in parts):
             for bucket in buckets(self.outline.buckets):
-                yield self._bucket(step, folder, bucket)
+                yield self._bucket(step, folder, replace(bucket, session=self.session))
 
     def _bucket(self, step: StepOutline, folder: Folder, bucket: Bucket) -> pa.Table:
         """A bucket's rows of a step."""

@@ -12,6 +12,7 @@ from wrpo_ray.config import Config
 from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
+from wrpo_ray.data.shards import Layout
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.model_sections import keep_pins
 from wrpo_ray.pipeline.preflight import preflight
@@ -91,7 +92,7 @@ def session(config: Config, root: Folder, pins: Pins) -> Iterator[Run]:
     run = Run(
         root,
         config.storage.buckets,
-        config.storage.chunk,
+        config.storage.commit_seconds,
         config.failure_limit,
         uuid.uuid4().hex,
         config.max_attempts,
@@ -187,10 +188,10 @@ def missing(run: Run, jobs: Sequence[Job]) -> list[Job]:
 
 
 def log_resumed(run: Run, jobs: list[Job]) -> None:
-    """Log how many shards the stores that the jobs fill have already."""
+    """Log in how many buckets the stores that the jobs fill have rows already."""
     for step in {job.step.folder: job.step for job in jobs if job.is_retryable}.values():
-        if found := len((run.root / step.folder).files(suffix=".parquet")):
-            log(f"{step.name}: {found:,} shards exist; the rows in them are skipped")
+        if found := len(Layout.of(run.root / step.folder).filled):
+            log(f"{step.name}: {found:,} buckets have rows, which are skipped")
 
 
 def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> list[int]:

@@ -20,6 +20,7 @@ from wrpo_ray.config import (
     PromptsConfig,
     RecordedAnswers,
 )
+from wrpo_ray.data.finished import stored_rows
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
@@ -28,12 +29,12 @@ from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.lengths import AnswerLengths
-from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, SHARDS, Measured
+from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, Measured, unequal_share
 from wrpo_ray.planning.memory import training_memory
 from wrpo_ray.planning.speeds import Origin, Speeds, of_engine, on_gpu
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Usage, stored_rows, stored_unequal
+from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
 from wrpo_ray.stages.score.stage import Score
@@ -253,7 +254,7 @@ class _Estimator:
             return 1.0, 1.0
         compared = [scores[step.key] for step in pairs.step.inputs if step.key in scores]
         for made in compared:
-            unequal = stored_unequal(made.samples.folder(self.root), SHARDS)
+            unequal = unequal_share(made.samples.folder(self.root))
             if unequal is not None:
                 return unequal, 1.0
         verdicts = any(part.verifier for made in compared for part in made.reward.parts)

@@ -6,14 +6,18 @@ held-out prompts to all prompts, and from a model to others on the same kind of 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from math import exp, log
 from statistics import mean, median
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from wrpo_ray.data.finished import sampled, stored
 from wrpo_ray.planning.rates import CPU_START
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, stored_bytes, stored_tokens
+from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
@@ -24,6 +28,8 @@ GIVEN, MEASURED, GUESS = "given", "measured", "guess"
 SHARDS = 32
 """Number of shards of a store whose token counts are read."""
 METRICS = "metrics.jsonl"
+TEXTS = pa.schema([("text", pa.string())])
+REWARDS = pa.schema([("prompt_id", pa.string()), ("reward", pa.float64())])
 TOKEN = 3.5
 """Bytes of a token of text, a guess for recorded answers."""
 
@@ -71,13 +77,13 @@ class Measured:
         entry = self.ledger.get(job.step.folder)
         if entry and entry.usage.rows and entry.usage.prompt_tokens and not job.model.endpoint:
             return entry.usage
-        return stored_tokens(self.root / job.step.folder, SHARDS)
+        return Usage(**asdict(stored(self.root / job.step.folder, most=SHARDS)))
 
     @cached_property
     def recorded_length(self) -> float | None:
         """Mean tokens of a recorded answer, by its bytes."""
         steps = [job.step for job in self.jobs if job.kind is JobKind.INGEST_RECORDED]
-        sizes = [stored_bytes(self.root / step.folder, SHARDS) for step in steps]
+        sizes = [answer_bytes(self.root / step.folder) for step in steps]
         found = [size / TOKEN for size in sizes if size]
         return mean(found) if found else None
 
@@ -153,3 +159,18 @@ class Measured:
 def geometric_mean(numbers: list[float]) -> float:
     """Of positive numbers; 1 of none."""
     return exp(mean(map(log, numbers))) if numbers else 1.0
+
+
+def answer_bytes(store: Folder) -> float | None:
+    """Mean bytes of an answer's text in some of a store's shards; None without answers."""
+    texts = sampled(store, TEXTS, SHARDS)["text"]
+    return pc.mean(pc.binary_length(texts)).as_py() if len(texts) else None
+
+
+def unequal_share(store: Folder) -> float | None:
+    """Share of the prompts with unequal rewards, in some of a store's shards; None without any."""
+    rewards = sampled(store, REWARDS, SHARDS).group_by("prompt_id")
+    ends = rewards.aggregate([("reward", "min"), ("reward", "max"), ("reward", "count")])
+    ends = ends.filter(pc.greater(ends["reward_count"], 1))
+    unequal = pc.less(ends["reward_min"], ends["reward_max"])
+    return float(pc.mean(unequal).as_py()) if len(ends) else None

@@ -7,9 +7,10 @@ sums come from manifests. Rows to browse are the first by prompt_id, which is al
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.shards import Shard
 from wrpo_ray.report.histogram import Histogram
 from wrpo_ray.storage.folder import Folder
 
@@ -52,7 +54,7 @@ class Distributions:
     rows: int = 0
     """Number of counted rows."""
     of: int = 0
-    """Number of shards that exist."""
+    """Number of shards of the buckets that are sampled."""
     unit: str = "tokens"
     """Unit of lengths: tokens, or characters if token counts are unknown."""
     series: dict[str, dict[str, Histogram]] = field(default_factory=dict)
@@ -107,8 +109,9 @@ def preferences(folder: Folder, buckets: int) -> Distributions:
 
 def _merged(folder: Folder, buckets: int, most: int, count: Any) -> Distributions:
     """Sum the distributions of shards in a fixed order, until `most` rows are counted."""
-    names = _shards(folder, spread(buckets, BUCKETS))
-    names.sort(key=lambda name: name.rpartition("-")[2])  # a hash: no bucket is preferred
+    shards = _shards(folder, spread(buckets, BUCKETS))
+    shards.sort(key=lambda shard: (shard.key, shard.place))  # a hash: no bucket is preferred
+    names = [shard.path for shard in shards]
     total = Distributions()
     with ThreadPoolExecutor(THREADS) as threads:
         for start in range(0, len(names), THREADS):
@@ -117,12 +120,15 @@ def _merged(folder: Folder, buckets: int, most: int, count: Any) -> Distribution
                 total += found
             if total.rows >= most:
                 break
-    total.of = len(folder.files(suffix=".parquet"))
+    total.of = len(shards)
     return total
 
 
-def _shards(folder: Folder, buckets: list[Bucket]) -> list[str]:
-    return [n for n in folder.files(suffix=".parquet") if any(b.meets(n) for b in buckets)]
+def _shards(folder: Folder, buckets: list[Bucket]) -> list[Shard]:
+    """The shards that can hold records of these buckets, which are of one number."""
+    session = uuid.uuid4().hex  # so that the folder is listed once, beside the buckets in it
+    found = (s for b in buckets for s in replace(b, session=session).shards(folder))
+    return list(dict.fromkeys(found))
 
 
 def _batches(folder: Folder, name: str, columns: list[str], most: int) -> Iterator[pa.RecordBatch]:
@@ -219,7 +225,7 @@ def _bucket_rows(
 def _first(folder: Folder, bucket: Bucket, most: int) -> list[Row]:
     """The first rows of a bucket by prompt_id; shards are sorted by it."""
     found: list[Row] = []
-    for name in _shards(folder, [bucket])[:SHARDS]:
+    for name in (shard.path for shard in _shards(folder, [bucket])[:SHARDS]):
         columns = pq.read_schema(f"{folder.path}/{name}", filesystem=folder.filesystem).names
         for batch in _batches(folder, name, columns, 4 * most):
             found += [row for row in batch.to_pylist() if row["prompt_id"] in bucket]
@@ -250,7 +256,7 @@ def _texts(
     """{(prompt_id, source, sample): [text, finish_reason]} of answers in the searched shards."""
     wanted, found = pa.array(sorted(ids), pa.string()), {}
     for folder in (root / store for store in stores):
-        for name in _shards(folder, [bucket])[:SHARDS]:
+        for name in (shard.path for shard in _shards(folder, [bucket])[:SHARDS]):
             keys = folder.read_table(name, ["prompt_id"])["prompt_id"]
             inside = np.flatnonzero(pc.is_in(keys, wanted).to_numpy())
             if not len(inside):

@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
 
-import pyarrow.dataset as ds
-import pyarrow.fs as pafs
-
 from wrpo_ray.config import BudgetConfig, PricesConfig
+from wrpo_ray.data.finished import failed_rows
 from wrpo_ray.data.outline import PLAN, Outline, StepOutline
+from wrpo_ray.data.shards import list_shards
 from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.report.group_table import by_group, tables
 from wrpo_ray.runtime import lease, tries
 from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger, read_seconds
 from wrpo_ray.runtime.progress import format_rate
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 from wrpo_ray.text.display import one_line
 
 Row = dict[str, Any]
@@ -169,7 +167,7 @@ class _StepReader:
         is_active = self.is_running and (changed is None or self.now - changed < RECENT)
         return StepStatus(
             step.stage, step.name, ACTIVE if is_active else BEGUN, done, total, unit, rate,
-            failed=_rows(step.failures(self.root)),
+            failed=failed_rows(step.failures(self.root)),
         )  # fmt: skip
 
     def _total(self, step: StepOutline) -> int | None:
@@ -197,30 +195,18 @@ class _StepReader:
         return records[0]["step"] + 1, records[0]["steps"], "steps", rate, changed
 
     def _buckets(self, step: StepOutline) -> Any:
-        files = list(_files(self.root / step.folder))
-        if not files:
+        shards = list_shards(self.root / step.folder)
+        if not shards:
             return None
-        times = sorted(time for _, time in files if time)
+        times = sorted(shard.written / 1e9 for shard in shards if shard.written)
         changed = times[-1] if times else None
         entry = self.ledger.get(step.folder)
         if step.kind in ("generate", "score") and entry:
             total = self._total(step)
             done = entry.usage.rows if total is None else min(entry.usage.rows, total)
             return done, total, "rows", _rate(times, done), changed
-        filled = len({name.partition("-")[0] for name, _ in files})
+        filled = len({shard.place[0] for shard in shards})
         return filled, self.outline.buckets, "buckets", _rate(times, filled), changed
-
-
-def _files(folder: Folder) -> Iterator[tuple[str, float | None]]:
-    """(name, modification time) of the finished shards of a folder."""
-    found = folder.filesystem.get_file_info(pafs.FileSelector(folder.path, allow_not_found=True))
-    for info in found:
-        if (
-            info.is_file
-            and "-of-" in info.base_name
-            and not info.base_name.startswith(TEMPORARY_PREFIX)
-        ):
-            yield info.base_name, info.mtime_ns / 1e9 if info.mtime_ns else None
 
 
 def _rate(times: list[float], done: int) -> float | None:
@@ -229,14 +215,6 @@ def _rate(times: list[float], done: int) -> float | None:
     if len(recent) < 2 or recent[-1] == recent[0]:
         return None
     return done * (len(recent) - 1) / len(times) / (recent[-1] - recent[0])
-
-
-def _rows(folder: Folder) -> int:
-    """Number of rows, from the footers of the files."""
-    paths = [f"{folder.path}/{name}" for name in folder.files(suffix=".parquet")]
-    if not paths:
-        return 0
-    return int(ds.dataset(paths, format="parquet", filesystem=folder.filesystem).count_rows())
 
 
 def _is_whole(record: Row) -> bool:

@@ -1,8 +1,13 @@
 """Run context: the output, limits and ledger that every stage of a run shares."""
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from wrpo_ray.data.buckets import Bucket
+from wrpo_ray.data.shards import Layout, list_shards
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.ledger import Ledger, Usage
@@ -17,12 +22,15 @@ class Run:
 
     root: Folder
     buckets: int
-    chunk: int = 64
+    commit_seconds: float = 300
+    """Age at which answers and scores are committed."""
     failure_limit: float = 0.01
     session: str = ""
     """Id of this driver, in the environment of its processes."""
     max_attempts: int = 3
     """Attempts over all runs after which a failed row is not retried."""
+    layouts: Mapping[Folder, Layout] = field(default_factory=dict, compare=False, repr=False)
+    """What the driver saw in the folders that a pool reads, so that its workers need not look."""
     ledger: Ledger | None = None
     """None in workers: only the driver writes it."""
     beside: tuple[Pool, ...] = ()
@@ -30,6 +38,16 @@ class Run:
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+
+    def having_seen(self, stores: Iterable[Folder], finished: Iterable[Folder]) -> Run:
+        """The run for a pool's workers, with the layouts of stores and of finished steps."""
+        seen = {folder: Layout.of(folder) for folder in dict.fromkeys(stores)}
+        seen |= {folder: Layout.whole(folder) for folder in dict.fromkeys(finished)}
+        return replace(self, layouts=seen)
+
+    def bucket(self, index: int, worker: str = "") -> Bucket:
+        """A bucket of the run, for its workers, or for one of them that has an id of its own."""
+        return Bucket(index, self.buckets, worker or self.session)
 
     def record_usage(
         self,
@@ -77,6 +95,6 @@ class Run:
 
     def _example(self, step: Step) -> str:
         folder = step.failures(self.root)
-        row = folder.read_table(folder.files(suffix=".parquet")[0]).slice(0, 1).to_pylist()[0]
+        row = folder.read_table(list_shards(folder)[0].path).slice(0, 1).to_pylist()[0]
         where = row["where"] or f"prompt {row['prompt_id']}"
         return f" (such as {where}: {row['error']}: {row['message']})"

@@ -2,7 +2,8 @@
 
 The driver sums tokens and actor-seconds by step folder, and writes `ledger.json` once a second. A
 run that is interrupted leaves the ledger marked as open; the next run then also counts the answers
-in the stores. Not counted: seconds of actors that were lost before they reported them.
+in the stores, by the names of their shards. Not counted: seconds of actors that were lost before
+they reported them.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ import time
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset as ds
-
 from wrpo_ray.config import BudgetConfig, PricesConfig
+from wrpo_ray.data.finished import stored
 from wrpo_ray.errors import BudgetError, UserError
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -23,12 +22,6 @@ from wrpo_ray.storage.steps import Step
 FILE = "ledger.json"
 EVERY = 1.0
 """Seconds between writes of the ledger."""
-TOKENS = pa.schema(
-    [("sample", pa.int32()), ("prompt_tokens", pa.int32()), ("output_tokens", pa.int32())]
-)
-
-TEXTS = pa.schema([("text", pa.string())])
-REWARDS = pa.schema([("prompt_id", pa.string()), ("reward", pa.float64())])
 
 
 @dataclass(frozen=True)
@@ -177,47 +170,7 @@ class Ledger:
         for folder in (f for f in self.root.folders() if f.startswith("generate-")):
             pool = folder.removeprefix("generate-").rpartition("-")[0]
             held = self.entries.get(folder, Entry(pool, Usage()))
-            there = stored_tokens(self.root / folder)
+            there = Usage(**asdict(stored(self.root / folder)))
             if there.output_tokens > held.usage.output_tokens:
                 seconds = replace(held.usage, rows=0, prompt_tokens=0, output_tokens=0)
                 self.entries[folder] = Entry(held.pool, there + seconds)
-
-
-def stored_tokens(folder: Folder, most: int | None = None) -> Usage:
-    """Rows and tokens of a store's answers, or of about `most` of its shards, evenly chosen."""
-    sums = Usage()
-    for batch in _shards(folder, most).to_batches():
-        first = batch.filter(pa.compute.equal(batch["sample"], 0))
-        sums += Usage(batch.num_rows, _sum(first["prompt_tokens"]), _sum(batch["output_tokens"]))
-    return sums
-
-
-def stored_bytes(folder: Folder, most: int | None = None) -> float | None:
-    """Mean bytes of an answer's text in about `most` of a store's shards; None without answers."""
-    texts = _shards(folder, most, TEXTS).to_table()["text"]
-    return pa.compute.mean(pa.compute.binary_length(texts)).as_py() if len(texts) else None
-
-
-def stored_unequal(folder: Folder, most: int | None = None) -> float | None:
-    """Share of the prompts with unequal rewards, of about `most` shards; None without scores."""
-    rewards = _shards(folder, most, REWARDS).to_table().group_by("prompt_id")
-    ends = rewards.aggregate([("reward", "min"), ("reward", "max"), ("reward", "count")])
-    ends = ends.filter(pa.compute.greater(ends["reward_count"], 1))
-    unequal = pa.compute.less(ends["reward_min"], ends["reward_max"])
-    return float(pa.compute.mean(unequal).as_py()) if len(ends) else None
-
-
-def stored_rows(folder: Folder) -> int:
-    """Number of rows in a store, read from the footers of its shards."""
-    return int(_shards(folder).count_rows())
-
-
-def _shards(folder: Folder, most: int | None = None, schema: pa.Schema = TOKENS) -> ds.Dataset:
-    names = folder.files(suffix=".parquet")
-    step = -(-len(names) // most) if most and names else 1
-    paths = [f"{folder.path}/{name}" for name in names[::step]]
-    return ds.dataset(paths, schema=schema, format="parquet", filesystem=folder.filesystem)
-
-
-def _sum(column: pa.Array) -> int:
-    return int(pa.compute.sum(column).as_py() or 0)

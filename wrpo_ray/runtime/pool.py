@@ -57,9 +57,9 @@ def map_rows(
     Each result has `seconds`, the actor's time since it started or returned its last result, and
     `idle`, how many of them it had no row.
 
-    The rows of a lost actor or node are tried again, so a worker commits its own results and
-    skips what is committed. With a `ready_queue` the rows are taken from it as they become ready,
-    as many as `rows` has.
+    The rows of a lost actor or node are tried again, with a field `is_again`, so a worker commits
+    its own results and skips what is committed. With a `ready_queue` the rows are taken from it as
+    they become ready, as many as `rows` has.
 
     Raises:
         WrpoError: as raised by the worker, or one that names the pool and the cause.
@@ -279,5 +279,7 @@ class RunningPool:
         if self.lost_starts > START_LOSSES or most > ROW_LOSSES:
             raise error
         log(f"{self.pool.what}: an actor was lost; its rows go to another one")
+        for row in rows:
+            row["is_again"] = True
         self.queue.extendleft(reversed(rows))
         self._release(member)

@@ -12,12 +12,15 @@ Row = dict[str, Any]
 class ReadyQueue:
     """Rows for a pool that follows another one, in the order in which they become ready.
 
-    Row {"job": i, "bucket": b} says that bucket b of `steps[i]` can be read. Thread-safe.
+    Row {"job": i, "bucket": b, "is_whole": w} says that bucket b of `steps[i]` can be read, and
+    whether nothing is missing in it, so that it stays as it is. Thread-safe.
     """
 
     def __init__(self, steps: list[Step]):
         self._jobs = {step.key: job for job, step in enumerate(steps)}
         self._rows: deque[Row] = deque()
+        self.passed_over: set[tuple[int, int]] = set()
+        """(job, bucket) of rows that are not given, because the other pool has no work there."""
 
     @classmethod
     def of(cls, rows: list[Row]) -> Self:
@@ -26,12 +29,15 @@ class ReadyQueue:
         queue._rows.extend(rows)
         return queue
 
-    def add(self, step: Step, bucket: int) -> None:
+    def add(self, step: Step, bucket: int, *, is_whole: bool = True) -> None:
         """Add a bucket that can be read; buckets of other steps are ignored."""
         if step.key in self._jobs:
-            self._rows.append({"job": self._jobs[step.key], "bucket": bucket})
+            row = {"job": self._jobs[step.key], "bucket": bucket, "is_whole": is_whole}
+            self._rows.append(row)
 
     def take(self) -> Iterator[Row]:
         """Remove and yield the rows that are ready."""
         while self._rows:
-            yield self._rows.popleft()
+            row = self._rows.popleft()
+            if (row["job"], row["bucket"]) not in self.passed_over:
+                yield row

@@ -32,6 +32,10 @@ HUB_SCHEME = "hf://"
 DATASET_SCHEME = f"{HUB_SCHEME}datasets/"
 """Begins the address of files of a data set there, which are only read (see `hub_data`)."""
 
+DELAYED_OPEN = "allow_delayed_open"
+"""Option of S3 stores by which a file below the size of a part (10 MB) is written by one request in
+place of three: the upload in parts begins when the first part is full."""
+
 
 @dataclass(frozen=True, repr=False)
 class Folder:
@@ -64,6 +68,8 @@ class Folder:
 
             return hub_data.open_store(self.uri)
         quoted = replace(self._address, name=quote(self._address.name))  # a URI is escaped
+        if quoted.scheme == "s3" and DELAYED_OPEN not in quoted.options:
+            quoted = replace(quoted, options=f"{quoted.options}&{DELAYED_OPEN}=true".lstrip("&"))
         try:
             filesystem, path = pafs.FileSystem.from_uri(quoted.whole)
         except pa.ArrowInvalid as error:
@@ -136,14 +142,18 @@ class Folder:
 
     def files(self, name: str = "", suffix: str = "") -> list[str]:
         """Return the sorted names of the complete files directly in the subfolder `name`."""
-        selector = pafs.FileSelector(self._at(name), allow_not_found=True)
-        found = [i.base_name for i in self.filesystem.get_file_info(selector) if i.is_file]
+        found = [i.base_name for i in self.infos(name) if i.is_file]
         return sorted(n for n in found if n.endswith(suffix) and not n.startswith(TEMPORARY_PREFIX))
+
+    def infos(self, name: str = "", *, recursive: bool = False) -> list[pafs.FileInfo]:
+        """Return what lies in the subfolder `name`, by one request a thousand in object stores."""
+        selector = pafs.FileSelector(self._at(name), allow_not_found=True, recursive=recursive)
+        found: list[pafs.FileInfo] = self.filesystem.get_file_info(selector)
+        return found
 
     def folders(self) -> list[str]:
         """Return the sorted names of the folders directly in this one."""
-        selector = pafs.FileSelector(self.path, allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
+        found = self.infos()
         return sorted(i.base_name for i in found if i.type == pafs.FileType.Directory)
 
     def read(self, name: str) -> bytes:
@@ -219,11 +229,6 @@ class Folder:
     def read_table(self, name: str, columns: list[str] | None = None) -> pa.Table:
         """Return the table of a Parquet file."""
         return pq.read_table(self._at(name), columns=columns, filesystem=self.filesystem)
-
-    def column_names(self, name: str) -> list[str]:
-        """Return the names of a Parquet file's columns."""
-        names: list[str] = pq.read_schema(self._at(name), filesystem=self.filesystem).names
-        return names
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write a Parquet file, which appears when it is complete."""

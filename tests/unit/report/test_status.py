@@ -38,7 +38,7 @@ GENERATE = step("generate-a", "generate", prompts=PROMPTS.key, splits=("preferen
 
 
 def put(folder: Path, name: str, ago: float, text: str = "x") -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     os.utime(folder / name, (NOW - ago, NOW - ago))
 
@@ -87,7 +87,7 @@ def test_rows_rate_and_time_left(tmp_path):
 def test_buckets_and_optimizer_steps(tmp_path):
     for index in (0, 1, 3):
         put(tmp_path / "select", Bucket(index, 4).shard("all"), ago=50 - 10 * index)
-    put(tmp_path / "select", ".part-00002-of-00004-x.parquet", ago=0)
+    put(tmp_path / "select", "00002-of-00004/.part-0123-x.parquet", ago=0)
     lines = [
         json.dumps({"step": i, "steps": 40, "tokens": 200, "tokens_per_s": 100}) for i in range(30)
     ]

@@ -15,11 +15,12 @@ from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.published import parse_messages
 from wrpo_ray.data.records import FAILURE, failure
 from wrpo_ray.data.samples import Prompts, Samples
+from wrpo_ray.data.shards import Shard, list_shards
 from wrpo_ray.errors import BrokenFileError, UserError
 from wrpo_ray.report.status import is_running
 from wrpo_ray.runtime.cluster import output_mark
 from wrpo_ray.runtime.lease import file_name
-from wrpo_ray.storage.fingerprints import data_fingerprint
+from wrpo_ray.storage.fingerprints import data_fingerprint, digest
 from wrpo_ray.storage.folder import Folder, check_writable
 from wrpo_ray.storage.publish import TEMPORARY_PREFIX
 from wrpo_ray.storage.steps import Step
@@ -56,10 +57,15 @@ def test_a_step_is_done_when_its_manifest_is_there(tmp_path):
 @given(IDS, st.integers(0, 6), st.integers(0, 6))
 def test_a_prompt_lies_in_one_bucket_and_is_found_under_any_number_of_buckets(key, a, b):
     written = next(x for x in buckets(2**a) if key in x)
-    shard = written.shard("any")
+    shard = Shard.of(written.shard("any"))
+    old = Shard.of(f"{written.index:05d}-of-{written.count:05d}-{digest('any', 16)}.parquet")
     holders = [x for x in buckets(2**b) if key in x]
     assert len(holders) == 1
+    assert shard
+    assert old
+    assert shard.key == old.key
     assert holders[0].meets(shard)
+    assert holders[0].meets(old)
 
 
 @pytest.mark.parametrize(("written", "read"), [(4, 4), (4, 16), (16, 4), (1, 8), (8, 1)])
@@ -218,4 +224,4 @@ def test_a_crash_while_failed_rows_are_tried_again_forgets_no_attempt(tmp_path):
             assert earlier.given_up == {("lasting", 0)}
     with retrying_failures(folder, bucket) as earlier:
         assert earlier.attempts == {("lasting", "a", 0): 3}
-    assert folder.files(suffix=".parquet") == []
+    assert list_shards(folder) == []

@@ -142,7 +142,7 @@ class Summer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """The sums of one bucket."""
-        bucket = Bucket(row["bucket"], self.run.buckets)
+        bucket = self.run.bucket(row["bucket"])
         prompts = {
             p["prompt_id"]: p for p in self.job.prompts.read(self.run.root, bucket).to_pylist()
         }

@@ -12,9 +12,9 @@ from functools import cached_property
 from typing import Any, Self
 
 from wrpo_ray.config import Actors
-from wrpo_ray.data.buckets import Bucket, buckets, write_shard
+from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.failures import retrying_failures, write_failures
-from wrpo_ray.data.records import JUDGMENT, FailureRow, failure
+from wrpo_ray.data.records import FAILURE, JUDGMENT, FailureRow, failure
 from wrpo_ray.data.samples import Samples
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
@@ -130,7 +130,7 @@ class Reader:
 
     def __call__(self, row: Row) -> Row:
         """Write the verdicts of one bucket of one job; return counts."""
-        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
+        job, bucket = self.jobs[row["job"]], self.run.bucket(row["bucket"])
         root, kept = self.run.root, job.step.failures(self.run.root)
         asked = items(job.prompts, job.judging.schema, root, bucket)
         found = [answers.read(root, bucket) for answers in job.answers]
@@ -169,12 +169,10 @@ class Reader:
                 before = f"{found[key]['text']}\n" if key in found else ""
                 found[key] = {**row, "text": before + row["text"]}
         kept = game.judgments.step.failures(root)
-        for name in kept.files(suffix=".parquet"):
-            if bucket.meets(name):
-                for row in kept.read_table(name).to_pylist():
-                    if row["prompt_id"] not in found:
-                        error = {n: row[n] for n in ("error", "message", "attempts")}
-                        errors.setdefault(row["prompt_id"], error)
+        for row in read_bucket(kept, bucket, FAILURE).to_pylist():
+            if row["prompt_id"] not in found:
+                error = {n: row[n] for n in ("error", "message", "attempts")}
+                errors.setdefault(row["prompt_id"], error)
         return found, errors
 
 

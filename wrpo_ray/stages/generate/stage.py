@@ -1,14 +1,16 @@
 """Answers of the sources, on a pool of actors each; a new kind of source is added here.
 
 The unit of work is a bucket. An actor reads its bucket's prompts, skips the (prompt, sample) pairs
-that the store already holds, and commits the rest chunk by chunk. So a crash loses at most the
-uncommitted chunks, and larger runs only add what is missing. An actor works on several buckets at
-once, on more the smaller they are, so that its engine's batch stays full.
+that the store already holds, and commits the rest by its size and age (`ShardWriter`). So a kill
+loses at most the answers of the last `storage.commit_seconds`, and larger runs only add what is
+missing. A bucket without missing answers is marked, and later runs of the step pass over it. An
+actor works on several buckets at once, on more the smaller they are, so that its engine's batch
+stays full.
 """
 
 import math
 import threading
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,9 +19,11 @@ from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
-from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
-from wrpo_ray.data.samples import Prompts, Samples, sample_keys
+from wrpo_ray.data.buckets import Bucket, buckets
+from wrpo_ray.data.failures import EarlierFailures, write_failures
+from wrpo_ray.data.finished import Filling
+from wrpo_ray.data.samples import Prompts, Samples
+from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env, slots
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
@@ -29,8 +33,9 @@ from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress, log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
-from wrpo_ray.runtime.tally import Tally
+from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.runtime.tasks import run_in_threads
+from wrpo_ray.runtime.workplace import Workplace
 from wrpo_ray.stages.generate.vllm_engine import (
     Answers,
     Engine,
@@ -180,11 +185,19 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
 
 
 def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
+    tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
+    rows = unmarked(tallies, _rows(jobs, buckets(run.buckets)))
+    if ready_queue:
+        for job, tally in zip(jobs, tallies, strict=True):
+            for bucket in tally.marks:
+                ready_queue.add(job.step, bucket)
+    if not rows:
+        return
     log(f"{pool.what}: starting engines")
-    rows = _rows(jobs, buckets(run.buckets))
+    stores = [f for j in jobs for f in (j.samples.folder(run.root), j.step.failures(run.root))]
+    seen = run.having_seen(stores, [run.root / job.prompts.step.folder for job in jobs])
     progress = Progress(pool.what, len(rows))
-    tallies = [Tally(run, job.step) for job in jobs]
-    for result in map_rows(pool, rows, Generator, {"run": run, "jobs": jobs}):
+    for result in map_rows(pool, rows, Generator, {"run": seen, "jobs": jobs}):
         progress.add(result["new"], result["failed"], result["output_tokens"])
         tallies[result["job"]].add(result)
         run.record_usage(
@@ -194,7 +207,7 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
             prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
         )  # fmt: skip
         if ready_queue:
-            ready_queue.add(jobs[result["job"]].step, result["bucket"])
+            ready_queue.add(jobs[result["job"]].step, result["bucket"], is_whole=result["is_whole"])
 
 
 def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
@@ -215,6 +228,7 @@ class Generator:
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
+        self.workplace = Workplace(run, [job.step for job in jobs])
         self._starting, self._start_clock = threading.Lock(), StartClock()
 
     @cached_property
@@ -230,19 +244,30 @@ class Generator:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
-        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
-        kept = job.step.failures(self.run.root)
-        done = prompt_tokens = output_tokens = 0
-        with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
-            held, failed, requests = self._missing(job, bucket, earlier)
-            for rows, failures in self._answers(job, requests):
-                self._commit(bucket, job, rows, failures, earlier)
-                done, failed = done + len(rows), failed + len(failures)
-                prompt_tokens += self._prompt_tokens(job, rows)
-                output_tokens += sum(r["output_tokens"] or 0 for r in rows)
-        counts = {"rows": held + done, "new": done, "failed": failed}
-        counts |= {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens}
-        return row | counts | self._start_clock.take()
+        job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
+        made = Counter(new=0, failed=0, prompt_tokens=0, output_tokens=0)
+        with self.workplace.filling(row, records.RESPONSE) as (filling, earlier):
+            held, given_up, requests = self._missing(job, bucket, filling, earlier)
+            commit = partial(self._commit, job, filling, earlier)
+            with ShardWriter(commit, self.run.commit_seconds) as writer:
+                for rows, failures in self._answers(job, requests):
+                    writer.add(rows, failures)
+                    made.update(self._counts(job, rows, failures))
+        counts = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
+        if is_whole := not made["failed"]:
+            most = self.run.max_attempts
+            filling.mark(rows=counts["rows"], failed=given_up, attempts=most)
+        return row | counts | {"is_whole": is_whole} | self._start_clock.take()
+
+    def _counts(
+        self, job: Generate, rows: list[Row], failures: list[records.FailureRow]
+    ) -> dict[str, int]:
+        return {
+            "new": len(rows),
+            "failed": len(failures),
+            "prompt_tokens": self._prompt_tokens(job, rows),
+            "output_tokens": sum(row["output_tokens"] or 0 for row in rows),
+        }
 
     def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
         """Return tokens read: vLLM reads a prompt once for all its samples, a server for each."""
@@ -250,20 +275,12 @@ class Generator:
         return sum(n for _, n in (lengths if job.model.endpoint else dict(lengths).items()))
 
     def _answers(self, job: Generate, requests: list[Request]) -> Iterator[Answers]:
-        """Yield answers as they finish, collected until there are enough for a shard."""
+        """Yield the answers of each request as they finish."""
         if not requests:
             return
         with self._starting:
             engine = self.engine
-        rows, failed = [], []
-        for count, answers in enumerate(
-            engine.answers(requests, job.sampling, self._identity(job)), start=1
-        ):
-            rows += answers[0]
-            failed += answers[1]
-            if count % self.run.chunk == 0 or count == len(requests):
-                yield rows, failed
-                rows, failed = [], []
+        yield from engine.answers(requests, job.sampling, self._identity(job))
 
     def _identity(self, job: Generate) -> SamplingIdentity:
         is_here = job.model.endpoint is None
@@ -271,11 +288,10 @@ class Generator:
         return SamplingIdentity(job.model.name, job.seed, folder)
 
     def _missing(
-        self, job: Generate, bucket: Bucket, earlier: EarlierFailures
+        self, job: Generate, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Request]]:
         """Return the numbers of answers stored and given up, and requests for the others."""
-        store = self.run.root / job.step.folder
-        done = sample_keys(read_bucket(store, bucket, records.RESPONSE, ["prompt_id", "sample"]))
+        done = filling.sample_keys()
         given_up = earlier.given_up - done
         prompts = job.prompts.read(self.run.root, bucket).to_pylist()
         requests, wanted = [], job.sampling.samples
@@ -291,17 +307,17 @@ class Generator:
 
     def _commit(
         self,
-        bucket: Bucket,
         job: Generate,
+        filling: Filling,
+        earlier: EarlierFailures,
         rows: list[Row],
         failures: list[records.FailureRow],
-        earlier: EarlierFailures,
     ) -> None:
         key = sorted([r["prompt_id"], r["sample"]] for r in [*rows, *failures])
         if rows:
-            marked = [row | {"model": job.fingerprint} for row in rows]
-            write_shard(job.samples.folder(self.run.root), bucket, records.RESPONSE, marked, key)
-        write_failures(job.step.failures(self.run.root), bucket, failures, key, earlier)
+            filling.write([row | {"model": job.fingerprint} for row in rows], key)
+        folder = job.step.failures(self.run.root)
+        write_failures(folder, filling.bucket, failures, key, earlier)
 
 
 def _runs(numbers: list[int]) -> list[tuple[int, int]]:

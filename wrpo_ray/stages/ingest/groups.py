@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from wrpo_ray.config import PromptsConfig, RecordedAnswers
-from wrpo_ray.data.buckets import Bucket, buckets
+from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.group_counts import OTHERS, key_of, read_counts
 from wrpo_ray.data.published import RowError
 from wrpo_ray.data.samples import Groups, Prompts
@@ -208,7 +208,7 @@ class CheckGroups(BaseJob):
 def _count(run: Run, job: CheckGroups, row: dict[str, int]) -> Row:
     """[[group, prompts, prompts without a reference]] of a bucket, as JSON."""
     columns = ["prompt_id", "split", "group", "reference"]
-    table = job.prompts.read(run.root, Bucket(**row), columns)
+    table = job.prompts.read(run.root, run.bucket(row["index"]), columns)
     table = table.append_column("bare", pc.cast(pc.is_null(table["reference"]), "int64"))
     sums = table.group_by("group").aggregate([("bare", "count"), ("bare", "sum")])
     found = zip(*(sums[n].to_pylist() for n in ("group", "bare_count", "bare_sum")), strict=True)

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from wrpo_ray.config import PromptsConfig, RecordedAnswers
 from wrpo_ray.data import records
-from wrpo_ray.data.buckets import Bucket, write_shard
+from wrpo_ray.data.buckets import write_shard
 from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.published import RowError
 from wrpo_ray.data.samples import Prompts, Samples
@@ -242,7 +242,7 @@ def _writer(run: Run, job: IngestRecorded) -> Callable[[pa.Table], pa.Table]:
 
     def write(group: pa.Table) -> pa.Table:
         """Write one bucket's shard and failures; return the counts, and answers to no prompt."""
-        bucket = Bucket(group["bucket"][0].as_py(), run.buckets)
+        bucket = run.bucket(group["bucket"][0].as_py())
         good, failed = split_good(group)
         placed_rows = [row for row in good if row["prompt_id"]]
         kept, twice = settled(placed_rows, stage)
@@ -332,7 +332,7 @@ def _read_part(readers: Sequence[Callable[[Row], Iterator[Row]]], task: Row) -> 
 
 def _write_prompts(run: Run, job: IngestJoinedPrompts, group: pa.Table) -> pa.Table:
     """Write one bucket's shard: of equal prompts one, with the reference and group of any."""
-    bucket, step = Bucket(group["bucket"][0].as_py(), run.buckets), job.step
+    bucket, step = run.bucket(group["bucket"][0].as_py()), job.step
     good, failed = split_good(group)
     kept, unlike = merged_prompts(good, step.name, one_group=not job.is_of_answers)
     write_shard(run.root / step.folder, bucket, records.PROMPT, kept, "all")

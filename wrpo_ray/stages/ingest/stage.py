@@ -208,7 +208,7 @@ def reader(job: AnyIngest, buckets: int, limit: int | None) -> Callable[[Row], I
 def _writer(run: Run, job: AnyIngest) -> Callable[[pa.Table], pa.Table]:
     def write(group: pa.Table) -> pa.Table:
         """Write one bucket's shard; Ray Data calls it with all rows of the bucket."""
-        bucket = Bucket(group["bucket"][0].as_py(), run.buckets)
+        bucket = run.bucket(group["bucket"][0].as_py())
         good, failed = split_good(group)
         folder = run.root / job.step.folder
         parts = job.finish_bucket(good, run, bucket)

@@ -94,7 +94,7 @@ class Candidates:
         return _structs(table, list(ANSWER))
 
     def _late(self, rows: Ints) -> pa.Table:
-        lengths = [store.keys.num_rows for store in self.stores]
+        lengths = [len(store.table) for store in self.stores]
         ends = np.cumsum(lengths)
         of_store = np.searchsorted(ends, rows, side="right")
         parts, order = [], np.argsort(of_store, kind="stable")
@@ -120,9 +120,9 @@ def read_candidates(
     samples: Sequence[Samples], root: Folder, bucket: Bucket, prompt_ids: pa.Array
 ) -> Candidates:
     """Read the bucket's answers to these prompts, whose ids are sorted."""
-    stores = tuple(s.find(root, bucket, SCORED) for s in samples)
-    table = pa.concat_tables([_deciding(store) for store in stores])
-    starts = np.cumsum([0, *(store.keys.num_rows for store in stores)])
+    stores = tuple(s.find(root, bucket, SCORED, DECIDING) for s in samples)
+    table = pa.concat_tables([store.table for store in stores])
+    starts = np.cumsum([0, *(len(store.table) for store in stores)])
     rows = np.concatenate([s.rows + start for s, start in zip(stores, starts, strict=False)])
     return candidates_of(stores, table, rows, prompt_ids)
 
@@ -136,13 +136,6 @@ def candidates_of(
     columns = [prompts, dense_ranks(table["source"]), table["sample"].to_numpy()]
     rows = rows[np.lexsort([column[rows] for column in columns[::-1]])]
     return Candidates(stores, table, rows, prompts[rows].astype(np.int64))
-
-
-def _deciding(store: RowSelection) -> pa.Table:
-    table = store.read_all(DECIDING)
-    for name in ANSWER_KEY:
-        table = table.append_column(store.schema.field(name), store.keys[name])
-    return table
 
 
 class Verdicts(NamedTuple):

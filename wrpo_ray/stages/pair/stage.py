@@ -17,6 +17,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.group_counts import MARK, Number
 from wrpo_ray.data.samples import Prompts, Samples
+from wrpo_ray.data.shards import share_layouts
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
@@ -45,7 +46,10 @@ class BucketJob(BaseJob):
         for job in jobs:
             started, totals = time.time(), Counter[str]()
             rows = ({"index": b.index, "count": b.count} for b in job.buckets(run))
-            for counts in map_tasks(job.step.name, rows, partial(_fill, run, job)):
+            given = job.row_source
+            prompts = [run.root / given.step.folder] if isinstance(given, Prompts) else []
+            seen = run.having_seen((run.root / store for store in job.stores), prompts)
+            for counts in map_tasks(job.step.name, rows, partial(_fill, seen, job)):
                 totals.update(counts)
                 metrics.add_counts(job.step, rows=counts["rows"])
             record = job.step.finish(run.root, dict(sorted(totals.items())), started)
@@ -54,7 +58,9 @@ class BucketJob(BaseJob):
 
 
 def _fill(run: Run, job: AnyBucketJob, row: dict[str, int]) -> dict[str, Number]:
-    return job.fill(run, Bucket(**row))
+    index, count = row["index"], row["count"]
+    share_layouts(run.session, run.layouts)
+    return job.fill(run, run.bucket(index) if count == run.buckets else Bucket(index, count))
 
 
 def _without_sources(totals: dict[str, int]) -> dict[str, int]:

@@ -1,12 +1,13 @@
 """Scores of answers, by a pool of actors; the unit of work is a bucket of one store of answers.
 
-An actor skips the answers that have a score, and commits the others chunk by chunk. Scores are
-rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
+An actor skips the answers that have a score, and commits the others by their size and age
+(`ShardWriter`). A bucket that is whole, answers and scores, is marked and passed over later. Scores
+are rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
 """
 
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal, Self
 
@@ -15,9 +16,11 @@ import pyarrow.compute as pc
 
 from wrpo_ray.config import RewardConfig
 from wrpo_ray.data import records
-from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket, write_shard
-from wrpo_ray.data.failures import EarlierFailures, retrying_failures, write_failures
-from wrpo_ray.data.samples import Samples, sample_keys
+from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket
+from wrpo_ray.data.failures import EarlierFailures, write_failures
+from wrpo_ray.data.finished import Filling
+from wrpo_ray.data.samples import Samples
+from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
@@ -27,7 +30,8 @@ from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress
 from wrpo_ray.runtime.ready_queue import ReadyQueue
-from wrpo_ray.runtime.tally import Tally
+from wrpo_ray.runtime.tally import Tally, unmarked
+from wrpo_ray.runtime.workplace import Workplace
 from wrpo_ray.stages.score.base import Item, Reward
 from wrpo_ray.stages.score.rewards import load_reward
 from wrpo_ray.storage.fingerprints import digest
@@ -40,7 +44,9 @@ SCORE = "reward"
 Outcome = Literal["reward", "verdict"]
 SHOWN_AS = {"reward": "mean reward", "verdict": "share right"}
 """The mean of a job's scores, as the progress calls it."""
-SAMPLED_BUCKETS = 32
+BATCHES = 64
+"""Batches that a reward scores at once, in an order of its own, such as by length."""
+SAMPLED_BUCKETS = 8
 """Evenly chosen buckets in which the share of wins is counted. A bucket reads two columns of each
 source for it; counting in all of them would cost more with every bucket of the run."""
 
@@ -128,10 +134,19 @@ def pool_of(reward: RewardConfig) -> Pool:
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
     (pool,) = with_shares([pool_of(jobs[0].reward)], run.beside)
+    tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    shown = [_SourceProgress(job, run.buckets) for job in jobs]
-    tallies = [Tally(run, job.step) for job in jobs]
-    for result in map_rows(pool, rows, Scorer, {"run": run, "jobs": jobs}, ready_queue):
+    rows = unmarked(tallies, rows)
+    if ready_queue:
+        ready_queue.passed_over |= {(j, b) for j, tally in enumerate(tallies) for b in tally.marks}
+    if not rows:
+        return
+    stores = [s.folder(run.root) for job in jobs for s in (job.samples, job.answers)]
+    stores += [job.step.failures(run.root) for job in jobs]
+    prompts = [run.root / job.answers.prompts.step.folder for job in jobs]
+    seen = run.having_seen(stores, prompts)
+    shown = [_SourceProgress(job, t.left) for job, t in zip(jobs, tallies, strict=True)]
+    for result in map_rows(pool, rows, Scorer, {"run": seen, "jobs": jobs}, ready_queue):
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
         run.record_usage(
@@ -168,7 +183,9 @@ class Scorer:
     """The actor: a reward or verifier that is loaded at the first answer without a score."""
 
     def __init__(self, run: Run, jobs: list[Score]):
-        self.run, self.jobs, self._start_clock = run, jobs, StartClock()
+        self.run, self.jobs = run, jobs
+        self.workplace = Workplace(run, [job.step for job in jobs])
+        self._start_clock = StartClock()
 
     @cached_property
     def reward(self) -> Reward:
@@ -182,21 +199,25 @@ class Scorer:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Score one bucket of one job; return counts only."""
-        job, bucket = self.jobs[row["job"]], Bucket(row["bucket"], self.run.buckets)
-        kept = job.step.failures(self.run.root)
-        done, score_sum = 0, 0.0
-        with retrying_failures(kept, bucket, self.run.max_attempts) as earlier:
-            held, failed, missing = self._missing(job, bucket, earlier)
+        job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
+        done, failed, score_sum = 0, 0, 0.0
+        with self.workplace.filling(row, records.SCORED) as (filling, earlier):
+            held, given_up, missing = self._missing(job, bucket, filling, earlier)
             prompts = self._prompts(job, bucket) if missing else {}
-            for rows in chunks(missing, self.run.chunk * job.reward.batch_size):
-                good, failures = self._score(job, prompts, rows)
-                self._commit(job, bucket, rows, good, failures, earlier)
-                done, failed = done + len(good), failed + len(failures)
-                score_sum += sum(r[SCORE] for r in good)
-        counts = {"rows": held + done, "new": done, "failed": failed, "score_sum": score_sum}
+            commit = partial(self._commit, job, filling, earlier)
+            with ShardWriter(commit, self.run.commit_seconds) as writer:
+                for rows in chunks(missing, BATCHES * job.reward.batch_size):
+                    good, failures = self._score(job, prompts, rows)
+                    writer.add(good, failures)
+                    done, failed = done + len(good), failed + len(failures)
+                    score_sum += sum(r[SCORE] for r in good)
+        if not failed and row.get("is_whole", True):
+            filling.mark(rows=held + done, failed=given_up, attempts=self.run.max_attempts)
+        counts = {"rows": held + done, "new": done, "failed": given_up + failed}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
         wins = self._wins(bucket) if done and is_sampled else []
-        return row | counts | {"wins": json.dumps(wins)} | self._start_clock.take()
+        told = {"score_sum": score_sum, "wins": json.dumps(wins)}
+        return row | counts | told | self._start_clock.take()
 
     def _wins(self, bucket: Bucket) -> list[int]:
         """Return how many of the bucket's prompts each job's source wins, if all are scored.
@@ -205,13 +226,13 @@ class Scorer:
         """
         if len({job.step.source for job in self.jobs}) < len(self.jobs):
             return []
-        columns, best = ["prompt_id", SCORE], []
-        for job in self.jobs:
+        columns, best = ["prompt_id", SCORE], list[pa.Table]()
+        for job in reversed(self.jobs):  # the last one is scored last
             store = job.samples.folder(self.run.root)
             table = read_bucket(store, bucket, records.SCORED, columns)
             if not table.num_rows:
                 return []
-            best.append(table.group_by("prompt_id").aggregate([(SCORE, "max")]))
+            best.insert(0, table.group_by("prompt_id").aggregate([(SCORE, "max")]))
         highest = f"{SCORE}_max"
         most = pa.concat_tables(best).group_by("prompt_id").aggregate([(highest, "max")])
         return [
@@ -220,11 +241,10 @@ class Scorer:
         ]
 
     def _missing(
-        self, job: Score, bucket: Bucket, earlier: EarlierFailures
+        self, job: Score, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Row]]:
         """Return how many wanted answers have a score, how many are given up, and the others."""
-        store = job.samples.folder(self.run.root)
-        done = sample_keys(read_bucket(store, bucket, records.SCORED, ["prompt_id", "sample"]))
+        done = filling.sample_keys()
         answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
         given_up = earlier.given_up - done
         keys = [(row["prompt_id"], row["sample"]) for row in answers]
@@ -259,13 +279,13 @@ class Scorer:
     def _commit(
         self,
         job: Score,
-        bucket: Bucket,
-        rows: list[Row],
+        filling: Filling,
+        earlier: EarlierFailures,
         good: list[Row],
         failed: list[records.FailureRow],
-        earlier: EarlierFailures,
     ) -> None:
-        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in rows)
+        key = sorted([r["prompt_id"], r["source"], r["sample"]] for r in [*good, *failed])
         if good:
-            write_shard(job.samples.folder(self.run.root), bucket, records.SCORED, good, key)
-        write_failures(job.step.failures(self.run.root), bucket, failed, key, earlier)
+            filling.write(good, key)
+        folder = job.step.failures(self.run.root)
+        write_failures(folder, filling.bucket, failed, key, earlier)

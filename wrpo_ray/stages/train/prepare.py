@@ -209,7 +209,7 @@ class Preparer:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job, unless it is there without a fault."""
         self._turn_to(self.jobs[row["job"]])
-        bucket = Bucket(row["bucket"], self.run.buckets)
+        bucket = self.run.bucket(row["bucket"])
         folder = self.run.root / self.job.step.folder
         name = f"{bucket.index:05d}-of-{bucket.count:05d}{SUFFIX}"
         counts = read_counts(folder, name)

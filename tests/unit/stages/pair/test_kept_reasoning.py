@@ -89,12 +89,13 @@ def test_answers_of_an_earlier_version_are_read_beside_those_of_this_one(tmp_pat
 
     class Stored:
         def find(self, *_: Any) -> Any:
-            from wrpo_ray.data.buckets import read_shards, shard_names
             from wrpo_ray.data.samples import ANSWER_KEY, RowSelection
+            from wrpo_ray.data.shards import OpenShards
+            from wrpo_ray.stages.pair.candidates import DECIDING
 
-            names = shard_names(folder, ALL)
-            keys = read_shards(folder, names, SCORED, list(ANSWER_KEY))
-            return RowSelection(folder, tuple(names), SCORED, keys, np.arange(len(keys)))
+            shards = OpenShards(folder, ALL.shards(folder), SCORED)
+            table = shards.read_all([*ANSWER_KEY, *DECIDING])
+            return RowSelection(shards, table, np.arange(len(table)))
 
     stored: Any = Stored()
     candidates = read_candidates([stored], folder, ALL, pa.array([KEY]))

@@ -389,7 +389,7 @@ def test_what_cannot_work_is_told_before_any_work(folder, tmp_path, monkeypatch)
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    return Run(Folder(str(tmp_path)), buckets=1, chunk=1)
+    return Run(Folder(str(tmp_path)), buckets=1)
 
 
 def answers(run: Run, count: int) -> Samples:
@@ -437,8 +437,9 @@ class Dying:
         return [1.0] * len(items)
 
 
-def test_a_crash_loses_one_chunk_of_a_bucket(run):
-    """100 answers, 32 a chunk: two are kept when the third fails, and no answer is scored twice."""
+def test_a_crash_loses_only_the_answers_in_hand(run, monkeypatch):
+    """100 answers, 32 at once: two are kept when the third fails, and no answer is scored twice."""
+    monkeypatch.setattr("wrpo_ray.stages.score.stage.BATCHES", 1)
     job = Score(answers(run, 100), RewardConfig(function=FUNCTION), (None,), ("function",))
     actor = Scorer(run, [job])
     actor.reward = first = Dying(3)

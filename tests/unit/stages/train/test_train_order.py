@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrpo_ray.stages.train.order import Order, permutation
+from wrpo_ray.stages.train.order import HASHED, Order, permutation, permuted_block
 
 SIZES = [(1, 1), (1, 128), (7, 3), (64, 8), (65, 8), (100, 32)]  # (rows, batch size)
 ORDERS = st.builds(
@@ -54,6 +56,44 @@ def test_order_is_fixed_for_good():
     order = Order(rows=8, epochs=2, batch_size=3, seed=42)
     assert [order.batch(step) for step in range(3)] == [(2, 7, 6), (5, 4, 1), (3, 0)]
     assert order.batch(3) == permutation(42, 1, 8)[:3]
+
+
+def test_the_order_of_many_rows_has_each_once_and_looks_random():
+    order = Order(HASHED + 70_001, epochs=2, batch_size=5000, seed=3)
+    epochs = []
+    for epoch in range(2):
+        steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
+        epochs.append(np.concatenate([order.batch(step) for step in steps]))
+        assert len(order.batch(steps[-1])) == order.rows % 5000
+        assert (np.sort(epochs[-1]) == np.arange(order.rows)).all()
+    for one, other in [
+        (epochs[0], epochs[1]), (epochs[0], np.arange(order.rows)), (epochs[0][1:], epochs[0][:-1]),
+    ]:  # fmt: skip
+        assert abs(np.corrcoef(one, other)[0, 1]) < 0.005  # of independent ones: 0.001
+        assert (one == other).sum() < 10
+    near = np.abs(np.diff(epochs[0])) <= 100
+    assert near.sum() == pytest.approx(200, abs=70)  # of neighbours in the files
+
+
+def test_the_order_of_many_rows_is_fixed_for_good():
+    order = Order(12_345_678, epochs=3, batch_size=4, seed=42)
+    assert [order.batch(step) for step in (0, 5_000_000)] == [
+        (9763768, 7000892, 10044029, 2518957), (9062106, 3504242, 3011150, 8633533),
+    ]  # fmt: skip
+
+
+def test_many_rows_are_ordered_quicker():
+    def seconds(order: Order, places: int) -> float:
+        permutation.cache_clear()
+        permuted_block.cache_clear()
+        started = time.process_time()
+        for step in range(places // order.batch_size):
+            order.batch(step)
+        return (time.process_time() - started) / places
+
+    few = seconds(Order(300_000, 1, 10_000, 0), 300_000)
+    many = min(seconds(Order(50_000_000, 1, 10_000, n), 650_000) for n in range(3))
+    assert many < few / 8  # some 40 times on an idle machine
 
 
 @pytest.mark.parametrize(

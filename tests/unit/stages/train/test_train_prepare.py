@@ -19,6 +19,7 @@ from support.tiny_models import (
 
 from wrpo_ray.config import Actors, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.data.buckets import buckets
+from wrpo_ray.data.shards import list_shards
 from wrpo_ray.errors import FailureLimitError, UserError
 from wrpo_ray.llm import chat
 from wrpo_ray.runtime.context import Run
@@ -70,9 +71,7 @@ def read(root: Folder, job: Prepare) -> PreparedRows:
 
 def failures(root: Folder, job: Prepare, part: str = "") -> list[dict[str, Any]]:
     folder = job.step.failures(root) / part if part else job.step.failures(root)
-    return [
-        row for n in folder.files(suffix=".parquet") for row in folder.read_table(n).to_pylist()
-    ]
+    return [row for s in list_shards(folder) for row in folder.read_table(s.path).to_pylist()]
 
 
 # --- what is in a bucket ----------------------------------------------------------------------
