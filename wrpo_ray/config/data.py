@@ -170,11 +170,11 @@ class StorageConfig(Section):
     buckets: int = Field(64, ge=1, le=65536)
     """Number of buckets, a power of two. A bucket is a hash partition of the prompts, and the unit
     of parallel work."""
-    commit_seconds: float = Field(300, gt=0, le=86400, json_schema_extra=PLACEMENT)
+    commit_seconds: float | None = Field(None, gt=0, le=86400, json_schema_extra=PLACEMENT)
     """Age in seconds at which answers and scores are written, if there are not enough for a file
-    of about 64 MB before. A kill loses at most this much work of each actor, about what the start
-    of an engine costs. Shorter costs an object store more requests, which `docs/scale.md` has in
-    numbers; on a local disk, 30 costs next to nothing."""
+    of about 64 MB before: a kill loses at most this much work of each actor. Null is 30 on a local
+    disk, where a file costs next to nothing, and 300 in an object store, about what the start of
+    an engine takes (`docs/scale.md` has its requests in numbers)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -183,9 +183,15 @@ class StorageConfig(Section):
             raise ValueError(
                 "chunk: answers are no longer written by their number of prompts, but by their "
                 "size and age; remove it, or set commit_seconds, the seconds of work that a kill "
-                "may lose (300 by default)"
+                "may lose"
             )
         return given
+
+    def commit_age(self, *, is_remote: bool) -> float:
+        """`commit_seconds`, or what null stands for."""
+        if self.commit_seconds is not None:
+            return self.commit_seconds
+        return 300 if is_remote else 30
 
     @model_validator(mode="after")
     def _power_of_two(self) -> Self:

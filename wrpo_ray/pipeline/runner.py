@@ -92,7 +92,7 @@ def session(config: Config, root: Folder, pins: Pins) -> Iterator[Run]:
     run = Run(
         root,
         config.storage.buckets,
-        config.storage.commit_seconds,
+        config.storage.commit_age(is_remote=root.is_remote),
         config.failure_limit,
         uuid.uuid4().hex,
         config.max_attempts,
