@@ -1,4 +1,4 @@
-"""What a store of answers or scores holds, told by names alone: marks of buckets, and of shards.
+"""The content of a store of answers or scores, told by names alone: marks of buckets, and shards.
 
 When nothing is missing of what a step asks of a bucket, the bucket is marked for the step's key by
 an empty file. A restart lists the marks and passes over these buckets. A mark's name also holds
@@ -152,7 +152,7 @@ def _rows_of(store: Folder, shards: list[Shard]) -> int:
 
 
 def _told(store: Folder) -> tuple[Counts, list[Shard]]:
-    """What names tell, and the shards whose names tell nothing."""
+    """The sums that names tell, and the shards whose names tell nothing."""
     layout = Layout.of(store)
     known = _held(store)
     shards = [*layout.flat, *shards_in(store, sorted(layout.places - known.keys()))]
@@ -161,7 +161,7 @@ def _told(store: Folder) -> tuple[Counts, list[Shard]]:
 
 
 def _held(store: Folder) -> dict[Place, Counts]:
-    """What each bucket holds that all steps that fill the store have marked.
+    """The content of each bucket that all steps that fill the store have marked.
 
     The last of them to mark it has seen the most rows.
     """

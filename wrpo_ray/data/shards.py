@@ -129,7 +129,7 @@ def overlap(one: Place, other: Place) -> bool:
 
 @dataclass(frozen=True)
 class Layout:
-    """What one listing of a step's folder shows, without a look into its buckets."""
+    """The result of one listing of a step's folder, without a look into its buckets."""
 
     places: frozenset[Place]
     """Buckets that have a folder."""

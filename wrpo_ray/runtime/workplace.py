@@ -1,4 +1,4 @@
-"""What a worker of a pool that fills stores has at hand: the buckets of its rows."""
+"""The buckets that a worker of a pool fills, with what it knows of their stores."""
 
 import uuid
 from collections.abc import Iterator, Sequence

@@ -355,3 +355,12 @@ def test_policies_of_reasoning_that_fit(source, target):
     Config.model_validate(
         BASE | models | {"target": {"name": "t", "model": "m"} | {"reasoning": target}}
     )
+
+
+def test_the_former_number_of_prompts_of_a_file_is_refused_with_its_successor(tmp_path):
+    (line,) = problems(tmp_path, BASE | {"storage": {"buckets": 4, "chunk": 64}})
+    assert "storage" in line
+    assert "remove it, or set commit_seconds" in line
+    given = Config.model_validate(BASE | {"storage": {"commit_seconds": 30}})
+    assert given.storage.commit_seconds == 30
+    assert problems(tmp_path, BASE | {"storage": {"commit_seconds": 0}})

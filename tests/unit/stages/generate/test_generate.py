@@ -3,15 +3,18 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.failures import failed_by_error
+from wrpo_ray.data.finished import marks, stored_rows
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
 from wrpo_ray.stages.generate.vllm_engine import Request, SamplingIdentity, failures
 from wrpo_ray.storage.folder import Folder
@@ -156,6 +159,49 @@ def test_a_row_is_tried_in_so_many_runs_and_then_given_up(run):
     assert (counts["rows"], counts["new"], counts["failed"]) == (2, 1, 0)
     counts = generator(run, two, engine)(ROW)  # what another request brought is no failed row
     assert (counts["rows"], counts["failed"]) == (2, 0)
+
+
+def test_a_store_of_an_earlier_version_is_gone_on_with(run):
+    """Its shards lie beside each other; what they have is not asked for again."""
+    six = job(prompts(run, 6))
+    store, kept = six.samples.folder(run.root), six.step.failures(run.root)
+    keys = [records.digest(i) for i in range(6)]
+    for bucket, some in ((Bucket(0, 1), keys[:3]), (Bucket(1, 4), keys[3:5])):
+        rows = [FakeEngine().row(key, s) for key in some for s in range(3) if key in bucket]
+        table = pa.Table.from_pylist(rows, schema=records.RESPONSE)
+        store.write_table(f"{bucket.index:05d}-of-{bucket.count:05d}-0123abc.parquet", table)
+    lost = records.failure("generate", ValueError("no"), prompt_id=keys[5], source="m", sample=0)
+    table = pa.Table.from_pylist([lost], schema=records.FAILURE)
+    kept.write_table("00000-of-00001-4567def.parquet", table)
+    there = {key for key, _, _ in stored(run, six)}
+    engine = FakeEngine()
+    counts = generator(run, six, engine)(ROW)
+    assert {r.prompt_id for r in engine.asked} == set(keys) - there
+    assert (counts["rows"], counts["new"], counts["failed"]) == (18, 18 - 3 * len(there), 0)
+    assert len(there) >= 3
+    assert read_bucket(kept, BUCKET, records.FAILURE).num_rows == 0
+    again = FakeEngine()
+    assert generator(run, six, again)(ROW)["new"] == 0
+    assert again.asked == []
+    assert stored_rows(store) == 18
+
+
+def test_a_marked_bucket_is_of_no_later_run(run):
+    """Of the same step and number of attempts; with failed rows it is not marked."""
+    asked = prompts(run, 4)
+    for samples, refuses, is_marked in ((2, (records.digest(0),), False), (2, (), True)):
+        some = job(asked, samples)
+        store = some.samples.folder(run.root)
+        counts = generator(run, some, FakeEngine(refuses=refuses))(ROW)
+        assert counts["is_whole"] is is_marked
+        assert bool(marks(store, some.step.key, 1, run.max_attempts)) is is_marked
+    tally = Tally(run, some.step, store)
+    assert (tally.left, unmarked([tally], [ROW])) == (0, [])
+    assert some.step.read_manifest(run.root)["counts"]["rows"] == 8
+    more = job(asked, 3)
+    assert more.samples.folder(run.root) == store
+    assert Tally(run, more.step, store).left == 1
+    assert Tally(replace(run, max_attempts=9), some.step, store).left == 1
 
 
 def test_runs_of_consecutive_samples():

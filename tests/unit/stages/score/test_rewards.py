@@ -18,10 +18,12 @@ from transformers import (
 from wrpo_ray.config import Config, PartConfig, RewardConfig, load
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
+from wrpo_ray.data.finished import marks
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import chain, runner
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, NotFiniteError
 from wrpo_ray.stages.score.check import check_reward_folder
 from wrpo_ray.stages.score.reward_models import check_reward_model, load_classifier
@@ -420,6 +422,23 @@ def test_scoring_passes_over_what_is_scored_and_keeps_what_fails(run):
     assert rewards(run, job) == [0, 1, 2, 5]
     kept = read_bucket(job.step.failures(run.root), BUCKET, records.FAILURE).to_pylist()
     assert {r["error"] for r in kept} == {"ZeroDivisionError", "NotFiniteError"}
+
+
+def test_a_bucket_is_whole_only_if_its_answers_are(run):
+    """Where answers are missing yet, a mark would hide the later ones."""
+    job = Score(answers(run, 3), RewardConfig(function=FUNCTION), (None,), ("function",))
+    store = job.samples.folder(run.root)
+    actor = Scorer(run, [job])
+    actor.reward = Dying(0)
+    assert actor(ROW | {"is_whole": False})["rows"] == 3
+    assert marks(store, job.step.key, 1, 3) == {}
+    actor(ROW | {"is_whole": True})
+    assert list(marks(store, job.step.key, 1, 3)) == [0]
+    queue = ReadyQueue([job.answers.step])
+    queue.passed_over.add((0, 5))
+    for bucket in (4, 5):
+        queue.add(job.answers.step, bucket, is_whole=bucket == 5)
+    assert list(queue.take()) == [{"job": 0, "bucket": 4, "is_whole": False}]
 
 
 class Dying:
