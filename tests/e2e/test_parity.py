@@ -18,7 +18,9 @@ from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.stages.generate.vllm_engine import Request, VllmEngine, SamplingIdentity
 
 folder, prompts, start = Path(sys.argv[1]), json.loads(sys.argv[2]), Path(sys.argv[4])
-engine = VllmEngine(ModelConfig(name="m", model=str(start), dtype="float32"), start, seed=0)
+model = ModelConfig(name="m", model=str(start), dtype="float32", performance={"max_num_seqs": 7})
+engine = VllmEngine(model, start, seed=0)
+assert engine.engine.vllm_config.scheduler_config.max_num_seqs == 7
 identities = [SamplingIdentity("m", 0, folder), SamplingIdentity("m", 0, start)]
 asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
 requests = [Request(f"{i:032x}", messages, 0, 1) for i, messages in enumerate(asked)]
@@ -37,13 +39,18 @@ rows.sort(key=lambda row: row["prompt_id"])
 Path(sys.argv[3]).write_text(json.dumps([r["token_ids"] for r in rows]))
 
 # a sample does not depend on how many others are asked for with it
-sampling = SamplingConfig(samples=4, max_tokens=20)
-def drawn(first, count):
+def drawn(first, count, seeds="request"):
+    sampling = SamplingConfig(samples=4, max_tokens=20, seeds=seeds)
     asked = [Request(r.prompt_id, r.messages, first, count) for r in requests[:5]]
     rows = [row for rows, _ in engine.answers(asked, sampling, identities[0]) for row in rows]
     return {(r["prompt_id"], r["sample"]): (r["seed"], r["token_ids"]) for r in rows}
 together, apart = drawn(0, 4), drawn(0, 1) | drawn(1, 3)
 assert together == apart and len(together) == 20
+
+# without seeds of requests all are drawn anew
+first, second = drawn(0, 4, "run"), drawn(0, 4, "run")
+assert first.keys() == second.keys() == together.keys() and first != second
+assert {seed for seed, _ in [*first.values(), *second.values()]} == {None}
 """
 
 

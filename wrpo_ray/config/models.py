@@ -11,6 +11,36 @@ from pydantic import Field, field_validator, model_validator
 from wrpo_ray.config.base import PLACEMENT, Name, Section, without_unset
 from wrpo_ray.config.resources import Actors
 
+PERFORMANCE = (
+    "async_scheduling",
+    "attention_backend",
+    "block_size",
+    "compilation_config",
+    "cpu_offload_gb",
+    "cudagraph_capture_sizes",
+    "disable_custom_all_reduce",
+    "enable_chunked_prefill",
+    "enable_expert_parallel",
+    "enable_prefix_caching",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "load_format",
+    "long_prefill_token_threshold",
+    "max_num_batched_tokens",
+    "max_num_seqs",
+    "max_parallel_loading_workers",
+    "model_loader_extra_config",
+    "num_gpu_blocks_override",
+    "optimization_level",
+    "performance_mode",
+    "safetensors_load_strategy",
+    "safetensors_prefetch_num_threads",
+)
+"""Arguments of `vllm.LLM` that change answers by no more than rounding (vLLM 0.29)."""
+LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "runai_streamer")
+"""Ways of loading that read the folder's own weights."""
+
 
 class SamplingConfig(Section):
     """How answers are sampled (paper, section 4.1)."""
@@ -31,6 +61,15 @@ class SamplingConfig(Section):
     """Maximum tokens of an answer."""
     logprobs: int = Field(0, ge=0, le=20)
     """Number of likeliest first tokens to record with their log-probs; some judges need them."""
+    seeds: Literal["request", "run"] = "request"
+    """`request`: each sample is drawn by a seed of its own, so that it can be drawn again. `run`:
+    an engine draws all by one seed of its start, which keeps vLLM on its fastest sampler for GPUs;
+    then two runs have different answers, and so have the samples that a resumed run lacked."""
+
+    def identity(self) -> dict[str, Any]:
+        """As in every section; seeds only where they are not the requests' own."""
+        found = super().identity()
+        return found if self.seeds != "request" else {n: found[n] for n in found if n != "seeds"}
 
     @model_validator(mode="after")
     def _greedy_once(self) -> SamplingConfig:
@@ -168,7 +207,11 @@ class ModelConfig(Section):
     pipeline_parallel: int = Field(1, ge=1, json_schema_extra=PLACEMENT)
     """Number of pipeline stages, each on `tensor_parallel` GPUs; they may be on different nodes."""
     engine: dict[str, Any] = {}
-    """Additional arguments of `vllm.LLM`; the tokenizer is always the one in the model's folder."""
+    """Additional arguments of `vllm.LLM`; the tokenizer is always the one in the model's folder.
+    Answers are generated again when they change."""
+    performance: dict[str, Any] = Field({}, json_schema_extra=PLACEMENT)
+    """Arguments of `vllm.LLM` for speed and memory, such as {max_num_seqs: 512}: the answers that
+    are there stay valid when they change."""
     license: str | None = Field(None, json_schema_extra=PLACEMENT)
     """The model's licence by its Hugging Face id, for the card of exported rows; null reads it
     from the model folder's README.md."""
@@ -208,6 +251,23 @@ class ModelConfig(Section):
                 )
         if self.engine.get("trust_remote_code"):
             raise ValueError("engine.trust_remote_code: code in a model's folder never runs")
+        return self
+
+    @model_validator(mode="after")
+    def _performance_alone(self) -> ModelConfig:
+        """An argument that changes answers has to be part of their identity."""
+        for name, value in self.performance.items():
+            if name not in PERFORMANCE:
+                raise ValueError(
+                    f"performance.{name}: not among {', '.join(PERFORMANCE)}; others go into "
+                    f"`engine`, with which answers are generated again"
+                )
+            if name in self.engine:
+                raise ValueError(f"performance.{name}: it is in `engine` too; leave one out")
+            if name == "load_format" and value not in LOAD_FORMATS:
+                raise ValueError(
+                    f"performance.load_format: {value!r} is not among {', '.join(LOAD_FORMATS)}"
+                )
         return self
 
     @model_validator(mode="after")

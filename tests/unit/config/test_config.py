@@ -11,6 +11,7 @@ from wrpo_ray.config import (
     ImportConfig,
     ModelConfig,
     PairConfig,
+    SamplingConfig,
     Section,
     ServeConfig,
     SplitConfig,
@@ -131,6 +132,28 @@ def test_an_engine_has_the_tokenizer_of_the_models_folder(tmp_path, section, nam
     tree = BASE | {"target": {"name": "t", "model": "m"}}
     (line,) = problems(tmp_path, tree, f"{section}.engine.{name}=other")
     assert f"engine.{name}: the tokenizer is that of the model folder" in line
+
+
+@pytest.mark.parametrize(
+    ("performance", "reason"),
+    [
+        ({"kv_cache_dtype": "fp8"}, "performance.kv_cache_dtype: not among async_scheduling, "),
+        ({"seed": 1}, "others go into `engine`"),
+        ({"load_format": "dummy"}, "performance.load_format: 'dummy' is not among auto, "),
+        ({"max_num_seqs": 2}, "performance.max_num_seqs: it is in `engine` too"),
+    ],
+)
+def test_settings_of_performance_that_may_change_answers(tmp_path, performance, reason):
+    source = {"name": "a", "model": "m", "engine": {"max_num_seqs": 1}, "performance": performance}
+    (line,) = problems(tmp_path, BASE | {"sources": [source]})
+    assert reason in line
+
+
+def test_performance_is_no_part_of_the_identity_and_seeds_are_where_they_are_the_runs():
+    fast = ModelConfig(name="a", model="m", performance={"max_num_seqs": 2})
+    assert fast.identity() == ModelConfig(name="a", model="m").identity()
+    assert "seeds" not in SamplingConfig().identity()
+    assert SamplingConfig(seeds="run").identity() == SamplingConfig().identity() | {"seeds": "run"}
 
 
 def test_fusechat3_has_its_own_margins():

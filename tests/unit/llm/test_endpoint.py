@@ -780,6 +780,17 @@ def test_a_sample_has_one_seed_however_it_is_asked_for(start):
     assert len({r["seed"] for r in together}) == 5
 
 
+def test_a_server_draws_by_itself_where_the_run_has_no_seeds_of_requests(start):
+    server, config = start(Server())
+    rows, failed = everything(
+        engine(config).answers([request("a", 2)], SAMPLING.model_copy(update={"seeds": "run"}))
+    )
+    assert not failed
+    assert [r["seed"] for r in rows] == [None, None]
+    assert len(server.calls) == 2
+    assert not any("seed" in call.body or "seeds" in call.body for call in server.calls)
+
+
 def test_an_endpoints_answer_is_selected_and_trained_on(start, tmp_path):
     """No token ids: as y_ws its text is tokenized by the target, and closed unless cut off."""
     _, config = start(Server(lambda call: "length" if call.prompt == "w2" else "ok"))

@@ -13,7 +13,7 @@ from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm.completion import INT32, Completion, EndpointError
 from wrpo_ray.llm.endpoint_client import Body, Endpoint
 from wrpo_ray.llm.reasoning import put_apart_unseen
-from wrpo_ray.stages.generate.vllm_engine import Answers, Request, Row, SamplingIdentity, seed_base
+from wrpo_ray.stages.generate.vllm_engine import Answers, Request, Row, SamplingIdentity, seed_of
 
 NEUTRAL = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
 """Not among OpenAI's own fields, so that they are sent only where they do something."""
@@ -49,21 +49,28 @@ class EndpointEngine:
             if isinstance(answer, EndpointError):
                 failed.append(self._failure(requests[r], sample, answer, identity))
             else:
-                rows.append(self._row(requests[r], sample, answer, identity))
+                rows.append(self._row(requests[r], sample, answer, sampling, identity))
             if len(rows) + len(failed) == requests[r].count:
                 yield gathered.pop(r)
 
     def _body(
         self, request: Request, sample: int, sampling: SamplingConfig, identity: SamplingIdentity
     ) -> Body:
-        settings = sampling.model_dump(exclude={"samples", "logprobs"})
+        settings = sampling.model_dump(exclude={"samples", "logprobs", "seeds"})
         if sampling.logprobs:
             settings |= {"logprobs": True, "top_logprobs": sampling.logprobs}
         settings = {n: value for n, value in settings.items() if NEUTRAL.get(n) != value}
-        return {"messages": request.messages, "seed": _seed(request, sample, identity)} | settings
+        seed = _seed(request, sample, sampling, identity)
+        asked = {"messages": request.messages} | ({} if seed is None else {"seed": seed})
+        return asked | settings
 
     def _row(
-        self, request: Request, sample: int, answer: Completion, identity: SamplingIdentity
+        self,
+        request: Request,
+        sample: int,
+        answer: Completion,
+        sampling: SamplingConfig,
+        identity: SamplingIdentity,
     ) -> Row:
         row = {
             "prompt_id": request.prompt_id,
@@ -74,7 +81,7 @@ class EndpointEngine:
             "finish_reason": answer.finish_reason,
             "prompt_tokens": answer.prompt_tokens,
             "output_tokens": answer.output_tokens,
-            "seed": _seed(request, sample, identity),
+            "seed": _seed(request, sample, sampling, identity),
             "engine": f"openai {self.endpoint.host}/{answer.model}",
             "logprobs": answer.logprobs,
         }
@@ -93,5 +100,8 @@ class EndpointEngine:
         )
 
 
-def _seed(request: Request, sample: int, identity: SamplingIdentity) -> int:
-    return (seed_base(identity.seed, identity.name, request.prompt_id) + sample) % INT32
+def _seed(
+    request: Request, sample: int, sampling: SamplingConfig, identity: SamplingIdentity
+) -> int | None:
+    seed = seed_of(request, sample, sampling, identity)
+    return None if seed is None else seed % INT32

@@ -149,7 +149,7 @@ def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
 
 def engine_slots(model: ModelConfig) -> int:
     """Answers that the model's engine has room for at once."""
-    return slots(model.engine, on_gpu=bool(model.actors.num_gpus))
+    return slots(model.performance | model.engine, on_gpu=bool(model.actors.num_gpus))
 
 
 def at_once(model: ModelConfig, bucket: float, buckets: float = math.inf) -> float:

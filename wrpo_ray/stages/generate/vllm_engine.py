@@ -4,10 +4,12 @@ The engine runs in a thread of its own. Callers from any thread submit requests 
 answers, so that a second bucket's requests fill the batch while the first one's long answers
 finish. Sample i of a prompt has the seed base + i, where the base is a hash of run seed,
 model and prompt: samples can be asked for one at a time or together, and a second call asks
-only for what is missing. Models that differ only in their weights can share one engine in turn:
+only for what is missing. With `sampling.seeds: run` requests have no seeds, and each start of an
+engine has another one. Models that differ only in their weights can share one engine in turn:
 loading weights takes a moment, starting an engine up to minutes. Not covered: images.
 """
 
+import secrets
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,6 +79,15 @@ def seed_base(seed: int, source: str, prompt_id: str) -> int:
     return int(digest([seed, source, prompt_id], 12), 16)
 
 
+def seed_of(
+    request: Request, sample: int, sampling: SamplingConfig, identity: SamplingIdentity
+) -> int | None:
+    """The seed of a sample; None if the engine draws all by one of its own."""
+    if sampling.seeds == "run":
+        return None
+    return seed_base(identity.seed, identity.name, request.prompt_id) + sample
+
+
 def failures(source: str, request: Request, error: Exception, **more: Any) -> Answers:
     """Return the failures of a request none of whose samples could be generated."""
     return [], [
@@ -104,13 +115,14 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
         "max_model_len": model.max_model_len,
         "tensor_parallel_size": model.tensor_parallel,
         "pipeline_parallel_size": model.pipeline_parallel,
+        "seed": secrets.randbelow(2**31),  # of requests without one: no two starts draw alike
     }
     if not model.actors.num_gpus:
         arguments |= CPU_ENGINE
     elif model.parts > 1:
         arguments |= PARALLEL_ENGINE
     arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
-    return arguments | model.engine
+    return arguments | model.performance | model.engine
 
 
 class VllmEngine:
@@ -245,7 +257,7 @@ class VllmEngine:
             repetition_penalty=sampling.repetition_penalty,
             logprobs=sampling.logprobs or None,
             max_tokens=sampling.max_tokens,
-            seed=seed_base(identity.seed, identity.name, request.prompt_id) + request.first,
+            seed=seed_of(request, request.first, sampling, identity),
             stop_token_ids=self.ends,
             output_kind=RequestOutputKind.FINAL_ONLY,
             skip_special_tokens=not (self.format and self.format.is_special),
@@ -253,7 +265,6 @@ class VllmEngine:
 
     def _rows(self, asked: _Asked, output: Any) -> list[Row]:
         request, identity = asked.request, asked.identity
-        base = seed_base(identity.seed, identity.name, request.prompt_id)
         rows = [
             {
                 "prompt_id": request.prompt_id,
@@ -264,7 +275,7 @@ class VllmEngine:
                 "finish_reason": answer.finish_reason,
                 "prompt_tokens": len(asked.ids),
                 "output_tokens": len(answer.token_ids),
-                "seed": base + sample,
+                "seed": seed_of(request, sample, asked.sampling, identity),
                 "engine": self.version,
                 "logprobs": _first_token(answer.logprobs),
             }

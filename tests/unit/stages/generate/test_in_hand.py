@@ -186,6 +186,7 @@ def test_the_answers_of_a_bucket_are_those_of_its_prompts(tmp_path):
             {"tensor_parallel": 2, "actors": {"num_gpus": 1}, "engine": {"max_num_seqs": 32}},
             (32, 16384),
         ),
+        ({"actors": {"num_gpus": 1}, "performance": {"max_num_seqs": 48}}, (48, None)),
     ],
 )
 def test_an_engine_of_several_gpus_has_the_values_of_a_gpu(changes, expected):
