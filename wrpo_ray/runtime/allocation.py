@@ -203,7 +203,7 @@ class _Room:
                 return ()
             kind = min(found, key=lambda kind: _order(_less(dict(kind[0]), needs)))
             after = self._kind(_less(dict(kind[0]), needs), kind[1])
-            name = next(reversed(self.kinds[kind]))
+            name = next(iter(self.kinds[kind]))
             self._move(name, kind, after)
             taken.append((kind, after, name))
         return tuple(dict.fromkeys(name for *_, name in taken))

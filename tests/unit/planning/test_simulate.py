@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from benchmarks.simulation import Cluster, Policy, Source, _Simulation, simulate
 
-PLAIN = Policy(in_hand=1, ahead=0)
+PLAIN = Policy(in_hand=1, ahead=0, barrier=True)
 
 
 def source(buckets, name="s", **changes) -> Source:
@@ -61,7 +61,7 @@ def test_a_chunk_waits_for_the_longest_answer_of_the_one_before():
 def test_two_buckets_in_hand_fill_each_others_tails():
     work = [[[9.0, 1.0], [9.0, 1.0]], [[9.0, 1.0], [9.0, 1.0]]]
     long = source(work, rate=2.0, slots=2, half=2)
-    one, two = (simulate([long], Cluster(1), Policy(n, 0)).wall for n in (1, 2))
+    one, two = (simulate([long], Cluster(1), Policy(n, 0, barrier=True)).wall for n in (1, 2))
     assert two < one
 
 
@@ -112,7 +112,7 @@ def test_every_chunk_is_committed_once_whatever_is_lost(pools, policy, second, f
     ]
     simulation = _Simulation(sources, Cluster(3, 2, lost={0: second}, slow={1: factor}), policy)
     outcome = simulation.run()
-    for pool in simulation.pools:
+    for pool in simulation.pools.values():
         assert set(pool.committed.values()) == {1}
     assert outcome.answers == sum(len(c) for s in sources for b in s.buckets for c in b)
     assert outcome.held <= outcome.capacity + 1e-6 or second > outcome.wall
