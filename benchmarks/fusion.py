@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from roofline import MODELS, PEAK, TRAIN_MFU, training_step
+from roofline import FEED, MODELS, PEAK, TRAIN_MFU, training_step
 from simulation import Chunk, Gang, Pause, Source
 
 from wrpo_ray import config
@@ -19,6 +20,8 @@ START = 60.0
 memory profile and CUDA graphs."""
 TRAINING_START, SAVE = 90.0, 30.0
 """Seconds until workers train, with the weights; and to write what they trained."""
+FILLS = 6
+"""Times that the buckets in hand fill an engine's slots; at least two are."""
 SHORT = 15.0
 """Seconds of a step without a model, such as choosing y_ws: tasks, and reading and writing."""
 SPLITS = ("sft", "preference")
@@ -51,10 +54,12 @@ class Fusion:
     settings: config.Config
     nodes: int
     gpus: int = 8
-    buckets: int = 256
+    buckets: int = 1024
     chunk: int = 64
     share: float = 1.0
     """Of the prompts."""
+    fills: float = FILLS
+    """0: an engine has as many buckets in hand as the policy says."""
     overlaps: bool = True
     """Whether what can begin begins; else each phase waits for the one before."""
 
@@ -62,6 +67,11 @@ class Fusion:
     def prompts(self) -> int:
         """Of both splits."""
         return round((self.settings.plan.prompts or 0) * self.share)
+
+    @property
+    def batch(self) -> int:
+        """Rows of a training step."""
+        return self.settings.wrpo.batch_size
 
     @cached_property
     def splits(self) -> dict[str, tuple[int, int]]:
@@ -90,8 +100,13 @@ class Fusion:
         return Source(
             name, model.gpus, self.nodes * self.gpus // model.gpus,
             (len(steps) - 1) / steps[-1], START, buckets, slots=len(steps) - 1, steps=steps,
+            in_hand=self._in_hand(len(steps) - 1, len(drawn) / len(buckets)),
             bytes=model.bytes, groups=groups,
         )  # fmt: skip
+
+    def _in_hand(self, slots: int, bucket: float) -> int:
+        """Buckets of so many answers that an engine works on."""
+        return max(2, math.ceil(self.fills * slots / bucket)) if self.fills else 0
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -112,32 +127,24 @@ class Fusion:
         prompt = self.settings.plan.prompt_tokens
         return [sum(prompt + n for c in bucket for n in c) for bucket in source.buckets]
 
-    def width(self, rows: int, tokens: float) -> int:
-        """Nodes of a training: as many as make it faster, up to what a step's tokens feed."""
-        found = {
-            n: self.training_seconds(rows, tokens, n)
-            for n in (1, 2, 4, 8) if n <= self.nodes
-        }  # fmt: skip
-        best = min(found.values())
-        return min(n for n, seconds in found.items() if seconds < 1.05 * best)
+    def width(self, tokens: float) -> int:
+        """Nodes of a training whose steps have so many tokens: all that these feed."""
+        return min(self.nodes, max(1, int(tokens / FEED / self.gpus)))
 
     def training_seconds(self, rows: int, tokens: float, nodes: int) -> float:
         """Of rows of so many tokens."""
-        batch = self.settings.sft.batch_size if self.settings.sft else 128
-        step = training_step(
-            MODELS["llama3-8b"].weights, batch * tokens, nodes * self.gpus, self.gpus
-        )
-        return rows / batch * step + SAVE
+        weights, gpus = MODELS["llama3-8b"].weights, self.gpus
+        step = training_step(weights, self.batch * tokens, nodes * gpus, gpus)
+        return rows / self.batch * step + SAVE
 
-    def training(self, name: str, rows: int, answers: int, after: frozenset[str]) -> Gang:
-        """SFT or WRPO."""
+    def training(self, name: str, rows: int, answers: int, nodes: int = 0) -> Gang:
+        """SFT or WRPO, on so many nodes; 0 is as many as it feeds, or one where phases wait."""
         plan, weights = self.settings.plan, MODELS["llama3-8b"].weights
         tokens = plan.prompt_tokens + answers * plan.output_tokens
-        nodes = self.width(rows, tokens) if self.overlaps else 1
+        nodes = nodes or (self.width(self.batch * tokens) if self.overlaps else 1)
         useful = 8 * weights * rows * tokens / (PEAK * TRAIN_MFU)
-        return Gang(
-            name, nodes, self.training_seconds(rows, tokens, nodes), useful, TRAINING_START, after
-        )
+        seconds = self.training_seconds(rows, tokens, nodes)
+        return Gang(name, nodes, seconds, useful, TRAINING_START)
 
     def chain(self) -> tuple[list[Source], list[Gang | Pause]]:
         """All pools, trainings and pauses.
@@ -145,26 +152,39 @@ class Fusion:
         Serial, as jobs run now: all answers and their scores side by side, then SFT, then answers
         of target-SFT and their scores, then pairs, reference log-probs and WRPO.
         """
-        sources, read = self.sources, {s.name: self.read(s) for s in self.sources}
+        sources = self.sources
         target = replace(self.pool("sft", 99, SPLITS[1:]), after=frozenset({"sft training"}))
-        scored = [(s, b) for s in [*sources, target] for b in range(len(s.buckets))]
-        number = {(s.name, b): n for n, (s, b) in enumerate(scored)}
-        read["sft"] = self.read(target)
-        rewards = self.forward(
-            "reward", "reward-8b", [read[s.name][b] for s, b in scored],
-            fed_by=[[(s.name, b)] for s, b in scored],
-            groups=[
-                "scores of target-SFT" if s is target else f"scores {s.groups[b].split()[-1]}"
-                for s, b in scored
-            ],
-        )  # fmt: skip
+        rewards = self._scores("scores", sources)
+        number = {place: n for n, (place,) in enumerate(rewards.fed_by)}
+        others = self._scores("scores of target-SFT", [target])
         early = {"scores sft"} if self.overlaps else {"scores sft", "scores preference"}
         select = Pause("select", SHORT + SHORT, frozenset(early))  # and SFT's rows
         rows = {split: prompts for split, (prompts, _) in self.splits.items()}
-        sft = self.training("sft training", rows["sft"], 1, frozenset({"select"}))
-        wrpo = self.training("wrpo training", rows["preference"], 3, frozenset({"reference"}))
+        sft = self.training("sft training", rows["sft"], 1, 1)
+        sft = replace(sft, after=frozenset({"select"}))
+        wrpo = self.training("wrpo training", rows["preference"], 3)
+        answers = frozenset(f"{s.name} preference" for s in [*sources, target])
+        starts_after = answers if self.overlaps else None
+        wrpo = replace(wrpo, after=frozenset({"reference"}), starts_after=starts_after)
         pair = Pause("pair", SHORT, frozenset({"scores of target-SFT", "scores preference"}))
-        return [*sources, target, rewards, self._reference(number)], [select, sft, pair, wrpo]
+        last = self._reference(number)
+        return [*sources, target, rewards, others, last], [select, sft, pair, wrpo]
+
+    def _scores(self, name: str, pools: Sequence[Source]) -> Source:
+        """The reward of each bucket of these pools, in the order of the splits."""
+        order = sorted(
+            (s.groups[b].split()[-1] == "preference", b, s.name)
+            for s in pools for b in range(len(s.buckets))
+        )  # fmt: skip
+        read = {s.name: self.read(s) for s in pools}
+        return self.forward(
+            name, "reward-8b", [read[source][b] for _, b, source in order],
+            fed_by=[[(source, b)] for _, b, source in order], weights="reward",
+            groups=[
+                name if len(pools) == 1 else f"{name} {SPLITS[is_preference]}"
+                for is_preference, *_ in order
+            ],
+        )  # fmt: skip
 
     def _reference(self, number: dict[tuple[str, int], int]) -> Source:
         """Reference log-probs of a bucket's pairs, as soon as all its answers have scores."""
@@ -172,13 +192,12 @@ class Fusion:
         prompts, buckets = self.splits["preference"]
         first = self.splits["sft"][1]
         each = prompts / buckets * (plan.prompt_tokens + 3 * plan.output_tokens)
-        made = self.forward("reference", "llama3-8b", [each] * buckets)
+        made = self.forward("reference", "llama3-8b", [each] * buckets, weights="sft")
         if not self.overlaps:
             return replace(made, after=frozenset({"pair"}))
-        names = [s.name for s in self.sources]
         fed_by = [
-            [("reward", number[name, first + b]) for name in names]
-            + [("reward", number["sft", b])]
+            [("scores", number[s.name, first + b]) for s in self.sources]
+            + [("scores of target-SFT", b)]
             for b in range(buckets)
         ]  # fmt: skip
         return replace(made, fed_by=fed_by)

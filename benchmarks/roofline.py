@@ -29,8 +29,11 @@ FORWARD_MFU = TRAIN_MFU = 0.35
 """Of scoring and reference passes, and of training; with recomputed layers counted as work."""
 MEMORY, USABLE, WORKSPACE = 80e9, 0.9, 3e9
 """Bytes of a GPU, the share that an engine takes, and what activations and graphs need of it."""
-NVLINK, NETWORK = 300e9, 40e9
-"""N: bytes/s of a GPU, to the others of its node and to other nodes (400 Gb/s each)."""
+NVLINK, NETWORK = 300e9, 200e9
+"""N: bytes/s that collective calls reach at each GPU, in a node and among nodes whose GPUs have a
+network card of 400 Gb/s each: what a node gets is divided among its cards, then goes by NVLink."""
+FEED = 4096
+"""Tokens that a worker needs for a step: with fewer, some workers wait for longer rows."""
 LATENCY = 10e-6
 """Seconds of a collective call."""
 OVERHEAD = 8e-3

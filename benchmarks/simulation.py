@@ -56,8 +56,12 @@ class Source:
     """k answers at once make k / (k + half) of what infinitely many would."""
     steps: Sequence[float] = ()
     """Instead of `half`: seconds of a decoding step by the number of answers."""
+    in_hand: int = 0
+    """Buckets that an engine works on at once; 0 is the policy's number."""
     bytes: float = 0.0
     """Of the weights."""
+    weights: str = ""
+    """Their name, which pools of one model share; empty is the pool's."""
     after: frozenset[str] = frozenset()
     """Groups that are finished before the pool begins."""
     groups: Sequence[str] = ()
@@ -88,6 +92,8 @@ class Gang:
     """GPU-seconds of its FLOPs at the stated share of the peak."""
     startup: float = 0.0
     after: frozenset[str] = frozenset()
+    starts_after: frozenset[str] | None = None
+    """Groups after which its nodes are taken and its workers start; None: when it can train."""
 
 
 @dataclass(frozen=True)
@@ -235,7 +241,9 @@ class _Engine:
 
     def take(self, policy: Policy) -> None:
         """Fill the hand, then what is bound, from the pool's queue."""
-        while len(self.hand) < policy.in_hand and (self.bound or self.pool.queue):
+        share = math.ceil(self.pool.buckets / max(1, self.pool.engines))
+        in_hand = min(self.pool.source.in_hand or policy.in_hand, share)
+        while len(self.hand) < in_hand and (self.bound or self.pool.queue):
             bucket = (self.bound or self.pool.queue).popleft()
             self.hand[bucket.number] = bucket
         while len(self.bound) < policy.ahead and self.pool.queue:
@@ -284,6 +292,8 @@ class _Pool:
         self.source, self.engines = source, 0
         self.left = source.tokens
         """Tokens of unfinished buckets."""
+        self.buckets = sum(map(bool, source.buckets))
+        """Unfinished ones."""
         self.is_open = not source.after
         chunks = {
             (b, c): chunk
@@ -312,9 +322,11 @@ class _Pool:
             self.queue.appendleft(_Bucket(bucket.number, left))
 
     def demand(self, startup: float) -> Demand:
-        """What the allocator is told."""
+        """What the allocator is told: room for buckets that are to come is kept."""
         source = self.source
-        most = min(source.engines, self.engines + len(self.queue))
+        most = min(source.engines, max(self.engines, self.engines + len(self.queue)))
+        if self.unready:
+            most = min(source.engines, max(self.engines, self.buckets))
         return Demand(
             source.name, {"GPU": source.gpus}, self.left / source.rate, startup,
             self.engines, min(source.least, most), most,
@@ -389,15 +401,23 @@ class _Simulation:
         self.feeds: dict[Place, list[Place]] = defaultdict(list)
         for name, pool in self.pools.items():
             self.unfinished.update(pool.group(b) for b in {b for b, _ in pool.committed})
-            for number, bucket in pool.unready.items():
-                assert bucket.number == number
-                for place in pool.source.fed_by[number]:
+            for number in list(pool.unready):
+                places = [(n, b) for n, b in pool.source.fed_by[number] if self._is_made(n, b)]
+                for place in places:
                     self.feeds[place].append((name, number))
+                pool.lacks[number] = len(places)
+                if not places:  # all buckets that it needs are empty
+                    pool.queue.append(pool.unready.pop(number))
         self.taken: dict[str, list[int]] = {}
         """Nodes of trainings that are ready, or run."""
+        self.ready: dict[str, float] = {}
+        """Second at which the workers of a training are or will be ready, if it waits for rows."""
         held = self.others.get(cluster.held)
         kept = held.nodes if isinstance(held, Gang) else 0
         self.held = set(range(cluster.nodes - kept, cluster.nodes))
+
+    def _is_made(self, pool: str, bucket: int) -> bool:
+        return bool(self.pools[pool].source.buckets[bucket])
 
     def run(self) -> Outcome:
         for node, second in self.cluster.lost.items():
@@ -446,6 +466,7 @@ class _Simulation:
         finished = [n for n, bucket in engine.hand.items() if not bucket.left]
         engine.hand = {n: bucket for n, bucket in engine.hand.items() if bucket.left}
         self.outcome.wall = max(self.outcome.wall, now)
+        pool.buckets -= len(finished)
         for number in finished:
             pool.left -= sum(sum(chunk) for chunk in pool.source.buckets[number])
             self._feed((pool.source.name, number), now)
@@ -485,7 +506,12 @@ class _Simulation:
                 pool.is_open = True
                 self._look(now)
         for other in list(self.others.values()):
-            if other.name in self.taken or not self._is_after(other.after):
+            early = other.starts_after if isinstance(other, Gang) else None
+            if isinstance(other, Gang) and other.name in self.ready and self._is_after(other.after):
+                self._train_now(other, now)
+            if other.name in self.taken or not self._is_after(
+                other.after if early is None else early
+            ):
                 continue
             self.taken[other.name] = []
             if isinstance(other, Pause):
@@ -581,7 +607,15 @@ class _Simulation:
                            gang.nodes)
                 )  # fmt: skip
         shares = allocate(nodes, demands)
-        return [(d.pool, int(n)) for d in demands for (n,) in shares[d.pool].places]
+        return [
+            (d.pool, int(n))
+            for d in demands
+            for (n,) in shares[d.pool].places[: self._most_now(d.pool)]
+        ]  # fmt: skip
+
+    def _most_now(self, name: str) -> int:
+        """Engines that have something to do at once."""
+        return len(self.pools[name].queue) if name in self.pools else self.cluster.nodes
 
     def _startup(self, source: Source) -> float:
         """Seconds of a start, if no other one slows it down."""
@@ -600,7 +634,7 @@ class _Simulation:
         engine = _Engine(pool, node, now, factor, self.cluster.lost.get(node, math.inf))
         self.engines.add(engine)
         self.outcome.starts += 1
-        key = (node, pool.source.name)
+        key = (node, pool.source.weights or pool.source.name)
         loads = partial(self._load_weights, engine)
         if self.cluster.store.on_nodes or not pool.source.bytes or key in self.downloads.there:
             loads(now)
@@ -628,17 +662,23 @@ class _Simulation:
             self._next(engine, now)
 
     def _train(self, gang: Gang, now: float) -> None:
+        """Start the workers of a training that has all its nodes; it trains when it has rows."""
         nodes = self.taken[gang.name]
-        self.taken[gang.name] = [*nodes, -1]  # it runs
-        ready = now + gang.startup
-        self._at(ready + gang.seconds, partial(self._trained, gang, nodes, now))
+        self.taken[gang.name] = [*nodes, -1]  # it has begun
+        self.ready[gang.name] = now + gang.startup
+        if self._is_after(gang.after):
+            self._train_now(gang, now)
 
-    def _trained(self, gang: Gang, nodes: list[int], since: float, now: float) -> None:
-        gpus, ready = gang.nodes * self.cluster.gpus, since + gang.startup
+    def _train_now(self, gang: Gang, now: float) -> None:
+        ready = self.ready.pop(gang.name)
+        self._at(max(ready, now) + gang.seconds, partial(self._trained, gang, ready))
+
+    def _trained(self, gang: Gang, ready: float, now: float) -> None:
+        gpus, since = gang.nodes * self.cluster.gpus, ready - gang.startup
         self.outcome.held += (now - since) * gpus
         self.outcome.starting += gang.startup * gpus
-        self.outcome.spans.append(Span(gang.name, gpus, since, ready, now))
-        for node in nodes:
+        self.outcome.spans.append(Span(gang.name, gpus, since, now - gang.seconds, now))
+        for node in self.taken[gang.name][: gang.nodes]:
             self.free[node] = self.cluster.gpus
         if gang.name == self.cluster.held:
             self.held = set()
