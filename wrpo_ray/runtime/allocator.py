@@ -19,7 +19,7 @@ what rows of others take."""
 
 @dataclass(frozen=True)
 class Report:
-    """What a pool tells the allocator."""
+    """The report of a pool to the allocator."""
 
     demand: Demand
     """`left` counts rows."""

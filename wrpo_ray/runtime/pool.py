@@ -202,7 +202,7 @@ class RunningPool:
         return [member.place for member in self._placed] if is_whole else []
 
     def _demand(self, busy: int) -> Demand:
-        """What the allocator is asked for: also room for rows that are to come."""
+        """The request to the allocator: also room for rows that are to come."""
         most = min(self.most, busy + self.to_come)
         return Demand(
             self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
