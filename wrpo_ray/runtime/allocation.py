@@ -163,7 +163,7 @@ _Kind = tuple[tuple[tuple[str, float], ...], bool]
 
 
 class _Room:
-    """What is free: nodes with the same free resources are kept together, in order."""
+    """The free resources: nodes with the same ones are kept together, in order."""
 
     def __init__(self, nodes: Sequence[Node], names: set[str]):
         self.nodes, self.names = nodes, names
