@@ -264,6 +264,8 @@ def test_an_address_where_nothing_answers_is_told_at_once(tmp_path):
 
 TWO_NODES = """
 import sys
+import threading
+from pathlib import Path
 import ray
 from ray.cluster_utils import Cluster
 from ray.util import get_current_placement_group, placement_group_table
@@ -272,7 +274,7 @@ from wrpo_ray.runtime import cluster, pool as pools
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.errors import UserError, WrpoError
-from support.waiting import start_patiently
+from support.waiting import start_patiently, wait_until
 
 
 class Parallel:
@@ -289,6 +291,15 @@ class Parallel:
         group = get_current_placement_group()
         nodes = ray.get([worker.node.remote() for worker in self.workers])
         return {"nodes": len(set(nodes)), "bundles": group.bundle_count}
+
+
+class Holds:
+    \"\"\"Holds its chip from the first row on, until a file is there.\"\"\"
+
+    def __call__(self, row):
+        Path(row["begun"]).touch()
+        wait_until(Path(row["until"]).exists)
+        return row
 
 
 class Part:
@@ -319,6 +330,17 @@ for parts, most, fails in ((2, 2, False), (4, 1, False), (3, 1, True), (4, 1, Fa
         told = str(error)
     states = [group["state"] for group in placement_group_table().values()]
     print(parts, told, set(states), len(states), sep="; ")
+folder = Path(sys.argv[1])
+held = [{"begun": str(folder / f"begun-{n}"), "until": str(folder / "end")} for n in range(2)]
+small = Pool("small", Actors(max=2, num_cpus=0.5, resources={"chip": 1}))
+holds = threading.Thread(target=lambda: list(pools.map_rows(small, held, Holds, {})))
+holds.start()
+wait_until(lambda: all(Path(row["begun"]).exists() for row in held))
+whole = Pool("whole", Actors(num_cpus=0.5, resources={"chip": 1}), parts=2)
+(done,) = pools.map_rows(whole, [{}], Parallel, {"parts": 2, "fails": False})
+print("2 small ones leave a whole node:", done["nodes"])
+(folder / "end").touch()
+holds.join()
 cluster.disconnect()
 nodes.shutdown()
 """
@@ -328,7 +350,7 @@ def test_on_two_nodes(tmp_path):
     """A relative output is refused, and engines with parts leave no placement group behind.
 
     Three shapes follow each other on two nodes of two chips: each needs what the one before has
-    to give back.
+    to give back. Then two engines of one chip lie on one node, so that one of two finds the other.
     """
     result = subprocess.run(
         [sys.executable, "-c", TWO_NODES, str(tmp_path)],
@@ -345,6 +367,7 @@ def test_on_two_nodes(tmp_path):
         "4; 4 rows, nodes 2, bundles 5; {'REMOVED'}; 3",
         "3; an engine was lost; {'REMOVED'}; 4",
         "4; 4 rows, nodes 2, bundles 5; {'REMOVED'}; 5",
+        "2 small ones leave a whole node: 1",
     ], result.stderr
 
 

@@ -14,7 +14,8 @@ from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.runtime import cluster
 from wrpo_ray.runtime import pool as pools
-from wrpo_ray.runtime.placement import MINIMUMS, Pool
+from wrpo_ray.runtime.allocator import ALLOCATOR
+from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -111,7 +112,7 @@ def test_a_pool_that_comes_later_goes_before_others_growth(tmp_path):
     def come() -> None:
         """When two rows are done, so that the second actor is asked for and waits."""
         wait_until(lambda: len(done["grows"]) >= 2)
-        after(lambda: MINIMUMS._waiting and not states("grows") - ENDS, end_blocks.touch)
+        after(lambda: ALLOCATOR.lacking and not states("grows") - ENDS, end_blocks.touch)
         work("late", sleeps(2, 0.5))
         end_grows.touch()
 

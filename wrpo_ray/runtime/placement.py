@@ -1,8 +1,6 @@
 """Resources of actor pools, and whether the cluster has room for them."""
 
-import math
 import os
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,9 +9,8 @@ from wrpo_ray.config import Actors
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.progress import log
 
-LOOKUP_INTERVAL = 1.0
-"""Seconds for which one look at the cluster's free resources serves all pools."""
-NO_GPU_NODES = {"wrpo-ray/gpu": "!true"}
+GPU_LABEL = "wrpo-ray/gpu"
+NO_GPU_NODES = {GPU_LABEL: "!true"}
 """Ray's label selector of work without GPUs: it neither runs on nodes with this label nor starts
 them. The manifests give the label to groups with GPUs; without it any node will do."""
 
@@ -136,45 +133,3 @@ def thread_env(num_cpus: float) -> dict[str, str]:
     if threads == 1 or any(name in os.environ for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")):
         return env
     return env | {"GOMP_SPINCOUNT": SPINS}
-
-
-class Minimums:
-    """Pools of this driver that wait for some of their `min` actors, to which others give way.
-
-    Thread-safe.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._waiting: dict[int, dict[str, float]] = {}
-        self._free: dict[str, float] = {}
-        self._looked = -math.inf
-
-    def report(self, pool: int, needs: dict[str, float], *, waits: bool) -> None:
-        """Note whether the pool of this id waits for some of its first actors."""
-        with self._lock:
-            if waits:
-                self._waiting[pool] = needs
-            else:
-                self._waiting.pop(pool, None)
-
-    def must_give_way(self, pool: int, needs: dict[str, float]) -> bool:
-        """Whether another pool waits for a resource that one more actor of this one would take."""
-        with self._lock:
-            others = [other for key, other in self._waiting.items() if key != pool]
-            free = self._free_now() if others else {}
-        for other in others:
-            short = {name for name, n in other.items() if n > free.get(name, 0)}
-            if (short or set(other)) & set(needs):  # short of nothing: Ray is placing it
-                return True
-        return False
-
-    def _free_now(self) -> dict[str, float]:
-        import ray
-
-        if time.monotonic() - self._looked >= LOOKUP_INTERVAL:
-            self._free, self._looked = ray.available_resources(), time.monotonic()
-        return self._free
-
-
-MINIMUMS = Minimums()

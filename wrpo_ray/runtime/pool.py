@@ -1,8 +1,8 @@
 """Pools of actors: how many run, when a pool grows or shrinks, and which rows each actor gets.
 
-A pool requests `min` actors from Ray first, then up to `max`, as long as there is a row for each.
-Requests without room stay open: Ray's autoscaler sees them as demand. Pools of one driver run at
-the same time: none grows into the room that another one's first actors wait for. An actor gets a
+A pool requests `min` actors from Ray first, then those that the process's allocator gives it, as
+long as there is a row for each. Requests for more, up to `max`, stay open: Ray's autoscaler sees
+them as demand; they are withdrawn while another pool lacks its first actors. An actor gets a
 new row when it finishes one, none in advance; the rows of a lost actor go to the others. Not
 covered: how pools of several drivers share a cluster.
 """
@@ -15,10 +15,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from wrpo_ray.runtime.allocation import Demand, Share
+from wrpo_ray.runtime.allocator import ALLOCATOR, Report
 from wrpo_ray.runtime.connection import CONNECTION, ClosedError
-from wrpo_ray.runtime.placement import MINIMUMS, Pool, capacity_for, check_capacity, is_own_ray
+from wrpo_ray.runtime.placement import Pool, capacity_for, check_capacity, is_own_ray
 from wrpo_ray.runtime.pool_members import (
     Member,
+    Pace,
     end_member,
     loss_errors,
     remove_groups,
@@ -33,6 +36,9 @@ TICK = 0.2
 START_TIME = 20.0
 """Seconds within which an actor that has room is expected to answer. For this long, a pool that
 has just started keeps back one row for each requested actor that had room."""
+PLACED_FOR = 20.0
+"""Seconds for which an actor that does not answer counts as one on the node that it was given; by
+then Ray has placed it, or there was no room."""
 IDLE_TIMEOUT = 30.0
 """Seconds without a row, while more are expected, after which an actor beyond `min` is ended."""
 SHORT_ROW = 0.1
@@ -67,7 +73,8 @@ def map_rows(
     import ray
 
     made = {"what": pool.what, "worker": worker, "arguments": arguments}
-    running = RunningPool(pool, len(rows), made, ready_queue or ReadyQueue.of(rows))
+    queue = ready_queue or ReadyQueue.of(rows)
+    running = RunningPool(pool, len(rows), made, queue, follows=bool(ready_queue))
     check_capacity(pool.what, running.least, "actors", pool.needs)
     try:
         while running.left:
@@ -86,10 +93,19 @@ def map_rows(
 class RunningPool:
     """The state of a pool while it maps rows: its actors, waiting rows and losses."""
 
-    def __init__(self, pool: Pool, count: int, arguments: dict[str, Any], ready_queue: ReadyQueue):
+    def __init__(
+        self,
+        pool: Pool,
+        count: int,
+        arguments: dict[str, Any],
+        ready_queue: ReadyQueue,
+        *,
+        follows: bool,
+    ):
         import ray
 
         self.pool, self.arguments, self.ready_queue = pool, arguments, ready_queue
+        self.follows = follows
         self.needs = {name: n for name, n in pool.needs.items() if n}
         most = min(pool.actors.max, capacity_for(pool.needs)) if is_own_ray() else pool.actors.max
         self.least = min(pool.actors.min, count)
@@ -103,8 +119,7 @@ class RunningPool:
         self.members: list[Member] = []
         self.starts_until = math.inf
         """`START_TIME` after the first actor answered."""
-        self.gives_way = False
-        """Whether other pools' first actors come before more actors of this one."""
+        self.pace = Pace()
         self.rows_are_short = False
         """Whether the last row took next to no time, such as one whose result was there."""
         self.last_waiting_log = time.monotonic()
@@ -126,7 +141,7 @@ class RunningPool:
 
     def end(self) -> None:
         """End all actors; their placement groups are gone when this returns."""
-        MINIMUMS.report(id(self), self.needs, waits=False)
+        ALLOCATOR.leave(self.groups)
         with suppress(ClosedError), CONNECTION.in_use():  # a closed connection ended them
             self._check_connection()
             for member in list(self.members):
@@ -156,19 +171,58 @@ class RunningPool:
     def _resize(self) -> None:
         """Request actors for waiting rows, the minimum first; end those without a row.
 
-        If other pools' first actors need the room, those that have not answered yet are ended.
+        Beyond the minimum, those that the allocator gives come first; the others wait for room,
+        unless another pool lacks its first actors.
         """
         ready, waiting, least = len(self.ready), len(self.queue), self._least_now
-        MINIMUMS.report(id(self), self.needs, waits=ready < least)
         self._log_waiting()
-        self.gives_way = MINIMUMS.must_give_way(id(self), self.needs)
-        grows = ready >= least and not self.gives_way
-        wanted = min(self.most, ready + waiting if self._is_starting else waiting) * grows
-        lacking = max(least, wanted) - len(self.members)
-        room = self._room() if lacking > 0 else 0
-        self.members += [self._start(has_room=n < room) for n in range(lacking)]
-        useful = 0 if self.gives_way else ready + waiting
-        self._shrink(max(least, useful), at_once=self.gives_way or not least)
+        busy = ready + waiting if self._is_starting else max(ready, waiting)
+        demand = self._demand(busy)
+        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places, self.follows))
+        self._take_places(share, most=busy if ready >= least else least)
+        placed, wanted = len(self._placed), least
+        if ready >= least and not share.gives_way:
+            wanted = min(busy, demand.wanted)
+        self.members += [self._start("") for _ in range(max(least, wanted) - len(self.members))]
+        useful = placed if share.gives_way else ready + waiting
+        self._shrink(max(least, useful), at_once=share.gives_way or not least)
+
+    @property
+    def _placed(self) -> list[Member]:
+        """Actors that have answered, or that are starting on the node that they were given."""
+        recent = time.monotonic() - PLACED_FOR
+        return [
+            m for m in self.members if m.starting is None or (m.place and m.since > recent)
+        ]  # fmt: skip
+
+    @property
+    def _places(self) -> list[str]:
+        """Nodes of whole actors; parts on several nodes are only seen by Ray."""
+        is_whole = self.pool.parts == 1 or ALLOCATOR.one_node_holds(self.needs)
+        return [member.place for member in self._placed] if is_whole else []
+
+    def _demand(self, busy: int) -> Demand:
+        """The request to the allocator: also room for rows that are to come."""
+        most = min(self.most, busy + self.to_come)
+        return Demand(
+            self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
+            self._least_now, max(most, self._least_now), self._bundles,
+        )  # fmt: skip
+
+    @property
+    def _bundles(self) -> list[dict[str, float]]:
+        return self.pool.bundles if self.pool.parts > 1 else []
+
+    def _take_places(self, share: Share, most: int) -> None:
+        """Give places to actors that wait for room, and then to new ones, up to `most`."""
+        count = min(share.engines, most) - len(self._placed)
+        open_ones = [m for m in self.members if m not in self._placed]
+        for (place, *_), _ in zip(share.places, range(count), strict=False):
+            if open_ones:
+                member = open_ones.pop(0)
+                member.place, member.since = place, time.monotonic()
+            else:
+                self.members.append(self._start(place))
 
     def _log_waiting(self) -> None:
         """Log once a minute that no actor has answered, as where others hold all the room."""
@@ -180,14 +234,6 @@ class RunningPool:
             needs = ", ".join(f"{n:g} {name}" for name, n in self.needs.items())
             log(f"{self.pool.what}: waiting for its first actor, which needs {needs}")
 
-    def _room(self) -> int:
-        """How many more actors the cluster has room for now."""
-        import ray
-
-        free = ray.available_resources()
-        fitting = [int(free.get(name, 0) // n) for name, n in self.needs.items()]
-        return min(fitting, default=self.most)
-
     def _shrink(self, keep: int, *, at_once: bool) -> None:
         """End actors beyond `keep` that have not answered, and ready ones without a row.
 
@@ -195,14 +241,15 @@ class RunningPool:
         """
         now = time.monotonic()
         starting = [m for m in self.members if m.starting is not None]
+        starting.sort(key=lambda m: not m.place)  # those that wait for room are ended first
         idle = [m for m in self.ready if not m.rows and (at_once or now - m.since > IDLE_TIMEOUT)]
         for member in starting[::-1][: max(0, len(self.members) - keep)]:
             self._release(member)
         for member in idle[: 0 if self.queue else max(0, len(self.members) - self._least_now)]:
             self._release(member)
 
-    def _start(self, *, has_room: bool) -> Member:
-        return start_member(self.pool, self.arguments, self.groups, has_room=has_room)
+    def _start(self, place: str) -> Member:
+        return start_member(self.pool, self.arguments, self.groups, place)
 
     def _release(self, member: Member) -> None:
         self.members.remove(member)
@@ -257,12 +304,14 @@ class RunningPool:
         """Note an actor's first answer, or return the result of a row that it finished."""
         member.since = time.monotonic()
         if member.starting is not None:
-            member.starting, self.lost_starts = None, 0
+            member.starting, member.place, self.lost_starts = None, str(value), 0
             self.starts_until = min(self.starts_until, member.since + START_TIME)
             return []
         row, assigned = member.rows.pop(found)
         self.losses.pop(id(row), None)
         self.rows_are_short = member.since - assigned < SHORT_ROW
+        if not self.rows_are_short:
+            self.pace.add(value)
         self.left -= 1
         return [value]
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from wrpo_ray.errors import WrpoError
+from wrpo_ray.runtime.allocator import ALLOCATOR
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.ready_queue import Row
 from wrpo_ray.runtime.worker_errors import capture_error
@@ -26,8 +27,11 @@ class ErrorCapturingWorker:
         self._loading = threading.Lock()
         self._clock = BusyClock()
 
-    def answers(self) -> None:
-        """Return at once: the call itself shows that the actor is up."""
+    def answers(self) -> str:
+        """Return the id of the actor's node at once; the call shows that the actor is up."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     @cached_property
     def _loaded(self) -> Callable[[Row], Row]:
@@ -90,6 +94,28 @@ class StartClock:
         return {"start": taken}
 
 
+@dataclass
+class Pace:
+    """How long actors of a pool take for a row, and to start, by their results so far."""
+
+    seconds: float = 0.0
+    """Of actors with rows, without their starts."""
+    rows: int = 0
+    startup: float = 0.0
+    """The longest start of an engine."""
+
+    def add(self, result: Row) -> None:
+        """Count a result: `seconds` of its actor, of which it was `idle` or did `start`."""
+        start = result.get("start", 0.0)
+        self.seconds += max(0.0, result["seconds"] - result["idle"] - start)
+        self.rows, self.startup = self.rows + 1, max(self.startup, start)
+
+    @property
+    def row(self) -> float | None:
+        """Seconds of an actor for a row; None if there is no result."""
+        return self.seconds / self.rows if self.rows else None
+
+
 REMOVAL_TIMEOUT = 60.0
 """Seconds to wait until Ray has removed a pool's placement groups."""
 
@@ -103,8 +129,8 @@ class Member:
     """Ray object that is ready when the actor answers for the first time; None after that."""
     group: Any = None
     """The actor's own placement group, if it has one."""
-    has_room: bool = True
-    """Whether the cluster had room for it at the request."""
+    place: str = ""
+    """The node that it lies on, or was given; empty if it waits for room."""
     since: float = field(default_factory=time.monotonic)
     """Time of the request, of the first answer, or of the last finished row."""
     rows: dict[Any, tuple[Row, float]] = field(default_factory=dict)
@@ -112,11 +138,19 @@ class Member:
     assigned: int = 0
     """Number of rows assigned so far."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it has a node."""
+        return bool(self.place)
 
-def start_member(pool: Pool, arguments: dict[str, Any], groups: str, *, has_room: bool) -> Member:
-    """Request an actor from Ray; `groups` begins the names of the pool's placement groups."""
+
+def start_member(pool: Pool, arguments: dict[str, Any], groups: str, place: str) -> Member:
+    """Request an actor from Ray; `groups` begins the names of the pool's placement groups.
+
+    It goes to the node `place`, or to another one if that has no room after all; without a place
+    it waits for room.
+    """
     import ray
-    from ray.util import placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
     actors, group = pool.actors, None
@@ -124,10 +158,10 @@ def start_member(pool: Pool, arguments: dict[str, Any], groups: str, *, has_room
         "num_gpus": actors.num_gpus or None,
         "resources": actors.resources or None,
         "label_selector": pool.selector,
-        "scheduling_strategy": "SPREAD",
+        "scheduling_strategy": _on(place) if place else "SPREAD",
     }
     if pool.parts > 1:  # vLLM starts its own workers in the placement group of its actor
-        group = placement_group(pool.bundles, name=f"{groups}{uuid.uuid4().hex}")
+        group = _group(pool, f"{groups}{uuid.uuid4().hex}")
         where = {"scheduling_strategy": InGroup(group, 0, True)}
     handle = (
         ray.remote(type(pool.what, (ErrorCapturingWorker,), {}))  # the name in Ray's dashboard
@@ -139,7 +173,21 @@ def start_member(pool: Pool, arguments: dict[str, Any], groups: str, *, has_room
         )
         .remote(**arguments)
     )
-    return Member(handle, handle.answers.remote(), group, has_room)
+    return Member(handle, handle.answers.remote(), group, place)
+
+
+def _on(node: str) -> Any:
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
+
+
+def _group(pool: Pool, name: str) -> Any:
+    """The placement group of an actor and its workers: on one node if any can hold it."""
+    from ray.util import placement_group
+
+    strategy = "STRICT_PACK" if ALLOCATOR.one_node_holds(pool.needs) else "PACK"
+    return placement_group(pool.bundles, name=name, strategy=strategy)
 
 
 def end_member(member: Member) -> None:

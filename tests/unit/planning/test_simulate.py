@@ -1,12 +1,23 @@
 """The simulator against closed forms, conservation, monotonicity."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.simulation import Cluster, Policy, Source, _Simulation, simulate
+from benchmarks.simulation import (
+    Cluster,
+    Gang,
+    Pause,
+    Policy,
+    Source,
+    Store,
+    _Simulation,
+    simulate,
+)
 
-PLAIN = Policy(in_hand=1, ahead=0)
+PLAIN = Policy(in_hand=1, ahead=0, barrier=True)
 
 
 def source(buckets, name="s", **changes) -> Source:
@@ -61,7 +72,7 @@ def test_a_chunk_waits_for_the_longest_answer_of_the_one_before():
 def test_two_buckets_in_hand_fill_each_others_tails():
     work = [[[9.0, 1.0], [9.0, 1.0]], [[9.0, 1.0], [9.0, 1.0]]]
     long = source(work, rate=2.0, slots=2, half=2)
-    one, two = (simulate([long], Cluster(1), Policy(n, 0)).wall for n in (1, 2))
+    one, two = (simulate([long], Cluster(1), Policy(n, 0, barrier=True)).wall for n in (1, 2))
     assert two < one
 
 
@@ -112,7 +123,7 @@ def test_every_chunk_is_committed_once_whatever_is_lost(pools, policy, second, f
     ]
     simulation = _Simulation(sources, Cluster(3, 2, lost={0: second}, slow={1: factor}), policy)
     outcome = simulation.run()
-    for pool in simulation.pools:
+    for pool in simulation.pools.values():
         assert set(pool.committed.values()) == {1}
     assert outcome.answers == sum(len(c) for s in sources for b in s.buckets for c in b)
     assert outcome.held <= outcome.capacity + 1e-6 or second > outcome.wall
@@ -127,3 +138,71 @@ def test_more_engines_are_never_slower_than_list_scheduling_allows(work, engines
     sums = [sum(map(sum, bucket)) for bucket in work]
     perfect = sum(sums) / engines
     assert max(perfect, max(sums)) - 1e-6 <= outcome.wall <= perfect + max(sums) + 1e-6
+
+
+def started(outcome, pool="s") -> list[float]:
+    return sorted(span.ready - span.since for span in outcome.spans if span.pool == pool)
+
+
+def test_a_start_is_a_download_a_load_and_the_rest():
+    """100 bytes: 10 s into the node, 100 / (5 x 2) into two GPUs, and 7 s."""
+    store = Store(node=10.0, load=5.0)
+    large = source(equal(1), gpus=2, startup=7.0, bytes=100.0)
+    outcome = simulate([large], Cluster(1, 2, store=store), PLAIN)
+    assert started(outcome) == [10 + 10 + 7]
+    there = simulate([large], Cluster(1, 2, store=replace(store, on_nodes=True)), PLAIN)
+    assert started(there) == [10 + 7]
+
+
+def test_downloads_share_a_node_and_the_store():
+    """Four nodes that could take 10 each from a store of 20: 100 bytes take 20 s, not 10."""
+    four = source(equal(8), engines=4, bytes=100.0)
+    nodes = Cluster(4, 1, store=Store(node=10.0, total=20.0))
+    assert started(simulate([four], nodes, PLAIN)) == pytest.approx([20.0] * 4)
+    pair = [source(equal(2), name, bytes=100.0) for name in "ab"]
+    one = Cluster(1, 2, store=Store(node=10.0))
+    assert started(simulate(pair, one, PLAIN), "a") == pytest.approx([20.0])
+    shared = source(equal(4), engines=2, bytes=100.0)  # two engines of a node wait for one copy
+    assert started(simulate([shared], one, PLAIN)) == pytest.approx([10.0, 10.0])
+
+
+def test_weights_from_other_nodes_leave_the_store_once():
+    four = source(equal(8), engines=4, bytes=100.0)
+    nodes = Cluster(4, 1, store=Store(node=10.0, total=20.0, peers=True))
+    assert started(simulate([four], nodes, PLAIN)) == pytest.approx([10.0] * 4)
+
+
+def test_a_step_takes_as_long_as_its_answers_make_it():
+    """Two answers of 10 and 30 tokens: ten steps of 2 s for both, then twenty of 1 s."""
+    steps = source([[[10.0, 30.0]]], slots=2, steps=[1.0, 1.0, 2.0])
+    assert simulate([steps], Cluster(1), PLAIN).wall == 10 * 2 + 20 * 1
+
+
+def test_a_bucket_is_scored_when_it_is_answered_and_training_waits_for_its_group():
+    """Answers at 10 and 20 s, each scored in 5; then SFT starts in 3 and trains for 40."""
+    answers = source(equal(2), "answers")
+    scores = source(equal(2, 5.0), "scores", fed_by=[[("answers", 0)], [("answers", 1)]])
+    sft = Gang("sft", 1, 40.0, useful=80.0, startup=3.0, after=frozenset({"scores"}))
+    outcome = simulate([answers, scores], Cluster(2, 2), PLAIN, [sft])
+    assert outcome.ends == {"answers": 20, "scores": 25, "sft": 25 + 3 + 40}
+    assert outcome.useful == 20 + 10 + 80
+    early = replace(sft, starts_after=frozenset({"answers"}))
+    outcome = simulate([answers, scores], Cluster(2, 2), PLAIN, [early])
+    assert outcome.ends["sft"] == 25 + 40
+
+
+def test_a_node_that_is_held_is_free_when_its_training_can_begin():
+    """One of two nodes: ten minutes of answers on the other, and SFT after the first group."""
+    work = source(equal(60), engines=9, groups=["first"] * 2 + ["rest"] * 58)
+    sft = Gang("sft", 1, 40.0, useful=0.0, after=frozenset({"first"}))
+    waits = simulate([work], Cluster(2, 1), PLAIN, [sft])
+    assert waits.ends["sft"] == 300 + 40
+    held = simulate([work], Cluster(2, 1, held="sft"), PLAIN, [sft])
+    assert held.ends["sft"] == 20 + 40
+
+
+def test_what_waits_for_nothing_is_told():
+    lonely = Pause("select", 1.0, after=frozenset({"sft"}))
+    sft = Gang("sft", 1, 1.0, 0.0, after=frozenset({"select"}))
+    with pytest.raises(RuntimeError, match="select, sft: what they wait for never comes"):
+        simulate([], Cluster(1), PLAIN, [lonely, sft])

@@ -1,0 +1,201 @@
+"""The allocator: worked examples, and properties of any cluster and any pools."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wrpo_ray.runtime.allocation import WORTH, Demand, Node, Share, allocate, fits
+
+
+def node(name, gpus=8.0, cpus=64.0, only_gpu=False, **custom) -> Node:
+    total = {"CPU": cpus, "GPU": gpus} | custom
+    return Node(str(name), total, total, only_gpu)
+
+
+def demand(pool, gpus, left, **changes) -> Demand:
+    fields = {"needs": {"CPU": 1.0, "GPU": float(gpus)}, "most": 64}
+    return Demand(pool, left=left, **fields | changes)
+
+
+def engines(nodes, demands) -> dict[str, int]:
+    return {pool: share.engines for pool, share in allocate(nodes, demands).items()}
+
+
+def free_after(nodes, demands, shares) -> dict[str, dict[str, float]]:
+    """What is free when all engines have started that lie on one node."""
+    free = {n.name: dict(n.free) for n in nodes}
+    for d in demands:
+        for (name,) in shares[d.pool].places:
+            for resource, n in d.needs.items():
+                free[name][resource] = free[name].get(resource, 0.0) - n
+    return free
+
+
+def test_the_pools_end_together():
+    """24 GPUs: three times the work is three times the engines; both end after 100 s."""
+    nodes = [node(n) for n in range(3)]
+    assert engines(nodes, [demand("a", 1, 1800.0), demand("b", 1, 600.0)]) == {"a": 18, "b": 6}
+
+
+def test_a_gpu_of_a_large_engine_counts_like_one_of_a_small():
+    """Four engines of 8 GPUs and 32 of one: as many engine-seconds for each end together."""
+    nodes = [node(n) for n in range(8)]
+    assert engines(nodes, [demand("s", 1, 3200.0), demand("l", 8, 400.0)]) == {"l": 4, "s": 32}
+
+
+def test_the_largest_engines_find_whole_nodes():
+    """Two nodes: an engine of 8 and of 4 come before those of one GPU, which fill the rest."""
+    nodes = [node(n) for n in range(2)]
+    shares = allocate(
+        nodes, [demand("s", 1, 9e9), demand("m", 4, 1.0, most=1), demand("l", 8, 1.0, most=1)]
+    )
+    assert {pool: s.engines for pool, s in shares.items()} == {"s": 4, "m": 1, "l": 1}
+    (large,), (medium,) = shares["l"].places[0], shares["m"].places[0]
+    assert large != medium
+    assert set(shares["s"].places) == {(medium,)}
+
+
+def test_where_not_all_fit_the_largest_is_first():
+    """On one node an engine of 8 GPUs leaves nothing; it would never find the node empty again."""
+    assert engines([node(0)], [demand("s", 1, 9e9), demand("l", 8, 1.0)]) == {"s": 0, "l": 1}
+
+
+def test_an_engine_lies_on_one_node_while_any_can_hold_it():
+    """Four GPUs are free on each of two nodes of 8: an engine of 8 parts waits for a whole one."""
+    half = [replace(node(n), free={"CPU": 64.0, "GPU": 4.0}) for n in range(2)]
+    parts = ({"CPU": 1.0}, *[{"GPU": 1.0}] * 8)
+    large = demand("l", 8, 100.0, bundles=parts)
+    assert allocate(half, [large])["l"] == Share(0, (), gives_way=False)
+    small = [node(n, gpus=4.0) for n in range(3)]
+    (place,) = allocate(small, [replace(large, most=1)])["l"].places
+    assert len(place) == 2  # no node could ever hold it
+
+
+def test_an_engine_has_to_be_worth_its_start():
+    """120 s are left on two engines: with n more of a start of 40 s they end at 60 s or later."""
+    few = demand("a", 1, 240.0, startup=40.0, running=2)
+    assert few.end(2) == 120
+    assert few.end(4) == (240 + 2 * 40) / 4
+    assert few.end(8) == (240 + 6 * 40) / 8 == (1 + WORTH) * 40
+    assert engines([node(n) for n in range(4)], [few]) == {"a": 8}
+    assert few.wanted == 8
+    late = replace(few, left=2 * 45.0)
+    assert (late.wanted, engines([node(0)], [late])) == (2, {"a": 2})
+
+
+def test_first_engines_come_before_more_of_others():
+    """A running pool with endless work leaves the last GPUs to a pool without an engine."""
+    nodes = [replace(node(0), free={"CPU": 8.0, "GPU": 2.0})]
+    shares = allocate(nodes, [demand("a", 1, 9e9, running=6), demand("b", 2, 1.0)])
+    assert {pool: s.engines for pool, s in shares.items()} == {"a": 6, "b": 1}
+
+
+def test_a_pool_that_lacks_its_first_engine_is_left_a_node():
+    """Half of each node is free, and an engine needs a whole one: the other pool leaves one."""
+    nodes = [replace(node(n), free={"CPU": 8.0, "GPU": 4.0}) for n in range(2)]
+    shares = allocate(nodes, [demand("a", 1, 9e9, running=8), demand("b", 8, 1.0)])
+    assert shares["b"].engines == 0
+    assert shares["a"].engines == 12
+    assert shares["a"].gives_way
+    assert not shares["b"].gives_way
+
+
+def test_work_without_gpus_fills_holes_and_leaves_the_cpus_of_gpus():
+    """A node with 8 GPUs busy is filled first; one with free GPUs keeps a CPU for each of them."""
+    busy = replace(node("busy"), free={"CPU": 4.0})
+    nodes = [busy, node("idle", cpus=10.0), node("labelled", cpus=99.0, only_gpu=True)]
+    cpu = demand("score", 0, 9e9, needs={"CPU": 1.0})
+    shares = allocate(nodes, [cpu, demand("a", 1, 1.0, most=1)])
+    places = Counter(shares["score"].places)
+    assert places == {("busy",): 4, ("idle",): 2}
+    assert shares["a"].engines == 1
+
+
+def test_custom_resources_are_where_they_are():
+    nodes = [node("a"), node("b", h100=8.0)]
+    shares = allocate(nodes, [demand("p", 1, 9e9, needs={"GPU": 1.0, "h100": 1.0})])
+    assert set(shares["p"].places) == {("b",)}
+    assert shares["p"].engines == 8
+
+
+def test_a_thousand_nodes_and_ten_pools_are_quick():
+    """8,000 GPUs are given out; the driver does this once a second at the most."""
+    nodes = [node(n) for n in range(1000)]
+    demands = [demand(f"p{n}", 2 ** (n % 4), 1e6, most=4000) for n in range(10)]
+    began = time.process_time()
+    shares = allocate(nodes, demands)
+    took = time.process_time() - began
+    assert sum(s.engines * 2 ** (n % 4) for n, s in enumerate(shares.values())) == 8000
+    assert took < 5, took
+
+
+SIZES = st.sampled_from([0, 1, 2, 4, 8])
+DEMANDS = st.lists(
+    st.builds(
+        lambda gpus, left, startup, least, more: demand(
+            "", gpus, left, startup=startup, least=least, most=least + more
+        ),
+        SIZES,
+        st.floats(1, 1e5),
+        st.floats(0, 600),
+        st.integers(1, 2),
+        st.integers(0, 30),
+    ),
+    min_size=1,
+    max_size=6,
+).map(lambda found: [replace(d, pool=str(n)) for n, d in enumerate(found)])
+NODES = st.integers(1, 12).map(lambda count: [node(n, cpus=16.0) for n in range(count)])
+
+
+def latest(demands, shares) -> float:
+    return max(d.end(shares[d.pool].engines) for d in demands)
+
+
+@settings(max_examples=200, deadline=None)
+@given(NODES, DEMANDS)
+def test_capacity_is_never_exceeded_and_no_pool_starves(nodes, demands):
+    shares = allocate(nodes, demands)
+    free = free_after(nodes, demands, shares)
+    assert all(n >= -1e-6 for left in free.values() for n in left.values())
+    for d in demands:
+        assert shares[d.pool].engines <= max(d.most, d.least)
+        if not shares[d.pool].engines:  # only where nothing fits, and no other has a second
+            assert not any(fits(d.needs, left) for left in free.values())
+            larger = [e for e in demands if e.size[0] >= d.size[0] and e.size[0]]
+            assert all(shares[e.pool].engines <= 1 for e in larger)
+
+
+@settings(max_examples=200, deadline=None)
+@given(NODES, DEMANDS)
+def test_a_larger_cluster_is_never_slower(nodes, demands):
+    """Predicted ends: with one node more at most 5 % later."""
+    more = [*nodes, node("more", cpus=16.0)]
+    assert latest(demands, allocate(more, demands)) <= 1.05 * latest(
+        demands, allocate(nodes, demands)
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(NODES, DEMANDS, st.floats(1, 20))
+def test_a_pool_with_more_work_has_never_fewer_engines(nodes, demands, factor):
+    first, *others = demands
+    grown = replace(first, left=first.left * factor)
+    before, after = allocate(nodes, demands), allocate(nodes, [grown, *others])
+    assert after[first.pool].engines >= before[first.pool].engines
+
+
+@settings(max_examples=100, deadline=None)
+@given(NODES, DEMANDS)
+def test_what_was_given_is_kept(nodes, demands):
+    """When all engines have started, a second look neither takes nor gives any."""
+    shares = allocate(nodes, demands)
+    free = free_after(nodes, demands, shares)
+    running = [replace(n, free=free[n.name]) for n in nodes]
+    started = [replace(d, running=shares[d.pool].engines) for d in demands]
+    again = allocate(running, started)
+    for d in demands:
+        assert again[d.pool].engines >= shares[d.pool].engines
+        assert all(len(place) == 1 for place in again[d.pool].places)

@@ -1,0 +1,145 @@
+"""What pools report, what of it the allocator believes, and the places that a pool takes."""
+
+import itertools
+import time
+from collections import deque
+from dataclasses import replace
+
+import pytest
+
+from wrpo_ray.config import Actors
+from wrpo_ray.runtime import pool as pools
+from wrpo_ray.runtime.allocation import Demand, Node, Share
+from wrpo_ray.runtime.allocator import FOLLOWING, Allocator, Report
+from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.pool_members import Member, Pace
+
+GPU = {"GPU": 1.0}
+
+
+def report(pool: str, left: float, *, row: float | None = None, **changes) -> Report:
+    follows = changes.pop("follows", False)
+    placed = changes.pop("placed", [])
+    fields = {"running": len(placed), "most": 100}
+    return Report(Demand(pool, GPU, left, **fields | changes), row, placed, follows)
+
+
+def cluster(gpus: float, free: float | None = None) -> list[Node]:
+    return [Node("n", {"GPU": gpus}, {"GPU": gpus if free is None else free})]
+
+
+def shares(nodes: list[Node], *reports: Report) -> dict[str, int]:
+    """The engines of each pool when all have reported."""
+    allocator = Allocator(lambda: nodes)
+    for one in reports:
+        allocator.share(one)
+    allocator._decide()
+    return {one.demand.pool: allocator.share(one).engines for one in reports}
+
+
+def test_rows_that_nobody_has_timed_take_as_long_as_those_of_others():
+    """Three times the rows; then one pool's rows turn out to take a third of the other's."""
+    assert shares(cluster(16), report("a", 30), report("b", 10)) == {"a": 12, "b": 4}
+    assert shares(cluster(16), report("a", 30), report("b", 10, row=5.0)) == {"a": 12, "b": 4}
+    timed = report("a", 30, row=2.0), report("b", 10, row=6.0)
+    assert shares(cluster(16), *timed) == {"a": 8, "b": 8}
+
+
+def test_room_is_kept_for_rows_that_follow_others():
+    """A hundred buckets to score, of which one is ready, beside ten to answer: as much work."""
+    assert FOLLOWING == 0.1
+    follows = report("score", 100, follows=True)
+    assert shares(cluster(8), report("a", 10), follows) == {"a": 4, "score": 4}
+    assert shares(cluster(8), report("a", 10), replace(follows, follows=False))["score"] == 7
+
+
+def test_what_was_given_is_not_given_again_before_ray_has_noticed():
+    """Eight GPUs, three given: Ray shows eight or five as free, and five are left either way."""
+    for free in (8.0, 5.0):
+        own = report("a", 1e6, placed=["n"] * 3)
+        assert shares(cluster(8, free), own) == {"a": 8}
+    assert shares(cluster(8, 4.0), report("a", 1e6, placed=["n"] * 3)) == {"a": 7}  # another's
+
+
+def test_a_pool_that_has_left_takes_nothing():
+    allocator = Allocator(lambda: cluster(8))
+    allocator.share(report("a", 1e6))
+    allocator.share(report("b", 1e6))
+    allocator.leave("a")
+    assert allocator.share(report("b", 1e6)).engines == 8
+
+
+def test_the_cluster_is_looked_at_once_for_all_pools_of_a_second():
+    looks = []
+
+    def look() -> list[Node]:
+        looks.append(1)
+        return cluster(8)
+
+    allocator = Allocator(look)
+    for _ in range(50):
+        for pool in "abc":
+            allocator.share(report(pool, 1e6))
+    assert len(looks) <= 3 + 2  # each pool's first report, and a second that may have passed
+
+
+def test_pools_that_lack_their_first_actors_are_named():
+    allocator = Allocator(lambda: cluster(1))
+    allocator.share(report("a", 1.0, placed=["n"]))
+    share = allocator.share(report("b", 1.0))
+    assert (share.engines, allocator.lacking) == (0, ["b"])
+    allocator._decide()
+    assert allocator.share(report("a", 1.0, placed=["n"])).gives_way
+
+
+def test_the_pace_of_a_pool_is_without_starts_and_idle_time():
+    pace = Pace()
+    assert pace.row is None
+    pace.add({"seconds": 100.0, "idle": 10.0, "start": 60.0})
+    pace.add({"seconds": 50.0, "idle": 0.0})
+    assert (pace.row, pace.startup) == (40.0, 60.0)
+
+
+class Waiting(pools.RunningPool):
+    """A pool that only counts whom it starts, where."""
+
+    def __init__(self, *members: Member) -> None:
+        self.pool, self.members, self.queue = Pool("pool", Actors()), list(members), deque()
+        self.started: list[str] = []
+        self.arguments, self.groups = {}, ""
+
+    def _start(self, place: str) -> Member:
+        self.started.append(place)
+        return Member(None, object(), place=place)
+
+
+def test_places_go_to_actors_that_wait_for_room_and_then_to_new_ones():
+    waits = Member(None, object())
+    pool = Waiting(Member(None, None, place="a"), waits)
+    pool._take_places(Share(4, (("b",), ("c",), ("d",))), most=3)
+    assert waits.place == "b"
+    assert pool.started == ["c"]
+    pool._take_places(Share(4, (("b",), ("c",), ("d",))), most=3)
+    assert pool.started == ["c"]  # the same answer gives nothing twice
+
+
+def test_an_actor_that_does_not_answer_loses_its_place(monkeypatch):
+    """Ray had no room there after all: it counts as one that waits, and may get another place."""
+    clock = itertools.count(0.0, pools.PLACED_FOR / 2 + 1)
+    member = Member(None, object(), place="a", since=0.0)
+    pool = Waiting(member)
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    assert pool._placed == [member]
+    assert pool._placed == [member]
+    assert pool._placed == []
+
+
+@pytest.mark.parametrize("gives_way", [True, False])
+def test_those_that_wait_for_room_are_ended_first(gives_way, monkeypatch):
+    ended = []
+    monkeypatch.setattr(pools, "end_member", ended.append)
+    placed, waits = Member(None, object(), place="a"), Member(None, object())
+    pool = Waiting(waits, placed)
+    monkeypatch.setattr(Waiting, "_least_now", 1)
+    pool._shrink(1, at_once=gives_way)
+    assert (ended, pool.members) == ([waits], [placed])
