@@ -17,6 +17,7 @@ from wrpo_ray.data.samples import Prompts
 from wrpo_ray.llm.vllm_settings import GPU_SLOTS
 from wrpo_ray.runtime import pool as pools
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.runtime.pool_members import Pace
 from wrpo_ray.stages.generate import stage
 from wrpo_ray.stages.generate.stage import Generate, buckets_in_hand, pool_of
 from wrpo_ray.stages.generate.vllm_engine import engine_arguments
@@ -65,11 +66,12 @@ class Counted(pools.RunningPool):
     def __init__(self, pool: pools.Pool, rows: list[dict], ready: int, coming: int = 0):
         self.pool, self.queue, self.left, self.to_come = pool, deque(rows), len(rows), 0
         self.losses, self.lost_starts, self.rows_are_short = Counter(), 0, False
+        self.pace = Pace()
         self.most, self.starts_until = pool.actors.max, 0.0  # the first one answered long ago
         slots = stage.engine_slots(MODEL)
         self.engines = [CountingEngine(slots) for _ in range(ready + coming)]
         self.members = [
-            pools.Member(engine, object() if number >= ready else None)
+            pools.Member(engine, object() if number >= ready else None, place="a")
             for number, engine in enumerate(self.engines)
         ]
 
@@ -103,7 +105,7 @@ def counted(monkeypatch):
     def start(rows: list[dict], ready: int, coming: int = 0) -> Counted:
         pool = Counted(pool_of(MODEL, ANSWERS), rows, ready, coming)
         monkeypatch.setattr(ray, "wait", pool.wait)
-        monkeypatch.setattr(ray, "get", lambda found: {})
+        monkeypatch.setattr(ray, "get", lambda found: {"seconds": 1.0, "idle": 0.0})
         return pool
 
     return start
