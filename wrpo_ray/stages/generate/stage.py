@@ -50,9 +50,10 @@ from wrpo_ray.storage.steps import Step
 LEAST_IN_HAND, MOST_IN_HAND, MAX_ENDPOINT_BUCKETS = 2, 128, 8
 """Buckets that an actor works on at once: those that fill its engine, which holds them in memory;
 for an endpoint, so that small buckets also reach its limit of calls in flight."""
-FILLS = 2
-"""Times that the buckets in hand fill an engine: when the last answers of a bucket are awaited, the
-others are finished, so that about half of the answers in hand are still running."""
+FILLS = 6
+"""Times that the buckets in hand fill an engine: long answers take over four times the mean, so
+that twice leaves it half empty while the last ones of a bucket are awaited (simulated: 0.57 of the
+GPUs' time against 0.82; `benchmarks/SIMULATION.md`)."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,8 @@ def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
     fills the batch while the last long answers of the first are finished.
 
     Example:
-        >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=8)
-        64
+        >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=32)
+        48
         >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=5000)
         2
     """

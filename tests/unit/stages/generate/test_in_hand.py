@@ -148,15 +148,15 @@ def test_an_engine_that_comes_first_leaves_work_to_those_that_start(counted, buc
 @pytest.mark.parametrize(
     ("bucket", "slots", "in_hand"),
     [
-        (8, 256, 64),  # two fills
-        (80, 256, 7),
-        (512, 256, 2),
+        (16, 256, 96),  # six fills
+        (80, 256, 20),
+        (512, 256, 3),
         (100_000, 256, 2),  # no more than two are in memory
         (1, 1024, 128),  # at most so many calls at once
         (0, 256, 128),
     ],
 )
-def test_buckets_in_hand_fill_an_engine_twice(bucket, slots, in_hand):
+def test_buckets_in_hand_fill_an_engine_six_times(bucket, slots, in_hand):
     model = MODEL.model_copy(update={"engine": {"max_num_seqs": slots}})
     assert buckets_in_hand(model, bucket) == in_hand
     assert pool_of(model, bucket).threads == in_hand
