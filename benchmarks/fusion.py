@@ -60,6 +60,8 @@ class Fusion:
     """Of the prompts."""
     fills: float = FILLS
     """0: an engine has as many buckets in hand as the policy says."""
+    is_wide: bool = True
+    """Whether trainings have as many nodes as their steps feed; else one."""
     overlaps: bool = True
     """Whether what can begin begins; else each phase waits for the one before."""
 
@@ -138,10 +140,10 @@ class Fusion:
         return rows / self.batch * step + SAVE
 
     def training(self, name: str, rows: int, answers: int, nodes: int = 0) -> Gang:
-        """SFT or WRPO, on so many nodes; 0 is as many as it feeds, or one where phases wait."""
+        """SFT or WRPO, on so many nodes; 0 is as many as it feeds, if they may be wide."""
         plan, weights = self.settings.plan, MODELS["llama3-8b"].weights
         tokens = plan.prompt_tokens + answers * plan.output_tokens
-        nodes = nodes or (self.width(self.batch * tokens) if self.overlaps else 1)
+        nodes = nodes or (self.width(self.batch * tokens) if self.is_wide else 1)
         useful = 8 * weights * rows * tokens / (PEAK * TRAIN_MFU)
         seconds = self.training_seconds(rows, tokens, nodes)
         return Gang(name, nodes, seconds, useful, TRAINING_START)

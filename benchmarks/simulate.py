@@ -107,10 +107,17 @@ class Bench:
         return Result(name or setting.name, nodes, outcome, self._plan(sources, setting, nodes))
 
     def chain(
-        self, name: str, nodes: int, *, overlaps: bool, held: str = "", store: Store = STORE
+        self,
+        name: str,
+        nodes: int,
+        *,
+        overlaps: bool,
+        is_wide: bool = True,
+        held: str = "",
+        store: Store = STORE,
     ) -> Result:
         """The whole run."""
-        made = replace(self.fusion(BEST, nodes), overlaps=overlaps)
+        made = replace(self.fusion(BEST, nodes), overlaps=overlaps, is_wide=is_wide)
         pools, others = made.chain()
         cluster = Cluster(nodes, GPUS, store=store, held=held)
         return Result(name, nodes, simulate(pools, cluster, BEST.policy, others))
@@ -338,7 +345,8 @@ With ten times the prompts (4,096 buckets), the efficiency is {tenfold:.2f}.
 {chains}
 
 - **serial** is what the runner does: a phase begins when the one before has ended; scores are made
-  beside the answers. Trainings have one node.
+  beside the answers. Trainings have one node,
+  as in the config; or, wide ones, as many as a step's tokens feed (`workers`).
 - **overlapped** is not built. The sources answer SFT's prompts first. SFT trains while they answer
   the others, target-SFT's answers and reference log-probs follow bucket by bucket, and WRPO's
   workers start before their rows are finished. Trainings are as wide as a step's tokens feed.
@@ -393,12 +401,13 @@ def main() -> None:
     settings = [curve[-1], *(bench.generate(s, most) for s in SETTINGS[1:])]
     settings[0] = replace(settings[0], name=BEST.name)
     chains = [
-        bench.chain(f"{nodes} nodes, {name}", nodes, overlaps=overlaps, held=held)
+        bench.chain(f"{nodes} nodes, {name}", nodes, overlaps=overlaps, is_wide=overlaps, held=held)
         for nodes in (8, most)
         for name, overlaps, held in (
             ("serial", False, ""), ("overlapped", True, ""), ("with a node held", True, HELD)
         )
     ]  # fmt: skip
+    wide = bench.chain(f"{most} nodes, serial, wide trainings", most, overlaps=False)
     ahead = bench.chain(
         f"{most} nodes, with a node held, weights on all nodes before", most,
         overlaps=True, held=HELD, store=ON_NODES,
@@ -420,7 +429,7 @@ def main() -> None:
         start=START, training=TRAINING_START, mfu=TRAIN_MFU,
         rates=rates(bench.fusion(BEST, most)), gemma=twice("gemma2-27b"),
         mistral=twice("mistral-large-2407"), curve=outcomes(curve), settings=outcomes(settings),
-        tenfold=tenfold.outcome.efficiency, chains=outcomes([*chains, ahead]),
+        tenfold=tenfold.outcome.efficiency, chains=outcomes([*chains, wide, ahead]),
         serial_ends=ends(chains[3]), held_ends=ends(chains[-1]),
         bounds=bounds(chains[-1]), trouble=outcomes(trouble),
     )  # fmt: skip
