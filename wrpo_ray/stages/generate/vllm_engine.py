@@ -23,8 +23,9 @@ from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
 from wrpo_ray.llm.reasoning import format_of, put_apart
 from wrpo_ray.llm.rendering import Template, load_tokenizer
-from wrpo_ray.llm.vllm_settings import CPU_ENGINE, PARALLEL_ENGINE, quick_imports
+from wrpo_ray.llm.vllm_settings import CPU_ENGINE, PARALLEL_ENGINE, cpu_slots, quick_imports
 from wrpo_ray.storage.fingerprints import digest
+from wrpo_ray.storage.weight_files import weight_files
 
 Row = dict[str, Any]
 Answers = tuple[list[Row], list[FailureRow]]
@@ -107,8 +108,8 @@ class _Asked:
     out: SimpleQueue[Answers | Exception]
 
 
-def engine_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Return vLLM's arguments for a model's engine; those of its config go first."""
+def engine_arguments(model: ModelConfig, weights: int) -> dict[str, Any]:
+    """Return vLLM's arguments for an engine of so many bytes; those of its config go first."""
     arguments: dict[str, Any] = {
         "dtype": model.dtype,
         "quantization": model.quantization,
@@ -118,7 +119,7 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
         "seed": secrets.randbelow(2**31),  # of requests without one: no two starts draw alike
     }
     if not model.actors.num_gpus:
-        arguments |= CPU_ENGINE
+        arguments |= CPU_ENGINE | {"max_num_seqs": cpu_slots(weights)}
     elif model.parts > 1:
         arguments |= PARALLEL_ENGINE
     arguments |= {"distributed_executor_backend": "ray"} if model.parts > 1 else {}
@@ -202,7 +203,9 @@ class VllmEngine:
             import vllm
             from vllm import LLM
 
-        llm = LLM(model=str(folder), disable_log_stats=True, **engine_arguments(model))
+        names = weight_files(path.name for path in folder.iterdir())
+        weights = sum((folder / name).stat().st_size for name in names)
+        llm = LLM(model=str(folder), disable_log_stats=True, **engine_arguments(model, weights))
         self.engine = llm.llm_engine
         self.context = self.engine.model_config.max_model_len
         self.version = f"vllm {vllm.__version__}"

@@ -182,8 +182,6 @@ def test_the_answers_of_a_bucket_are_those_of_its_prompts(tmp_path):
         ({"tensor_parallel": 2, "actors": {"num_gpus": 1}}, (GPU_SLOTS, 16384)),
         ({"pipeline_parallel": 2, "actors": {"num_gpus": 1}}, (GPU_SLOTS, 16384)),
         ({"actors": {"num_gpus": 1}}, (None, None)),  # vLLM sees the GPU
-        ({}, (None, None)),
-        ({"tensor_parallel": 2}, (None, None)),  # on CPUs
         (
             {"tensor_parallel": 2, "actors": {"num_gpus": 1}, "engine": {"max_num_seqs": 32}},
             (32, 16384),
@@ -194,9 +192,26 @@ def test_the_answers_of_a_bucket_are_those_of_its_prompts(tmp_path):
 def test_an_engine_of_several_gpus_has_the_values_of_a_gpu(changes, expected):
     """Its actor has no GPU by which vLLM could choose them."""
     model = ModelConfig.model_validate({"name": "m", "model": "m"} | changes)
-    arguments = engine_arguments(model)
+    arguments = engine_arguments(model, weights=10**10)
     found = arguments.get("max_num_seqs"), arguments.get("max_num_batched_tokens")
     assert found == expected
-    assert ("enforce_eager" in arguments) == (not model.actors.num_gpus)
+    assert "enforce_eager" not in arguments
     if expected[0]:
         assert stage.engine_slots(model) == expected[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "slots"),
+    [
+        ({}, 10**6, 256),
+        ({"tensor_parallel": 2}, 10**6, 256),
+        ({}, 540_000_000, 64),  # keys and values of more do not fit, and they are no faster
+        ({"performance": {"max_num_seqs": 200}}, 540_000_000, 200),
+    ],
+)
+def test_an_engine_on_a_cpu_answers_as_many_at_once_as_pays(changes, weights, slots):
+    model = ModelConfig.model_validate({"name": "m", "model": "m"} | changes)
+    arguments = engine_arguments(model, weights)
+    assert arguments["max_num_seqs"] == slots
+    assert arguments["enforce_eager"]
+    assert "max_num_batched_tokens" not in arguments
