@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train import attention, logprobs
 from wrpo_ray.stages.train.logprobs import token_logps
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import Policy, disable_dropout
@@ -255,6 +255,74 @@ def test_logits_of_all_tokens_never_exist():
             hidden, weight, None, torch.zeros(300, dtype=torch.long), chunk=2000
         ).sum().backward()
     assert largest <= 2000
+
+
+@pytest.fixture
+def like_cuda(monkeypatch):
+    """Matrix products with fp32 sums of half precision, which torch has on GPUs only."""
+    mm, addmm = torch.mm, torch.addmm
+
+    def wide_mm(left, right, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(left, right, out=out)
+        assert left.dtype == right.dtype == torch.bfloat16
+        return mm(left.to(out_dtype), right.to(out_dtype))
+
+    def wide_addmm(total, left, right, *, out_dtype, out):
+        assert total is out
+        assert (total.dtype, left.dtype, right.dtype) == (out_dtype, torch.bfloat16, torch.bfloat16)
+        return addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
+
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    for ask in (logprobs.gives_fp32, logprobs.adds_to_fp32):
+        ask.cache_clear()
+        assert ask(torch.device("cpu"), torch.bfloat16)
+    yield
+    for ask in (logprobs.gives_fp32, logprobs.adds_to_fp32):
+        ask.cache_clear()
+
+
+def head_in_bf16(biased: bool, softcap: float | None) -> list[torch.Tensor]:
+    """Log-probs and gradients of a head in bf16, in chunks of 3 tokens."""
+    torch.manual_seed(1)
+    parts = [torch.randn(*s).bfloat16().requires_grad_() for s in ((10, 6), (17, 6), (17,))]
+    bias = parts[2] if biased else None
+    found = token_logps(*parts[:2], bias, torch.arange(10), softcap, 3 * 17)
+    (found * torch.linspace(-1, 1, 10)).sum().backward()
+    return [found, *(p.grad for p in parts if p.grad is not None)]
+
+
+def head_in_fp64(biased: bool, softcap: float | None) -> list[torch.Tensor]:
+    """The same by autograd alone."""
+    torch.manual_seed(1)
+    parts = [
+        torch.randn(*s).bfloat16().double().requires_grad_() for s in ((10, 6), (17, 6), (17,))
+    ]
+    logits = parts[0] @ parts[1].T + (parts[2] if biased else 0)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    found = logits.log_softmax(-1).gather(1, torch.arange(10)[:, None])[:, 0]
+    (found * torch.linspace(-1, 1, 10)).sum().backward()
+    return [found, *(p.grad for p in parts if p.grad is not None)]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.usefixtures("like_cuda")
+def test_a_gpus_matrix_products_give_the_same_head(biased, softcap):
+    """Log-probs are exact to fp32, as no logit is rounded to bf16; gradients to bf16."""
+    got, want = head_in_bf16(biased, softcap), head_in_fp64(biased, softcap)
+    assert len(got) == len(want)
+    assert relative(got[0].double(), want[0]) < 1e-6
+    for ours, plain in zip(got[1:], want[1:], strict=True):
+        assert relative(ours.double(), plain) < 4e-3
+
+
+def test_a_cpu_has_no_such_products():
+    for ask in (logprobs.gives_fp32, logprobs.adds_to_fp32):
+        assert not ask(torch.device("cpu"), torch.bfloat16)
+        assert not ask(torch.device("meta"), torch.float64)
+        assert ask(torch.device("meta"), torch.bfloat16)
 
 
 def test_bf16_is_summed_in_fp32():
