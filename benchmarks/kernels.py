@@ -4,7 +4,7 @@
     python benchmarks/kernels.py --quick  # the counts alone
 
 The code runs on meta tensors under a mode that sees every ATen operation (`counting`). So these are
-counts, not times. Each is compared with the code as it was: transformers' own modules, and `before`.
+counts, not times. Each is compared with transformers' own modules, or with the code in `before`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a step on a GPU moves, keeps and launches, counted on meta tensors (`benchmarks/kernels.py`)."""
+"""What a step on a GPU moves, keeps and launches, counted on meta tensors."""
 
 from __future__ import annotations
 

@@ -355,6 +355,50 @@ def test_rows_are_dealt_once_within_the_budget(costs, workers, budget):
     for rows in (rows for part in assigned for rows in part):
         assert len(rows) < 2 or sum(costs[i] for i in rows) <= budget
     assert assigned == assign_micro_batches(costs, workers, budget)
+    alone = sum(2 * cost > budget for cost in costs)
+    enough = max(alone, 2 * sum(min(cost, budget) for cost in costs) / budget)
+    assert len(assigned[0]) <= math.ceil(enough / workers) + 1
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "few"), [(50, 1000, 33), (600, 1500, 66), (1200, 1365, 80), (700, 1365, 63)]
+)
+def test_few_micro_batches_hold_the_rows(least, most, few):
+    """As few as trying each number takes; the tokens alone fill 33, 63, 76 and 61 (80 of three)."""
+    rng = random.Random(0)
+    costs = [rng.randint(least, most) for _ in range(240)]
+    assert len(assign_micro_batches(costs, 1, 4096)[0]) <= few
+
+
+class Counted(int):
+    """A cost that counts the additions, products and changes of sign that it takes part in."""
+
+    steps = 0
+
+    def __radd__(self, other):
+        Counted.steps += 1
+        return other + int(self)
+
+    __add__ = __radd__
+
+    def __rmul__(self, other):
+        Counted.steps += 1
+        return other * int(self)
+
+    def __neg__(self):
+        Counted.steps += 1
+        return -int(self)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.6, 1.5])
+def test_the_work_grows_with_the_rows(share):
+    """At most 25 steps a row, however many there are and whatever part of the budget they take."""
+    rng = random.Random(0)
+    for count in (256, 4096):
+        Counted.steps = 0
+        costs = [Counted(rng.randint(int(950 * share), int(1050 * share))) for _ in range(count)]
+        assign_micro_batches(costs, 4, 1000)
+        assert count <= Counted.steps <= 25 * count
 
 
 def test_loads_are_even():
