@@ -2,16 +2,20 @@
 
 Only the N positions that predict an answer token go through the head, some of them at a time;
 the backward pass recomputes their logits. Sums are in fp32 (for float64 models in float64),
-whatever the model's precision: bf16 sums are wrong by up to 2 nats at -400.
+whatever the model's precision: bf16 sums are wrong by up to 2 nats at -400. On GPUs matrix products
+of half precision give their fp32 sums as they are, and add to fp32 sums (cuBLAS), so that neither
+the logits nor the weight's gradient go through memory in both precisions.
 A answers, H width, V vocabulary.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wrpo_ray.stages.train.memory import CHUNK
+from wrpo_ray.stages.train.memory import CHUNK, chunk_on
 from wrpo_ray.stages.train.packing import Batch
 
 
@@ -34,13 +38,24 @@ def token_logps(
     bias: Tensor | None,
     targets: Tensor,
     softcap: float | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> Tensor:
     """Log-probs (N,) of `targets` (N,) under the head: hidden (N, H), weight (V, H), bias (V,).
 
-    `softcap` is Gemma 2's on the logits: softcap * tanh(logits / softcap).
+    `softcap` is Gemma 2's on the logits: softcap * tanh(logits / softcap). `chunk` is the most
+    logits at once, of the size that suits the device if None.
     """
+    if chunk is None:
+        chunk = most_logits(weight.device)
     return _TokenLogps.apply(hidden, weight, bias, targets, softcap, chunk)
+
+
+@functools.cache
+def most_logits(device: torch.device) -> int:
+    """Most logits in memory at once; the same on every start on the same kind of GPU."""
+    if device.type != "cuda":
+        return CHUNK
+    return chunk_on(torch.cuda.get_device_properties(device).total_memory)
 
 
 class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
@@ -78,16 +93,15 @@ class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
             part = slice(start, start + ctx.rows)
             logits = _logits(hidden[part], weight, bias, ctx.softcap)
             slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-            of_logits = _of_logits_(logits, norms[part], targets[part], gradients[0][part])
-            if slope is not None:
-                of_logits *= slope
-            narrow = of_logits.to(weight.dtype)
+            of_logits = _of_logits(
+                logits, norms[part], targets[part], gradients[0][part], slope, weight.dtype
+            )
             if of_hidden is not None:
-                torch.mm(narrow, weight, out=of_hidden[part])
+                torch.mm(of_logits, weight, out=of_hidden[part])
             if of_weight is not None:
-                _add_product(of_weight, narrow, hidden[part])
+                add_product(of_weight, of_logits, hidden[part])
             if of_bias is not None:
-                of_bias += of_logits.sum(0)
+                of_bias += of_logits.sum(0, dtype=of_bias.dtype)
         cast = [g if g is None else g.to(weight.dtype) for g in (of_weight, of_bias)]
         return of_hidden, *cast, None, None, None
 
@@ -98,19 +112,72 @@ def _wide(tensor: Tensor) -> torch.dtype:
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     """(rows, V) in fp32."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(weight))
+    if gives_fp32(weight.device, weight.dtype):
+        logits = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        logits = logits if bias is None else logits.add_(bias)
+    else:
+        logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(weight))
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _of_logits_(logits: Tensor, norms: Tensor, targets: Tensor, gradient: Tensor) -> Tensor:
-    """Overwrite logits by their gradient, gradient * (onehot(targets) - softmax)."""
-    of_logits = logits.sub_(norms[:, None]).exp_().mul_(-gradient[:, None])
-    return of_logits.scatter_add_(1, targets[:, None], gradient[:, None])
+def _of_logits(
+    logits: Tensor,
+    norms: Tensor,
+    targets: Tensor,
+    gradient: Tensor,
+    slope: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of logits, gradient * (onehot(targets) - softmax) * slope; overwrites them.
+
+    The last product is written in `dtype`, with the same rounding as if it were converted then.
+    """
+    softmax = logits.sub_(norms[:, None]).exp_()
+    places = targets[:, None]
+    of_targets = (1 - softmax.gather(1, places)) * gradient[:, None]
+    if slope is not None:
+        of_targets *= slope.gather(1, places)
+        softmax *= slope
+    narrow = softmax if dtype == softmax.dtype else torch.empty_like(softmax, dtype=dtype)
+    torch.mul(softmax, -gradient[:, None], out=narrow)
+    return narrow.scatter_(1, places, of_targets.to(dtype))
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Add left.T @ right to total, in the total's precision."""
     if total.dtype == left.dtype:
         total.addmm_(left.T, right)
+    elif adds_to_fp32(left.device, left.dtype):
+        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
     else:
         total += left.T @ right
+
+
+# --- what torch offers on a device: found out by a small product ---------------------------------
+
+
+@functools.cache
+def gives_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrix products of this half precision can give their sums in fp32."""
+    return _works(device, dtype, lambda a, _: torch.mm(a, a, out_dtype=torch.float32))
+
+
+@functools.cache
+def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrix products of this half precision can be added to fp32 in place."""
+    return _works(
+        device, dtype, lambda a, sums: torch.addmm(sums, a, a, out_dtype=torch.float32, out=sums)
+    )
+
+
+def _works(
+    device: torch.device, dtype: torch.dtype, product: Callable[[Tensor, Tensor], Tensor]
+) -> bool:
+    if dtype not in (torch.float16, torch.bfloat16):
+        return False
+    ones, sums = torch.ones(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        found = product(ones, sums)
+    except (RuntimeError, TypeError):  # not for this device, or not in this version
+        return False
+    return found.dtype == torch.float32 and (found.is_meta or bool((found == 16).all()))

@@ -17,8 +17,8 @@ from wrpo_ray.config import LoraConfig, TrainConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.node_memory import Room
 
-CHUNK = 2**24
-"""Most logits in memory at once: 64 MB in fp32."""
+CHUNK, MOST_CHUNK = 2**24, 2**27
+"""Most logits in memory at once: 64 MB in fp32 on CPUs, up to 512 MB on GPUs (`chunk_on`)."""
 BUCKET = 50_000_000
 """Elements that ZeRO reduces or gathers at once."""
 SUB_GROUP = 100_000_000
@@ -170,7 +170,9 @@ def worker_memory(
         gradients=_gradients(trained, stage, wide, workers),
         optimizer=_optimizer(trained, stage, config, workers),
         activations=_activations(sizes, config, tokens, shape),
-        head=max(0.0, _head(sizes, config, wide) - _recomputed(sizes, config, tokens, shape)),
+        head=max(
+            0.0, _head(sizes, config, tokens, wide) - _recomputed(sizes, config, tokens, shape)
+        ),
         reference=wide * whole / share if has_second else 0.0,
         process=0.0 if gpu else process,
     )
@@ -232,10 +234,24 @@ def _layer_bytes(sizes: Sizes, config: TrainConfig, shape: Shape) -> float:
     return norms + attention + 4 * wide * sizes.inner
 
 
-def _head(sizes: Sizes, config: TrainConfig, wide: int) -> float:
-    """Logits of a chunk with their copies; the gradient of the head's weight in fp32."""
+def _head(sizes: Sizes, config: TrainConfig, tokens: int, wide: int) -> float:
+    """Logits of a chunk with their copies; the gradient of the head's weight in fp32.
+
+    On GPUs a chunk is counted as large as on the largest of them.
+    """
     weight = 0 if config.lora else (4 + (wide if wide < 4 else 0)) * sizes.head
-    return (12.0 + wide) * max(CHUNK, sizes.vocabulary) + weight
+    if config.num_gpus == 0:
+        return (12.0 + wide) * max(CHUNK, sizes.vocabulary) + weight
+    logits = min(MOST_CHUNK, tokens * sizes.vocabulary)
+    return 8.0 * max(logits, sizes.vocabulary) + weight
+
+
+def chunk_on(memory: int) -> int:
+    """Most logits at once on a GPU of so many bytes: 2^27 on 80 GB, 2^25 on 24, a power of two.
+
+    They take 1 % of it. A head's traffic is its weights' for each chunk, so few chunks are fast.
+    """
+    return min(MOST_CHUNK, max(CHUNK, 2 ** int(math.log2(max(1, memory // 512)))))
 
 
 def forward_tokens(config: TrainConfig) -> int:

@@ -174,34 +174,80 @@ def _answer_mask(lengths: list[int]) -> Tensor:
 # --- micro-batches ------------------------------------------------------------------
 
 
+TRIES = 6
+"""Most numbers of micro-batches that are tried to find the least one."""
+
+
 def assign_micro_batches(
     costs: Sequence[int], workers: int, budget: int
 ) -> list[list[tuple[int, ...]]]:
     """Assign rows to micro-batches: for each worker a list of tuples of indices into `costs`.
 
     All workers get the same number of micro-batches, some of them empty if rows are few, and about
-    the same number of tokens. A micro-batch exceeds `budget` only if a single row does.
+    the same number of tokens. A micro-batch exceeds `budget` only if a single row does. Takes
+    R log R steps.
     """
-    count = max(1, math.ceil(min(sum(costs) / budget, len(costs)) / workers))
-    while True:
-        bins = _fill(costs, count * workers)
-        if all(len(rows) < 2 or sum(costs[i] for i in rows) <= budget for rows in bins):
-            break
-        count += 1
-    bins.sort(key=lambda rows: (-sum(costs[i] for i in rows), rows))
+    order = sorted(range(len(costs)), key=lambda i: (-costs[i], i))
+    bins = _least_bins(costs, order, workers, budget)
+    loads = [sum(costs[i] for i in rows) for rows in bins]
+    ranked = sorted(range(len(bins)), key=lambda number: (-loads[number], bins[number]))
     assigned: list[list[tuple[int, ...]]] = [[] for _ in range(workers)]
-    for number, rows in enumerate(bins):  # in alternating order, so that loads are even
-        turn, place = divmod(number, workers)
-        assigned[place if turn % 2 == 0 else workers - 1 - place].append(rows)
+    for place, number in enumerate(ranked):  # in alternating order, so that loads are even
+        turn, worker = divmod(place, workers)
+        assigned[worker if turn % 2 == 0 else workers - 1 - worker].append(tuple(bins[number]))
     return assigned
 
 
-def _fill(costs: Sequence[int], bins: int) -> list[tuple[int, ...]]:
-    """Longest row first, each into the bin with the fewest tokens."""
-    heap = [(0, number) for number in range(bins)]
-    filled: list[list[int]] = [[] for _ in range(bins)]
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        load, number = heapq.heappop(heap)
+def _least_bins(
+    costs: Sequence[int], order: Sequence[int], workers: int, budget: int
+) -> list[list[int]]:
+    """Bins within the budget, as few as are found.
+
+    Bins whose number grows as they are filled are always enough. If the number is given from the
+    start, loads are more even, and often fewer are enough.
+    """
+    low = _at_least(costs, workers, budget)
+    found = _fill(costs, order, low * workers, budget, more=workers)
+    assert found is not None  # it grows
+    high = len(found) // workers
+    if high > low:
+        found = _fill(costs, order, high * workers, budget) or found
+    for _ in range(TRIES):
+        if low >= high:
+            break
+        middle = (low + high) // 2
+        tried = _fill(costs, order, middle * workers, budget)
+        if tried is None:
+            low = middle + 1
+        else:
+            found, high = tried, middle
+    return found
+
+
+def _at_least(costs: Sequence[int], workers: int, budget: int) -> int:
+    """Fewer micro-batches of each worker cannot hold the rows; those above budget / 2 are alone."""
+    alone = sum(2 * cost > budget for cost in costs)
+    whole = math.ceil(sum(min(cost, budget) for cost in costs) / budget)
+    return max(1, math.ceil(min(max(alone, whole), len(costs)) / workers))
+
+
+def _fill(
+    costs: Sequence[int], order: Sequence[int], count: int, budget: int, more: int = 0
+) -> list[list[int]] | None:
+    """Longest row first (`order`), each into the bin with the fewest tokens.
+
+    Where not even that one has room, `more` bins are added; None if that is 0.
+    """
+    heap = [(0, number) for number in range(count)]
+    filled: list[list[int]] = [[] for _ in range(count)]
+    for index in order:
+        if heap[0][0] and heap[0][0] + costs[index] > budget:
+            if not more:
+                return None
+            for number in range(len(filled), len(filled) + more):
+                heapq.heappush(heap, (0, number))
+                filled.append([])
+        load, number = heap[0]
         filled[number].append(index)
-        heapq.heappush(heap, (load + costs[index], number))
-    return [tuple(rows) for rows in filled]
+        heapq.heapreplace(heap, (load + costs[index], number))
+    return filled

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train import attention, logprobs
 from wrpo_ray.stages.train.logprobs import token_logps
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import Policy, disable_dropout
@@ -257,6 +257,74 @@ def test_logits_of_all_tokens_never_exist():
     assert largest <= 2000
 
 
+@pytest.fixture
+def like_cuda(monkeypatch):
+    """Matrix products with fp32 sums of half precision, which torch has on GPUs only."""
+    mm, addmm = torch.mm, torch.addmm
+
+    def wide_mm(left, right, *, out_dtype=None, out=None):
+        if out_dtype is None:
+            return mm(left, right, out=out)
+        assert left.dtype == right.dtype == torch.bfloat16
+        return mm(left.to(out_dtype), right.to(out_dtype))
+
+    def wide_addmm(total, left, right, *, out_dtype, out):
+        assert total is out
+        assert (total.dtype, left.dtype, right.dtype) == (out_dtype, torch.bfloat16, torch.bfloat16)
+        return addmm(total, left.to(out_dtype), right.to(out_dtype), out=out)
+
+    monkeypatch.setattr(torch, "mm", wide_mm)
+    monkeypatch.setattr(torch, "addmm", wide_addmm)
+    for ask in (logprobs.gives_fp32, logprobs.adds_to_fp32):
+        ask.cache_clear()
+        assert ask(torch.device("cpu"), torch.bfloat16)
+    yield
+    for ask in (logprobs.gives_fp32, logprobs.adds_to_fp32):
+        ask.cache_clear()
+
+
+def head_in_bf16(biased: bool, softcap: float | None) -> list[torch.Tensor]:
+    """Log-probs and gradients of a head in bf16, in chunks of 3 tokens."""
+    torch.manual_seed(1)
+    parts = [torch.randn(*s).bfloat16().requires_grad_() for s in ((10, 6), (17, 6), (17,))]
+    bias = parts[2] if biased else None
+    found = token_logps(*parts[:2], bias, torch.arange(10), softcap, 3 * 17)
+    (found * torch.linspace(-1, 1, 10)).sum().backward()
+    return [found, *(p.grad for p in parts if p.grad is not None)]
+
+
+def head_in_fp64(biased: bool, softcap: float | None) -> list[torch.Tensor]:
+    """The same by autograd alone."""
+    torch.manual_seed(1)
+    parts = [
+        torch.randn(*s).bfloat16().double().requires_grad_() for s in ((10, 6), (17, 6), (17,))
+    ]
+    logits = parts[0] @ parts[1].T + (parts[2] if biased else 0)
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    found = logits.log_softmax(-1).gather(1, torch.arange(10)[:, None])[:, 0]
+    (found * torch.linspace(-1, 1, 10)).sum().backward()
+    return [found, *(p.grad for p in parts if p.grad is not None)]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.5])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.usefixtures("like_cuda")
+def test_a_gpus_matrix_products_give_the_same_head(biased, softcap):
+    """Log-probs are exact to fp32, as no logit is rounded to bf16; gradients to bf16."""
+    got, want = head_in_bf16(biased, softcap), head_in_fp64(biased, softcap)
+    assert len(got) == len(want)
+    assert relative(got[0].double(), want[0]) < 1e-6
+    for ours, plain in zip(got[1:], want[1:], strict=True):
+        assert relative(ours.double(), plain) < 4e-3
+
+
+def test_a_cpu_has_no_such_products():
+    for ask in (logprobs.gives_fp32, logprobs.adds_to_fp32):
+        assert not ask(torch.device("cpu"), torch.bfloat16)
+        assert not ask(torch.device("meta"), torch.float64)
+        assert ask(torch.device("meta"), torch.bfloat16)
+
+
 def test_bf16_is_summed_in_fp32():
     """300 tokens of a vocabulary of 4 with equal logits: each ln 1/4, in all -415.888."""
     row = Row("r", np.array([1]), (np.zeros(300, np.int32),))
@@ -287,6 +355,50 @@ def test_rows_are_dealt_once_within_the_budget(costs, workers, budget):
     for rows in (rows for part in assigned for rows in part):
         assert len(rows) < 2 or sum(costs[i] for i in rows) <= budget
     assert assigned == assign_micro_batches(costs, workers, budget)
+    alone = sum(2 * cost > budget for cost in costs)
+    enough = max(alone, 2 * sum(min(cost, budget) for cost in costs) / budget)
+    assert len(assigned[0]) <= math.ceil(enough / workers) + 1
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "few"), [(50, 1000, 33), (600, 1500, 66), (1200, 1365, 80), (700, 1365, 63)]
+)
+def test_few_micro_batches_hold_the_rows(least, most, few):
+    """As few as trying each number takes; the tokens alone fill 33, 63, 76 and 61 (80 of three)."""
+    rng = random.Random(0)
+    costs = [rng.randint(least, most) for _ in range(240)]
+    assert len(assign_micro_batches(costs, 1, 4096)[0]) <= few
+
+
+class Counted(int):
+    """A cost that counts the additions, products and changes of sign that it takes part in."""
+
+    steps = 0
+
+    def __radd__(self, other):
+        Counted.steps += 1
+        return other + int(self)
+
+    __add__ = __radd__
+
+    def __rmul__(self, other):
+        Counted.steps += 1
+        return other * int(self)
+
+    def __neg__(self):
+        Counted.steps += 1
+        return -int(self)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.4, 0.6, 1.5])
+def test_the_work_grows_with_the_rows(share):
+    """At most 25 steps a row, however many there are and whatever part of the budget they take."""
+    rng = random.Random(0)
+    for count in (256, 4096):
+        Counted.steps = 0
+        costs = [Counted(rng.randint(int(950 * share), int(1050 * share))) for _ in range(count)]
+        assign_micro_batches(costs, 4, 1000)
+        assert count <= Counted.steps <= 25 * count
 
 
 def test_loads_are_even():
