@@ -251,7 +251,8 @@ def chunk_on(memory: int) -> int:
 
     They take 1 % of it. A head's traffic is its weights' for each chunk, so few chunks are fast.
     """
-    return min(MOST_CHUNK, max(CHUNK, 2 ** int(math.log2(max(1, memory // 512)))))
+    fitting = 1 << (max(1, memory // 512).bit_length() - 1)
+    return min(MOST_CHUNK, max(CHUNK, fitting))
 
 
 def forward_tokens(config: TrainConfig) -> int:
