@@ -80,10 +80,13 @@ class Saver:
         """Whether a node of the workers is newly announced to end, such as a spot node.
 
         The answer is the same on all workers. It is asked every `NOTICE_INTERVAL`, since the
-        question itself waits for all of them.
+        question itself waits for all of them. Without Ray, as in a benchmark, nobody tells.
         """
+        import ray
         from ray import train
 
+        if not ray.is_initialized():
+            return False
         waited = torch.tensor([time.monotonic() - self._asked], device=self._device)
         dist.all_reduce(waited, dist.ReduceOp.MAX)
         if waited.item() < NOTICE_INTERVAL:

@@ -106,6 +106,7 @@ def test_a_leaving_node_makes_one_checkpoint_more(tmp_path, kept, monkeypatch):
 
     notices = [*[None] * 3, *[("a",)] * 4, ("a", "b")]
     monkeypatch.setattr(checkpoint, "NOTICE_INTERVAL", 0.0)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr(
         train,
         "get_preemption_info",
