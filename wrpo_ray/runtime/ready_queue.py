@@ -39,5 +39,5 @@ class ReadyQueue:
         """Remove and yield the rows that are ready."""
         while self._rows:
             row = self._rows.popleft()
-            if (row["job"], row["bucket"]) not in self.passed_over:
+            if (row.get("job"), row.get("bucket")) not in self.passed_over:
                 yield row
