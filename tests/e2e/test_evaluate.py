@@ -52,12 +52,12 @@ def wrpo(demo: Callable[..., Wrpo], fused: Path, tmp_path: Path) -> Wrpo:
 
 
 def table_of(store: Path) -> pa.Table:
-    return pa.concat_tables(pq.read_table(file) for file in store.glob("*/*.parquet"))
+    return pa.concat_tables(pq.read_table(file) for file in store.glob("*/[!.]*.parquet"))
 
 
 def test_a_judge_on_vllm_is_killed_and_asked_nothing_twice(wrpo, on_cluster, tmp_path):
     """A judge that always says A contradicts itself when positions are swapped: all are ties."""
-    output, judged = tmp_path / "out", "generate-judge-*/*/*.parquet"
+    output, judged = tmp_path / "out", "generate-judge-*/*/[!.]*.parquet"
     wrpo.killed_when(lambda: len(shards(output, judged)) >= 2, "evaluate")
     before = shards(output, "generate-*/*/*.parquet")
 

@@ -63,5 +63,5 @@ def test_every_row_is_answered_or_quarantined_and_no_text_becomes_a_special_toke
 
 
 def shard_rows(output, step: str) -> list[dict]:
-    files = output.glob(f"{step}-*/*/*.parquet")
+    files = output.glob(f"{step}-*/*/[!.]*.parquet")
     return [row for file in files for row in pq.read_table(file).to_pylist()]

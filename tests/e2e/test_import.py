@@ -18,7 +18,7 @@ TARGET = "Meta-Llama-3-8B-Instruct"
 def table(output: Path, step: str) -> list[dict]:
     return [
         r
-        for f in sorted(output.glob(f"{step}-*/*/*.parquet"))
+        for f in sorted(output.glob(f"{step}-*/*/[!.]*.parquet"))
         for r in pq.read_table(f).to_pylist()
     ]
 

@@ -107,7 +107,7 @@ def test_the_answers_of_an_evaluation_are_those_of_transformers(fused, zoo, name
 
 
 def table(output, step: str) -> list[dict]:
-    files = output.glob(f"{step}-????????????/*/*.parquet")
+    files = output.glob(f"{step}-????????????/*/[!.]*.parquet")
     return [row for file in files for row in pq.read_table(file).to_pylist()]
 
 

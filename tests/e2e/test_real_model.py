@@ -372,8 +372,8 @@ def test_recorded_answers_of_eight_models_are_fused_into_a_real_one(smollm2: Pat
     print(told)
     assert 1e9 < max(peaks.values()) < SIX_GB
     output = tmp_path / "out" / "gsm8k"
-    answers = [row for file in output.glob("recorded-*/*/*.parquet") for row in rows_of(file)]
-    prompts = [row for file in output.glob("prompts-*/*/*.parquet") for row in rows_of(file)]
+    answers = [row for file in output.glob("recorded-*/*/[!.]*.parquet") for row in rows_of(file)]
+    prompts = [row for file in output.glob("prompts-*/*/[!.]*.parquet") for row in rows_of(file)]
     wanted = {row["prompt_id"] for row in prompts}
     by_source = Counter(row["source"] for row in answers if row["prompt_id"] in wanted)
     assert len(wanted) == 64

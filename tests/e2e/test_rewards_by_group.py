@@ -116,10 +116,10 @@ def scored(output: Path, name: str) -> list[dict[str, Any]]:
     """The rows of a step that scores, with their prompts."""
     given = {
         row["prompt_id"]: row
-        for file in output.glob("prompts-*/*/*.parquet")
+        for file in output.glob("prompts-*/*/[!.]*.parquet")
         for row in pq.read_table(file).to_pylist()
     }
-    files = sorted(output.glob(f"score-{name}-????????????/*/*.parquet"))
+    files = sorted(output.glob(f"score-{name}-????????????/*/[!.]*.parquet"))
     rows = pa.concat_tables(map(pq.read_table, files)).to_pylist() if files else []
     return [row | {"of": given[row["prompt_id"]]} for row in rows]
 
@@ -208,7 +208,7 @@ def test_each_group_has_its_reward_and_its_sources(run, zoo, tmp_path):
     sizes = {"chat": EACH, "words": EACH, "maths": EACH + 1, "code": EACH, "": 6}
     assert {name: row["prompts"] for name, row in groups.items()} == sizes
     chosen, pairs = (
-        pa.concat_tables(map(pq.read_table, output.glob(f"{n}-*/*/*.parquet"))).to_pylist()
+        pa.concat_tables(map(pq.read_table, output.glob(f"{n}-*/*/[!.]*.parquet"))).to_pylist()
         for n in ("select", "pair")
     )
     by_id = {

@@ -54,7 +54,7 @@ def shifts(zoo: Path) -> list[dict[str, Any]]:
 
 
 def table(output: Path, step: str) -> list[dict[str, Any]]:
-    files = sorted(output.glob(f"{step}-????????????/*/*.parquet"))
+    files = sorted(output.glob(f"{step}-????????????/*/[!.]*.parquet"))
     rows = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert rows, step
     return rows

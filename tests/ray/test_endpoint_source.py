@@ -41,7 +41,7 @@ def generate(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def stored(output: Path) -> list[tuple[str, int]]:
-    files = output.glob("generate-far-*/*/*.parquet")
+    files = output.glob("generate-far-*/*/[!.]*.parquet")
     table = pa.concat_tables(pq.read_table(f, columns=["prompt_id", "sample"]) for f in files)
     return sorted(zip(*(column.to_pylist() for column in table.columns), strict=True))
 
@@ -88,7 +88,7 @@ def test_an_endpoint_is_asked_once_for_each_answer_and_its_key_is_nowhere(tmp_pa
         assert server.most_in_flight == 16
         assert {call.headers["Authorization"] for call in server.calls} == {f"Bearer {KEY}"}
         failed = pq.read_table(
-            next((tmp_path / "out").glob("generate-far-*/failures/*/*/*.parquet"))
+            next((tmp_path / "out").glob("generate-far-*/failures/*/*/[!.]*.parquet"))
         )
         assert set(failed["error"].to_pylist()) == {"RefusedError"}
         assert failed.num_rows == 2
@@ -108,7 +108,7 @@ def test_an_endpoint_is_asked_once_for_each_answer_and_its_key_is_nowhere(tmp_pa
 
 def seeds(keys: list[tuple[str, int]], output: Path) -> set[int]:
     """The seeds of answers that were there before."""
-    files = output.glob("generate-far-*/*/*.parquet")
+    files = output.glob("generate-far-*/*/[!.]*.parquet")
     table = pa.concat_tables(
         pq.read_table(f, columns=["prompt_id", "sample", "seed"]) for f in files
     )

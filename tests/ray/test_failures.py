@@ -67,16 +67,17 @@ def test_failed_scores_are_told_and_tried_again(on_cluster, tmp_path, capsys):
     assert "the judge is away" in wrpo("failures")
 
     here.touch()
-    scores = dict.fromkeys(tmp_path.glob("out/score-*/*/*.parquet"))
+    scores = dict.fromkeys(tmp_path.glob("out/score-*/*/[!.]*.parquet"))
     told = wrpo("failures", "--retry")
     assert "1 of score-reward-a" in told
     assert "steps to run again:   score-reward-a, select" in told
     wrpo("select")
     assert wrpo("failures") == "no failed rows\n"
-    assert sum(map(rows_of, tmp_path.glob("out/score-*/*/*.parquet"))) == 4
+    assert sum(map(rows_of, tmp_path.glob("out/score-*/*/[!.]*.parquet"))) == 4
     assert sum(map(rows_of, scores)) == 3
     selections = sorted(
-        sum(map(rows_of, folder.glob("*/*.parquet"))) for folder in tmp_path.glob("out/select-*")
+        sum(map(rows_of, folder.glob("*/[!.]*.parquet")))
+        for folder in tmp_path.glob("out/select-*")
     )
     assert selections == [3, 4]
 

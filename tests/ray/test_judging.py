@@ -95,7 +95,7 @@ def table(output: Path) -> dict[str, Any]:
 
 
 def failed(output: Path) -> Counter[str]:
-    files = output.glob("verdicts-*/failures/*/*/*.parquet")
+    files = output.glob("verdicts-*/failures/*/*/[!.]*.parquet")
     return Counter(e for f in files for e in pq.read_table(f)["error"].to_pylist())
 
 

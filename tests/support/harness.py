@@ -144,7 +144,7 @@ def processes_of(output: str | Path) -> set[int]:
 
 def failures(output: Path) -> list[dict[str, Any]]:
     """All failed rows that a run has kept, ordered by where they come from."""
-    files = output.glob("*/failures/*/*/*.parquet")
+    files = output.glob("*/failures/*/*/[!.]*.parquet")
     rows = [row for f in files for row in pq.read_table(f).to_pylist()]
     return sorted(rows, key=lambda row: row["where"] or "")
 

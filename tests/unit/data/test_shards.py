@@ -95,7 +95,7 @@ def test_of_shards_with_one_key_the_last_is_read(tmp_path):
     flat(folder, bucket, [answer(KEYS[0])], "all")
     os.utime(next(tmp_path.glob("*.parquet")), (1, 1))
     write_shard(folder, bucket, records.RESPONSE, [answer(KEYS[1])], "all")
-    os.utime(next(tmp_path.glob("*/*.parquet")), (2, 2))
+    os.utime(next(tmp_path.glob("*/[!.]*.parquet")), (2, 2))
     assert ids(folder, bucket) == [KEYS[1]]
     write_shard(folder, bucket, records.RESPONSE, [answer(k) for k in KEYS[2:4]], "all")
     assert ids(folder, bucket) == sorted(KEYS[2:4])
@@ -182,7 +182,7 @@ def test_a_marked_bucket_is_counted_without_a_listing_until_another_step_fills_i
     one = filling(folder, "k1", bucket)
     one.write([answer(KEYS[0])], "x")
     one.mark(rows=1, failed=0, attempts=3)
-    (shard,) = tmp_path.glob("*-of-*/*.parquet")
+    (shard,) = tmp_path.glob("*-of-*/[!.]*.parquet")
     shard.rename(shard.with_name("aside"))  # so that a listing would not find it
     assert stored(folder).rows == 1
     folder.write(f"{MARKS}/k2/{BEGUN}", b"")
