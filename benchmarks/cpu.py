@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,8 @@ import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from memory import alone
 
 QUESTION = "A shop sells {a} apples on Monday and {b} times as many on Tuesday, at {c} dollars. "
 PROMPT = ANSWER = 64
@@ -81,7 +82,7 @@ def measure(cell: Cell, options: argparse.Namespace) -> float:
     working = [
         subprocess.Popen(
             [sys.executable, __file__, *sys.argv[1:], "--cell", json.dumps(asdict(cell))],
-            env=os.environ | engine_env(on_gpu=False) | own | _alone(),
+            env=os.environ | engine_env(on_gpu=False) | own | alone(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if options.verbose else subprocess.DEVNULL,
@@ -102,15 +103,6 @@ def measure(cell: Cell, options: argparse.Namespace) -> float:
         for begun in [*working, *others]:
             begun.kill()  # type: ignore[attr-defined]
             begun.wait()  # type: ignore[attr-defined]
-
-
-def _alone() -> dict[str, str]:
-    """The environment of a process group of one."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = str(found.getsockname()[1])
-    names = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    return names | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "HF_HUB_OFFLINE": "1"}
 
 
 def _wait_for_others() -> None:

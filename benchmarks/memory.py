@@ -88,7 +88,7 @@ def measure(cell: Cell) -> dict[str, float]:
         subprocess.run(code, check=True, capture_output=True)
         done = subprocess.run(
             [sys.executable, __file__, "--in", folder],
-            env=os.environ | worker_env(config) | _alone(),
+            env=os.environ | worker_env(config) | alone(),
             stdout=subprocess.PIPE,
             check=True,
             text=True,
@@ -105,7 +105,7 @@ model.to(torch.bfloat16).save_pretrained(sys.argv[1])
 """
 
 
-def _alone() -> dict[str, str]:
+def alone() -> dict[str, str]:
     """The environment of a process group of one."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

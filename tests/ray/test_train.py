@@ -246,19 +246,15 @@ def check_resumed(root: Folder, step: Step, undisturbed: Step) -> None:
 
 def workers() -> list[psutil.Process]:
     """The Ray Train workers of this module's Ray."""
-    return processes("RayTrainWorker")
+    return [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
 
 
-def processes(name: str) -> list[psutil.Process]:
-    """The processes that this one has started with this in their command line."""
-    return [p for p in psutil.Process().children(recursive=True) if name in _command(p)]
-
-
-def _command(process: psutil.Process) -> str:
+def _is_worker(process: psutil.Process) -> bool:
+    """Whether it is a Ray Train worker of this session."""
     try:
-        return " ".join(process.cmdline())
-    except psutil.Error:  # it has ended
-        return ""
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
 
 
 @contextmanager

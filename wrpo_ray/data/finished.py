@@ -8,9 +8,9 @@ bucket holds is known by its marks once all of these steps have marked it.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,6 +21,7 @@ from wrpo_ray.data.samples import sample_keys
 from wrpo_ray.data.shards import Counts, Layout, Place, Shard, list_shards, place_name, shards_in
 from wrpo_ray.storage.folder import Folder
 
+T = TypeVar("T")
 MARKS = "finished"
 """Subfolder of a store with a folder of marks for each step's key."""
 BEGUN = "begun"
@@ -117,8 +118,7 @@ def stored(store: Folder, *, most: int | None = None) -> Counts:
     known, unknown = _told(store)
     if not unknown:
         return known
-    step = -(-len(unknown) // most) if most else 1
-    for batch in _dataset(store, unknown[::step]).to_batches():
+    for batch in _dataset(store, _some(unknown, most)).to_batches():
         first = batch.filter(pc.equal(batch["sample"], 0))
         tokens = _sum_of(first["prompt_tokens"]), _sum_of(batch["output_tokens"])
         known += Counts(batch.num_rows, *tokens)
@@ -128,11 +128,15 @@ def stored(store: Folder, *, most: int | None = None) -> Counts:
 def sampled(store: Folder, schema: pa.Schema, most: int) -> pa.Table:
     """Columns of about `most` shards of a store, of as many buckets, evenly chosen."""
     layout = Layout.of(store)
-    places = sorted(layout.places)
-    shards = list(layout.flat[:: -(-len(layout.flat) // most) or 1])
-    for place in places[:: -(-len(places) // most) or 1]:
+    shards = list(_some(layout.flat, most))
+    for place in _some(sorted(layout.places), most):
         shards += shards_in(store, [place])[:1]
     return _dataset(store, shards, schema).to_table()
+
+
+def _some(items: Sequence[T], most: int | None) -> Sequence[T]:
+    """About `most` of the items, evenly chosen; None: all."""
+    return items[:: -(-len(items) // most) or 1] if most else items
 
 
 def stored_rows(store: Folder) -> int:
@@ -180,7 +184,7 @@ def total(shards: Iterable[Shard]) -> Counts:
     return sum((shard.counts for shard in shards if shard.counts), Counts())
 
 
-def _dataset(store: Folder, shards: list[Shard], schema: pa.Schema = TOKENS) -> ds.Dataset:
+def _dataset(store: Folder, shards: Sequence[Shard], schema: pa.Schema = TOKENS) -> ds.Dataset:
     paths = [f"{store.path}/{shard.path}" for shard in shards]
     return ds.dataset(paths, schema=schema, format="parquet", filesystem=store.filesystem)
 

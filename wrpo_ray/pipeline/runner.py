@@ -159,7 +159,7 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
         name, phase = phases.pop(0)
         jobs = missing(run, phase)
         beside = _streaming(run, jobs, [other for _, other in phases])
-        following = [missing(run, phases[place][1]) for place in beside]
+        following = list(beside.values())
         together = dict.fromkeys([name, *(phases[place][0] for place in beside)])
         label = f"[{order.index(name) + 1}/{len(order)}] {' and '.join(together)}"
         phases = [other for place, other in enumerate(phases) if place not in beside]
@@ -194,8 +194,8 @@ def log_resumed(run: Run, jobs: list[Job]) -> None:
             log(f"{step.name}: {found:,} buckets have rows, which are skipped")
 
 
-def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> list[int]:
-    """The places of the later phases that can take the buckets of `jobs` while these run.
+def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> dict[int, list[Job]]:
+    """{place: jobs to run} of the later phases that can take the buckets of `jobs` meanwhile.
 
     They are among the phases behind it that take buckets, up to one that does not: those of the
     rewards of several groups, say. There must be room for an actor of each beside one of every pool
@@ -203,8 +203,8 @@ def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> list[in
     """
     producers = [job.stream.pool for job in jobs if job.stream and not job.stream.source]
     if not jobs or len(producers) < len(jobs):
-        return []
-    found: list[int] = []
+        return {}
+    found: dict[int, list[Job]] = {}
     pools: list[Pool] = []
     for place, phase in enumerate(later):
         waiting = missing(run, phase)
@@ -213,7 +213,7 @@ def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> list[in
             break
         more = [*pools, *takers[:1]]
         if takers and all(fit_together([pool, *more]) for pool in producers):
-            found.append(place)
+            found[place] = waiting
             pools = more
     return found
 

@@ -6,7 +6,7 @@ held-out prompts to all prompts, and from a model to others on the same kind of 
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from math import exp, log
 from statistics import mean, median
@@ -77,7 +77,7 @@ class Measured:
         entry = self.ledger.get(job.step.folder)
         if entry and entry.usage.rows and entry.usage.prompt_tokens and not job.model.endpoint:
             return entry.usage
-        return Usage(**asdict(stored(self.root / job.step.folder, most=SHARDS)))
+        return Usage.of(stored(self.root / job.step.folder, most=SHARDS))
 
     @cached_property
     def recorded_length(self) -> float | None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data.finished import stored
+from wrpo_ray.data.shards import Counts
 from wrpo_ray.errors import BudgetError, UserError
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -41,6 +42,11 @@ class Usage:
     """Of `actor_seconds`, those in which an actor loaded its model."""
     starts: int = 0
     """Actors that loaded a model."""
+
+    @classmethod
+    def of(cls, counts: Counts) -> Usage:
+        """Rows and tokens, without any seconds."""
+        return cls(**asdict(counts))
 
     @property
     def busy_seconds(self) -> float:
@@ -170,7 +176,7 @@ class Ledger:
         for folder in (f for f in self.root.folders() if f.startswith("generate-")):
             pool = folder.removeprefix("generate-").rpartition("-")[0]
             held = self.entries.get(folder, Entry(pool, Usage()))
-            there = Usage(**asdict(stored(self.root / folder)))
+            there = Usage.of(stored(self.root / folder))
             if there.output_tokens > held.usage.output_tokens:
                 seconds = replace(held.usage, rows=0, prompt_tokens=0, output_tokens=0)
                 self.entries[folder] = Entry(held.pool, there + seconds)

@@ -19,6 +19,7 @@ from wrpo_ray.config import Actors, TrainConfig
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket
 from wrpo_ray.data.failures import retrying_failures, write_failures
 from wrpo_ray.data.records import PREFERENCE, SELECTION, failure
+from wrpo_ray.data.shards import place_name
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.reasoning import format_of
@@ -211,7 +212,7 @@ class Preparer:
         self._turn_to(self.jobs[row["job"]])
         bucket = self.run.bucket(row["bucket"])
         folder = self.run.root / self.job.step.folder
-        name = f"{bucket.index:05d}-of-{bucket.count:05d}{SUFFIX}"
+        name = f"{place_name(bucket.place)}{SUFFIX}"
         counts = read_counts(folder, name)
         if counts is None or counts["failed"]:
             rows = self.tokenizing.rows(self._records(bucket), self.job.step.name)
