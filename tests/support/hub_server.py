@@ -63,7 +63,7 @@ class Hub:
     tokens: set[str | None] = field(default_factory=set)
     """The Authorization headers seen."""
     sent: int = 0
-    """Bytes of files that were sent."""
+    """Bytes of files that were sent, the end of what a client left unread not counted."""
     pause: float = 0.0
     """Seconds between pieces of a large file."""
     spoil: str = ""
@@ -241,8 +241,6 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {"ETag": f'"{_etag(path, data)}"', "X-Repo-Commit": commit}
         if path == self.hub.spoil and self.command == "GET":
             data = data[:-1] + bytes([data[-1] ^ 1])
-        if self.command == "GET" and "Range" not in self.headers:
-            self.hub.sent += len(data)
         if asked := RANGE.fullmatch(self.headers.get("Range", "")):
             return self._part(data, int(asked[1]), int(asked[2] or len(data) - 1), headers)
         return self._send(data, headers)
@@ -251,7 +249,6 @@ class _Handler(BaseHTTPRequestHandler):
         if start >= len(data):
             return self._refuse(416, "")
         part = data[start : last + 1]
-        self.hub.sent += len(part)
         place = f"bytes {start}-{start + len(part) - 1}/{len(data)}"
         return self._send(part, headers | {"Content-Range": place}, 206)
 
@@ -271,9 +268,11 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(self.hub.pause)
             try:
                 self.wfile.write(data[start : start + size])
-            except OSError:  # the client was killed
+            except OSError:  # the client was killed, or has read enough
                 self.close_connection = True
                 return
+            if "/resolve/" in self.path:
+                self.hub.sent += len(data[start : start + size])
 
 
 def _is_large(path: str) -> bool:

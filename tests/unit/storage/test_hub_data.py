@@ -230,14 +230,15 @@ def test_a_check_reads_little_of_large_files(hub, tmp_path):
     import os
 
     long = [os.urandom(3000).hex() for _ in range(4000)]
-    put(hub, {"data/train-0.parquet": parquet(*long), "rows/train-0.jsonl": jsonl(*long)})
+    rows = "".join(json.dumps({"prompt": text, "skill": "a"}) + "\n" for text in long)
+    put(hub, {"data/train-0.parquet": parquet(*long), "rows/train-0.jsonl": rows.encode()})
     for path in (f"{NAME}/data", f"{NAME}/rows"):
         settings = config(tmp_path, path, columns={"group": "skill"})
         before = hub.sent
         key(preflight(settings))
-        assert hub.sent - before < 1.5 * 2**20
+        assert hub.sent - before < 4 * 2**20  # of a stream, with what stands in the sockets
         assert plan(settings, "prompts").works[0].rows == pytest.approx(4000, rel=0.01)
-    assert hub.sent < 8 * 2**20  # of 48 MB, read as often as it is asked for
+    assert hub.sent < 12 * 2**20  # of 48 MB, read as often as it is asked for
 
 
 def test_a_column_that_is_not_there_is_told_before_any_work(data, tmp_path):

@@ -140,7 +140,8 @@ READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
 ELSEWHERE = {
     "cli.serve": "names of models on the command line",
     "config": "configs",
-    "data.buckets": "names of files",
+    "data.finished": "names of files",
+    "data.shards": "names of files",
     "export.model_card": "the licence of a model",
     "kubernetes": "manifests",
     "llm.architecture": "names of weights",

@@ -170,8 +170,8 @@ def check_some_columns(uris: list[str], columns: list[str], what: str) -> None:
     for uri in files:
         for _, row in islice(read_rows(uri, columns), FIRST):
             there |= dict.fromkeys(row) if isinstance(row, dict) else {}
-        if set(columns) <= set(there):
-            return
+            if there.keys() >= set(columns):
+                return
     missing = [column for column in columns if column not in there]
     if files and there and missing:
         raise UserError(
