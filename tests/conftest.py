@@ -60,15 +60,55 @@ def pytest_sessionfinish() -> None:
     gc.unfreeze()
 
 
-class Lanes(LoadFileScheduling):
-    """One process runs all of tests/e2e, the other all of tests/ray and then unit tests, by file.
+ALONE = [
+    f"tests/{name}.py"
+    for name in (
+        "ray/test_train", "e2e/test_real_model", "e2e/test_rehearsal", "e2e/test_serving",
+        "e2e/test_autoscaling", "e2e/test_thinking", "ray/test_cluster", "ray/test_hub_inputs",
+        "ray/test_endpoint_source", "ray/test_pools", "ray/test_simulated_cluster",
+        "e2e/test_rewards_vllm", "e2e/test_leaving", "ray/test_metrics",
+    )
+]  # fmt: skip
+"""Files that start all they need but the zoo themselves, the longest first."""
 
-    So those of one process share what takes long to start, such as `head` and `fused`.
+
+def _shares(nodeid: str) -> bool:
+    file = nodeid.split("::")[0]
+    return file.startswith(("tests/e2e/", "tests/ray/")) and file not in ALONE
+
+
+class Lanes(LoadFileScheduling):
+    """One process runs all tests that share `fused`, `greedy_run` or `head`.
+
+    The other begins with those that start what they need, file by file; both take what is left.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        folder = "/".join(nodeid.split("/")[:2])
-        return super()._split_scope(nodeid) if folder == "tests/unit" else folder
+        return "shared" if _shares(nodeid) else super()._split_scope(nodeid)
+
+
+SHARED = {"finished", "fused", "greedy_run", "head"}
+"""Fixtures that one process has for all its tests."""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files: those that share, those alone, the short ones of unit tests.
+
+    Raises:
+        AssertionError: `ALONE` names a file that shares, or that is not there.
+    """
+    assert all((ROOT / file).is_file() for file in ALONE), ALONE
+
+    def rank(item: pytest.Item) -> int:
+        file = item.nodeid.split("::")[0]
+        if file in ALONE:
+            shared = SHARED & set(getattr(item, "fixturenames", ()))
+            assert not shared, f"{item.nodeid} is in ALONE and uses {shared}"
+            return 1 + ALONE.index(file)
+        return 0 if _shares(item.nodeid) else 1 + len(ALONE)
+
+    items.sort(key=rank)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Lanes:
