@@ -59,11 +59,17 @@ def root(tmp_path_factory) -> Folder:
     return folder
 
 
-def prepared(root: Folder, config: TrainConfig) -> Prepare:
-    """The prepared rows of a config, made if they are not there."""
+def preparation(root: Folder, config: TrainConfig) -> Prepare:
+    """The job that prepares the rows of a config, with one actor."""
     preference = isinstance(config, WrpoConfig)
     name, rows = ("wrpo", PAIRS) if preference else ("sft", SELECTION)
-    job = Prepare(name, rows, root / "base", "base", config)
+    config = config.model_copy(update={"workers": 1})
+    return Prepare(name, rows, root / "base", "base", config)
+
+
+def prepared(root: Folder, config: TrainConfig) -> Prepare:
+    """The prepared rows of a config, made if they are not there."""
+    job = preparation(root, config)
     if not job.step.is_done(root):
         Prepare.run(Run(root, 4), [job])
     return job
@@ -153,9 +159,11 @@ def trained(local_ray, root) -> dict[str, Train]:
     configs |= {f"beta-{beta}": WRPO.model_copy(update={"beta": beta}) for beta in BETAS}
     for mode in ("stored", "live"):
         configs |= {name_of(mode, *case): with_reference(mode, *case) for case in MATRIX}
+    rows_of = {name: preparation(root, config) for name, config in configs.items()}
+    Prepare.run(Run(root, 4), list({job.step.folder: job for job in rows_of.values()}.values()))
     jobs = {}
     for name, config in configs.items():
-        rows = prepared(root, config)
+        rows = rows_of[name]
         step, in_series = step_of(name, rows, config), config.workers == 2
         jobs[name] = Train(
             step, rows.step, root / "base", "base", config, SEED, in_series=in_series
@@ -210,7 +218,7 @@ def test_too_few_rows_and_workers_are_told_clearly(local_ray, root):
                     PAIRS,
                     root / "base",
                     "base",
-                    WRPO.model_copy(update={"max_length": 8}),
+                    WRPO.model_copy(update={"max_length": 8, "workers": 1}),
                 )
             ],
         )
