@@ -143,7 +143,7 @@ def test_rows_that_cannot_be_used_are_kept_with_their_reasons(wrpo, tmp_path):
         "[1]",
         PROMPT | {"prompt": 5},
     ]
-    result = wrpo(rows=[PROMPT, *bad], failure_limit=0.9)("prompts")
+    result = wrpo(rows=[PROMPT, *bad], failure_limit=0.9).here("prompts")
     assert result.returncode == 0, result.stderr
     reasons = sorted((r["where"].split(":")[1], r["message"]) for r in failures(tmp_path / "out"))
     assert [place for place, _ in reasons] == ["2", "3", "4", "5", "6"]

@@ -54,6 +54,7 @@ class RayHead:
             "object-store-memory": 500 * 2**20,
             "temp-dir": self.folder / "ray",
             "include-dashboard": "true",
+            "include-log-monitor": "false",  # it reads all files ten times a second, for nobody
         }
         bin = Path(sys.executable).parent
         self.env = (
@@ -142,6 +143,7 @@ class RayHead:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block"]
         command += [f"--address={self.address}", f"--num-cpus={num_cpus}"]
         command += [f"--temp-dir={self.folder / 'node'}", "--object-store-memory=500000000"]
+        command += ["--include-log-monitor=false"]
         with (self.folder / "node.log").open("w") as log:
             subprocess.Popen(command, env=self.env, stdout=log, stderr=subprocess.STDOUT)
 
