@@ -170,14 +170,14 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
         if not jobs:
             log(f"{label}: done before")
             continue
-        now = _loading([*jobs, *(job for others in following for job in others)])
+        now = loading([*jobs, *(job for others in following for job in others)])
         later = [ahead.get(job.step.key, []) for _, phase in phases for job in phase]
         PREFETCH.want([*now, *(pool for pools in later for pool in pools)])
         _run_phase(run, label, jobs, following)
         tell()
 
 
-def _loading(jobs: Iterable[Job]) -> list[Pool]:
+def loading(jobs: Iterable[Job]) -> list[Pool]:
     """The pools that load models from a store or the hub."""
     pools = [job.loads for job in jobs]
     return [p for p in pools if p and any(folder.is_remote for folder, _ in p.models)]
@@ -187,7 +187,7 @@ def _models_ahead(run: Run, phases: list[Sequence[Job]]) -> dict[str, list[Pool]
     """{key of a step that is not done: pools that load models which are there before the run}."""
     found = {}
     for job in (job for phase in phases for job in phase):
-        pools = _loading([job])
+        pools = loading([job])
         is_made_here = any(f.is_within(run.root) for p in pools for f, _ in p.models)
         if pools and not is_made_here and not job.step.is_done(run.root):
             found[job.step.key] = pools

@@ -593,3 +593,18 @@ def test_a_disk_that_others_may_write_to_has_a_folder_of_ones_own(tmp_path, monk
     folder.chmod(0o777)
     with pytest.raises(UserError, match="others may write to it"):
         caches.node_cache()
+
+
+# --- ways of loading -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", ["performance", "engine"])
+def test_a_way_of_loading_without_its_package_is_told_before_any_work(
+    model, tmp_path, section, monkeypatch
+):
+    settings = config(str(model), tmp_path, **{section: {"load_format": "runai_streamer"}})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="a: load_format: runai_streamer needs its package: on ev"):
+        preflight(settings)
+    monkeypatch.undo()
+    preflight(config(str(model), tmp_path, **{section: {"load_format": "safetensors"}}))
