@@ -66,6 +66,10 @@ class Hub:
     """Bytes of files that were sent, the end of what a client left unread not counted."""
     pause: float = 0.0
     """Seconds between pieces of a large file."""
+    rate: float = 0.0
+    """Bytes of files a second for all clients together; 0 is no limit."""
+    line: threading.Lock = field(default_factory=threading.Lock)
+    """Held by the client that is sent something while there is a rate."""
     spoil: str = ""
     """A file that arrives with a byte changed."""
     url: str = ""
@@ -266,6 +270,9 @@ class _Handler(BaseHTTPRequestHandler):
         for start in range(0, len(data), size):
             if self.hub.pause and len(data) > 10_000:
                 time.sleep(self.hub.pause)
+            if self.hub.rate:
+                with self.hub.line:
+                    time.sleep(min(size, len(data) - start) / self.hub.rate)
             try:
                 self.wfile.write(data[start : start + size])
             except OSError:  # the client was killed, or has read enough

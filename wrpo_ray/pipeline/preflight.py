@@ -10,6 +10,7 @@ from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import reasoning_format
 from wrpo_ray.llm.reasoning import Markers, Thinker, unseen_markers
 from wrpo_ray.llm.rendering import Template
+from wrpo_ray.llm.vllm_settings import check_load_format
 from wrpo_ray.pipeline.groups import check_first_groups, prompt_files
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import (
@@ -64,6 +65,10 @@ def preflight(config: Config, pins: Pins | None = None) -> Config:
 
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
+    more = config.evaluate.models if config.evaluate else ()
+    for model in [*config.models, *([config.target] if config.target else []), *more]:
+        what = "target" if model is config.target else model.name
+        yield partial(check_load_format, what, model.performance | model.engine)
     for model in config.models:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -29,6 +29,7 @@ from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job
 from wrpo_ray.runtime.ledger import Ledger
 from wrpo_ray.runtime.placement import Pool, fit_together
+from wrpo_ray.runtime.prefetch import PREFETCH
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tasks import run_in_threads
@@ -108,8 +109,10 @@ def session(config: Config, root: Folder, pins: Pins) -> Iterator[Run]:
         try:
             cluster.check_reachable(Folder(config.output))
             cluster.kill_orphans(root, run.session)
+            PREFETCH.open(run.session)
             yield replace(run, ledger=ledger)
         finally:
+            PREFETCH.close()
             cluster.disconnect()
 
 
@@ -155,6 +158,7 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     """
     phases = [(stage.name, phase) for stage in stages for phase in stage.phases]
     order = list(dict.fromkeys(name for name, _ in phases))
+    ahead = _models_ahead(run, [phase for _, phase in phases])
     while phases:
         name, phase = phases.pop(0)
         jobs = missing(run, phase)
@@ -166,8 +170,28 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
         if not jobs:
             log(f"{label}: done before")
             continue
+        now = loading([*jobs, *(job for others in following for job in others)])
+        later = [ahead.get(job.step.key, []) for _, phase in phases for job in phase]
+        PREFETCH.want([*now, *(pool for pools in later for pool in pools)])
         _run_phase(run, label, jobs, following)
         tell()
+
+
+def loading(jobs: Iterable[Job]) -> list[Pool]:
+    """The pools that load models from a store or the hub."""
+    pools = [job.loads for job in jobs]
+    return [p for p in pools if p and any(folder.is_remote for folder, _ in p.models)]
+
+
+def _models_ahead(run: Run, phases: list[Sequence[Job]]) -> dict[str, list[Pool]]:
+    """{key of a step that is not done: pools that load models which are there before the run}."""
+    found = {}
+    for job in (job for phase in phases for job in phase):
+        pools = loading([job])
+        is_made_here = any(f.is_within(run.root) for p in pools for f, _ in p.models)
+        if pools and not is_made_here and not job.step.is_done(run.root):
+            found[job.step.key] = pools
+    return found
 
 
 def _run_phase(run: Run, label: str, jobs: list[Job], following: list[list[Job]]) -> None:

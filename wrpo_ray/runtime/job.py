@@ -100,6 +100,10 @@ class Job(Protocol):
     def stream(self) -> Stream | None:
         """How it runs side by side with the phase before or after it; None if it cannot."""
 
+    @property
+    def loads(self) -> Pool | None:
+        """The workers that load models, with these; None if none does."""
+
 
 class BaseJob:
     """Defaults for most jobs."""
@@ -134,4 +138,9 @@ class BaseJob:
     @property
     def stream(self) -> Stream | None:
         """Whole phases only."""
+        return None
+
+    @property
+    def loads(self) -> Pool | None:
+        """No model."""
         return None

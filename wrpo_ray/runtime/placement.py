@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from wrpo_ray.config import Actors
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.progress import log
+from wrpo_ray.storage.folder import Folder
 
 GPU_LABEL = "wrpo-ray/gpu"
 NO_GPU_NODES = {GPU_LABEL: "!true"}
@@ -21,6 +22,9 @@ pass frees is not used again by the forward pass, which took 2 GB of 6."""
 SPINS = "2000"
 """How often a thread of OpenMP (libgomp) looks for the others before it sleeps. Its own number is
 300,000: milliseconds for which a core does nothing while what the others need waits for it."""
+
+Model = tuple[Folder, str]
+"""The folder of a model's weights, and their fingerprint (`Folder.local`)."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Pool:
     """Worker processes with a GPU each that an actor starts; 1 is the actor alone."""
     has_model: bool = False
     """Whether its actors compute with a model, with a thread for each of their CPUs."""
+    models: tuple[Model, ...] = ()
+    """What its actors load."""
 
     @property
     def needs(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from wrpo_ray.runtime.pool_members import (
     remove_groups,
     start_member,
 )
+from wrpo_ray.runtime.prefetch import PREFETCH
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue, Row
 from wrpo_ray.runtime.worker_errors import restore_error, summarize_error
@@ -179,11 +180,12 @@ class RunningPool:
         busy = ready + waiting if self._is_starting else max(ready, waiting)
         demand = self._demand(busy)
         share = ALLOCATOR.share(Report(demand, self.pace.row, self._places, self.follows))
-        self._take_places(share, most=busy if ready >= least else least)
+        held = self._take_places(share, most=busy if ready >= least else least)
         placed, wanted = len(self._placed), least
         if ready >= least and not share.gives_way:
             wanted = min(busy, demand.wanted)
-        self.members += [self._start("") for _ in range(max(least, wanted) - len(self.members))]
+        lacking = max(least, wanted) - len(self.members) - held
+        self.members += [self._start("") for _ in range(lacking)]
         useful = placed if share.gives_way else ready + waiting
         self._shrink(max(least, useful), at_once=share.gives_way or not least)
 
@@ -213,16 +215,22 @@ class RunningPool:
     def _bundles(self) -> list[dict[str, float]]:
         return self.pool.bundles if self.pool.parts > 1 else []
 
-    def _take_places(self, share: Share, most: int) -> None:
-        """Give places to actors that wait for room, and then to new ones, up to `most`."""
+    def _take_places(self, share: Share, most: int) -> int:
+        """Give places to actors that wait for room, and then to new ones, up to `most`.
+
+        Returns the places that are left alone because their weights are still on the way.
+        """
         count = min(share.engines, most) - len(self._placed)
-        open_ones = [m for m in self.members if m not in self._placed]
+        open_ones, held = [m for m in self.members if m not in self._placed], 0
         for (place, *_), _ in zip(share.places, range(count), strict=False):
-            if open_ones:
+            if PREFETCH.is_coming(place, self.pool.models):
+                held += 1
+            elif open_ones:
                 member = open_ones.pop(0)
                 member.place, member.since = place, time.monotonic()
             else:
                 self.members.append(self._start(place))
+        return held
 
     def _log_waiting(self) -> None:
         """Log once a minute that no actor has answered, as where others hold all the room."""

@@ -13,6 +13,7 @@ from wrpo_ray.errors import WrpoError
 from wrpo_ray.runtime.allocator import ALLOCATOR
 from wrpo_ray.runtime.placement import Pool, thread_env
 from wrpo_ray.runtime.ready_queue import Row
+from wrpo_ray.runtime.weights import use_peers
 from wrpo_ray.runtime.worker_errors import capture_error
 
 
@@ -26,6 +27,7 @@ class ErrorCapturingWorker:
         self.what, self.worker, self.arguments = what, worker, arguments
         self._loading = threading.Lock()
         self._clock = BusyClock()
+        use_peers()
 
     def answers(self) -> str:
         """Return the id of the actor's node at once; the call shows that the actor is up."""

@@ -1,7 +1,9 @@
 """The node cache: copies of remote folders on local disk, shared by processes and evicted.
 
-A copy is made in `<key>.part` and renamed to `<key>` when all its files have their sizes, so a
-folder without `.part` is complete. One process makes it while the others wait for a file lock. A
+A copy is made in `<key>.part` and renamed to `<key>` when all its files are there, so a folder
+without `.part` is complete. A file arrives in a folder below it, and is moved when its size and its
+hash are right, so that other nodes can read it from there (`runtime.weights`). One process makes a
+copy while the others wait for a file lock. A
 process that uses a copy holds a shared lock on it until it ends; the kernel releases the locks of a
 killed process. Copies without a lock are evicted, the least recently used first, when a new one
 does not fit. The folder is this user's alone: whoever could write to it could plant a model. Not
@@ -19,15 +21,16 @@ import stat
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from filelock import FileLock
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.storage.remote import ARRIVING, TRANSFER, Source
 
 LIMIT_VARIABLE = "WRPO_CACHE_GB"
 """Environment variable: the limit for all copies of a node, in GB (10^9 bytes)."""
@@ -37,16 +40,6 @@ RELEASE_TIMEOUT = 60.0
 """Seconds to wait for other processes to release copies."""
 _held: dict[Path, BinaryIO] = {}
 """This process's locks on copies, kept until it ends."""
-
-
-class Source(Protocol):
-    """The source of a copy; `str()` is its name for users, without credentials."""
-
-    def sizes(self) -> dict[str, int]:
-        """Return {path within the folder: bytes} of its files."""
-
-    def fetch(self, sizes: dict[str, int], to: Path) -> None:
-        """Download these files; the folder may hold some from an interrupted attempt."""
 
 
 @dataclass(frozen=True)
@@ -68,30 +61,54 @@ class NodeCache:
         entry = _Entry(self.folder, key)
         with FileLock(entry.path(".lock")):
             entry.hold()
-            if not entry.copy.is_dir():
-                sizes = source.sizes()
-                entry.part.mkdir(exist_ok=True)
-                self._await_room(entry, str(source), sum(sizes.values()))
-                source.fetch(sizes, entry.part)
-                _check_sizes(sizes, entry.part, source)
-                entry.part.rename(entry.copy)
+            self._complete(entry, source)
         return entry.copy
 
-    def _await_room(self, entry: _Entry, what: str, need: int) -> None:
+    def bring(self, key: str, source: Source, spared: Collection[str] = ()) -> dict[str, str]:
+        """Make the copy of this key ahead of its use; returns {file: hash}, as far as known.
+
+        It is not locked when this returns. Copies of the keys `spared` are not evicted for it.
+
+        Raises:
+            UserError: the copy does not fit beside those that are in use or spared.
+            OSError: a file is incomplete.
+        """
+        entry = _Entry(self.folder, key)
+        with FileLock(entry.path(".lock")), entry.held():
+            self._complete(entry, source, frozenset(spared))
+            return entry.hashes
+
+    def _complete(
+        self, entry: _Entry, source: Source, spared: frozenset[str] = frozenset()
+    ) -> None:
+        """Make the copy of a locked entry, unless it is there."""
+        if entry.copy.is_dir():
+            return
+        files = source.files()
+        entry.part.mkdir(exist_ok=True)
+        need = sum(file.size for file in files.values())
+        self._await_room(entry, str(source), need, spared)
+        hashes = TRANSFER.fetch(entry.key, source, files, entry.part)
+        _check_sizes({name: file.size for name, file in files.items()}, entry.part, source)
+        shutil.rmtree(entry.part / ARRIVING, ignore_errors=True)
+        entry.record(str(source), need, hashes)
+        entry.part.rename(entry.copy)
+
+    def _await_room(self, entry: _Entry, what: str, need: int, spared: frozenset[str]) -> None:
         deadline = time.monotonic() + self.patience
-        while problem := self._make_room(entry, what, need):
-            if time.monotonic() > deadline:
+        while problem := self._make_room(entry, what, need, spared):
+            if spared or time.monotonic() > deadline:
                 raise UserError(problem)
             time.sleep(min(1.0, self.patience / 10))
 
-    def _make_room(self, entry: _Entry, what: str, need: int) -> str | None:
+    def _make_room(self, entry: _Entry, what: str, need: int, spared: frozenset[str]) -> str | None:
         """Reserve `need` bytes for the entry, and evict as few copies as possible.
 
         Returns the problem, and evicts nothing, if other processes would have to release theirs.
         """
         with FileLock(self.folder / "room.lock"), ExitStack() as claims:
             others = [e for e in self._entries() if e != entry]
-            idle = [e for e in others if claims.enter_context(e.claimed())]
+            idle = [e for e in others if e.key not in spared and claims.enter_context(e.claimed())]
             held = [e for e in others if e not in idle]
             if self._lack(entry, need, [], freed=sum(e.written for e in others)) > 0:
                 raise UserError(self._refusal(what, need, held))
@@ -141,8 +158,19 @@ class _Entry:
     def part(self) -> Path:
         return self.path(".part")
 
-    def record(self, what: str, size: int) -> None:
-        self.path(".json").write_text(json.dumps({"of": what, "bytes": size}) + "\n")
+    def record(self, what: str, size: int, hashes: dict[str, str] | None = None) -> None:
+        told = {"of": what, "bytes": size} | ({"hashes": hashes} if hashes else {})
+        made = self.path(".json-new")  # others read it without the lock of this entry
+        made.write_text(json.dumps(told) + "\n")
+        made.replace(self.path(".json"))
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of the complete copy's files, as far as they are known."""
+        try:
+            return dict(json.loads(self.path(".json").read_text()).get("hashes", {}))
+        except (OSError, ValueError, AttributeError):
+            return {}
 
     @property
     def bytes(self) -> int:
@@ -157,7 +185,7 @@ class _Entry:
         """Bytes on the disk so far."""
         if self.copy.is_dir():
             return self.bytes
-        return sum(f.stat().st_size for f in self.part.rglob("*") if f.is_file())
+        return sum(map(_size, self.part.rglob("*")))
 
     @property
     def used(self) -> float:
@@ -172,6 +200,15 @@ class _Entry:
             fcntl.flock(file, fcntl.LOCK_SH)
             _held[path] = file
         os.utime(path, ns=(time.time_ns(),) * 2)  # the kernel's own stamps are coarse
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Lock the copy against eviction within the block, or longer if it was locked before."""
+        path = self.path(".held")
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            os.utime(path, ns=(time.time_ns(),) * 2)
+            yield
 
     @contextmanager
     def claimed(self) -> Iterator[bool]:
@@ -252,6 +289,14 @@ def _check_sizes(sizes: dict[str, int], folder: Path, source: Source) -> None:
         if there != size:
             (folder / name).unlink(missing_ok=True)
             raise OSError(f"{source}: {name} arrived with {there} bytes in place of {size}")
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 for a folder, or a file that was moved meanwhile."""
+    with suppress(FileNotFoundError):
+        found = file.stat()
+        return found.st_size if stat.S_ISREG(found.st_mode) else 0
+    return 0
 
 
 def _gb(size: int) -> str:

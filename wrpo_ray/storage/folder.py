@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -26,6 +26,9 @@ from wrpo_ray.storage.cache import node_cache, plain_path
 from wrpo_ray.storage.publish import TEMPORARY_PREFIX, Publication, dictionary_columns
 from wrpo_ray.storage.remote import RemoteFolder
 from wrpo_ray.text.addresses import Address, address_problem, redact, without_secrets
+
+if TYPE_CHECKING:
+    from wrpo_ray.storage.hub import HubModel
 
 HUB_SCHEME = "hf://"
 """Scheme of the address of a model on the Hugging Face hub (see `hub`)."""
@@ -276,12 +279,32 @@ class Folder:
         """
         if not self.is_remote:
             return plain_path(Path(self.path))
+        key, source = self._copied(version)
+        found = None if isinstance(source, RemoteFolder) else source.in_users_cache()
+        return found or node_cache().copy(key, source)
+
+    def bring(self, version: str = "", spared: Collection[str] = ()) -> tuple[str, dict[str, str]]:
+        """Make the copy that `local` will return, ahead of its use (`NodeCache.bring`).
+
+        Returns its key and the hashes of its files; none for a model in the user's own cache.
+        """
+        key, source = self._copied(version)
+        if not isinstance(source, RemoteFolder) and source.in_users_cache():
+            return key, {}
+        return key, node_cache().bring(key, source, spared)
+
+    def copy_key(self, version: str = "") -> str:
+        """The key of its copies in node caches; it is in a store or on the hub."""
+        return self._copied(version)[0]
+
+    def _copied(self, version: str) -> tuple[str, RemoteFolder | HubModel]:
         if self.uri.startswith(HUB_SCHEME):
             from wrpo_ray.storage.hub import HubModel  # its client takes a moment to import
 
-            return HubModel.at(self.uri).local()
+            model = HubModel.at(self.uri)
+            return model.key, model
         key = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.uri}#{version}").hex
-        return node_cache().copy(key, RemoteFolder(self.filesystem, self.path, str(self)))
+        return key, RemoteFolder(self.filesystem, self.path, str(self))
 
     def _at(self, name: str) -> str:
         return f"{self.path}/{name}".rstrip("/") if name else self.path

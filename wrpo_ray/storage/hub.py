@@ -10,7 +10,6 @@ complete model in the user's own cache (HF_HOME) is used in place and never evic
 import glob
 import os
 import re
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from huggingface_hub import HfApi, constants, get_cached_repo_tree, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_cached_repo_tree,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
     CachedRepoTreeNotFoundError,
     GatedRepoError,
@@ -37,6 +42,15 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from wrpo_ray.errors import UserError
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.folder import HUB_SCHEME
+from wrpo_ray.storage.remote import (
+    ARRIVING,
+    GIT,
+    MAX_STREAMS,
+    Listed,
+    hasher,
+    pieces_of,
+    put_in_place,
+)
 from wrpo_ray.storage.weight_files import engine_files, weight_files
 
 ID = re.compile(
@@ -47,13 +61,11 @@ DATASETS = "datasets/"
 """Begins the name of a data set's repository, where a model's is `org/name`."""
 Pins = dict[str, str]
 """{repository@revision: commit}"""
-STREAMS = 8
-"""Files downloaded at once."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model of the hub at one commit; a source of the node cache (`cache.Source`)."""
+    """A model of the hub at one commit; a source of the node cache (`remote.Source`)."""
 
     repo: str
     commit: str
@@ -80,14 +92,10 @@ class HubModel:
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}"
 
-    def local(self) -> Path:
-        """Return a folder on this node with all files that an engine needs.
-
-        Raises:
-            UserError: the hub rejects the request, or the model does not fit into the node cache.
-        """
-        key = uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
-        return self._in_users_cache() or node_cache().copy(key, self)
+    @property
+    def key(self) -> str:
+        """The key of its copies in node caches."""
+        return uuid.uuid5(uuid.NAMESPACE_URL, self.uri).hex
 
     def fetch_metadata(self) -> tuple[Path, list[str]]:
         """Return a folder with all that an engine needs but the weights, and all file names.
@@ -97,51 +105,51 @@ class HubModel:
         Raises:
             UserError: the hub rejects the request.
         """
-        if found := self._in_users_cache():
+        if found := self.in_users_cache():
             return found, [file.name for file in found.iterdir()]
         cache = node_cache().folder / "hub"
         with explain_errors(self.repo, self.commit):
-            folder = self._download(["config.json"], cache_dir=cache)  # and the list of files
+            folder = self._download(["config.json"], cache)  # and the list of files
             tree = get_cached_repo_tree(self.repo, revision=self.commit, cache_dir=cache)
             names = [file.path for file in tree]
             small = set(engine_files(names)) - set(weight_files(names))
-            self._download([glob.escape(name) for name in small], cache_dir=cache)
+            self._download([glob.escape(name) for name in small], cache)
         return folder, names
 
-    def sizes(self) -> dict[str, int]:
-        """Return {name: bytes} of the files that an engine needs."""
+    def files(self) -> dict[str, Listed]:
+        """Return the files that an engine needs, with their hashes."""
         with explain_errors(self.repo, self.commit):
             tree = HfApi().list_repo_tree(self.repo, recursive=True, revision=self.commit)
-            sizes = {file.path: file.size for file in tree if isinstance(file, RepoFile)}
-        return {name: sizes[name] for name in engine_files(sizes)}
+            files = {f.path: _listed(f) for f in tree if isinstance(f, RepoFile)}
+        return {name: files[name] for name in engine_files(files)}
 
-    def fetch(self, sizes: dict[str, int], to: Path) -> None:
-        """Download and verify files; complete ones of an interrupted attempt are kept."""
+    def fetch(self, name: str, file: Listed, to: Path) -> str:
+        """Download a file and verify it; one that arrived in an interrupted attempt is kept."""
+        disable_progress_bars()
         with explain_errors(self.repo, self.commit):
-            self._download([glob.escape(name) for name in sizes], local_dir=to)
-            checked = HfApi().verify_repo_checksums(self.repo, revision=self.commit, local_dir=to)
-        spoilt = [mismatch["path"] for mismatch in checked.mismatches]
-        for name in spoilt:
-            (to / name).unlink()  # the next attempt downloads it again
-        if spoilt:
-            raise OSError(f"{self}: the content of {spoilt[0]} does not match its hash on the hub")
-        shutil.rmtree(to / ".cache", ignore_errors=True)  # the downloader's records
+            arrived = Path(
+                hf_hub_download(self.repo, name, revision=self.commit, local_dir=to / ARRIVING)
+            )
+        digest = hasher(file)
+        for piece in pieces_of(arrived):
+            digest.update(piece)
+        try:
+            return put_in_place(arrived, name, file, digest, to)
+        except OSError as error:
+            raise OSError(f"{self}: {error} on the hub") from None
 
-    def _download(
-        self, patterns: list[str], *, cache_dir: Path | None = None, local_dir: Path | None = None
-    ) -> Path:
+    def _download(self, patterns: list[str], cache_dir: Path) -> Path:
         disable_progress_bars()
         folder = snapshot_download(
             self.repo,
             revision=self.commit,
             allow_patterns=patterns,
-            max_workers=STREAMS,
+            max_workers=MAX_STREAMS,
             cache_dir=cache_dir,
-            local_dir=local_dir,
         )
         return Path(folder)
 
-    def _in_users_cache(self) -> Path | None:
+    def in_users_cache(self) -> Path | None:
         """The snapshot in HF_HOME, if it is complete by the list of files that is kept there."""
         try:
             tree = get_cached_repo_tree(self.repo, revision=self.commit)
@@ -153,6 +161,10 @@ class HubModel:
             )
         except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError):
             return None
+
+
+def _listed(file: RepoFile) -> Listed:
+    return Listed(file.size, file.lfs.sha256 if file.lfs else f"{GIT}{file.blob_id}")
 
 
 def is_hub_id(model: str) -> bool:

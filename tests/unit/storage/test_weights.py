@@ -30,6 +30,7 @@ from wrpo_ray.storage import hub as hubs
 from wrpo_ray.storage.cache import NodeCache
 from wrpo_ray.storage.fingerprints import model_fingerprint
 from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.remote import Listed, write_pieces
 from wrpo_ray.storage.weight_files import engine_files
 
 ROOT = Path(__file__).parents[3]
@@ -53,12 +54,12 @@ class Sized:
     def __str__(self) -> str:
         return self.name
 
-    def sizes(self) -> dict[str, int]:
-        return {"data": self.size}
+    def files(self) -> dict[str, Listed]:
+        return {"data": Listed(self.size)}
 
-    def fetch(self, sizes: dict[str, int], to: Path) -> None:
+    def fetch(self, name: str, file: Listed, to: Path) -> str:
         self.fetched += 1
-        (to / "data").write_bytes(bytes(sizes["data"]))
+        return write_pieces([bytes(file.size)], name, file, to)
 
 
 def let_go() -> None:
@@ -256,7 +257,7 @@ def test_a_killed_download_leaves_nothing_that_looks_whole_and_goes_on(hub, mode
 
 def _arrived(cache: Path) -> int:
     """Files that an unfinished copy has and knows that it has; the note comes after the file."""
-    return len(list(cache.glob("*.part/.cache/huggingface/download/*.metadata")))
+    return len(list(cache.glob("*.part/.arriving/.cache/huggingface/download/*.metadata")))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -527,8 +528,8 @@ def test_a_full_disk_evicts_too(tmp_path, monkeypatch):
 
 def test_a_file_of_another_size_is_refused(tmp_path):
     class Short(Sized):
-        def fetch(self, sizes: dict[str, int], to: Path) -> None:
-            (to / "data").write_bytes(b"half")
+        def fetch(self, name: str, file: Listed, to: Path) -> str:
+            return write_pieces([b"half"], name, file, to)
 
     with pytest.raises(OSError, match="data arrived with 4 bytes in place of 10"):
         NodeCache(tmp_path).copy("key", Short(10))
@@ -592,3 +593,18 @@ def test_a_disk_that_others_may_write_to_has_a_folder_of_ones_own(tmp_path, monk
     folder.chmod(0o777)
     with pytest.raises(UserError, match="others may write to it"):
         caches.node_cache()
+
+
+# --- ways of loading -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", ["performance", "engine"])
+def test_a_way_of_loading_without_its_package_is_told_before_any_work(
+    model, tmp_path, section, monkeypatch
+):
+    settings = config(str(model), tmp_path, **{section: {"load_format": "runai_streamer"}})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="a: load_format: runai_streamer needs its package: on ev"):
+        preflight(settings)
+    monkeypatch.undo()
+    preflight(config(str(model), tmp_path, **{section: {"load_format": "safetensors"}}))

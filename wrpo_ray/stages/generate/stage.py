@@ -12,7 +12,7 @@ import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Self
@@ -112,6 +112,12 @@ class Generate(BaseJob):
         """Finished buckets can be scored while others are generated."""
         return Stream(self.run, pool_of(self.engines))
 
+    @property
+    def loads(self) -> Pool:
+        """The engines."""
+        models = () if self.model.endpoint else ((self.folder, self.fingerprint),)
+        return replace(pool_of(self.engines), models=models)
+
     @classmethod
     def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
         """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
@@ -124,7 +130,13 @@ class Generate(BaseJob):
         pools: dict[str, list[Generate]] = defaultdict(list)
         for job in jobs:
             pools[job.engines.model_dump_json()].append(job)
-        alike = [pool_of(same[0].engines, _bucket(run, same)) for same in pools.values()]
+        alike = [
+            replace(
+                pool_of(same[0].engines, _bucket(run, same)),
+                models=tuple(dict.fromkeys(model for job in same for model in job.loads.models)),
+            )
+            for same in pools.values()
+        ]
         shared = with_shares(alike, run.beside)
         pairs = zip(shared, pools.values(), strict=True)
         run_in_threads([partial(_run_pool, run, *pair, ready_queue) for pair in pairs])

@@ -6,7 +6,7 @@ are rewards, or a verifier's verdicts on answers that have rewards too: `Score.o
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
 from typing import Any, Literal, Self
@@ -109,6 +109,13 @@ class Score(BaseJob):
         """It can score the buckets of answers that are generated meanwhile."""
         return Stream(self.run, pool_of(self.reward), self.answers.step)
 
+    @property
+    def loads(self) -> Pool:
+        """The reward's actors."""
+        parts = zip(self.folders, self.fingerprints, strict=True)
+        models = tuple((folder, key) for folder, key in parts if folder)
+        return replace(pool_of(self.reward), models=models)
+
     @classmethod
     def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
         """Run the jobs; the jobs of one reward or verifier share its actors.
@@ -133,7 +140,7 @@ def pool_of(reward: RewardConfig) -> Pool:
 
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
-    (pool,) = with_shares([pool_of(jobs[0].reward)], run.beside)
+    (pool,) = with_shares([jobs[0].loads], run.beside)
     tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
     rows = unmarked(tallies, rows)

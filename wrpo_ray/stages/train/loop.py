@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.rendering import load_tokenizer
+from wrpo_ray.runtime.weights import use_peers
 from wrpo_ray.stages.train import checkpoint, deepspeed, faults, fitting, model, packing, probe
 from wrpo_ray.stages.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
@@ -34,6 +35,7 @@ def work(tasks: Sequence[Task]) -> list[TrainedCounts] | WrpoError:
     The project's own errors rise on all workers at once, and a retry would fail again. So they are
     returned: Ray Train restarts the workers after an error that is raised.
     """
+    use_peers()
     try:
         return [_train(task, in_series=len(tasks) > 1) for task in tasks]
     except WrpoError as error:

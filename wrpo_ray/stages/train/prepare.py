@@ -9,7 +9,7 @@ any of them recomputes the rows. Training then needs no reference model.
 import math
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Self
 
@@ -108,6 +108,13 @@ class Prepare(BaseJob):
         """At most the rows that it reads."""
         return self.rows
 
+    @property
+    def loads(self) -> Pool:
+        """The workers, which load at least the tokenizer."""
+        env = MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
+        has_model, models = self.config.stores_reference, ((self.base, self.fingerprint),)
+        return Pool(self.step.name, self.actors, env, has_model=has_model, models=models)
+
     @classmethod
     def run(cls, run: Run, jobs: list[Self]) -> None:
         """Run the jobs; those with equal actors share a pool, one after another.
@@ -130,9 +137,9 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     counts = [Counter[str]() for _ in jobs]
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
-    env = MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
     has_model = any(job.config.stores_reference for job in jobs)
-    (pool,) = with_shares([Pool(jobs[0].step.name, actors, env, has_model=has_model)])
+    models = tuple(dict.fromkeys(model for job in jobs for model in job.loads.models))
+    (pool,) = with_shares([replace(jobs[0].loads, has_model=has_model, models=models)])
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]
         counts[number].update({k: v for k, v in result.items() if k not in NOT_COUNTED})

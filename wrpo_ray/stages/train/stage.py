@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from wrpo_ray.config import TrainConfig
+from wrpo_ray.config import Actors, TrainConfig
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.runtime import metrics
@@ -23,12 +23,14 @@ from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.runtime.placement import (
     MALLOC,
+    Pool,
     capacity_for,
     check_capacity,
     is_own_ray,
     selector_for,
     thread_env,
 )
+from wrpo_ray.runtime.prefetch import PREFETCH
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error
@@ -71,6 +73,18 @@ class Train(BaseJob):
     in_series: bool = False
     """Whether its workers may train other models before and after: their start takes longer than
     a short training."""
+
+    @property
+    def loads(self) -> Pool:
+        """The workers."""
+        config = self.config
+        actors = Actors(
+            max=config.workers,
+            num_cpus=config.cpus,
+            num_gpus=float(config.num_gpus),
+            resources=config.resources,
+        )
+        return Pool(self.step.name, actors, models=((self.base, self.fingerprint),))
 
     @classmethod
     def run(cls, run: Run, jobs: list[Train]) -> None:
@@ -179,6 +193,7 @@ def _fit(tasks: list[Task], checkpoints: Folder) -> list[TrainedCounts]:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     label = tasks[0].step.name
     checkpoint.repair(checkpoints / checkpoint.LAYOUT, label)
+    PREFETCH.wait((task.base, task.fingerprint) for task in tasks)
     models = f" for {len(tasks)} models" if len(tasks) > 1 else ""
     log(f"{label}: starting {tasks[0].config.workers} workers{models}")
     trainer = _trainer(tasks, checkpoints)
