@@ -124,7 +124,8 @@ def assert_is(copy: str, hub: Hub, name: str) -> None:
 def test_ten_nodes_are_one_download(hub, tmp_path):
     """Engines start when their model is there.
 
-    A node that comes later reads from others, although their shelves were ended meanwhile. While a second model is on its way, a node that has parts of it is lost.
+    A node that comes later reads from others, although their shelves were ended meanwhile. While
+    another model is on its way, a node that has parts of it is lost.
     """
     models = {kind: add_model(hub, f"org/{kind}") for kind in ("direct", "peers", "gated", "lossy")}
     size = models["peers"][1]

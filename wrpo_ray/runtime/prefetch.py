@@ -44,7 +44,7 @@ class _Site:
 
     @property
     def coming(self) -> list[str]:
-        """What is still to come ahead, in order."""
+        """Keys of the models that are still to come ahead, in order."""
         return [key for key in self.ahead if key not in self.there | self.refused]
 
 
