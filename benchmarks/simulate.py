@@ -371,6 +371,10 @@ What the GPUs of 64 nodes do in that chain with a node held:
   engine of 236B takes three to four minutes of it to start: with weights on all nodes before,
   generation has 0.89. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute and a
   half, and an engine more or less of the slowest pool is two minutes.
+- The runner's engines get **weights from other nodes**: each file leaves the store about once, and
+  an engine with a node takes its GPUs when its weights are there
+  ([decision 7](../docs/adr/0007-weights.md)). Weights of later phases come ahead; those of the
+  first one cannot, so that **weights on all nodes before** is a bound for generation.
 - WRPO trains for the last five minutes, on at most as many GPUs as its steps of 128 rows feed. That
   alone is a tenth of the chain's GPU time, which no order of the other parts changes.
 - A node held for SFT is worth it where all else is short: on 64 nodes, and not on 8.

@@ -130,7 +130,8 @@ class Store:
     load: float = math.inf
     """From a node's disk or memory into a GPU."""
     peers: bool = False
-    """Whether nodes get weights from each other: only the first copy comes out of the store."""
+    """Whether nodes get weights from each other, as those of runs do: only the first copy comes out
+    of the store."""
     on_nodes: bool = False
     """Whether all weights are on all nodes before the run."""
 

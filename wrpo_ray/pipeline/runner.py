@@ -26,7 +26,7 @@ from wrpo_ray.pipeline.summary import (
 )
 from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.job import Job
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Ledger
 from wrpo_ray.runtime.placement import Pool, fit_together
 from wrpo_ray.runtime.prefetch import PREFETCH
@@ -170,7 +170,7 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
         if not jobs:
             log(f"{label}: done before")
             continue
-        now = loading([*jobs, *(job for others in following for job in others)])
+        now = loading([job for job in jobs if job.kind == JobKind.TRAIN])  # others have pools
         later = [ahead.get(job.step.key, []) for _, phase in phases for job in phase]
         PREFETCH.want([*now, *(pool for pools in later for pool in pools)])
         _run_phase(run, label, jobs, following)

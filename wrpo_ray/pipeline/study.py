@@ -129,7 +129,7 @@ def run_waves(run: Run, paths: Sequence[Path]) -> None:
         left = len({job.step.key for path in paths for job in path.jobs})
         log(f"{jobs[0].kind}: {len(jobs)} of {left} remaining jobs")
         log_resumed(run, jobs)
-        PREFETCH.want(loading(jobs))
+        PREFETCH.want(loading([job for job in jobs if job.kind == JobKind.TRAIN]))
         jobs[0].run(run, jobs)
 
 

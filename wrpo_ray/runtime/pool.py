@@ -223,7 +223,7 @@ class RunningPool:
         count = min(share.engines, most) - len(self._placed)
         open_ones, held = [m for m in self.members if m not in self._placed], 0
         for (place, *_), _ in zip(share.places, range(count), strict=False):
-            if PREFETCH.is_coming(place, self.pool.models):
+            if not PREFETCH.is_ready(place, self.pool.models):
                 held += 1
             elif open_ones:
                 member = open_ones.pop(0)

@@ -1,14 +1,15 @@
 """Brings models to nodes ahead of the engines that need them, without their GPUs.
 
-What a phase needs comes first, then what later phases need. A node gets one model after another,
-by its shelf (`weights`). A model for a later phase evicts none that is needed before it.
+An engine that is given a node starts when its model is there. Meanwhile, what trainings and later
+phases load comes to the nodes ahead, one model after another, by the nodes' shelves (`weights`).
+There it evicts none that is needed before it.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from wrpo_ray.runtime.allocation import Node, fits
 from wrpo_ray.runtime.allocator import nodes_of_ray
 from wrpo_ray.runtime.connection import CONNECTION, ClosedError
-from wrpo_ray.runtime.placement import Model, Pool
+from wrpo_ray.runtime.placement import Model, Pool, is_own_ray
 from wrpo_ray.runtime.weights import UPLOADS, Shelf, Tracker, this_node, tracker_name
 
 TURN = 2.0
@@ -30,80 +31,101 @@ with an actor for one that works."""
 
 @dataclass
 class _Site:
-    """A node, and what was brought to it."""
+    """A node, and what was brought to it; models are known by the keys of their copies."""
 
-    assigned: dict[str, Model] = field(default_factory=dict)
-    """{key: model} in order of need."""
+    ahead: dict[str, Model] = field(default_factory=dict)
+    """What is to be brought ahead, in order of need."""
+    under_way: dict[str, Any] = field(default_factory=dict)
+    """{key: Ray object of a copy that is being made}"""
     there: set[str] = field(default_factory=set)
-    """Keys of those that were brought."""
     refused: set[str] = field(default_factory=set)
-    """Keys of those that could not be brought: what needs them fetches them itself."""
+    """What could not be brought: whoever needs it fetches it and raises the error."""
     shelf: Any = None
-    under_way: Any = None
-    """Ray object of the copy that is being made."""
-    key: str = ""
-    """Its key."""
-
-    def has(self, key: str) -> bool:
-        """Whether a model is there, or is being brought."""
-        return key in self.there or (bool(self.under_way) and self.key == key)
 
     @property
     def coming(self) -> list[str]:
-        """Keys of the models that are still to come, in order."""
-        return [key for key in self.assigned if key not in self.there | self.refused]
+        """Keys of the models that are still to come ahead, in order."""
+        return [key for key in self.ahead if key not in self.there | self.refused]
 
 
 class Prefetch:
-    """Brings models to the nodes whose engines will need them, in order of need. Thread-safe.
+    """Brings models to nodes: those of an engine that has a node, and ahead those of later phases.
 
-    A model goes to each node that can hold an engine, on at most as many as there can be engines.
+    Ahead, a model goes to nodes that can hold an engine, to as many as there can be engines.
+    Thread-safe.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._sites: dict[str, _Site] = {}
         self._wanted: list[tuple[Pool, Model, str]] = []
-        self._session, self._tracker, self._quiet_since = "", None, 0.0
+        self._session, self._tracker, self._busy_at = "", None, 0.0
         self._is_open = False
 
     def open(self, session: str) -> None:
         """Begin a run; nothing is started before a model is wanted."""
         self._session, self._is_open = session, True
 
+    def close(self) -> None:
+        """Forget everything; the actors end with their handles."""
+        with self._lock:
+            self._is_open, self._tracker, self._wanted, self._sites = False, None, [], {}
+
     def want(self, pools: Iterable[Pool]) -> None:
-        """Bring the models of pools to nodes, in this order; those wanted before are dropped."""
+        """Bring the models of pools ahead, in this order; those wanted before are dropped."""
         wanted = [
-            (pool, model, model[0].copy_key(model[1]))
-            for pool in pools
-            for model in pool.models
-            if model[0].is_remote
+            (pool, model, key) for pool in pools for key, model in _copied(pool.models).items()
         ]
         with self._lock:
             self._wanted = wanted
             for site in self._sites.values():
-                site.assigned = {}
-            if not wanted or not self._is_open:
-                return
-            if self._tracker is None:
+                site.ahead = {}
+            if wanted and self._is_open:
                 self._start()
         self._turn()
 
+    def is_ready(self, node: str, models: Iterable[Model]) -> bool:
+        """Whether an engine can start on a node, as its models are there; else brings them.
+
+        Also where they could not be brought: then the engine fetches them. On one node there is
+        nothing to be gained.
+        """
+        wanted = _copied(models)
+        if not wanted or not self._is_open or is_own_ray():
+            return True
+        with self._lock:
+            self._start()
+            site = self._sites.setdefault(node, _Site())
+            self._settle(site)
+            missing = [key for key in wanted if key not in site.there | site.refused]
+            for key in missing:
+                if key not in site.under_way:
+                    self._begin(node, key, wanted[key])
+            return not missing
+
+    def wait(self, models: Iterable[Model]) -> None:
+        """Wait until the models are on the nodes that they are brought to ahead."""
+        keys = set(_copied(models))
+        while self._is_open:
+            with self._lock:
+                if not any(keys.intersection(site.coming) for site in self._sites.values()):
+                    return
+            time.sleep(TURN / 2)
+
     def _start(self) -> None:
+        """Start the tracker, and the thread that looks at the nodes, once."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as Affinity
 
-        here = Affinity(this_node(), soft=True)
-        self._tracker = (
-            ray.remote(Tracker)
-            .options(
-                name=tracker_name(self._session),
-                get_if_exists=True,
-                num_cpus=0,
-                scheduling_strategy=here,
-            )
-            .remote()
+        if self._tracker is not None:
+            return
+        made = ray.remote(Tracker).options(
+            name=tracker_name(self._session),
+            get_if_exists=True,
+            num_cpus=0,
+            scheduling_strategy=Affinity(this_node(), soft=True),
         )
+        self._tracker, self._busy_at = made.remote(), time.monotonic()
         threading.Thread(target=self._run, args=(self._tracker,), daemon=True).start()
 
     def _run(self, tracker: Any) -> None:
@@ -113,24 +135,6 @@ class Prefetch:
                 self._turn()
             except ClosedError:
                 return
-
-    def is_coming(self, node: str, models: Iterable[Model]) -> bool:
-        """Whether a model of these is on its way to the node, or will be."""
-        keys = {folder.copy_key(version) for folder, version in models if folder.is_remote}
-        with self._lock:
-            site = self._sites.get(node)
-            return site is not None and not keys.isdisjoint(site.coming)
-
-    def wait(self, models: Iterable[Model]) -> None:
-        """Wait until the models are on the nodes that they are to be brought to."""
-        models = list(models)
-        while self._is_open and any(self.is_coming(node, models) for node in list(self._sites)):
-            time.sleep(TURN / 2)
-
-    def close(self) -> None:
-        """End all actors."""
-        with self._lock:
-            self._is_open, self._tracker, self._wanted, self._sites = False, None, [], {}
 
     # --- one look
 
@@ -143,61 +147,54 @@ class Prefetch:
 
     def _look(self) -> None:
         nodes = nodes_of_ray()
-        known = {node.name: self._sites.get(node.name, _Site()) for node in nodes}
-        self._sites = known
-        self._settle()
+        self._sites = {node.name: self._sites.get(node.name, _Site()) for node in nodes}
         self._assign(nodes)
-        busy = [site for name, site in known.items() if self._bring(name, site)]
-        now = time.monotonic()
-        self._quiet_since = now if busy else self._quiet_since
-        if now - self._quiet_since > QUIET:
+        for name, site in self._sites.items():
+            self._settle(site)
+            if site.coming and not site.under_way:
+                key, order = site.coming[0], list(site.ahead)
+                self._begin(name, key, site.ahead[key], spared=order[: order.index(key)])
+        if any(site.under_way for site in self._sites.values()):
+            self._busy_at = time.monotonic()
+        if time.monotonic() - self._busy_at > QUIET:
             self._end_shelves()
 
-    def _settle(self) -> None:
+    def _settle(self, site: _Site) -> None:
         """Note the copies that are made, and those that could not be."""
         import ray
 
-        asked = {site.under_way: site for site in self._sites.values() if site.under_way}
-        if not asked:
+        if not site.under_way:
             return
-        done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0)
-        for found in done:
-            site = asked[found]
-            site.under_way = None
+        asked = {made: key for key, made in site.under_way.items()}
+        for found in ray.wait(list(asked), num_returns=len(asked), timeout=0)[0]:
+            key = asked[found]
+            del site.under_way[key]
             try:
                 is_there = not ray.get(found)
             except ray.exceptions.RayError:
                 is_there, site.shelf = False, None
-            (site.there if is_there else site.refused).add(site.key)
+            (site.there if is_there else site.refused).add(key)
 
     def _assign(self, nodes: Sequence[Node]) -> None:
-        """Give each wanted model the nodes that it goes to: those with the fewest models first."""
+        """Give each wanted model its nodes: those that have it, then those with the fewest."""
         for pool, model, key in self._wanted:
             able, most = nodes_for(pool, nodes)
-            given = [name for name in able if key in self._sites[name].assigned]
-            others = [name for name in able if key not in self._sites[name].assigned]
-            others.sort(key=lambda name: (not self._sites[name].has(key), self._load(name)))
+            given = [name for name in able if key in self._sites[name].ahead]
+            others = [name for name in able if key not in self._sites[name].ahead]
+            others.sort(key=lambda name: self._rank(name, key))
             for name in others[: max(0, most - len(given))]:
-                self._sites[name].assigned[key] = model
+                self._sites[name].ahead[key] = model
 
-    def _load(self, name: str) -> int:
-        return len(self._sites[name].assigned)
+    def _rank(self, name: str, key: str) -> tuple[bool, int]:
+        site = self._sites[name]
+        return key not in site.there | set(site.under_way), len(site.ahead)
 
-    def _bring(self, name: str, site: _Site) -> bool:
-        """Begin the next copy of a node, unless one is under way; returns whether there is one."""
-        if site.under_way or not site.coming:
-            return bool(site.under_way)
-        site.key = site.coming[0]
-        for other in self._servers(site.key):
+    def _begin(self, name: str, key: str, model: Model, spared: Collection[str] = ()) -> None:
+        """Begin a copy on a node, while some of those that have the model serve it."""
+        having = [other for other, site in self._sites.items() if key in site.there]
+        for other in having[:SERVERS]:
             self._shelf(other)
-        order = list(site.assigned)
-        spared = order[: order.index(site.key)]
-        site.under_way = self._shelf(name).bring.remote(site.assigned[site.key], spared)
-        return True
-
-    def _servers(self, key: str) -> list[str]:
-        """Some nodes that have a model."""
-        return [name for name, site in self._sites.items() if key in site.there][:SERVERS]
+        self._sites[name].under_way[key] = self._shelf(name).bring.remote(model, spared)
 
     def _shelf(self, name: str) -> Any:
         import ray
@@ -206,15 +203,12 @@ class Prefetch:
         site = self._sites[name]
         if site.shelf is None:
             assert self._tracker is not None
-            site.shelf = (
-                ray.remote(Shelf)
-                .options(
-                    num_cpus=0,
-                    max_concurrency=4 * UPLOADS,
-                    scheduling_strategy=Affinity(name, soft=False),
-                )
-                .remote(self._tracker)
+            made = ray.remote(Shelf).options(
+                num_cpus=0,
+                max_concurrency=4 * UPLOADS,
+                scheduling_strategy=Affinity(name, soft=False),
             )
+            site.shelf = made.remote(self._tracker)
             self._tracker.add_shelf.remote(name, site.shelf)
         return site.shelf
 
@@ -224,6 +218,11 @@ class Prefetch:
             if site.shelf is not None:
                 self._tracker.add_shelf.remote(name, None)
                 site.shelf = None  # Ray ends an actor without handles
+
+
+def _copied(models: Iterable[Model]) -> dict[str, Model]:
+    """{key of its copies: model} of those in a store or on the hub."""
+    return {model[0].copy_key(model[1]): model for model in models if model[0].is_remote}
 
 
 def nodes_for(pool: Pool, nodes: Sequence[Node]) -> tuple[list[str], int]:
