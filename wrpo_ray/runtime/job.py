@@ -100,6 +100,10 @@ class Job(Protocol):
     def stream(self) -> Stream | None:
         """How it runs side by side with the phase before or after it; None if it cannot."""
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """Resources that it has to have at once, at the least."""
+
 
 class BaseJob:
     """Defaults for most jobs."""
@@ -135,3 +139,8 @@ class BaseJob:
     def stream(self) -> Stream | None:
         """Whole phases only."""
         return None
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """One task."""
+        return {"CPU": 1.0}

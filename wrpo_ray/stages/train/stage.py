@@ -72,6 +72,11 @@ class Train(BaseJob):
     """Whether its workers may train other models before and after: their start takes longer than
     a short training."""
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """All workers."""
+        return _needs(self, self.config.workers)
+
     @classmethod
     def run(cls, run: Run, jobs: list[Train]) -> None:
         """Train the jobs, as many at once as resources allow, and write each one's manifest.
