@@ -137,7 +137,7 @@ class Branches:
         return False
 
     def wait(self) -> Awaited:
-        """What the target's branch waits for."""
+        """The steps for which the target's branch waits."""
         return Awaited(job.step for job in self.awaited)
 
 
