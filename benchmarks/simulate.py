@@ -349,12 +349,12 @@ With ten times the prompts (4,096 buckets), the efficiency is {tenfold:.2f}.
 
 - **serial** is what the runner does where there is no room for more: a phase begins when the one
   before has ended; scores are made beside the answers. Trainings have one node, as in the config;
-  or, wide ones, as many as a step's tokens feed (`workers`), which all others have.
+  or, wide ones, as many as a step's tokens feed (`workers`).
 - **two branches** is what it does where there is room: the sources answer SFT's prompts first, and
   SFT and the answers of target-SFT run beside what is left of theirs. Pairs, reference log-probs
-  and WRPO follow one another.
+  and WRPO follow one another. Trainings have one node.
 - **overlapped** is not built: reference log-probs follow bucket by bucket as well, and WRPO's
-  workers start before their rows are finished.
+  workers start before their rows are finished. Trainings are wide.
 - **with a node held**, not built either: a node is kept free for SFT from the beginning. Without
   it, all GPUs are busy when SFT could begin, and no engine is ended for it.
 
@@ -407,7 +407,11 @@ def main() -> None:
     settings[0] = replace(settings[0], name=BEST.name)
     chains = [
         bench.chain(
-            f"{nodes} nodes, {name}", nodes, overlaps=overlaps, is_wide=bool(overlaps), held=held
+            f"{nodes} nodes, {name}",
+            nodes,
+            overlaps=overlaps,
+            is_wide=overlaps == "all",
+            held=held,
         )
         for nodes in (8, most)
         for name, overlaps, held in CHAINS
