@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from roofline import FEED, MODELS, PEAK, TRAIN_MFU, training_step
@@ -25,6 +26,10 @@ FILLS = 6
 SHORT = 15.0
 """Seconds of a step without a model, such as choosing y_ws: tasks, and reading and writing."""
 SPLITS = ("sft", "preference")
+Overlap = Literal["", "branches", "all"]
+"""Parts of the chain that run side by side: none, SFT and its answers beside the sources, or also
+reference log-probs bucket by bucket and the start of WRPO."""
+ALL: Overlap = "all"
 
 
 def lengths(count: int, mean: float, most: int, seed: int) -> np.ndarray:
@@ -62,8 +67,8 @@ class Fusion:
     """0: an engine has as many buckets in hand as the policy says."""
     is_wide: bool = True
     """Whether trainings have as many nodes as their steps feed; else one."""
-    overlaps: bool = True
-    """Whether what can begin begins; else each phase waits for the one before."""
+    overlaps: Overlap = "all"
+    """What begins as soon as it can; all else waits for the phase before."""
 
     @cached_property
     def prompts(self) -> int:
@@ -151,8 +156,9 @@ class Fusion:
     def chain(self) -> tuple[list[Source], list[Gang | Pause]]:
         """All pools, trainings and pauses.
 
-        Serial, as jobs run now: all answers and their scores side by side, then SFT, then answers
-        of target-SFT and their scores, then pairs, reference log-probs and WRPO.
+        Serial: all answers and their scores side by side, then SFT, then answers of target-SFT and
+        their scores, then pairs, reference log-probs and WRPO. With branches, as jobs run where
+        there is room, SFT and the answers of target-SFT run beside the sources.
         """
         sources = self.sources
         target = replace(self.pool("sft", 99, SPLITS[1:]), after=frozenset({"sft training"}))
@@ -166,7 +172,7 @@ class Fusion:
         sft = replace(sft, after=frozenset({"select"}))
         wrpo = self.training("wrpo training", rows["preference"], 3)
         answers = frozenset(f"{s.name} preference" for s in [*sources, target])
-        starts_after = answers if self.overlaps else None
+        starts_after = answers if self.overlaps == ALL else None
         wrpo = replace(wrpo, after=frozenset({"reference"}), starts_after=starts_after)
         pair = Pause("pair", SHORT, frozenset({"scores of target-SFT", "scores preference"}))
         last = self._reference(number)
@@ -195,7 +201,7 @@ class Fusion:
         first = self.splits["sft"][1]
         each = prompts / buckets * (plan.prompt_tokens + 3 * plan.output_tokens)
         made = self.forward("reference", "llama3-8b", [each] * buckets, weights="sft")
-        if not self.overlaps:
+        if self.overlaps != ALL:
             return replace(made, after=frozenset({"pair"}))
         fed_by = [
             [("scores", number[s.name, first + b]) for s in self.sources]

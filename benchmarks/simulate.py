@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from fusion import SIGMA, START, TRAINING_START, Fusion
+from fusion import SIGMA, START, TRAINING_START, Fusion, Overlap
 from results import save_rows
 from roofline import MODELS, TRAIN_MFU
 from simulation import Cluster, Outcome, Policy, Source, Store, simulate
@@ -31,8 +31,11 @@ STORE = Store(node=5e9, total=200e9, load=1.25e9)
 ON_NODES = replace(STORE, on_nodes=True)
 HELD = "sft training"
 """The training whose node is held free from the beginning, so that it need not wait for one."""
-
-
+CHAINS: tuple[tuple[str, Overlap, str], ...] = (
+    ("serial", "", ""), ("two branches", "branches", ""), ("overlapped", "all", ""),
+    ("with a node held", "all", HELD),
+)  # fmt: skip
+"""(name, what runs side by side, training whose node is held) of the chains."""
 NOW = Policy(2)
 
 
@@ -111,7 +114,7 @@ class Bench:
         name: str,
         nodes: int,
         *,
-        overlaps: bool,
+        overlaps: Overlap,
         is_wide: bool = True,
         held: str = "",
         store: Store = STORE,
@@ -344,14 +347,16 @@ With ten times the prompts (4,096 buckets), the efficiency is {tenfold:.2f}.
 
 {chains}
 
-- **serial** is what the runner does: a phase begins when the one before has ended; scores are made
-  beside the answers. Trainings have one node,
-  as in the config; or, wide ones, as many as a step's tokens feed (`workers`).
-- **overlapped** is not built. The sources answer SFT's prompts first. SFT trains while they answer
-  the others, target-SFT's answers and reference log-probs follow bucket by bucket, and WRPO's
-  workers start before their rows are finished. Trainings are as wide as a step's tokens feed.
-- **with a node held**: a node is kept free for SFT from the beginning. Without it, all GPUs are
-  busy when SFT could begin, and no engine is ended for it.
+- **serial** is what the runner does where there is no room for more: a phase begins when the one
+  before has ended; scores are made beside the answers. Trainings have one node, as in the config;
+  or, wide ones, as many as a step's tokens feed (`workers`).
+- **two branches** is what it does where there is room: the sources answer SFT's prompts first, and
+  SFT and the answers of target-SFT run beside what is left of theirs. Pairs, reference log-probs
+  and WRPO follow one another. Trainings have one node.
+- **overlapped** is not built: reference log-probs follow bucket by bucket as well, and WRPO's
+  workers start before their rows are finished. Trainings are wide.
+- **with a node held**, not built either: a node is kept free for SFT from the beginning. Without
+  it, all GPUs are busy when SFT could begin, and no engine is ended for it.
 
 Minutes at which the parts end on 64 nodes:
 
@@ -405,16 +410,20 @@ def main() -> None:
     settings = [curve[-1], *(bench.generate(s, most) for s in SETTINGS[1:])]
     settings[0] = replace(settings[0], name=BEST.name)
     chains = [
-        bench.chain(f"{nodes} nodes, {name}", nodes, overlaps=overlaps, is_wide=overlaps, held=held)
-        for nodes in (8, most)
-        for name, overlaps, held in (
-            ("serial", False, ""), ("overlapped", True, ""), ("with a node held", True, HELD)
+        bench.chain(
+            f"{nodes} nodes, {name}",
+            nodes,
+            overlaps=overlaps,
+            is_wide=overlaps == "all",
+            held=held,
         )
+        for nodes in (8, most)
+        for name, overlaps, held in CHAINS
     ]  # fmt: skip
-    wide = bench.chain(f"{most} nodes, serial, wide trainings", most, overlaps=False)
+    wide = bench.chain(f"{most} nodes, serial, wide trainings", most, overlaps="")
     ahead = bench.chain(
         f"{most} nodes, with a node held, weights on all nodes before", most,
-        overlaps=True, held=HELD, store=ON_NODES,
+        overlaps="all", held=HELD, store=ON_NODES,
     )  # fmt: skip
     slow = dict.fromkeys(range(0, most, 20), 0.5)
     lost = {1: curve[-1].outcome.wall / 3}
@@ -434,7 +443,7 @@ def main() -> None:
         rates=rates(bench.fusion(BEST, most)), gemma=twice("gemma2-27b"),
         mistral=twice("mistral-large-2407"), curve=outcomes(curve), settings=outcomes(settings),
         tenfold=tenfold.outcome.efficiency, chains=outcomes([*chains, wide, ahead]),
-        serial_ends=ends(chains[3]), held_ends=ends(chains[-1]),
+        serial_ends=ends(chains[len(CHAINS)]), held_ends=ends(chains[-1]),
         bounds=bounds(chains[-1]), trouble=outcomes(trouble),
     )  # fmt: skip
     (options.out / "SIMULATION.md").write_text(text)
@@ -459,7 +468,8 @@ def rows(
         yield row(f"generate_efficiency.{name}", ours, theirs, ours / theirs, what, nodes)
     planned = best.planned / best.outcome.wall
     yield row(f"wall.{nodes}.vs_plan", best.outcome.wall, best.planned, planned, "s", nodes)
-    for name, found in (("64gpus", chains[:3]), ("512gpus", chains[3:]), ("64", chains[3:])):
+    few, many = chains[: len(CHAINS)], chains[len(CHAINS) :]
+    for name, found in (("64gpus", few), ("512gpus", many), ("64", many)):
         ours, serial = max(r.outcome.efficiency for r in found), found[0].outcome.efficiency
         yield row(f"chain_efficiency.{name}", ours, serial, ours / serial, what, found[0].nodes)
 

@@ -76,6 +76,14 @@ class Prompts:
         mine = self.groups or Groups((), others=True)
         return replace(self, groups=mine.only(names))
 
+    def of_splits(self, splits: tuple[str, ...]) -> Self:
+        """Those of them that are of these splits."""
+        return replace(self, splits=splits)
+
+    def has_part(self, other: Prompts) -> bool:
+        """Whether the other ones are some splits of the same prompts, and not all."""
+        return set(other.splits) < set(self.splits) and other == self.of_splits(other.splits)
+
     @property
     def asks(self) -> str:
         """The question beyond the prompt ids, as part of the answers' store; empty for prompts."""
@@ -100,6 +108,19 @@ class Prompts:
         if self.referenced:
             table = table.filter(pc.is_valid(table["reference"]))
         return table.select(columns) if columns else table
+
+
+def parts(asked: Sequence[tuple[str, Prompts]]) -> dict[int, int]:
+    """{number of a request: number of the one that asks the same store for a part of it}.
+
+    A request is a store's name and prompts.
+    """
+    return {
+        whole: part
+        for whole, (store, prompts) in enumerate(asked)
+        for part, (other, fewer) in enumerate(asked)
+        if other == store and prompts.has_part(fewer)
+    }
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """The chain, readable from top to bottom: which jobs a config asks for, in which stages.
 
-prompts -> generate (sources) -> score -> select -> sft -> sample (target-SFT) -> pair -> train
--> evaluate. Every stage is a list of phases, every phase some jobs of one kind, every job a
-frozen specification with a `step`; jobs whose step is done are not run again. The parts that need
-more than a few lines are beside it: `inputs` (the user's files), `model_jobs` (answers and
-scores), `held_out` and `evaluation` (comparison of models).
+prompts -> generate (sources) -> score -> select -> sft -> sample (target-SFT) -> pair -> train ->
+evaluate; `branches` runs sft and sample beside what is before them. Every stage is a list of
+phases, every phase some jobs of one kind, every job a frozen specification with a `step`; jobs
+whose step is done are not run again. The parts that need more than a few lines are beside it:
+`inputs` (the user's files), `model_jobs` (answers and scores), `held_out` and `evaluation`
+(comparison of models).
 """
 
 from collections.abc import Sequence

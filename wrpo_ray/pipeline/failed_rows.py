@@ -8,6 +8,7 @@ from typing import Any
 from wrpo_ray.config import Config
 from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline.branches import Early
 from wrpo_ray.pipeline.chain import RETRIES, Chain
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES
@@ -33,7 +34,16 @@ def failures(config: Config, only: str | None = None) -> list[Row]:
         UserError: no stage or step is named `only`.
     """
     chain = _chain(config)
-    return failures_of(chain.root, _named(jobs_of(chain), only))
+    jobs = jobs_of(chain)
+    return failures_of(chain.root, _named([*jobs, *_parts(chain, jobs)], only))
+
+
+def _parts(chain: Chain, jobs: list[StageJob]) -> list[StageJob]:
+    """Jobs that do a part of one that is not finished: it tries their failed rows again."""
+    early = Early.of(chain.stages)
+    parts = early.parts if early else {}
+    left = [(stage, job.step) for stage, job in jobs if job.step.key in parts]
+    return [(stage, parts[step.key]) for stage, step in left if not step.is_done(chain.root)]
 
 
 def failures_of(root: Folder, jobs: list[StageJob]) -> list[Row]:

@@ -13,6 +13,7 @@ from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.data.shards import Layout
+from wrpo_ray.pipeline.branches import Branches, Early, Phase, split
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.model_sections import keep_pins
 from wrpo_ray.pipeline.preflight import preflight
@@ -151,28 +152,73 @@ def _report(root: Folder, described: Outline, is_running: bool) -> None:
 def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     """Run the jobs that are not done, phase by phase; `tell` is called after each phase.
 
-    The phases that can take the buckets of the one before them run side by side with that.
+    The phases that can take the buckets of the one before them run side by side with that. Where
+    there is room, SFT and the target's answers run beside those of the sources (`branches`).
 
     Raises:
         WrpoError: a job failed; what is finished is kept.
     """
-    phases = [(stage.name, phase) for stage in stages for phase in stage.phases]
-    order = list(dict.fromkeys(name for name, _ in phases))
-    ahead = _models_ahead(run, [phase for _, phase in phases])
+    phases = [Phase(stage.name, phase) for stage in stages for phase in stage.phases]
+    order = list(dict.fromkeys(phase.stage for phase in phases))
+    if early := Early.of(stages):
+        phases = [early.reading(phase) for phase in phases]
+    before, sources, target, after = split(phases)
+    ahead = _models_ahead(run, phases)
+    run_all = partial(_run_phases, order=order, ahead=ahead, tell=tell)
+    run_all(run, before)
+    branches = Branches.of(run, early, sources, target) if early else None
+    if branches and branches.are_worth_it(run):
+        _run_branches(run, branches, partial(run_all, fits=lambda _: True))
+        sources = target = []
+    run_all(run, [*sources, *target, *after])
+
+
+def _run_branches(
+    run: Run, branches: Branches, run_all: Callable[[Run, Sequence[Phase]], None]
+) -> None:
+    """Run both branches; an error in one ends the other, whose finished buckets are kept."""
+    awaited = branches.wait()
+
+    def follow() -> None:
+        if awaited.wait():
+            run_all(run, branches.target)
+
+    log("SFT and the target's answers run beside the sources, which answer SFT's prompts first")
+    try:
+        run_in_threads([partial(run_all, replace(run, awaited=awaited), branches.sources), follow])
+    finally:
+        awaited.give_up()
+
+
+def _run_phases(
+    run: Run,
+    phases: Sequence[Phase],
+    order: list[str],
+    ahead: dict[str, list[Pool]],
+    tell: Callable[[], None],
+    fits: Callable[[list[Pool]], bool] | None = None,
+) -> None:
+    """Run phases one after another; `fits` tells whether pools have room side by side.
+
+    `ahead` has the models of steps that no phase has begun yet (`_models_ahead`).
+    """
+    phases = list(phases)
     while phases:
         name, phase = phases.pop(0)
         jobs = missing(run, phase)
-        beside = _streaming(run, jobs, [other for _, other in phases])
+        later = [other.jobs for other in phases]
+        beside = _streaming(run, jobs, later, fits or fit_together)
         following = list(beside.values())
-        together = dict.fromkeys([name, *(phases[place][0] for place in beside)])
+        together = dict.fromkeys([name, *(phases[place].stage for place in beside)])
         label = f"[{order.index(name) + 1}/{len(order)}] {' and '.join(together)}"
         phases = [other for place, other in enumerate(phases) if place not in beside]
         if not jobs:
             log(f"{label}: done before")
             continue
         now = loading([job for job in jobs if job.kind == JobKind.TRAIN])  # others have pools
-        later = [ahead.get(job.step.key, []) for _, phase in phases for job in phase]
-        PREFETCH.want([*now, *(pool for pools in later for pool in pools)])
+        for job in [*jobs, *(job for others in following for job in others)]:
+            ahead.pop(job.step.key, None)
+        PREFETCH.want([*now, *(pool for pools in tuple(ahead.values()) for pool in pools)])
         _run_phase(run, label, jobs, following)
         tell()
 
@@ -183,10 +229,10 @@ def loading(jobs: Iterable[Job]) -> list[Pool]:
     return [p for p in pools if p and any(folder.is_remote for folder, _ in p.models)]
 
 
-def _models_ahead(run: Run, phases: list[Sequence[Job]]) -> dict[str, list[Pool]]:
+def _models_ahead(run: Run, phases: Sequence[Phase]) -> dict[str, list[Pool]]:
     """{key of a step that is not done: pools that load models which are there before the run}."""
     found = {}
-    for job in (job for phase in phases for job in phase):
+    for job in (job for phase in phases for job in phase.jobs):
         pools = loading([job])
         is_made_here = any(f.is_within(run.root) for p in pools for f, _ in p.models)
         if pools and not is_made_here and not job.step.is_done(run.root):
@@ -218,7 +264,9 @@ def log_resumed(run: Run, jobs: list[Job]) -> None:
             log(f"{step.name}: {found:,} buckets have rows, which are skipped")
 
 
-def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> dict[int, list[Job]]:
+def _streaming(
+    run: Run, jobs: list[Job], later: list[tuple[Job, ...]], fits: Callable[[list[Pool]], bool]
+) -> dict[int, list[Job]]:
     """{place: jobs to run} of the later phases that can take the buckets of `jobs` meanwhile.
 
     They are among the phases behind it that take buckets, up to one that does not: those of the
@@ -236,7 +284,7 @@ def _streaming(run: Run, jobs: list[Job], later: list[Sequence[Job]]) -> dict[in
         if len(takers) < len(waiting):
             break
         more = [*pools, *takers[:1]]
-        if takers and all(fit_together([pool, *more]) for pool in producers):
+        if takers and all(fits([pool, *more]) for pool in producers):
             found[place] = waiting
             pools = more
     return found
@@ -270,7 +318,7 @@ def _queue(run: Run, jobs: list[Job], made: set[str]) -> ReadyQueue:
     """The queue of a phase, with the buckets of all sources but those that are being made."""
     sources = [job.stream.source for job in jobs if job.stream and job.stream.source]
     queue = ReadyQueue(sources)
-    for step in sources:
+    for step in {step.key: step for step in sources}.values():
         if step.key not in made:  # by an earlier run
             for bucket in buckets(run.buckets):
                 queue.add(step, bucket.index)

@@ -52,8 +52,15 @@ class Allocator:
                 self._decide()
             return self._shares[pool]
 
+    def keep(self, name: str, needs: Resources, count: int) -> None:
+        """Keep what is or becomes free for `count` workers that Ray places, until they `leave`."""
+        demand = Demand(name, needs, left=1.0, least=count, most=count)
+        with self._lock:
+            self._reports[name] = Report(demand, None, ())
+            self._decided = -math.inf
+
     def leave(self, pool: str) -> None:
-        """Forget a pool that has ended."""
+        """Forget a pool that has ended, or workers that have their room."""
         with self._lock:
             self._reports.pop(pool, None)
             self._shares.pop(pool, None)

@@ -10,6 +10,7 @@ from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.shards import Layout, list_shards
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
+from wrpo_ray.runtime.awaited import Awaited
 from wrpo_ray.runtime.ledger import Ledger, Usage
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
@@ -35,9 +36,17 @@ class Run:
     """None in workers: only the driver writes it."""
     beside: tuple[Pool, ...] = ()
     """Pools of another phase that runs at the same time."""
+    awaited: Awaited | None = None
+    """Steps for which another branch of the chain waits; None in workers."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "ledger"}
+        own = ("ledger", "awaited")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def finished(self, step: Step) -> None:
+        """Tell a branch that waits for the step."""
+        if self.awaited:
+            self.awaited.finished(step)
 
     def having_seen(self, stores: Iterable[Folder], finished: Iterable[Folder]) -> Run:
         """The run for a pool's workers, with the layouts of stores and of finished steps."""

@@ -104,6 +104,10 @@ class Job(Protocol):
     def loads(self) -> Pool | None:
         """The workers that load models, with these; None if none does."""
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """Resources that it has to have at once, at the least."""
+
 
 class BaseJob:
     """Defaults for most jobs."""
@@ -144,3 +148,8 @@ class BaseJob:
     def loads(self) -> Pool | None:
         """No model."""
         return None
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """One task."""
+        return {"CPU": 1.0}

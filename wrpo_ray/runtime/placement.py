@@ -3,6 +3,7 @@
 import os
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from wrpo_ray.config import Actors
@@ -69,16 +70,20 @@ def selector_for(num_gpus: float, resources: dict[str, float]) -> dict[str, str]
 
 
 def fit_together(pools: list[Pool]) -> bool:
-    """Whether the cluster as it is has room for one actor of each pool at once.
+    """Whether the cluster as it is has room for one actor of each pool at once."""
+    need = Counter[str]()
+    for pool in pools:
+        need.update(pool.needs)
+    return has_room(need)
+
+
+def has_room(need: Mapping[str, float]) -> bool:
+    """Whether the cluster as it is has these resources for the run.
 
     Resources that others hold, such as the CPU of a submitted job's driver, do not count: actors
     that wait for each other's results could wait forever.
     """
     import ray
-
-    need = Counter[str]()
-    for pool in pools:
-        need.update(pool.needs)
 
     def fits(have: dict[str, float]) -> bool:
         return all(n <= have.get(name, 0) for name, n in need.items())

@@ -75,7 +75,7 @@ def map_rows(
 
     made = {"what": pool.what, "worker": worker, "arguments": arguments}
     queue = ready_queue or ReadyQueue.of(rows)
-    running = RunningPool(pool, len(rows), made, queue, follows=bool(ready_queue))
+    running = RunningPool(pool, len(rows), made, queue)
     check_capacity(pool.what, running.least, "actors", pool.needs)
     try:
         while running.left:
@@ -100,13 +100,10 @@ class RunningPool:
         count: int,
         arguments: dict[str, Any],
         ready_queue: ReadyQueue,
-        *,
-        follows: bool,
     ):
         import ray
 
         self.pool, self.arguments, self.ready_queue = pool, arguments, ready_queue
-        self.follows = follows
         self.needs = {name: n for name, n in pool.needs.items() if n}
         most = min(pool.actors.max, capacity_for(pool.needs)) if is_own_ray() else pool.actors.max
         self.least = min(pool.actors.min, count)
@@ -179,7 +176,8 @@ class RunningPool:
         self._log_waiting()
         busy = ready + waiting if self._is_starting else max(ready, waiting)
         demand = self._demand(busy)
-        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places, self.follows))
+        follows = self.ready_queue.follows
+        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places, follows))
         held = self._take_places(share, most=busy if ready >= least else least)
         placed, wanted = len(self._placed), least
         if ready >= least and not share.gives_way:

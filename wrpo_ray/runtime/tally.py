@@ -59,6 +59,7 @@ class Tally:
         if self._buckets == self.run.buckets:
             skipped = rows - self.counts.pop("new")
             self.step.finish(self.run.root, {**self.counts, "skipped": skipped}, self._started)
+            self.run.finished(self.step)
             if skipped:
                 log(f"{self.step.name}: {skipped:,} of {rows:,} rows were there")
 

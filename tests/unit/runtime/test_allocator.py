@@ -53,6 +53,20 @@ def test_room_is_kept_for_rows_that_follow_others():
     assert shares(cluster(8), report("a", 10), replace(follows, follows=False))["score"] == 7
 
 
+def test_room_is_kept_for_workers_that_ray_places_until_they_run():
+    """Four of eight GPUs are free: for two workers two are kept, for eight whatever is there."""
+    own = report("a", 1e6, placed=["n"] * 4)
+    allocator = Allocator(lambda: cluster(8, 4))
+    assert allocator.share(own).engines == 8
+    allocator.keep("sft", GPU, 2)
+    assert allocator.share(own) == Share(6, (("n",), ("n",)), gives_way=False)
+    allocator.keep("sft", GPU, 8)
+    assert allocator.lacking == ["sft"]
+    assert allocator.share(own) == Share(4, (), gives_way=True)
+    allocator.leave("sft")
+    assert allocator.share(own).engines == 8
+
+
 def test_what_was_given_is_not_given_again_before_ray_has_noticed():
     """Eight GPUs, three given: Ray shows eight or five as free, and five are left either way."""
     for free in (8.0, 5.0):

@@ -22,7 +22,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets
 from wrpo_ray.data.failures import EarlierFailures, write_failures
 from wrpo_ray.data.finished import Filling
-from wrpo_ray.data.samples import Prompts, Samples
+from wrpo_ray.data.samples import Prompts, Samples, parts
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env, slots
 from wrpo_ray.runtime.context import Run
@@ -118,6 +118,15 @@ class Generate(BaseJob):
         models = () if self.model.endpoint else ((self.folder, self.fingerprint),)
         return replace(pool_of(self.engines), models=models)
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """One engine."""
+        return pool_of(self.engines).needs
+
+    def of_splits(self, splits: tuple[str, ...]) -> Self:
+        """The part of the job for some splits of its prompts, in the same store."""
+        return replace(self, prompts=self.prompts.of_splits(splits))
+
     @classmethod
     def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
         """Run the jobs; the jobs of one model, or family, share engines; pools run concurrently.
@@ -193,7 +202,8 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
     if len({job.fingerprint for job in jobs}) > 1 or not all(s.is_done(run.root) for s in steps):
         return math.inf
     counts = [step.read_manifest(run.root)["counts"].get("rows", 0) for step in steps]
-    samples = [job.sampling.samples for job in jobs]
+    in_others = set(_parts(jobs).values())  # what a part answers is not left for the whole
+    samples = [job.sampling.samples * (n not in in_others) for n, job in enumerate(jobs)]
     return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
 
 
@@ -210,7 +220,10 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
     stores = [f for j in jobs for f in (j.samples.folder(run.root), j.step.failures(run.root))]
     seen = run.having_seen(stores, [run.root / job.prompts.step.folder for job in jobs])
     progress = Progress(pool.what, len(rows))
-    for result in map_rows(pool, rows, Generator, {"run": seen, "jobs": jobs}):
+    queue = ReadyQueue.of(rows)
+    queue.hold_back(_parts(jobs), rows)
+    for result in map_rows(pool, rows, Generator, {"run": seen, "jobs": jobs}, queue):
+        queue.finished(result)
         progress.add(result["new"], result["failed"], result["output_tokens"])
         tallies[result["job"]].add(result)
         run.record_usage(
@@ -223,17 +236,27 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
             ready_queue.add(jobs[result["job"]].step, result["bucket"], is_whole=result["is_whole"])
 
 
+def _parts(jobs: list[Generate]) -> dict[int, int]:
+    """{number of a job: number of the job that does a part of it}."""
+    return parts([(job.step.folder, job.prompts) for job in jobs])
+
+
 def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
-    """Return a row for each bucket of each job; jobs of the same weights go together."""
+    """Return a row for each bucket of each job; jobs of the same weights go together.
+
+    Those that do a part of others come first.
+    """
+    first = set(_parts(jobs).values())
     by_weights: dict[str, list[int]] = defaultdict(list)
     for number, job in enumerate(jobs):
         by_weights[job.fingerprint].append(number)
-    return [
+    rows = [
         {"job": number, "bucket": bucket.index}
         for numbers in by_weights.values()
         for bucket in buckets
         for number in numbers
     ]
+    return sorted(rows, key=lambda row: row["job"] not in first)
 
 
 class Generator:

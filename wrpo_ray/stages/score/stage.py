@@ -19,7 +19,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket
 from wrpo_ray.data.failures import EarlierFailures, write_failures
 from wrpo_ray.data.finished import Filling
-from wrpo_ray.data.samples import Samples
+from wrpo_ray.data.samples import Samples, parts
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
@@ -67,6 +67,8 @@ class Score(BaseJob):
     retry: int = 0
     outcome: Outcome = "reward"
     """The meaning of a score: a reward to rank by, or a verdict (1.0 or 0.0) beside the rewards."""
+    is_part: bool = False
+    """Whether another job of the run scores the answers to more splits of the prompts."""
 
     @property
     def fingerprint(self) -> str:
@@ -86,7 +88,9 @@ class Score(BaseJob):
         if not self.reward.model:  # it may look at the prompts' references
             store["prompts"] = self.answers.prompts.step.key
         label = f"score-{self.reward.name}-{name}"
-        wanted = self.answers.prompts.narrowing  # the store can hold scores of other prompts
+        prompts = self.answers.prompts
+        wanted = dict(prompts.narrowing)  # the store can hold scores of other prompts
+        wanted |= {"splits": list(prompts.splits)} if self.is_part else {}
         return Step(label, wanted, (source,), store, self.retry, source=name)
 
     @property
@@ -116,6 +120,15 @@ class Score(BaseJob):
         models = tuple((folder, key) for folder, key in parts if folder)
         return replace(pool_of(self.reward), models=models)
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """One actor."""
+        return pool_of(self.reward).needs
+
+    def part(self, answers: Samples) -> Self:
+        """The part of the job for some of its answers, in the same store."""
+        return replace(self, answers=answers, is_part=True)
+
     @classmethod
     def run(cls, run: Run, jobs: list[Self], ready_queue: ReadyQueue | None = None) -> None:
         """Run the jobs; the jobs of one reward or verifier share its actors.
@@ -143,7 +156,7 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
     (pool,) = with_shares([jobs[0].loads], run.beside)
     tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
-    rows = unmarked(tallies, rows)
+    rows = sorted(unmarked(tallies, rows), key=lambda row: not jobs[row["job"]].is_part)
     if ready_queue:
         ready_queue.passed_over |= {(j, b) for j, tally in enumerate(tallies) for b in tally.marks}
     if not rows:
@@ -153,7 +166,10 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
     prompts = [run.root / job.answers.prompts.step.folder for job in jobs]
     seen = run.having_seen(stores, prompts)
     shown = [_SourceProgress(job, t.left) for job, t in zip(jobs, tallies, strict=True)]
-    for result in map_rows(pool, rows, Scorer, {"run": seen, "jobs": jobs}, ready_queue):
+    queue = ready_queue or ReadyQueue.of(rows)
+    queue.hold_back(parts([(j.step.folder, j.answers.prompts) for j in jobs]), rows)
+    for result in map_rows(pool, rows, Scorer, {"run": seen, "jobs": jobs}, queue):
+        queue.finished(result)
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
         tallies[result["job"]].add(result)
         run.record_usage(
@@ -167,21 +183,21 @@ class _SourceProgress(Progress):
     """A source's progress, with its scores so far."""
 
     def __init__(self, job: Score, buckets: int):
-        super().__init__(f"score {job.step.source}", buckets)
-        self.mean_is = SHOWN_AS[job.outcome]
+        super().__init__(f"score {job.step.source}{', for SFT' * job.is_part}", buckets)
+        self.mean_is, self.is_part = SHOWN_AS[job.outcome], job.is_part
         self.score_sum, self.wins = 0.0, 0
 
 
 def _show(shown: list[_SourceProgress], job: int, result: Row, wins: list[int]) -> None:
     """Show the mean score of a source, and the share of prompts that it answers best, so far."""
-    for source, won in zip(shown, wins, strict=False):
+    for source, won in zip((s for s in shown if not s.is_part), wins, strict=False):
         source.wins += won
     decided = sum(source.wins for source in shown)
     this = shown[job]
     this.score_sum += result.pop("score_sum")
     if rows := this.rows + result["new"]:
         this.about[this.mean_is] = f"{this.score_sum / rows:.3g}"
-    if decided:
+    if decided and not this.is_part:
         this.about["best"] = f"{this.wins / decided:.0%}"
     this.add(result["new"], result["failed"])
 
@@ -222,7 +238,7 @@ class Scorer:
             filling.mark(rows=held + done, failed=given_up, attempts=self.run.max_attempts)
         counts = {"rows": held + done, "new": done, "failed": given_up + failed}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
-        wins = self._wins(bucket) if done and is_sampled else []
+        wins = self._wins(bucket) if done and is_sampled and not job.is_part else []
         told = {"score_sum": score_sum, "wins": json.dumps(wins)}
         return row | counts | told | self._start_clock.take()
 
@@ -231,10 +247,11 @@ class Scorer:
 
         Empty where a source has several jobs: of other seeds, or after other training.
         """
-        if len({job.step.source for job in self.jobs}) < len(self.jobs):
+        whole = [job for job in self.jobs if not job.is_part]
+        if len({job.step.source for job in whole}) < len(whole):
             return []
         columns, best = ["prompt_id", SCORE], list[pa.Table]()
-        for job in reversed(self.jobs):  # the last one is scored last
+        for job in reversed(whole):  # the last one is scored last
             store = job.samples.folder(self.run.root)
             table = read_bucket(store, bucket, records.SCORED, columns)
             if not table.num_rows:

@@ -65,6 +65,9 @@ class Prepare(BaseJob):
     """The model that sampled with the base's tokenizer: its answers keep their token ids, those of
     all others are tokenized from their text. Null where no answer of the rows is of such a model.
     """
+    early: Step | None = None
+    """A step with the same rows to train on as `rows`, which is read instead if it is finished: a
+    selection of SFT's prompts only."""
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -115,6 +118,21 @@ class Prepare(BaseJob):
         has_model, models = self.config.stores_reference, ((self.base, self.fingerprint),)
         return Pool(self.step.name, self.actors, env, has_model=has_model, models=models)
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """One actor."""
+        return Pool(self.step.name, self.actors).needs
+
+    def decided(self, run: Run) -> Self:
+        """The job without an `early` step that is not finished."""
+        is_there = self.early and self.early.is_done(run.root)
+        return self if is_there else replace(self, early=None)
+
+    @property
+    def source(self) -> Step:
+        """The step whose shards are read."""
+        return self.early or self.rows
+
     @classmethod
     def run(cls, run: Run, jobs: list[Self]) -> None:
         """Run the jobs; those with equal actors share a pool, one after another.
@@ -140,6 +158,7 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     has_model = any(job.config.stores_reference for job in jobs)
     models = tuple(dict.fromkeys(model for job in jobs for model in job.loads.models))
     (pool,) = with_shares([replace(jobs[0].loads, has_model=has_model, models=models)])
+    jobs = [job.decided(run) for job in jobs]
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]
         counts[number].update({k: v for k, v in result.items() if k not in NOT_COUNTED})
@@ -175,7 +194,7 @@ def _check_any_row(job: Prepare, counts: dict[str, int]) -> None:
             + f"; raise {job.name}.max_length"
         )
     raise UserError(
-        f"{job.name}: {job.rows.folder} holds no row to train on; give more prompts, or another "
+        f"{job.name}: {job.source.folder} holds no row to train on; give more prompts, or another "
         f"`split.sft`"
     )
 
@@ -252,7 +271,7 @@ class Preparer:
 
     def _records(self, bucket: Bucket) -> list[Record]:
         """The bucket's PREFERENCE records, or SELECTION records: those for SFT, or all."""
-        folder = self.run.root / self.job.rows.folder
+        folder = self.run.root / self.job.source.folder
         columns = ["prompt_id", "messages", *self.job.answers]
         records: list[Record]
         if self.job.config.is_preference:

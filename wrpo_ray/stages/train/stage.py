@@ -17,6 +17,7 @@ from wrpo_ray.config import Actors, TrainConfig
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.llm.rendering import OWN, Template
 from wrpo_ray.runtime import metrics
+from wrpo_ray.runtime.allocator import ALLOCATOR
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import Machine, share, this_machine
 from wrpo_ray.runtime.job import BaseJob, JobKind
@@ -85,6 +86,11 @@ class Train(BaseJob):
             resources=config.resources,
         )
         return Pool(self.step.name, actors, models=((self.base, self.fingerprint),))
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """All workers."""
+        return _needs(self, self.config.workers)
 
     @classmethod
     def run(cls, run: Run, jobs: list[Train]) -> None:
@@ -172,7 +178,10 @@ def _check_room(job: Train) -> None:
 
 def _needs(job: Train, workers: int) -> dict[str, float]:
     """Resources of this number of workers."""
-    config = job.config
+    return _needs_of(job.config, workers)
+
+
+def _needs_of(config: TrainConfig, workers: int) -> dict[str, float]:
     each = {"CPU": config.cpus, "GPU": float(config.num_gpus)} | config.resources
     return {name: workers * n for name, n in each.items()}
 
@@ -197,7 +206,11 @@ def _fit(tasks: list[Task], checkpoints: Folder) -> list[TrainedCounts]:
     models = f" for {len(tasks)} models" if len(tasks) > 1 else ""
     log(f"{label}: starting {tasks[0].config.workers} workers{models}")
     trainer = _trainer(tasks, checkpoints)
-    result = _watch(tasks, trainer, checkpoints)
+    ALLOCATOR.keep(label, _needs_of(tasks[0].config, 1), tasks[0].config.workers)
+    try:
+        result = _watch(tasks, trainer, checkpoints)
+    finally:
+        ALLOCATOR.leave(label)
     if isinstance(result, WrpoError):
         raise result
     return result
@@ -276,6 +289,8 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         thread.join(PROGRESS_INTERVAL)
         _count(task, time.monotonic() - started)
         untold = [t for t in untold if not _tell_memory(t)]
+        if len(untold) < len(tasks):  # all workers run, so Ray shows what they hold
+            ALLOCATOR.leave(tasks[0].step.name)
         shown = _progress(task, shown)
         while waiting and task.folder.exists(TRAINED):  # its workers train the next model
             task = waiting.pop(0)

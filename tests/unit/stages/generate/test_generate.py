@@ -11,8 +11,9 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.data.finished import marks, stored_rows
-from wrpo_ray.data.samples import Prompts, Samples
+from wrpo_ray.data.samples import Prompts, Samples, parts
 from wrpo_ray.errors import FailureLimitError
+from wrpo_ray.runtime.awaited import Awaited
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
@@ -219,3 +220,35 @@ def test_samples_of_all_sources_in_one_store_are_kept_apart(run):
     write_shard(run.root / step.folder / "sources", BUCKET, records.SCORED, rows, "all")
     table = Samples(step, asked, None, "sources").read(run.root, BUCKET, records.SCORED)
     assert table["source"].to_pylist() == ["a", "b"]
+
+
+def test_a_part_and_then_the_whole_ask_each_prompt_once(run):
+    """Two splits in one bucket; a row that fails in the part is asked again by the whole."""
+    step = prompts(run, 4).step
+    others = [
+        {"prompt_id": records.digest(i), "split": "preference", "messages": []} for i in (8, 9)
+    ]
+    write_shard(run.root / step.folder, BUCKET, records.PROMPT, others, "others")
+    whole = job(Prompts(step, ("sft", "preference")))
+    part = whole.of_splits(("sft",))
+    assert parts([(j.step.folder, j.prompts) for j in (part, whole)]) == {1: 0}
+    waited = Awaited([part.step])
+    driver = replace(run, awaited=waited, failure_limit=0.5)
+    actor = Generator(run, [part, whole])
+    tallies = [Tally(driver, j.step, j.samples.folder(run.root)) for j in (part, whole)]
+    bad = records.digest(0)
+    actor.engine = first = FakeEngine(refuses=(bad,))
+    counts = actor(ROW)
+    assert (counts["rows"], counts["new"], counts["failed"]) == (9, 9, 3)
+    assert not waited._over.is_set()
+    tallies[0].add(counts)
+    assert waited.wait()
+    actor.engine = second = FakeEngine()
+    counts = actor({"job": 1, "bucket": 0})
+    assert (counts["rows"], counts["new"], counts["failed"]) == (18, 9, 0)
+    tallies[1].add(counts)
+    assert {r.prompt_id for r in first.asked} == set(map(records.digest, range(4)))
+    assert {r.prompt_id for r in second.asked} == {bad, *map(records.digest, (8, 9))}
+    assert len(stored(run, whole)) == stored_rows(run.root / whole.step.folder) == 18
+    assert len(stored(run, part)) == 12
+    assert whole.step.read_manifest(run.root)["counts"]["rows"] == 18

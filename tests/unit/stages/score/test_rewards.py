@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -500,3 +501,28 @@ def test_a_bucket_tells_who_answers_best_once_all_sources_are_scored(run):
     told = [actor(ROW), actor(ROW | {"job": 1}), actor(ROW)]
     assert [json.loads(t["wins"]) for t in told] == [[], [2, 2], []]
     assert [t["score_sum"] for t in told] == [3.0, 3.0, 0.0]
+
+
+def test_a_part_and_then_the_whole_score_each_answer_once(run):
+    """Of 100 answers, whose prompts are of two splits; the part has another key in one store."""
+    sft = answers(run, 60)
+    step, source = sft.prompts.step, sft.step
+    others = [{"prompt_id": records.digest(n), "split": "preference"} for n in range(60, 100)]
+    write_shard(run.root / step.folder, BUCKET, records.PROMPT, others, "others")
+    own = {"source": "a", "sample": 0, "text": "x"}
+    rows = [{"prompt_id": row["prompt_id"]} | own for row in others]
+    write_shard(run.root / source.folder, BUCKET, records.RESPONSE, rows, "others")
+    all_answers = replace(sft, prompts=Prompts(step, ("sft", "preference")))
+    whole = Score(all_answers, RewardConfig(function=FUNCTION), (None,), ("function",))
+    part = whole.part(sft)
+    assert part.step.folder == whole.step.folder
+    assert part.step.key != whole.step.key
+    actor = Scorer(run, [part, whole])
+    actor.reward = first = Dying(0)
+    assert actor(ROW)["new"] == len(first.asked) == 60
+    actor.reward = second = Dying(0)
+    counts = actor(ROW | {"job": 1})
+    assert (counts["rows"], counts["new"]) == (100, 40)
+    assert set(second.asked) == {"x"}
+    assert rewards(run, whole) == [1.0] * 100
+    assert rewards(run, part) == [1.0] * 60
