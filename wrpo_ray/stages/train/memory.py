@@ -189,18 +189,12 @@ def _gradients(trained: int, stage: int, wide: int, workers: int) -> float:
 
 
 def _optimizer(trained: int, stage: int, config: TrainConfig, workers: int) -> float:
-    """Adam's moments in fp32, and with ZeRO fp32 masters; on GPUs also a copy of what it updates.
-
-    Torch's AdamW is fused on CPUs only.
-    """
+    """Adam's moments in fp32, and with ZeRO fp32 masters."""
     if stage == 0:
-        return (8.0 if config.num_gpus == 0 else 12.0) * trained
-    if config.num_gpus == 0:
-        return 12.0 * trained / workers
-    if config.offload != "none":
+        return 8.0 * trained
+    if config.num_gpus and config.offload != "none":
         return 0.0
-    own = trained / workers
-    return 12.0 * own + 4.0 * (min(own, SUB_GROUP) if stage == 3 else own)
+    return 12.0 * trained / workers
 
 
 def _activations(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -> float:
@@ -208,30 +202,45 @@ def _activations(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -
     if config.gradient_checkpointing:
         kept = sizes.layers * tokens * sizes.width * BYTES[config.precision]
         return kept + _recomputed(sizes, config, tokens, shape)
-    return (sizes.layers + 1) * tokens * _layer_bytes(sizes, config, shape)
+    layers = sizes.layers * _layer_bytes(sizes, config, shape)
+    return tokens * (layers + _work_bytes(sizes, config))
 
 
 def _recomputed(sizes: Sizes, config: TrainConfig, tokens: int, shape: Shape) -> float:
-    """With checkpointing a layer and its gradients, which exist once the head's are gone."""
-    return 2.0 * tokens * _layer_bytes(sizes, config, shape) * config.gradient_checkpointing
+    """With checkpointing a layer and its gradients, which exist once the head's are gone.
+
+    Within such a layer nothing is computed again.
+    """
+    if not config.gradient_checkpointing:
+        return 0.0
+    again = BYTES[config.precision] * (sizes.inner + 2 * sizes.width)
+    return tokens * (_layer_bytes(sizes, config, shape) + again + _work_bytes(sizes, config))
 
 
 def _layer_bytes(sizes: Sizes, config: TrainConfig, shape: Shape) -> float:
-    """Bytes for each token that a layer keeps for its backward pass.
+    """Bytes for each token that a layer keeps for its backward pass (`slim`, `recompute`).
 
-    Two norms: each has its input in fp32, and the normalized one before and after its gain.
-    Attention: queries, keys, values, output, and the output's copy in the order of tokens. The MLP:
-    gate, its activation, the other half, the product.
+    Two norms: each has its input. Attention: queries, keys, values, output, and the output's copy
+    in the order of tokens. The MLP: both halves.
     """
     wide = BYTES[config.precision]
-    norms = 2 * (4 + 2 * wide) * sizes.width
+    norms = 2 * wide * sizes.width
     if config.num_gpus and config.precision == "bf16" and config.packing:
         attention = wide * (2 * sizes.queries + 2 * shape.keys * sizes.keys)  # one flash kernel
     else:
         keys = shape.keys if config.packing else 1  # heads of keys are repeated for the queries'
         masks = shape.pairs if config.packing else 0
         attention = wide * (3 * sizes.queries + 2 * keys * sizes.queries + masks)
-    return norms + attention + 4 * wide * sizes.inner
+    return norms + attention + 2 * wide * sizes.inner
+
+
+def _work_bytes(sizes: Sizes, config: TrainConfig) -> float:
+    """Bytes for each token of a layer's gradients at once, with what is computed again.
+
+    Either of the MLP's product, its halves and their gradients, or of a norm in fp32.
+    """
+    wide = BYTES[config.precision]
+    return max(5 * wide * sizes.inner, 16 * sizes.width) + 3 * wide * sizes.width
 
 
 def _head(sizes: Sizes, config: TrainConfig, tokens: int, wide: int) -> float:
@@ -251,8 +260,7 @@ def chunk_on(memory: int) -> int:
 
     They take 1 % of it. A head's traffic is its weights' for each chunk, so few chunks are fast.
     """
-    fitting = 1 << (max(1, memory // 512).bit_length() - 1)
-    return min(MOST_CHUNK, max(CHUNK, fitting))
+    return min(MOST_CHUNK, max(CHUNK, 1 << (memory // 512).bit_length() - 1))
 
 
 def forward_tokens(config: TrainConfig) -> int:

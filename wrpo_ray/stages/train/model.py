@@ -21,7 +21,9 @@ from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
 from wrpo_ray.stages.train.memory import forward_tokens
 from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad
 from wrpo_ray.stages.train.probe import NOT_HERE, UNPACKED, as_user_error, check_forward
+from wrpo_ray.stages.train.recompute import recomputing
 from wrpo_ray.stages.train.rows import Row
+from wrpo_ray.stages.train.slim import slim
 from wrpo_ray.storage.folder import Folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +33,9 @@ class Policy(nn.Module):  # type: ignore[misc]
     """A causal language model that gives the log-probs of answers in place of logits.
 
     Its head's forward is replaced by one from hidden states and tokens to log-probs. So ZeRO-3,
-    which gathers a module's weights around its forward, works unchanged.
+    which gathers a module's weights around its forward, works unchanged. Norms, gated MLPs and
+    rotary positions keep less for the backward pass (see `slim`), as do linear layers after them
+    (see `recompute`).
     """
 
     def __init__(self, model: nn.Module):
@@ -47,17 +51,21 @@ class Policy(nn.Module):  # type: ignore[misc]
             hidden, head.weight, head.bias, tokens, cap
         )
         self._parts = {"body": body, "head": head}  # known to `model` already
+        slim(inner)
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed log-prob of each answer of the batch, (A,), fp32."""
         layout = {} if batch.layout is None else {"layout": batch.layout}
-        hidden = self._parts["body"](
-            input_ids=batch.ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.positions,
-            use_cache=False,
-            **layout,
-        ).last_hidden_state
+        body = self._parts["body"]
+        whole = torch.is_grad_enabled() and not body.is_activation_checkpointing
+        with recomputing() if whole else nullcontext():
+            hidden = body(
+                input_ids=batch.ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.positions,
+                use_cache=False,
+                **layout,
+            ).last_hidden_state
         return answer_logps(hidden, self._parts["head"], batch)
 
     def without_adapters(self) -> Any:

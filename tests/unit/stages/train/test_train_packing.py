@@ -199,11 +199,14 @@ def test_varlen_is_given_the_same_attention(monkeypatch, window):
     torch.manual_seed(0)
     layout = pack(some_rows(seed=3)).layout
     tokens = sum(layout.lengths)
-    query = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
-    key, value = torch.randn(2, 1, 2, tokens, 8, dtype=torch.float64)
-    want = attention.by_blocks(query, key, value, layout, 0.3, window)
-    got = attention.by_varlen(query, key, value, layout, 0.3, window)
+    shapes = ((1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8))
+    given = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    want = attention.by_blocks(*given, layout, 0.3, window)
+    got = attention.by_varlen(*given, layout, 0.3, window)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(want)
+    wanted, found = (torch.autograd.grad(out, given, slope) for out in (want, got))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 # --- the head ---------------------------------------------------------------------------------
