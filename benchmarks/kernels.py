@@ -31,7 +31,7 @@ from wrpo_ray.stages.train.memory import chunk_on
 from wrpo_ray.stages.train.packing import Batch, pack
 from wrpo_ray.stages.train.recompute import recomputing
 from wrpo_ray.stages.train.rows import Row
-from wrpo_ray.stages.train.slim import slim
+from wrpo_ray.stages.train.slimming import slim
 
 GPU = 80 * 10**9
 """Bytes of the GPU whose chunks the head uses."""

@@ -1,7 +1,7 @@
 """Parts of decoder layers that keep few bytes and, on GPUs, launch few kernels.
 
 Autograd functions for norms, gated MLPs and rotary positions, and forwards of modules that use them
-(see `slim`). They keep their inputs in the model's precision and compute the rest again in the
+(see `slimming`). They keep their inputs in the model's precision and compute the rest again in the
 backward pass. On GPUs torch compiles them, into one kernel each way but for the sum that is the
 gradient of a norm's weight. H width, I inner width, D head size.
 """

@@ -109,7 +109,7 @@ class Trainer:
         config = task.config
         settings = deepspeed.engine_config(config, dist.get_world_size())
         with deepspeed.partitioned_loading(settings):
-            policy = model.load_policy(base, config, device)
+            policy = model.load_policy(base, config, device, slim=task.slim)
             reference = model.load_policy(base, config, device) if task.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
         probe.check_forward(policy, config, device)

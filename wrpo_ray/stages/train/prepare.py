@@ -130,7 +130,7 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     counts = [Counter[str]() for _ in jobs]
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
-    env = MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
+    env = MALLOC | ({} if actors.num_gpus else {"TORCHDYNAMO_DISABLE": "1"})
     has_model = any(job.config.stores_reference for job in jobs)
     (pool,) = with_shares([Pool(jobs[0].step.name, actors, env, has_model=has_model)])
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):

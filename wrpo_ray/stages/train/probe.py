@@ -19,7 +19,7 @@ from wrpo_ray.config import TrainConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row
-from wrpo_ray.stages.train.slim import own_forwards
+from wrpo_ray.stages.train.slimming import own_forwards
 
 if TYPE_CHECKING:
     from wrpo_ray.stages.train.model import Policy

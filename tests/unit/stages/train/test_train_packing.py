@@ -112,8 +112,11 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("collate", [pack, pad])
+@pytest.mark.parametrize("slim", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtype, tolerance, wide):
+def test_loss_and_every_gradient_equal_the_plain_computation(
+    kind, slim, collate, dtype, tolerance, wide
+):
     torch.set_num_threads(1)
     rows = some_rows(seed=len(kind))
     reference = make(kind, "eager", dtype)
@@ -123,7 +126,7 @@ def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtyp
 
     plain = "eager" if "gemma" in kind else "sdpa"
     model = make(kind, attention.SHARED_PROMPT if collate is pack else plain, dtype)
-    policy = Policy(model)
+    policy = Policy(model, slim=slim)
     got_logps = policy(collate(rows))
     got, gradients = loss_and_gradients(model, got_logps, rows)
     assert relative(got_logps, expected) < tolerance
@@ -133,14 +136,15 @@ def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtyp
         assert relative(gradients[name], gradient) < tolerance, name
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("slim", [False, True])
+def test_gradient_checkpointing_changes_nothing(slim):
     rows = some_rows(seed=2)
     found = []
     for checkpointing in (False, True):
         model = make("llama-gqa", attention.SHARED_PROMPT, torch.float64)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        found.append(loss_and_gradients(model, Policy(model)(pack(rows)), rows)[1])
+        found.append(loss_and_gradients(model, Policy(model, slim=slim)(pack(rows)), rows)[1])
     for name, gradient in found[0].items():
         assert relative(found[1][name], gradient) < 1e-12
 

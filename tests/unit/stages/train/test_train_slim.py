@@ -13,13 +13,20 @@ import torch
 sys.path.append(str(Path(__file__).parents[4] / "benchmarks"))
 
 from counting import Counts
+from support.tiny_models import preference_rows, write_model
+from test_train_faults import STEPS, WRPO, create, records
 from test_train_packing import KINDS, loss_and_gradients, make, relative, some_rows
 from torch import nn
 
+from wrpo_ray.config import LoraConfig
+from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.train import attention, layers, recompute
+from wrpo_ray.stages.train.memory import Estimate
 from wrpo_ray.stages.train.model import Policy
 from wrpo_ray.stages.train.packing import pack
-from wrpo_ray.stages.train.slim import own_forwards, slim
+from wrpo_ray.stages.train.rows import Tokenizing
+from wrpo_ray.stages.train.slimming import own_forwards, slim
+from wrpo_ray.stages.train.task import WRPO_ANSWERS
 
 
 class OneRMSNorm(nn.Module):
@@ -125,6 +132,19 @@ def test_what_computes_the_same_is_slim_and_so_are_its_copies(module):
     assert not torch.equal(whole(hidden), before)
 
 
+@pytest.mark.parametrize(
+    ("device", "asked", "want"),
+    [("cpu", None, False), ("cpu", True, True), ("meta", None, True), ("meta", False, False)],
+)
+def test_layers_are_slim_where_that_costs_no_time_or_is_asked_for(device, asked, want):
+    """A meta tensor stands for one on a GPU."""
+    policy = Policy(
+        make("llama-gqa", attention.SHARED_PROMPT, torch.float32).to(device), slim=asked
+    )
+    ours = [module for module in policy.modules() if hasattr(module, "slim_kind")]
+    assert (policy.slim, len(ours)) == (want, 9 if want else 0)  # 5 norms, 2 MLPs, 2 attentions
+
+
 def test_random_numbers_are_as_without():
     """New adapters depend on the seed alone."""
     torch.manual_seed(3)
@@ -141,7 +161,7 @@ def test_in_bf16_values_are_equal_and_gradients_but_for_rounding(kind):
     rows, found = some_rows(seed=4), []
     for dtype, ours in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         model = make(kind, attention.SHARED_PROMPT, torch.bfloat16).to(dtype)
-        policy = Policy(model)
+        policy = Policy(model, slim=True)
         if ours:
             logps = policy(pack(rows))
         else:
@@ -156,6 +176,37 @@ def test_in_bf16_values_are_equal_and_gradients_but_for_rounding(kind):
     assert errors[1] <= 1.05 * errors[0]
 
 
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 1, "gradient_checkpointing": True},
+        {"zero_stage": 3, "lora": LoraConfig(rank=4)},
+        {"zero_stage": 3, "offload": "optimizer"},
+        {"zero_stage": 3, "gradient_checkpointing": True},
+        {"zero_stage": 2, "packing": False},
+    ],
+)
+def test_a_training_takes_the_same_steps(tmp_path, settings, monkeypatch):
+    """Real DeepSpeed: each step's loss and gradient norm, of layers that are slim and not."""
+    environment = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "LOCAL_RANK": "0"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    base = write_model(tmp_path / "base", tied=True)
+    tokenizing = Tokenizing(load_tokenizer(base), frozenset({1}), WRPO_ANSWERS, WRPO)
+    rows, found = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept, {}
+    for ours in (False, True):
+        monkeypatch.setattr(Estimate, "slim", lambda estimate, tokens, free, chosen=ours: chosen)
+        trainer = create(tmp_path / str(ours), base, rows, WRPO.model_copy(update=settings))
+        assert any(hasattr(m, "slim_kind") for m in trainer.policy.modules()) is ours
+        trainer.run(0)
+        found[ours] = [[line[key] for line in records(trainer)] for key in ("loss", "grad_norm")]
+    for want, got in zip(found[False], found[True], strict=True):
+        assert len(want) == STEPS
+        assert got == pytest.approx(want, rel=1e-5)
+        assert min(want) > 0.01
+
+
 def kept_bytes(policy: Policy, rows) -> int:
     """Bytes that the graph of the rows' log-probs holds."""
     with Counts() as counts:
@@ -168,10 +219,12 @@ def kept_bytes(policy: Policy, rows) -> int:
 def test_nothing_is_held_for_what_is_computed_again():
     """Of two layers in fp32: the MLP's product and activation, and two tensors of each norm."""
     rows = some_rows(seed=5)
-    policy = Policy(make("llama-gqa", attention.SHARED_PROMPT, torch.float32))
-    slimmer = kept_bytes(policy, rows)
-    with own_forwards(policy.model):
-        whole = kept_bytes(policy, rows)
+    slimmer, whole = (
+        kept_bytes(
+            Policy(make("llama-gqa", attention.SHARED_PROMPT, torch.float32), slim=slim), rows
+        )
+        for slim in (True, False)
+    )
     tokens = pack(rows).size
     assert whole - slimmer >= 4 * tokens * 2 * (2 * 48 + 2 * 2 * 32)
     assert not recompute._notes
@@ -208,7 +261,8 @@ def test_outside_of_a_pass_nothing_is_noted():
 def test_compiled_functions_compute_the_same(kind, monkeypatch):
     """Compiled for the CPU in place of a GPU: in the forward pass, under its hooks, and after."""
     rows, found, calls = some_rows(seed=4), [], []
-    policies = [Policy(make(kind, attention.SHARED_PROMPT, torch.float32)) for _ in range(2)]
+    models = [make(kind, attention.SHARED_PROMPT, torch.float32) for _ in range(2)]
+    policies = [Policy(model, slim=True) for model in models]
     for name in ("_norm", "_norm_again", "_norm_backward", "_product", "_product_backward",
                  "_turn", "_turn_back"):  # fmt: skip
         compiled = torch.compile(getattr(layers, name).__wrapped__)
