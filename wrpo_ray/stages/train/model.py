@@ -144,7 +144,7 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of the modules to 0; the model's config keeps its own.
+    """Set every dropout rate and a router's noise to 0; the model's config keeps its own.
 
     Then the policy equals the reference at the first step, and a resumed run needs no random
     state.
@@ -153,7 +153,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 
