@@ -1,4 +1,4 @@
-"""The head as it was before `logprobs` took its sums from the matrix products, to compare with."""
+"""Code as it was, to compare with: the head, and the copies of keys in attention."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from wrpo_ray.stages.train import attention
 
 CHUNK = 2**24
 
@@ -43,3 +45,26 @@ class TokenLogps(torch.autograd.Function):  # type: ignore[misc]
             torch.mm(narrow, weight, out=of_hidden[part])
             of_weight += narrow.T @ hidden[part]
         return of_hidden, of_weight.to(weight.dtype), None
+
+
+def by_varlen(
+    query: Tensor, key: Tensor, value: Tensor, layout: Any, scale: float, window: int | None
+) -> Tensor:
+    """Attention in one flash kernel, with advanced indexing."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    at = attention._sequences(layout, query.device)
+    queries, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))
+    longest = max(layout.prefix_length(block) + block.length for block in layout.blocks)
+    return varlen_attn(
+        queries,
+        keys[at["sequences"]],
+        values[at["sequences"]],
+        at["queries_at"],
+        at["keys_at"],
+        max(layout.lengths),
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )[None]

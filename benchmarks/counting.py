@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 ALLOCATIONS = ("empty", "new_empty", "empty_like", "empty_strided")
@@ -50,16 +50,35 @@ class Counts(TorchDispatchMode):  # type: ignore[misc]
     ) -> Any:
         """Run an operation and count it."""
         out = function(*arguments, **(kwargs or {}))
-        read = list(_tensors((arguments, kwargs)))
-        written = list(_tensors(out))
-        for tensor in written:
-            storage = tensor.untyped_storage()
-            self._storages.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
-        name = function.overloadpacket.__name__
-        if not _is_view(function, read, written) and name not in ALLOCATIONS:
-            self.operations[name] += 1
-            self.bytes += _traffic(name, read, written)
+        read, written = list(_tensors((arguments, kwargs))), list(_tensors(out))
+        if self._made(read, written) or function._schema.is_mutable:
+            name = function.overloadpacket.__name__
+            if name not in ALLOCATIONS:
+                self.operations[name] += 1
+                self.bytes += _traffic(name, read, written)
         return out
+
+    def as_one(self, function: Any, kernels: int = 1) -> Any:
+        """`function`, counted as one operation with so many launches, as if it were compiled."""
+
+        def call(*arguments: Any) -> Any:
+            with _disable_current_modes():
+                out = function(*arguments)
+            read, written = list(_tensors(arguments)), list(_tensors(out))
+            self._made(read, written)
+            self.operations[function.__name__] += kernels
+            self.bytes += _traffic("", read, written)
+            return out
+
+        return call
+
+    def _made(self, read: list[Tensor], written: list[Tensor]) -> bool:
+        """Whether an operation allocated what it wrote, and did not only look at what it read."""
+        owned = {tensor.untyped_storage()._cdata for tensor in read}
+        made = [s for s in (t.untyped_storage() for t in written) if s._cdata not in owned]
+        for storage in made:
+            self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return bool(made)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -75,11 +94,3 @@ def _traffic(name: str, read: list[Tensor], written: list[Tensor]) -> int:
 def _size(tensor: Tensor) -> int:
     """Bytes that are touched: none twice, however often they are expanded."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
-
-
-def _is_view(function: Any, read: list[Tensor], written: list[Tensor]) -> bool:
-    """Whether it only looks at its arguments' memory in another form."""
-    if function._schema.is_mutable or not written:
-        return False
-    owned = {tensor.untyped_storage()._cdata for tensor in read}
-    return all(tensor.untyped_storage()._cdata in owned for tensor in written)

@@ -147,7 +147,8 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Into RESULTS.md and results.json."""
-        results.save(folder, self._prefix, self.rows(), self.text())
+        names = tuple(self._prefix + part for part in ("step_time", "peak_memory"))
+        results.save(folder, names, self.rows(), self.text())
 
     @property
     def _on_gpu(self) -> bool:

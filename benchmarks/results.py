@@ -20,8 +20,8 @@ def row(name: str, ours: float, peer: float, unit: str, about: Row) -> Row:
     return {"name": name, **figures, "unit": unit, **about}
 
 
-def save(folder: Path, prefix: str, rows: Sequence[Row], section: str) -> None:
-    """Replace the rows whose names start with `prefix`, and the section of the same heading.
+def save(folder: Path, prefix: str | tuple[str, ...], rows: Sequence[Row], section: str) -> None:
+    """Replace the rows whose names start with `prefix` (one of them), and the section so headed.
 
     A section begins with its heading, `# ...`, and goes to the next one; others stay.
     """
@@ -35,8 +35,8 @@ def save(folder: Path, prefix: str, rows: Sequence[Row], section: str) -> None:
     path.write_text("\n\n".join(text.strip() for text in sections if text.strip()) + "\n")
 
 
-def save_rows(folder: Path, prefix: str, rows: Sequence[Row]) -> None:
-    """Replace the rows whose names start with `prefix`; others stay."""
+def save_rows(folder: Path, prefix: str | tuple[str, ...], rows: Sequence[Row]) -> None:
+    """Replace the rows whose names start with `prefix`, or one of them; others stay."""
     path = folder / "results.json"
     kept = json.loads(path.read_text()) if path.exists() else []
     kept = [known for known in kept if not known["name"].startswith(prefix)]

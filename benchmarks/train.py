@@ -58,19 +58,25 @@ class Shape:
     hidden: int
     layers: int
     vocabulary: int
+    head: int = 64
+    """Width of a head."""
+    groups: int = 2
+    """Query heads for each head of keys, where the number of heads allows it."""
+    inner: float = 11 / 4
+    """Width of the MLPs by that of the model."""
 
     def build(self, implementation: str, device: torch.device) -> Any:
         """The model with this attention; always the same weights. bf16 on a GPU, else fp32."""
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        heads = self.hidden // 64
+        heads = self.hidden // self.head
         config = LlamaConfig(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
-            intermediate_size=self.hidden * 11 // 4,
+            intermediate_size=int(self.hidden * self.inner),
             num_hidden_layers=self.layers,
             num_attention_heads=heads,
-            num_key_value_heads=heads // 2 if heads % 2 == 0 else heads,
+            num_key_value_heads=heads // self.groups if heads % self.groups == 0 else heads,
             max_position_embeddings=2**16,
             pad_token_id=PAD,
             bos_token_id=None,

@@ -158,13 +158,18 @@ def _check_architecture(config: dict[str, Any], use: Use) -> None:
     if any(part in names[0] for part in NO_ANSWERS):
         raise UserError(f"its architecture {names[0]} gives no answers; {LANGUAGE_MODEL}")
     if use is Use.TRAINED:
-        _check_not_quantized(config)
+        _check_trainable(config)
 
 
-def _check_not_quantized(config: dict[str, Any]) -> None:
+def _check_trainable(config: dict[str, Any]) -> None:
     text = config.get("text_config")
-    found = config.get("quantization_config")
-    found = found or (isinstance(text, dict) and text.get("quantization_config"))
+    parts = [config, text] if isinstance(text, dict) else [config]
+    if any(part.get("output_router_logits") for part in parts):
+        raise UserError(
+            "its config.json asks for the loss of its router (output_router_logits: true), which "
+            "training here does not have; set it to false to train without"
+        )
+    found = next(filter(None, (part.get("quantization_config") for part in parts)), None)
     if not found or (isinstance(found, dict) and found.get("dequantize") is True):
         return
     method = found.get("quant_method", "unknown") if isinstance(found, dict) else found

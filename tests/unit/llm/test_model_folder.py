@@ -373,6 +373,22 @@ def test_a_quantized_target_is_refused(settings, told, is_text, tmp_path):
         check(folder)
 
 
+@pytest.mark.parametrize("is_text", [False, True])
+@pytest.mark.parametrize("asked", [None, False, True])
+def test_a_target_that_asks_for_its_routers_loss_is_refused(asked, is_text, tmp_path):
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    change = {} if asked is None else {"output_router_logits": asked}
+    changed = config | ({"text_config": config | change} if is_text else change)
+    _check_architecture(changed, Use.ANSWERS)
+    if not asked:
+        _check_architecture(changed, Use.TRAINED)
+        return
+    (folder / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"output_router_logits: true.*set it to false"):
+        check(folder)
+
+
 # --- every tensor of an adapter ------------------------------------------------------------------
 
 

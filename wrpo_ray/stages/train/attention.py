@@ -46,7 +46,7 @@ def shared_prompt_attention(
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and softcap is None:
+    if query.device.type in ("cuda", "meta") and half and softcap is None:
         return by_varlen(query, key, value, layout, scale, sliding_window), None
     return by_blocks(query, key, value, layout, scale, sliding_window, softcap), None
 
@@ -122,38 +122,74 @@ def by_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    index, queries_at, keys_at, longest = _sequences(layout, query.device)
-    queries, keys, values = (t[0].transpose(0, 1) for t in (query, key, value))  # (T, heads, D)
+    at = _sequences(layout, query.device)
+    queries, keys, values = (  # (T, heads, D)
+        t.squeeze(0).transpose(0, 1) for t in (query, key, value)
+    )
+    keys, values = _Copies.apply(keys, values, at["sequences"], at["sorted"], at["copies_at"])
     out = varlen_attn(
         queries,
-        keys[index],
-        values[index],
-        queries_at,
-        keys_at,
+        keys,
+        values,
+        at["queries_at"],
+        at["keys_at"],
         max(layout.lengths),
-        longest,
+        max(layout.prefix_length(block) + block.length for block in layout.blocks),
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=queries.shape[1] != keys.shape[1],
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return out[None]
 
 
-def _sequences(layout: Layout, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Indices of all blocks' keys, where each block's queries and keys start, the most keys."""
+class _Copies(torch.autograd.Function):  # type: ignore[misc]
+    """Keys and values (T, K, D) of each block's prompt and its own, (copies, K, D).
+
+    The gradient of a token is the sum of its copies', in fp32 and always in the same order.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, keys: Tensor, values: Tensor, index: Tensor, in_order: Tensor, starts: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(in_order, starts)
+        return keys.index_select(0, index), values.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, keys: Tensor, values: Tensor) -> tuple[Tensor | None, ...]:
+        in_order, starts = ctx.saved_tensors
+        sums = (
+            F.embedding_bag(in_order, t.flatten(1), starts, mode="sum").view(-1, *t.shape[1:])
+            for t in (keys, values)
+        )
+        return *sums, None, None, None
+
+
+def _sequences(layout: Layout, device: torch.device) -> dict[Any, Tensor]:
+    """Indices of all blocks' keys, and where each block's queries and keys start.
+
+    And for each token its copies among these keys: where they are, sorted by token (`sorted`), and
+    where in that order they start (`copies_at`).
+    """
     if "sequences" not in layout.masks:
-        places = torch.arange(sum(layout.lengths)).split(layout.lengths)
+        tokens = sum(layout.lengths)
+        places = torch.arange(tokens).split(layout.lengths)
         keys = [
             own if block.prefix is None else torch.cat([places[block.prefix], own])
             for block, own in zip(layout.blocks, places, strict=True)
         ]
-        layout.masks["sequences"] = torch.cat(keys).to(device)
-        layout.masks["queries_at"] = _starts(layout.lengths, device)
-        layout.masks["keys_at"] = _starts([len(k) for k in keys], device)
-    longest = max(layout.prefix_length(b) + b.length for b in layout.blocks)
-    masks = layout.masks
-    return masks["sequences"], masks["queries_at"], masks["keys_at"], longest
+        index = torch.cat(keys)
+        counts = index.bincount(minlength=tokens)
+        made = {
+            "sequences": index,
+            "sorted": index.argsort(stable=True),
+            "copies_at": counts.cumsum(0) - counts,
+            "queries_at": _starts(layout.lengths),
+            "keys_at": _starts([len(k) for k in keys]),
+        }
+        layout.masks.update({name: tensor.to(device) for name, tensor in made.items()})
+    return layout.masks
 
 
-def _starts(lengths: list[int], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+def _starts(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -98,7 +98,8 @@ class _Settings:
 def policy_engine(model: Any, config: TrainConfig, settings: dict[str, Any]) -> Any:
     """The engine that trains `model`, with torch's AdamW (DeepSpeed's own needs a compiler).
 
-    On CPUs it is the fused one, which needs no copies of the weights' size and a tenth of the time.
+    It is the fused one, which needs no copies of the weights' size, one launch on GPUs, and on CPUs
+    (with `offload` too) an eighth of the time.
     """
     import deepspeed
 
@@ -107,7 +108,7 @@ def policy_engine(model: Any, config: TrainConfig, settings: dict[str, Any]) -> 
         parameters,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
-        fused=config.num_gpus == 0 or None,
+        fused=True,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

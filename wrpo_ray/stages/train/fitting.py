@@ -17,7 +17,7 @@ from wrpo_ray.stages.train.task import MEMORY, Task
 
 
 def fitted(task: Task, base: Path, lengths: np.ndarray, device: torch.device) -> Task:
-    """The task with a number of micro-batch tokens; all workers call it and get the same.
+    """The task with its micro-batch tokens and kind of layers; all workers get the same.
 
     `lengths` (R, 1 + answers) are those of all rows. The first worker writes the estimate to the
     step's folder, for the driver to log.
@@ -34,10 +34,12 @@ def fitted(task: Task, base: Path, lengths: np.ndarray, device: torch.device) ->
         max(packing.costs(lengths, packed=config.packing)),
         dist.get_world_size(),
     )
-    tokens, told = estimate.check(_least_of_all(_room(device)), task.step.name)
+    room = _least_of_all(_room(device))
+    tokens, told = estimate.check(room, task.step.name)
     if dist.get_rank() == 0:
         task.folder.write_json(MEMORY, told)
-    return replace(task, config=config.model_copy(update={"micro_batch_tokens": tokens}))
+    config = config.model_copy(update={"micro_batch_tokens": tokens})
+    return replace(task, config=config, slim=estimate.slim(tokens, room.free))
 
 
 def _room(device: torch.device) -> Room:

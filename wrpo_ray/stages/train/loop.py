@@ -5,6 +5,7 @@ over all workers, divided by their real number: the same for every number of wor
 micro-batch and ZeRO stage. Not covered: the driver (`stage`).
 """
 
+import functools
 import gc
 import time
 from collections.abc import Sequence
@@ -111,8 +112,8 @@ class Trainer:
         config = task.config
         settings = deepspeed.engine_config(config, dist.get_world_size())
         with deepspeed.partitioned_loading(settings):
-            policy = model.load_policy(base, config, device)
-            reference = model.load_policy(base, config, device) if task.has_second_model else None
+            load = functools.partial(model.load_policy, base, config, device, slim=task.slim)
+            policy, reference = load(), load() if task.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
         probe.check_forward(policy, config, device)
         if reference is not None:

@@ -16,11 +16,12 @@ from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.architecture import Use, check_loaded, check_weights, telling_of
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.rounding import Rounding, Tensors
-from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train import attention, slimming
 from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
 from wrpo_ray.stages.train.memory import forward_tokens
 from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad
 from wrpo_ray.stages.train.probe import NOT_HERE, UNPACKED, as_user_error, check_forward
+from wrpo_ray.stages.train.recompute import recomputing
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.storage.folder import Folder
 
@@ -31,10 +32,12 @@ class Policy(nn.Module):  # type: ignore[misc]
     """A causal language model that gives the log-probs of answers in place of logits.
 
     Its head's forward is replaced by one from hidden states and tokens to log-probs. So ZeRO-3,
-    which gathers a module's weights around its forward, works unchanged.
+    which gathers a module's weights around its forward, works unchanged. If `slim`, norms, gated
+    MLPs and rotary positions keep less for the backward pass (see `slimming`), as do linear layers
+    after them (see `recompute`); by default where that costs no time, on GPUs.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, slim: bool | None = None):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -47,17 +50,23 @@ class Policy(nn.Module):  # type: ignore[misc]
             hidden, head.weight, head.bias, tokens, cap
         )
         self._parts = {"body": body, "head": head}  # known to `model` already
+        self.slim = next(model.parameters()).device.type != "cpu" if slim is None else slim
+        if self.slim:
+            slimming.slim(inner)
 
     def forward(self, batch: Batch) -> Tensor:
         """The summed log-prob of each answer of the batch, (A,), fp32."""
         layout = {} if batch.layout is None else {"layout": batch.layout}
-        hidden = self._parts["body"](
-            input_ids=batch.ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.positions,
-            use_cache=False,
-            **layout,
-        ).last_hidden_state
+        body = self._parts["body"]
+        again = self.slim and torch.is_grad_enabled() and not body.is_activation_checkpointing
+        with recomputing() if again else nullcontext():
+            hidden = body(
+                input_ids=batch.ids,
+                attention_mask=batch.attention_mask,
+                position_ids=batch.positions,
+                use_cache=False,
+                **layout,
+            ).last_hidden_state
         return answer_logps(hidden, self._parts["head"], batch)
 
     def without_adapters(self) -> Any:
@@ -91,7 +100,9 @@ def packed_policy(model: Any) -> Policy:
     return Policy(model)
 
 
-def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Policy:
+def load_policy(
+    folder: Path, config: TrainConfig, device: torch.device, *, slim: bool | None = None
+) -> Policy:
     """Load a model folder to train, with dropout off and, if configured, adapters."""
     model = load(folder, DTYPES[config.precision], packing=config.packing)
     if config.gradient_checkpointing:
@@ -99,7 +110,7 @@ def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Poli
         model.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
     if config.lora:
         model = with_lora(model, config.lora)
-    return Policy(model.to(device).train())
+    return Policy(model.to(device).train(), slim=slim)
 
 
 def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
@@ -133,7 +144,7 @@ def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout rate of the modules to 0; the model's config keeps its own.
+    """Set every dropout rate and a router's noise to 0; the model's config keeps its own.
 
     Then the policy equals the reference at the first step, and a resumed run needs no random
     state.
@@ -142,7 +153,7 @@ def disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
                 setattr(module, name, 0.0)
 
 

@@ -114,7 +114,7 @@ class Prepare(BaseJob):
     @property
     def loads(self) -> Pool:
         """The workers, which load at least the tokenizer."""
-        env = MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
+        env = MALLOC | ({} if self.actors.num_gpus else {"TORCHDYNAMO_DISABLE": "1"})
         has_model, models = self.config.stores_reference, ((self.base, self.fingerprint),)
         return Pool(self.step.name, self.actors, env, has_model=has_model, models=models)
 

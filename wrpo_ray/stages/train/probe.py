@@ -19,6 +19,7 @@ from wrpo_ray.config import TrainConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row
+from wrpo_ray.stages.train.slimming import own_forwards
 
 if TYPE_CHECKING:
     from wrpo_ray.stages.train.model import Policy
@@ -163,7 +164,9 @@ def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
     implementation = policy.model.config._attn_implementation
     policy.model.set_attn_implementation("eager")
     try:
-        return torch.stack([_plain_logp(policy.model, row.prompt, a, device) for a in row.answers])
+        with own_forwards(policy.model):
+            each = [_plain_logp(policy.model, row.prompt, a, device) for a in row.answers]
+        return torch.stack(each)
     finally:
         policy.model.set_attn_implementation(implementation)
         head.forward = replaced

@@ -272,7 +272,7 @@ def _load_moments(engine: Any, own: Range, saved: Saved, steps: int) -> None:
             state = engine.basic_optimizer.state[own.master]
             if kind not in state:
                 state[kind] = torch.zeros_like(own.master)
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(float(steps), device=own.master.device)
             _fill(own.of(state[kind]), own.start, saved[own.name, kind])
 
 

@@ -32,3 +32,17 @@ def test_traffic_and_launches_by_hand():
 def test_the_head_moves_a_fifth_of_what_it_did(vocabulary):
     ours, before = kernels.head_traffic(vocabulary, width=4096, tokens=4096)
     assert ours <= 0.2 * before
+
+
+def test_a_layer_keeps_and_launches_half():
+    """Bytes by hand: two norms' inputs 4, q, k, v 2 + 2 x 1.75 x 0.5, output 2, MLP 14.
+
+    In bf16 with inner 3.5 x width, a quarter of keys, 1.75 keys a token; the rest are a few numbers
+    for each token.
+    """
+    kept, launches = kernels.per_layer(ours=True)
+    assert 4 + 2 + 1.75 + 2 + 14 <= kept <= 24
+    assert launches <= 51
+    before, many = kernels.per_layer(ours=False)
+    assert before > 49
+    assert many > 115

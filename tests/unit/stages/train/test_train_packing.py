@@ -112,8 +112,11 @@ def relative(got: torch.Tensor, want: torch.Tensor) -> float:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("collate", [pack, pad])
+@pytest.mark.parametrize("slim", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtype, tolerance, wide):
+def test_loss_and_every_gradient_equal_the_plain_computation(
+    kind, slim, collate, dtype, tolerance, wide
+):
     torch.set_num_threads(1)
     rows = some_rows(seed=len(kind))
     reference = make(kind, "eager", dtype)
@@ -123,7 +126,7 @@ def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtyp
 
     plain = "eager" if "gemma" in kind else "sdpa"
     model = make(kind, attention.SHARED_PROMPT if collate is pack else plain, dtype)
-    policy = Policy(model)
+    policy = Policy(model, slim=slim)
     got_logps = policy(collate(rows))
     got, gradients = loss_and_gradients(model, got_logps, rows)
     assert relative(got_logps, expected) < tolerance
@@ -133,14 +136,15 @@ def test_loss_and_every_gradient_equal_the_plain_computation(kind, collate, dtyp
         assert relative(gradients[name], gradient) < tolerance, name
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("slim", [False, True])
+def test_gradient_checkpointing_changes_nothing(slim):
     rows = some_rows(seed=2)
     found = []
     for checkpointing in (False, True):
         model = make("llama-gqa", attention.SHARED_PROMPT, torch.float64)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        found.append(loss_and_gradients(model, Policy(model)(pack(rows)), rows)[1])
+        found.append(loss_and_gradients(model, Policy(model, slim=slim)(pack(rows)), rows)[1])
     for name, gradient in found[0].items():
         assert relative(found[1][name], gradient) < 1e-12
 
@@ -199,11 +203,14 @@ def test_varlen_is_given_the_same_attention(monkeypatch, window):
     torch.manual_seed(0)
     layout = pack(some_rows(seed=3)).layout
     tokens = sum(layout.lengths)
-    query = torch.randn(1, 4, tokens, 8, dtype=torch.float64)
-    key, value = torch.randn(2, 1, 2, tokens, 8, dtype=torch.float64)
-    want = attention.by_blocks(query, key, value, layout, 0.3, window)
-    got = attention.by_varlen(query, key, value, layout, 0.3, window)
+    shapes = ((1, 4, tokens, 8), (1, 2, tokens, 8), (1, 2, tokens, 8))
+    given = [torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    want = attention.by_blocks(*given, layout, 0.3, window)
+    got = attention.by_varlen(*given, layout, 0.3, window)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    slope = torch.randn_like(want)
+    wanted, found = (torch.autograd.grad(out, given, slope) for out in (want, got))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
 # --- the head ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from wrpo_ray.config import LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train import checkpoint, loop, model, probe
-from wrpo_ray.stages.train.deepspeed import engine_config
+from wrpo_ray.stages.train.deepspeed import engine_config, policy_engine
 from wrpo_ray.stages.train.metrics import (
     MetricsFile,
     Sums,
@@ -325,6 +325,16 @@ def test_deepspeed_takes_its_config(stage, offload, precision):
     assert read.bfloat16_config.enabled == (precision == "bf16")
     assert read.gradient_clipping == 0.5
     assert read.gradient_accumulation_steps > 1  # or the loop could not say which is the last
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_gpus": 1}, {"num_gpus": 1, "offload": "optimizer"}])
+def test_adam_is_fused_everywhere(settings, monkeypatch):
+    import deepspeed
+
+    monkeypatch.setattr(deepspeed, "initialize", lambda model, optimizer, config: (optimizer, 0))
+    adam = policy_engine(torch.nn.Linear(2, 2), TrainConfig(**settings), {})
+    assert adam.param_groups[0]["fused"] is True
+    assert [p.numel() for p in adam.param_groups[0]["params"]] == [4, 2]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 8])

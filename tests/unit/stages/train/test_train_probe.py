@@ -60,8 +60,9 @@ def write(folder: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
-def checked(folder: Path, config: TrainConfig) -> model.Policy:
-    policy = model.Policy(model.load(folder, torch.float32, packing=config.packing).eval())
+def checked(folder: Path, config: TrainConfig, *, slim: bool = False) -> model.Policy:
+    loaded = model.load(folder, torch.float32, packing=config.packing).eval()
+    policy = model.Policy(loaded, slim=slim)
     probe.check_forward(policy, config, CPU)
     return policy
 
@@ -81,11 +82,15 @@ def difference(policy: model.Policy, row: Row, config: TrainConfig) -> float:
     return (own - plain).abs().max().item()
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("packing", "slim"),
+    [(True, False), (True, True), (False, False)],
+    ids=["packed", "slim", "padded"],
+)
 @pytest.mark.parametrize("kind", GOOD)
-def test_what_is_accepted_is_right_for_rows_of_any_length(tmp_path, kind, packing):
+def test_what_is_accepted_is_right_for_rows_of_any_length(tmp_path, kind, packing, slim):
     config = TrainConfig(precision="fp32", max_length=LENGTH, packing=packing)
-    policy = checked(write(tmp_path, kind), config)
+    policy = checked(write(tmp_path, kind), config, slim=slim)
     for length in (12, SPAN, SPAN + 1, 2 * SPAN + 1, LENGTH):
         assert difference(policy, long_row(length), config) < 2e-4, length
 
