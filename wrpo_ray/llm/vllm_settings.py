@@ -8,6 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
+from wrpo_ray.storage.weight_files import weight_files
+
 CPU_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCHDYNAMO_DISABLE": "1",
@@ -34,14 +37,22 @@ PARALLEL_ENGINE = {"max_num_seqs": GPU_SLOTS, "max_num_batched_tokens": 16384}
 so that vLLM would take its values for small ones."""
 
 
-def slots(engine: dict[str, Any], *, on_gpu: bool) -> int:
-    """Return how many answers an engine with these arguments works on at once."""
-    return int(engine.get("max_num_seqs") or (GPU_SLOTS if on_gpu else CPU_SLOTS))
+def slots(engine: dict[str, Any], *, on_gpu: bool, weights: float) -> int:
+    """Return how many answers an engine of so many bytes, with these arguments, has at once."""
+    return int(engine.get("max_num_seqs") or (GPU_SLOTS if on_gpu else cpu_slots(weights)))
 
 
-def cpu_slots(weights: int) -> int:
+def cpu_slots(weights: float) -> int:
     """Return `max_num_seqs` of an engine on a CPU, by the bytes of its weights."""
     return LARGE_SLOTS if weights > LARGE_ON_CPU else CPU_SLOTS
+
+
+def weight_bytes(folder: Folder) -> int:
+    """Return the bytes of a model folder's weights; 0 where none are there, or on the hub only."""
+    if folder.uri.startswith(HUB_SCHEME):
+        return 0
+    sizes = {info.base_name: info.size for info in folder.infos() if info.is_file}
+    return sum(sizes[name] for name in weight_files(sizes))
 
 
 def engine_env(*, on_gpu: bool) -> dict[str, str]:

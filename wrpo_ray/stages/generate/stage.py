@@ -24,7 +24,7 @@ from wrpo_ray.data.failures import EarlierFailures, write_failures
 from wrpo_ray.data.finished import Filling
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.data.writer import ShardWriter
-from wrpo_ray.llm.vllm_settings import engine_env, slots
+from wrpo_ray.llm.vllm_settings import engine_env, slots, weight_bytes
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
@@ -124,14 +124,16 @@ class Generate(BaseJob):
         pools: dict[str, list[Generate]] = defaultdict(list)
         for job in jobs:
             pools[job.engines.model_dump_json()].append(job)
-        alike = [pool_of(same[0].engines, _bucket(run, same)) for same in pools.values()]
+        alike = [
+            pool_of(same[0].engines, _bucket(run, same), _weights(same)) for same in pools.values()
+        ]
         shared = with_shares(alike, run.beside)
         pairs = zip(shared, pools.values(), strict=True)
         run_in_threads([partial(_run_pool, run, *pair, ready_queue) for pair in pairs])
 
 
-def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
-    """Buckets of `bucket` answers that an actor of the model works on at once.
+def buckets_in_hand(model: ModelConfig, bucket: float, weights: float = 0) -> int:
+    """Buckets of `bucket` answers that an actor of the model, of so many bytes, works on at once.
 
     Small ones are so many that its engine stays full; of large ones two are, so that the second
     fills the batch while the last long answers of the first are finished.
@@ -139,33 +141,42 @@ def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
     Example:
         >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=32)
         48
+        >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=32, weights=270e6)
+        12
         >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=5000)
         2
     """
     if model.endpoint:
         return MAX_ENDPOINT_BUCKETS
-    filling = math.ceil(FILLS * engine_slots(model) / max(1.0, bucket))
+    filling = math.ceil(FILLS * engine_slots(model, weights) / max(1.0, bucket))
     return min(max(LEAST_IN_HAND, filling), MOST_IN_HAND)
 
 
-def engine_slots(model: ModelConfig) -> int:
-    """Answers that the model's engine has room for at once."""
-    return slots(model.performance | model.engine, on_gpu=bool(model.actors.num_gpus))
+def engine_slots(model: ModelConfig, weights: float = 0) -> int:
+    """Answers that the model's engine, of so many bytes, has room for at once."""
+    arguments = model.performance | model.engine
+    return slots(arguments, on_gpu=bool(model.actors.num_gpus), weights=weights)
 
 
-def at_once(model: ModelConfig, bucket: float, buckets: float = math.inf) -> float:
+def at_once(
+    model: ModelConfig, bucket: float, buckets: float = math.inf, weights: float = 0
+) -> float:
     """Answers that an engine works on at once, of `buckets` buckets of `bucket` answers."""
-    return min(engine_slots(model), min(buckets_in_hand(model, bucket), buckets) * bucket)
+    in_hand = min(buckets_in_hand(model, bucket, weights), buckets)
+    return min(engine_slots(model, weights), in_hand * bucket)
 
 
-def pool_of(model: ModelConfig, bucket: float = math.inf) -> Pool:
-    """Return the pool of actors that hold the model's engines, for buckets of `bucket` answers."""
+def pool_of(model: ModelConfig, bucket: float = math.inf, weights: float = 0) -> Pool:
+    """Return the pool of actors that hold the model's engines, for buckets of `bucket` answers.
+
+    `weights` are the model's bytes, by which an engine on a CPU has room for more or fewer answers.
+    """
     is_here = model.endpoint is None
     return Pool(
         f"generate {model.name}",
         model.actors,
         engine_env(on_gpu=bool(model.actors.num_gpus)) if is_here else {},
-        threads=buckets_in_hand(model, bucket),
+        threads=buckets_in_hand(model, bucket, weights),
         parts=model.parts if is_here else 1,
         has_model=is_here,
     )
@@ -183,6 +194,12 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
     counts = [step.read_manifest(run.root)["counts"].get("rows", 0) for step in steps]
     samples = [job.sampling.samples for job in jobs]
     return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
+
+
+def _weights(jobs: list[Generate]) -> int:
+    """Bytes of the weights of a pool's engines: by them an engine on a CPU is told its slots."""
+    model = jobs[0].model
+    return 0 if model.endpoint or model.actors.num_gpus else weight_bytes(jobs[0].folder)
 
 
 def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
