@@ -17,8 +17,8 @@ import pyarrow.compute as pc
 from wrpo_ray.data.finished import sampled, stored
 from wrpo_ray.planning.rates import CPU_START
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger
-from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.runtime.ledger import Entry, Usage, is_open, read_ledger
+from wrpo_ray.stages.generate.stage import Generate, bytes_of, engine_slots
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -54,8 +54,30 @@ class Measured:
 
     @cached_property
     def ledger(self) -> dict[str, Entry]:
-        """The usage of each step folder."""
-        return read_ledger(self.root)
+        """The usage of each step folder; of answers that are too early to tell only the starts."""
+        found = read_ledger(self.root)
+        for folder in self._early & found.keys():
+            spent = found[folder].usage
+            starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
+            found[folder] = Entry(found[folder].pool, starts)
+        return found
+
+    @cached_property
+    def _early(self) -> set[str]:
+        """Stores of which a run under way has made fewer answers than their engine has at once.
+
+        These are the shortest ones, and the time for the others' tokens would count as theirs.
+        """
+        if not is_open(self.root):
+            return set()
+        spent = read_ledger(self.root)
+        answering = [j for j in self.jobs if isinstance(j, Generate) and j.step.folder in spent]
+        return {
+            job.step.folder
+            for job in answering
+            if not job.step.is_done(self.root)
+            and spent[job.step.folder].usage.rows < engine_slots(job.model, bytes_of(job))
+        }
 
     # --- lengths
 
@@ -76,6 +98,8 @@ class Measured:
 
     def _answers(self, job: Generate) -> Usage:
         """Rows and tokens of a store: by the ledger, or by some of its shards."""
+        if job.step.folder in self._early:
+            return Usage()
         entry = self.ledger.get(job.step.folder)
         if entry and entry.usage.rows and entry.usage.prompt_tokens and not job.model.endpoint:
             return entry.usage

@@ -37,6 +37,8 @@ class Pool:
     """Worker processes with a GPU each that an actor starts; 1 is the actor alone."""
     has_model: bool = False
     """Whether its actors compute with a model, with a thread for each of their CPUs."""
+    is_light: bool = False
+    """Whether its actors compute next to nothing, so that they need no core of their own."""
 
     @property
     def needs(self) -> dict[str, float]:

@@ -36,6 +36,7 @@ from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.workplace import Workplace
+from wrpo_ray.stages.generate.account import Account, Untold
 from wrpo_ray.stages.generate.vllm_engine import (
     Answers,
     Engine,
@@ -125,7 +126,8 @@ class Generate(BaseJob):
         for job in jobs:
             pools[job.engines.model_dump_json()].append(job)
         alike = [
-            pool_of(same[0].engines, _bucket(run, same), _weights(same)) for same in pools.values()
+            pool_of(same[0].engines, _bucket(run, same), bytes_of(same[0]))
+            for same in pools.values()
         ]
         shared = with_shares(alike, run.beside)
         pairs = zip(shared, pools.values(), strict=True)
@@ -179,6 +181,7 @@ def pool_of(model: ModelConfig, bucket: float = math.inf, weights: float = 0) ->
         threads=buckets_in_hand(model, bucket, weights),
         parts=model.parts if is_here else 1,
         has_model=is_here,
+        is_light=not is_here,
     )
 
 
@@ -196,10 +199,10 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
     return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
 
 
-def _weights(jobs: list[Generate]) -> int:
-    """Bytes of the weights of a pool's engines: by them an engine on a CPU is told its slots."""
-    model = jobs[0].model
-    return 0 if model.endpoint or model.actors.num_gpus else weight_bytes(jobs[0].folder)
+def bytes_of(job: Generate) -> int:
+    """Bytes of the weights of a job's engines, by which one on a CPU has its slots; else 0."""
+    model = job.model
+    return 0 if model.endpoint or model.actors.num_gpus else weight_bytes(job.folder)
 
 
 def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
@@ -215,15 +218,11 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
     stores = [f for j in jobs for f in (j.samples.folder(run.root), j.step.failures(run.root))]
     seen = run.having_seen(stores, [run.root / job.prompts.step.folder for job in jobs])
     progress = Progress(pool.what, len(rows))
-    for result in map_rows(pool, rows, Generator, {"run": seen, "jobs": jobs}):
-        progress.add(result["new"], result["failed"], result["output_tokens"])
+    account = Account(run, pool, [(job.step, job.model.name) for job in jobs], progress)
+    arguments = {"run": seen, "jobs": jobs}
+    for result in map_rows(pool, rows, Generator, arguments, watch=account.add):
         tallies[result["job"]].add(result)
-        run.record_usage(
-            jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
-            idle=result["idle"], start=result["start"], gpus=pool.needs["GPU"],
-            rows=result["new"], failed=result["failed"],
-            prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
-        )  # fmt: skip
+        account.finish(result)
         if ready_queue:
             ready_queue.add(jobs[result["job"]].step, result["bucket"], is_whole=result["is_whole"])
 
@@ -248,6 +247,7 @@ class Generator:
         self.run, self.jobs = run, jobs
         self.workplace = Workplace(run, [job.step for job in jobs])
         self._starting, self._start_clock = threading.Lock(), StartClock()
+        self._untold = Untold()
 
     @cached_property
     def engine(self) -> Engine:
@@ -260,22 +260,33 @@ class Generator:
         with self._start_clock.running():
             return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
+    def made(self) -> dict[str, Any]:
+        """Return what was made of unfinished buckets since the last report; thread-safe."""
+        if not self._untold.has_answers:
+            return {}
+        return {"made": self._untold.take()} | self._start_clock.take()
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
         job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
         made = Counter(new=0, failed=0, prompt_tokens=0, output_tokens=0)
         with self.workplace.filling(row, records.RESPONSE) as (filling, earlier):
             held, given_up, requests = self._missing(job, bucket, filling, earlier)
+            asked = sum(request.count for request in requests)
+            self._untold.add(row["job"], begun=1, asked=asked, failed=given_up)
             commit = partial(self._commit, job, filling, earlier)
             with ShardWriter(commit, self.run.commit_seconds) as writer:
                 for rows, failures in self._answers(job, requests):
                     writer.add(rows, failures)
-                    made.update(self._counts(job, rows, failures))
-        counts = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
+                    counts = self._counts(job, rows, failures)
+                    made.update(counts)
+                    self._untold.add(row["job"], **counts)
+        totals = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
         if is_whole := not made["failed"]:
             most = self.run.max_attempts
-            filling.mark(rows=counts["rows"], failed=given_up, attempts=most)
-        return row | counts | {"is_whole": is_whole} | self._start_clock.take()
+            filling.mark(rows=totals["rows"], failed=given_up, attempts=most)
+        told = {"made": self._untold.take()} | self._start_clock.take()
+        return row | totals | {"is_whole": is_whole} | told
 
     def _counts(
         self, job: Generate, rows: list[Row], failures: list[records.FailureRow]
