@@ -86,7 +86,9 @@ def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
     reader = _StepReader(root, outline, is_running, now)
     steps = tuple(map(reader.step, outline.steps))
     told = _try_text(root, now, is_running, is_done=all(step.state == DONE for step in steps))
-    groups = by_group(reader.counts.get("select", {}), reader.counts.get("pair", {}))
+    groups = by_group(
+        reader.counts.get("select", {}), reader.counts.get("pair", {}), outline.config
+    )
     return Status(str(root), told, holder, is_running, steps, _spent(root, outline), groups)
 
 
