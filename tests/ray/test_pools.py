@@ -237,3 +237,43 @@ class Unreadable:
 
 def _unread() -> None:
     raise ImportError("no such module here")
+
+
+class Teller:
+    """An actor whose rows end when a file is there, and that tells what it made before."""
+
+    def __init__(self) -> None:
+        self.lock, self.untold = threading.Lock(), 0
+
+    def made(self) -> dict:
+        """What was made since the last report."""
+        with self.lock:
+            told, self.untold = self.untold, 0
+        return {"n": told, "start": 0.0} if told else {}
+
+    def __call__(self, row: dict) -> dict:
+        with self.lock:
+            self.untold += 3
+        wait_until(Path(row["until"]).exists)
+        with self.lock:
+            self.untold += 1
+        return row | {"n": self.made().get("n", 0), "start": 0.0}
+
+
+def test_what_an_actor_makes_of_unfinished_rows_is_told_once(monkeypatch, tmp_path):
+    """No row can end before the report of both; with the results it makes each number once."""
+    monkeypatch.setattr(pools, "TOLD_EVERY", 0.1)
+    end, told = tmp_path / "end", []
+
+    def watch(report: dict) -> None:
+        told.append(report)
+        if sum(report["n"] for report in told) == 6:
+            end.touch()
+
+    pool, rows = Pool("tell", Actors(max=1), threads=2), [{"until": str(end)} for _ in range(2)]
+    began = time.monotonic()
+    done = list(pools.map_rows(pool, rows, Teller, {}, watch=watch))
+    passed = time.monotonic() - began
+    assert sum(report["n"] for report in told) == 6
+    assert sum(row["n"] for row in done) == 2
+    assert 0 < sum(r["seconds"] for r in [*told, *done]) < passed

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wrpo_ray.errors import UserError
+from wrpo_ray.storage.folder import HUB_SCHEME, Folder
+from wrpo_ray.storage.weight_files import weight_files
 
 CPU_ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -56,14 +58,22 @@ def check_load_format(what: str, engine: dict[str, Any]) -> None:
         )
 
 
-def slots(engine: dict[str, Any], *, on_gpu: bool) -> int:
-    """Return how many answers an engine with these arguments works on at once."""
-    return int(engine.get("max_num_seqs") or (GPU_SLOTS if on_gpu else CPU_SLOTS))
+def slots(engine: dict[str, Any], *, on_gpu: bool, weights: float) -> int:
+    """Return how many answers an engine of so many bytes, with these arguments, has at once."""
+    return int(engine.get("max_num_seqs") or (GPU_SLOTS if on_gpu else cpu_slots(weights)))
 
 
-def cpu_slots(weights: int) -> int:
+def cpu_slots(weights: float) -> int:
     """Return `max_num_seqs` of an engine on a CPU, by the bytes of its weights."""
     return LARGE_SLOTS if weights > LARGE_ON_CPU else CPU_SLOTS
+
+
+def weight_bytes(folder: Folder) -> int:
+    """Return the bytes of a model folder's weights; 0 where none are there, or on the hub only."""
+    if folder.uri.startswith(HUB_SCHEME):
+        return 0
+    sizes = {info.base_name: info.size for info in folder.infos() if info.is_file}
+    return sum(sizes[name] for name in weight_files(sizes))
 
 
 def engine_env(*, on_gpu: bool) -> dict[str, str]:

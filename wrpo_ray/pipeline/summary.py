@@ -39,7 +39,8 @@ def summarise(chain: Chain, stages: list[Stage]) -> Row:
     for job in (job for stage in stages for job in stage.jobs if job.step.is_done(root)):
         summary |= _results(job.kind, root / job.step.folder)
     counts = {step["step"]: step.get("counts", {}) for step in summary["steps"]}
-    if groups := by_group(counts.get("select", {}), counts.get("pair", {})):
+    sources = chain.config.model_dump(include={"sources"})
+    if groups := by_group(counts.get("select", {}), counts.get("pair", {}), sources):
         summary["groups"] = groups
     fused = chain.fused
     if fused and fused.step.is_done(root):

@@ -29,9 +29,10 @@ from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.lengths import AnswerLengths
-from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, Measured, unequal_share
+from wrpo_ray.planning.measured import GUESS, Measured, unequal_share
 from wrpo_ray.planning.memory import training_memory
-from wrpo_ray.planning.speeds import Origin, Speeds, of_engine, on_gpu
+from wrpo_ray.planning.speeds import SPREAD, Origin, Speeds, of_engine, on_gpu
+from wrpo_ray.planning.spread import SURE, Spread
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Usage
@@ -43,15 +44,15 @@ from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-SPREAD = {GIVEN: 1.0, MEASURED: 1.3, GUESS: 2.0}
-"""Factor by which a time may be off, by the origin of its rate."""
-CPU_SPREAD = 3.0
-"""The same for guesses on CPUs."""
 TIES = 0.5
 """Share of prompts that are expected to give a preference row where rewards are verdicts, which are
 often equal for all answers to a prompt; between none and all."""
 KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
 """Fields of a work that the report shows."""
+NO_SIZE = (
+    f"its model is not there and its name tells no size: {rates.UNKNOWN / 1e9:g}B parameters are "
+    f"assumed; give plan.parameters"
+)
 FUNCTION_RATE = 1000.0
 """Answers/s of a reward function, a guess."""
 J = TypeVar("J")
@@ -142,7 +143,7 @@ class _Estimator:
         spent = Usage(left, round(asked * lengths.prompt), tokens)
         seconds, origin = self.speeds.answer_seconds(job.model, size, spent)
         alike = None if actors.num_gpus else job.kind  # on GPUs it depends on the size
-        start = self.measured.start(name, job.kind, alike) or rates.startup(size, actors.num_gpus)
+        start = self.speeds.start(name, job.kind, alike) or rates.startup(size, actors.num_gpus)
         startup = self.config.plan.startup.get(name, start)
         return self._pool(
             Work(
@@ -157,8 +158,10 @@ class _Estimator:
                 startup=startup if left else 0.0,
                 lengths=lengths.origin,
                 rate=origin,
+                note=NO_SIZE * (size == rates.UNKNOWN and origin == GUESS and left > 0),
             ),
             actors,
+            lengths.spread,
         )
 
     def _score(self, job: Score) -> Work:
@@ -172,8 +175,9 @@ class _Estimator:
         if folders:
             size = sum(self.speeds.size(reward.name, folder) for folder in folders)
             guess = self.speeds.power(reward.actors).forward_rate(size) / tokens
+            guess *= self.speeds.compute_speed(reward.actors)
         rate = self.speeds.rate(reward.name, self.measured.rows_rate(reward.name), guess)
-        load = self.measured.start(reward.name, job.kind) or (
+        load = self.measured.start([reward.name], kind=job.kind) or (
             rates.CPU_LOAD * bool(folders) * self.measured.start_pace
         )
         start = (load + rates.CPU_TASK * self.measured.start_pace) * self.is_small
@@ -197,33 +201,38 @@ class _Estimator:
         guess, loads = rates.MOST, job.config.stores_reference
         if loads:
             guess = self.speeds.power(job.actors).forward_rate(self.speeds.size(job.name, job.base))
-            guess *= self.speeds.training_speed
+            guess *= self.speeds.compute_speed(job.actors)
         rate = self.speeds.rate(job.step.name, None, guess)
         work = self._tokens(job, job, rate)
         start = (rates.CPU_LOAD * loads + rates.CPU_TASK) * self.measured.start_pace
-        return self._pool(self._started(work, start), job.actors)
+        return self._pool(self._started(work, start), job.actors, self._row_spread(job))
 
     def _train(self, job: Train) -> Work:
         config = job.config
         actors = Actors(max=config.workers, num_cpus=config.num_cpus, num_gpus=config.num_gpus)
-        trained = [told.rate for _, told in self.measured.trained]
-        measured, guess = trained[0] if trained else None, self.speeds.train_guess(job)
-        rate = self.speeds.rate(job.step.name, measured, guess)
-        work = self._tokens(job, self._of(Prepare)[job.rows.key], rate, config.epochs)
+        rows, like = self._of(Prepare)[job.rows.key], self.measured.training_like(job)
+        guess = self.speeds.train_guess(job) * self.speeds.compute_speed(actors)
+        rate = self.speeds.rate(job.step.name, like.rate if like else None, guess)
+        left = 1 - self.measured.trained_share(job)
+        work = self._tokens(job, rows, rate, config.epochs * left)
         starts = [told.start for _, told in self.measured.trained if told.start is not None]
         work = self._started(
             work, starts[0] if starts else rates.CPU_START * self.measured.start_pace
         )
-        return replace(self._pool(work, actors), units=config.workers, engines=config.workers)
+        work = self._pool(work, actors, self._row_spread(rows))
+        return replace(work, units=config.workers, engines=config.workers)
 
     def _started(self, work: Work, seconds: float) -> Work:
         """The work with the start of its workers, which counts in small runs only."""
         return replace(work, startup=seconds * self.is_small if work.rows > work.done else 0.0)
 
     def _tokens(
-        self, job: Prepare | Train, rows_of: Prepare, rate: Origin, epochs: int = 1
+        self, job: Prepare | Train, rows_of: Prepare, rate: Origin, epochs: float = 1
     ) -> Work:
-        """Passes over rows of one prompt and some answers; equal scores give no row."""
+        """Passes over rows of one prompt and some answers; equal scores give no row.
+
+        Of a training that is under way, `epochs` are those that are left.
+        """
         rows, origin = self._rows(rows_of.step), self.lengths.of().origin
         done = rows if job.step.is_done(self.root) else 0
         paired, least = self._paired(rows_of)
@@ -246,6 +255,10 @@ class _Estimator:
         _, *others = job.answers
         source, own = self.lengths.by_role
         return self.lengths.of().prompt + source + len(others) * own
+
+    def _row_spread(self, job: Prepare) -> Spread:
+        """How far the tokens of rows may be off."""
+        return SURE if self.measured.row_tokens(job.step) else self.lengths.of().spread
 
     def _paired(self, job: Prepare) -> tuple[float, float]:
         """Share of the rows that have answers of unequal rewards, and how much of it is certain."""
@@ -278,13 +291,12 @@ class _Estimator:
             spread=SPREAD[GUESS],
         )
 
-    def _pool(self, work: Work, actors: Actors) -> Work:
+    def _pool(self, work: Work, actors: Actors, lengths: Spread = SURE) -> Work:
+        """The work on a pool of such actors; `lengths` is the spread of its tokens."""
         units, room = self.config.storage.buckets, actors.max
         if self.room and actors.cpus:
             room = max(1, int(self.room // actors.cpus))
-        spread = CPU_SPREAD if work.rate == GUESS and not actors.num_gpus else SPREAD[work.rate]
-        if work.lengths == GUESS:
-            spread *= 2
+        spread = self.speeds.spread(work.rate, actors).beside(lengths)
         return replace(
             work, gpus=actors.num_gpus, cpus=actors.cpus, units=units,
             engines=min(actors.max, room, units), spread=spread,
@@ -356,6 +368,8 @@ class _Estimator:
                 return self._count(prompts)
             case Step() as other:
                 return self._rows(other)
+            case PromptsConfig() as given if getattr(job, "without", None):
+                return self._inputs.held_out(given, step.name)
             case PromptsConfig() | ImportConfig() | RecordedAnswers() as given:
                 return self._inputs.of(given, step.name)
             case tuple(inputs):

@@ -1,12 +1,14 @@
-"""Numbers of rows in the user's files, for plans: exact for Parquet, else as far as is cheap."""
+"""Numbers of rows and of prompts in the user's files, for plans: as far as is cheap."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
-from wrpo_ray.config import Config, PromptsConfig, RecordedAnswers
+from wrpo_ray.config import Config, ImportConfig, PromptsConfig, RecordedAnswers
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.readers import exist, input_files
@@ -15,6 +17,8 @@ from wrpo_ray.storage.folder import Folder
 BLOCK, HEAD = 1 << 24, 1 << 20
 """Bytes of a JSONL file that are read at once; and those of a large one that its length is
 estimated from."""
+DISTINCT = 1 << 26
+"""Bytes of Parquet files up to which their prompts are compared, as equal ones are one."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,48 @@ class InputRows:
         Raises:
             UserError: there is no such file, and no number is given for plans.
         """
-        if given.path not in self.known:
-            self.known[given.path] = self._count(given.path, what)
-        rows = self.known[given.path]
-        if isinstance(given, RecordedAnswers) and given.columns.source:
-            readers = (a.path for a in self.config.recorded_sections.values() if a.columns.source)
-            return math.ceil(rows / list(readers).count(given.path))  # each takes a model's rows
-        limit = given.limit if isinstance(given, PromptsConfig) else None
-        return min(rows, limit or rows)
+        match given:
+            case PromptsConfig():
+                return self._prompts(given, what)
+            case RecordedAnswers():
+                return math.ceil(self._recorded(given, what) * self._share_asked(what))
+            case ImportConfig():
+                return self._rows(given.path, what)
+
+    def held_out(self, given: PromptsConfig, what: str) -> int:
+        """Prompts to evaluate on, at most: those that are trained on are left out."""
+        same = (given.path, given.columns.prompt)
+        trained = [p for p in self.config.prompt_files if (p.path, p.columns.prompt) == same]
+        return max(0, self.of(given, what) - sum(self.of(one, what) for one in trained))
+
+    def _recorded(self, given: RecordedAnswers, what: str) -> float:
+        """Rows of recorded answers that a source takes."""
+        rows = self._rows(given.path, what)
+        if not given.columns.source:
+            return rows
+        readers = (a.path for a in self.config.recorded_sections.values() if a.columns.source)
+        return rows / list(readers).count(given.path)  # each takes a model's rows
+
+    def _share_asked(self, what: str) -> float:
+        """Share of the prompts in the files that `limit` leaves."""
+        files = self.config.prompt_files
+        every = (one.model_copy(update={"limit": None}) for one in files)
+        there = sum(self._prompts(one, what) for one in every)
+        return sum(self._prompts(one, what) for one in files) / there if there else 1.0
+
+    def _prompts(self, given: PromptsConfig, what: str) -> int:
+        """Different prompts among the first `limit` rows; all rows where they are not compared."""
+        key = f"{given.path} {given.columns.prompt} {given.limit}"
+        if key not in self.known:
+            rows = self._rows(given.path, what)
+            rows = min(rows, given.limit or rows)
+            self.known[key] = distinct_prompts(given, rows) if exist(given.path) else rows
+        return self.known[key]
+
+    def _rows(self, path: str, what: str) -> int:
+        if path not in self.known:
+            self.known[path] = self._count(path, what)
+        return self.known[path]
 
     def _count(self, path: str, what: str) -> int:
         if not exist(path):
@@ -47,6 +85,25 @@ class InputRows:
             return self.config.plan.prompts
         with ThreadPoolExecutor(16) as threads:
             return sum(threads.map(count_rows, input_files(path, what)))
+
+
+def distinct_prompts(given: PromptsConfig, rows: int) -> int:
+    """Different prompts in the first rows of Parquet files; `rows` where that is not cheap.
+
+    Only prompts that are texts are compared, in local files of `DISTINCT` bytes together.
+    """
+    if Folder(given.path).is_remote:
+        return rows
+    files = [Folder(uri) for uri in input_files(given.path, given.path)]
+    is_cheap = all(str(file).endswith(".parquet") for file in files)
+    if not is_cheap or sum(file.size for file in files) > DISTINCT:
+        return rows
+    data = ds.dataset([file.path for file in files], format="parquet")
+    try:
+        prompts = data.head(rows, columns=[given.columns.prompt])
+        return int(pc.count_distinct(prompts[given.columns.prompt]).as_py())
+    except (pa.ArrowException, KeyError):  # conversations, or a column that a run will ask for
+        return rows
 
 
 def count_rows(uri: str) -> int:

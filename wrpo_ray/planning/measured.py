@@ -5,10 +5,10 @@ that are half empty, and prompts that are read, are in the guess. So a pace carr
 held-out prompts to all prompts, and from a model to others on the same kind of hardware.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from math import exp, log
 from statistics import mean, median
 
 import pyarrow as pa
@@ -17,13 +17,13 @@ import pyarrow.compute as pc
 from wrpo_ray.data.finished import sampled, stored
 from wrpo_ray.planning.rates import CPU_START
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger
-from wrpo_ray.stages.generate.stage import Generate
+from wrpo_ray.runtime.ledger import Entry, Usage, is_open, read_ledger
+from wrpo_ray.stages.generate.stage import Generate, bytes_of, engine_slots
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-GIVEN, MEASURED, GUESS = "given", "measured", "guess"
+GIVEN, MEASURED, INPUT, GUESS = "given", "measured", "input", "guess"
 """Where a number comes from."""
 SHARDS = 32
 """Number of shards of a store whose token counts are read."""
@@ -42,6 +42,8 @@ class Trained:
     """Tokens/s of a worker."""
     start: float | None
     """Seconds that were no optimizer steps; None while it runs."""
+    share: float
+    """Of the optimizer steps, those that are done."""
 
 
 class Measured:
@@ -52,8 +54,30 @@ class Measured:
 
     @cached_property
     def ledger(self) -> dict[str, Entry]:
-        """The usage of each step folder."""
-        return read_ledger(self.root)
+        """The usage of each step folder; of answers that are too early to tell only the starts."""
+        found = read_ledger(self.root)
+        for folder in self._early & found.keys():
+            spent = found[folder].usage
+            starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
+            found[folder] = Entry(found[folder].pool, starts)
+        return found
+
+    @cached_property
+    def _early(self) -> set[str]:
+        """Stores of which a run under way has made fewer answers than their engine has at once.
+
+        These are the shortest ones, and the time for the others' tokens would count as theirs.
+        """
+        if not is_open(self.root):
+            return set()
+        spent = read_ledger(self.root)
+        answering = [j for j in self.jobs if isinstance(j, Generate) and j.step.folder in spent]
+        return {
+            job.step.folder
+            for job in answering
+            if not job.step.is_done(self.root)
+            and spent[job.step.folder].usage.rows < engine_slots(job.model, bytes_of(job))
+        }
 
     # --- lengths
 
@@ -74,6 +98,8 @@ class Measured:
 
     def _answers(self, job: Generate) -> Usage:
         """Rows and tokens of a store: by the ledger, or by some of its shards."""
+        if job.step.folder in self._early:
+            return Usage()
         entry = self.ledger.get(job.step.folder)
         if entry and entry.usage.rows and entry.usage.prompt_tokens and not job.model.endpoint:
             return entry.usage
@@ -114,14 +140,11 @@ class Measured:
         spent = sum(self.usage(pool, JobKind.SCORE), Usage())
         return spent.rows / spent.busy_seconds if spent.rows and spent.busy_seconds else None
 
-    def start(self, pool: str, kind: JobKind, alike: JobKind | None = None) -> float | None:
-        """Mean seconds in which an actor of the pool loaded its model; else any of kind `alike`."""
-        others = (e.usage for f, e in self.ledger.items() if alike and f.startswith(f"{alike}-"))
-        for usages in (self.usage(pool, kind), others):
-            found = sum(usages, Usage())
-            if found.starts:
-                return found.start_seconds / found.starts
-        return None
+    def start(self, pools: Collection[str] | None = None, *, kind: JobKind) -> float | None:
+        """Mean seconds in which an actor of the pools, or of any, loaded its model."""
+        entries = [e for f, e in self.ledger.items() if f.startswith(f"{kind}-")]
+        found = sum((e.usage for e in entries if pools is None or e.pool in pools), Usage())
+        return found.start_seconds / found.starts if found.starts else None
 
     @cached_property
     def start_pace(self) -> float:
@@ -142,6 +165,15 @@ class Measured:
                 found.append((job, told))
         return found
 
+    def training_like(self, job: Train) -> Trained | None:
+        """The measurements of the job's own steps, else of another training."""
+        of_step = {trained.step.key: told for trained, told in self.trained}
+        return of_step.get(job.step.key) or next(iter(of_step.values()), None)
+
+    def trained_share(self, job: Train) -> float:
+        """Share of a training's optimizer steps that are done."""
+        return next((t.share for j, t in self.trained if j.step.key == job.step.key), 0.0)
+
     def _trained(self, job: Train) -> Trained | None:
         folder = self.root / job.step.folder
         if not folder.exists(METRICS):
@@ -153,12 +185,14 @@ class Measured:
         start = None
         if stepping and job.step.is_done(self.root):
             start = max(0.0, job.step.read_manifest(self.root)["seconds"] - stepping)
-        return Trained(median(r["tokens_per_s"] for r in told) / job.config.workers, start)
+        rate = median(r["tokens_per_s"] for r in told) / job.config.workers
+        share = min(1.0, (told[-1].get("step", 0) + 1) / (told[-1].get("steps") or math.inf))
+        return Trained(rate, start, share)
 
 
 def geometric_mean(numbers: list[float]) -> float:
     """Of positive numbers; 1 of none."""
-    return exp(mean(map(log, numbers))) if numbers else 1.0
+    return math.exp(mean(map(math.log, numbers))) if numbers else 1.0
 
 
 def answer_bytes(store: Folder) -> float | None:

@@ -32,17 +32,19 @@ and of a task without a model: Ray starts a process, which imports."""
 FULL, HALF = 256, 64
 """Answers at once of a full engine, and those that make half of the highest rate on a GPU, as in
 `benchmarks/simulation.py`."""
+BYTES = 2
+"""Of a weight in an engine."""
 CPU_STEP, CPU_WEIGHT = 0.01, 2e-10
 """Seconds of an engine's step on a CPU, and for reading each weight (two bytes at 10 GB/s)."""
 
 
 def parameters(folder: Folder, name: str) -> float:
-    """Parameters that each token uses: by config.json, by `72B` in a name, or `UNKNOWN`."""
+    """Parameters that each token uses: by config.json, `72B` or `135M` in a name, or `UNKNOWN`."""
     if folder.exists("config.json"):
         return weights(folder.read_json("config.json"))
     for text in (folder.uri.rsplit("/", 1)[-1], name):
-        if found := re.search(r"(\d+(?:\.\d+)?)[bB](?![a-zA-Z])", text):
-            return float(found[1]) * 1e9
+        if found := re.search(r"(\d+(?:\.\d+)?)([bBmM])(?![a-zA-Z])", text):
+            return float(found[1]) * (1e9 if found[2] in "bB" else 1e6)
     return UNKNOWN
 
 
@@ -98,7 +100,8 @@ class Power:
 
     def training_rate(self, size: float, *, checkpointing: bool) -> float:
         """Tokens/s of forward and backward passes; checkpointing repeats the forward."""
-        return self._flops(FORWARD, CORE_FORWARD) / ((8 if checkpointing else 6) * size)
+        rate = self._flops(FORWARD, CORE_FORWARD) / ((8 if checkpointing else 6) * size)
+        return rate if self.gpus else min(rate, MOST / 3)
 
     def _flops(self, share: float, core: float) -> float:
         """Achieved FLOP/s."""

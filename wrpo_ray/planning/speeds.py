@@ -7,7 +7,8 @@ from wrpo_ray.config import Actors, Config, ModelConfig
 from wrpo_ray.pipeline.held_out import DPO, FUSED, SFT
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.measured import GIVEN, GUESS, MEASURED, Measured, geometric_mean
-from wrpo_ray.runtime.job import Job
+from wrpo_ray.planning.spread import SURE, Spread
+from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.stages.generate.stage import Generate, at_once
 from wrpo_ray.stages.train.stage import Train
@@ -15,6 +16,11 @@ from wrpo_ray.storage.folder import Folder
 
 Origin = tuple[float, str]
 """A number, and where it comes from."""
+SPREAD = {GIVEN: SURE, MEASURED: Spread.both(1.3), GUESS: Spread.both(2)}
+"""Of rates, by their origin."""
+CPU, PACED = Spread(2, 3), Spread.both(2)
+"""Of guesses on CPUs, which are seldom twice as quick as the one that the guesses are set by, and
+often shared; and of guesses by what was measured of other work on the same CPUs."""
 
 
 class Speeds:
@@ -44,10 +50,9 @@ class Speeds:
             return wanted.output_tokens / (model.endpoint.concurrency * rates.STREAM)
         buckets = self.config.storage.buckets
         bucket, each = wanted.rows / buckets, buckets / min(model.actors.max, buckets)
+        full = at_once(model, bucket, each, weights=rates.BYTES * size)
         power = self.power(of_engine(model))
-        return power.answer_seconds(
-            size, wanted.prompt_tokens, wanted.output_tokens, at_once(model, bucket, each)
-        )
+        return power.answer_seconds(size, wanted.prompt_tokens, wanted.output_tokens, full)
 
     def _pace(self, name: str) -> float | None:
         """How much longer a model took than guessed, if it has answered."""
@@ -75,17 +80,43 @@ class Speeds:
         size = self.size(job.step.name, job.base)
         return self.power(actors).training_rate(size, checkpointing=config.gradient_checkpointing)
 
-    @property
-    def training_speed(self) -> float:
-        """How much faster the trainings in the output were than guessed; 1 of none."""
+    def compute_speed(self, actors: Actors) -> float:
+        """How much faster than guessed trainings and forward passes are here.
+
+        By the trainings in the output; where there are none, on CPUs by the engines, which are on
+        the same cores.
+        """
         found = [told.rate / self.train_guess(job) for job, told in self.measured.trained]
+        if not found and not actors.num_gpus and self.cpu_pace:
+            return 1 / self.cpu_pace
         return geometric_mean(found)
+
+    @property
+    def cpu_pace(self) -> float | None:
+        """How much longer engines on CPUs took for answers than guessed; None if there are none."""
+        here = {j.model.name for j in self.jobs if not (j.model.endpoint or on_gpu(j.model))}
+        paces = list(filter(None, map(self._pace, sorted(here))))
+        return geometric_mean(paces) if paces else None
+
+    def spread(self, origin: str, actors: Actors) -> Spread:
+        """How far a rate may be off; guesses on CPUs less once something has been measured."""
+        if origin == GUESS and not actors.num_gpus:
+            is_known = self.cpu_pace or self.measured.trained
+            return PACED if is_known else CPU
+        return SPREAD[origin]
 
     def rate(self, pool: str, measured: float | None, guess: float) -> Origin:
         """Tokens or rows that an actor makes in a second: given, measured or guessed."""
         given = [self.config.plan.rates.get(name) for name in self._names(pool)]
         choices = [(n, GIVEN) for n in given if n] + ([(measured, MEASURED)] if measured else [])
         return (*choices, (guess, GUESS))[0]
+
+    def start(self, pool: str, kind: JobKind, alike: JobKind | None = None) -> float | None:
+        """Mean seconds of a start: of the pool, else of its sizes, else of any of kind `alike`."""
+        target, found = self.config.target, self.measured
+        same = (target.name, SFT, DPO, FUSED) if target and pool in (SFT, DPO, FUSED) else ()
+        of_any = found.start(kind=alike) if alike else None
+        return found.start((pool,), kind=kind) or found.start(same, kind=kind) or of_any
 
     def _names(self, pool: str) -> tuple[str, ...]:
         """Names under which a rate may be given: a trained model is as fast as the target."""

@@ -21,8 +21,8 @@ HEAD = (
 WIDTHS = (9, 22, 11, 11, 11, 11, 8, 9, 10, 9)
 NOTE = """\
 there: rows that the output holds, at most what is skipped. time: on the clock, with engine starts.
-guess: by the model's size, good to a factor of two on GPUs, less so on CPUs, which differ; give
-`plan.rates`, or let a part run first."""
+input: lengths by texts in the input's first rows. guess: by the model's size, good to a factor of
+two on GPUs, of three on CPUs, which differ; give `plan.rates`, or let a part run first."""
 
 
 def plan_text(plan: Plan) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from wrpo_ray.config import PricesConfig
+from wrpo_ray.planning.spread import SURE, Spread
 from wrpo_ray.runtime.ledger import Usage
 
 SUMS = (
@@ -20,8 +21,9 @@ SUMS = (
 )  # fmt: skip
 """Fields of works that are added where a pool does several; only its first one starts engines."""
 
-START_SPREAD = 2.0
-"""Factor by which starts may be off: on a busy machine, equal engines took 13 to 69 s in a run."""
+START_SPREAD = Spread(2, 3)
+"""Of starts: on a busy machine, equal engines took 13 to 69 s in a run, and 15 to 124 s in another.
+"""
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ class Work:
     startup: float = 0.0
     """Seconds until an engine is up."""
     lengths: str = ""
-    """Where lengths come from: given, measured or guess."""
+    """Where lengths come from: given, measured, input or guess."""
     rate: str = ""
     """Where the rate comes from."""
     stage: str = ""
     phase: str = ""
     """Works of a stage and phase run side by side."""
-    spread: float = 1.0
-    """Factor by which the seconds may be off, up or down."""
+    spread: Spread = SURE
+    """How far the seconds may be off."""
     least: float = 1.0
     """Share of the work that there is in any case."""
     note: str = ""
@@ -77,12 +79,15 @@ class Work:
 
     def at(self, bound: int) -> "Work":
         """The work at its lower (-1) or upper (1) bound."""
-        share = self.least if bound < 0 else 2 - self.least
-        factor = self.spread**bound
+        if bound < 0:
+            factor = self.least * self.spread.at(bound)
+        else:
+            factor = self.spread.beside(Spread(1, 2 - self.least)).more
+        starts = SURE if self.spread == SURE else START_SPREAD
         return replace(
             self,
-            actor_seconds=self.actor_seconds * share * factor,
-            startup=self.startup * (START_SPREAD**bound if self.spread > 1 else 1),
+            actor_seconds=self.actor_seconds * factor,
+            startup=self.startup * starts.at(bound),
         )
 
     @property

@@ -90,7 +90,7 @@ def _data(facts: Row) -> Iterator[tuple[str, Any]]:
     for name, won in sorted(select.items()):
         if name.startswith("wins.") and select["rows"]:
             yield f"y_ws by {name.removeprefix('wins.')}", f"{won / select['rows']:.1%}"
-    for part in ("answers", "pairs"):
+    for part in ("answers", "rewards", "pairs"):
         for name, measures in facts["distributions"][part]["series"].items():
             for measure, record in measures.items():
                 histogram = Histogram.read(record)

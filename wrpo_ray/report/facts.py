@@ -19,7 +19,8 @@ from wrpo_ray.data.outline import PLAN, Outline, StepOutline
 from wrpo_ray.errors import UserError
 from wrpo_ray.report import sample
 from wrpo_ray.report.group_table import by_group
-from wrpo_ray.report.sample import Distributions
+from wrpo_ray.report.histogram import Histogram
+from wrpo_ray.report.sample import BETWEEN, Distributions
 from wrpo_ray.runtime.ledger import Entry, Usage, read_ledger
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
@@ -52,7 +53,7 @@ def gather(root: Folder, outline: Outline, *, is_running: bool = False) -> Row:
         "target": outline.target,
         "steps": list(_steps(root, outline, done)),
         "counts": counts,
-        "groups": by_group(counts.get("select", {}), counts.get("pair", {})),
+        "groups": by_group(counts.get("select", {}), counts.get("pair", {}), outline.config),
         "versions": {k: v for record in done.values() for k, v in record["versions"].items()},
         "distributions": _distributions(root, outline, done),
         "training": {s.name: t for s in outline.steps if (t := _training(root, s))},
@@ -130,17 +131,36 @@ def _kept(root: Folder, name: str, make: Callable[[], Any]) -> Any:
 
 
 def _distributions(root: Folder, outline: Outline, done: dict[str, Row]) -> Row:
-    """Distributions of scored answers by model (`answers`), and of y_ws, y_wt, y_l (`pairs`)."""
-    answers, pairs = Distributions(), Distributions()
+    """Distributions of scored answers by model (`answers`), and of y_ws, y_wt, y_l (`pairs`).
+
+    With rewards by group, those of answers are by reward and model instead (`rewards`): each has a
+    scale of its own.
+    """
+    answers, pairs, rewards = Distributions(), Distributions(), Distributions()
+    has_groups = bool((outline.config.get("reward") or {}).get("by_group"))
     for step in (step for step in outline.steps if step.key in done):
         name = f"distributions-{step.name}-{step.key}"
         if _scores_candidates(outline, step):
             make = partial(_answers, root, step.stores, outline.buckets)
-            answers += Distributions.read(_kept(root, name, make))
+            found = Distributions.read(_kept(root, name, make))
+            if has_groups:
+                rewards.series |= _by_reward(step, found)
+            answers += found
         elif step.stage == "pair" and done[step.key]["counts"].get("rows"):
             make = partial(_preferences, root / step.folder, outline.buckets)
             pairs += Distributions.read(_kept(root, name, make))
-    return {"answers": answers.record(), "pairs": pairs.record()}
+    parts = {"answers": answers, "pairs": pairs, "rewards": rewards}
+    return {name: part.record() for name, part in parts.items()}
+
+
+def _by_reward(step: StepOutline, found: Distributions) -> dict[str, dict[str, Histogram]]:
+    """Take the rewards of a step's answers out, as {`reward · model`: {`reward`: histogram}}."""
+    own = step.name.removeprefix("score-").removesuffix(f"-{step.source}")
+    return {
+        f"{own}{BETWEEN}{name}": {"reward": measures.pop("reward")}
+        for name, measures in found.series.items()
+        if "reward" in measures
+    }
 
 
 def _scores_candidates(outline: Outline, step: StepOutline) -> bool:

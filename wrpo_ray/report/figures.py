@@ -6,7 +6,7 @@ from typing import Any
 from wrpo_ray.report import plots
 from wrpo_ray.report.histogram import LEAST_EXPONENT, Histogram
 from wrpo_ray.report.plots import Palette, Panel, Plot, Table, number
-from wrpo_ray.report.sample import Distributions
+from wrpo_ray.report.sample import BETWEEN, Distributions
 
 Row = dict[str, Any]
 MOST_SERIES = 24
@@ -112,8 +112,9 @@ def _distribution_plots(facts: Row, colors: Palette) -> Iterator[Plot]:
     answers = Distributions.read(facts["distributions"]["answers"])
     pairs = Distributions.read(facts["distributions"]["pairs"])
     given = facts["config"].get("reward") or {}
-    by_group = " and ".join(own["name"] for own in (given.get("by_group") or {}).values())
-    reward = f"reward ({by_group or given.get('name') or 'as imported'})"
+    by_group = Distributions.read(facts["distributions"]["rewards"]).series
+    own = "of each group on a scale of its own" if by_group else given.get("name")
+    reward = f"reward ({own or 'as imported'})"
     order = {name: i for i, name in enumerate([*facts["sources"], facts["target"], "target-sft"])}
     named = dict(
         sorted(answers.series.items(), key=lambda item: order.get(item[0], -1))[:MOST_SERIES]
@@ -122,7 +123,10 @@ def _distribution_plots(facts: Row, colors: Palette) -> Iterator[Plot]:
         ("answers", answers, named, "of all answers, by model"),
         ("pairs", pairs, pairs.series, "of chosen and rejected answers"),
     ):
-        yield from _ridges(f"rewards-{what}", f"Rewards {title}", reward, series, "reward", colors)
+        is_split = what == "answers" and bool(by_group)
+        rewards = dict(sorted(by_group.items())[:MOST_SERIES]) if is_split else series
+        shown = {name: colors[name.rpartition(BETWEEN)[2]] for name in rewards}
+        yield from _ridges(f"rewards-{what}", f"Rewards {title}", reward, rewards, "reward", shown)
         label, whole = f"length in {data.unit}", 0
         yield from _ridges(
             f"lengths-{what}", f"Lengths {title}", label, series, "length", colors, whole

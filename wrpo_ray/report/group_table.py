@@ -10,19 +10,24 @@ Table = list[list[str]]
 HEAD = ["group", "prompts", "with y_ws", "rows", "y_ws", "y_wt", "y_l"]
 LONG = 32
 """Maximum characters of a group's name in a table, beside which its numbers have to fit."""
+NO_CONFIG: Mapping[str, Any] = {}
 TITLES = (
     "Prompts, preference rows and mean rewards by group",
     "y_ws by source, share of each group",
 )
 
 
-def by_group(select: Mapping[str, Any], pair: Mapping[str, Any]) -> dict[str, Row]:
+def by_group(
+    select: Mapping[str, Any], pair: Mapping[str, Any], config: Mapping[str, Any] = NO_CONFIG
+) -> dict[str, Row]:
     """Return what is known of each group, from the counts of selection and pairing.
 
     {group: {prompts, selected, wins {source: y_ws}, rows, y_ws, y_wt, y_l}}: the last three are
     mean rewards, of the selection and of the preference rows; None without rows. A reward has a
-    scale of its own, so they compare within a group. The group without a name is all others.
+    scale of its own, so they compare within a group. The group without a name is all others. A
+    source that the config does not ask about a group has None wins there.
     """
+    only = {s.get("name"): s.get("groups") for s in config.get("sources") or ()}
     of_pair = read_counts(dict(pair))
     found = {}
     for group, own in read_counts(dict(select)).items():
@@ -33,7 +38,8 @@ def by_group(select: Mapping[str, Any], pair: Mapping[str, Any]) -> dict[str, Ro
         found[group] = {
             "prompts": own["prompts"],
             "selected": own["rows"],
-            "wins": {n.removeprefix(WINS): v for n, v in own.items() if n.startswith(WINS)},
+            "wins": {n.removeprefix(WINS): v for n, v in own.items() if n.startswith(WINS)}
+            | {name: None for name, groups in only.items() if groups and group not in groups},
             "rows": rows,
             "y_ws": _mean(own["reward"], own["rows"]),
             "y_wt": _mean(pairs.get("target_chosen", 0), rows),
@@ -80,5 +86,7 @@ def _clipped(name: str) -> str:
     return name if len(name) <= LONG else f"{name[: LONG // 2]}…{name[-LONG // 2 + 1 :]}"
 
 
-def _share(part: int, whole: int) -> str:
+def _share(part: int | None, whole: int) -> str:
+    if part is None:
+        return "not asked"
     return f"{part / whole:.1%}" if whole else "-"

@@ -34,6 +34,8 @@ SHARDS = 64
 """Maximum shards of a store and bucket to search for texts of candidates."""
 BATCH = 4096
 THREADS = 8
+BETWEEN = " · "
+"""Between a reward and a model, in the name of a series."""
 ROLES = {"source_chosen": "y_ws", "target_chosen": "y_wt", "rejected": "y_l"}
 Row = dict[str, Any]
 

@@ -1,7 +1,8 @@
 """Status of a run from the files in its output, as one screen; works on any machine.
 
 It reads the outline, manifests, the ledger, the lease, the last lines of metrics, and listings of
-the folders of unfinished steps, but no rows. Answers and scores are counted by finished buckets.
+the folders of unfinished steps, but no rows. Answers and scores are counted by the ledger, which
+has those of unfinished buckets a few seconds after they are made.
 """
 
 import time
@@ -85,7 +86,9 @@ def status(root: Folder, outline: Outline, now: float | None = None) -> Status:
     reader = _StepReader(root, outline, is_running, now)
     steps = tuple(map(reader.step, outline.steps))
     told = _try_text(root, now, is_running, is_done=all(step.state == DONE for step in steps))
-    groups = by_group(reader.counts.get("select", {}), reader.counts.get("pair", {}))
+    groups = by_group(
+        reader.counts.get("select", {}), reader.counts.get("pair", {}), outline.config
+    )
     return Status(str(root), told, holder, is_running, steps, _spent(root, outline), groups)
 
 
@@ -196,11 +199,11 @@ class _StepReader:
 
     def _buckets(self, step: StepOutline) -> Any:
         shards = list_shards(self.root / step.folder)
-        if not shards:
+        entry = self.ledger.get(step.folder)
+        if not shards and not (entry and entry.usage.rows):
             return None
         times = sorted(shard.written / 1e9 for shard in shards if shard.written)
         changed = times[-1] if times else None
-        entry = self.ledger.get(step.folder)
         if step.kind in ("generate", "score") and entry:
             total = self._total(step)
             done = entry.usage.rows if total is None else min(entry.usage.rows, total)

@@ -71,6 +71,7 @@ class Run:
         failed: int = 0,
         prompt_tokens: int = 0,
         output_tokens: int = 0,
+        may_stop: bool = True,
     ) -> None:
         """Add an actor's usage to the ledger and to the Prometheus metrics; for the driver.
 
@@ -78,7 +79,7 @@ class Run:
         loaded its model (`start`) for others.
 
         Raises:
-            BudgetError: the budget is spent.
+            BudgetError: the budget is spent, and `may_stop`: what was made is committed.
         """
         metrics.add_counts(
             step, rows=rows, failures=failed, tokens=output_tokens, prompt_tokens=prompt_tokens,
@@ -90,7 +91,8 @@ class Run:
                 idle, start, int(start > 0),
             )  # fmt: skip
             self.ledger.add(step, pool, usage)
-            self.ledger.check()
+            if may_stop:
+                self.ledger.check()
 
     def check_failures(self, step: Step, failed: int, done: int) -> None:
         """Raise FailureLimitError if more than `failure_limit` of the rows failed."""

@@ -70,19 +70,29 @@ def share(machine: Machine, unset: int, given: float = 0) -> float:
 def with_shares(
     pools: Sequence[Pool], beside: Sequence[Pool] = (), machine: Machine | None = None
 ) -> list[Pool]:
-    """Return pools that run at once, and beside others, with the CPUs of each actor decided."""
+    """Return pools that run at once, and beside others, with the CPUs of each actor decided.
+
+    One light actor beside models has none: with a core of its own, it would idle on one of two.
+    """
     machine = machine or this_machine()
     at_once = [*pools, *beside]
     unset = sum(pool.actors.max for pool in at_once if _takes_a_share(pool))
-    given = sum(p.actors.max * p.needs["CPU"] for p in at_once if not _takes_a_share(p))
-    each = share(machine, unset, given)
+    has_room = machine != NONE and unset > 0
+    others = [p for p in at_once if not (_takes_a_share(p) or (has_room and _is_light(p)))]
+    each = share(machine, unset, sum(p.actors.max * p.needs["CPU"] for p in others))
+    decided = [0.0 if has_room and _is_light(p) else each for p in pools]
     return [
-        replace(p, actors=p.actors.model_copy(update={"num_cpus": each}))
-        if _takes_a_share(p)
-        else p
-        for p in pools
+        p if p in others else replace(p, actors=p.actors.model_copy(update={"num_cpus": cpus}))
+        for p, cpus in zip(pools, decided, strict=True)
     ]
 
 
 def _takes_a_share(pool: Pool) -> bool:
     return pool.has_model and pool.actors.num_cpus is None and not pool.actors.num_gpus
+
+
+def _is_light(pool: Pool) -> bool:
+    """Whether it is one light actor whose CPUs the config does not set; several are to compute."""
+    actors = pool.actors
+    is_unset = actors.num_cpus is None and not (actors.num_gpus or actors.resources)
+    return pool.is_light and is_unset and actors.max == 1

@@ -91,6 +91,11 @@ def read_ledger(root: Folder) -> dict[str, Entry]:
         raise UserError(f"{root}/{FILE}: was changed; put it back from a copy") from None
 
 
+def is_open(root: Folder) -> bool:
+    """Whether a run is under way, or ended without closing the ledger."""
+    return bool(_read(root)["open"])
+
+
 def read_seconds(root: Folder) -> float:
     """Wall-clock seconds of all runs so far."""
     return float(_read(root)["seconds"])

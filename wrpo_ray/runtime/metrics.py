@@ -1,7 +1,8 @@
 """Prometheus metrics of a run, exported by the Ray node of its driver.
 
-The driver counts, bucket by bucket, what its actors and tasks report. So no row is counted twice
-when a lost actor's bucket is done again, and series do not come and go with actors. A series is
+The driver counts what its actors and tasks report: each finished bucket, and what engines have made
+of others every few seconds. So series do not come and go with actors; of a lost actor's bucket only
+answers that it had told and not committed count twice. A series is
 labelled by `stage` and, for a stage that generates or scores one model's answers, `source`.
 """
 

@@ -44,6 +44,8 @@ class Pool:
     """Whether its actors compute with a model, with a thread for each of their CPUs."""
     models: tuple[Model, ...] = ()
     """What its actors load."""
+    is_light: bool = False
+    """Whether its actors compute next to nothing, so that they need no core of their own."""
 
     @property
     def needs(self) -> dict[str, float]:

@@ -11,7 +11,7 @@ import math
 import time
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -48,6 +48,9 @@ START_LOSSES = 3
 """Actors in a row that may be lost before they answered."""
 WAITING_INTERVAL = 60.0
 """Seconds between two log lines that say that a pool has no actor yet."""
+TOLD_EVERY, ASKED_A_SECOND = 5.0, 20
+"""Seconds after which an actor without a finished row is asked what it has made, and how many are
+asked in a second, at most: a thousand of them each 50 s."""
 ROW_LOSSES = 5
 """Actors that may be lost while they work on the same row."""
 
@@ -58,6 +61,7 @@ def map_rows(
     worker: type,
     arguments: dict[str, Any],
     ready_queue: ReadyQueue | None = None,
+    watch: Callable[[Row], None] | None = None,
 ) -> Iterator[Row]:
     """Map rows across a pool of `worker` actors; yield results as they finish.
 
@@ -68,6 +72,9 @@ def map_rows(
     its own results and skips what is committed. With a `ready_queue` the rows are taken from it as
     they become ready, as many as `rows` has.
 
+    `watch` gets what a worker has made of rows that are not finished, as its method `made` tells,
+    with `seconds` and `idle` since its last report or result, which then has only the rest.
+
     Raises:
         WrpoError: as raised by the worker, or one that names the pool and the cause.
     """
@@ -75,7 +82,7 @@ def map_rows(
 
     made = {"what": pool.what, "worker": worker, "arguments": arguments}
     queue = ready_queue or ReadyQueue.of(rows)
-    running = RunningPool(pool, len(rows), made, queue)
+    running = RunningPool(pool, len(rows), made, queue, watch)
     check_capacity(pool.what, running.least, "actors", pool.needs)
     try:
         while running.left:
@@ -100,10 +107,12 @@ class RunningPool:
         count: int,
         arguments: dict[str, Any],
         ready_queue: ReadyQueue,
+        watch: Callable[[Row], None] | None = None,
     ):
         import ray
 
         self.pool, self.arguments, self.ready_queue = pool, arguments, ready_queue
+        self.watch = watch
         self.needs = {name: n for name, n in pool.needs.items() if n}
         most = min(pool.actors.max, capacity_for(pool.needs)) if is_own_ray() else pool.actors.max
         self.least = min(pool.actors.min, count)
@@ -135,6 +144,7 @@ class RunningPool:
         self.to_come -= len(taken)
         self._resize()
         self._assign_rows()
+        self._ask()
         return self._results()
 
     def end(self) -> None:
@@ -287,12 +297,22 @@ class RunningPool:
             row, member.assigned = self.queue.popleft(), member.assigned + 1
             member.rows[member.handle.work.remote(row)] = row, time.monotonic()
 
+    def _ask(self) -> None:
+        """Ask actors that have told nothing for a while what they have made."""
+        if not self.watch:
+            return
+        before = time.monotonic() - max(TOLD_EVERY, len(self.members) / ASKED_A_SECOND)
+        for member in self.ready:
+            if member.rows and member.report is None and member.told < before:
+                member.report, member.told = member.handle.made.remote(), time.monotonic()
+
     def _results(self) -> list[Row]:
         """Results that are ready within a tick."""
         import ray
 
         by_object = {m.starting: m for m in self.members if m.starting is not None}
         by_object |= {result: m for m in self.members for result in m.rows}
+        by_object |= {m.report: m for m in self.members if m.report is not None}
         if not by_object:
             time.sleep(TICK)
             return []
@@ -308,7 +328,11 @@ class RunningPool:
 
     def _settle(self, member: Member, found: Any, value: Row) -> list[Row]:
         """Note an actor's first answer, or return the result of a row that it finished."""
-        member.since = time.monotonic()
+        if found is member.report:
+            member.report = None
+            self._watched(value)
+            return []
+        member.since = member.told = time.monotonic()
         if member.starting is not None:
             member.starting, member.place, self.lost_starts = None, str(value), 0
             self.starts_until = min(self.starts_until, member.since + START_TIME)
@@ -320,6 +344,12 @@ class RunningPool:
             self.pace.add(value)
         self.left -= 1
         return [value]
+
+    def _watched(self, told: Row) -> None:
+        """Pass on what an actor made of unfinished rows."""
+        if told and self.watch:
+            self.pace.add(told, rows=0)
+            self.watch(told)
 
     def _lose(self, member: Member, error: Exception) -> None:
         """Put the rows of a lost actor back to the front of the queue.

@@ -45,6 +45,12 @@ class ErrorCapturingWorker:
         self._clock.begin()
         return capture_error(self.what, self._work, row) | self._clock.end()
 
+    def made(self) -> Row:
+        """Return what the worker made of unfinished rows since its last report; maybe nothing."""
+        tell = getattr(self.__dict__.get("_loaded"), "made", None)
+        told: Row = tell() if tell else {}
+        return told | self._clock.report() if told else {}
+
     def _work(self, row: Row) -> Row:
         with self._loading:
             worker = self._loaded
@@ -52,7 +58,7 @@ class ErrorCapturingWorker:
 
 
 class BusyClock:
-    """How many seconds an actor existed, and how many of them it was idle. Thread-safe."""
+    """How many seconds an actor existed since it last told, how many of them idle. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock, self._running, self._idle = threading.Lock(), 0, 0.0
@@ -66,12 +72,18 @@ class BusyClock:
             self._running += 1
 
     def end(self) -> dict[str, float]:
-        """Note that a row ends; return the `seconds` since the last row ended, and `idle` ones."""
+        """Note that a row ends; return the times since the last report."""
         with self._lock:
             self._running -= 1
             self._ended = time.monotonic()
-            times = {"seconds": self._ended - self._reported, "idle": self._idle}
-            self._reported, self._idle = self._ended, 0.0
+        return self.report()
+
+    def report(self) -> dict[str, float]:
+        """Return the `seconds` since the last report, and those of them that were `idle`."""
+        with self._lock:
+            now = time.monotonic()
+            times = {"seconds": now - self._reported, "idle": self._idle}
+            self._reported, self._idle = now, 0.0
             return times
 
 
@@ -106,11 +118,11 @@ class Pace:
     startup: float = 0.0
     """The longest start of an engine."""
 
-    def add(self, result: Row) -> None:
-        """Count a result: `seconds` of its actor, of which it was `idle` or did `start`."""
-        start = result.get("start", 0.0)
-        self.seconds += max(0.0, result["seconds"] - result["idle"] - start)
-        self.rows, self.startup = self.rows + 1, max(self.startup, start)
+    def add(self, told: Row, rows: int = 1) -> None:
+        """Count finished rows: `seconds` of their actor, of which it was `idle` or did `start`."""
+        start = told.get("start", 0.0)
+        self.seconds += max(0.0, told["seconds"] - told["idle"] - start)
+        self.rows, self.startup = self.rows + rows, max(self.startup, start)
 
     @property
     def row(self) -> float | None:
@@ -139,6 +151,10 @@ class Member:
     """{Ray object of the result: (row, time of assignment)} of unfinished rows."""
     assigned: int = 0
     """Number of rows assigned so far."""
+    report: Any = None
+    """Ray object of what the actor has made of unfinished rows, while it is asked."""
+    told: float = field(default_factory=time.monotonic)
+    """Time at which it was asked last, or finished a row."""
 
     @property
     def has_room(self) -> bool:
@@ -169,7 +185,7 @@ def start_member(pool: Pool, arguments: dict[str, Any], groups: str, place: str)
         ray.remote(type(pool.what, (ErrorCapturingWorker,), {}))  # the name in Ray's dashboard
         .options(
             num_cpus=actors.cpus,
-            max_concurrency=pool.threads,
+            max_concurrency=pool.threads + (pool.threads > 1),  # one to tell what the others make
             runtime_env={"env_vars": thread_env(actors.cpus) | pool.env},
             **where,
         )

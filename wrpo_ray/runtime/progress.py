@@ -14,8 +14,8 @@ from typing import Any
 from wrpo_ray.text.addresses import redact
 from wrpo_ray.text.display import printable
 
-EVERY = 5.0
-"""Seconds between lines of one step, without a table."""
+EVERY, WITHIN = 5.0, 30.0
+"""Seconds between lines of one step, without a table; and between those within a unit."""
 listeners: list[Callable[[str], None]] = []
 """Called with each line that is logged, in the thread that logs it."""
 
@@ -51,39 +51,65 @@ def _span(seconds: float) -> str:
 class Progress:
     """`generate llama  7/16 buckets  90 rows  3 failed  a row each 1.4 s  212 tokens/s  1:09 left`.
 
-    `about` holds further values to show, such as {"mean reward": "0.41"}.
+    `about` holds further values to show, such as {"mean reward": "0.41"}. Rows of
+    unfinished units can be counted, too; then `begin` tells how many rows units have.
     """
 
     def __init__(self, label: str, total: int, unit: str = "buckets"):
         self.label, self.total, self.unit = label, total, unit
         self.done = self.rows = self.failed = self.tokens = 0
+        self.begun = self.asked = 0
+        """Units that were begun, and the rows that they have."""
         self.about: dict[str, str] = {}
         self._started = self._shown = time.monotonic()
 
     def add(self, rows: int, failed: int = 0, tokens: int = 0) -> None:
         """Count a finished unit, with the rows made in this run, failed rows and new tokens."""
         self.done += 1
+        self.count(rows, failed, tokens, every=EVERY)
+
+    def begin(self, units: int, rows: int, start: float = 0.0) -> None:
+        """Note that units with so many rows were begun, after `start` seconds of loading a model.
+
+        Rates are without the first start.
+        """
+        if not self.rows:
+            self._started = min(self._started + start, time.monotonic())
+        self.begun += units
+        self.asked += rows
+
+    def count(self, rows: int, failed: int = 0, tokens: int = 0, every: float = WITHIN) -> None:
+        """Count rows of unfinished units; a line at the earliest after `every` seconds."""
         self.rows += rows
         self.tokens += tokens
         self.failed += failed
         is_finished, now = self.done == self.total, time.monotonic()
         _TABLE.update(self, is_finished)
-        if is_finished or (not _TABLE.is_shown and now - self._shown >= EVERY):
+        if is_finished or (not _TABLE.is_shown and now - self._shown >= every):
             self._shown = now
             log("  ".join([self.label, *self.columns().values()]))
+
+    def _left(self, passed: float) -> float | None:
+        """Seconds that are left: by rows where it is known how many units have, else by units."""
+        if self.done == self.total:
+            return None
+        made = self.rows + self.failed
+        rows = self.asked / self.begun * self.total if self.begun else 0.0
+        if made and rows > made:
+            return passed / made * (rows - made)
+        return passed / self.done * (self.total - self.done) if self.done else None
 
     def columns(self) -> dict[str, str]:
         """{column: text} of the progress; empty columns are left out."""
         passed = max(time.monotonic() - self._started, 1e-9)
+        left = self._left(passed)
         columns = {
             "done": f"{self.done:,}/{self.total:,} {self.unit}",
             "rows": f"{self.rows:,} rows",
             "failed": f"{self.failed:,} failed" if self.failed else "",
             "rate": format_rate(self.rows / passed, "a row", "rows"),
             "tokens": format_rate(self.tokens / passed, "a token", "tokens"),
-            "left": f"{_clock(passed / self.done * (self.total - self.done))} left"
-            if 0 < self.done < self.total
-            else "",
+            "left": f"{_clock(left)} left" if left is not None else "",
             **{name: f"{name} {value}" for name, value in self.about.items()},
         }
         return {name: text for name, text in columns.items() if text}

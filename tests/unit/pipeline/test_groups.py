@@ -545,6 +545,13 @@ def test_counts_by_group_are_told_as_tables():
     ]
     assert second == [["group", "q.1"], ["x", "50.0%"], ["a/b", "100.0%"], ["others", "50.0%"]]
     assert tables(by_group({"rows": 3}, {})) == []
+    sources = [{"name": "q.1"}, {"name": "z", "groups": ["x"]}, {"name": "y", "groups": None}]
+    (_, (_, second)) = tables(by_group(select, pair, {"sources": sources}))
+    told = {row[0]: row[1:] for row in second}
+    assert told == {  # y was asked and never best
+        "group": ["q.1", "z"], "x": ["50.0%", "0.0%"], "a/b": ["100.0%", "not asked"],
+        "others": ["50.0%", "not asked"],
+    }  # fmt: skip
 
 
 def test_tables_by_group_show_all_numbers_beside_long_names(tmp_path):

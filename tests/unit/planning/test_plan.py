@@ -1,6 +1,7 @@
 """What a run will take: sums worked by hand, what the output shows, and nothing started."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from wrpo_ray.pipeline.identities import scorer_fingerprint
 from wrpo_ray.planning import rates
 from wrpo_ray.planning.estimate import plan as make_plan
 from wrpo_ray.planning.input_rows import count_rows
+from wrpo_ray.planning.spread import Spread
 from wrpo_ray.planning.text import count, duration, plan_text
 from wrpo_ray.planning.work import Plan, Work, balance, share
 from wrpo_ray.runtime.ledger import FILE
@@ -305,6 +307,8 @@ def test_weights_by_config():
     assert rates.weights(mixtral) == pytest.approx(12.9e9 - 32000 * 4096, rel=0.01)
     assert rates.parameters(Folder("none/Qwen2-72B-Instruct"), "q") == 72e9
     assert rates.parameters(Folder("none/qwen"), "gemma2-9b") == 9e9
+    assert rates.parameters(Folder("none/SmolLM2-135M-Instruct"), "q") == 135e6
+    assert rates.parameters(Folder("none/8MB"), "4bit-model") == rates.UNKNOWN
     assert rates.parameters(Folder("none/x"), "y") == rates.UNKNOWN
 
 
@@ -377,13 +381,16 @@ def test_cores_of_a_machine_are_shared():
 
 def test_the_bounds_of_a_plan():
     sure = Work("a", "a", actor_seconds=60, stage="x")
-    guessed = Work("b", "b", actor_seconds=90, startup=10, spread=2, stage="y")
+    guessed = Work("b", "b", actor_seconds=90, startup=10, spread=Spread(2, 3), stage="y")
     open_ = Work("c", "c", actor_seconds=30, least=0, stage="z")
     plan = Plan([sure, guessed, open_], PricesConfig())
     assert plan.seconds() == 60 + 100 + 30
-    assert plan.range() == (60 + 50 + 0, 60 + 200 + 60)
+    assert plan.range() == pytest.approx((60 + 45 + 5 + 0, 60 + 270 + 30 + 60))
+    both = Work("d", "d", actor_seconds=30, least=0.5, spread=Spread(2, 2))  # independent of it
+    most = math.exp(math.hypot(math.log(2), math.log(1.5)))
+    assert (both.at(-1).actor_seconds, both.at(1).actor_seconds) == pytest.approx((7.5, 30 * most))
     text = plan_text(plan)
-    assert "between 2 min and 5 min" in text
+    assert "between 2 min and 7 min" in text
     assert "between" not in plan_text(Plan([sure], PricesConfig()))
 
 

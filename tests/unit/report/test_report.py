@@ -15,15 +15,16 @@ from support.made_run import MadeRun
 
 from wrpo_ray import cli
 from wrpo_ray.data.buckets import Bucket
-from wrpo_ray.data.outline import read_outline
+from wrpo_ray.data.outline import StepOutline, read_outline
 from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline import outputs as reports
 from wrpo_ray.report import compare_runs as comparing
 from wrpo_ray.report import page, sample
-from wrpo_ray.report.facts import gather
+from wrpo_ray.report.facts import _by_reward, gather
 from wrpo_ray.report.histogram import MOST, Histogram, shown
 from wrpo_ray.report.live import Reporter
 from wrpo_ray.report.plots import Palette, bars, number, svg
+from wrpo_ray.report.sample import Distributions
 from wrpo_ray.report.view import _places, busy
 from wrpo_ray.storage.folder import Folder
 
@@ -335,3 +336,14 @@ def test_lengths_in_characters_and_in_tokens_are_not_added():
         }
     alone = sample.Distributions() + parts[0] + sample.Distributions()
     assert (alone.unit, sorted(alone.series["recorded"])) == ("characters", ["length", "reward"])
+
+
+def test_rewards_by_group_are_shown_apart_and_lengths_together():
+    """Means of rewards on different scales tell nothing; the model's colour stays its own."""
+    step = StepOutline("score", "score-maths-a-b", "k", "f", "m", "score", source="a-b")
+    found = Distributions(3)
+    found.add("a-b", "reward", pa.array([0.0, 1.0, 1.0]))
+    found.add("a-b", "length", pa.array([4.0]))
+    taken = _by_reward(step, found)
+    assert {name: held["reward"].n for name, held in taken.items()} == {"maths · a-b": 3}
+    assert list(found.series["a-b"]) == ["length"]

@@ -114,6 +114,31 @@ def test_what_computes_takes_a_share():
     assert [cpus(with_shares([pool], machine=EIGHT)) for pool in pools] == [[8], [1], [8], [1]]
 
 
+def test_work_without_a_model_leaves_the_cores_to_engines_beside_it():
+    """Verifiers, functions, judges and endpoints; not programs, or what the config gives CPUs."""
+    two, model = Machine(2, 2), ModelConfig(name="m", model="m")
+    engine = generate.pool_of(model)
+    server = ModelConfig(name="s", model="s", endpoint=EndpointConfig(url="http://a/v1"))
+    for light in (
+        score.pool_of(RewardConfig(verifier="number")),
+        score.pool_of(RewardConfig(function="math:sqrt")),
+        generate.pool_of(server),
+    ):
+        assert cpus(with_shares([light], [engine], two)) == [0]
+        assert cpus(with_shares([engine], [light], two)) == [2]
+        assert cpus(with_shares([light, engine], machine=two)) == [0, 2]
+        assert cpus(with_shares([light], machine=two)) == [1]
+        assert cpus(with_shares([light, engine], machine=NONE)) == [1, 1]
+    for heavy in (
+        score.pool_of(RewardConfig(verifier="code")),
+        score.pool_of(RewardConfig(function="math:sqrt", actors=Actors(num_cpus=1))),
+        score.pool_of(RewardConfig(function="math:sqrt", actors=Actors(max=2))),
+    ):
+        n = heavy.actors.max
+        assert cpus(with_shares([heavy], [engine], EIGHT)) == [1]
+        assert cpus(with_shares([engine], [heavy], EIGHT)) == [8 - n]
+
+
 def training(**settings: Any) -> Train:
     at = Folder("m")
     return Train(Step("wrpo"), Step("rows"), at, "m", WrpoConfig(**settings), 3, OWN)

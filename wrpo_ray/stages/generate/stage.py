@@ -24,7 +24,7 @@ from wrpo_ray.data.failures import EarlierFailures, write_failures
 from wrpo_ray.data.finished import Filling
 from wrpo_ray.data.samples import Prompts, Samples, parts
 from wrpo_ray.data.writer import ShardWriter
-from wrpo_ray.llm.vllm_settings import engine_env, slots
+from wrpo_ray.llm.vllm_settings import engine_env, slots, weight_bytes
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
@@ -36,6 +36,7 @@ from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.runtime.tally import Tally, unmarked
 from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.workplace import Workplace
+from wrpo_ray.stages.generate.account import Account, Untold
 from wrpo_ray.stages.generate.vllm_engine import (
     Answers,
     Engine,
@@ -141,7 +142,7 @@ class Generate(BaseJob):
             pools[job.engines.model_dump_json()].append(job)
         alike = [
             replace(
-                pool_of(same[0].engines, _bucket(run, same)),
+                pool_of(same[0].engines, _bucket(run, same), bytes_of(same[0])),
                 models=tuple(dict.fromkeys(model for job in same for model in job.loads.models)),
             )
             for same in pools.values()
@@ -151,8 +152,8 @@ class Generate(BaseJob):
         run_in_threads([partial(_run_pool, run, *pair, ready_queue) for pair in pairs])
 
 
-def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
-    """Buckets of `bucket` answers that an actor of the model works on at once.
+def buckets_in_hand(model: ModelConfig, bucket: float, weights: float = 0) -> int:
+    """Buckets of `bucket` answers that an actor of the model, of so many bytes, works on at once.
 
     Small ones are so many that its engine stays full; of large ones two are, so that the second
     fills the batch while the last long answers of the first are finished.
@@ -160,35 +161,45 @@ def buckets_in_hand(model: ModelConfig, bucket: float) -> int:
     Example:
         >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=32)
         48
+        >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=32, weights=270e6)
+        12
         >>> buckets_in_hand(ModelConfig(name="m", model="m"), bucket=5000)
         2
     """
     if model.endpoint:
         return MAX_ENDPOINT_BUCKETS
-    filling = math.ceil(FILLS * engine_slots(model) / max(1.0, bucket))
+    filling = math.ceil(FILLS * engine_slots(model, weights) / max(1.0, bucket))
     return min(max(LEAST_IN_HAND, filling), MOST_IN_HAND)
 
 
-def engine_slots(model: ModelConfig) -> int:
-    """Answers that the model's engine has room for at once."""
-    return slots(model.performance | model.engine, on_gpu=bool(model.actors.num_gpus))
+def engine_slots(model: ModelConfig, weights: float = 0) -> int:
+    """Answers that the model's engine, of so many bytes, has room for at once."""
+    arguments = model.performance | model.engine
+    return slots(arguments, on_gpu=bool(model.actors.num_gpus), weights=weights)
 
 
-def at_once(model: ModelConfig, bucket: float, buckets: float = math.inf) -> float:
+def at_once(
+    model: ModelConfig, bucket: float, buckets: float = math.inf, weights: float = 0
+) -> float:
     """Answers that an engine works on at once, of `buckets` buckets of `bucket` answers."""
-    return min(engine_slots(model), min(buckets_in_hand(model, bucket), buckets) * bucket)
+    in_hand = min(buckets_in_hand(model, bucket, weights), buckets)
+    return min(engine_slots(model, weights), in_hand * bucket)
 
 
-def pool_of(model: ModelConfig, bucket: float = math.inf) -> Pool:
-    """Return the pool of actors that hold the model's engines, for buckets of `bucket` answers."""
+def pool_of(model: ModelConfig, bucket: float = math.inf, weights: float = 0) -> Pool:
+    """Return the pool of actors that hold the model's engines, for buckets of `bucket` answers.
+
+    `weights` are the model's bytes, by which an engine on a CPU has room for more or fewer answers.
+    """
     is_here = model.endpoint is None
     return Pool(
         f"generate {model.name}",
         model.actors,
         engine_env(on_gpu=bool(model.actors.num_gpus)) if is_here else {},
-        threads=buckets_in_hand(model, bucket),
+        threads=buckets_in_hand(model, bucket, weights),
         parts=model.parts if is_here else 1,
         has_model=is_here,
+        is_light=not is_here,
     )
 
 
@@ -207,6 +218,12 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
     return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
 
 
+def bytes_of(job: Generate) -> int:
+    """Bytes of the weights of a job's engines, by which one on a CPU has its slots; else 0."""
+    model = job.model
+    return 0 if model.endpoint or model.actors.num_gpus else weight_bytes(job.folder)
+
+
 def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
     tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
     rows = unmarked(tallies, _rows(jobs, buckets(run.buckets)))
@@ -222,16 +239,12 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
     progress = Progress(pool.what, len(rows))
     queue = ReadyQueue.of(rows)
     queue.hold_back(_parts(jobs), rows)
-    for result in map_rows(pool, rows, Generator, {"run": seen, "jobs": jobs}, queue):
+    account = Account(run, pool, [(job.step, job.model.name) for job in jobs], progress)
+    arguments = {"run": seen, "jobs": jobs}
+    for result in map_rows(pool, rows, Generator, arguments, queue, account.add):
         queue.finished(result)
-        progress.add(result["new"], result["failed"], result["output_tokens"])
         tallies[result["job"]].add(result)
-        run.record_usage(
-            jobs[result["job"]].step, jobs[result["job"]].model.name, result["seconds"],
-            idle=result["idle"], start=result["start"], gpus=pool.needs["GPU"],
-            rows=result["new"], failed=result["failed"],
-            prompt_tokens=result["prompt_tokens"], output_tokens=result["output_tokens"],
-        )  # fmt: skip
+        account.finish(result)
         if ready_queue:
             ready_queue.add(jobs[result["job"]].step, result["bucket"], is_whole=result["is_whole"])
 
@@ -266,6 +279,7 @@ class Generator:
         self.run, self.jobs = run, jobs
         self.workplace = Workplace(run, [job.step for job in jobs])
         self._starting, self._start_clock = threading.Lock(), StartClock()
+        self._untold = Untold()
 
     @cached_property
     def engine(self) -> Engine:
@@ -278,22 +292,33 @@ class Generator:
         with self._start_clock.running():
             return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
+    def made(self) -> dict[str, Any]:
+        """Return what was made of unfinished buckets since the last report; thread-safe."""
+        if not self._untold.has_answers:
+            return {}
+        return {"made": self._untold.take()} | self._start_clock.take()
+
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
         job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
         made = Counter(new=0, failed=0, prompt_tokens=0, output_tokens=0)
         with self.workplace.filling(row, records.RESPONSE) as (filling, earlier):
             held, given_up, requests = self._missing(job, bucket, filling, earlier)
+            asked = sum(request.count for request in requests)
+            self._untold.add(row["job"], begun=1, asked=asked, failed=given_up)
             commit = partial(self._commit, job, filling, earlier)
             with ShardWriter(commit, self.run.commit_seconds) as writer:
                 for rows, failures in self._answers(job, requests):
                     writer.add(rows, failures)
-                    made.update(self._counts(job, rows, failures))
-        counts = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
+                    counts = self._counts(job, rows, failures)
+                    made.update(counts)
+                    self._untold.add(row["job"], **counts)
+        totals = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
         if is_whole := not made["failed"]:
             most = self.run.max_attempts
-            filling.mark(rows=counts["rows"], failed=given_up, attempts=most)
-        return row | counts | {"is_whole": is_whole} | self._start_clock.take()
+            filling.mark(rows=totals["rows"], failed=given_up, attempts=most)
+        told = {"made": self._untold.take()} | self._start_clock.take()
+        return row | totals | {"is_whole": is_whole} | told
 
     def _counts(
         self, job: Generate, rows: list[Row], failures: list[records.FailureRow]

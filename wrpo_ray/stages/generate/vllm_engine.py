@@ -23,9 +23,15 @@ from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
 from wrpo_ray.llm.reasoning import format_of, put_apart
 from wrpo_ray.llm.rendering import Template, load_tokenizer
-from wrpo_ray.llm.vllm_settings import CPU_ENGINE, PARALLEL_ENGINE, cpu_slots, quick_imports
+from wrpo_ray.llm.vllm_settings import (
+    CPU_ENGINE,
+    PARALLEL_ENGINE,
+    cpu_slots,
+    quick_imports,
+    weight_bytes,
+)
 from wrpo_ray.storage.fingerprints import digest
-from wrpo_ray.storage.weight_files import weight_files
+from wrpo_ray.storage.folder import Folder
 
 Row = dict[str, Any]
 Answers = tuple[list[Row], list[FailureRow]]
@@ -203,9 +209,8 @@ class VllmEngine:
             import vllm
             from vllm import LLM
 
-        names = weight_files(path.name for path in folder.iterdir())
-        weights = sum((folder / name).stat().st_size for name in names)
-        llm = LLM(model=str(folder), disable_log_stats=True, **engine_arguments(model, weights))
+        arguments = engine_arguments(model, weight_bytes(Folder(str(folder))))
+        llm = LLM(model=str(folder), disable_log_stats=True, **arguments)
         self.engine = llm.llm_engine
         self.context = self.engine.model_config.max_model_len
         self.version = f"vllm {vllm.__version__}"

@@ -149,7 +149,9 @@ def pool_of(reward: RewardConfig) -> Pool:
     if any(part.engine == "vllm" for part in reward.parts):
         env = engine_env(on_gpu=bool(reward.actors.num_gpus))
     has_model = any(part.model for part in reward.parts)
-    return Pool(f"score with {reward.name}", reward.actors, env, has_model=has_model)
+    is_light = not has_model and all(part.verifier != "code" for part in reward.parts)
+    name = f"score with {reward.name}"
+    return Pool(name, reward.actors, env, has_model=has_model, is_light=is_light)
 
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:

@@ -3,6 +3,7 @@
 A fake engine has as many slots as its config says; in a step each running answer makes a token.
 """
 
+import math
 import random
 from collections import Counter, deque
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from wrpo_ray.config import Actors, ModelConfig
+from wrpo_ray.config import Actors, ModelConfig, SamplingConfig
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.llm.vllm_settings import GPU_SLOTS
 from wrpo_ray.runtime import pool as pools
@@ -162,12 +163,29 @@ def test_buckets_in_hand_fill_an_engine_six_times(bucket, slots, in_hand):
     assert pool_of(model, bucket).threads == in_hand
 
 
+@pytest.mark.parametrize(("weights", "threads"), [(10**6, 24), (200_000_000, 6)])
+def test_a_run_asks_for_as_many_buckets_as_fill_the_engine_of_its_weights(
+    weights, threads, tmp_path, monkeypatch
+):
+    """By the bytes of the model's folder, as its engine counts them: 64 answers a bucket."""
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(weights)
+    started: list[pools.Pool] = []
+    monkeypatch.setattr(stage, "_run_pool", lambda run, pool, *_: started.append(pool))
+    monkeypatch.setattr(stage, "with_shares", lambda given, beside: list(given))
+    run, step = Run(Folder(str(tmp_path / "out")), buckets=4), Step("prompts")
+    step.finish(run.root, {"rows": 256}, 0.0)
+    model = ModelConfig(name="m", model=str(tmp_path), actors=Actors(max=1))
+    asked = Prompts(step, ("eval",)), SamplingConfig(samples=1)
+    Generate.run(run, [Generate(model, Folder(str(tmp_path)), "weights", *asked, 0)])
+    (pool,) = started
+    assert pool.threads == threads
+
+
 def test_the_answers_of_a_bucket_are_those_of_its_prompts(tmp_path):
     run, step = Run(Folder(str(tmp_path)), buckets=4), Step("prompts")
     folder = Folder("m").absolute()
     asked = Prompts(step, ("sft",))
-    from wrpo_ray.config import SamplingConfig
-
     one = Generate(MODEL, folder, "weights", asked, SamplingConfig(samples=5), 0)
     other = Generate(MODEL, folder, "others", asked, SamplingConfig(samples=5), 0)
     assert stage._bucket(run, [one]) == float("inf")  # prompts are not there yet
@@ -212,6 +230,9 @@ def test_an_engine_of_several_gpus_has_the_values_of_a_gpu(changes, expected):
 def test_an_engine_on_a_cpu_answers_as_many_at_once_as_pays(changes, weights, slots):
     model = ModelConfig.model_validate({"name": "m", "model": "m"} | changes)
     arguments = engine_arguments(model, weights)
-    assert arguments["max_num_seqs"] == slots
+    assert arguments["max_num_seqs"] == stage.engine_slots(model, weights) == slots
+    filling = math.ceil(6 * slots / 64)
+    assert buckets_in_hand(model, 64, weights) == pool_of(model, 64, weights).threads == filling
+    assert stage.at_once(model, 64, weights=weights) == slots
     assert arguments["enforce_eager"]
     assert "max_num_batched_tokens" not in arguments

@@ -1,0 +1,139 @@
+"""A plan before any answer exists: what the input files tell, and how wide its range is."""
+
+import math
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from wrpo_ray.config import Config
+from wrpo_ray.planning import lengths
+from wrpo_ray.planning.estimate import plan as make_plan
+from wrpo_ray.planning.input_texts import prompt_bytes, recorded_bytes
+from wrpo_ray.planning.measured import TOKEN
+from wrpo_ray.planning.text import plan_text
+from wrpo_ray.planning.work import Plan, Work
+
+PROMPTS, BYTES = 50, 70
+"""Different prompts in the file, and bytes of a recorded answer."""
+
+
+@pytest.fixture
+def recorded(tmp_path: Path) -> Path:
+    """Answers of two models to 50 prompts of 40 bytes; rows in the order of the models."""
+    texts = [f"{n:040}" for n in range(PROMPTS)]
+    answers = {"prompt": texts * 2, "model": ["x"] * PROMPTS + ["y"] * PROMPTS}
+    table = pa.table(answers | {"response": ["a" * BYTES] * (2 * PROMPTS)})
+    pq.write_table(table, tmp_path / "answers.parquet")
+    return tmp_path
+
+
+def config_of(folder: Path, model: str = "none/m-135M", **changes) -> Config:
+    path = str(folder / "answers.parquet")
+    columns = {"prompt": "prompt", "response": "response", "source": "model"}
+    sources = [{"name": n, "answers": {"path": path, "columns": columns}} for n in "xy"]
+    settings = {
+        "output": str(folder / "out"),
+        "prompts": {"path": path, "limit": 30},
+        "sources": sources,
+        "target": {"name": "t", "model": model},
+        "reward": {"function": "builtins:len"},
+        "sampling": {"samples": 2, "max_tokens": 100},
+        "evaluate": {
+            "prompts": {"path": path},
+            "sampling": {"samples": 1, "temperature": 0, "max_tokens": 100},
+        },
+        "cluster": {"num_cpus": 2},
+    }
+    return Config.model_validate(settings | changes)
+
+
+def of(plan: Plan, step: str) -> Work:
+    return next(w for w in plan.works if w.step == step)
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch) -> None:
+    """The run would start Ray itself."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def test_equal_prompts_are_one_and_those_trained_on_are_not_held_out(recorded):
+    """30 of 50 are trained on, and 20 held out; each model has answers to the 30."""
+    plan = make_plan(config_of(recorded))
+    assert (of(plan, "prompts").rows, of(plan, "eval-prompts").rows) == (30, 20)
+    assert of(plan, "score-reward-x").rows == 30
+    assert of(plan, "generate-t").rows == 20
+    assert of(plan, "generate-target-sft").rows == 20 * 2  # two thirds are for preferences
+
+
+def test_texts_of_the_input_tell_lengths(recorded):
+    """The trained target answers as its sources do: 70 bytes. Of the other one nothing is known.
+
+    But its answers end at max_tokens, twice the guess; their rate is up to thrice as low.
+    """
+    works = make_plan(config_of(recorded)).works
+    trained = next(w for w in works if w.step == "generate-target-sft")
+    assert trained.lengths == "input"
+    assert trained.output_tokens == round(trained.rows * BYTES / TOKEN)
+    assert trained.prompt_tokens == round(trained.prompts * (40 / TOKEN + lengths.TEMPLATE))
+    own = next(w for w in works if w.step == "generate-t")
+    assert (own.lengths, own.output_tokens) == ("guess", own.rows * 50)  # half of max_tokens
+    log = math.log
+    most, least = math.hypot(log(3), log(2)), math.hypot(log(2), log(4))
+    assert own.spread == pytest.approx((math.exp(least), math.exp(most)))
+
+
+def test_what_the_config_gives_goes_before_the_input(recorded):
+    plan = make_plan(config_of(recorded, plan={"prompt_tokens": 7, "output_tokens": 9}))
+    trained = of(plan, "generate-target-sft")
+    assert trained.lengths == "given"
+    assert (trained.prompt_tokens, trained.output_tokens) == (7 * trained.prompts, 9 * trained.rows)
+
+
+def test_answers_that_nothing_is_known_of_end_at_max_tokens(recorded):
+    """A bound of 100 tokens holds for the mean of all answers, whatever else is unknown."""
+    for most in (1, 10, 100, 1000):
+        sampling = {"samples": 2, "max_tokens": most}
+        found = make_plan(config_of(recorded, sampling=sampling))
+        assert of(found, "generate-target-sft").output_tokens <= 40 * most
+
+
+def test_the_range_is_less_than_a_factor_of_twelve_before_anything_was_measured(recorded):
+    low, high = make_plan(config_of(recorded)).range()
+    assert high < 12 * low
+
+
+def test_a_model_of_unknown_size_is_told(recorded):
+    told = "parameters are assumed; give plan.parameters"
+    assert told not in plan_text(make_plan(config_of(recorded)))
+    text = plan_text(make_plan(config_of(recorded, model="none/smollm")))
+    assert f"generate-t: its model is not there and its name tells no size: 8B {told}" in text
+    known = {"parameters": {"t": 1e8}}
+    assert told not in plan_text(make_plan(config_of(recorded, model="none/m", plan=known)))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"prompt": "abc"}\n{"prompt": [{"role": "user", "content": "12345"}]}\n', 4),
+        ('{"prompt": "abc"}\nno json\n{"other": 1}\n{"prompt": null}\n', 3),  # a run tells
+        ("no json\n", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_bytes_of_prompts_are_those_of_the_rows_that_can_be_read(content, expected, tmp_path):
+    if content is not None:
+        (tmp_path / "p.jsonl").write_text(content)
+    given = {"path": str(tmp_path / "p.jsonl")}
+    config = config_of(tmp_path, prompts=given, evaluate=None)
+    assert prompt_bytes(config.prompt_files) == expected
+
+
+def test_bytes_of_recorded_answers_in_lists(tmp_path):
+    table = pa.table({"prompt": ["a", "b"], "response": [["12", "1234"], ["12345"]]})
+    pq.write_table(table, tmp_path / "answers.parquet")
+    answers = config_of(tmp_path).recorded.values()
+    assert recorded_bytes(answers) == (3 + 5) / 2
