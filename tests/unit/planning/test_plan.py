@@ -463,3 +463,34 @@ def test_a_slow_machine_is_slow_for_what_was_not_measured_too(tmp_path, monkeypa
     assert of(after, "generate-target-sft").startup == start
     assert of(after, "sft").startup == start
     assert of(after, "select").startup == 2 * of(before, "select").startup
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_open", "origin"),
+    [(255, True, "guess"), (256, True, "measured"), (20, False, "measured")],
+)
+def test_the_first_answers_of_a_run_under_way_tell_only_the_start(
+    rows, is_open, origin, tmp_path, monkeypatch
+):
+    """Fewer than its engine has at once: the shortest ones, beside which others were computed."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    folder = job_of(config, "generate-a").step.folder
+    spent = {"pool": "a", "rows": rows, "output_tokens": 3 * rows, "prompt_tokens": 9 * rows}
+    spent |= {"actor_seconds": 100.0, "start_seconds": 37.0, "starts": 1}
+    ledger = {"seconds": 9, "open": is_open, "steps": {folder: spent}}
+    Folder(config.output).write_json(FILE, ledger)
+    a = of(make_plan(config), "generate-a")
+    assert (a.rate, a.lengths, a.startup) == (origin, origin, 37)
+
+
+def test_of_a_training_under_way_the_steps_that_are_left_count(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    job = job_of(config, "sft")
+    told = {"steps": 8, "tokens": 1500, "tokens_per_s": 100.0}
+    folder = Folder(config.output).absolute() / job.step.folder
+    folder.write("metrics.jsonl", json.dumps(told | {"step": 0}).encode())
+    before = of(make_plan(config), "sft").actor_seconds
+    folder.write("metrics.jsonl", json.dumps(told | {"step": 4}).encode())
+    assert of(make_plan(config), "sft").actor_seconds == pytest.approx(before * 3 / 7, rel=0.01)

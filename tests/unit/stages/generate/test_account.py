@@ -49,9 +49,12 @@ def test_what_unfinished_buckets_made_is_booked_once(account, ledger):
 
 
 def test_an_actors_time_is_shared_by_the_tokens_of_its_jobs(account, ledger):
-    account.add(told({0: {"new": 1, "output_tokens": 30}, 1: {"new": 1, "output_tokens": 10}}))
-    seconds = [ledger.entries[step.folder].usage.actor_seconds for step, _ in STEPS]
-    assert seconds == [7.5, 2.5]
+    made = {0: {"new": 1, "output_tokens": 30}, 1: {"new": 1, "output_tokens": 10}}
+    account.add(told(made, start=4.0))
+    spent = [ledger.entries[step.folder].usage for step, _ in STEPS]
+    assert [usage.actor_seconds for usage in spent] == [7.5, 2.5]
+    assert sum(spent, Usage()).starts == 1
+    assert sum(spent, Usage()).start_seconds == 4.0
 
 
 def test_a_bucket_whose_answers_were_told_before_has_its_time(account, ledger):
