@@ -29,7 +29,7 @@ from wrpo_ray.report.live import Reporter, best_effort
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Ledger
-from wrpo_ray.runtime.placement import Pool, fit_together
+from wrpo_ray.runtime.placement import Pool, fit_together, is_own_ray
 from wrpo_ray.runtime.prefetch import PREFETCH
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import ReadyQueue
@@ -215,12 +215,20 @@ def _run_phases(
         if not jobs:
             log(f"{label}: done before")
             continue
-        now = loading([job for job in jobs if job.kind == JobKind.TRAIN])  # others have pools
         for job in [*jobs, *(job for others in following for job in others)]:
             ahead.pop(job.step.key, None)
-        PREFETCH.want([*now, *(pool for pools in tuple(ahead.values()) for pool in pools)])
+        bring_ahead(jobs, [pool for pools in tuple(ahead.values()) for pool in pools])
         _run_phase(run, label, jobs, following)
         tell()
+
+
+def bring_ahead(jobs: Iterable[Job], later: Iterable[Pool]) -> None:
+    """Bring models of trainings, and then of later pools, to nodes; pools that run bring theirs.
+
+    On one node, a training's own workers fetch it as soon.
+    """
+    trained = [] if is_own_ray() else loading([job for job in jobs if job.kind == JobKind.TRAIN])
+    PREFETCH.want([*trained, *later])
 
 
 def loading(jobs: Iterable[Job]) -> list[Pool]:

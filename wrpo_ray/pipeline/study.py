@@ -16,11 +16,10 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.held_out import FUSED, SFT
 from wrpo_ray.pipeline.preflight import preflight
-from wrpo_ray.pipeline.runner import loading, log_resumed, missing, session
+from wrpo_ray.pipeline.runner import bring_ahead, log_resumed, missing, session
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.prefetch import PREFETCH
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.evaluate.variants import TABLE, TrainedVariant, VariantTable
 from wrpo_ray.storage.folder import Folder
@@ -129,7 +128,7 @@ def run_waves(run: Run, paths: Sequence[Path]) -> None:
         left = len({job.step.key for path in paths for job in path.jobs})
         log(f"{jobs[0].kind}: {len(jobs)} of {left} remaining jobs")
         log_resumed(run, jobs)
-        PREFETCH.want(loading([job for job in jobs if job.kind == JobKind.TRAIN]))
+        bring_ahead(jobs, [])
         jobs[0].run(run, jobs)
 
 

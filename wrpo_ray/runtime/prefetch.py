@@ -146,6 +146,8 @@ class Prefetch:
                 self._look()  # an error is of a node that was lost a moment ago
 
     def _look(self) -> None:
+        if not self._wanted and not any(site.shelf for site in self._sites.values()):
+            return
         nodes = nodes_of_ray()
         self._sites = {node.name: self._sites.get(node.name, _Site()) for node in nodes}
         self._assign(nodes)

@@ -212,8 +212,11 @@ class _Fetch:
     def _stream(self) -> None:
         try:
             while lead := self._next():
-                found = self._read(lead)
-                self.tracker.settle.remote(self.key, self.who, self.node, lead.name, found)
+                found = ""
+                try:
+                    found = self._read(lead)
+                finally:
+                    self.tracker.settle.remote(self.key, self.who, self.node, lead.name, found)
                 if found:
                     self.hashes[lead.name] = found
                 else:

@@ -88,7 +88,8 @@ class NodeCache:
         entry.part.mkdir(exist_ok=True)
         need = sum(file.size for file in files.values())
         self._await_room(entry, str(source), need, spared)
-        hashes = TRANSFER.fetch(entry.key, source, files, entry.part)
+        hashes = {name: file.hash for name, file in files.items() if file.hash}
+        hashes |= TRANSFER.fetch(entry.key, source, files, entry.part)
         _check_sizes({name: file.size for name, file in files.items()}, entry.part, source)
         shutil.rmtree(entry.part / ARRIVING, ignore_errors=True)
         entry.record(str(source), need, hashes)

@@ -4,13 +4,17 @@ The hub's own client speaks with a server of the test's own; what has to hold ac
 is shown with processes.
 """
 
+import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants
@@ -27,10 +31,11 @@ from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.check import checked
 from wrpo_ray.storage import cache as caches
 from wrpo_ray.storage import hub as hubs
+from wrpo_ray.storage import remote
 from wrpo_ray.storage.cache import NodeCache
 from wrpo_ray.storage.fingerprints import model_fingerprint
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.remote import Listed, write_pieces
+from wrpo_ray.storage.remote import Listed, read_piece, write_pieces
 from wrpo_ray.storage.weight_files import engine_files
 
 ROOT = Path(__file__).parents[3]
@@ -487,6 +492,77 @@ def test_a_copy_in_use_is_never_evicted_and_a_killed_process_lets_go(tmp_path):
     cache.copy("big", Sized(500, "big"))
     assert not (tmp_path / "held").exists()
     assert (tmp_path / "fits").is_dir()
+
+
+def test_a_copy_that_is_brought_ahead_is_not_locked_and_spares_what_is_needed_before(tmp_path):
+    cache = NodeCache(tmp_path, limit=1000, patience=600)
+    assert cache.bring("first", Sized(500)) == {"data": hashlib.sha256(bytes(500)).hexdigest()}
+    cache.bring("old", Sized(400))
+    with pytest.raises(UserError, match="does not fit"):  # at once
+        cache.bring("ahead", Sized(700), spared=["first"])
+    assert (tmp_path / "old").is_dir()
+    source = Sized(450)
+    for _ in range(2):
+        assert cache.bring("ahead", source, spared=["first"]) == {
+            "data": hashlib.sha256(bytes(450)).hexdigest()
+        }
+    assert source.fetched == 1
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"first", "ahead"}
+    cache.copy("needed", Sized(900))  # both let go of at once
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"needed"}
+
+
+def test_pieces_of_a_copy_are_read_before_and_after_it_is_complete(tmp_path, monkeypatch):
+    monkeypatch.setattr(remote, "PIECE", 4)
+    content, part = b"0123456789", tmp_path / "key.part"
+    part.mkdir()
+    listed = Listed(10, hashlib.sha256(content).hexdigest())
+    with pytest.raises(OSError, match="key has no data"):
+        read_piece(tmp_path / "key", "data", 0)
+    with pytest.raises(OSError, match="the content of data does not match its hash"):
+        write_pieces([b"012345678_"], "data", listed, part)
+    assert not (part / "data").exists()
+    assert write_pieces([content[:3], content[3:]], "data", listed, part) == listed.hash
+    assert [read_piece(tmp_path / "key", "data", i) for i in (0, 4, 8)] == [b"0123", b"4567", b"89"]
+    part.rename(tmp_path / "key")
+    assert read_piece(tmp_path / "key", "data", 8) == b"89"
+
+
+def test_each_byte_is_hashed_once(hub, bucket, model, tmp_path, monkeypatch):
+    """On its way from a store; when the hub's client has written it, which does not hash it too."""
+    hashed = Counter()
+
+    class Counting:
+        def __init__(self, kind, start=b"", **more):
+            self.kind, self.hash = kind, getattr(hashlib, kind)(start, **more)
+
+        def update(self, data):
+            hashed[self.kind] += len(data)
+            self.hash.update(data)
+
+        def hexdigest(self):
+            return self.hash.hexdigest()
+
+    def refuse(*_):
+        raise AssertionError("the hub's client hashes a file")
+
+    fake = SimpleNamespace(**{kind: partial(Counting, kind) for kind in ("sha256", "sha1")})
+    monkeypatch.setattr(remote, "hashlib", fake)
+    monkeypatch.setattr("huggingface_hub.file_download.sha_fileobj", refuse)
+    monkeypatch.setattr("huggingface_hub.utils._verification.compute_file_hash", refuse)
+    sizes = {p.name: p.stat().st_size for p in model.iterdir()}
+    Folder(f"hf://org/name@{hub.add('org/name', model)}").local()
+    large = sizes["model.safetensors"]
+    assert hashed == {"sha256": large, "sha1": sum(sizes.values()) - large}
+    hashed.clear()
+    folder = Folder(bucket) / "once"
+    folder.upload(model)
+    copy = folder.local()
+    assert hashed == {"sha256": sum(sizes.values())}
+    record = json.loads(Path(f"{copy}.json").read_text())
+    assert record["hashes"] == {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in model.iterdir()
+    }
 
 
 def test_what_can_never_fit_is_refused_at_once(tmp_path):
