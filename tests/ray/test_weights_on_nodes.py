@@ -62,8 +62,10 @@ cluster.connect(ClusterConfig(address=nodes.address), Folder(str(folder)), "test
 ids = [node["NodeID"] for node in ray.nodes() if node["Resources"].get("CPU")]
 task = ray.remote(num_cpus=1)(direct)
 pins = [task.options(scheduling_strategy=Affinity(node, soft=False)) for node in ids]
-ray.get([ray.remote(num_cpus=1)(len).options(scheduling_strategy=Affinity(node, soft=False))
-         .remote("") for node in ids])
+first = (Folder(given["direct"]), "")
+warm = ray.remote(num_cpus=1)(caches)  # a worker on each
+warm = [warm.options(scheduling_strategy=Affinity(node, soft=False)) for node in ids]
+ray.get([each.remote(first) for each in warm])
 tell(ready=len(ids))
 began = time.monotonic()
 ray.get([pin.remote(given["direct"]) for pin in pins])
