@@ -164,7 +164,6 @@ def worker_memory(
         weights += wide * min(held, sizes.layer + max(BUCKET, sizes.layer, sizes.head))
     if gpu and config.offload == "all":
         weights -= wide * held / share
-    has_second = config.has_reference and not config.stores_reference and config.lora is None
     return Memory(
         weights=weights,
         gradients=_gradients(trained, stage, wide, workers),
@@ -173,7 +172,7 @@ def worker_memory(
         head=max(
             0.0, _head(sizes, config, tokens, wide) - _recomputed(sizes, config, tokens, shape)
         ),
-        reference=wide * whole / share if has_second else 0.0,
+        reference=wide * whole / share if config.has_second_model else 0.0,
         process=0.0 if gpu else process,
     )
 

@@ -78,7 +78,7 @@ class Prepare(BaseJob):
         if config.reference_actors:
             return config.reference_actors
         plain = Actors(max=config.workers, num_cpus=config.num_cpus)
-        if not config.stores_reference:
+        if config.reference_mode != "stored":
             return plain
         as_trained = {"num_gpus": config.num_gpus, "resources": config.resources}
         return plain.model_copy(update=as_trained)
@@ -94,7 +94,7 @@ class Prepare(BaseJob):
             "max_prompt_length": config.max_prompt_length,
             "overflow": config.overflow,
             "compat": COMPAT.get(config.compat, config.compat),
-            "reference": config.precision if config.stores_reference else None,
+            "reference": config.precision if config.reference_mode == "stored" else None,
             "format": FORMAT,
         } | ({"prompts": "all"} if config.takes_all_prompts else {})
         if config.is_preference and self.own is None and config.compat != "published":
@@ -131,7 +131,7 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
     env = MALLOC | {"TORCHDYNAMO_DISABLE": "1"}
-    has_model = any(job.config.stores_reference for job in jobs)
+    has_model = any(job.config.reference_mode == "stored" for job in jobs)
     (pool,) = with_shares([Pool(jobs[0].step.name, actors, env, has_model=has_model)])
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]
@@ -231,7 +231,7 @@ class Preparer:
 
     def _add_reference(self, rows: Rows) -> None:
         """Add reference log-probs to rows; a row with one that is not finite fails."""
-        if not rows.kept or not self.job.config.stores_reference:
+        if not rows.kept or self.job.config.reference_mode != "stored":
             return
         kept, rows.kept = self.reference(rows.kept), []
         for row in kept:

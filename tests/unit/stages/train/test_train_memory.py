@@ -124,6 +124,7 @@ def test_what_needs_less():
         assert estimate().at(tokens, **change).total < whole
     live = estimate(reference=ReferenceConfig(mode="live")).at(2048)
     assert live.total - whole == live.reference == 2 * Sizes.of(SMOL).parameters
+    assert estimate(reference=ReferenceConfig(mode="split")).at(2048).total == whole
     with_lora = estimate(reference=ReferenceConfig(mode="live"), lora=LoraConfig()).at(2048)
     assert with_lora.reference == 0
     one, many = (estimate(sizes=LLAMA_8B, **GPUS | {"workers": n}).at(2048) for n in (1, 8))

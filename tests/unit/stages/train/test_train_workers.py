@@ -18,7 +18,7 @@ from test_train_state import join, spawn
 
 from wrpo_ray.config import ReferenceConfig, TrainConfig
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.stages.train import deepspeed
+from wrpo_ray.stages.train import deepspeed, split_reference
 from wrpo_ray.stages.train.loop import Trainer
 from wrpo_ray.stages.train.rows import SUFFIX, Tokenizing, write_rows
 from wrpo_ray.stages.train.task import METRICS, SFT_ANSWERS, WRPO_ANSWERS, Task
@@ -26,7 +26,7 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 CHANGE = {"clip": 0, "micro_batch_tokens": 1, "reference": ReferenceConfig(mode="live")}
-CASES = [("wrpo", 3), ("sft", 2)]
+CASES = [("wrpo", 3), ("sft", 2), ("split", 3)]
 WORKERS = 3
 SAME = ("loss", "grad_norm", "alpha", "lr", "rows", "tokens", "rewards/margins", "holdout/loss")
 
@@ -35,6 +35,8 @@ def config_of(kind: str, stage: int) -> TrainConfig:
     """A row a micro-batch, so that three workers have dummies in a step of four rows."""
     change = CHANGE | {"zero_stage": stage, "holdout": 0.2, "holdout_every": 1}
     config = WRPO.model_copy(update=change)
+    if kind == "split":
+        return config.model_copy(update={"reference": ReferenceConfig(mode="split")})
     if kind == "wrpo":
         return config
     names = TrainConfig.model_fields
@@ -45,17 +47,54 @@ def train(folder: Path, kind: str, stage: int, workers: int) -> None:
     config = config_of(kind, stage)
     deepspeed.prepare(config)
     out, base = folder / f"{kind}-{stage}-{workers}", Folder(str(folder / "base"))
-    rows = Folder(str(folder / kind))
+    rows = Folder(str(folder / kind)) if kind != "split" else copy_of_rows(folder, out)
     task = Task(Run(Folder(str(out)), 1), Step("wrpo"), rows, base, "base", config, seed=3)
     trainer = Trainer.create(task)
     trainer.run(0)
     trainer.save()
 
 
+def copy_of_rows(folder: Path, out: Path) -> Folder:
+    """The rows of preference training; log-probs of a split reference will lie beside them."""
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    for file in (folder / "wrpo").iterdir():
+        (out / "rows" / file.name).write_bytes(file.read_bytes())
+    return Folder(str(out / "rows"))
+
+
 def train_all(rank: int, workers: int, port: int, folder: Path) -> None:
     join(rank, workers, port)
     for kind, stage in CASES:
+        if kind == "split":
+            count_weights(folder / f"held-{rank}.json")
         train(folder, kind, stage, workers)
+
+
+def count_weights(to: Path) -> None:
+    """Have the pass over the rows count the weights that this worker holds in any module's forward.
+
+    DeepSpeed keeps gathered what is small, comes next or comes again soon: all of a tiny model.
+    Here it keeps nothing, as with a model of billions of weights.
+    """
+    zero, fill, found = deepspeed._zero, split_reference._fill, {"share": 0, "most": 0, "all": 0}
+    names = ("param_persistence_threshold", "max_reuse_distance", "prefetch_bucket_size")
+    deepspeed._zero = lambda *args: zero(*args) | {f"stage3_{name}": 0 for name in names}
+
+    def filling(part: Any, trainer: Trainer, *args: Any) -> None:
+        weights = list(trainer.policy.module.parameters())
+        found["all"] = sum(w.ds_numel for w in weights)
+        found["share"] = sum(w.ds_tensor.numel() for w in weights)
+
+        def count(*_: Any) -> None:
+            found["most"] = max(found["most"], sum(w.numel() for w in weights))
+
+        hooks = [m.register_forward_pre_hook(count) for m in trainer.policy.module.modules()]
+        fill(part, trainer, *args)
+        for hook in hooks:
+            hook.remove()
+        to.write_text(json.dumps(found))
+
+    split_reference._fill = filling
 
 
 def result(folder: Path, kind: str, stage: int, workers: int) -> tuple[list[Any], Any]:
@@ -95,3 +134,24 @@ def test_three_workers_do_what_one_does(folder, kind, stage):
                 assert got[name] == pytest.approx(want[name], rel=1e-4, abs=1e-6), name
     for name, value in weights.items():
         torch.testing.assert_close(same[name], value, rtol=0, atol=1e-4)
+
+
+def test_a_split_reference_gives_the_losses_of_a_live_one(folder):
+    """Also of the rows held out; what the loop's test with a plain loop holds for the latter."""
+    for workers in (1, WORKERS):
+        (split, weights), (live, same) = (
+            result(folder, kind, 3, workers) for kind in ("split", "wrpo")
+        )
+        assert [line["loss"] for line in split] == pytest.approx([line["loss"] for line in live])
+        assert split[-1]["holdout/loss"] == pytest.approx(live[-1]["holdout/loss"])
+        assert split[-1]["loss"] != pytest.approx(split[0]["loss"], abs=1e-4)
+        for name, value in weights.items():
+            torch.testing.assert_close(same[name], value, rtol=0, atol=1e-5)
+
+
+def test_no_worker_holds_a_split_reference_whole(folder):
+    """A third each, with at most a quarter of the weights gathered for the module at work."""
+    for rank in range(WORKERS):
+        found = json.loads((folder / f"held-{rank}.json").read_text())
+        assert found["all"] / WORKERS <= found["share"] < 1.01 * found["all"] / WORKERS
+        assert 0 < found["most"] < found["all"] / 4
