@@ -27,6 +27,9 @@ FILE_BYTES = 1 << 30
 """Bytes of a checkpoint's file, which are copied before it is written."""
 FORWARD_TOKENS = 4
 """Factor on the micro-batch size of a forward pass without a backward pass."""
+BESIDE_TRAINING = 2
+"""The same on training workers: it keeps no more than a step, whose backward pass with
+checkpointing keeps a layer with its gradients (`_recomputed`)."""
 PROCESS = 0.75e9
 """A worker with torch, Ray, transformers and DeepSpeed, before it loads anything: 0.57 without Ray,
 measured; Ray is a guess."""

@@ -20,7 +20,7 @@ from torch import distributed as dist
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.stages.train import faults, model, packing
-from wrpo_ray.stages.train.memory import forward_tokens
+from wrpo_ray.stages.train.memory import BESIDE_TRAINING
 from wrpo_ray.storage.folder import Folder
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def logps_of_all(trainer: Trainer) -> np.ndarray:
     costs = np.array(packing.costs(rows.lengths, packed=config.packing))
     before = np.concatenate([[0], np.cumsum(costs)])
     while done < len(rows):
-        end = _end_of_part(before, done, forward_tokens(config))
+        end = _end_of_part(before, done, _tokens(config))
         part = logps[done:end]  # a view
         _fill(part, trainer, done, costs[done:end].tolist())
         faults.check_reference(trainer, done, part)
@@ -62,6 +62,12 @@ def logps_of_all(trainer: Trainer) -> np.ndarray:
             _write(folder, f"{done:012}-{end:012}{SUFFIX}", part)
         done = end
     return logps
+
+
+def _tokens(config: TrainConfig) -> int:
+    """Tokens of a micro-batch."""
+    assert config.micro_batch_tokens != "auto"  # `fitted` has chosen
+    return BESIDE_TRAINING * config.micro_batch_tokens
 
 
 def _end_of_part(before: np.ndarray, first: int, budget: int) -> int:
@@ -74,8 +80,8 @@ def _end_of_part(before: np.ndarray, first: int, budget: int) -> int:
 def _fill(part: np.ndarray, trainer: Trainer, first: int, costs: list[int]) -> None:
     """Fill (rows, answers) zeros with the log-probs of the rows from `first` on, on all workers."""
     config, rank = trainer.task.config, dist.get_rank()
-    budget, workers = forward_tokens(config), dist.get_world_size()
-    for indices, is_real in packing.micro_batches_of(rank, costs, workers, budget):
+    workers = dist.get_world_size()
+    for indices, is_real in packing.micro_batches_of(rank, costs, workers, _tokens(config)):
         rows = [trainer.rows[first + i] for i in indices]
         batch = model.collate(rows, config).to(trainer.device)
         found = trainer.logps_without_adapters(batch).double().cpu().numpy()

@@ -20,7 +20,13 @@ from wrpo_ray.runtime import node_memory
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.node_memory import Room
 from wrpo_ray.stages.train import fitting
-from wrpo_ray.stages.train.memory import Estimate, Shape, Sizes, forward_tokens
+from wrpo_ray.stages.train.memory import (
+    BESIDE_TRAINING,
+    Estimate,
+    Shape,
+    Sizes,
+    forward_tokens,
+)
 from wrpo_ray.stages.train.task import MEMORY, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -129,6 +135,20 @@ def test_what_needs_less():
     assert with_lora.reference == 0
     one, many = (estimate(sizes=LLAMA_8B, **GPUS | {"workers": n}).at(2048) for n in (1, 8))
     assert many.total < one.total / 3
+
+
+@pytest.mark.parametrize("sizes", [SMOL, LLAMA_8B])
+@pytest.mark.parametrize("settings", [{}, GPUS, GPUS | {"packing": False}])
+def test_the_pass_of_a_split_reference_keeps_less_than_a_step(sizes, settings):
+    """A layer's tensors, and the hidden states before and after it in fp32."""
+    step = {
+        again: estimate(sizes=sizes, **settings | {"gradient_checkpointing": again}).at(1024)
+        for again in (False, True)
+    }
+    found = Sizes.of(sizes)
+    layer = step[False].activations / (found.layers + 1)
+    passed = BESIDE_TRAINING * (layer + 1024 * 2 * 4 * found.width)
+    assert all(passed < memory.activations for memory in step.values())
 
 
 def test_auto_takes_what_fits():

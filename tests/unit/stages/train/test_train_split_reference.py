@@ -24,7 +24,7 @@ from wrpo_ray.stages.train.task import WRPO_ANSWERS
 from wrpo_ray.storage.folder import Folder
 
 SPLIT = WRPO.model_copy(update={"reference": ReferenceConfig(mode="split")})
-SMALL = SPLIT.model_copy(update={"micro_batch_tokens": 20})
+SMALL = SPLIT.model_copy(update={"micro_batch_tokens": 40})
 """Forward passes of 80 tokens, so about two rows."""
 pytestmark = pytest.mark.usefixtures("alone")
 
