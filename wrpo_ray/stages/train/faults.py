@@ -83,11 +83,19 @@ def _first(causes: Iterator[str]) -> str:
 
 def _weight(trainer: Trainer) -> str:
     for name, parameter in trainer.policy.module.named_parameters():
-        part = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this worker's share
-        if not bool(torch.isfinite(part.detach()).all()):
+        if not bool(torch.isfinite(_share(parameter)).all()):
             place = name.removeprefix("model.")
             return f"the weight {place} is not finite; lower learning_rate, or mend the model"
     return ""
+
+
+def _share(parameter: Any) -> Tensor:
+    """With ZeRO-3 this worker's share, without the padding at its end, which may hold anything."""
+    share = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
+    if not hasattr(parameter, "ds_tensor"):
+        return share
+    start = share.numel() * dist.get_rank(parameter.ds_process_group)
+    return share[: max(0, parameter.ds_numel - start)]
 
 
 def _row(trainer: Trainer, rows: list[Row], objective: Objective) -> str:

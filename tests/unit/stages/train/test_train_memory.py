@@ -270,13 +270,21 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
 # --- measured -----------------------------------------------------------------------------------
 
 
-def measured(*options: str) -> None:
+def measured(*options: str) -> str:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "benchmarks/memory.py", *options],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_longest_rows_are_those_of_the_decision():
+    page = (ROOT / "docs/adr/0024-long-rows.md").read_text()
+    told = measured("--rows")
+    assert told.count("\n") == 4
+    assert told in page
 
 
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak():

@@ -6,6 +6,10 @@ Gradients are not clipped: neither clipped ones nor Adam's steps show by what th
 from __future__ import annotations
 
 import json
+import math
+import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,11 +19,13 @@ import torch
 from support.tiny_models import make_tokenizer, preference_rows, write_model
 from test_train_faults import STEPS, WRPO
 from test_train_state import join, spawn
+from torch.multiprocessing import ProcessExitedException
 
 from wrpo_ray.config import ReferenceConfig, TrainConfig
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.stages.train import deepspeed, split_reference
 from wrpo_ray.stages.train.loop import Trainer
+from wrpo_ray.stages.train.model import Reference
 from wrpo_ray.stages.train.rows import SUFFIX, Tokenizing, write_rows
 from wrpo_ray.stages.train.task import METRICS, SFT_ANSWERS, WRPO_ANSWERS, Task
 from wrpo_ray.storage.folder import Folder
@@ -44,22 +50,28 @@ def config_of(kind: str, stage: int) -> TrainConfig:
 
 
 def train(folder: Path, kind: str, stage: int, workers: int) -> None:
-    config = config_of(kind, stage)
-    deepspeed.prepare(config)
-    out, base = folder / f"{kind}-{stage}-{workers}", Folder(str(folder / "base"))
-    rows = Folder(str(folder / kind)) if kind != "split" else copy_of_rows(folder, out)
-    task = Task(Run(Folder(str(out)), 1), Step("wrpo"), rows, base, "base", config, seed=3)
-    trainer = Trainer.create(task)
+    trainer = create(folder, kind, stage, f"{kind}-{stage}-{workers}")
     trainer.run(0)
+    spoil_padding(trainer)
     trainer.save()
 
 
-def copy_of_rows(folder: Path, out: Path) -> Folder:
-    """The rows of preference training; log-probs of a split reference will lie beside them."""
-    (out / "rows").mkdir(parents=True, exist_ok=True)
-    for file in (folder / "wrpo").iterdir():
-        (out / "rows" / file.name).write_bytes(file.read_bytes())
-    return Folder(str(out / "rows"))
+def spoil_padding(trainer: Trainer) -> None:
+    """What follows the last worker's share of a weight is memory that nobody has written."""
+    for weight in trainer.policy.module.parameters():
+        if hasattr(weight, "ds_tensor"):
+            share = weight.ds_tensor.data.view(-1)
+            start = share.numel() * torch.distributed.get_rank()
+            share[max(0, weight.ds_numel - start) :] = math.nan
+
+
+def create(folder: Path, kind: str, stage: int, name: str) -> Trainer:
+    config = config_of(kind, stage)
+    deepspeed.prepare(config)
+    out, base = folder / name, Folder(str(folder / "base"))
+    rows = Folder(str(out / "rows" if kind == "split" else folder / kind))
+    task = Task(Run(Folder(str(out)), 1), Step("wrpo"), rows, base, "base", config, seed=3)
+    return Trainer.create(task)
 
 
 def train_all(rank: int, workers: int, port: int, folder: Path) -> None:
@@ -97,6 +109,20 @@ def count_weights(to: Path) -> None:
     split_reference._fill = filling
 
 
+def die_in_the_pass(rank: int, workers: int, port: int, folder: Path) -> None:
+    """One of the workers is killed in the third part; each has a row for each of them."""
+    join(rank, workers, port)
+    fill, calls = split_reference._fill, iter(range(99))
+
+    def filling(*args: Any) -> None:
+        if next(calls) == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fill(*args)
+
+    split_reference._fill, split_reference.PART = filling, 1
+    create(folder, "split", 3, "killed")
+
+
 def result(folder: Path, kind: str, stage: int, workers: int) -> tuple[list[Any], Any]:
     """The metrics of each step, and the weights."""
     from transformers import AutoModelForCausalLM
@@ -115,6 +141,8 @@ def folder(tmp_path_factory, alone) -> Iterator[Path]:
         tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), names, WRPO)
         rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
         write_rows(Folder(str(folder / kind)), f"00000-of-00001{SUFFIX}", rows, {})
+    for name in ("split-3-1", f"split-3-{WORKERS}", "killed"):  # log-probs will lie beside them
+        shutil.copytree(folder / "wrpo", folder / name / "rows")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DS_ACCELERATOR", "TORCHDYNAMO_DISABLE", "LOCAL_RANK"):
             patch.setenv(name, {"DS_ACCELERATOR": "cpu", "LOCAL_RANK": "0"}.get(name, "1"))
@@ -155,3 +183,25 @@ def test_no_worker_holds_a_split_reference_whole(folder):
         found = json.loads((folder / f"held-{rank}.json").read_text())
         assert found["all"] / WORKERS <= found["share"] < 1.01 * found["all"] / WORKERS
         assert 0 < found["most"] < found["all"] / 4
+
+
+def test_one_worker_goes_on_after_a_kill_of_three_in_the_pass(folder, monkeypatch):
+    """The parts that are there stay as they are; the rows are those of a stored reference."""
+    with pytest.raises(ProcessExitedException, match="SIGKILL"):
+        spawn(die_in_the_pass, WORKERS, folder)
+    rows = folder / "killed" / "rows"
+    parts = split_reference.folder_of(Folder(str(rows)), config_of("split", 3)).local()
+    kept = {path: path.stat().st_mtime_ns for path in parts.iterdir()}
+    assert sorted(path.name for path in kept) == [f"{n:012}-{n + 3:012}.npy" for n in (0, 3)]
+    made: list[int] = []
+    fill = split_reference._fill
+    monkeypatch.setattr(
+        split_reference, "_fill", lambda part, *args: made.append(len(part)) or fill(part, *args)
+    )
+    trainer = create(folder, "split", 3, "killed")
+    assert sum(made) == len(trainer.rows) - 6 > 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    everything = [trainer.rows[i] for i in range(len(trainer.rows))]
+    want = Reference(folder / "base", trainer.task.config, on_gpu=False)(everything)
+    got = [value for row in everything for value in row.reference]
+    assert got == pytest.approx([value for row in want for value in row.reference], abs=1e-4)
