@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py           # all cells, as a table; exit code 1 above 20 %
     python benchmarks/memory.py --quick   # the smallest, with both kinds of layers
+    python benchmarks/memory.py --rows    # the longest rows on GPUs of 80 GB, by the estimate alone
 
 Each cell is a process of its own, with the environment of a worker and real DeepSpeed but no Ray.
 It trains a Llama of random weights for two optimizer steps of two micro-batches, and reports the
@@ -12,6 +13,7 @@ measured, not estimated.
 from __future__ import annotations
 
 import argparse
+import bisect
 import json
 import os
 import socket
@@ -176,12 +178,54 @@ def _resident(name: str) -> float:
     return int(dict(line.split(":", 1) for line in lines)[name].split()[0]) * 1024 / 1e9
 
 
+TARGETS = {
+    "1B": (2048, 16, 16, 8192),
+    "8B": (4096, 32, 32, 14336),
+    "32B": (5120, 64, 64, 25600),
+    "70B": (8192, 80, 64, 28672),
+}
+"""Width, layers, query heads and MLP width of Llamas and a Qwen 3; key heads and the rest alike."""
+USABLE = 0.97 * 80e9
+"""Bytes of a GPU."""
+WAYS: list[dict[str, Any]] = [{}, {"offload": "optimizer"}, {"offload": "all"}, {"lora": {}}]
+
+
+def longest_row(numbers: tuple[int, ...], workers: int, way: dict[str, Any]) -> int:
+    """Tokens of the longest row, a tenth of it prompt, with ZeRO-3 and checkpointing; 0 if none."""
+    from wrpo_ray.config import WrpoConfig
+    from wrpo_ray.stages.train.memory import Shape, Sizes, worker_memory
+
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    more = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}
+    sizes = Sizes.of(dict(zip(names, numbers, strict=True)) | more)
+    gpus = {"num_gpus": 1, "workers": workers, "zero_stage": 3, "gradient_checkpointing": True}
+    config = WrpoConfig(**gpus | way)
+
+    def is_too_long(tokens: int) -> bool:
+        shape = Shape(0.1 * tokens, 0.3 * tokens, 3)
+        return worker_memory(sizes, config, tokens, shape).total > USABLE
+
+    return bisect.bisect_left(range(1, 2**20), True, key=is_too_long)
+
+
+def print_rows() -> None:
+    """A table of the longest rows, in thousands of tokens."""
+    for name, numbers in TARGETS.items():
+        found = [longest_row(numbers, n, way) / 1000 for n in (8, 32) for way in WAYS]
+        told = [f"{n:.0f}k" if n >= 10 else f"{n:.1f}k" if n else "none" for n in found]
+        print(f"| {name} | {' | '.join(told)} |")
+
+
 def main() -> None:
     """Print a table, or the result of one cell as JSON."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--in", dest="folder")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rows", action="store_true")
     asked = parser.parse_args()
+    if asked.rows:
+        print_rows()
+        return
     if asked.folder:
         print(json.dumps(train(Path(asked.folder))), flush=True)
         os._exit(0)

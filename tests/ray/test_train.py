@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -23,8 +25,11 @@ from support.waiting import LIMIT, start_patiently, wait_until
 from wrpo_ray.config import AlphaConfig, LoraConfig, ReferenceConfig, TrainConfig, WrpoConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.context import Run
+from wrpo_ray.stages.train import split_reference, stage
 from wrpo_ray.stages.train.checkpoint import committed
+from wrpo_ray.stages.train.model import Reference
 from wrpo_ray.stages.train.prepare import Prepare
+from wrpo_ray.stages.train.rows import PreparedRows
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -59,17 +64,17 @@ def root(tmp_path_factory) -> Folder:
     return folder
 
 
-def preparation(root: Folder, config: TrainConfig) -> Prepare:
+def preparation(root: Folder, config: TrainConfig, pairs: Step = PAIRS) -> Prepare:
     """The job that prepares the rows of a config, with one actor."""
     preference = isinstance(config, WrpoConfig)
-    name, rows = ("wrpo", PAIRS) if preference else ("sft", SELECTION)
+    name, rows = ("wrpo", pairs) if preference else ("sft", SELECTION)
     config = config.model_copy(update={"workers": 1})
     return Prepare(name, rows, root / "base", "base", config)
 
 
-def prepared(root: Folder, config: TrainConfig) -> Prepare:
+def prepared(root: Folder, config: TrainConfig, pairs: Step = PAIRS) -> Prepare:
     """The prepared rows of a config, made if they are not there."""
-    job = preparation(root, config)
+    job = preparation(root, config, pairs)
     if not job.step.is_done(root):
         Prepare.run(Run(root, 4), [job])
     return job
@@ -79,8 +84,8 @@ def step_of(name: str, rows: Prepare, config: TrainConfig) -> Step:
     return Step(name, {"train": config.identity()}, (rows.step,))
 
 
-def train(root: Folder, name: str, config: TrainConfig) -> Step:
-    rows = prepared(root, config)
+def train(root: Folder, name: str, config: TrainConfig, pairs: Step = PAIRS) -> Step:
+    rows = prepared(root, config, pairs)
     step = step_of(name, rows, config)
     Train.run(Run(root, 4), [Train(step, rows.step, root / "base", "base", config, SEED)])
     return step
@@ -134,6 +139,7 @@ CASES = {
 
 LORA = LoraConfig(rank=4, alpha=8)
 MATRIX = [(lora, zero) for lora in (None, LORA) for zero in (1, 3)]
+MODES = ("stored", "split", "live")
 BETAS = (0.1, 2.0)
 
 
@@ -157,7 +163,7 @@ def trained(local_ray, root) -> dict[str, Train]:
     """
     configs = CASES | {"undisturbed": LONG}
     configs |= {f"beta-{beta}": WRPO.model_copy(update={"beta": beta}) for beta in BETAS}
-    for mode in ("stored", "live"):
+    for mode in MODES:
         configs |= {name_of(mode, *case): with_reference(mode, *case) for case in MATRIX}
     rows_of = {name: preparation(root, config) for name, config in configs.items()}
     Prepare.run(Run(root, 4), list({job.step.folder: job for job in rows_of.values()}.values()))
@@ -193,17 +199,18 @@ def test_agrees_with_a_plain_loop(trained, root, name):
 
 
 @pytest.mark.parametrize(("lora", "zero"), MATRIX, ids=lambda v: "lora" if v is LORA else str(v))
-def test_a_live_reference_gives_the_losses_of_a_stored_one(trained, root, lora, zero):
-    """{full, LoRA} x {ZeRO-1, ZeRO-3} x {stored, live}, two workers, measured on rows held out."""
+def test_every_reference_gives_the_losses_of_a_stored_one(trained, root, lora, zero):
+    """{full, LoRA} x {ZeRO-1, ZeRO-3} x the modes, two workers, measured on rows held out."""
     found = {}
-    for mode in ("stored", "live"):
+    for mode in MODES:
         step = trained[name_of(mode, lora, zero)].step
         found[mode] = step, losses(root, step)
         assert 0 < metrics(root, step)[-1]["holdout/loss"] < 2
         assert metrics(root, step)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
-    assert found["live"][1] == pytest.approx(found["stored"][1], abs=1e-5)
     assert found["stored"][1][-1] != pytest.approx(0.6931472, abs=1e-3)
-    assert_close(weights(root, found["live"][0]), weights(root, found["stored"][0]))
+    for mode in ("split", "live"):
+        assert found[mode][1] == pytest.approx(found["stored"][1], abs=1e-5)
+        assert_close(weights(root, found[mode][0]), weights(root, found["stored"][0]))
 
 
 def test_too_few_rows_and_workers_are_told_clearly(local_ray, root):
@@ -311,6 +318,44 @@ def test_a_killed_worker_is_replaced_and_a_killed_driver_goes_on(local_ray, root
     wait_until(lambda: not workers())  # Ray ends them when it sees that their driver is gone
     assert train(root, "killed", LONG) == step
     check_resumed(root, step, undisturbed)
+
+
+MANY, MANY_ROWS = Step("pair", {"many": True}), 200
+SPLIT = WRPO.model_copy(update={
+    "workers": 3, "batch_size": 80, "micro_batch_tokens": 1, "zero_stage": 3,
+    "reference": ReferenceConfig(mode="split"),
+})  # fmt: skip
+
+
+def test_a_kill_within_the_pass_of_a_split_reference_redoes_no_part(
+    local_ray, root, monkeypatch, capfd
+):
+    """Three workers, each with a third of the model; parts have 24 rows, a row a micro-batch."""
+    write_preferences(root / MANY.folder, preference_rows(MANY_ROWS))
+    rows, name = prepared(root, SPLIT, MANY), "split-killed"
+    parts = split_reference.folder_of(root / rows.step.folder, SPLIT).local()
+    monkeypatch.setattr(stage, "PROGRESS_INTERVAL", 0.2)
+    driver = threading.Thread(target=train, args=(root, name, SPLIT, MANY))
+    driver.start()
+    wait_until(lambda: list(parts.glob("*.npy")))
+    first, *_ = workers()
+    first.suspend()
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    assert len(kept) < MANY_ROWS // 24
+    first.kill()
+    driver.join()
+    found = sorted(parts.glob("*.npy"))
+    assert [path.name.split("-")[0] for path in found] == [f"{n:012}" for n in range(0, 200, 24)]
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    told = capfd.readouterr()
+    assert re.search(rf"{name}  reference of \d+ of {MANY_ROWS} rows", told.out + told.err)
+    triples = PreparedRows((root / rows.step.folder).local())
+    reference = Reference(root.local() / "base", SPLIT, on_gpu=False)
+    want = [row.reference for row in reference([triples[i] for i in range(MANY_ROWS)])]
+    got = np.concatenate([np.load(path) for path in found])
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+    # a row's policy is its reference at first, so that no row has the log-probs of another
+    assert losses(root, step_of(name, rows, SPLIT))[0] == pytest.approx(0.6931472, abs=1e-6)
 
 
 @pytest.mark.soak

@@ -133,12 +133,17 @@ class TrainConfig(Section):
     @property
     def has_reference(self) -> bool:
         """Whether the objective compares with a reference model."""
-        return False
+        return self.reference_mode is not None
 
     @property
-    def stores_reference(self) -> bool:
-        """Whether log-probs under the reference are computed once, before training."""
-        return False
+    def reference_mode(self) -> str | None:
+        """Who computes log-probs under the reference, and when; None without one."""
+        return None
+
+    @property
+    def has_second_model(self) -> bool:
+        """Whether workers hold the reference; with LoRA it is the policy without adapters."""
+        return self.reference_mode == "live" and self.lora is None
 
     @property
     def reference_actors(self) -> Actors | None:
@@ -216,9 +221,11 @@ class AlphaConfig(Section):
 class ReferenceConfig(Section):
     """Log-probs under the reference model, the SFT model."""
 
-    mode: Literal["stored", "live"] = Field("stored", json_schema_extra=PLACEMENT)
-    """`stored`: computed once, before training, and stored with the rows. `live`: computed in each
-    step, by a second model on the workers (with LoRA: by the policy without its adapters)."""
+    mode: Literal["stored", "split", "live"] = Field("stored", json_schema_extra=PLACEMENT)
+    """`stored`: computed once, before training, by actors that each hold the whole model. `split`:
+    computed once, by the training workers before their first step, with the weights split over them
+    as in training; for a model that is larger than a GPU. `live`: computed in each step, by a
+    second model on the workers (with LoRA: by the policy without its adapters)."""
     actors: Actors | None = Field(None, json_schema_extra=PLACEMENT)
     """The pool of actors that computes them; null takes the number and resources of `workers`."""
 
@@ -252,14 +259,9 @@ class WrpoConfig(TrainConfig):
     """Source of the log-probs under the reference model pi_ref."""
 
     @property
-    def has_reference(self) -> bool:
-        """Whether the objective compares with a reference model."""
-        return self.objective != "simpo"
-
-    @property
-    def stores_reference(self) -> bool:
-        """Whether log-probs under the reference are computed once, before training."""
-        return self.has_reference and self.reference.mode == "stored"
+    def reference_mode(self) -> str | None:
+        """Who computes log-probs under the reference, and when; None without one."""
+        return None if self.objective == "simpo" else self.reference.mode
 
     @property
     def reference_actors(self) -> Actors | None:

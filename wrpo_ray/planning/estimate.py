@@ -198,14 +198,18 @@ class _Estimator:
         )
 
     def _prepare(self, job: Prepare) -> Work:
-        guess, loads = rates.MOST, job.config.stores_reference
+        guess, loads = rates.MOST, job.config.reference_mode == "stored"
         if loads:
-            guess = self.speeds.power(job.actors).forward_rate(self.speeds.size(job.name, job.base))
-            guess *= self.speeds.compute_speed(job.actors)
+            guess = self._reference_rate(job.name, job.base, job.actors)
         rate = self.speeds.rate(job.step.name, None, guess)
         work = self._tokens(job, job, rate)
         start = (rates.CPU_LOAD * loads + rates.CPU_TASK) * self.measured.start_pace
         return self._pool(self._started(work, start), job.actors, self._row_spread(job))
+
+    def _reference_rate(self, name: str, base: Folder, actors: Actors) -> float:
+        """Tokens/s of an actor or worker that computes log-probs under the reference."""
+        rate = self.speeds.power(actors).forward_rate(self.speeds.size(name, base))
+        return rate * self.speeds.compute_speed(actors)
 
     def _train(self, job: Train) -> Work:
         config = job.config
@@ -216,6 +220,10 @@ class _Estimator:
         left = 1 - self.measured.trained_share(job)
         work = self._tokens(job, rows, rate, config.epochs * left)
         starts = [told.start for _, told in self.measured.trained if told.start is not None]
+        if config.reference_mode == "split":  # once over the rows, before the first step
+            once = self._reference_rate(job.step.name, job.base, actors)
+            passed = work.prompt_tokens / config.epochs / once
+            work = replace(work, actor_seconds=work.actor_seconds + passed)
         work = self._started(
             work, starts[0] if starts else rates.CPU_START * self.measured.start_pace
         )

@@ -183,7 +183,8 @@ class Measured:
             return None
         stepping = sum(r.get("tokens", 0) / r["tokens_per_s"] for r in told)
         start = None
-        if stepping and job.step.is_done(self.root):
+        passes = job.config.reference_mode == "split"  # over all rows, before the steps
+        if stepping and not passes and job.step.is_done(self.root):
             start = max(0.0, job.step.read_manifest(self.root)["seconds"] - stepping)
         rate = median(r["tokens_per_s"] for r in told) / job.config.workers
         share = min(1.0, (told[-1].get("step", 0) + 1) / (told[-1].get("steps") or math.inf))

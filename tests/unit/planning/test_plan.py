@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrpo_ray.config import Config, PricesConfig, RewardConfig
+from wrpo_ray.config import Config, PricesConfig, ReferenceConfig, RewardConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.errors import UserError
@@ -427,6 +427,23 @@ def test_a_finished_training_tells_how_long_the_start_of_another_takes(tmp_path,
     after = of(make_plan(config), "wrpo")
     assert (after.rate, after.startup) == ("measured", 17)
     assert after.actor_seconds == pytest.approx(after.prompt_tokens / 100)
+
+
+def test_a_split_reference_is_a_forward_pass_of_the_training_workers(tmp_path, monkeypatch):
+    """Two operations for each weight and token, where a step has six; once for all epochs."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = on_cpus(tmp_path)
+    plans = {}
+    for mode in ("live", "split"):
+        for epochs in (1, 3):
+            change = {"reference": ReferenceConfig(mode=mode), "epochs": epochs}
+            wrpo = config.wrpo.model_copy(update=change)
+            plan = make_plan(config.model_copy(update={"wrpo": wrpo}))
+            plans[mode, epochs] = of(plan, "wrpo").actor_seconds
+    assert plans["live", 3] == pytest.approx(3 * plans["live", 1])
+    for epochs in (1, 3):
+        passed = plans["split", epochs] - plans["live", epochs]
+        assert passed == pytest.approx(plans["live", 1] / 3)
 
 
 def test_a_trained_model_answers_as_long_as_its_sources(tmp_path, monkeypatch):

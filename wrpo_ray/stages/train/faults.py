@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -22,6 +23,8 @@ from wrpo_ray.stages.train.rows import Row
 if TYPE_CHECKING:
     from wrpo_ray.stages.train.loop import Trainer
 
+LOOK = "; look at the row"
+"""Remedy for a row whose log-prob under the reference is not finite."""
 Parts = Sequence[tuple[list[Row], bool]]
 """This worker's micro-batches, and whether each is real and not a dummy."""
 
@@ -53,6 +56,20 @@ def check_weights(trainer: Trainer) -> None:
         raise UserError(f"{trainer.task.step.name}: after the last step {cause}")
 
 
+def check_reference(trainer: Trainer, first: int, logps: np.ndarray) -> None:
+    """Raise UserError on all workers if a log-prob under the reference is not finite.
+
+    `logps` (rows, answers) are those of the rows from `first` on, the same on all workers.
+    """
+    for row, answer in np.argwhere(~np.isfinite(logps))[:1]:
+        name, value = trainer.task.config.answers[answer], logps[row, answer]
+        cause = _of_any_worker(_weight(trainer)) or (
+            f"the log-prob of {name} under the reference of prompt "
+            f"{trainer.rows.prompt_id(first + row)} is {value}{LOOK}"
+        )
+        raise UserError(f"{trainer.task.step.name}: {cause}")
+
+
 def _of_any_worker(own: str) -> str:
     causes = [""] * dist.get_world_size()
     dist.all_gather_object(causes, own)
@@ -66,11 +83,19 @@ def _first(causes: Iterator[str]) -> str:
 
 def _weight(trainer: Trainer) -> str:
     for name, parameter in trainer.policy.module.named_parameters():
-        part = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this worker's share
-        if not bool(torch.isfinite(part.detach()).all()):
+        if not bool(torch.isfinite(_share(parameter)).all()):
             place = name.removeprefix("model.")
             return f"the weight {place} is not finite; lower learning_rate, or mend the model"
     return ""
+
+
+def _share(parameter: Any) -> Tensor:
+    """With ZeRO-3 this worker's share, without the padding at its end, which may hold anything."""
+    share = getattr(parameter, "ds_tensor", parameter).detach().view(-1)
+    if not hasattr(parameter, "ds_tensor"):
+        return share
+    start = share.numel() * dist.get_rank(parameter.ds_process_group)
+    return share[: max(0, parameter.ds_numel - start)]
 
 
 def _row(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
@@ -82,7 +107,7 @@ def _row(trainer: Trainer, rows: list[Row], objective: Objective) -> str:
         reference = trainer.reference_logps(rows, batch, logps)
         losses = trainer.losses(rows, objective)[0]
     stored = f"; delete {trainer.task.rows} and run again"
-    again = stored if config.stores_reference else "; look at the row"
+    again = stored if config.reference_mode == "stored" else LOOK
     for what, values, remedy in (
         ("log-prob of {} under the reference", reference, again),
         ("log-prob of {}", logps, "; lower learning_rate"),

@@ -21,7 +21,16 @@ from torch import distributed as dist
 from wrpo_ray.errors import UserError, WrpoError
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.runtime.weights import use_peers
-from wrpo_ray.stages.train import checkpoint, deepspeed, faults, fitting, model, packing, probe
+from wrpo_ray.stages.train import (
+    checkpoint,
+    deepspeed,
+    faults,
+    fitting,
+    model,
+    packing,
+    probe,
+    split_reference,
+)
 from wrpo_ray.stages.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
 from wrpo_ray.stages.train.order import Order, learning_rate_at
@@ -86,7 +95,8 @@ class Trainer:
     order: Order
     policy: Any
     reference: Any
-    """A frozen second model; None if log-probs are stored, or the policy without adapters is it."""
+    """A frozen second model; None if log-probs are in `rows`, or the policy without adapters is it.
+    """
     device: torch.device
 
     @classmethod
@@ -113,12 +123,16 @@ class Trainer:
         settings = deepspeed.engine_config(config, dist.get_world_size())
         with deepspeed.partitioned_loading(settings):
             load = functools.partial(model.load_policy, base, config, device, slim=task.slim)
-            policy, reference = load(), load() if task.has_second_model else None
+            policy, reference = load(), load() if config.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
         probe.check_forward(policy, config, device)
         if reference is not None:
             reference = deepspeed.reference_engine(reference, settings)
-        return cls(task, rows, train_rows, np.flatnonzero(held), order, engine, reference, device)
+        held_rows = np.flatnonzero(held)
+        trainer = cls(task, rows, train_rows, held_rows, order, engine, reference, device)
+        if config.reference_mode == "split":  # the policy is the reference until its first step
+            rows.reference = split_reference.logps_of_all(trainer)
+        return trainer
 
     def run(self, first_step: int) -> float | None:
         """Run all steps from `first_step`; returns the last step's loss on the first worker.
@@ -234,20 +248,15 @@ class Trainer:
     def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
         """This worker's micro-batches, and whether each is real and not a dummy.
 
-        A dummy keeps the number of forward passes equal on all workers (ZeRO-3 gathers weights
-        in each); it adds nothing to loss or gradient.
+        A dummy adds nothing to loss or gradient.
         """
         config = self.task.config
         costs = packing.costs(self.rows.lengths[batch], packed=config.packing)
         assert config.micro_batch_tokens != "auto"  # `fitted` has chosen
-        assigned = packing.assign_micro_batches(
-            costs, dist.get_world_size(), config.micro_batch_tokens
+        parts = packing.micro_batches_of(
+            dist.get_rank(), costs, dist.get_world_size(), config.micro_batch_tokens
         )
-        cheapest = int(np.argmin(costs))
-        return [
-            ([self.rows[batch[i]] for i in part or (cheapest,)], bool(part))
-            for part in assigned[dist.get_rank()]
-        ]
+        return [([self.rows[batch[i]] for i in part], is_real) for part, is_real in parts]
 
     def losses(self, rows: Sequence[Row], objective: Objective) -> Losses:
         """The losses of a micro-batch, with metrics."""
@@ -264,14 +273,19 @@ class Trainer:
         """The log-probs of the batch's answers under the reference, (A,); 0 without one."""
         if not self.task.config.has_reference:
             return torch.zeros_like(logps)
-        if self.task.config.stores_reference:
-            stored = [value for row in rows for value in row.reference]
-            return torch.tensor(stored, dtype=logps.dtype, device=logps.device)
+        if self.task.config.reference_mode != "live":
+            known = [value for row in rows for value in row.reference]
+            return torch.tensor(known, dtype=logps.dtype, device=logps.device)
+        if self.reference is None:
+            return self.logps_without_adapters(batch)
         with torch.no_grad():
-            if self.reference is not None:
-                return self.reference(batch)
-            with self.policy.module.without_adapters():
-                return self.policy(batch)
+            return self.reference(batch)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def logps_without_adapters(self, batch: Batch) -> Tensor:
+        """The log-probs of the batch's answers under the policy without its adapters, (A,)."""
+        with self.policy.module.without_adapters():
+            return self.policy(batch)
 
     def _held_out(self, step: int) -> dict[str, float]:
         """Loss and accuracy on the rows held out, at the last alpha, so that steps compare."""

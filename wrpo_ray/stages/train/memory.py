@@ -27,6 +27,9 @@ FILE_BYTES = 1 << 30
 """Bytes of a checkpoint's file, which are copied before it is written."""
 FORWARD_TOKENS = 4
 """Factor on the micro-batch size of a forward pass without a backward pass."""
+BESIDE_TRAINING = 2
+"""The same on training workers: it keeps no more than a step, whose backward pass with
+checkpointing keeps a layer with its gradients (`_activations`)."""
 PROCESS = 0.75e9
 """A worker with torch, Ray, transformers and DeepSpeed, before it loads anything: 0.57 without Ray,
 measured; Ray is a guess."""
@@ -166,7 +169,6 @@ def worker_memory(
         weights += wide * min(held, sizes.layer + max(BUCKET, sizes.layer, sizes.head))
     if gpu and config.offload == "all":
         weights -= wide * held / share
-    has_second = config.has_reference and not config.stores_reference and config.lora is None
     kept, at_work = _activations(sizes, config, tokens, shape, slim=slim)
     again = at_work if config.gradient_checkpointing else 0.0  # exists once the head's are gone
     return Memory(
@@ -175,7 +177,7 @@ def worker_memory(
         optimizer=_optimizer(trained, stage, config, workers),
         activations=kept + at_work,
         head=max(0.0, _head(sizes, config, tokens, wide) - again),
-        reference=wide * whole / share if has_second else 0.0,
+        reference=wide * whole / share if config.has_second_model else 0.0,
         process=0.0 if gpu else process,
     )
 

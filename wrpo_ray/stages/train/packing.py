@@ -198,6 +198,19 @@ def assign_micro_batches(
     return assigned
 
 
+def micro_batches_of(
+    worker: int, costs: Sequence[int], workers: int, budget: int
+) -> list[tuple[tuple[int, ...], bool]]:
+    """One worker's micro-batches, tuples of indices into `costs`, and whether each is real.
+
+    In place of an empty one is a dummy, which keeps the number of forward passes equal on all
+    workers (ZeRO-3 gathers weights in each); what it gives has to be left out.
+    """
+    cheapest = int(np.argmin(costs))
+    assigned = assign_micro_batches(costs, workers, budget)
+    return [(part or (cheapest,), bool(part)) for part in assigned[worker]]
+
+
 def _least_bins(
     costs: Sequence[int], order: Sequence[int], workers: int, budget: int
 ) -> list[list[int]]:

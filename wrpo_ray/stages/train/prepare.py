@@ -81,7 +81,7 @@ class Prepare(BaseJob):
         if config.reference_actors:
             return config.reference_actors
         plain = Actors(max=config.workers, num_cpus=config.num_cpus)
-        if not config.stores_reference:
+        if config.reference_mode != "stored":
             return plain
         as_trained = {"num_gpus": config.num_gpus, "resources": config.resources}
         return plain.model_copy(update=as_trained)
@@ -97,7 +97,7 @@ class Prepare(BaseJob):
             "max_prompt_length": config.max_prompt_length,
             "overflow": config.overflow,
             "compat": COMPAT.get(config.compat, config.compat),
-            "reference": config.precision if config.stores_reference else None,
+            "reference": config.precision if config.reference_mode == "stored" else None,
             "format": FORMAT,
         } | ({"prompts": "all"} if config.takes_all_prompts else {})
         if config.is_preference and self.own is None and config.compat != "published":
@@ -115,7 +115,7 @@ class Prepare(BaseJob):
     def loads(self) -> Pool:
         """The workers, which load at least the tokenizer."""
         env = MALLOC | ({} if self.actors.num_gpus else {"TORCHDYNAMO_DISABLE": "1"})
-        has_model, models = self.config.stores_reference, ((self.base, self.fingerprint),)
+        has_model, models = self.config.reference_mode == "stored", ((self.base, self.fingerprint),)
         return Pool(self.step.name, self.actors, env, has_model=has_model, models=models)
 
     @property
@@ -155,7 +155,7 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     counts = [Counter[str]() for _ in jobs]
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
-    has_model = any(job.config.stores_reference for job in jobs)
+    has_model = any(job.config.reference_mode == "stored" for job in jobs)
     models = tuple(dict.fromkeys(model for job in jobs for model in job.loads.models))
     (pool,) = with_shares([replace(jobs[0].loads, has_model=has_model, models=models)])
     jobs = [job.decided(run) for job in jobs]
@@ -257,7 +257,7 @@ class Preparer:
 
     def _add_reference(self, rows: Rows) -> None:
         """Add reference log-probs to rows; a row with one that is not finite fails."""
-        if not rows.kept or not self.job.config.stores_reference:
+        if not rows.kept or self.job.config.reference_mode != "stored":
             return
         kept, rows.kept = self.reference(rows.kept), []
         for row in kept:

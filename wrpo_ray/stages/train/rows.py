@@ -239,6 +239,8 @@ class PreparedRows:
         by_prompt = pc.sort_indices(table["prompt_id"])  # stable
         self._order: np.ndarray = by_prompt.to_numpy()
         self._ids = table["prompt_id"]
+        self.reference: np.ndarray | None = None
+        """(rows, answers): log pi_ref in place of what is in the files; None leaves that."""
 
     def __len__(self) -> int:
         return len(self._order)
@@ -247,6 +249,7 @@ class PreparedRows:
         batch, at = self._place(index)
         tokens, lengths, reference = (_at(column, at) for column in self._batches[batch])
         prompt, *answers = np.split(tokens, np.cumsum(lengths)[:-1])
+        reference = reference if self.reference is None else self.reference[index]
         return Row(self.prompt_id(index), prompt, tuple(answers), tuple(reference.tolist()))
 
     def prompt_id(self, index: int) -> str:

@@ -37,7 +37,7 @@ from wrpo_ray.runtime.tasks import run_in_threads
 from wrpo_ray.runtime.worker_errors import summarize_error
 from wrpo_ray.stages.train.task import CHECKPOINTS, MEMORY, TRAINED, Task, TrainedCounts
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.steps import Step
+from wrpo_ray.storage.steps import MANIFEST, Step, read_manifest
 
 PROGRESS_INTERVAL = 5.0
 """Seconds between lines of progress."""
@@ -283,7 +283,8 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
     thread.start()
     waiting = list(tasks)
     task, ledger = waiting.pop(0), tasks[0].run.ledger
-    shown, held, untold = _progress(task, None), committed(checkpoints), list(tasks)
+    shown, known, untold = _progress(task, None), 0, list(tasks)
+    held = committed(checkpoints), known
     while thread.is_alive():
         started = time.monotonic()
         thread.join(PROGRESS_INTERVAL)
@@ -292,10 +293,12 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
         if len(untold) < len(tasks):  # all workers run, so Ray shows what they hold
             ALLOCATOR.leave(tasks[0].step.name)
         shown = _progress(task, shown)
+        known = _tell_reference(task, known) if shown == -1 else known
         while waiting and task.folder.exists(TRAINED):  # its workers train the next model
             task = waiting.pop(0)
-            shown = _progress(task, -1)
-        if thread.is_alive() and held != (held := committed(checkpoints)) and ledger:
+            shown, known = _progress(task, -1), 0
+        is_new = held != (held := (committed(checkpoints), known))
+        if thread.is_alive() and is_new and ledger:
             ledger.check()  # a checkpoint is complete, so stopping here loses no work
     if "error" in outcome:
         raise summarize_error(outcome["error"], f"{task.step.name}: training") from outcome["error"]
@@ -310,6 +313,19 @@ def _tell_memory(task: Task) -> bool:
         task.folder.delete(MEMORY)
         return True
     return False
+
+
+def _tell_reference(task: Task, shown: int) -> int:
+    """Log how many rows have log-probs under a split reference, unless so many are `shown`."""
+    from wrpo_ray.stages.train.split_reference import folder_of, rows_done
+
+    if task.config.reference_mode != "split":
+        return 0
+    done = rows_done(folder_of(task.rows, task.config))
+    if done != shown:
+        rows = read_manifest(task.rows, MANIFEST)["counts"]["rows"]
+        log(f"{task.step.name}  reference of {done:,} of {rows:,} rows")
+    return done
 
 
 def _count(task: Task, seconds: float) -> None:

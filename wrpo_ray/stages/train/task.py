@@ -68,9 +68,3 @@ class Task:
     def folder(self) -> Folder:
         """The step's folder."""
         return self.run.root / self.step.folder
-
-    @property
-    def has_second_model(self) -> bool:
-        """Whether workers hold the reference; with LoRA it is the policy without adapters."""
-        config = self.config
-        return config.has_reference and not config.stores_reference and config.lora is None

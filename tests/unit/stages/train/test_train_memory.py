@@ -20,7 +20,14 @@ from wrpo_ray.runtime import node_memory
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.node_memory import Room
 from wrpo_ray.stages.train import fitting
-from wrpo_ray.stages.train.memory import Estimate, Shape, Sizes, chunk_on, forward_tokens
+from wrpo_ray.stages.train.memory import (
+    BESIDE_TRAINING,
+    Estimate,
+    Shape,
+    Sizes,
+    chunk_on,
+    forward_tokens,
+)
 from wrpo_ray.stages.train.task import MEMORY, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -140,10 +147,25 @@ def test_what_needs_less():
         assert estimate().at(tokens, **change).total < whole
     live = estimate(reference=ReferenceConfig(mode="live")).at(2048)
     assert live.total - whole == live.reference == 2 * Sizes.of(SMOL).parameters
+    assert estimate(reference=ReferenceConfig(mode="split")).at(2048).total == whole
     with_lora = estimate(reference=ReferenceConfig(mode="live"), lora=LoraConfig()).at(2048)
     assert with_lora.reference == 0
     one, many = (estimate(sizes=LLAMA_8B, **GPUS | {"workers": n}).at(2048) for n in (1, 8))
     assert many.total < one.total / 3
+
+
+@pytest.mark.parametrize("sizes", [SMOL, LLAMA_8B])
+@pytest.mark.parametrize("settings", [{}, GPUS, GPUS | {"packing": False}])
+def test_the_pass_of_a_split_reference_keeps_less_than_a_step(sizes, settings):
+    """A layer's tensors, and the hidden states before and after it in fp32."""
+    step = {
+        again: estimate(sizes=sizes, **settings | {"gradient_checkpointing": again}).at(1024)
+        for again in (False, True)
+    }
+    found = Sizes.of(sizes)
+    layer = step[False].activations / (found.layers + 1)
+    passed = BESIDE_TRAINING * (layer + 1024 * 2 * 4 * found.width)
+    assert all(passed < memory.activations for memory in step.values())
 
 
 def test_auto_takes_what_fits():
@@ -288,13 +310,21 @@ def test_the_smallest_limit_counts(tmp_path, monkeypatch):
 # --- measured -----------------------------------------------------------------------------------
 
 
-def measured(*options: str) -> None:
+def measured(*options: str) -> str:
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", ROOT / "benchmarks/memory.py", *options],
         env=env, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_longest_rows_are_those_of_the_decision():
+    page = (ROOT / "docs/adr/0024-long-rows.md").read_text()
+    told = measured("--rows")
+    assert told.count("\n") == 4
+    assert told in page
 
 
 def test_the_estimate_is_within_a_fifth_of_the_measured_peak():

@@ -84,7 +84,11 @@ def task(folder: Folder, config: TrainConfig) -> Task:
         ("wrpo", {"label_smoothing": 0.5}, "label_smoothing: input should be less than 0.5"),
         ("wrpo", {"beta": 0}, "wrpo.beta: input should be greater than 0"),
         ("wrpo", {"alpha": {"end": 1.1}}, "wrpo.alpha.end: input should be less than or equal to"),
-        ("wrpo", {"reference": {"mode": "disk"}}, "should be 'stored' or 'live' (got 'disk')"),
+        (
+            "wrpo",
+            {"reference": {"mode": "disk"}},
+            "should be 'stored', 'split' or 'live' (got 'disk')",
+        ),
     ],
 )
 def test_bad_settings_are_told(tmp_path, section, settings, told):
@@ -126,13 +130,13 @@ def test_placement_is_no_part_of_a_trained_model():
         (TrainConfig(), False, False),
         (WrpoConfig(), True, False),
         (WrpoConfig(reference=ReferenceConfig(mode="live")), True, True),
+        (WrpoConfig(reference=ReferenceConfig(mode="split")), True, False),
         (WrpoConfig(reference=ReferenceConfig(mode="live"), lora=LoraConfig()), True, False),
         (WrpoConfig(reference=ReferenceConfig(mode="live"), objective="simpo"), False, False),
     ],
 )
-def test_which_models_a_task_needs(folder, config, has_reference, has_second_model):
-    got = task(folder, config)
-    assert (got.config.has_reference, got.has_second_model) == (has_reference, has_second_model)
+def test_which_models_a_training_needs(config, has_reference, has_second_model):
+    assert (config.has_reference, config.has_second_model) == (has_reference, has_second_model)
 
 
 # --- metrics ----------------------------------------------------------------------------------

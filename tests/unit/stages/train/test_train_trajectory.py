@@ -202,8 +202,10 @@ def check_weights(trainer: Trainer, want: Any, start: Any) -> None:
     [
         (True, "stored"),
         (False, "live"),
+        (True, "split"),
         pytest.param(True, "live", marks=pytest.mark.soak),
         pytest.param(False, "stored", marks=pytest.mark.soak),
+        pytest.param(False, "split", marks=pytest.mark.soak),
     ],
 )
 def test_wrpo_is_the_published_algorithm(tmp_path, base, rows, plain, mode, packing):
@@ -212,7 +214,7 @@ def test_wrpo_is_the_published_algorithm(tmp_path, base, rows, plain, mode, pack
         update={"packing": packing, "reference": WRPO.reference.model_copy(update={"mode": mode})}
     )
     trainer = train(tmp_path, base, rows[WRPO_ANSWERS], config)
-    assert (trainer.reference is None) == (mode == "stored")
+    assert (trainer.reference is None) == (mode != "live")
     assert trainer.order == Order(ROWS, EPOCHS, BATCH, seed=3)  # the task's
     losses, want = published(copy.deepcopy(plain), rows[WRPO_ANSWERS], trainer.order)
     got = records(trainer)
