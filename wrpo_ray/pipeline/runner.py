@@ -178,6 +178,7 @@ def _run_branches(
 ) -> None:
     """Run both branches; an error in one ends the other, whose finished buckets are kept."""
     awaited = branches.wait()
+    run = replace(run, awaited=awaited)
 
     def follow() -> None:
         if awaited.wait():
@@ -185,7 +186,7 @@ def _run_branches(
 
     log("SFT and the target's answers run beside the sources, which answer SFT's prompts first")
     try:
-        run_in_threads([partial(run_all, replace(run, awaited=awaited), branches.sources), follow])
+        run_in_threads([partial(run_all, run, branches.sources), follow])
     finally:
         awaited.give_up()
 
@@ -205,6 +206,7 @@ def _run_phases(
     phases = list(phases)
     while phases:
         name, phase = phases.pop(0)
+        run.check_goes_on()
         jobs = missing(run, phase)
         later = [other.jobs for other in phases]
         beside = _streaming(run, jobs, later, fits or fit_together)

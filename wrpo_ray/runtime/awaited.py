@@ -12,6 +12,8 @@ class Awaited:
     def __init__(self, steps: Iterable[Step]):
         self._left = {step.key for step in steps}
         self._lock, self._over = threading.Lock(), threading.Event()
+        self.is_given_up = False
+        """Whether the branches have ended, with all done or by an error in one."""
         self._settle()
 
     def _settle(self) -> None:
@@ -26,6 +28,7 @@ class Awaited:
 
     def give_up(self) -> None:
         """End the wait, as the rest will not be finished."""
+        self.is_given_up = True
         self._over.set()
 
     def wait(self) -> bool:

@@ -11,6 +11,7 @@ from wrpo_ray.data.shards import Layout, list_shards
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.awaited import Awaited
+from wrpo_ray.runtime.connection import ClosedError
 from wrpo_ray.runtime.ledger import Ledger, Usage
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
@@ -42,6 +43,11 @@ class Run:
     def __getstate__(self) -> dict[str, Any]:
         own = ("ledger", "awaited")
         return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    def check_goes_on(self) -> None:
+        """Raise ClosedError if another branch of the chain has failed."""
+        if self.awaited and self.awaited.is_given_up:
+            raise ClosedError("another branch of the chain has failed")
 
     def finished(self, step: Step) -> None:
         """Tell a branch that waits for the step."""

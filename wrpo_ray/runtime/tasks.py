@@ -2,11 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from typing import Any
 
+from wrpo_ray.runtime.connection import CONNECTION, ClosedError
 from wrpo_ray.runtime.placement import NO_GPU_NODES
 from wrpo_ray.runtime.worker_errors import capture_error, restore_error, summarize_error
 
+TICK = 1.0
+"""Seconds of one wait for results."""
 MAX_TASKS = 1024
 """Tasks submitted at once: more than most clusters have CPUs."""
 
@@ -29,7 +33,8 @@ def map_tasks(
     under_way: list[Any] = []
     try:
         for row in rows:
-            under_way.append(task.remote(what, shared, row))
+            with CONNECTION.in_use():
+                under_way.append(task.remote(what, shared, row))
             if len(under_way) == MAX_TASKS:
                 yield _result(under_way)
         while under_way:
@@ -37,16 +42,22 @@ def map_tasks(
     except ray.exceptions.RayError as error:
         raise summarize_error(error, what) from error
     finally:
-        for left in under_way:
-            ray.cancel(left)
+        with suppress(ClosedError), CONNECTION.in_use():  # a closed connection ended them
+            for left in under_way:
+                ray.cancel(left)
 
 
 def _result(under_way: list[Any]) -> dict[str, Any]:
     """Wait for one task, remove it from the list, and return its result."""
     import ray
 
-    (done,), under_way[:] = ray.wait(under_way)
-    result: dict[str, Any] = ray.get(done)
+    done: list[Any] = []
+    while not done:
+        with CONNECTION.in_use():
+            done, left = ray.wait(under_way, timeout=TICK)
+    under_way[:] = left
+    with CONNECTION.in_use():
+        result: dict[str, Any] = ray.get(done[0])
     if "error" in result:
         raise restore_error(result)
     return result

@@ -288,6 +288,7 @@ def _watch(tasks: list[Task], trainer: Any, checkpoints: Folder) -> list[Trained
     while thread.is_alive():
         started = time.monotonic()
         thread.join(PROGRESS_INTERVAL)
+        tasks[0].run.check_goes_on()
         _count(task, time.monotonic() - started)
         untold = [t for t in untold if not _tell_memory(t)]
         if len(untold) < len(tasks):  # all workers run, so Ray shows what they hold
