@@ -57,7 +57,7 @@ def test_sft_trains_and_answers_while_sources_answer_and_a_kill_there_loses_noth
         evaluate=None,
     )
     monkeypatch.setenv("PYTHONPATH", fake_engine.PYTHONPATH)
-    held = f"{HELD} {output} generate-sft-*/*/*.parquet"
+    held = f"{HELD} {output} generate-target-sft-*/*/*.parquet"
     with RayHead(8, env={"WRPO_TEST_HELD": held}) as head:
 
         def start() -> subprocess.Popen:
@@ -80,7 +80,7 @@ def test_sft_trains_and_answers_while_sources_answer_and_a_kill_there_loses_noth
             print((tmp_path / "log").read_text())
     after = made(output)
     assert before.items() <= after.items()  # nothing was written again
-    own = shards(output, "generate-sft-*/*/*.parquet").values()
+    own = shards(output, "generate-target-sft-*/*/*.parquet").values()
     for name in SOURCES[:2]:
         assert min(own) < max(shards(output, f"generate-{name}-*/*/*.parquet").values())
     check_rows(output)
@@ -93,9 +93,9 @@ def check_rows(output: Path) -> None:
     asked = Counter(row["split"] for row in splits)
     assert 0 < asked["sft"] < asked["preference"]
     for kind in ("generate", "score-reward"):
-        for name in (*SOURCES[:2], "sft"):
+        for name in (*SOURCES[:2], "target-sft"):
             found = table(output, f"{kind}-{name}-*/*/*.parquet", *key).to_pylist()
-            wanted = asked["preference"] if name == "sft" else len(splits)
+            wanted = asked["preference"] if name == "target-sft" else len(splits)
             assert len(found) == len({tuple(row.values()) for row in found}) == wanted * SAMPLES
     whole, early = sorted(
         (rows_of(folder) for folder in output.glob("select-*")), key=len, reverse=True
