@@ -203,7 +203,7 @@ def longest_row(numbers: tuple[int, ...], workers: int, way: dict[str, Any]) -> 
 
     def is_too_long(tokens: int) -> bool:
         shape = Shape(0.1 * tokens, 0.3 * tokens, 3)
-        return worker_memory(sizes, config, tokens, shape).total > USABLE
+        return worker_memory(sizes, config, tokens, shape, slim=True).total > USABLE
 
     return bisect.bisect_left(range(1, 2**20), True, key=is_too_long)
 

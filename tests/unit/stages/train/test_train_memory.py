@@ -270,11 +270,11 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
         patch.setattr(fitting, "_room", lambda device: Room(50 * GB, 4.9 * GB))
         assert fitting.fitted(task, tmp_path, lengths, torch.device("cpu")).slim is True
         assert "in layers that keep less" in task.folder.read_json(MEMORY)
-    monkeypatch.setattr(fitting, "node_memory", lambda: Room(3 * GB, 3 * GB))
+    monkeypatch.setattr(fitting, "node_memory", lambda: Room(3 * GB, 1.5 * GB))
     with pytest.raises(UserError, match="set gradient_checkpointing: true, lora|set lora"):
         fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))
     # a node's memory is shared by its workers
-    monkeypatch.setattr(fitting, "node_memory", lambda: Room(6 * GB, 6 * GB))
+    monkeypatch.setattr(fitting, "node_memory", lambda: Room(6 * GB, 3 * GB))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError):
         fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))
