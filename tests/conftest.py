@@ -64,7 +64,8 @@ ALONE = [
     f"tests/{name}.py"
     for name in (
         "ray/test_train", "e2e/test_real_model", "e2e/test_rehearsal", "e2e/test_serving",
-        "e2e/test_autoscaling", "e2e/test_thinking", "ray/test_cluster", "ray/test_hub_inputs",
+        "e2e/test_autoscaling", "ray/test_side_by_side", "e2e/test_thinking",
+        "ray/test_weights_on_nodes", "ray/test_cluster", "ray/test_hub_inputs",
         "ray/test_endpoint_source", "ray/test_pools", "ray/test_simulated_cluster",
         "e2e/test_rewards_vllm", "e2e/test_leaving", "ray/test_metrics",
     )
