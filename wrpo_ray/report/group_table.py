@@ -22,10 +22,10 @@ def by_group(
 ) -> dict[str, Row]:
     """Return what is known of each group, from the counts of selection and pairing.
 
-    {group: {prompts, selected, wins {source: y_ws}, rows, y_ws, y_wt, y_l}}: the last three are
-    mean rewards, of the selection and of the preference rows; None without rows. A reward has a
-    scale of its own, so they compare within a group. The group without a name is all others. A
-    source that the config does not ask about a group has None wins there.
+    {group: {prompts, selected, wins {source: y_ws}, not_asked, rows, y_ws, y_wt, y_l}}: the last
+    three are mean rewards, of the selection and of the preference rows; None without rows. A reward
+    has a scale of its own, so they compare within a group. The group without a name is all others.
+    `not_asked` are the sources that the config does not ask about the group.
     """
     only = {s.get("name"): s.get("groups") for s in config.get("sources") or ()}
     of_pair = read_counts(dict(pair))
@@ -38,8 +38,8 @@ def by_group(
         found[group] = {
             "prompts": own["prompts"],
             "selected": own["rows"],
-            "wins": {n.removeprefix(WINS): v for n, v in own.items() if n.startswith(WINS)}
-            | {name: None for name, groups in only.items() if groups and group not in groups},
+            "wins": {n.removeprefix(WINS): v for n, v in own.items() if n.startswith(WINS)},
+            "not_asked": [name for name, of in only.items() if of and group not in of],
             "rows": rows,
             "y_ws": _mean(own["reward"], own["rows"]),
             "y_wt": _mean(pairs.get("target_chosen", 0), rows),
@@ -69,11 +69,10 @@ def tables(groups: Mapping[str, Row]) -> list[tuple[str, Table]]:
         ]
         for group, row in groups.items()
     ]
-    sources = sorted({source for row in groups.values() for source in row["wins"]})
-    wins = [
-        [source, *(_share(row["wins"].get(source, 0), row["selected"]) for row in groups.values())]
-        for source in sources
-    ]
+    sources = sorted(
+        {name for row in groups.values() for name in (*row["wins"], *row["not_asked"])}
+    )
+    wins = [[source, *(_share(row, source) for row in groups.values())] for source in sources]
     shares = [["source", *names.values()], *wins]
     if len(groups) > len(sources):
         shares = [list(column) for column in zip(*shares, strict=True)]
@@ -86,7 +85,7 @@ def _clipped(name: str) -> str:
     return name if len(name) <= LONG else f"{name[: LONG // 2]}…{name[-LONG // 2 + 1 :]}"
 
 
-def _share(part: int | None, whole: int) -> str:
-    if part is None:
+def _share(row: Row, source: str) -> str:
+    if source in row["not_asked"]:
         return "not asked"
-    return f"{part / whole:.1%}" if whole else "-"
+    return f"{row['wins'].get(source, 0) / row['selected']:.1%}" if row["selected"] else "-"

@@ -534,8 +534,8 @@ def test_counts_by_group_are_told_as_tables():
     pair = {"group/rows/x": 1, "group/target_chosen/x": 0.5, "group/rejected/x": -0.25}
     found = by_group(select, pair)
     assert found["x"] == {
-        "prompts": 2, "selected": 2, "wins": {"q.1": 1}, "rows": 1, "y_ws": 4.5, "y_wt": 0.5,
-        "y_l": -0.25,
+        "prompts": 2, "selected": 2, "wins": {"q.1": 1}, "not_asked": [], "rows": 1,
+        "y_ws": 4.5, "y_wt": 0.5, "y_l": -0.25,
     }  # fmt: skip
     (_, first), (_, second) = tables(found)
     assert first[1:] == [
@@ -557,9 +557,13 @@ def test_counts_by_group_are_told_as_tables():
 def test_tables_by_group_show_all_numbers_beside_long_names(tmp_path):
     """Others come last; a group without prompts has no means; a wide terminal is not needed."""
     long = {f"a name that many groups begin with, {end}": end for end in ("one", "two")}
-    row = {"prompts": 1234, "selected": 4, "wins": {"a": 1, "b": 3}, "rows": 2}
-    row |= {"y_ws": 0.5, "y_wt": 0.25, "y_l": -0.125}
-    empty = dict.fromkeys(row, 0) | {"wins": {}} | dict.fromkeys(("y_ws", "y_wt", "y_l"))
+    row = {"prompts": 1234, "selected": 4, "wins": {"a": 1, "b": 3}, "not_asked": []}
+    row |= {"rows": 2, "y_ws": 0.5, "y_wt": 0.25, "y_l": -0.125}
+    empty = (
+        dict.fromkeys(row, 0)
+        | {"wins": {}, "not_asked": []}
+        | dict.fromkeys(("y_ws", "y_wt", "y_l"))
+    )
     groups = {"": row, **dict.fromkeys(long, row), "empty": empty}
     (title, first), (_, second) = tables(groups)
     names = [own[0] for own in first[1:]]
