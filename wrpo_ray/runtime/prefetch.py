@@ -141,8 +141,10 @@ class Prefetch:
     def _turn(self) -> None:
         import ray
 
+        if self._tracker is None:
+            return
         with CONNECTION.in_use(), self._lock, suppress(ray.exceptions.RayError):
-            if self._tracker is not None:
+            if self._tracker is not None:  # the run may have ended meanwhile
                 self._look()  # an error is of a node that was lost a moment ago
 
     def _look(self) -> None:

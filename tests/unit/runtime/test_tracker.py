@@ -6,8 +6,9 @@ import pytest
 
 from wrpo_ray.runtime import weights
 from wrpo_ray.runtime.allocation import Node
+from wrpo_ray.runtime.connection import CONNECTION
 from wrpo_ray.runtime.placement import Actors, Pool
-from wrpo_ray.runtime.prefetch import nodes_for
+from wrpo_ray.runtime.prefetch import Prefetch, nodes_for
 from wrpo_ray.runtime.weights import UPLOADS, Lead, Tracker
 
 FILES = [f"model-{i}" for i in range(12)]
@@ -121,3 +122,14 @@ def test_a_model_goes_to_nodes_that_can_hold_an_engine():
     assert of({"max": 2, "num_gpus": 1}, parts=4) == (["g0", "g1", "g2"], 2)
     assert of({"max": 2, "num_gpus": 1}, parts=8) == (["g0", "g1", "g2"], 16)
     assert of({"max": 2, "resources": {"h100": 1}}) == ([], 2)
+
+
+def test_where_no_model_is_wanted_ray_is_not_asked(monkeypatch):
+    """Such as in a process whose connection to Ray has ended."""
+    monkeypatch.setattr(CONNECTION, "_is_closed", True)
+    prefetch = Prefetch()
+    prefetch.open("session")
+    prefetch.want([])
+    prefetch.wait([])
+    assert prefetch.is_ready("node", [])
+    prefetch.close()
