@@ -1,6 +1,6 @@
 """Jobs: the units that a chain consists of, as the runner, the planner and the reports see them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, Protocol, Self
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Protocol, Self
 from wrpo_ray.config import ImportConfig, PromptsConfig, RecordedAnswers
 from wrpo_ray.data.samples import Prompts, Samples
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.placement import Model, Pool
 from wrpo_ray.runtime.ready_queue import ReadyQueue
 from wrpo_ray.storage.steps import Step
 
@@ -151,5 +151,11 @@ class BaseJob:
 
     @property
     def needs(self) -> dict[str, float]:
-        """One task."""
-        return {"CPU": 1.0}
+        """One of the workers that load models, else one task."""
+        return self.loads.needs if self.loads else {"CPU": 1.0}
+
+
+def models_of(jobs: Iterable[Job]) -> tuple[Model, ...]:
+    """All models that workers of the jobs load, each once."""
+    pools = [job.loads for job in jobs]
+    return tuple(dict.fromkeys(model for pool in pools if pool for model in pool.models))

@@ -284,11 +284,8 @@ def end_threads() -> None:
     assert not any(thread.is_alive() for thread in found)
 
 
-def test_an_error_in_one_branch_ends_the_run_and_what_is_done_is_kept(
-    log, run, monkeypatch
-) -> None:
-    """The source fails after SFT, before or beside the target's samples; then comes the rest."""
-    stages, _ = toys(log, monkeypatch)
+def fail_after_sft(log: Log, run: Run, stages: list[Stage]) -> None:
+    """The source fails when SFT has ended, before or beside the sample, which then goes on."""
     log.fails = {"source"}
     gated(log, "source", until="sft")
     log.gates["sample"] = threading.Event()
@@ -296,6 +293,14 @@ def test_an_error_in_one_branch_ends_the_run_and_what_is_done_is_kept(
         run_stages(run, stages, lambda: None)
     log.gates["sample"].set()
     end_threads()
+
+
+def test_an_error_in_one_branch_ends_the_run_and_what_is_done_is_kept(
+    log, run, monkeypatch
+) -> None:
+    """The source fails after SFT, before or beside the target's samples; then comes the rest."""
+    stages, _ = toys(log, monkeypatch)
+    fail_after_sft(log, run, stages)
     done = again(log, run, monkeypatch)
     assert set(done) - {"sample"} == {"pair", "select", "source"}
     assert again(log, run, monkeypatch) == []
@@ -305,13 +310,7 @@ def test_a_branch_begins_nothing_after_an_error_in_the_other(log, run, monkeypat
     """The sample that is made when the source fails is finished; with the pairs nothing begins."""
     stages, _ = toys(log, monkeypatch)
     stages[4] = Stage("sample", (*stages[4].phases, (Toy("scores", log),)))
-    log.fails = {"source"}
-    gated(log, "source", until="sft")
-    log.gates["sample"] = threading.Event()
-    with pytest.raises(WrpoError, match="^source failed$"):
-        run_stages(run, stages, lambda: None)
-    log.gates["sample"].set()
-    end_threads()
+    fail_after_sft(log, run, stages)
     assert not {"scores begins", "pair begins"} & set(log.events)
 
 

@@ -27,7 +27,7 @@ from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env, slots, weight_bytes
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
-from wrpo_ray.runtime.job import BaseJob, JobKind, Stream
+from wrpo_ray.runtime.job import BaseJob, JobKind, Stream, models_of
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
@@ -119,11 +119,6 @@ class Generate(BaseJob):
         models = () if self.model.endpoint else ((self.folder, self.fingerprint),)
         return replace(pool_of(self.engines), models=models)
 
-    @property
-    def needs(self) -> dict[str, float]:
-        """One engine."""
-        return pool_of(self.engines).needs
-
     def of_splits(self, splits: tuple[str, ...]) -> Self:
         """The part of the job for some splits of its prompts, in the same store."""
         return replace(self, prompts=self.prompts.of_splits(splits))
@@ -143,7 +138,7 @@ class Generate(BaseJob):
         alike = [
             replace(
                 pool_of(same[0].engines, _bucket(run, same), bytes_of(same[0])),
-                models=tuple(dict.fromkeys(model for job in same for model in job.loads.models)),
+                models=models_of(same),
             )
             for same in pools.values()
         ]

@@ -120,11 +120,6 @@ class Score(BaseJob):
         models = tuple((folder, key) for folder, key in parts if folder)
         return replace(pool_of(self.reward), models=models)
 
-    @property
-    def needs(self) -> dict[str, float]:
-        """One actor."""
-        return pool_of(self.reward).needs
-
     def part(self, answers: Samples) -> Self:
         """The part of the job for some of its answers, in the same store."""
         return replace(self, answers=answers, is_part=True)

@@ -26,7 +26,7 @@ from wrpo_ray.llm.reasoning import format_of
 from wrpo_ray.llm.rendering import OWN, Template, load_tokenizer
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
-from wrpo_ray.runtime.job import BaseJob, JobKind
+from wrpo_ray.runtime.job import BaseJob, JobKind, models_of
 from wrpo_ray.runtime.placement import MALLOC, Pool
 from wrpo_ray.runtime.pool import map_rows
 from wrpo_ray.runtime.pool_members import StartClock
@@ -118,11 +118,6 @@ class Prepare(BaseJob):
         has_model, models = self.config.reference_mode == "stored", ((self.base, self.fingerprint),)
         return Pool(self.step.name, self.actors, env, has_model=has_model, models=models)
 
-    @property
-    def needs(self) -> dict[str, float]:
-        """One actor."""
-        return Pool(self.step.name, self.actors).needs
-
     def decided(self, run: Run) -> Self:
         """The job without an `early` step that is not finished."""
         is_there = self.early and self.early.is_done(run.root)
@@ -156,8 +151,8 @@ def _prepare(run: Run, jobs: list[Prepare]) -> None:
     left = Counter({number: len(indices) for number in range(len(jobs))})
     progress = Progress(jobs[0].step.name, len(rows))
     has_model = any(job.config.reference_mode == "stored" for job in jobs)
-    models = tuple(dict.fromkeys(model for job in jobs for model in job.loads.models))
-    (pool,) = with_shares([replace(jobs[0].loads, has_model=has_model, models=models)])
+    all_load = replace(jobs[0].loads, has_model=has_model, models=models_of(jobs))
+    (pool,) = with_shares([all_load])
     jobs = [job.decided(run) for job in jobs]
     for result in map_rows(pool, rows, Preparer, {"run": run, "jobs": jobs}):
         number, job = result["job"], jobs[result["job"]]
