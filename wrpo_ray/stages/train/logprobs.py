@@ -1,7 +1,8 @@
 """Log-probs of answers from hidden states, without logits of all tokens at once.
 
-Only the N positions that predict an answer token go through the head, some of them at a time;
-the backward pass recomputes their logits. Sums are in fp32 (for float64 models in float64),
+Only the N positions that predict an answer token go through the head, a chunk of them at a time.
+The backward pass begins with the last chunk's logits, which it would have to make room for anyway,
+and recomputes those of the others. Sums are in fp32 (for float64 models in float64),
 whatever the model's precision: bf16 sums are wrong by up to 2 nats at -400. On GPUs matrix products
 of half precision give their fp32 sums as they are, and add to fp32 sums (cuBLAS), so that neither
 the logits nor the weight's gradient go through memory in both precisions.
@@ -72,36 +73,43 @@ class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
         chunk: int,
     ) -> Tensor:
         rows = max(1, chunk // weight.shape[0])
-        logps, norms = [], []
+        logps, every = [], None
         for part, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
-            logits = _logits(part, weight, bias, softcap)
-            norm = logits.logsumexp(1)
-            logps.append(logits.gather(1, tokens[:, None])[:, 0] - norm)
-            norms.append(norm)
+            del every  # one chunk at a time
+            every = _logits(part, weight, bias, softcap).log_softmax(1)
+            logps.append(every.gather(1, tokens[:, None])[:, 0])
         ctx.softcap, ctx.rows = softcap, rows
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(norms))
+        # A soft cap's slope needs the logits.
+        ctx.kept = every if softcap is None and any(ctx.needs_input_grad) else None
+        ctx.save_for_backward(hidden, weight, bias, targets)
         return torch.cat(logps)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, norms = ctx.saved_tensors
+        hidden, weight, bias, targets = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
-        of_weight = torch.zeros_like(weight, dtype=_wide(weight)) if wants_weight else None
+        of_weight = None
         of_bias = torch.zeros_like(bias, dtype=_wide(weight)) if wants_bias else None
-        for start in range(0, len(targets), ctx.rows):
+        kept, ctx.kept = ctx.kept, None  # is overwritten here: a second pass recomputes it
+        for start in reversed(range(0, len(targets), ctx.rows)):
             part = slice(start, start + ctx.rows)
-            logits = _logits(hidden[part], weight, bias, ctx.softcap)
-            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-            of_logits = _of_logits(
-                logits, norms[part], targets[part], gradients[0][part], slope, weight.dtype
-            )
+            slope, every, kept = None, kept, None
+            if every is None:
+                logits = _logits(hidden[part], weight, bias, ctx.softcap)
+                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+                every = logits.log_softmax(1)
+                del logits
+            of_logits = _of_logits(every, targets[part], gradients[0][part], slope, weight.dtype)
+            del every
             if of_hidden is not None:
                 torch.mm(of_logits, weight, out=of_hidden[part])
-            if of_weight is not None:
-                add_product(of_weight, of_logits, hidden[part])
+            if wants_weight:
+                of_weight = plus_product(of_weight, of_logits, hidden[part])
             if of_bias is not None:
                 of_bias += of_logits.sum(0, dtype=of_bias.dtype)
+        if wants_weight and of_weight is None:  # no token
+            of_weight = torch.zeros_like(weight)
         cast = [g if g is None else g.to(weight.dtype) for g in (of_weight, of_bias)]
         return of_hidden, *cast, None, None, None
 
@@ -121,36 +129,39 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def _of_logits(
-    logits: Tensor,
-    norms: Tensor,
+    logps: Tensor,
     targets: Tensor,
     gradient: Tensor,
     slope: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of logits, gradient * (onehot(targets) - softmax) * slope; overwrites them.
+    """The gradient of logits, gradient * (onehot(targets) - softmax) * slope.
 
+    Overwrites the log-probs (rows, V).
     The last product is written in `dtype`, with the same rounding as if it were converted then.
     """
-    softmax = logits.sub_(norms[:, None]).exp_()
-    places = targets[:, None]
-    of_targets = (1 - softmax.gather(1, places)) * gradient[:, None]
+    softmax = logps.exp_()
+    places, gradient = targets[:, None], gradient[:, None]
+    of_targets = (1 - softmax.gather(1, places)) * gradient
     if slope is not None:
         of_targets *= slope.gather(1, places)
         softmax *= slope
     narrow = softmax if dtype == softmax.dtype else torch.empty_like(softmax, dtype=dtype)
-    torch.mul(softmax, -gradient[:, None], out=narrow)
+    torch.mul(softmax, -gradient, out=narrow)
     return narrow.scatter_(1, places, of_targets.to(dtype))
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left.T @ right to total, in the total's precision."""
+def plus_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add left.T @ right to `total` in its place; without one, return it, in fp32 at least."""
+    if total is None and gives_fp32(left.device, left.dtype):
+        return torch.mm(left.T, right, out_dtype=torch.float32)
+    if total is None:
+        return (left.T @ right).to(_wide(left))
     if total.dtype == left.dtype:
-        total.addmm_(left.T, right)
-    elif adds_to_fp32(left.device, left.dtype):
-        torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
-    else:
-        total += left.T @ right
+        return total.addmm_(left.T, right)
+    if adds_to_fp32(left.device, left.dtype):
+        return torch.addmm(total, left.T, right, out_dtype=total.dtype, out=total)
+    return total.add_(left.T @ right)
 
 
 # --- what torch offers on a device: found out by a small product ---------------------------------

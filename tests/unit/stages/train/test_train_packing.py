@@ -234,6 +234,35 @@ def test_the_head_against_autograd(softcap, chunk):
     torch.testing.assert_close(logps(hidden, weight, bias), want, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("softcap", "again"), [(None, 2), (2.5, 3)])
+def test_the_last_chunks_logits_are_kept(monkeypatch, softcap, again):
+    """The backward pass has room for one chunk, so it recomputes those of the others only."""
+    asked = []
+
+    def counted(part, *rest):
+        asked.append(len(part))
+        return logits(part, *rest)
+
+    logits = logprobs._logits
+    monkeypatch.setattr(logprobs, "_logits", counted)
+    hidden, weight = torch.randn(10, 6, requires_grad=True), torch.randn(17, 6, requires_grad=True)
+    got = token_logps(hidden, weight, None, torch.arange(10), softcap, 4 * 17)
+    assert asked == [4, 4, 2]
+    grads = [torch.autograd.grad(got.sum(), [hidden, weight], retain_graph=True) for _ in range(2)]
+    assert len(asked) == 3 + again + 3  # a second pass has none
+    for first, second in zip(*grads, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_no_token_is_no_log_prob_and_no_gradient():
+    hidden, weight = torch.randn(0, 6, requires_grad=True), torch.randn(17, 6, requires_grad=True)
+    got = token_logps(hidden, weight, None, torch.arange(0))
+    got.sum().backward()
+    assert got.shape == (0,)
+    assert hidden.grad.shape == (0, 6)
+    assert not weight.grad.any()
+
+
 def test_a_frozen_head_costs_no_gradient():
     hidden = torch.randn(4, 6, requires_grad=True)
     weight = torch.randn(17, 6)
