@@ -38,9 +38,9 @@ GPU = 80 * 10**9
 WIDTH, HEAD = 1024, 128
 """Width of the layer, and of its heads; the other sizes have Llama-3 8B's ratios to it."""
 FUSED = dict.fromkeys(("_norm", "_norm_again", "_product", "_product_backward"), 1)
-FUSED |= {"_turn": 1, "_turn_back": 1, "_norm_backward": 3}
-"""Kernels of each compiled function of `layers`; the sum over tokens that is the gradient of a
-norm's weight takes two more (on the CPU, torch's compiler makes one kernel of each)."""
+FUSED |= {"_product_and_slopes": 1, "_turn": 1, "_turn_back": 1, "_norm_backward": 3}
+"""Kernels of each compiled function of `layers`, as `lowering` finds; the sum over tokens that is
+the gradient of a norm's weight takes two more."""
 
 
 # --- the head -----------------------------------------------------------------------------------
@@ -163,11 +163,13 @@ are no times.
 {lines}
 
 - Launches: ATen operations of a Llama layer and micro-batch in bf16, forward and backward, that
-  are neither views nor allocations; the difference of models with two layers and with one. 21 of
-  them are matrix products. Some have more than one kernel (the gradient of attention). What torch
-  compiles on GPUs counts as its kernels: one each, as the compiler makes on the CPU, and three
-  for the gradient of a norm, whose sum over tokens a GPU takes in two more. If Triton or a C
-  compiler is missing, nothing is compiled, and launches are about as many as before.
+  are neither views nor allocations; the difference of models with two layers and with one. 12 of
+  them are matrix products, where queries, keys and values are one, and gate and up. With
+  adapters or ZeRO-3 they are apart: 21, and 51 launches. Some have more than one kernel (the gradient of
+  attention). What torch compiles on GPUs counts as the kernels that its compiler writes for an
+  H100 (`lowering.py`): one each, and three for the gradient of a norm, whose sum over tokens
+  takes two more. If Triton or a C compiler is missing, nothing is compiled, and launches are
+  about as many as before.
 - Kept: bytes of all storages that operations of the forward pass made and that still exist after
   it, a layer, divided by tokens x width (sizes in Llama-3 8B's ratios, 1.75 keys for each token,
   no checkpointing).

@@ -45,10 +45,15 @@ def shared_prompt_attention(
     Dropout is not applied: it is off in training here (see `model.disable_dropout`).
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.device.type in ("cuda", "meta") and half and softcap is None:
+    if is_one_kernel(query, softcap):
         return by_varlen(query, key, value, layout, scale, sliding_window), None
     return by_blocks(query, key, value, layout, scale, sliding_window, softcap), None
+
+
+def is_one_kernel(query: Tensor, softcap: float | None) -> bool:
+    """Whether attention of such queries is `by_varlen`."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    return query.device.type in ("cuda", "meta") and half and softcap is None
 
 
 def by_blocks(

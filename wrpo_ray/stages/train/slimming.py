@@ -3,7 +3,9 @@
 Model code is not forked: norms, gated MLPs and attention with rotary positions are found by what
 they are called and what they have, and get the functions of `layers`. Each kind is first compared
 with the module's own forward on random input, values and gradients; where they differ, the module
-stays as it is.
+stays as it is. On GPUs, linear layers of one input have their weights moved side by side, and are
+one product (`layers.side_by_side`): gate and up, and where no view of the output outlives
+attention, queries, keys and values. Layers with biases or adapters stay apart.
 """
 
 from __future__ import annotations
@@ -19,7 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrpo_ray.stages.train.layers import ACTIVATIONS, mlp_forward, norm_forward, turn
+from wrpo_ray.stages.train import attention
+from wrpo_ray.stages.train.layers import (
+    ACTIVATIONS,
+    Together,
+    all_plain,
+    inner_layers,
+    linear_forward,
+    mlp_forward,
+    norm_forward,
+    put_side_by_side,
+    turn,
+)
 
 log = logging.getLogger(__name__)
 ROPE = "apply_rotary_pos_emb"
@@ -37,6 +50,7 @@ def slim(model: nn.Module) -> dict[str, int]:
         for matches, apply in ((_is_norm, _slim_norm), (_is_mlp, _slim_mlp), (_turns, _slim_rope)):
             if matches(module) and apply(module, kinds):
                 found[name] = found.get(name, 0) + 1
+        _join(module)
     return found
 
 
@@ -106,6 +120,53 @@ def _set(module: Any, forward: Callable[..., Any], kind: str | None) -> bool:
     module.slim_kind = kind
     module.forward = types.MethodType(forward, module)
     return True
+
+
+# --- linear layers of one input -----------------------------------------------------------------
+
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def _join(module: Any) -> None:
+    """Have the module's linear layers of one input computed as one, where that is right."""
+    if module.__dict__.get("slim_kind") in ACTIVATIONS:
+        inner = inner_layers(module)
+        if _can_join((*inner, module.down_proj)):
+            put_side_by_side([layer.weight for layer in inner])
+            module.slim_whole = True
+        return
+    layers: tuple[Any, ...] = tuple(getattr(module, name, None) for name in PROJECTIONS)
+    if _can_join(layers) and _calls_each(module) and _lets_go(module):
+        put_side_by_side([layer.weight for layer in layers])
+        together = Together(layers)
+        for layer in layers:
+            layer.slim_together = together
+            layer.forward = types.MethodType(linear_forward, layer)
+
+
+def _can_join(layers: tuple[Any, ...]) -> bool:
+    return all_plain(layers) and saves_time(layers[0].weight)
+
+
+def saves_time(weight: Tensor) -> bool:
+    """Whether fewer launches save time: not on CPUs."""
+    return str(weight.device.type) != "cpu"
+
+
+def _calls_each(module: Any) -> bool:
+    """Whether attention calls all three layers, and changes none of their outputs in place."""
+    names = getattr(getattr(type(module).forward, "__code__", None), "co_names", ())
+    in_place = any(name.endswith("_") and not name.startswith("_") for name in names)
+    shares = getattr(module, "is_kv_shared_layer", False)
+    return set(PROJECTIONS) <= set(names) and not in_place and not shares
+
+
+def _lets_go(module: Any) -> bool:
+    """Whether attention keeps copies of keys and values, so not the product they are parts of."""
+    cap = getattr(module, "attn_logit_softcapping", None)
+    ours = module.config._attn_implementation == attention.SHARED_PROMPT
+    return ours and attention.is_one_kernel(module.q_proj.weight, cap)
 
 
 # --- equal on random input ----------------------------------------------------------------------
@@ -217,7 +278,11 @@ def _same(
 @contextmanager
 def own_forwards(model: nn.Module) -> Iterator[None]:
     """A context in which the modules of `slim` have their own forwards."""
-    ours = {m: m.__dict__.pop("forward") for m in model.modules() if hasattr(m, "slim_kind")}
+    ours = {
+        m: m.__dict__.pop("forward")
+        for m in model.modules()
+        if {"slim_kind", "slim_together"} & m.__dict__.keys()
+    }
     try:
         yield
     finally:
