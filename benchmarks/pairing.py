@@ -138,6 +138,8 @@ def make_answers(ids: pa.Array, source: str, rng: np.random.Generator) -> pa.Tab
         "reward": rng.normal(size=count),
         "reward_model": same("fedcba9876543210", pa.string()),
     }
+    for name in ("logprobs", "reasoning", "reasoning_state"):  # of models that do not reason
+        columns[name] = pa.nulls(count, records.SCORED.field(name).type)
     return pa.table(columns, schema=records.SCORED)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.data.records import PROMPT
-from wrpo_ray.data.shards import OpenShards
+from wrpo_ray.data.shards import OpenShards, Rows, encoded, take_rows
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -96,11 +96,11 @@ class Prompts:
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """Return the bucket's prompts (PROMPT records); `columns` has to contain `split`."""
+        more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
+        wanted = list(dict.fromkeys([*columns, *more])) if columns else PROMPT.names
         if bucket.session:  # it reads them several times
-            table = _read_prompts(root / self.step.folder, bucket, bucket.session)
+            table = _read_prompts(root / self.step.folder, bucket, bucket.session).select(wanted)
         else:
-            more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
-            wanted = columns and list(dict.fromkeys([*columns, *more]))
             table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
         table = table.filter(pc.is_in(table["split"], pa.array(self.splits)))
         if self.groups:
@@ -145,9 +145,9 @@ class Samples:
     ) -> pa.Table:
         """Return the bucket's answers, each once, sorted by (prompt, source, sample)."""
         names = schema.names if columns is None else columns
-        found = self.find(root, bucket, schema, names)
-        table = found.table.select(names).take(found.rows)
-        return table.cast(schema) if columns is None else table
+        found = self.find(root, bucket, encoded(schema, ANSWER_KEY[:2]), names)
+        table = take_rows(found.table.select(names), found.rows)
+        return table.cast(pa.schema([schema.field(name) for name in names], schema.metadata))
 
     def find(
         self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: Sequence[str] = ()
@@ -158,7 +158,7 @@ class Samples:
         names = list(dict.fromkeys([*ANSWER_KEY, *columns]))
         table = shards.read_all(names)
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
-        inside = pc.is_in(table["prompt_id"], wanted.combine_chunks()).to_numpy()
+        inside = of_values(table["prompt_id"], lambda ids: pc.is_in(ids, wanted.combine_chunks()))
         if self.count is not None:
             inside &= table["sample"].to_numpy() < self.count
         return RowSelection(shards, table, unique_rows(table, inside))
@@ -174,32 +174,51 @@ class RowSelection:
     rows: np.ndarray
     """Indices of the selected rows, in order."""
 
-    def read_all(self, columns: list[str]) -> pa.Table:
-        """Return further columns of every row of the shards."""
-        return self.shards.read_all(columns)
+    def take(self, columns: list[str], rows: Rows) -> pa.Table:
+        """Return further columns of some rows of the shards."""
+        return self.shards.take(columns, rows)
 
 
 def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
     """Sorted indices of the rows inside; of a duplicate (prompt, source, sample) the first."""
-    columns = [
-        dense_ranks(keys["prompt_id"]),
-        dense_ranks(keys["source"]),
-        keys["sample"].to_numpy(),
-    ]
-    order: np.ndarray = np.lexsort(columns[::-1])
+    ids, sources = dense_ranks(keys["prompt_id"]), dense_ranks(keys["source"])
+    ranks = joint_ranks([ids, sources, keys["sample"].to_numpy()])
+    order: np.ndarray = np.argsort(ranks, kind="stable")
     order = order[inside[order]]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = np.any([np.diff(c[order]) != 0 for c in columns], axis=0)
-    unique: np.ndarray = order[is_new]
+    unique: np.ndarray = order[np.diff(ranks[order], prepend=-1) != 0]
     return unique
+
+
+def joint_ranks(columns: Sequence[Rows]) -> Rows:
+    """Return a number from 0 for each row that orders rows by the first column, then the second...
+
+    Sorting by one number merges runs that are sorted already, as shards are.
+    """
+    ranks, count = np.zeros(len(columns[0]), np.int64), 1
+    for column in columns:
+        low, high = (int(f(initial=0)) for f in (column.min, column.max))
+        if count * (high - low + 1) >= 2**63:
+            ranks = np.unique(ranks, return_inverse=True)[1]
+            count = len(ranks)
+        ranks, count = ranks * (high - low + 1) + (column - low), count * (high - low + 1)
+    return ranks
 
 
 def dense_ranks(texts: pa.ChunkedArray) -> np.ndarray:
     """Return the rank of each text among the sorted distinct texts."""
-    encoded = texts.combine_chunks().dictionary_encode()
-    places = pc.rank(encoded.dictionary, tiebreaker="dense").to_numpy()
-    ranks: np.ndarray = places[encoded.indices.to_numpy()]
-    return ranks
+    return of_values(texts, lambda values: pc.rank(values, tiebreaker="dense"))
+
+
+def of_values(
+    column: pa.ChunkedArray, function: Callable[[pa.Array], pa.Array], of_null: int = 0
+) -> np.ndarray:
+    """Map a column of strings by a function of its distinct values, called once."""
+    whole = column.combine_chunks()
+    codes = whole if pa.types.is_dictionary(whole.type) else whole.dictionary_encode()
+    values = function(codes.dictionary).to_numpy(zero_copy_only=False)
+    values = np.append(values, values.dtype.type(of_null))
+    found: np.ndarray = values[codes.indices.fill_null(len(values) - 1).to_numpy()]
+    return found
 
 
 def sample_keys(table: pa.Table) -> set[tuple[str, int]]:

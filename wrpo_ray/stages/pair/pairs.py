@@ -184,7 +184,7 @@ def source_selection(
     kept = prompts.take(found)
     columns = {name: kept[name] for name in ("prompt_id", "messages", "split")} | {
         "source_chosen": candidates.answers(best[found]),
-        "candidates": candidates.scores(count).take(found),
+        "candidates": candidates.scores(found),
     }
     splits = pc.value_counts(kept["split"]).to_pylist()
     return pa.table(columns, schema=SELECTION), {
@@ -326,7 +326,7 @@ def _rows(
     chosen, rejected = answers[: len(best)], answers[len(best) :]
     source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
     scores = kept["candidates"].combine_chunks()
-    own = candidates.scores(len(selection)).take(found)
+    own = candidates.scores(found)
     rewards: Floats = candidates.rewards
     columns = {
         "prompt_id": kept["prompt_id"],
