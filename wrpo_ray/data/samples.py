@@ -102,12 +102,26 @@ class Prompts:
             table = _read_prompts(root / self.step.folder, bucket, bucket.session).select(wanted)
         else:
             table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
-        table = table.filter(pc.is_in(table["split"], pa.array(self.splits)))
+        table = of_splits(table, self.splits)
         if self.groups:
             table = table.filter(self.groups.mask(table["group"]))
         if self.referenced:
             table = table.filter(pc.is_valid(table["reference"]))
         return table.select(columns) if columns else table
+
+
+def of_splits(table: pa.Table, splits: tuple[str, ...]) -> pa.Table:
+    """Return the rows of some splits; the table itself if it has no others."""
+    if set(table["split"].unique().to_pylist()) <= set(splits):
+        return table
+    return table.filter(pc.is_in(table["split"], pa.array(splits)))
+
+
+def sorted_by_prompt(table: pa.Table) -> pa.Table:
+    """Return the rows in the order of their prompts' ids; the table itself if it has it."""
+    ids = table["prompt_id"].combine_chunks()
+    in_order = pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py()
+    return table if in_order else table.sort_by("prompt_id")
 
 
 def parts(asked: Sequence[tuple[str, Prompts]]) -> dict[int, int]:
@@ -183,30 +197,38 @@ def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
     """Sorted indices of the rows inside; of a duplicate (prompt, source, sample) the first."""
     ids, sources = dense_ranks(keys["prompt_id"]), dense_ranks(keys["source"])
     ranks = joint_ranks([ids, sources, keys["sample"].to_numpy()])
-    order: np.ndarray = np.argsort(ranks, kind="stable")
+    order = sorting(ranks)
     order = order[inside[order]]
     unique: np.ndarray = order[np.diff(ranks[order], prepend=-1) != 0]
     return unique
 
 
-def joint_ranks(columns: Sequence[Rows]) -> Rows:
-    """Return a number from 0 for each row that orders rows by the first column, then the second...
+def sorting(ranks: np.ndarray) -> np.ndarray:
+    """Return the stable order of the ranks; those of a shard are mostly in order already."""
+    if np.all(ranks[1:] >= ranks[:-1]):
+        return np.arange(len(ranks))
+    return np.argsort(ranks, kind="stable")
 
-    Sorting by one number merges runs that are sorted already, as shards are.
+
+def joint_ranks(columns: Sequence[Rows]) -> np.ndarray:
+    """Return a number for each row, (N,) from 0: the order of the rows by one column after another.
+
+    Sorting by one number is one sort, and merges runs that are in order.
     """
     ranks, count = np.zeros(len(columns[0]), np.int64), 1
     for column in columns:
-        low, high = (int(f(initial=0)) for f in (column.min, column.max))
+        low, high = int(column.min(initial=0)), int(column.max(initial=0))
         if count * (high - low + 1) >= 2**63:
-            ranks = np.unique(ranks, return_inverse=True)[1]
-            count = len(ranks)
-        ranks, count = ranks * (high - low + 1) + (column - low), count * (high - low + 1)
+            distinct, ranks = np.unique(ranks, return_inverse=True)
+            count = len(distinct)
+        ranks, count = ranks * (high - low + 1), count * (high - low + 1)
+        ranks += column.astype(np.int64) - low
     return ranks
 
 
 def dense_ranks(texts: pa.ChunkedArray) -> np.ndarray:
     """Return the rank of each text among the sorted distinct texts."""
-    return of_values(texts, lambda values: pc.rank(values, tiebreaker="dense"))
+    return of_values(texts, lambda values: pc.rank(values, tiebreaker="dense").cast(pa.int64()))
 
 
 def of_values(

@@ -36,11 +36,12 @@ MANY = 8
 """Folders of buckets above which all of a store is listed, if most of them are asked for."""
 _PLACE = re.compile(r"(\d{5})-of-(\d{5})")
 _NAME = re.compile(rf"{_PLACE.pattern}([/-])(\w+?)(?:-r(\d+)(?:-p(\d+)-t(\d+))?)?\.parquet")
-_OPTIONS = ds.ParquetFragmentScanOptions(
+_REMOTE = ds.ParquetFragmentScanOptions(
     pre_buffer=True,
     cache_options=pa.CacheOptions(hole_size_limit=2**20, range_size_limit=2**26, lazy=False),
 )
 """A request costs an object store about as much as a megabyte, so smaller gaps are read, too."""
+_LOCAL = ds.ParquetFragmentScanOptions(pre_buffer=False)
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,8 @@ class OpenShards:
         """A listing told the sizes, so that no request is needed for them."""
         names = {field.name for field in self.schema if pa.types.is_dictionary(field.type)}
         options = ds.ParquetReadOptions(dictionary_columns=names)
-        parquet = ds.ParquetFileFormat(options, default_fragment_scan_options=_OPTIONS)
+        scan = _REMOTE if self.folder.is_remote else _LOCAL
+        parquet = ds.ParquetFileFormat(options, default_fragment_scan_options=scan)
         return [
             parquet.make_fragment(
                 f"{self.folder.path}/{s.path}", self.folder.filesystem, file_size=s.size
@@ -320,7 +322,9 @@ def encoded(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
 
 
 def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
-    """Return rows of a table, in their order; pyarrow's own `take` first copies all chunks."""
+    """Return rows of a table; pyarrow's own `take` first makes one chunk of all."""
+    if len(rows) == len(table) and np.array_equal(rows, np.arange(len(rows))):
+        return table
     batches = table.to_batches()
     parts, places = by_part(rows, [len(batch) for batch in batches])
     tables = [pa.table(batches[part].take(pa.array(inside))) for part, inside in parts]

@@ -18,6 +18,7 @@ from wrpo_ray.data.samples import (
     dense_ranks,
     joint_ranks,
     of_values,
+    sorting,
 )
 from wrpo_ray.data.shards import by_part, encoded, joined, take_rows
 from wrpo_ray.stages.pair.select import Bools, Floats, Ints
@@ -154,7 +155,7 @@ def candidates_of(
     rows = rows[prompts[rows] >= 0]
     columns = [prompts, dense_ranks(short["source"]), short["sample"].to_numpy()]
     ranks = joint_ranks([column[rows] for column in columns])
-    rows = rows[np.argsort(ranks, kind="stable")]
+    rows = rows[sorting(ranks)]
     return Candidates(stores, table, short, rows, prompts[rows].astype(np.int64))
 
 

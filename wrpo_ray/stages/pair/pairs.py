@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data.group_counts import WINS, Number, sums_by_group
 from wrpo_ray.data.records import ADDED, ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
+from wrpo_ray.data.shards import take_rows
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, candidates_of
 from wrpo_ray.stages.pair.eligibility import Eligible, eligible_answers
@@ -181,7 +182,7 @@ def source_selection(
     rewards, groups, count = candidates.rewards, candidates.prompts, len(prompts)
     best = best_of(rewards, eligible.chosen, groups, count, candidates.ties)
     found = np.flatnonzero(best != NONE)
-    kept = prompts.take(found)
+    kept = take_rows(prompts, found)
     columns = {name: kept[name] for name in ("prompt_id", "messages", "split")} | {
         "source_chosen": candidates.answers(best[found]),
         "candidates": candidates.scores(found),
@@ -322,7 +323,7 @@ def _rows(
     is_wrpo: bool,
 ) -> pa.Table:
     """PREFERENCE records of the prompts `found`, with these chosen and rejected answers."""
-    kept, answers = selection.take(found), candidates.answers(np.append(best, worst))
+    kept, answers = take_rows(selection, found), candidates.answers(np.append(best, worst))
     chosen, rejected = answers[: len(best)], answers[len(best) :]
     source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
     scores = kept["candidates"].combine_chunks()
