@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.data.records import PROMPT
-from wrpo_ray.data.shards import OpenShards, Rows, encoded, take_rows
+from wrpo_ray.data.shards import OpenShards, Rows, encoded, in_one, take_rows
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -119,7 +119,7 @@ def of_splits(table: pa.Table, splits: tuple[str, ...]) -> pa.Table:
 
 def sorted_by_prompt(table: pa.Table) -> pa.Table:
     """Return the rows in the order of their prompts' ids; the table itself if it has it."""
-    ids = table["prompt_id"].combine_chunks()
+    ids = in_one(table["prompt_id"])
     in_order = pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py()
     return table if in_order else table.sort_by("prompt_id")
 
@@ -172,7 +172,7 @@ class Samples:
         names = list(dict.fromkeys([*ANSWER_KEY, *columns]))
         table = shards.read_all(names)
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
-        inside = of_values(table["prompt_id"], lambda ids: pc.is_in(ids, wanted.combine_chunks()))
+        inside = of_values(table["prompt_id"], lambda ids: pc.is_in(ids, in_one(wanted)))
         if self.count is not None:
             inside &= table["sample"].to_numpy() < self.count
         return RowSelection(shards, table, unique_rows(table, inside))
@@ -235,11 +235,14 @@ def of_values(
     column: pa.ChunkedArray, function: Callable[[pa.Array], pa.Array], of_null: int = 0
 ) -> np.ndarray:
     """Map a column of strings by a function of its distinct values, called once."""
-    whole = column.combine_chunks()
+    whole = in_one(column)
     codes = whole if pa.types.is_dictionary(whole.type) else whole.dictionary_encode()
     values = function(codes.dictionary).to_numpy(zero_copy_only=False)
-    values = np.append(values, values.dtype.type(of_null))
-    found: np.ndarray = values[codes.indices.fill_null(len(values) - 1).to_numpy()]
+    indices = codes.indices
+    if indices.null_count:
+        values = np.append(values, values.dtype.type(of_null))
+        indices = indices.fill_null(len(values) - 1)
+    found: np.ndarray = values[indices.to_numpy()]
     return found
 
 

@@ -321,6 +321,11 @@ def encoded(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
     return pa.schema([f.with_type(kind) if f.name in columns else f for f in schema])
 
 
+def in_one(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array; pyarrow's own `combine_chunks` copies even a single chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
 def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
     """Return rows of a table; pyarrow's own `take` first makes one chunk of all."""
     if len(rows) == len(table) and np.array_equal(rows, np.arange(len(rows))):
@@ -348,5 +353,6 @@ def by_part(rows: Rows, lengths: Sequence[int]) -> tuple[list[tuple[int, Rows]],
 
 
 def joined(tables: list[pa.Table], places: Rows | None, schema: pa.Schema) -> pa.Table:
+    """Join what was taken of the parts that `by_part` returned, in the order of the rows."""
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return table if places is None else table.take(pa.array(places))

@@ -20,7 +20,7 @@ from wrpo_ray.data.samples import (
     of_values,
     sorting,
 )
-from wrpo_ray.data.shards import by_part, encoded, joined, take_rows
+from wrpo_ray.data.shards import by_part, encoded, in_one, joined, take_rows
 from wrpo_ray.stages.pair.select import Bools, Floats, Ints
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
@@ -126,12 +126,14 @@ class Candidates:
         starts, ends = (np.searchsorted(self.prompts, of, side) for side in ("left", "right"))
         offsets = np.append(0, np.cumsum(ends - starts)).astype(np.int32)
         places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], ends - starts)
-        values = _structs(self.short.take(self.rows[places]), list(CANDIDATES.value_type))
+        fields = list(CANDIDATES.value_type)
+        table = self.short.select([field.name for field in fields])
+        values = _structs(table.take(self.rows[places]), fields)
         return pa.ListArray.from_arrays(offsets, values, type=CANDIDATES)
 
 
 def _structs(table: pa.Table, fields: list[pa.Field]) -> pa.StructArray:
-    columns = [table[field.name].combine_chunks().cast(field.type) for field in fields]
+    columns = [in_one(table[field.name]).cast(field.type) for field in fields]
     return pa.StructArray.from_arrays(columns, fields=fields)
 
 
@@ -184,6 +186,6 @@ def read_verdicts(
     keys = keys.cast(outcomes.select(ANSWER_KEY).schema)
     keys = keys.append_column("row", pa.array(np.arange(len(candidates))))
     joined = keys.join(outcomes, list(ANSWER_KEY), join_type="left outer").sort_by("row")
-    values = joined["reward"].combine_chunks().fill_null(np.nan).to_numpy()
+    values = in_one(joined["reward"]).fill_null(np.nan).to_numpy()
     both = ~verifiable[candidates.prompts]
     return Verdicts(both | (values == 1), both | (values < 1))
