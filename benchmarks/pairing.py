@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -197,8 +198,7 @@ def ours(data: Data) -> Taken:
 
 def import_stage(row: dict) -> dict:
     """Import what the stage needs in a worker, as stages before have, and hold the worker."""
-    import wrpo_ray.stages.pair.stage
-
+    importlib.import_module("wrpo_ray.stages.pair.stage")
     time.sleep(1)  # the other tasks start on other workers
     return row
 

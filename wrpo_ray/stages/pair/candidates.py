@@ -1,5 +1,6 @@
 """Scored answers as columns. Token ids and reasoning are read only for the chosen answers."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +23,7 @@ from wrpo_ray.data.samples import (
 )
 from wrpo_ray.data.shards import by_part, encoded, in_one, joined, take_rows
 from wrpo_ray.stages.pair.select import Bools, Floats, Ints
-from wrpo_ray.storage.fingerprints import unit_interval
+from wrpo_ray.storage.fingerprints import unit_intervals
 from wrpo_ray.storage.folder import Folder
 
 DECIDING = ["reward", "finish_reason", "text", "reasoning_state"]
@@ -94,8 +95,13 @@ class Candidates:
 
     def ties(self, of: Ints) -> Floats:
         """A number in [0, 1) for each of these answers that orders those of equal reward."""
-        keys = self.short.select(ANSWER_KEY).take(self.rows[of]).to_pylist()
-        return np.array([unit_interval("tie", *key.values()) for key in keys])
+        if not len(of):
+            return np.zeros(0)
+        keys = self.short.select(ANSWER_KEY).take(self.rows[of])
+        ids, sources = (_as_json(in_one(keys[name])) for name in ("prompt_id", "source"))
+        samples = keys["sample"].cast(pa.string()).fill_null("null")
+        texts = pc.binary_join_element_wise('["tie",', ids, ",", sources, ",", samples, "]", "")
+        return np.array(unit_intervals(texts.cast(pa.binary()).to_pylist()))
 
     def by_source(self, of: Ints) -> dict[str, int]:
         """How many of these answers each source gave."""
@@ -130,6 +136,13 @@ class Candidates:
         table = self.short.select([field.name for field in fields])
         values = _structs(table.take(self.rows[places]), fields)
         return pa.ListArray.from_arrays(offsets, values, type=CANDIDATES)
+
+
+def _as_json(texts: pa.Array) -> pa.Array:
+    """Each text as JSON, (N,)."""
+    codes = texts if pa.types.is_dictionary(texts.type) else texts.dictionary_encode()
+    values = pa.array([json.dumps(value) for value in codes.dictionary.to_pylist()], pa.string())
+    return values.take(codes.indices)
 
 
 def _structs(table: pa.Table, fields: list[pa.Field]) -> pa.StructArray:
