@@ -19,6 +19,8 @@ from wrpo_ray.storage.steps import Step
 
 ANSWER_KEY = ("prompt_id", "source", "sample")
 """Columns that identify an answer."""
+LAST = 2**31 - 1
+"""Sorts an answer without a number (`sample`) behind the others."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class RowSelection:
 def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
     """Sorted indices of the rows inside; of a duplicate (prompt, source, sample) the first."""
     ids, sources = dense_ranks(keys["prompt_id"]), dense_ranks(keys["source"])
-    ranks = joint_ranks([ids, sources, keys["sample"].to_numpy()])
+    ranks = joint_ranks([ids, sources, keys["sample"].fill_null(LAST).to_numpy()])
     order = sorting(ranks)
     order = order[inside[order]]
     unique: np.ndarray = order[np.diff(ranks[order], prepend=-1) != 0]

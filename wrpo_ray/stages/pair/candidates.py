@@ -14,6 +14,7 @@ from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.records import ANSWER, CANDIDATES, KEPT, SCORED
 from wrpo_ray.data.samples import (
     ANSWER_KEY,
+    LAST,
     RowSelection,
     Samples,
     dense_ranks,
@@ -168,7 +169,8 @@ def candidates_of(
     short = table.select(SHORT).combine_chunks()
     prompts = of_values(short["prompt_id"], lambda ids: pc.index_in(ids, prompt_ids).fill_null(-1))
     rows = rows[prompts[rows] >= 0]
-    columns = [prompts, dense_ranks(short["source"]), short["sample"].to_numpy()]
+    samples = short["sample"].fill_null(LAST).to_numpy()
+    columns = [prompts, dense_ranks(short["source"]), samples]
     ranks = joint_ranks([column[rows] for column in columns])
     rows = rows[sorting(ranks)]
     return Candidates(stores, table, short, rows, prompts[rows].astype(np.int64))
