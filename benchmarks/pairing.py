@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -138,6 +139,8 @@ def make_answers(ids: pa.Array, source: str, rng: np.random.Generator) -> pa.Tab
         "reward": rng.normal(size=count),
         "reward_model": same("fedcba9876543210", pa.string()),
     }
+    for name in ("logprobs", "reasoning", "reasoning_state"):  # of models that do not reason
+        columns[name] = pa.nulls(count, records.SCORED.field(name).type)
     return pa.table(columns, schema=records.SCORED)
 
 
@@ -173,8 +176,9 @@ def parts(process: psutil.Process) -> Iterator[psutil.Process]:
 
 
 def ours(data: Data) -> Taken:
-    """The stage itself on a Ray of two CPUs, so two workers; without Ray's start."""
+    """The stage itself on a Ray of two CPUs, so two workers; without the start of processes."""
     from wrpo_ray.runtime import cluster
+    from wrpo_ray.runtime.tasks import map_tasks
 
     root = Folder(str(data.folder))
     cluster.connect(ClusterConfig(num_cpus=THREADS), root, "bench")
@@ -183,6 +187,7 @@ def ours(data: Data) -> Taken:
     policies = AnswersConfig()
     select = Select(prompts, Answers(tuple(stores[name] for name in SOURCES), policies))
     pair = Pair(select, Answers((stores[OWN],), policies), PairConfig())
+    list(map_tasks("imports", iter([{}] * THREADS), import_stage))
     with Taken() as taken:
         BucketJob.run(Run(root, data.buckets), [select, pair])
     for name, job in (("selection", select), ("preference", pair)):
@@ -191,9 +196,19 @@ def ours(data: Data) -> Taken:
     return taken
 
 
+def import_stage(row: dict) -> dict:
+    """Import what the stage needs in a worker, as stages before have, and hold the worker."""
+    importlib.import_module("wrpo_ray.stages.pair.stage")
+    time.sleep(1)  # the other tasks start on other workers
+    return row
+
+
 ANSWER = f"{{{', '.join(f'{f.name}: {f.name}' for f in records.ANSWER)}}}"
 CANDIDATES = "list_sort(list({source: source, sample: sample, reward: reward}))"
 WHOLE = "finish_reason <> 'length'"
+LEVEL = 1
+"""Of the compression, as pyarrow's; the peers' own is 3."""
+PARQUET = f"FORMAT parquet, COMPRESSION zstd, COMPRESSION_LEVEL {LEVEL}"
 
 
 def duckdb(data: Data) -> Taken:
@@ -213,7 +228,7 @@ def duckdb(data: Data) -> Taken:
                   max_by({ANSWER}, reward) FILTER ({WHOLE}) AS source_chosen
                 FROM read_parquet({sources}) GROUP BY prompt_id
               ) USING (prompt_id) WHERE source_chosen IS NOT NULL
-            ) TO '{selection}' (FORMAT parquet, COMPRESSION zstd)""")
+            ) TO '{selection}' ({PARQUET})""")
         db.execute(f"""
             COPY (
               SELECT prompt_id, messages, source_chosen, target_chosen, rejected,
@@ -228,7 +243,7 @@ def duckdb(data: Data) -> Taken:
               ) AS own USING (prompt_id)
               WHERE split = 'preference' AND target_chosen.reward > rejected.reward
                 AND target_chosen.text <> rejected.text
-            ) TO '{preference}' (FORMAT parquet, COMPRESSION zstd)""")
+            ) TO '{preference}' ({PARQUET})""")
     return taken
 
 
@@ -249,6 +264,7 @@ def polars(data: Data) -> Taken:
 
     reward = partial(field, name="reward")
     selection, preference = (data.folder / f"polars-{name}.parquet" for name in TABLES)
+    zstd: dict = {"compression": "zstd", "compression_level": LEVEL}
     with Taken() as taken:
         groups = pl.scan_parquet([data.shards(f"score-{name}") for name in SOURCES]).group_by(
             "prompt_id"
@@ -258,7 +274,7 @@ def polars(data: Data) -> Taken:
             .join(groups.agg(best("source_chosen"), candidates), on="prompt_id")
             .select(*records.SELECTION.names)
             .filter(reward("source_chosen").is_not_null())
-            .sink_parquet(selection, compression="zstd", engine="streaming")
+            .sink_parquet(selection, engine="streaming", **zstd)
         )
         worst = answer.min_by("reward").alias("rejected")
         own = pl.scan_parquet(data.shards(f"score-{OWN}")).group_by("prompt_id")
@@ -274,7 +290,7 @@ def polars(data: Data) -> Taken:
                 candidates=pl.col("candidates").list.concat("own"),
             )
             .select(*records.PREFERENCE.names)
-            .sink_parquet(preference, compression="zstd", engine="streaming")
+            .sink_parquet(preference, engine="streaming", **zstd)
         )
     return taken
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Self
@@ -13,12 +13,14 @@ import pyarrow.compute as pc
 
 from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.data.records import PROMPT
-from wrpo_ray.data.shards import OpenShards
+from wrpo_ray.data.shards import OpenShards, Rows, encoded, in_one, take_rows
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 ANSWER_KEY = ("prompt_id", "source", "sample")
 """Columns that identify an answer."""
+LAST = 2**31 - 1
+"""Sorts an answer without a number (`sample`) behind the others."""
 
 
 @dataclass(frozen=True)
@@ -96,18 +98,32 @@ class Prompts:
 
     def read(self, root: Folder, bucket: Bucket, columns: list[str] | None = None) -> pa.Table:
         """Return the bucket's prompts (PROMPT records); `columns` has to contain `split`."""
+        more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
+        wanted = list(dict.fromkeys([*columns, *more])) if columns else PROMPT.names
         if bucket.session:  # it reads them several times
-            table = _read_prompts(root / self.step.folder, bucket, bucket.session)
+            table = _read_prompts(root / self.step.folder, bucket, bucket.session).select(wanted)
         else:
-            more = ["group"] * bool(self.groups) + ["reference"] * self.referenced
-            wanted = columns and list(dict.fromkeys([*columns, *more]))
             table = read_bucket(root / self.step.folder, bucket, PROMPT, wanted)
-        table = table.filter(pc.is_in(table["split"], pa.array(self.splits)))
+        table = of_splits(table, self.splits)
         if self.groups:
             table = table.filter(self.groups.mask(table["group"]))
         if self.referenced:
             table = table.filter(pc.is_valid(table["reference"]))
         return table.select(columns) if columns else table
+
+
+def of_splits(table: pa.Table, splits: tuple[str, ...]) -> pa.Table:
+    """Return the rows of some splits; the table itself if it has no others."""
+    if set(table["split"].unique().to_pylist()) <= set(splits):
+        return table
+    return table.filter(pc.is_in(table["split"], pa.array(splits)))
+
+
+def sorted_by_prompt(table: pa.Table) -> pa.Table:
+    """Return the rows in the order of their prompts' ids; the table itself if it has it."""
+    ids = in_one(table["prompt_id"])
+    in_order = pc.all(pc.less_equal(ids[:-1], ids[1:])).as_py()
+    return table if in_order else table.sort_by("prompt_id")
 
 
 def parts(asked: Sequence[tuple[str, Prompts]]) -> dict[int, int]:
@@ -145,9 +161,9 @@ class Samples:
     ) -> pa.Table:
         """Return the bucket's answers, each once, sorted by (prompt, source, sample)."""
         names = schema.names if columns is None else columns
-        found = self.find(root, bucket, schema, names)
-        table = found.table.select(names).take(found.rows)
-        return table.cast(schema) if columns is None else table
+        found = self.find(root, bucket, encoded(schema, ANSWER_KEY[:2]), names)
+        table = take_rows(found.table.select(names), found.rows)
+        return table.cast(pa.schema([schema.field(name) for name in names], schema.metadata))
 
     def find(
         self, root: Folder, bucket: Bucket, schema: pa.Schema, columns: Sequence[str] = ()
@@ -158,7 +174,7 @@ class Samples:
         names = list(dict.fromkeys([*ANSWER_KEY, *columns]))
         table = shards.read_all(names)
         wanted = self.prompts.read(root, bucket, ["prompt_id", "split"])["prompt_id"]
-        inside = pc.is_in(table["prompt_id"], wanted.combine_chunks()).to_numpy()
+        inside = of_values(table["prompt_id"], lambda ids: pc.is_in(ids, in_one(wanted)))
         if self.count is not None:
             inside &= table["sample"].to_numpy() < self.count
         return RowSelection(shards, table, unique_rows(table, inside))
@@ -174,32 +190,62 @@ class RowSelection:
     rows: np.ndarray
     """Indices of the selected rows, in order."""
 
-    def read_all(self, columns: list[str]) -> pa.Table:
-        """Return further columns of every row of the shards."""
-        return self.shards.read_all(columns)
+    def take(self, columns: list[str], rows: Rows) -> pa.Table:
+        """Return further columns of some rows of the shards."""
+        return self.shards.take(columns, rows)
 
 
 def unique_rows(keys: pa.Table, inside: np.ndarray) -> np.ndarray:
     """Sorted indices of the rows inside; of a duplicate (prompt, source, sample) the first."""
-    columns = [
-        dense_ranks(keys["prompt_id"]),
-        dense_ranks(keys["source"]),
-        keys["sample"].to_numpy(),
-    ]
-    order: np.ndarray = np.lexsort(columns[::-1])
+    ids, sources = dense_ranks(keys["prompt_id"]), dense_ranks(keys["source"])
+    ranks = joint_ranks([ids, sources, keys["sample"].fill_null(LAST).to_numpy()])
+    order = sorting(ranks)
     order = order[inside[order]]
-    is_new = np.ones(len(order), bool)
-    is_new[1:] = np.any([np.diff(c[order]) != 0 for c in columns], axis=0)
-    unique: np.ndarray = order[is_new]
+    unique: np.ndarray = order[np.diff(ranks[order], prepend=-1) != 0]
     return unique
+
+
+def sorting(ranks: np.ndarray) -> np.ndarray:
+    """Return the stable order of the ranks; those of a shard are mostly in order already."""
+    if np.all(ranks[1:] >= ranks[:-1]):
+        return np.arange(len(ranks))
+    return np.argsort(ranks, kind="stable")
+
+
+def joint_ranks(columns: Sequence[Rows]) -> np.ndarray:
+    """Return a number for each row, (N,) from 0: the order of the rows by one column after another.
+
+    Sorting by one number is one sort, and merges runs that are in order.
+    """
+    ranks, count = np.zeros(len(columns[0]), np.int64), 1
+    for column in columns:
+        low, high = int(column.min(initial=0)), int(column.max(initial=0))
+        if count * (high - low + 1) >= 2**63:
+            distinct, ranks = np.unique(ranks, return_inverse=True)
+            count = len(distinct)
+        ranks, count = ranks * (high - low + 1), count * (high - low + 1)
+        ranks += column.astype(np.int64) - low
+    return ranks
 
 
 def dense_ranks(texts: pa.ChunkedArray) -> np.ndarray:
     """Return the rank of each text among the sorted distinct texts."""
-    encoded = texts.combine_chunks().dictionary_encode()
-    places = pc.rank(encoded.dictionary, tiebreaker="dense").to_numpy()
-    ranks: np.ndarray = places[encoded.indices.to_numpy()]
-    return ranks
+    return of_values(texts, lambda values: pc.rank(values, tiebreaker="dense").cast(pa.int64()))
+
+
+def of_values(
+    column: pa.ChunkedArray, function: Callable[[pa.Array], pa.Array], of_null: int = 0
+) -> np.ndarray:
+    """Map a column of strings by a function of its distinct values, called once."""
+    whole = in_one(column)
+    codes = whole if pa.types.is_dictionary(whole.type) else whole.dictionary_encode()
+    values = function(codes.dictionary).to_numpy(zero_copy_only=False)
+    indices = codes.indices
+    if indices.null_count:
+        values = np.append(values, values.dtype.type(of_null))
+        indices = indices.fill_null(len(values) - 1)
+    found: np.ndarray = values[indices.to_numpy()]
+    return found
 
 
 def sample_keys(table: pa.Table) -> set[tuple[str, int]]:

@@ -10,34 +10,38 @@ failed rows their number, so that no file is opened to count them. Earlier versi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
+from numpy.typing import NDArray
 
 from wrpo_ray.data.records import ADDED
 from wrpo_ray.storage.folder import Folder
 
 Place = tuple[int, int]
 """(index, count) of a bucket."""
+Rows = NDArray[np.integer[Any]]
+"""Numbers of rows."""
 THREADS = 8
 """Shards of a bucket that are read at once, and folders that are listed at once."""
 MANY = 8
 """Folders of buckets above which all of a store is listed, if most of them are asked for."""
 _PLACE = re.compile(r"(\d{5})-of-(\d{5})")
 _NAME = re.compile(rf"{_PLACE.pattern}([/-])(\w+?)(?:-r(\d+)(?:-p(\d+)-t(\d+))?)?\.parquet")
-_PARQUET = ds.ParquetFileFormat(
-    default_fragment_scan_options=ds.ParquetFragmentScanOptions(
-        pre_buffer=True,
-        cache_options=pa.CacheOptions(hole_size_limit=2**20, range_size_limit=2**26, lazy=False),
-    )
+_REMOTE = ds.ParquetFragmentScanOptions(
+    pre_buffer=True,
+    cache_options=pa.CacheOptions(hole_size_limit=2**20, range_size_limit=2**26, lazy=False),
 )
 """A request costs an object store about as much as a megabyte, so smaller gaps are read, too."""
+_LOCAL = ds.ParquetFragmentScanOptions(pre_buffer=False)
 
 
 @dataclass(frozen=True)
@@ -239,7 +243,10 @@ def _age(shard: Shard) -> tuple[int, bool, str]:
 
 
 class OpenShards:
-    """Shards that are opened once: their footers stay in memory from one read to the next."""
+    """Shards that are opened once: their footers stay in memory from one read to the next.
+
+    Columns that the schema has as dictionaries (see `encoded`) are read with the codes of the file.
+    """
 
     def __init__(self, folder: Folder, shards: Sequence[Shard], schema: pa.Schema):
         self.folder, self.shards, self.schema = folder, shards, schema
@@ -247,8 +254,12 @@ class OpenShards:
     @cached_property
     def _fragments(self) -> list[ds.ParquetFileFragment]:
         """A listing told the sizes, so that no request is needed for them."""
+        names = {field.name for field in self.schema if pa.types.is_dictionary(field.type)}
+        options = ds.ParquetReadOptions(dictionary_columns=names)
+        scan = _REMOTE if self.folder.is_remote else _LOCAL
+        parquet = ds.ParquetFileFormat(options, default_fragment_scan_options=scan)
         return [
-            _PARQUET.make_fragment(
+            parquet.make_fragment(
                 f"{self.folder.path}/{s.path}", self.folder.filesystem, file_size=s.size
             )
             for s in self.shards
@@ -260,15 +271,20 @@ class OpenShards:
         A column that an earlier version did not write is null.
         """
         wanted = self._wanted(columns)
-        if len(self._fragments) < 2:
-            return [_read(fragment, wanted) for fragment in self._fragments]
-        with ThreadPoolExecutor(min(THREADS, len(self._fragments))) as threads:
-            return list(threads.map(lambda fragment: _read(fragment, wanted), self._fragments))
+        return _at_once([partial(_read, fragment, wanted) for fragment in self._fragments])
 
     def read_all(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the same as one table."""
         parts = self.read(columns)
         return pa.concat_tables(parts) if parts else self._wanted(columns).empty_table()
+
+    def take(self, columns: Sequence[str], rows: Rows) -> pa.Table:
+        """Return columns of these rows of all shards, from 0; no more of a shard is kept."""
+        wanted = self._wanted(columns)
+        lengths = [fragment.metadata.num_rows for fragment in self._fragments]
+        parts, places = by_part(rows, lengths)
+        calls = [partial(_take, self._fragments[part], wanted, inside) for part, inside in parts]
+        return joined(_at_once(calls), places, wanted)
 
     def _wanted(self, columns: Sequence[str] | None) -> pa.Schema:
         if columns is None:
@@ -281,5 +297,62 @@ def _read(fragment: ds.ParquetFileFragment, wanted: pa.Schema) -> pa.Table:
     lacking = [name for name in wanted.names if name in ADDED - there]
     table = fragment.to_table(columns=[name for name in wanted.names if name not in lacking])
     for name in lacking:
-        table = table.append_column(name, pa.nulls(len(table), pa.string()))
+        table = table.append_column(name, pa.nulls(len(table), wanted.field(name).type))
     return table.select(wanted.names).cast(wanted)
+
+
+def _take(fragment: ds.ParquetFileFragment, wanted: pa.Schema, rows: Rows) -> pa.Table:
+    return take_rows(_read(fragment, wanted), rows)
+
+
+def _at_once(calls: Sequence[Callable[[], pa.Table]]) -> list[pa.Table]:
+    if len(calls) < 2:
+        return [call() for call in calls]
+    with ThreadPoolExecutor(min(THREADS, len(calls))) as threads:
+        return list(threads.map(lambda call: call(), calls))
+
+
+# --- rows and columns --------------------------------------------------------------------------
+
+
+def encoded(schema: pa.Schema, columns: Sequence[str]) -> pa.Schema:
+    """The schema with these columns of strings as dictionaries, for values that repeat."""
+    kind = pa.dictionary(pa.int32(), pa.string())
+    return pa.schema([f.with_type(kind) if f.name in columns else f for f in schema])
+
+
+def in_one(column: pa.ChunkedArray) -> pa.Array:
+    """Return a column as one array; pyarrow's own `combine_chunks` copies even a single chunk."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def take_rows(table: pa.Table, rows: Rows) -> pa.Table:
+    """Return rows of a table; pyarrow's own `take` first makes one chunk of all."""
+    if len(rows) == len(table) and np.array_equal(rows, np.arange(len(rows))):
+        return table
+    batches = table.to_batches()
+    parts, places = by_part(rows, [len(batch) for batch in batches])
+    tables = [pa.table(batches[part].take(pa.array(inside))) for part, inside in parts]
+    return joined(tables, places, table.schema)
+
+
+def by_part(rows: Rows, lengths: Sequence[int]) -> tuple[list[tuple[int, Rows]], Rows | None]:
+    """Split rows of concatenated parts.
+
+    Returns:
+        (number of a part, rows within it) of each part that has some, and the place of each row in
+        the concatenation of those; None if they are in order.
+    """
+    order = None if np.all(rows[1:] >= rows[:-1]) else np.argsort(rows, kind="stable")
+    ordered = rows if order is None else rows[order]
+    ends = np.cumsum(lengths)
+    cuts = np.searchsorted(ordered, ends).tolist()
+    spans = zip([0, *cuts], cuts, ends - lengths, strict=False)
+    parts = [(i, ordered[a:b] - start) for i, (a, b, start) in enumerate(spans) if a < b]
+    return parts, None if order is None else np.argsort(order)
+
+
+def joined(tables: list[pa.Table], places: Rows | None, schema: pa.Schema) -> pa.Table:
+    """Join what was taken of the parts that `by_part` returned, in the order of the rows."""
+    table = pa.concat_tables(tables) if tables else schema.empty_table()
+    return table if places is None else table.take(pa.array(places))

@@ -73,12 +73,21 @@ def _samples(stream: pa.NativeFile) -> Iterable[bytes]:
         yield stream.read(SAMPLE)
 
 
+_AS_JSON = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":")).encode
+"""Made once: `json.dumps` makes an encoder for each call."""
+
+
 def digest(value: Any, length: int = 32) -> str:
     """Return the first `length` hex digits of the SHA-256 of a JSON value, keys sorted."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return hashlib.sha256(_AS_JSON(value).encode()).hexdigest()[:length]
 
 
 def unit_interval(*parts: Any) -> float:
     """Return a hash of `parts` as a number in [0, 1), for splits, limits and ties."""
     return int(digest(parts, 13), 16) / 16**13
+
+
+def unit_intervals(texts: Iterable[bytes]) -> list[float]:
+    """Return the same of each tuple of parts, given as the JSON that `digest` hashes."""
+    hashes = (hashlib.sha256(text).digest() for text in texts)
+    return [(int.from_bytes(found[:7]) >> 4) / 16**13 for found in hashes]

@@ -44,11 +44,11 @@ def eligible_answers(
             counts[f"answers.{policy}.{source}"] += count
 
     restrict("no_reward", np.isnan(candidates.rewards))
-    unfinished = pc.equal(candidates.table["reasoning_state"], UNFINISHED)
-    restrict("unfinished_reasoning", candidates.mask(unfinished))
+    restrict("unfinished_reasoning", candidates.has("reasoning_state", UNFINISHED))
     if config.empty == "drop":
-        texts = pc.utf8_trim_whitespace(candidates.table["text"])
-        restrict("empty", candidates.mask(pc.equal(texts, "")))
+        texts = candidates.table["text"]
+        is_empty = pc.or_(pc.equal(pc.binary_length(texts), 0), pc.utf8_is_space(texts))
+        restrict("empty", candidates.mask(is_empty))
     if config.refusals == "drop":
         matches = _is_refusal(candidates.table["text"], config.refusal_patterns)
         restrict("refusal", candidates.mask(matches))

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data.group_counts import WINS, Number, sums_by_group
 from wrpo_ray.data.records import ADDED, ANSWER, MESSAGES, PREFERENCE, SCORED, SELECTION
+from wrpo_ray.data.shards import in_one, take_rows
 from wrpo_ray.errors import UserError
 from wrpo_ray.stages.pair.candidates import Candidates, Verdicts, candidates_of
 from wrpo_ray.stages.pair.eligibility import Eligible, eligible_answers
@@ -145,7 +146,7 @@ def _numbered(prompt_ids: pa.ChunkedArray, sources: pa.ChunkedArray) -> pa.Array
 def _prompts(table: pa.Table) -> pa.Table:
     """Each prompt once, sorted, with the messages of its first answer."""
     found = table.group_by("prompt_id", use_threads=False).aggregate([([], "count_all")])
-    first = pc.index_in(found["prompt_id"], value_set=table["prompt_id"].combine_chunks())
+    first = pc.index_in(found["prompt_id"], value_set=in_one(table["prompt_id"]))
     prompts = table.select(["prompt_id", "messages"]).take(first)
     split = pa.array(["preference"] * len(prompts), pa.string())
     return prompts.append_column("split", split).sort_by("prompt_id")
@@ -154,7 +155,7 @@ def _prompts(table: pa.Table) -> pa.Table:
 def _eligible(
     table: pa.Table, prompts: pa.Table, config: AnswersConfig
 ) -> tuple[Candidates, Eligible]:
-    ids = prompts["prompt_id"].combine_chunks()
+    ids = in_one(prompts["prompt_id"])
     candidates = candidates_of((), table, np.arange(len(table)), ids)
     correct, known = table["correct"], pc.is_valid(table["correct"])
     right = candidates.mask(correct) | ~candidates.mask(known)
@@ -181,10 +182,10 @@ def source_selection(
     rewards, groups, count = candidates.rewards, candidates.prompts, len(prompts)
     best = best_of(rewards, eligible.chosen, groups, count, candidates.ties)
     found = np.flatnonzero(best != NONE)
-    kept = prompts.take(found)
+    kept = take_rows(prompts, found)
     columns = {name: kept[name] for name in ("prompt_id", "messages", "split")} | {
         "source_chosen": candidates.answers(best[found]),
-        "candidates": candidates.scores(count).take(found),
+        "candidates": candidates.scores(found),
     }
     splits = pc.value_counts(kept["split"]).to_pylist()
     return pa.table(columns, schema=SELECTION), {
@@ -206,7 +207,7 @@ def selected_by_group(prompts: pa.Table, selection: pa.Table, named: Sequence[st
         selection: SELECTION records of some of them.
         named: the groups that are counted by name.
     """
-    best = selection["source_chosen"].combine_chunks()
+    best = in_one(selection["source_chosen"])
     columns = {"rows": np.ones(len(best), int), "reward": best.field("reward").to_numpy()}
     sources = best.field("source")
     for source in pc.unique(sources).to_pylist():
@@ -228,7 +229,7 @@ def paired_by_group(
     """
     count = {"prompts": np.ones(len(selection), int)}
     columns = {"rows": np.ones(len(rows), int)} | {
-        role: rows[role].combine_chunks().field("reward").to_numpy()
+        role: in_one(rows[role]).field("reward").to_numpy()
         for role in ("source_chosen", "target_chosen", "rejected")
     }
     of_rows = sums_by_group(groups_of(rows, prompts), named, columns)
@@ -237,7 +238,7 @@ def paired_by_group(
 
 def groups_of(rows: pa.Table, prompts: pa.Table) -> pa.ChunkedArray:
     """The group of each row's prompt, (N,)."""
-    places = pc.index_in(rows["prompt_id"], value_set=prompts["prompt_id"].combine_chunks())
+    places = pc.index_in(rows["prompt_id"], value_set=in_one(prompts["prompt_id"]))
     return prompts["group"].take(places)
 
 
@@ -272,7 +273,7 @@ def preference_rows(
     _check_texts(outcomes, candidates, best, worst, config.max_similarity)
     rewards = at(candidates.rewards, best)  # (G,)
     if config.source_below_target == "drop":
-        source = selection["source_chosen"].combine_chunks().field("reward").to_numpy()
+        source = in_one(selection["source_chosen"]).field("reward").to_numpy()
         outcomes.fail("source_below_target", source[prompts] < rewards)
     winners = best_of(
         rewards, outcomes.found, prompts, count, lambda found: candidates.ties(best[found])
@@ -322,11 +323,11 @@ def _rows(
     is_wrpo: bool,
 ) -> pa.Table:
     """PREFERENCE records of the prompts `found`, with these chosen and rejected answers."""
-    kept, answers = selection.take(found), candidates.answers(np.append(best, worst))
+    kept, answers = take_rows(selection, found), candidates.answers(np.append(best, worst))
     chosen, rejected = answers[: len(best)], answers[len(best) :]
-    source = kept["source_chosen"].combine_chunks() if is_wrpo else chosen
-    scores = kept["candidates"].combine_chunks()
-    own = candidates.scores(len(selection)).take(found)
+    source = in_one(kept["source_chosen"]) if is_wrpo else chosen
+    scores = in_one(kept["candidates"])
+    own = candidates.scores(found)
     rewards: Floats = candidates.rewards
     columns = {
         "prompt_id": kept["prompt_id"],

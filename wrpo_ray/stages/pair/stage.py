@@ -16,8 +16,8 @@ from wrpo_ray.config import AnswersConfig, PairConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, read_bucket, write_shard
 from wrpo_ray.data.group_counts import MARK, Number
-from wrpo_ray.data.samples import Prompts, Samples
-from wrpo_ray.data.shards import share_layouts
+from wrpo_ray.data.samples import Prompts, Samples, of_splits, sorted_by_prompt
+from wrpo_ray.data.shards import in_one, share_layouts
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
@@ -186,7 +186,7 @@ class Answers:
 
     def read(self, run: Run, bucket: Bucket, prompts: pa.Table) -> tuple[Candidates, Eligible]:
         """The candidates of these prompts (sorted, with `reference`), and which may be used."""
-        ids = prompts["prompt_id"].combine_chunks()
+        ids = in_one(prompts["prompt_id"])
         candidates = read_candidates(self.samples, run.root, bucket, ids)
         verdicts = self._verdicts(run, bucket, prompts, candidates)
         return candidates, eligible_answers(candidates, self.policies, verdicts)
@@ -232,7 +232,7 @@ class Select(BucketJob):
 
     def fill(self, run: Run, bucket: Bucket) -> dict[str, Number]:
         """Write the bucket's SELECTION shard; return its counts, such as `wins.<source>`."""
-        prompts = self.prompts.read(run.root, bucket).sort_by("prompt_id")
+        prompts = sorted_by_prompt(self.prompts.read(run.root, bucket))
         given = len(prompts)
         if self.contamination:
             prompts = self.contamination.without(run, bucket, prompts)
@@ -299,13 +299,12 @@ class Pair(BucketJob):
     def _selection(self, run: Run, bucket: Bucket) -> pa.Table:
         """The bucket's preference prompts that have a y_ws, with their references."""
         table = read_bucket(run.root / self.select.step.folder, bucket, records.SELECTION)
-        table = table.filter(pc.is_in(table["split"], pa.array(self.prompts.splits)))
-        table = table.sort_by("prompt_id")
+        table = sorted_by_prompt(of_splits(table, self.prompts.splits))
         if not self.answers.verdicts:
             return table
         columns = ["prompt_id", "split", "reference"]
         given = self.prompts.read(run.root, bucket, columns)
-        places = pc.index_in(table["prompt_id"], value_set=given["prompt_id"].combine_chunks())
+        places = pc.index_in(table["prompt_id"], value_set=in_one(given["prompt_id"]))
         return table.append_column("reference", given["reference"].take(places))
 
 
