@@ -288,11 +288,6 @@ class IngestJoinedPrompts(BaseJob):
         return self.parts[0].step
 
     @property
-    def is_of_answers(self) -> bool:
-        """Whether they are those of recorded answers."""
-        return all(isinstance(part.input, RecordedAnswers) for part in self.parts)
-
-    @property
     def row_source(self) -> tuple[AnyInput, ...]:
         """At most the rows of all files."""
         return tuple(part.input for part in self.parts)
@@ -334,7 +329,7 @@ def _write_prompts(run: Run, job: IngestJoinedPrompts, group: pa.Table) -> pa.Ta
     """Write one bucket's shard: of equal prompts one, with the reference and group of any."""
     bucket, step = run.bucket(group["bucket"][0].as_py()), job.step
     good, failed = split_good(group)
-    kept, unlike = merged_prompts(good, step.name, one_group=not job.is_of_answers)
+    kept, unlike = merged_prompts(good, step.name)
     write_shard(run.root / step.folder, bucket, records.PROMPT, kept, "all")
     failures = [*failed, *unlike]
     write_failures(step.failures(run.root), bucket, failures, "all")

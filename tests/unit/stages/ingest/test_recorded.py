@@ -250,11 +250,14 @@ def test_the_same_row_twice_is_one_answer_in_any_order():
 
 def test_prompts_of_several_files_are_one_and_two_references_fail():
     rows = [
-        {"prompt_id": "a", "reference": None, "group": "g"},
-        {"prompt_id": "a", "reference": "1", "group": None},
-        {"prompt_id": "b", "reference": "1", "group": None},
-        {"prompt_id": "b", "reference": "2", "group": None},
-        {"prompt_id": "c", "reference": None, "group": None},
+        {"prompt_id": key, "reference": reference, "group": group, "messages": [{"content": key}]}
+        for key, reference, group in (
+            ("a", None, "g"),
+            ("a", "1", None),
+            ("b", "1", None),
+            ("b", "2", None),
+            ("c", None, None),
+        )
     ]
     kept, failed = merged_prompts(rows, "prompts")
     assert [(r["prompt_id"], r["reference"], r["group"]) for r in kept] == [
@@ -262,7 +265,7 @@ def test_prompts_of_several_files_are_one_and_two_references_fail():
         ("c", None, None),
     ]
     assert [(r["prompt_id"], r["message"]) for r in failed] == [
-        ("b", "the prompt has two references, '1' and '2'; keep one")
+        ("b", "the prompt 'b' has two references, '1' and '2'; keep one")
     ]
 
 
