@@ -154,6 +154,9 @@ def _ingest(run: Run, job: IngestRecorded) -> tuple[dict[str, int], list[str]]:
     run.check_failures(job.step, counts["failed"], counts["read"] - counts["failed"])
     if not counts["read"]:
         raise UserError(_of_nobody(job))
+    if counts["failed"] == counts["read"]:
+        place = Folder(job.input.path)
+        raise UserError(f"{name}: no usable answer in {place}; see {job.step.failures(run.root)}")
     if not counts["rows"]:
         raise UserError(
             f"{name}: none of the {counts['read']:,} answers in {Folder(job.input.path)} is to a "

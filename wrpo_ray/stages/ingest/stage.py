@@ -24,10 +24,10 @@ from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
 from wrpo_ray.stages.ingest.answers import merged_prompts
 from wrpo_ray.stages.ingest.distribute import Work, file_tasks, placed, split_good
+from wrpo_ray.stages.ingest.input_checks import check_columns
 from wrpo_ray.stages.ingest.readers import (
     PromptRow,
     ScoredRow,
-    check_columns,
     input_files,
     prompt_record,
     read_rows,
