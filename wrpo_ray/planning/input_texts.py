@@ -1,4 +1,4 @@
-"""The first rows of the user's files: bytes of texts, and answers and prompts of a row, for plans."""
+"""The first rows of the user's files: bytes of texts, answers and prompts of a row; for plans."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
