@@ -244,5 +244,6 @@ def test_what_cannot_be_used_is_refused_before_models_are_asked(on_cluster, tmp_
     said = refused([{"response": "x"}])
     assert "sources.r.answers: " in said
     assert "has no column 'prompt' in its first rows; they have response; set `columns`" in said
-    said = refused(twice, columns={"source": "response"}, of="Y")
-    assert "is of 'Y' in the column 'response'; set `answers.of` to one of x" in said
+    nameless = [*twice, {"prompt": "a?", "response": None}]
+    said = refused(nameless, 1, columns={"source": "response"}, of="Y")
+    assert "is of 'Y' in the column 'response'; set `answers.of` to one of x; see " in said

@@ -152,11 +152,9 @@ def _ingest(run: Run, job: IngestRecorded) -> tuple[dict[str, int], list[str]]:
     counts, examples = Work(name, tasks, read, writers, COUNTS, run.buckets).run()
     metrics.add_counts(job.step, rows=counts["rows"], failures=counts["failed"])
     run.check_failures(job.step, counts["failed"], counts["read"] - counts["failed"])
-    if not counts["read"]:
-        raise UserError(_of_nobody(job))
     if counts["failed"] == counts["read"]:
-        place = Folder(job.input.path)
-        raise UserError(f"{name}: no usable answer in {place}; see {job.step.failures(run.root)}")
+        reasons = f"; see {job.step.failures(run.root)}" if counts["failed"] else ""
+        raise UserError(_of_nobody(job) + reasons)
     if not counts["rows"]:
         raise UserError(
             f"{name}: none of the {counts['read']:,} answers in {Folder(job.input.path)} is to a "
@@ -168,16 +166,18 @@ def _ingest(run: Run, job: IngestRecorded) -> tuple[dict[str, int], list[str]]:
 
 
 def _of_nobody(job: IngestRecorded) -> str:
-    """The error where no row is of the source, with names that are there."""
+    """The error where no row has an answer of the source, with names of models that are there."""
     column, place = job.input.columns.source, Folder(job.input.path)
+    none = f"{job.step.name}: no usable answer in {place}"
     if column is None:
-        return f"{job.step.name}: no answer in {place}"
+        return none
     rows = read_rows(input_files(job.input.path, job.step.name)[0], [column])
-    found = {str(row.get(column)) for _, row in islice(rows, NAMES) if isinstance(row, dict)}
+    cells = (row.get(column) for _, row in islice(rows, NAMES) if isinstance(row, dict))
+    found = {str(cell) for cell in cells if cell is not None}
     names = ", ".join(one_line(name)[:80] for name in sorted(found)[:10])
     return (
-        f"{job.step.name}: no answer in {place} is of {job.input.of or job.source!r} in the column "
-        f"{column!r}; set `answers.of` to one of {names}"
+        f"{none} is of {job.input.of or job.source!r} in the column {column!r}; set `answers.of` "
+        f"to one of {names}"
     )
 
 
