@@ -222,10 +222,11 @@ def test_what_cannot_be_used_is_refused_before_models_are_asked(on_cluster, tmp_
     asked = write(tmp_path / "p.jsonl", [{"prompt": "a?"}, {"prompt": "b?"}])
     far = {"name": "far", "model": "served", "endpoint": {"url": "http://127.0.0.1:9/v1"}}
 
-    def refused(rows: list[dict[str, Any]], **answers: Any) -> str:
+    def refused(rows: list[dict[str, Any]], failure_limit: float = 0.01, **answers: Any) -> str:
         given = {"path": write(tmp_path / "r.jsonl", rows), **answers}
         sources = [far, {"name": "r", "answers": given}]
-        wrpo = job(tmp_path, prompts={"path": asked}, sources=sources, reward=VERIFY)
+        tree = {"prompts": {"path": asked}, "reward": VERIFY, "failure_limit": failure_limit}
+        wrpo = job(tmp_path, sources=sources, **tree)
         result = wrpo.here("fuse", "--until", "select")
         assert result.returncode != 0, result.stdout
         assert not list(tmp_path.glob("out/generate-*"))
@@ -233,12 +234,16 @@ def test_what_cannot_be_used_is_refused_before_models_are_asked(on_cluster, tmp_
 
     said = refused([{"prompt": " a?", "response": "x"}, {"prompt": "c?", "response": "y"}])
     assert "none of the 2 answers in" in said
-    assert "r.jsonl:2: 'c?'" in said
+    assert "(such as r.jsonl:1: ' a?'; r.jsonl:2: 'c?')" in said
+    said = refused([{"prompt": "a?", "response": 3}], failure_limit=1)
+    assert "recorded-r: no usable answer in" in said
+    assert "see " in said
     twice = [{"prompt": "a?", "response": "x", "s": s} for s in (1, 2)]
     said = refused(twice, columns={"reward": "s"}, reward="recorded")
     assert "the same answer to the prompt has 2 scores (1, 2); keep one" in said
     said = refused([{"response": "x"}])
     assert "sources.r.answers: " in said
     assert "has no column 'prompt' in its first rows; they have response; set `columns`" in said
-    said = refused(twice, columns={"source": "response"}, of="Y")
-    assert "is of 'Y' in the column 'response'; set `answers.of` to one of x" in said
+    nameless = [*twice, {"prompt": "a?", "response": None}]
+    said = refused(nameless, 1, columns={"source": "response"}, of="Y")
+    assert "is of 'Y' in the column 'response'; set `answers.of` to one of x; see " in said

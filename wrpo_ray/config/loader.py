@@ -1,7 +1,9 @@
 """Loads configs from YAML and `--set`; each problem is one line with the field's path."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -108,7 +110,8 @@ def _validated(kind: type[S], tree: Any, where: str) -> S:
     try:
         return kind.model_validate(tree, by_name=False)
     except ValidationError as error:
-        lines = [explain(kind, e) for e in error.errors()]
+        told = [e for e in error.errors() if e["type"] != "too_short" or not e["input"]]
+        lines = [explain(kind, e) for e in told or error.errors()]
         raise UserError("\n".join(f"{where}{redact(line)}" for line in lines)) from None
 
 
@@ -158,13 +161,16 @@ def _put(tree: Any, dotted: str, value: Any, what: str) -> None:
 
 def explain(kind: type[Section], error: Mapping[str, Any]) -> str:
     """Format a validation error as `path: problem (got value)`."""
-    where = ".".join(str(without_secrets(part)) for part in error["loc"])
+    where = ".".join(str(without_secrets(part)) for part in error["loc"] if part != "[key]")
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key{_nearest(kind, error['loc'])}"
     if error["type"] == "missing":
         return f"{where}: missing; it is required"
     if error["type"] == "model_type":
         return f"{where}: {_as_section(kind, error)}"
+    if error["type"] == "string_type" and isinstance(error["input"], bool | int | float | date):
+        read = json.dumps(error["input"], default=str)
+        return f"{where}: has to be a text, and YAML reads it as {read}; put it in quotes"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
         return f"{where}: {message}" if where else message

@@ -21,7 +21,7 @@ from wrpo_ray.pipeline.model_sections import (
     resolved,
 )
 from wrpo_ray.runtime.job import AnyInput
-from wrpo_ray.stages.ingest.readers import check_inputs, check_some_columns
+from wrpo_ray.stages.ingest.input_checks import check_inputs, check_some_columns
 from wrpo_ray.stages.pair.eligibility import check_patterns
 from wrpo_ray.stages.score.rewards import load_function
 from wrpo_ray.storage.folder import Folder, check_writable

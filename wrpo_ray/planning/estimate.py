@@ -381,7 +381,7 @@ class _Estimator:
             case PromptsConfig() | ImportConfig() | RecordedAnswers() as given:
                 return self._inputs.of(given, step.name)
             case tuple(inputs):
-                return sum(self._inputs.of(given, step.name) for given in inputs)
+                return self._inputs.prompts(inputs, step.name)
         raise ValueError(f"{step.name}: nothing tells how many rows it has")
 
     def _stored(self, step: Step, wanted: int) -> int:

@@ -1,6 +1,7 @@
 """Numbers of rows and of prompts in the user's files, for plans: as far as is cheap."""
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -10,6 +11,7 @@ import pyarrow.dataset as ds
 
 from wrpo_ray.config import Config, ImportConfig, PromptsConfig, RecordedAnswers
 from wrpo_ray.errors import UserError
+from wrpo_ray.planning.input_texts import answers_per_row, share_of_prompts
 from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.storage.folder import Folder
@@ -39,9 +41,23 @@ class InputRows:
             case PromptsConfig():
                 return self._prompts(given, what)
             case RecordedAnswers():
-                return math.ceil(self._recorded(given, what) * self._share_asked(what))
+                answers = self._recorded(given, what) * answers_per_row(given)
+                return math.ceil(answers * self._share_asked(what))
             case ImportConfig():
                 return self._rows(given.path, what)
+
+    def prompts(self, inputs: Sequence[AnyInput], what: str) -> int:
+        """Prompts of several inputs; of recorded answers as their first rows are alike.
+
+        Raises:
+            UserError: as for `of`.
+        """
+        recorded = [given for given in inputs if isinstance(given, RecordedAnswers)]
+        if not recorded:
+            return sum(self.of(given, what) for given in inputs)
+        rows = sum(self._rows(path, what) for path in {given.path for given in recorded})
+        most = sum(self._recorded(given, what) for given in recorded)
+        return math.ceil(min(most, rows * share_of_prompts(recorded)))
 
     def held_out(self, given: PromptsConfig, what: str) -> int:
         """Prompts to evaluate on, at most: those that are trained on are left out."""
@@ -83,8 +99,11 @@ class InputRows:
             if self.config.plan.prompts is None:
                 raise UserError(f"{what}: no such file: {path}; or give its rows as plan.prompts")
             return self.config.plan.prompts
-        with ThreadPoolExecutor(16) as threads:
-            return sum(threads.map(count_rows, input_files(path, what)))
+        try:
+            with ThreadPoolExecutor(16) as threads:
+                return sum(threads.map(count_rows, input_files(path, what)))
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{what}: {Folder(path)} cannot be read: {error}") from None
 
 
 def distinct_prompts(given: PromptsConfig, rows: int) -> int:

@@ -1,28 +1,30 @@
-"""Mean bytes of texts in the first rows of the user's files: a prior of lengths in tokens."""
+"""The first rows of the user's files: bytes of texts, answers and prompts of a row; for plans."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from statistics import mean
-from typing import Any
+from typing import Any, TypeVar
 
-from wrpo_ray.config import PromptsConfig, RecordedAnswers
-from wrpo_ray.data.published import RowError
+from wrpo_ray.config import RecordedAnswers
+from wrpo_ray.data.records import prompt_id
 from wrpo_ray.errors import UserError
+from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.readers import Row, exist, input_files, messages_of, read_rows
 from wrpo_ray.storage.folder import HUB_SCHEME
 
-FIRST = 200
-"""Rows of a file that are looked at."""
+T = TypeVar("T")
+FIRST, COMPARED = 200, 1000
+"""Rows of a file that are looked at for lengths, and for equal prompts."""
 
 
-def prompt_bytes(files: Iterable[PromptsConfig]) -> float | None:
+def prompt_bytes(files: Iterable[AnyInput]) -> float | None:
     """Mean bytes of the messages of a prompt; None if no file can be read, or all are on the hub.
 
     The mean is over files, each by its first rows.
     """
-    return _mean(_sizes(f.path, f.needed, partial(_conversation, f)) for f in files)
+    return _mean(_sizes(f.path, [f.columns.prompt], partial(_conversation, f)) for f in files)
 
 
 def recorded_bytes(files: Iterable[RecordedAnswers]) -> float | None:
@@ -31,27 +33,63 @@ def recorded_bytes(files: Iterable[RecordedAnswers]) -> float | None:
     return _mean(_sizes(path, [name], partial(_cell, name)) for path, name in columns)
 
 
+def answers_per_row(given: RecordedAnswers) -> float:
+    """Mean answers of a row, where rows have lists of them; 1 where none can be read."""
+    name = given.columns.response
+    return _mean([_sizes(given.path, [name], partial(_answers, name))]) or 1.0
+
+
+def share_of_prompts(files: Iterable[AnyInput]) -> float:
+    """Different prompts over rows, in the first rows of all files together; 1 without any."""
+    found: list[str] = []
+    for f in files:
+        key = partial(_key, f)
+        found += _first(f.path, [f.columns.prompt], key, COMPARED)
+    return len(set(found)) / len(found) if found else 1.0
+
+
 def _sizes(path: str, columns: list[str], size: Callable[[Row], float]) -> Iterator[float]:
-    """Sizes of a file's first rows; bad rows are left out."""
+    return _first(path, columns, size, FIRST)
+
+
+def _first(path: str, columns: list[str], read: Callable[[Row], T], most: int) -> Iterator[T]:
+    """Read a file's first rows; bad rows are left out."""
     if path.startswith(HUB_SCHEME) or not exist(path):
         return
     with suppress(UserError, OSError, ValueError):  # a run tells what is wrong with a file
-        for _, row in islice(read_rows(input_files(path, path)[0], columns), FIRST):
-            with suppress(RowError, KeyError, TypeError):
-                yield size(row) if isinstance(row, dict) else size({})
+        for _, row in islice(read_rows(input_files(path, path)[0], columns), most):
+            with suppress(KeyError, TypeError, ValueError):
+                yield read(row if isinstance(row, dict) else {})
 
 
 def _cell(name: str, row: Row) -> float:
     return _size(row[name])
 
 
-def _conversation(given: PromptsConfig, row: Row) -> float:
+def _answers(name: str, row: Row) -> float:
+    return len(row[name]) if isinstance(row[name], list) else 1
+
+
+def _key(given: AnyInput, row: Row) -> str:
+    return prompt_id(messages_of(row, given.columns))
+
+
+def _conversation(given: AnyInput, row: Row) -> float:
     return sum(_size(message["content"]) for message in messages_of(row, given.columns))
 
 
 def _size(value: Any) -> float:
-    """Bytes of a text, or the mean of several ones."""
-    return mean(map(_size, value)) if isinstance(value, list) else len(value.encode())
+    """Bytes of a text, or the mean of several ones.
+
+    Raises:
+        ValueError: there is none, or it is no Unicode.
+        TypeError: it is neither.
+    """
+    if isinstance(value, list):
+        return mean(_size(one) for one in value if one is not None)
+    if not isinstance(value, str):
+        raise TypeError(type(value).__name__)
+    return len(value.encode())
 
 
 def _mean(files: Iterable[Iterator[float]]) -> float | None:

@@ -78,7 +78,9 @@ class AnswerLengths:
 
     @cached_property
     def _prompt_bytes(self) -> float | None:
-        return prompt_bytes(self.config.prompt_files)
+        given = self.config
+        existing = (given.existing,) if given.existing else ()
+        return prompt_bytes(given.prompt_files or existing or given.recorded.values())
 
     def _likest(self, job: Generate | None) -> list[tuple[float, float]]:
         """Lengths in the job's store, else of its model, else of trained models, else all."""

@@ -82,7 +82,7 @@ def build_zoo(
             _write_questions(folder / name, make_questions(count, f"{seed}/{name}", words))
         if missing:
             log(f"zoo: training {', '.join(missing)} in {processes} processes")
-            _train(folder, (seed, recipe), missing, max(1, processes), log)
+            _train(folder, (seed, recipe), missing, processes, log)
         return _finish(folder, identity)
 
 

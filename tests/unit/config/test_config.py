@@ -82,6 +82,23 @@ def test_all_errors_at_once_with_nearest_name(tmp_path):
     assert "sauces: unknown key; did you mean 'sources'?" in text
 
 
+def test_a_name_that_yaml_reads_as_no_text_is_to_be_quoted(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "output: out\nprompts: {path: p, group: 3}\n"
+        "sources: [{name: m, model: m, groups: [1, yes]}]\n"
+        "reward: {by_group: {2: {verifier: exact}, no: {verifier: exact}}}\n"
+        "pair: {by_group: {2020-01-01: {min_margin: 1}}}\n"
+    )
+    with pytest.raises(UserError) as caught:
+        load(tmp_path / "c.yaml")
+    told = [line.removeprefix(f"{tmp_path}/c.yaml: ") for line in str(caught.value).splitlines()]
+    text = "has to be a text, and YAML reads it as {}; put it in quotes"
+    found = {"prompts.group": "3", "sources.0.groups.0": "1", "sources.0.groups.1": "true"}
+    found |= {"reward.by_group.2": "2", "reward.by_group.0": "false"}
+    assert told[:5] == [f"{where}: {text.format(read)}" for where, read in found.items()]
+    assert told[5].endswith(text.format('"2020-01-01"'))
+
+
 def test_a_key_that_is_a_python_keyword_is_given_by_the_fields_name(tmp_path):
     tree = {"output": "out", "import": {"path": "answers.jsonl"}}
     config = load(write(tmp_path, tree))

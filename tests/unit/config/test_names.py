@@ -12,7 +12,8 @@ import pytest
 
 from wrpo_ray.errors import UserError
 from wrpo_ray.planning.input_rows import count_rows
-from wrpo_ray.stages.ingest.readers import check_columns, check_some_rows, input_files, read_rows
+from wrpo_ray.stages.ingest.input_checks import check_columns, check_some_rows
+from wrpo_ray.stages.ingest.readers import input_files, read_rows
 from wrpo_ray.storage.fingerprints import data_fingerprint, model_fingerprint
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.text.addresses import OPTIONS_MARK

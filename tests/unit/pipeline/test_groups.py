@@ -743,12 +743,12 @@ def test_a_column_of_prompts_that_no_row_has_is_told_before_any_work(tmp_path, c
 
 
 def test_a_prompt_in_files_of_two_groups_is_a_failed_row():
-    rows = [{"prompt_id": "a", "reference": None, "group": g} for g in ("chat", "maths", None)]
-    assert merged_prompts(rows[::2], "prompts", one_group=True)[0] == [rows[0]]
-    kept, (failed,) = merged_prompts(rows, "prompts", one_group=True)
+    prompt = {"prompt_id": "a", "reference": None, "messages": [{"content": "Why?"}]}
+    rows = [prompt | {"group": group} for group in ("chat", "maths", None)]
+    assert merged_prompts(rows[::2], "prompts")[0] == [rows[0]]
+    kept, (failed,) = merged_prompts(rows, "prompts")
     assert not kept
-    assert failed["message"] == "the prompt has two groups, 'chat' and 'maths'; keep one"
-    assert merged_prompts(rows, "prompts")[0][0]["group"] == "chat"  # of recorded answers
+    assert failed["message"] == "the prompt 'Why?' has two groups, 'chat' and 'maths'; keep one"
 
 
 def test_recorded_answers_are_found_by_the_ids_of_several_files(tmp_path):

@@ -1,13 +1,16 @@
 """A plan before any answer exists: what the input files tell, and how wide its range is."""
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from wrpo_ray.config import Config
+from wrpo_ray.errors import UserError
 from wrpo_ray.planning import lengths
 from wrpo_ray.planning.estimate import plan as make_plan
 from wrpo_ray.planning.input_texts import prompt_bytes, recorded_bytes
@@ -137,3 +140,49 @@ def test_bytes_of_recorded_answers_in_lists(tmp_path):
     pq.write_table(table, tmp_path / "answers.parquet")
     answers = config_of(tmp_path).recorded.values()
     assert recorded_bytes(answers) == (3 + 5) / 2
+
+
+def write(path: Path, rows: list[Any]) -> dict[str, Any]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": str(path)}
+
+
+@pytest.mark.parametrize("bad", [None, [], [None], 3, {"text": "x"}, "\ud83d"])
+def test_a_recorded_answer_that_is_no_text_tells_no_length(bad, tmp_path):
+    rows = [{"prompt": "p", "response": response} for response in (bad, ["12", None], "1234")]
+    sources = [{"name": "x", "answers": write(tmp_path / "a.jsonl", rows)}]
+    config = config_of(tmp_path, prompts=None, sources=sources, evaluate=None)
+    assert recorded_bytes(config.recorded.values()) == 3
+    assert make_plan(config).totals()["output_tokens"] > 0
+
+
+def test_rows_with_lists_have_more_answers_than_there_are_rows(tmp_path):
+    rows = [{"prompt": f"{n:020}", "response": ["a", "b", "c"]} for n in range(40)]
+    given = write(tmp_path / "a.jsonl", rows)
+    sources = [{"name": "x", "answers": given}]
+    changes = {"prompts": None, "sources": sources, "evaluate": None}
+    plan = make_plan(config_of(tmp_path, **changes))
+    assert of(plan, "prompts").rows == 40
+    assert of(plan, "score-reward-x").rows == of(plan, "recorded-x").rows == 3 * 40
+    half = make_plan(config_of(tmp_path, **changes | {"prompts": given | {"limit": 20}}))
+    assert of(half, "score-reward-x").rows == 3 * 20
+
+
+def test_the_prompts_of_several_recorded_files_are_counted_once(tmp_path):
+    """Four models with two answers to each of 40 prompts of 20 bytes, in files of their own."""
+    rows = [{"prompt": f"{n // 2:020}", "response": str(n)} for n in range(80)]
+    files = {name: write(tmp_path / f"{name}.jsonl", rows) for name in "wxyz"}
+    sources = [{"name": name, "answers": given} for name, given in files.items()]
+    plan = make_plan(config_of(tmp_path, prompts=None, sources=sources, evaluate=None))
+    assert of(plan, "prompts").rows == 40
+    sampled = of(plan, "generate-target-sft")
+    assert sampled.prompts == round(40 * 2 / 3)
+    assert sampled.prompt_tokens == round(sampled.prompts * (20 / TOKEN + lengths.TEMPLATE))
+
+
+def test_a_file_that_cannot_be_counted_is_told_in_a_line(tmp_path):
+    (tmp_path / "p.parquet").write_text("no Parquet")
+    given = {"path": str(tmp_path / "p.parquet")}
+    sources = [{"name": "x", "model": "none/m-1B"}]
+    with pytest.raises(UserError, match=r"^prompts: .*p.parquet cannot be read: "):
+        make_plan(config_of(tmp_path, prompts=given, sources=sources, evaluate=None))

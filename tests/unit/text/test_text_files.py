@@ -22,7 +22,8 @@ from wrpo_ray.runtime.submission import RUNTIME_ENV, _runtime_env
 from wrpo_ray.serve.check import checked
 from wrpo_ray.serve.keys import Keys, new_key
 from wrpo_ray.stages.evaluate.benchmarks import _jsonl
-from wrpo_ray.stages.ingest.readers import check_columns, read_rows
+from wrpo_ray.stages.ingest.input_checks import check_columns
+from wrpo_ray.stages.ingest.readers import read_rows
 from wrpo_ray.stages.score.judge import template_text
 from wrpo_ray.storage.fingerprints import model_fingerprint
 from wrpo_ray.storage.folder import Folder

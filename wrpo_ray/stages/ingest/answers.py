@@ -7,7 +7,7 @@ from typing import Any
 
 from wrpo_ray.config import RecordedAnswers
 from wrpo_ray.data.published import RowError, check_text
-from wrpo_ray.data.records import UNFINISHED, FailureRow, failure, prompt_id
+from wrpo_ray.data.records import UNFINISHED, FailureRow, Message, failure, prompt_id
 from wrpo_ray.llm.reasoning import put_apart_unseen
 from wrpo_ray.stages.ingest.cells import exact_text
 from wrpo_ray.stages.ingest.readers import cell_of, messages_of, name_of, number_of
@@ -58,8 +58,7 @@ def _key(row: Row, given: RecordedAnswers) -> Row:
         known = exact_text(cell_of(row, columns.id), columns.id)
         return {"id": known, "shown": f"{columns.id} {known}"[:SHOWN]}
     messages = messages_of(row, columns)
-    shown = " ".join(messages[-1]["content"][: 4 * SHOWN].split())
-    return {"prompt_id": prompt_id(messages), "shown": shown[:SHOWN]}
+    return {"prompt_id": prompt_id(messages), "shown": _beginning(messages)}
 
 
 def _listed(row: Row, column: str | None, texts: Any) -> Iterable[Any]:
@@ -176,13 +175,11 @@ def _two_scores(row: Row, scores: list[float], stage: str) -> FailureRow:
     return failure(stage, error, where=row["where"], **key)
 
 
-def merged_prompts(
-    rows: list[Row], stage: str, *, one_group: bool = False
-) -> tuple[list[Row], list[FailureRow]]:
+def merged_prompts(rows: list[Row], stage: str) -> tuple[list[Row], list[FailureRow]]:
     """Return each prompt once, with its reference and group if any row has them.
 
     A prompt with two references is a failure: a verifier would take one of them for right. So is
-    one with two groups, whose rewards can differ, where it may have `one_group` only.
+    one with two groups, as rewards, sources and margins can differ between them.
     """
     by_prompt: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -191,11 +188,16 @@ def merged_prompts(
     failed: list[FailureRow] = []
     for key, same in sorted(by_prompt.items()):
         known = {n: sorted({r[n] for r in same} - {None}) for n in ("reference", "group")}
-        names = ("reference", "group") if one_group else ("reference",)
-        if unlike := next((name for name in names if len(known[name]) > 1), None):
+        if unlike := next((name for name, found in known.items() if len(found) > 1), None):
             told = " and ".join(repr(one[:SHOWN]) for one in known[unlike][:2])
-            error = RowError(f"the prompt has two {unlike}s, {told}; keep one")
+            shown = repr(_beginning(same[0]["messages"]))
+            error = RowError(f"the prompt {shown} has two {unlike}s, {told}; keep one")
             failed.append(failure(stage, error, prompt_id=key))
         else:
             kept.append(same[0] | {n: found[0] if found else None for n, found in known.items()})
     return kept, failed
+
+
+def _beginning(messages: list[Message]) -> str:
+    """The beginning of the last message, by which a user finds the prompt."""
+    return messages[-1]["content"][:SHOWN]

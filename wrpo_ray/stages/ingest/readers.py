@@ -5,10 +5,8 @@ import io
 import reprlib
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
-from itertools import islice
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
@@ -31,15 +29,10 @@ from wrpo_ray.stages.ingest.cells import (
 )
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import HUB_SCHEME, Folder
-from wrpo_ray.storage.remote import MAX_STREAMS
-from wrpo_ray.text.display import one_line
 from wrpo_ray.text.documents import read_row
-from wrpo_ray.text.files import is_utf16
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
-FILES, FIRST = 16, 1000
-"""JSONL files, and rows of each, whose columns are looked at before any work."""
 
 
 def input_files(path: str, what: str) -> list[str]:
@@ -91,24 +84,8 @@ def exist(path: str) -> bool:
         return False
 
 
-def check_inputs(path: str, columns: list[str], what: str) -> list[str]:
-    """Check files of a config before any work: they are there, have the columns, and rows.
-
-    Returns their URIs.
-
-    Raises:
-        UserError: they do not, or the hub denies access to their content.
-    """
-    files = input_files(path, what)
-    with ThreadPoolExecutor(MAX_STREAMS) as threads:
-        for checked in [threads.submit(check_columns, uri, columns, what) for uri in files]:
-            checked.result()
-    check_some_rows(files, what)
-    return files
-
-
 @contextmanager
-def _opened(file: Folder, what: str, *, as_stream: bool = False) -> Iterator[pa.NativeFile]:
+def opened(file: Folder, what: str, *, as_stream: bool = False) -> Iterator[pa.NativeFile]:
     """Open a file; an error of the hub within the block is a UserError of one line."""
     with _explained(file, what), _open(file, as_stream) as stream:
         yield stream
@@ -131,73 +108,6 @@ def _explained(file: Folder, what: str) -> Iterator[None]:
         yield
 
 
-def check_columns(uri: str, columns: list[str], what: str) -> None:
-    """Check that a Parquet file has the columns, and a JSONL file is not UTF-16.
-
-    Rows of JSONL are checked one by one.
-
-    Raises:
-        UserError: the file has not all columns, is UTF-16, or is not a Parquet file.
-    """
-    file = Folder(uri)
-    if not str(file).endswith(".parquet"):
-        with _opened(file, what) as stream:
-            start = stream.read(4)
-        if is_utf16(start):
-            raise UserError(f"{what}: {file}: cannot be read: it is UTF-16; save it as UTF-8")
-        return
-    try:
-        with _opened(file, what) as stream:
-            there = pq.ParquetFile(stream).schema_arrow.names
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{what}: {file} is no Parquet file: {error}") from None
-    missing = [c for c in columns if c not in there]
-    if missing:
-        raise UserError(
-            f"{what}: {file} has no column {', '.join(map(repr, missing))}; it has "
-            f"{', '.join(there)}; set `columns`"
-        )
-
-
-def check_some_columns(uris: list[str], columns: list[str], what: str) -> None:
-    """Check that each column is in some of the first rows of the first JSONL files.
-
-    Raises:
-        UserError: one is in none, so that its name is wrong.
-    """
-    files = [uri for uri in uris if str(Folder(uri)).endswith(".jsonl")][:FILES]
-    there: dict[str, None] = {}
-    for uri in files:
-        for _, row in islice(read_rows(uri, columns), FIRST):
-            there |= dict.fromkeys(row) if isinstance(row, dict) else {}
-            if there.keys() >= set(columns):
-                return
-    missing = [column for column in columns if column not in there]
-    if files and there and missing:
-        raise UserError(
-            f"{what}: {Folder(files[0])} has no column {', '.join(map(repr, missing))} in its "
-            f"first rows; they have {', '.join(map(one_line, there))}; set `columns`"
-        )
-
-
-def check_some_rows(uris: list[str], what: str) -> None:
-    """Check that at least one of the files has a row; only their sizes are read.
-
-    Raises:
-        UserError: all are empty.
-    """
-    if not any(_has_rows(Folder(uri), what) for uri in uris):
-        names = ", ".join(str(Folder(uri)) for uri in uris[:3])
-        raise UserError(f"{what}: {names} has no rows; give a file with at least one")
-
-
-def _has_rows(file: Folder, what: str) -> bool:
-    with _opened(file, what) as stream:
-        if str(file).endswith(".parquet"):
-            return bool(pq.ParquetFile(stream).metadata.num_rows)
-        return bool(stream.size())
-
-
 def read_rows(
     uri: str, columns: list[str], texts: Sequence[str] = ()
 ) -> Iterator[tuple[str, Row | Exception]]:
@@ -209,7 +119,7 @@ def read_rows(
     file = Folder(uri)
     name = str(file).rsplit("/", 1)[-1]
     is_parquet = name.endswith(".parquet")
-    with _opened(file, name, as_stream=not is_parquet) as stream:
+    with opened(file, name, as_stream=not is_parquet) as stream:
         rows = _parquet(stream, columns, texts) if is_parquet else _jsonl(stream, columns)
         for number, row in enumerate(rows, start=1):
             if row is not None:

@@ -152,8 +152,9 @@ def _ingest(run: Run, job: IngestRecorded) -> tuple[dict[str, int], list[str]]:
     counts, examples = Work(name, tasks, read, writers, COUNTS, run.buckets).run()
     metrics.add_counts(job.step, rows=counts["rows"], failures=counts["failed"])
     run.check_failures(job.step, counts["failed"], counts["read"] - counts["failed"])
-    if not counts["read"]:
-        raise UserError(_of_nobody(job))
+    if counts["failed"] == counts["read"]:
+        reasons = f"; see {job.step.failures(run.root)}" if counts["failed"] else ""
+        raise UserError(_of_nobody(job) + reasons)
     if not counts["rows"]:
         raise UserError(
             f"{name}: none of the {counts['read']:,} answers in {Folder(job.input.path)} is to a "
@@ -165,16 +166,18 @@ def _ingest(run: Run, job: IngestRecorded) -> tuple[dict[str, int], list[str]]:
 
 
 def _of_nobody(job: IngestRecorded) -> str:
-    """The error where no row is of the source, with names that are there."""
+    """The error where no row has an answer of the source, with names of models that are there."""
     column, place = job.input.columns.source, Folder(job.input.path)
+    none = f"{job.step.name}: no usable answer in {place}"
     if column is None:
-        return f"{job.step.name}: no answer in {place}"
+        return none
     rows = read_rows(input_files(job.input.path, job.step.name)[0], [column])
-    found = {str(row.get(column)) for _, row in islice(rows, NAMES) if isinstance(row, dict)}
+    cells = (row.get(column) for _, row in islice(rows, NAMES) if isinstance(row, dict))
+    found = {str(cell) for cell in cells if cell is not None}
     names = ", ".join(one_line(name)[:80] for name in sorted(found)[:10])
     return (
-        f"{job.step.name}: no answer in {place} is of {job.input.of or job.source!r} in the column "
-        f"{column!r}; set `answers.of` to one of {names}"
+        f"{none} is of {job.input.of or job.source!r} in the column {column!r}; set `answers.of` "
+        f"to one of {names}"
     )
 
 
@@ -288,11 +291,6 @@ class IngestJoinedPrompts(BaseJob):
         return self.parts[0].step
 
     @property
-    def is_of_answers(self) -> bool:
-        """Whether they are those of recorded answers."""
-        return all(isinstance(part.input, RecordedAnswers) for part in self.parts)
-
-    @property
     def row_source(self) -> tuple[AnyInput, ...]:
         """At most the rows of all files."""
         return tuple(part.input for part in self.parts)
@@ -334,7 +332,7 @@ def _write_prompts(run: Run, job: IngestJoinedPrompts, group: pa.Table) -> pa.Ta
     """Write one bucket's shard: of equal prompts one, with the reference and group of any."""
     bucket, step = run.bucket(group["bucket"][0].as_py()), job.step
     good, failed = split_good(group)
-    kept, unlike = merged_prompts(good, step.name, one_group=not job.is_of_answers)
+    kept, unlike = merged_prompts(good, step.name)
     write_shard(run.root / step.folder, bucket, records.PROMPT, kept, "all")
     failures = [*failed, *unlike]
     write_failures(step.failures(run.root), bucket, failures, "all")

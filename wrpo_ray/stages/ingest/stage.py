@@ -15,17 +15,19 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, write_shard
 from wrpo_ray.data.failures import write_failures
 from wrpo_ray.data.published import RowError, from_published
+from wrpo_ray.data.records import FailureRow
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.job import BaseJob, JobKind
 from wrpo_ray.runtime.progress import log
+from wrpo_ray.stages.ingest.answers import merged_prompts
 from wrpo_ray.stages.ingest.distribute import Work, file_tasks, placed, split_good
+from wrpo_ray.stages.ingest.input_checks import check_columns
 from wrpo_ray.stages.ingest.readers import (
     PromptRow,
     ScoredRow,
-    check_columns,
     input_files,
     prompt_record,
     read_rows,
@@ -36,6 +38,8 @@ from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
 Row = dict[str, Any]
+Finished = tuple[dict[str, list[Row]], list[FailureRow]]
+"""{subfolder: rows} of a bucket, and failures that only all of its rows show."""
 SOURCES, TARGET = "sources", "target"
 """Subfolders of the imported answers."""
 REFERENCES, OPTIONAL = "references", "optional"
@@ -103,16 +107,15 @@ class IngestPrompts(IngestJob):
         columns, drawn = self.input.columns, (self.splits, self.seed)
         return [prompt_record(row, columns, *drawn, group=group, may_lack_reference=may_lack)]
 
-    def finish_bucket(
-        self, rows: list[PromptRow], run: Run, bucket: Bucket
-    ) -> dict[str, list[PromptRow]]:
-        """Each prompt once, without those of `without`: {subfolder: rows}."""
-        unique = {row["prompt_id"]: row for row in rows}
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> Finished:
+        """Each prompt once, without those of `without`; one with two references fails."""
         known: set[str] = set()
         if self.without:
             table = self.without.read(run.root, bucket, ["prompt_id", "split"])
             known = set(table["prompt_id"].to_pylist())
-        return {"": [row for key, row in sorted(unique.items()) if key not in known]}
+        new = [row for row in rows if row["prompt_id"] not in known]
+        kept, failed = merged_prompts(new, self.step.name)
+        return {"": kept}, failed
 
 
 @dataclass(frozen=True)
@@ -134,19 +137,17 @@ class IngestResponses(IngestJob):
         """One SCORED record for each of the row's answers."""
         return scored_records(row, self.input)
 
-    def finish_bucket(
-        self, rows: list[ScoredRow], run: Run, bucket: Bucket
-    ) -> dict[str, list[ScoredRow]]:
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> Finished:
         """Number the samples of each (prompt, source), independently of the order of the files."""
         counts: dict[tuple[str, str], int] = {}
-        parts: dict[str, list[ScoredRow]] = {SOURCES: [], TARGET: []}
+        parts: dict[str, list[Row]] = {SOURCES: [], TARGET: []}
         for row in sorted(
             rows, key=lambda r: (r["prompt_id"], r["source"], r["text"], r["reward"])
         ):
             key = row["prompt_id"], row["source"]
             row["sample"] = counts[key] = counts.get(key, -1) + 1
             parts[TARGET if row["source"] == self.input.target else SOURCES].append(row)
-        return parts
+        return parts, []
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,9 @@ class IngestPreferences(IngestJob):
         """One PREFERENCE record."""
         return [{**from_published(row)}]
 
-    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> dict[str, list[Row]]:
+    def finish_bucket(self, rows: list[Row], run: Run, bucket: Bucket) -> Finished:
         """All rows, in an order that does not depend on the order of the files."""
-        return {"": sorted(rows, key=lambda r: digest(r))}
+        return {"": sorted(rows, key=lambda r: digest(r))}, []
 
 
 AnyIngest = IngestPrompts | IngestResponses | IngestPreferences
@@ -211,14 +212,15 @@ def _writer(run: Run, job: AnyIngest) -> Callable[[pa.Table], pa.Table]:
         bucket = run.bucket(group["bucket"][0].as_py())
         good, failed = split_good(group)
         folder = run.root / job.step.folder
-        parts = job.finish_bucket(good, run, bucket)
+        parts, unlike = job.finish_bucket(good, run, bucket)
         for part, kept in parts.items():
             write_shard(folder / part if part else folder, bucket, job.schema, kept, "all")
-        write_failures(job.step.failures(run.root), bucket, failed, "all")
+        failures = [*failed, *unlike]
+        write_failures(job.step.failures(run.root), bucket, failures, "all")
         counts = {
             "read": len(good) + len(failed),
             "rows": sum(map(len, parts.values())),
-            "failed": len(failed),
+            "failed": len(failures),
             "target_rows": len(parts.get(TARGET, ())),
         }
         return pa.table({name: [count] for name, count in counts.items()})

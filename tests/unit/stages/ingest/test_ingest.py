@@ -45,6 +45,32 @@ def prompts_job(**columns: str) -> IngestPrompts:
     return IngestPrompts(Step("prompts"), given, SPLITS, 0)
 
 
+def test_a_prompt_given_twice_in_a_file_is_one_and_fails_if_its_rows_do_not_agree(tmp_path):
+    lines = [
+        {"prompt": "same", "r": 1, "g": "x"},
+        {"prompt": "same", "r": 1.0},
+        {"prompt": "Two answers?", "r": 1},
+        {"prompt": "Two answers?", "r": 2},
+        {"prompt": "Two groups?", "r": 1, "g": "x"},
+        {"prompt": "Two groups?", "r": 1, "g": "y"},
+    ]
+    path, told = tmp_path / "p.jsonl", set()
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for prompts in (PromptsConfig, ImportConfig):
+        given = prompts(path="x", columns={"reference": "r", "group": "g"})
+        job = IngestPrompts(Step("prompts"), given, SPLITS, 0)
+        good, bad = placed(job, path)
+        assert not bad
+        for rows in (good, good[::-1]):
+            parts, failed = job.finish_bucket(rows, None, None)
+            assert [(r["reference"], r["group"]) for r in parts[""]] == [("1", "x")]
+            told |= {row["message"] for row in failed}
+    assert told == {
+        "the prompt 'Two answers?' has two references, '1' and '2'; keep one",
+        "the prompt 'Two groups?' has two groups, 'x' and 'y'; keep one",
+    }
+
+
 # --- hostile rows ----------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import gzip
 import json
 import random
 from pathlib import Path
@@ -22,7 +23,7 @@ from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.planning.estimate import plan
 from wrpo_ray.planning.text import plan_text
-from wrpo_ray.stages.ingest import readers
+from wrpo_ray.stages.ingest import input_checks
 from wrpo_ray.stages.ingest.answers import ENDS, merged_prompts, recorded_answers, settled
 from wrpo_ray.stages.ingest.readers import input_files
 
@@ -250,11 +251,14 @@ def test_the_same_row_twice_is_one_answer_in_any_order():
 
 def test_prompts_of_several_files_are_one_and_two_references_fail():
     rows = [
-        {"prompt_id": "a", "reference": None, "group": "g"},
-        {"prompt_id": "a", "reference": "1", "group": None},
-        {"prompt_id": "b", "reference": "1", "group": None},
-        {"prompt_id": "b", "reference": "2", "group": None},
-        {"prompt_id": "c", "reference": None, "group": None},
+        {"prompt_id": key, "reference": reference, "group": group, "messages": [{"content": key}]}
+        for key, reference, group in (
+            ("a", None, "g"),
+            ("a", "1", None),
+            ("b", "1", None),
+            ("b", "2", None),
+            ("c", None, None),
+        )
     ]
     kept, failed = merged_prompts(rows, "prompts")
     assert [(r["prompt_id"], r["reference"], r["group"]) for r in kept] == [
@@ -262,7 +266,7 @@ def test_prompts_of_several_files_are_one_and_two_references_fail():
         ("c", None, None),
     ]
     assert [(r["prompt_id"], r["message"]) for r in failed] == [
-        ("b", "the prompt has two references, '1' and '2'; keep one")
+        ("b", "the prompt 'b' has two references, '1' and '2'; keep one")
     ]
 
 
@@ -466,8 +470,8 @@ def test_a_file_of_several_models_is_listed_and_opened_once_by_each_check(tmp_pa
         monkeypatch.setattr(module, name, call)
 
     monkeypatch.setattr("wrpo_ray.pipeline.preflight.map_models", lambda given, _: given)
-    counting(readers, "input_files", 0)
-    counting(readers, "check_columns", 0)
+    counting(input_checks, "input_files", 0)
+    counting(input_checks, "check_columns", 0)
     preflight(given)
     once = {(n, f): 1 for n in ("input_files", "check_columns") for f in ("all.jsonl", "p.jsonl")}
     assert calls == once
@@ -492,6 +496,42 @@ def test_each_section_with_a_bad_file_is_told(tmp_path):
         preflight(config(tmp_path, sources=sources))
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["sources.a.answers", "sources.b.answers"]
+
+
+NO_JSONL = {
+    b"\n \n\n": "has no rows; give a file with at least one",
+    b'[{"prompt": "p", "response": "x"}]': "the line is no JSON object); write one row in",
+    b'{\n "prompt": "p",\n "response": "x"\n}\n': "Expecting property name",
+    b'{"prompt": "p"}\r{"prompt": "q"}\r': "is no JSONL: none of its first lines is",
+    '{"prompt": "\xe9"}\n'.encode("latin-1"): "in UTF-8 (such as a.jsonl:1: 'utf-8' codec can't",
+    gzip.compress(b'{"prompt": "p", "response": "x"}\n'): "it is compressed; unpack it",
+}
+
+
+@pytest.mark.parametrize(("data", "told"), NO_JSONL.items(), ids=range(len(NO_JSONL)))
+def test_a_file_without_a_row_that_can_be_read_is_told_before_any_work(tmp_path, data, told):
+    given = config(tmp_path)
+    (tmp_path / "a.jsonl").write_bytes(data)
+    with pytest.raises(UserError) as caught:
+        preflight(given)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(f"sources.a.answers: {tmp_path}/a.jsonl")
+    assert told in line
+    (tmp_path / "a.jsonl").write_bytes(data.replace(b"\r", b" ")[:1000] + b'\n{"prompt": "p"}\n')
+    if not data.startswith(b"\x1f"):  # bad lines beside good rows are failed rows of the run
+        with pytest.raises(UserError, match="no column 'response'"):
+            preflight(given)
+
+
+def test_a_column_that_a_parquet_file_has_twice_is_told_before_any_work(tmp_path):
+    path = str(tmp_path / "a.parquet")
+    cells = [pa.array([text]) for text in ("p", "x", "y", "z", "z")]
+    names = ["prompt", "response", "response", "other", "other"]
+    pq.write_table(pa.Table.from_arrays(cells, names=names), path)
+    given = config(tmp_path, sources=[{"name": "a", "answers": {"path": path}}])
+    told = "a.parquet has several columns 'response'; keep one of them"
+    with pytest.raises(UserError, match=told):
+        preflight(given)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
