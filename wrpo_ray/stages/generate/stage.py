@@ -289,9 +289,8 @@ class Generator:
 
     def made(self) -> dict[str, Any]:
         """Return what was made of unfinished buckets since the last report; thread-safe."""
-        if not self._untold.has_answers:
-            return {}
-        return {"made": self._untold.take()} | self._start_clock.take()
+        made = self._untold.take_answers()
+        return {"made": made} | self._start_clock.take() if made else {}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
