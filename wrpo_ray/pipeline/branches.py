@@ -112,15 +112,18 @@ class Branches:
     def of(run: Run, early: Early, sources: Sequence[Phase], target: Sequence[Phase]) -> "Branches":
         """The branches with the work that is left.
 
-        Without rows of SFT the sources answer its prompts first, and these are selected alone.
+        Without rows of SFT the sources answer its prompts first, and these are selected alone. A
+        source that has answered all prompts has no part left.
         """
         wants_rows = any(_is_sft(job) for job in _missing(run, target))
         if not wants_rows:
             return Branches(tuple(sources), tuple(target), ())
         selected = Phase(SELECT, (early.select,))
-        parts = [part for part in early.parts.values() if not part.step.is_done(run.root)]
+        left = {job.step.key for job in _missing(run, sources)}
+        first = replace(early, parts={k: part for k, part in early.parts.items() if k in left})
+        parts = [part for part in first.parts.values() if not part.step.is_done(run.root)]
         return Branches(
-            tuple(early.first(phase) for phase in sources), (selected, *target), tuple(parts)
+            tuple(first.first(phase) for phase in sources), (selected, *target), tuple(parts)
         )
 
     def are_worth_it(self, run: Run) -> bool:
