@@ -87,7 +87,7 @@ class Prompts:
     @property
     def share(self) -> float:
         """The share of the step's prompts that are of these splits, as it draws them."""
-        shares = self.step.config.get("splits", {})
+        shares: dict[str, float] = self.step.config.get("splits", {})
         return sum(shares.get(split, 1.0) for split in self.splits)
 
     @property
