@@ -19,6 +19,7 @@ from test_train_packing import KINDS, loss_and_gradients, make, relative, some_r
 from torch import nn
 
 from wrpo_ray.config import LoraConfig
+from wrpo_ray.errors import UserError
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.train import attention, layers, recompute, slimming
 from wrpo_ray.stages.train.memory import Estimate
@@ -303,6 +304,24 @@ def test_a_noted_tensor_that_is_changed_in_place_is_kept():
         base = 2 * leaf.detach() + changes
         torch.testing.assert_close(gradient, 4 * base * torch.tensor([1, 1, 1, 2, 2, 2]))
     assert calls == [False]
+
+
+def test_a_tensor_that_is_changed_in_place_after_it_is_kept_is_no_silent_error():
+    """As without hooks, where torch refuses it; the norm's own code kept a copy in fp32."""
+    norm = OneRMSNorm()
+    assert slim(nn.Sequential(norm))
+    for changes in (False, True):
+        leaf = torch.randn(3, 6, requires_grad=True)
+        with recompute.recomputing():
+            hidden = leaf * 1
+            total = norm(hidden).sum()
+            if changes:
+                hidden.mul_(2)
+        if not changes:
+            total.backward()
+            continue
+        with pytest.raises(UserError, match="changes a tensor in place"):
+            total.backward()
 
 
 def test_outside_of_a_pass_nothing_is_noted():
