@@ -10,7 +10,7 @@ other steps are those of a chain without branches: what they hold is the same.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -126,22 +126,32 @@ class Branches:
             tuple(first.first(phase) for phase in sources), (selected, *target), tuple(parts)
         )
 
-    def are_worth_it(self, run: Run) -> bool:
+    def are_worth_it(self, run: Run, room: Callable[[Mapping[str, float]], bool]) -> bool:
         """Whether both have work, and there is room for a training beside the sources' engines.
 
-        On a machine's own CPUs there is none: all that runs there shares its cores and memory.
+        `room` tells it of resources: those of the cluster, or of a plan.
         """
         left = [list(_missing(run, branch)) for branch in (self.sources, self.target)]
-        if not all(left) or not any(job.stream for job in left[0]) or this_machine().cores:
+        if not all(left) or not any(job.stream for job in left[0]):
             return False
-        if has_room(_peak(run, self.sources) + _peak(run, self.target)):
-            return True
-        log("SFT follows the sources: the cluster has no room for its workers beside their engines")
-        return False
+        return room(_peak(run, self.sources) + _peak(run, self.target))
 
     def wait(self) -> Awaited:
         """The steps for which the target's branch waits."""
         return Awaited(job.step for job in self.awaited)
+
+
+def room_now(need: Mapping[str, float]) -> bool:
+    """Whether the cluster has these resources for both branches.
+
+    On a machine's own CPUs there is no room: all that runs there shares its cores and memory.
+    """
+    if this_machine().cores:
+        return False
+    if has_room(need):
+        return True
+    log("SFT follows the sources: the cluster has no room for its workers beside their engines")
+    return False
 
 
 def split(
