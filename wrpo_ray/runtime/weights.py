@@ -73,21 +73,32 @@ class Tracker:
 
     def __init__(self) -> None:
         self.models: dict[str, dict[str, _File]] = defaultdict(lambda: defaultdict(_File))
+        self.having: dict[str, set[str]] = defaultdict(set)
+        """{model: nodes that have had a file of it}"""
         self.shelves: dict[str, Any] = {}
         self.heard: dict[str, float] = {}
         """{process that fetches: time of its last sign of life}"""
         self.leads: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
         """{process: {file: (model, node that sends it)}}"""
         self.uploads: Counter[str] = Counter()
+        self.free: set[str] = set()
+        """Nodes with a shelf that may send one more file."""
 
     def add_shelf(self, node: str, shelf: Any) -> None:
         """Note who serves a node's copies; None: nobody."""
         self.shelves[node] = shelf
         if shelf is None:
             del self.shelves[node]
+        self._count_upload(node, 0)
+
+    def _count_upload(self, node: str, change: int) -> None:
+        self.uploads[node] += change
+        is_free = node in self.shelves and self.uploads[node] < UPLOADS
+        (self.free.add if is_free else self.free.discard)(node)
 
     def has(self, key: str, node: str, hashes: Mapping[str, str]) -> None:
         """Note the files of a complete copy on a node."""
+        self.having[key].add(node)
         for name, known in hashes.items():
             file = self.models[key][name]
             file.holders.add(node)
@@ -115,20 +126,22 @@ class Tracker:
         for name in names:
             if not files[name].holders and not files[name].reader:
                 return self._lead(key, who, node, Lead(name))
-        for name in names:
-            others = [n for n in files[name].holders if n != node and n in self.shelves]
-            is_coming = files[name].reader and files[name].reader_node in self.shelves
-            if not others and not is_coming:
+        free = self.having[key] & self.free - {node}
+        for name in names:  # a thousand nodes ask twice a second: no look at all holders
+            file = files[name]
+            is_served = any(n != node and n in self.shelves for n in file.holders)
+            is_coming = file.reader and file.reader_node in self.shelves
+            if not is_served and not is_coming:
                 return self._lead(key, who, node, Lead(name))
-            sender = min(others, key=lambda n: self.uploads[n], default="")
-            if sender and self.uploads[sender] < UPLOADS:
-                lead = Lead(name, sender, self.shelves[sender], files[name].hash)
+            if senders := file.holders & free:
+                sender = min(senders, key=lambda n: self.uploads[n])
+                lead = Lead(name, sender, self.shelves[sender], file.hash)
                 return self._lead(key, who, node, lead)
         return None
 
     def _lead(self, key: str, who: str, node: str, lead: Lead) -> Lead:
         self.leads[who][lead.name] = key, lead.node
-        self.uploads[lead.node] += 1
+        self._count_upload(lead.node, 1)
         if not lead.node:
             file = self.models[key][lead.name]
             file.reader, file.reader_node = who, node
@@ -152,7 +165,7 @@ class Tracker:
         if name not in self.leads[who]:  # it was taken for lost
             return ""
         key, sender = self.leads[who].pop(name)
-        self.uploads[sender] -= 1
+        self._count_upload(sender, -1)
         file = self.models[key][name]
         if file.reader == who:
             file.reader = ""

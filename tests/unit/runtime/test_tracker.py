@@ -207,6 +207,39 @@ def test_a_node_with_a_full_disk_blames_nobody(here, monkeypatch, tmp_path):
     assert (asked, store.reads) == ([b"content"], 0)
 
 
+def test_an_answer_takes_as_long_whatever_the_number_of_nodes_that_are_busy():
+    """A thousand nodes ask twice a second. Counted: the nodes that are looked at."""
+    looks = {}
+    for count in (10, 1000):
+        tracker, names = Tracker(), [f"n{i}" for i in range(count)]
+        counted = Counted(names)
+        for name in names:
+            tracker.add_shelf(name, "shelf")
+            tracker.has("m", name, dict.fromkeys(FILES, "hash"))
+            for _ in range(UPLOADS):
+                tracker._count_upload(name, 1)
+        for name in FILES:
+            tracker.models["m"][name].holders = counted
+        assert tracker.take("m", "p", "late", FILES) is None
+        looks[count] = counted.looks
+    assert looks[10] == looks[1000] <= 2 * len(FILES)
+
+
+class Counted(set):
+    """A set that counts how many of its elements are looked at."""
+
+    looks = 0
+
+    def __iter__(self):
+        for name in super().__iter__():
+            self.looks += 1
+            yield name
+
+    def __and__(self, other):
+        self.looks += min(len(self), len(other))
+        return super().__and__(other)
+
+
 def test_a_model_goes_to_nodes_that_can_hold_an_engine():
     gpus = [Node(f"g{i}", {"CPU": 8, "GPU": 4}, {}, True) for i in range(3)]
     nodes = [Node("head", {"CPU": 0}, {}), Node("cpu", {"CPU": 8}, {}), *gpus]
