@@ -87,6 +87,12 @@ class Prompts:
         return set(other.splits) < set(self.splits) and other == self.of_splits(other.splits)
 
     @property
+    def share(self) -> float:
+        """The share of the step's prompts that are of these splits, as it draws them."""
+        shares: dict[str, float] = self.step.config.get("splits", {})
+        return sum(shares.get(split, 1.0) for split in self.splits)
+
+    @property
     def asks(self) -> str:
         """The question beyond the prompt ids, as part of the answers' store; empty for prompts."""
         return ""
@@ -137,6 +143,14 @@ def parts(asked: Sequence[tuple[str, Prompts]]) -> dict[int, int]:
         for part, (other, fewer) in enumerate(asked)
         if other == store and prompts.has_part(fewer)
     }
+
+
+def shares(asked: Sequence[tuple[str, Prompts]]) -> list[float]:
+    """For each of such requests its share of the one that it is a part of; 1 if it is of none."""
+    found = [1.0] * len(asked)
+    for whole, part in parts(asked).items():
+        found[part] = asked[part][1].share / asked[whole][1].share
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ other steps are those of a chain without branches: what they hold is the same.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -112,33 +112,46 @@ class Branches:
     def of(run: Run, early: Early, sources: Sequence[Phase], target: Sequence[Phase]) -> "Branches":
         """The branches with the work that is left.
 
-        Without rows of SFT the sources answer its prompts first, and these are selected alone.
+        Without rows of SFT the sources answer its prompts first, and these are selected alone. A
+        source that has answered all prompts has no part left.
         """
         wants_rows = any(_is_sft(job) for job in _missing(run, target))
         if not wants_rows:
             return Branches(tuple(sources), tuple(target), ())
         selected = Phase(SELECT, (early.select,))
-        parts = [part for part in early.parts.values() if not part.step.is_done(run.root)]
+        left = {job.step.key for job in _missing(run, sources)}
+        first = replace(early, parts={k: part for k, part in early.parts.items() if k in left})
+        parts = [part for part in first.parts.values() if not part.step.is_done(run.root)]
         return Branches(
-            tuple(early.first(phase) for phase in sources), (selected, *target), tuple(parts)
+            tuple(first.first(phase) for phase in sources), (selected, *target), tuple(parts)
         )
 
-    def are_worth_it(self, run: Run) -> bool:
+    def are_worth_it(self, run: Run, room: Callable[[Mapping[str, float]], bool]) -> bool:
         """Whether both have work, and there is room for a training beside the sources' engines.
 
-        On a machine's own CPUs there is none: all that runs there shares its cores and memory.
+        `room` tells it of resources: those of the cluster, or of a plan.
         """
         left = [list(_missing(run, branch)) for branch in (self.sources, self.target)]
-        if not all(left) or not any(job.stream for job in left[0]) or this_machine().cores:
+        if not all(left) or not any(job.stream for job in left[0]):
             return False
-        if has_room(_peak(run, self.sources) + _peak(run, self.target)):
-            return True
-        log("SFT follows the sources: the cluster has no room for its workers beside their engines")
-        return False
+        return room(_peak(run, self.sources) + _peak(run, self.target))
 
     def wait(self) -> Awaited:
         """The steps for which the target's branch waits."""
         return Awaited(job.step for job in self.awaited)
+
+
+def room_now(need: Mapping[str, float]) -> bool:
+    """Whether the cluster has these resources for both branches.
+
+    On a machine's own CPUs there is no room: all that runs there shares its cores and memory.
+    """
+    if this_machine().cores:
+        return False
+    if has_room(need):
+        return True
+    log("SFT follows the sources: the cluster has no room for its workers beside their engines")
+    return False
 
 
 def split(

@@ -39,7 +39,7 @@ def failures(config: Config, only: str | None = None) -> list[Row]:
 
 
 def _parts(chain: Chain, jobs: list[StageJob]) -> list[StageJob]:
-    """Jobs that do a part of one that is not finished: it tries their failed rows again."""
+    """Jobs that do a part of one that is not finished: later runs try their failed rows again."""
     early = Early.of(chain.stages)
     parts = early.parts if early else {}
     left = [(stage, job.step) for stage, job in jobs if job.step.key in parts]

@@ -13,7 +13,7 @@ from wrpo_ray.data.buckets import buckets
 from wrpo_ray.data.outline import FILE as OUTLINE
 from wrpo_ray.data.outline import Outline
 from wrpo_ray.data.shards import Layout
-from wrpo_ray.pipeline.branches import Branches, Early, Phase, split
+from wrpo_ray.pipeline.branches import Branches, Early, Phase, room_now, split
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.model_sections import keep_pins
 from wrpo_ray.pipeline.preflight import preflight
@@ -167,7 +167,7 @@ def run_stages(run: Run, stages: list[Stage], tell: Callable[[], None]) -> None:
     run_all = partial(_run_phases, order=order, ahead=ahead, tell=tell)
     run_all(run, before)
     branches = Branches.of(run, early, sources, target) if early else None
-    if branches and branches.are_worth_it(run):
+    if branches and branches.are_worth_it(run, room_now):
         _run_branches(run, branches, partial(run_all, fits=lambda _: True))
         sources = target = []
     run_all(run, [*sources, *target, *after])

@@ -27,6 +27,7 @@ from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
+from wrpo_ray.planning.branching import beside_of
 from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.lengths import AnswerLengths
 from wrpo_ray.planning.measured import GUESS, Measured, unequal_share
@@ -77,7 +78,8 @@ def plan(config: Config, until: str = STAGES[-1], gpus: int | None = None) -> Pl
     works = list(estimator.works())
     memory = list(filter(None, estimator.memory()))
     shared = share(works, gpus) if gpus else works
-    return Plan(shared, config.prices, gpus, memory, estimator.room)
+    beside = None if estimator.room else beside_of(chain, shared, gpus)
+    return Plan(shared, config.prices, gpus, memory, estimator.room, beside)
 
 
 def expected(config: Config, root: Folder, stages: list[Stage]) -> dict[str, dict[str, Any]]:

@@ -73,6 +73,9 @@ def _totals(plan: Plan) -> Iterator[str]:
         f"tokens, {totals['gpu_hours']:,.1f} GPU-hours, {totals['money']:,.2f} of money; "
         f"{duration(totals['seconds'])} {where}"
     )
+    if plan.beside:
+        path = ", ".join(f"{name} {duration(s)}" for name, s in plan.path() if s >= 1)
+        yield f"SFT runs beside the sources; the critical path: {path}"
     low, high = plan.range()
     if high > 1.1 * low:
         yield f"by what is measured and guessed, between {duration(low)} and {duration(high)}"

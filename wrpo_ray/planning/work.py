@@ -7,7 +7,7 @@ phase share the GPUs. Not covered: network, storage, and answers that are longer
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -104,6 +104,27 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """Stages that run side by side: those of the sources, and SFT with the target's answers."""
+
+    sources: Collection[str]
+    target: Collection[str]
+    first: Mapping[str, float]
+    """{stage of the sources: share of its work that the target waits for}"""
+
+    def longest(self, took: Sequence[tuple[str, float]]) -> list[tuple[str, float]]:
+        """Of (stage, seconds) those on the way that takes longest."""
+        sources = [one for one in took if one[0] in self.sources]
+        first = [(f"{n} for SFT", s * self.first[n]) for n, s in sources if n in self.first]
+        target = [*first, *(one for one in took if one[0] in self.target)]
+        way = max((sources, target), key=lambda w: sum(seconds for _, seconds in w))
+        begin = min(took.index(one) for one in sources)
+        others = [one for one in took if one[0] not in {*self.sources, *self.target}]
+        before = [one for one in others if took.index(one) < begin]
+        return [*before, *way, *others[len(before) :]]
+
+
+@dataclass(frozen=True)
 class Plan:
     """The works of a config on so many GPUs; None is room for all engines."""
 
@@ -114,6 +135,8 @@ class Plan:
     """A line for each training still to do."""
     cpus: float | None = None
     """CPUs of the node where the run starts Ray itself; None where there is room for all."""
+    beside: Beside | None = None
+    """Stages that run side by side; None if all follow one another."""
 
     @property
     def stages(self) -> list[str]:
@@ -121,9 +144,16 @@ class Plan:
         return list(dict.fromkeys(w.stage for w in self.works))
 
     def seconds(self, stage: str | None = None) -> float:
-        """Wall-clock seconds of one stage or of all; phases run one after another."""
-        works = [w for w in self.works if stage in (None, w.stage)]
+        """Wall-clock seconds of one stage, whose phases run one after another, or of all."""
+        if stage is None:
+            return sum(seconds for _, seconds in self.path())
+        works = [w for w in self.works if w.stage == stage]
         return sum(phase_seconds(part, self.gpus, self.cpus) for part in phases(works))
+
+    def path(self) -> list[tuple[str, float]]:
+        """The critical path: (stage, seconds), each of which waits for the one before."""
+        took = [(name, self.seconds(name)) for name in self.stages]
+        return self.beside.longest(took) if self.beside else took
 
     def range(self) -> tuple[float, float]:
         """Wall-clock seconds of all, if everything uncertain takes as little, or as long."""
@@ -151,6 +181,7 @@ class Plan:
             "memory": list(self.memory),
             "works": [asdict(w) | d for w, d in zip(self.works, derived, strict=True)],
             "stage_seconds": {name: self.seconds(name) for name in self.stages},
+            "critical_path": dict(self.path()),
             "totals": self.totals(),
             "range_seconds": list(self.range()),
         }

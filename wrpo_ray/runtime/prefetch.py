@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ class Prefetch:
         self._lock = threading.RLock()
         self._sites: dict[str, _Site] = {}
         self._wanted: list[tuple[Pool, Model, str]] = []
+        self._awaited: Counter[str] = Counter()
+        """{key: trainings that wait for the model}"""
         self._session, self._tracker, self._busy_at = "", None, 0.0
         self._is_open = False
 
@@ -72,12 +75,16 @@ class Prefetch:
             self._is_open, self._tracker, self._wanted, self._sites = False, None, [], {}
 
     def want(self, pools: Iterable[Pool]) -> None:
-        """Bring the models of pools ahead, in this order; those wanted before are dropped."""
+        """Bring the models of pools ahead, in this order.
+
+        Those wanted before are dropped, but for models that another branch of the chain awaits.
+        """
         wanted = [
             (pool, model, key) for pool in pools for key, model in _copied(pool.models).items()
         ]
         with self._lock:
-            self._wanted = wanted
+            self._wanted = [*(one for one in self._wanted if self._awaited[one[2]]), *wanted]
+            wanted = self._wanted
             for site in self._sites.values():
                 site.ahead = {}
             if wanted and self._is_open:
@@ -104,13 +111,24 @@ class Prefetch:
             return not missing
 
     def wait(self, models: Iterable[Model]) -> None:
-        """Wait until the models are on the nodes that they are brought to ahead."""
+        """Wait until the models are on the nodes that they are brought to ahead.
+
+        Nodes that leave meanwhile are not waited for.
+        """
         keys = set(_copied(models))
-        while self._is_open:
+        with self._lock:
+            self._awaited.update(keys)
+        try:
+            while self._is_open and self._is_coming(keys):
+                time.sleep(TURN / 2)
+                self._turn()  # an error in the thread would leave nobody to end the wait
+        finally:
             with self._lock:
-                if not any(keys.intersection(site.coming) for site in self._sites.values()):
-                    return
-            time.sleep(TURN / 2)
+                self._awaited.subtract(keys)
+
+    def _is_coming(self, keys: set[str]) -> bool:
+        with self._lock:
+            return any(keys.intersection(site.coming) for site in self._sites.values())
 
     def _start(self) -> None:
         """Start the tracker, and the thread that looks at the nodes, once."""

@@ -23,8 +23,9 @@ class Tally:
     marks.
     """
 
-    def __init__(self, run: Run, step: Step, store: Folder):
-        self.run, self.step = run, step
+    def __init__(self, run: Run, step: Step, store: Folder, share: float = 1.0):
+        """`share` is the job's part of the rows that `failure_limit` is about."""
+        self.run, self.step, self.share = run, step, share
         self.counts: Counter[str] = Counter(rows=0, new=0, failed=0)
         self._started = time.time()
         self.marks = finished.marks(store, step.key, run.buckets, run.max_attempts)
@@ -44,7 +45,8 @@ class Tally:
         """Add a bucket's counts.
 
         Raises:
-            FailureLimitError: more rows failed than `failure_limit` allows for the whole job.
+            FailureLimitError: more rows failed than `failure_limit` allows for the whole job, or
+                for the one that it does a part of.
         """
         self.counts.update({k: v for k, v in result.items() if k not in NOT_COUNTED})
         self._buckets += 1
@@ -55,7 +57,9 @@ class Tally:
             return
         failed, rows = self.counts["failed"], self.counts["rows"]
         expected = (failed + rows) * self.run.buckets // self._buckets
-        self.run.check_failures(self.step, failed, expected - failed)
+        if failed:
+            whole = round(expected / self.share)
+            self.run.check_failures(self.step, failed, whole - failed)
         if self._buckets == self.run.buckets:
             skipped = rows - self.counts.pop("new")
             self.step.finish(self.run.root, {**self.counts, "skipped": skipped}, self._started)

@@ -64,6 +64,7 @@ class _File:
     """Nodes that have it."""
     reader: str = ""
     """Who reads it from the store."""
+    reader_node: str = ""
     hash: str = ""
 
 
@@ -72,21 +73,32 @@ class Tracker:
 
     def __init__(self) -> None:
         self.models: dict[str, dict[str, _File]] = defaultdict(lambda: defaultdict(_File))
+        self.having: dict[str, set[str]] = defaultdict(set)
+        """{model: nodes that have had a file of it}"""
         self.shelves: dict[str, Any] = {}
         self.heard: dict[str, float] = {}
         """{process that fetches: time of its last sign of life}"""
         self.leads: dict[str, dict[str, tuple[str, str]]] = defaultdict(dict)
         """{process: {file: (model, node that sends it)}}"""
         self.uploads: Counter[str] = Counter()
+        self.free: set[str] = set()
+        """Nodes with a shelf that may send one more file."""
 
     def add_shelf(self, node: str, shelf: Any) -> None:
         """Note who serves a node's copies; None: nobody."""
         self.shelves[node] = shelf
         if shelf is None:
             del self.shelves[node]
+        self._count_upload(node, 0)
+
+    def _count_upload(self, node: str, change: int) -> None:
+        self.uploads[node] += change
+        is_free = node in self.shelves and self.uploads[node] < UPLOADS
+        (self.free.add if is_free else self.free.discard)(node)
 
     def has(self, key: str, node: str, hashes: Mapping[str, str]) -> None:
         """Note the files of a complete copy on a node."""
+        self.having[key].add(node)
         for name, known in hashes.items():
             file = self.models[key][name]
             file.holders.add(node)
@@ -104,7 +116,8 @@ class Tracker:
     def take(self, key: str, who: str, node: str, missing: Sequence[str]) -> Lead | None:
         """Return the next of the missing files for a node, and where to read it; None: wait.
 
-        Files that nobody has come first, so that nodes read different ones from the store.
+        Files that nobody has come first, so that nodes read different ones from the store. Others
+        wait for who reads one only if its node will serve the file.
         """
         self.beat(who)
         files = self.models[key]
@@ -112,33 +125,38 @@ class Tracker:
         names = [*missing[first:], *missing[:first]]
         for name in names:
             if not files[name].holders and not files[name].reader:
-                return self._lead(key, who, Lead(name))
-        for name in names:
-            others = [n for n in files[name].holders if n != node and n in self.shelves]
-            if not others and not files[name].reader:
-                return self._lead(key, who, Lead(name))
-            sender = min(others, key=lambda n: self.uploads[n], default="")
-            if sender and self.uploads[sender] < UPLOADS:
-                lead = Lead(name, sender, self.shelves[sender], files[name].hash)
-                return self._lead(key, who, lead)
+                return self._lead(key, who, node, Lead(name))
+        free = self.having[key] & self.free - {node}
+        for name in names:  # a thousand nodes ask twice a second: no look at all holders
+            file = files[name]
+            is_served = any(n != node and n in self.shelves for n in file.holders)
+            is_coming = file.reader and file.reader_node in self.shelves
+            if not is_served and not is_coming:
+                return self._lead(key, who, node, Lead(name))
+            if senders := file.holders & free:
+                sender = min(senders, key=lambda n: self.uploads[n])
+                lead = Lead(name, sender, self.shelves[sender], file.hash)
+                return self._lead(key, who, node, lead)
         return None
 
-    def _lead(self, key: str, who: str, lead: Lead) -> Lead:
+    def _lead(self, key: str, who: str, node: str, lead: Lead) -> Lead:
         self.leads[who][lead.name] = key, lead.node
-        self.uploads[lead.node] += 1
+        self._count_upload(lead.node, 1)
         if not lead.node:
-            self.models[key][lead.name].reader = who
+            file = self.models[key][lead.name]
+            file.reader, file.reader_node = who, node
         return lead
 
-    def settle(self, key: str, who: str, node: str, name: str, found: str) -> None:
-        """Note that a node has a file, with its hash; empty: that it could not be read.
+    def settle(self, key: str, who: str, node: str, name: str, found: str | None) -> None:
+        """Note that a node has a file, with its hash; None: that it cannot take it.
 
-        Then the node that should have sent it is not asked for this model again.
+        An empty hash: it was not delivered. Then the node that should have sent it is not asked for
+        this model again.
         """
         sender = self._end_lead(who, name)
         if found:
             self.has(key, node, {name: found})
-        elif sender:
+        elif found is not None and sender:
             for file in self.models[key].values():
                 file.holders.discard(sender)
 
@@ -147,7 +165,7 @@ class Tracker:
         if name not in self.leads[who]:  # it was taken for lost
             return ""
         key, sender = self.leads[who].pop(name)
-        self.uploads[sender] -= 1
+        self._count_upload(sender, -1)
         file = self.models[key][name]
         if file.reader == who:
             file.reader = ""
@@ -212,7 +230,7 @@ class _Fetch:
     def _stream(self) -> None:
         try:
             while lead := self._next():
-                found = ""
+                found = None
                 try:
                     found = self._read(lead)
                 finally:
@@ -240,7 +258,11 @@ class _Fetch:
         return None
 
     def _read(self, lead: Lead) -> str:
-        """Read a file; returns its hash, or "" if another node did not deliver it."""
+        """Read a file; returns its hash, or "" if another node did not deliver it.
+
+        Raises:
+            OSError: the store does not deliver it, or this node's disk does not take it.
+        """
         import ray
 
         file = self.files[lead.name]
@@ -249,7 +271,11 @@ class _Fetch:
         try:
             expected = Listed(file.size, file.hash or lead.hash)
             return write_pieces(self._pieces(lead, file.size), lead.name, expected, self.to)
-        except (OSError, ray.exceptions.RayError):
+        except ray.exceptions.RayError:  # also an error of the other node's disk
+            return ""
+        except OSError as error:
+            if error.errno is not None:  # of this node's
+                raise
             return ""
 
     def _pieces(self, lead: Lead, size: int) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """The buckets that a worker of a pool fills, with what it knows of their stores."""
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -24,8 +24,9 @@ class Workplace:
     there at that look was written by earlier runs, and nothing came after it.
     """
 
-    def __init__(self, run: Run, steps: Sequence[Step]):
-        self.run, self.steps = run, steps
+    def __init__(self, run: Run, steps: Sequence[Step], parts: Mapping[int, int]):
+        """`parts` has, by number of a step, that of the one that fills a part of its buckets."""
+        self.run, self.steps, self.parts = run, steps, parts
         self._id = uuid.uuid4().hex
         share_layouts(self._id, run.layouts)
         self._seen: set[tuple[int, int]] = set()
@@ -38,13 +39,17 @@ class Workplace:
     def filling(
         self, row: dict[str, Any], schema: pa.Schema
     ) -> Iterator[tuple[Filling, EarlierFailures]]:
-        """The row's bucket, to fill it, with its failed rows of earlier runs, which are retried."""
+        """The row's bucket, to fill it, with its failed rows of earlier runs, which are retried.
+
+        What failed a moment ago where a part of the bucket was filled is not tried again.
+        """
         step, place = self.steps[row["job"]], (row["job"], row["bucket"])
         is_alone = [other.folder for other in self.steps].count(step.folder) == 1
         is_first = place not in self._seen and not row.get("is_again")
         self._seen.add(place)
         own = replace(self.bucket(row), is_untouched=is_alone and is_first)
-        kept = step.failures(self.run.root)
-        with retrying_failures(kept, own, self.run.max_attempts) as earlier:
+        kept, number = step.failures(self.run.root), self.parts.get(row["job"])
+        part = None if number is None else self.steps[number].failures(self.run.root)
+        with retrying_failures(kept, own, self.run.max_attempts, part) as earlier:
             store = self.run.root / step.folder
             yield Filling(store, step.key, own, schema, is_alone=is_alone), earlier

@@ -14,7 +14,7 @@ from wrpo_ray.config import Actors, Config
 from wrpo_ray.data.buckets import buckets
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.pipeline import branches
-from wrpo_ray.pipeline.branches import Early, Phase, split
+from wrpo_ray.pipeline.branches import Branches, Early, Phase, split
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.runner import run_stages
 from wrpo_ray.pipeline.stage_table import Stage
@@ -332,6 +332,27 @@ def test_a_run_with_rows_of_sft_waits_for_no_part(log, run, monkeypatch) -> None
     run_stages(run, stages, lambda: None)
     assert not {"part begins", "early begins"} & set(log.events)
     order(log, "sft begins", "sample ends", "source ends", "pair begins")
+
+
+def test_a_source_that_has_answered_all_prompts_has_no_part(log, run, monkeypatch) -> None:
+    """Such as in an output from before there were parts, or of a cluster without room."""
+    stages, _ = toys(log, monkeypatch)
+    for name in ("prompts", "source"):
+        Toy(name, log).step.finish(run.root, {"rows": 1}, 0)
+    run_stages(run, stages, lambda: None)
+    assert [e.split()[0] for e in log.events[::2]] == SERIAL[2:]
+
+
+def test_the_target_waits_for_the_parts_of_sources_that_are_left(log, run, monkeypatch) -> None:
+    monkeypatch.setattr(branches, "_is_sft", lambda job: job.step.name == "rows")
+    sources = [Toy(name, log, streams=True) for name in ("a", "b")]
+    parts = {job.step.key: Toy(f"part-{job.name}", log) for job in sources}
+    sources[0].step.finish(run.root, {"rows": 1}, 0)
+    made = Early(parts, Toy("early", log))  # type: ignore[arg-type]
+    phases = [Phase("generate", tuple(sources))], [Phase("sft", (Toy("rows", log),))]
+    found = Branches.of(run, made, *phases)
+    assert found.awaited == (parts[sources[1].step.key],)
+    assert [job.name for job in found.sources[0].jobs] == ["part-b", "a", "b"]
 
 
 def test_pools_that_pass_on_buckets_need_room_at_once_and_others_one_after_another(run) -> None:

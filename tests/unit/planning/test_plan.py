@@ -16,6 +16,7 @@ from wrpo_ray.config import Config, PricesConfig, ReferenceConfig, RewardConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, write_shard
 from wrpo_ray.errors import UserError
+from wrpo_ray.pipeline.branches import Branches
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.identities import scorer_fingerprint
 from wrpo_ray.planning import rates
@@ -89,8 +90,63 @@ def test_the_sum_of_a_config_by_hand(tmp_path):
     # sources side by side, their rewards after each other
     assert plan.seconds("generate") == max(60 + 450, 120 + 1800)
     assert plan.seconds("score") == 15 + 15
-    assert plan.seconds() == pytest.approx(sum(map(plan.seconds, plan.stages)))
+    # SFT and its samples end before the sources
+    alone = [name for name in plan.stages if name not in ("sft", "sample")]
+    assert plan.seconds() == pytest.approx(sum(map(plan.seconds, alone)))
+    assert [name for name, _ in plan.path()] == alone
     assert plan.totals()["money"] == pytest.approx(sum(w.money(plan.prices) for w in plan.works))
+
+
+def test_the_critical_path_of_branches_is_the_longer_one(tmp_path):
+    """SFT waits for a third of the answers and scores: 1,950 s of all."""
+    slow = tree(tmp_path).plan.model_copy(update={"rates": {"a": 1000, "b": 500, "r": 50, "t": 90}})
+    plan = make_plan(tree(tmp_path, plan=slow))
+    path = dict(plan.path())
+    assert list(path) == [
+        "prompts", "generate for SFT", "score for SFT", "sft", "sample", "pair", "train",
+    ]  # fmt: skip
+    assert (path["generate for SFT"], path["score for SFT"]) == pytest.approx((640, 10))
+    assert plan.seconds() == pytest.approx(sum(path.values()))
+    assert plan.seconds("sft") + plan.seconds("sample") > 1950 - 650
+    assert "SFT runs beside the sources; the critical path: generate for SFT 11 min, score" in (
+        plan_text(plan)
+    )
+    assert plan.record()["critical_path"] == path
+    low, high = plan.range()
+    assert low < plan.seconds() < high
+
+
+def in_turn(plan: Plan) -> bool:
+    """Whether all stages follow one another."""
+    return plan.beside is None and [name for name, _ in plan.path()] == plan.stages
+
+
+def test_a_plan_has_branches_where_a_run_has_them(tmp_path, monkeypatch):
+    """Both have work, GPUs for both are there, and the run's own rule says so."""
+    assert not in_turn(make_plan(tree(tmp_path)))
+    assert not in_turn(make_plan(tree(tmp_path), gpus=999))
+    for gpus in (2, 10):  # too few at all; all are the sources'
+        assert in_turn(make_plan(tree(tmp_path), gpus=gpus))
+    assert in_turn(make_plan(tree(tmp_path), until="select"))
+    assert in_turn(make_plan(tree(tmp_path, sft={"prompts": "all", "workers": 2, "num_gpus": 1})))
+    monkeypatch.setattr(Branches, "are_worth_it", lambda *_: False)
+    assert in_turn(make_plan(tree(tmp_path)))
+
+
+def test_branches_are_planned_for_what_is_left(tmp_path):
+    settings = tree(tmp_path)
+    chain = Chain(settings, for_plan=True)
+    rows = [(stage, job) for stage in chain.build() for job in stage.jobs]
+    for stage, job in rows:
+        if stage.name == "sft":
+            job.step.finish(chain.root, {"rows": 200, "tokens": 80_000}, 0)
+    plan = make_plan(settings)
+    assert plan.beside is not None
+    assert plan.beside.first == {}  # the samples wait for nothing
+    for stage, job in rows:
+        if stage.name in ("prompts", "generate", "score"):
+            job.step.finish(chain.root, {"rows": 3000}, 0)
+    assert in_turn(make_plan(settings))
 
 
 def test_on_given_gpus_all_sources_end_together(tmp_path):

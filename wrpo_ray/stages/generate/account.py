@@ -31,17 +31,20 @@ class Untold:
         with self._lock:
             self._counts[job].update(counts)
 
-    @property
-    def has_answers(self) -> bool:
-        """Whether there is an answer, or a failed one."""
-        with self._lock:
-            return any(counts["new"] or counts["failed"] for counts in self._counts.values())
-
     def take(self) -> Counts:
         """Return the counts, and begin anew."""
         with self._lock:
-            taken, self._counts = dict(self._counts), defaultdict(Counter)
-            return taken
+            return self._take()
+
+    def take_answers(self) -> Counts:
+        """The same if there is an answer, or a failed one; else nothing is taken."""
+        with self._lock:
+            has_some = any(counts["new"] or counts["failed"] for counts in self._counts.values())
+            return self._take() if has_some else {}
+
+    def _take(self) -> Counts:
+        taken, self._counts = dict(self._counts), defaultdict(Counter)
+        return taken
 
 
 class Account:

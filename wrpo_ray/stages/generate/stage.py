@@ -22,7 +22,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets
 from wrpo_ray.data.failures import EarlierFailures, write_failures
 from wrpo_ray.data.finished import Filling
-from wrpo_ray.data.samples import Prompts, Samples, parts
+from wrpo_ray.data.samples import Prompts, Samples, parts, shares
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env, slots, weight_bytes
 from wrpo_ray.runtime.context import Run
@@ -220,7 +220,10 @@ def bytes_of(job: Generate) -> int:
 
 
 def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueue | None) -> None:
-    tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
+    tallies = [
+        Tally(run, job.step, job.samples.folder(run.root), share)
+        for job, share in zip(jobs, shares(_asked(jobs)), strict=True)
+    ]
     rows = unmarked(tallies, _rows(jobs, buckets(run.buckets)))
     if ready_queue:
         for job, tally in zip(jobs, tallies, strict=True):
@@ -246,7 +249,11 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
 
 def _parts(jobs: list[Generate]) -> dict[int, int]:
     """{number of a job: number of the job that does a part of it}."""
-    return parts([(job.step.folder, job.prompts) for job in jobs])
+    return parts(_asked(jobs))
+
+
+def _asked(jobs: list[Generate]) -> list[tuple[str, Prompts]]:
+    return [(job.step.folder, job.prompts) for job in jobs]
 
 
 def _rows(jobs: list[Generate], buckets: list[Bucket]) -> list[dict[str, Any]]:
@@ -272,7 +279,7 @@ class Generator:
 
     def __init__(self, run: Run, jobs: list[Generate]):
         self.run, self.jobs = run, jobs
-        self.workplace = Workplace(run, [job.step for job in jobs])
+        self.workplace = Workplace(run, [job.step for job in jobs], _parts(jobs))
         self._starting, self._start_clock = threading.Lock(), StartClock()
         self._untold = Untold()
 
@@ -289,9 +296,8 @@ class Generator:
 
     def made(self) -> dict[str, Any]:
         """Return what was made of unfinished buckets since the last report; thread-safe."""
-        if not self._untold.has_answers:
-            return {}
-        return {"made": self._untold.take()} | self._start_clock.take()
+        made = self._untold.take_answers()
+        return {"made": made} | self._start_clock.take() if made else {}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
@@ -309,7 +315,7 @@ class Generator:
                     made.update(counts)
                     self._untold.add(row["job"], **counts)
         totals = made | {"rows": held + made["new"], "failed": given_up + made["failed"]}
-        if is_whole := not made["failed"]:
+        if is_whole := not made["failed"] and not earlier.just_tried:
             most = self.run.max_attempts
             filling.mark(rows=totals["rows"], failed=given_up, attempts=most)
         told = {"made": self._untold.take()} | self._start_clock.take()
@@ -346,9 +352,9 @@ class Generator:
     def _missing(
         self, job: Generate, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Request]]:
-        """Return the numbers of answers stored and given up, and requests for the others."""
+        """Return the numbers of answers stored and left out, and requests for the others."""
         done = filling.sample_keys()
-        given_up = earlier.given_up - done
+        given_up = earlier.left_out - done
         prompts = job.prompts.read(self.run.root, bucket).to_pylist()
         requests, wanted = [], job.sampling.samples
         for prompt in prompts:

@@ -19,7 +19,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, buckets, chunks, read_bucket
 from wrpo_ray.data.failures import EarlierFailures, write_failures
 from wrpo_ray.data.finished import Filling
-from wrpo_ray.data.samples import Samples, parts
+from wrpo_ray.data.samples import Prompts, Samples, parts, shares
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env
 from wrpo_ray.runtime.context import Run
@@ -151,7 +151,10 @@ def pool_of(reward: RewardConfig) -> Pool:
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
     (pool,) = with_shares([jobs[0].loads], run.beside)
-    tallies = [Tally(run, job.step, job.samples.folder(run.root)) for job in jobs]
+    tallies = [
+        Tally(run, job.step, job.samples.folder(run.root), share)
+        for job, share in zip(jobs, shares(_asked(jobs)), strict=True)
+    ]
     rows = [{"job": j, "bucket": b.index} for b in buckets(run.buckets) for j in range(len(jobs))]
     rows = sorted(unmarked(tallies, rows), key=lambda row: not jobs[row["job"]].is_part)
     if ready_queue:
@@ -164,7 +167,7 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
     seen = run.having_seen(stores, prompts)
     shown = [_SourceProgress(job, t.left) for job, t in zip(jobs, tallies, strict=True)]
     queue = ready_queue or ReadyQueue.of(rows)
-    queue.hold_back(parts([(j.step.folder, j.answers.prompts) for j in jobs]), rows)
+    queue.hold_back(parts(_asked(jobs)), rows)
     for result in map_rows(pool, rows, Scorer, {"run": seen, "jobs": jobs}, queue):
         queue.finished(result)
         _show(shown, result["job"], result, json.loads(result.pop("wins")))
@@ -174,6 +177,10 @@ def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> No
             idle=result["idle"], start=result["start"], gpus=pool.needs["GPU"],
             rows=result["new"], failed=result["failed"],
         )  # fmt: skip
+
+
+def _asked(jobs: list[Score]) -> list[tuple[str, Prompts]]:
+    return [(job.step.folder, job.answers.prompts) for job in jobs]
 
 
 class _SourceProgress(Progress):
@@ -204,7 +211,7 @@ class Scorer:
 
     def __init__(self, run: Run, jobs: list[Score]):
         self.run, self.jobs = run, jobs
-        self.workplace = Workplace(run, [job.step for job in jobs])
+        self.workplace = Workplace(run, [job.step for job in jobs], parts(_asked(jobs)))
         self._start_clock = StartClock()
 
     @cached_property
@@ -231,7 +238,7 @@ class Scorer:
                     writer.add(good, failures)
                     done, failed = done + len(good), failed + len(failures)
                     score_sum += sum(r[SCORE] for r in good)
-        if not failed and row.get("is_whole", True):
+        if not failed and not earlier.just_tried and row.get("is_whole", True):
             filling.mark(rows=held + done, failed=given_up, attempts=self.run.max_attempts)
         counts = {"rows": held + done, "new": done, "failed": given_up + failed}
         is_sampled = bucket.index % max(1, bucket.count // SAMPLED_BUCKETS) == 0
@@ -264,10 +271,10 @@ class Scorer:
     def _missing(
         self, job: Score, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Row]]:
-        """Return how many wanted answers have a score, how many are given up, and the others."""
+        """Return how many wanted answers have a score, how many are left out, and the others."""
         done = filling.sample_keys()
         answers = job.answers.read(self.run.root, bucket, records.RESPONSE).to_pylist()
-        given_up = earlier.given_up - done
+        given_up = earlier.left_out - done
         keys = [(row["prompt_id"], row["sample"]) for row in answers]
         missing = [
             row

@@ -15,6 +15,7 @@ from typing import Any
 
 from wrpo_ray.config import LoraConfig, TrainConfig
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.experts import experts_of
 from wrpo_ray.runtime.node_memory import Room
 
 CHUNK, MOST_CHUNK = 2**24, 2**27
@@ -61,10 +62,8 @@ class Sizes:
         width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
         head = config.get("head_dim") or width // heads
         dense = config.get("intermediate_size", 4 * width)
-        experts = config.get("num_experts") or config.get("num_local_experts") or 1
+        experts, active, shared = experts_of(config)
         inner = config.get("moe_intermediate_size", dense) if experts > 1 else dense
-        shared = config.get("n_shared_experts") or 0
-        active = (config.get("num_experts_per_tok") or 1) if experts > 1 else 1
         return cls(
             width=width,
             layers=config.get("num_hidden_layers", 32),

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from wrpo_ray.errors import UserError
+
 _notes: list[dict[int, _Note]] = []
 """Of the forward passes in progress, the innermost last."""
 
@@ -40,6 +42,13 @@ class _Note(NamedTuple):
     """While it exists, no other storage has the same address."""
     version: int
     again: _Again
+
+
+class _Held(NamedTuple):
+    """A tensor that is kept; torch looks at versions only where nothing is packed."""
+
+    tensor: Tensor
+    version: int
 
 
 class _Kept(NamedTuple):
@@ -75,15 +84,22 @@ def note(tensor: Tensor, compute: Callable[[], Tensor]) -> Tensor:
     return tensor
 
 
-def _pack(tensor: Tensor, notes: dict[int, _Note]) -> Tensor | _Kept:
+def _pack(tensor: Tensor, notes: dict[int, _Note]) -> Tensor | _Held | _Kept:
     noted = notes.get(tensor.untyped_storage()._cdata)
     if noted is not None and tensor._version == noted.version:
         return _Kept(noted.again, tensor.size(), tensor.stride(), tensor.storage_offset())
     # a parameter as it is: ZeRO-3 replaces its data; others without the graph that holds them
-    return tensor if tensor.is_leaf else tensor.detach()
+    return tensor if tensor.is_leaf else _Held(tensor.detach(), tensor._version)
 
 
-def _unpack(kept: Tensor | _Kept) -> Tensor:
+def _unpack(kept: Tensor | _Held | _Kept) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
+    if isinstance(kept, _Held):
+        if kept.tensor._version != kept.version:
+            raise UserError(
+                "the model's code changes a tensor in place that its gradients depend on; it "
+                "cannot be trained here"
+            )
+        return kept.tensor
     return kept.again().as_strided(kept.size, kept.stride, kept.offset)

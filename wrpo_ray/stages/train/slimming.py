@@ -39,6 +39,9 @@ ROPE = "apply_rotary_pos_emb"
 """Transformers' name of the function in each model's module."""
 SMALL = 16
 """Width of the copies on which a module is compared with ours."""
+SCALES = (1e-3, 1.0, 1e4)
+"""Of the random input: small enough that a norm's epsilon counts, and beyond limits of MLPs, such
+as 7 or 16."""
 
 
 def slim(model: nn.Module) -> dict[str, int]:
@@ -55,12 +58,13 @@ def slim(model: nn.Module) -> dict[str, int]:
 
 
 def rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`original` of whole heads by our function; of parts of heads as it is."""
+    """`original` of whole heads in one precision by our function; of others as it is."""
 
     def apply(
         q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
     ) -> tuple[Tensor, Tensor]:
-        if not q.shape[-1] == k.shape[-1] == cos.shape[-1]:
+        is_whole = q.shape[-1] == k.shape[-1] == cos.shape[-1]
+        if not is_whole or not q.dtype == k.dtype == cos.dtype:
             return original(q, k, cos, sin, unsqueeze_dim)
         return turn(q, k, cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim))
 
@@ -68,15 +72,22 @@ def rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tupl
 
 
 def _is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module).__name__.endswith("RMSNorm") and isinstance(weight, nn.Parameter)
+    return type(module).__name__.endswith("RMSNorm") and _own_tensors(module) == {"weight"}
 
 
 def _is_mlp(module: nn.Module) -> bool:
     parts = set(dict(module.named_children()))
-    return type(module).__name__.endswith("MLP") and (
-        parts >= {"gate_proj", "up_proj", "down_proj"} or parts >= {"gate_up_proj", "down_proj"}
-    )
+    has_parts = parts >= {"gate_proj", "up_proj", "down_proj"} or parts >= {
+        "gate_up_proj",
+        "down_proj",
+    }
+    return type(module).__name__.endswith("MLP") and has_parts and not _own_tensors(module)
+
+
+def _own_tensors(module: nn.Module) -> set[str]:
+    """Names of the parameters and buffers that are the module's own and not a part's."""
+    named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    return {name for name, _ in named}
 
 
 def _turns(module: nn.Module) -> bool:
@@ -85,14 +96,14 @@ def _turns(module: nn.Module) -> bool:
 
 
 def _slim_norm(module: Any, kinds: dict[Any, Any]) -> bool:
-    key = type(module), module.weight.dtype
+    key = _kind_of(module), module.weight.dtype
     if key not in kinds:
         kinds[key] = _first_equal(module, _small_norm, norm_forward, ("narrow", "wide", "from one"))
     return _set(module, norm_forward, kinds[key])
 
 
 def _slim_mlp(module: Any, kinds: dict[Any, Any]) -> bool:
-    key = type(module), type(getattr(module, "act_fn", None) or module.activation_fn)
+    key = _kind_of(module), _kind_of(getattr(module, "act_fn", None) or module.activation_fn)
     if key not in kinds:
         kinds[key] = _first_equal(module, _small_mlp, mlp_forward, ACTIVATIONS)
     return _set(module, mlp_forward, kinds[key])
@@ -112,6 +123,17 @@ def _slim_rope(module: Any, kinds: dict[Any, Any]) -> bool:
             )  # fmt: skip
             kinds[forward].__kwdefaults__ = forward.__kwdefaults__
     return _set(module, kinds[forward], "rotary" if kinds[forward] else None)
+
+
+def _kind_of(part: Any) -> Any:
+    """A key of modules, or functions, that compute the same but for their weights.
+
+    Those of a class can differ in a number from layer to layer, such as a limit.
+    """
+    if not isinstance(part, nn.Module):
+        return part
+    plain = (bool, int, float, str, type(None))
+    return type(part), *((n, v) for n, v in sorted(vars(part).items()) if isinstance(v, plain))
 
 
 def _set(module: Any, forward: Callable[..., Any], kind: str | None) -> bool:
@@ -223,10 +245,13 @@ def _small_mlp(module: Any, dtype: torch.dtype) -> Any:
 def _same_module(own: Any, forward: Callable[[Any, Tensor], Tensor], kind: str) -> bool:
     own.slim_kind = kind
     dtype = next(own.parameters()).dtype
-    hidden = torch.randn(2, 5, SMALL, dtype=dtype)
     weights = list(own.parameters())
-    return _same(
-        lambda x: (type(own).forward(own, x),), lambda x: (forward(own, x),), [hidden], weights
+    inputs = [scale * torch.randn(2, 5, SMALL, dtype=dtype) for scale in SCALES]
+    return all(
+        _same(
+            lambda x: (type(own).forward(own, x),), lambda x: (forward(own, x),), [hidden], weights
+        )
+        for hidden in inputs
     )
 
 

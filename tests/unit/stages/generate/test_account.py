@@ -10,8 +10,10 @@ from wrpo_ray.runtime import progress
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.ledger import Ledger, Usage
 from wrpo_ray.runtime.placement import Pool
+from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress
 from wrpo_ray.stages.generate.account import Account, Untold
+from wrpo_ray.stages.generate.stage import Generator
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -94,11 +96,36 @@ def test_counts_are_taken_once_by_whoever_asks_first():
 def test_only_answers_are_worth_telling():
     untold = Untold()
     untold.add(0, begun=1, asked=8, failed=0)
-    assert not untold.has_answers
+    assert untold.take_answers() == {}
     untold.add(0, new=0, failed=1)
-    assert untold.has_answers
-    assert untold.take() == {0: {"begun": 1, "asked": 8, "failed": 1, "new": 0}}
-    assert not untold.has_answers
+    assert untold.take_answers() == {0: {"begun": 1, "asked": 8, "failed": 1, "new": 0}}
+    assert untold.take_answers() == {}
+
+
+def test_a_bucket_that_ends_while_its_actor_is_asked_leaves_nothing_to_tell():
+    """Whatever comes between two steps of the report, it is whole or nothing."""
+    actor = Generator.__new__(Generator)
+    actor._untold, actor._start_clock = Untold(), StartClock()
+    actor._untold.add(0, begun=1, asked=8, new=1)
+
+    class EndsAfter:
+        """A lock after whose first use the bucket ends."""
+
+        def __init__(self, lock):
+            self.lock, self.result = lock, None
+
+        def __enter__(self):
+            self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+            actor._untold._lock = self.lock
+            self.result = {"made": actor._untold.take()}
+
+    actor._untold._lock = ends = EndsAfter(actor._untold._lock)
+    told = actor.made()
+    assert sorted(map(len, [told.get("made", {}), ends.result["made"]])) == [0, 1]
+    assert told == {} or told["made"]
 
 
 def test_a_line_tells_what_unfinished_buckets_made_and_the_time_that_is_left(monkeypatch, capsys):

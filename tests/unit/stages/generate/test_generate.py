@@ -11,7 +11,7 @@ from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket, write_shard
 from wrpo_ray.data.failures import failed_by_error
 from wrpo_ray.data.finished import marks, stored_rows
-from wrpo_ray.data.samples import Prompts, Samples, parts
+from wrpo_ray.data.samples import Prompts, Samples, parts, shares
 from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.awaited import Awaited
 from wrpo_ray.runtime.context import Run
@@ -222,15 +222,21 @@ def test_samples_of_all_sources_in_one_store_are_kept_apart(run):
     assert table["source"].to_pylist() == ["a", "b"]
 
 
-def test_a_part_and_then_the_whole_ask_each_prompt_once(run):
-    """Two splits in one bucket; a row that fails in the part is asked again by the whole."""
+@pytest.fixture
+def split_run(run) -> tuple[Run, Generate, Generate]:
+    """A run with a part and the whole of a request: 4 prompts for SFT and 2 others, one bucket."""
     step = prompts(run, 4).step
     others = [
         {"prompt_id": records.digest(i), "split": "preference", "messages": []} for i in (8, 9)
     ]
     write_shard(run.root / step.folder, BUCKET, records.PROMPT, others, "others")
     whole = job(Prompts(step, ("sft", "preference")))
-    part = whole.of_splits(("sft",))
+    return run, whole.of_splits(("sft",)), whole
+
+
+def test_a_part_and_then_the_whole_ask_each_prompt_once(split_run):
+    """Two splits in one bucket; a row that fails in the part is asked again by the next run."""
+    run, part, whole = split_run
     assert parts([(j.step.folder, j.prompts) for j in (part, whole)]) == {1: 0}
     waited = Awaited([part.step])
     driver = replace(run, awaited=waited, failure_limit=0.5)
@@ -245,10 +251,55 @@ def test_a_part_and_then_the_whole_ask_each_prompt_once(run):
     assert waited.wait()
     actor.engine = second = FakeEngine()
     counts = actor({"job": 1, "bucket": 0})
-    assert (counts["rows"], counts["new"], counts["failed"]) == (18, 9, 0)
-    tallies[1].add(counts)
+    assert (counts["rows"], counts["new"], counts["failed"]) == (15, 6, 3)
+    assert not counts["is_whole"]
     assert {r.prompt_id for r in first.asked} == set(map(records.digest, range(4)))
-    assert {r.prompt_id for r in second.asked} == {bad, *map(records.digest, (8, 9))}
+    assert {r.prompt_id for r in second.asked} == set(map(records.digest, (8, 9)))
+    (failed,) = failed_by_error(whole.step.failures(run.root))
+    assert (failed["rows"], failed["attempts"]) == (3, 1)
+    assert not marks(run.root / whole.step.folder, whole.step.key, 1, run.max_attempts)
+    again = Generator(run, [whole])  # the part is finished
+    again.engine = third = FakeEngine()
+    counts = again(ROW)
+    assert (counts["rows"], counts["new"], counts["failed"]) == (18, 3, 0)
+    assert {r.prompt_id for r in third.asked} == {bad}
+    tallies[1].add(counts)
     assert len(stored(run, whole)) == stored_rows(run.root / whole.step.folder) == 18
     assert len(stored(run, part)) == 12
     assert whole.step.read_manifest(run.root)["counts"]["rows"] == 18
+
+
+@pytest.mark.parametrize("runs_with_part", range(4))
+def test_a_row_is_tried_once_a_run_whether_a_part_or_the_whole_tries_it(split_run, runs_with_part):
+    """As often as without branches: in `max_attempts` runs, then it is given up."""
+    run, part, whole = split_run
+    bad, asked = records.digest(0), []
+    for number in range(5):
+        jobs = [part, whole] if number < runs_with_part else [whole]
+        actor = Generator(run, jobs)
+        actor.engine = engine = FakeEngine(refuses=(bad,))
+        for place in range(len(jobs)):
+            counts = actor({"job": place, "bucket": 0})
+        assert counts["failed"] == 3
+        asked.append([r.prompt_id for r in engine.asked].count(bad))
+        (failed,) = failed_by_error(whole.step.failures(run.root))
+        assert (failed["rows"], failed["attempts"]) == (3, min(number + 1, run.max_attempts))
+        assert counts["is_whole"] is (number >= run.max_attempts)
+    assert asked == [1, 1, 1, 0, 0]
+
+
+def test_failures_of_a_part_count_against_the_rows_of_the_whole(split_run):
+    """3 of 12 rows for SFT failed, which are 3 of 18 of the request."""
+    run, part, whole = split_run
+    config = {"splits": {"sft": 2 / 3, "preference": 1 / 3}}
+    step = Step("prompts", config)
+    asked = [(j.step.folder, replace(j.prompts, step=step)) for j in (part, whole)]
+    share, of_whole = shares(asked)
+    assert (share, of_whole) == (pytest.approx(2 / 3), 1.0)
+    assert shares(asked[:1]) == [1.0]
+    actor = Generator(run, [part, whole])
+    actor.engine = FakeEngine(refuses=(records.digest(0),))
+    counts, store = actor(ROW), run.root / part.step.folder
+    Tally(replace(run, failure_limit=0.17), part.step, store, share).add(counts)
+    with pytest.raises(FailureLimitError, match="3 of 18 rows failed"):
+        Tally(replace(run, failure_limit=0.16), part.step, store, share).add(counts)

@@ -71,6 +71,35 @@ def test_a_mixture_holds_all_experts_and_works_with_some():
     assert sizes.parameters - plain.parameters == 32 * 7 * 3 * 4096 * 14336
 
 
+@pytest.mark.parametrize(
+    "kind",
+    ["mixtral", "qwen3_moe", "deepseek_v2", "glm4_moe", "ernie4_5_moe", "dots1", "afmoe",
+     "hunyuan_v1_moe"],
+)  # fmt: skip
+def test_mixtures_of_all_makers_hold_their_experts(kind):
+    """Their configs name them differently. Within a quarter of what transformers counts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoConfig.for_model(kind)
+    given = {
+        "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "vocab_size": 64,
+        "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16,
+        "num_experts": 32, "num_local_experts": 32, "n_routed_experts": 32, "moe_num_experts": 32,
+        "num_experts_per_tok": 2, "moe_k": 2, "moe_topk": 2, "n_shared_experts": 1,
+        "moe_num_shared_experts": 1, "num_shared_experts": 1, "first_k_dense_replace": 0,
+        "num_dense_layers": 0, "moe_layer_start_index": 0, "moe_layer_end_index": 3, "n_group": 1,
+        "topk_group": 1, "pad_token_id": 0, "q_lora_rank": 32, "kv_lora_rank": 32,
+        "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 16,
+    }  # fmt: skip
+    config = type(made)(**{name: value for name, value in given.items() if hasattr(made, name)})
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(config)
+    counted = sum(p.numel() for p in network.parameters())
+    sizes = Sizes.of(json.loads(config.to_json_string(use_diff=False)))
+    assert sizes.parameters == pytest.approx(counted, rel=0.25)
+    assert sizes.inner < sizes.all_inner / 8
+
+
 def test_the_sizes_of_a_real_model_are_counted_right(tmp_path):
     folder = write_model(tmp_path / "m", tied=True)
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -19,8 +19,9 @@ from test_train_packing import KINDS, loss_and_gradients, make, relative, some_r
 from torch import nn
 
 from wrpo_ray.config import LoraConfig
+from wrpo_ray.errors import UserError
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.stages.train import attention, layers, recompute
+from wrpo_ray.stages.train import attention, layers, recompute, slimming
 from wrpo_ray.stages.train.memory import Estimate
 from wrpo_ray.stages.train.model import Policy
 from wrpo_ray.stages.train.packing import pack
@@ -99,6 +100,37 @@ class ClampedMLP(GatedMLP):
         return self.down_proj(inner.clamp(max=0.1))
 
 
+class LimitedMLP(GatedMLP):
+    """With a limit that inputs of usual size do not reach, as in DeepSeek-V4 and GLM-5."""
+
+    def __init__(self, limit: float = 10.0) -> None:
+        super().__init__(nn.SiLU())
+        self.limit = limit
+
+    def forward(self, hidden):
+        gate = self.gate_proj(hidden).clamp(max=self.limit)
+        up = self.up_proj(hidden).clamp(min=-self.limit, max=self.limit)
+        return self.down_proj(self.act_fn(gate) * up)
+
+
+class ScaledMLP(GatedMLP):
+    """Times a weight, which is 1 at first, as in Inkling."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.SiLU())
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden):
+        return super().forward(hidden) * self.scale
+
+
+class ShiftedRMSNorm(OneRMSNorm):
+    """With the epsilon outside of the root, which counts for small inputs only."""
+
+    def forward(self, hidden):
+        return self.gained(hidden / (hidden.pow(2).mean(-1, keepdim=True).sqrt() + self.eps))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_norms_mlps_and_rotations_are_slim(kind, dtype):
@@ -111,11 +143,34 @@ def test_all_norms_mlps_and_rotations_are_slim(kind, dtype):
 @pytest.mark.parametrize(
     "module",
     [SquareRMSNorm(), DetachedRMSNorm(), RaisedRMSNorm(), CentredRMSNorm(), PairRMSNorm(),
-     GatedMLP(), ClampedMLP(nn.SiLU())],
+     GatedMLP(), ClampedMLP(nn.SiLU()), LimitedMLP(), ScaledMLP(), ShiftedRMSNorm()],
 )  # fmt: skip
 def test_what_computes_something_else_stays_as_it_is(module):
     assert slim(nn.Sequential(module)) == {}
     assert "forward" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("limits", "want"), [((torch.inf, 16.0, torch.inf), 2), ((16.0, torch.inf), 1)]
+)
+def test_modules_of_a_class_that_differ_in_a_number_are_looked_at_one_by_one(limits, want):
+    """As in Step 3.7, where few layers have a limit, and Gemma 3n, where few are sparse."""
+    model = nn.Sequential(*map(LimitedMLP, limits))
+    assert slim(model) == {"LimitedMLP": want}
+    assert [hasattr(m, "slim_kind") for m in model] == [limit == torch.inf for limit in limits]
+
+
+@pytest.mark.parametrize("heads", [torch.bfloat16, torch.float32])
+def test_positions_in_another_precision_than_heads_are_turned_by_the_model(heads):
+    """Whether it then computes in the wider one, and what it returns, is its own matter."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    cos, sin = torch.randn(2, 1, 5, 8)
+    query, key = torch.randn(2, 1, 3, 5, 8, dtype=heads)
+    found = slimming.rotary(apply_rotary_pos_emb)(query, key, cos, sin)
+    for turned, wanted in zip(found, apply_rotary_pos_emb(query, key, cos, sin), strict=True):
+        assert turned.dtype == wanted.dtype
+        assert torch.equal(turned, wanted)
 
 
 @pytest.mark.parametrize("module", [OneRMSNorm(), GatedMLP(nn.SiLU()), GatedMLP(nn.GELU())])
@@ -249,6 +304,24 @@ def test_a_noted_tensor_that_is_changed_in_place_is_kept():
         base = 2 * leaf.detach() + changes
         torch.testing.assert_close(gradient, 4 * base * torch.tensor([1, 1, 1, 2, 2, 2]))
     assert calls == [False]
+
+
+def test_a_tensor_that_is_changed_in_place_after_it_is_kept_is_no_silent_error():
+    """As without hooks, where torch refuses it; the norm's own code kept a copy in fp32."""
+    norm = OneRMSNorm()
+    assert slim(nn.Sequential(norm))
+    for changes in (False, True):
+        leaf = torch.randn(3, 6, requires_grad=True)
+        with recompute.recomputing():
+            hidden = leaf * 1
+            total = norm(hidden).sum()
+            if changes:
+                hidden.mul_(2)
+        if not changes:
+            total.backward()
+            continue
+        with pytest.raises(UserError, match="changes a tensor in place"):
+            total.backward()
 
 
 def test_outside_of_a_pass_nothing_is_noted():
