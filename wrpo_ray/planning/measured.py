@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 
 from wrpo_ray.data.finished import sampled, stored
 from wrpo_ray.planning.rates import CPU_START
+from wrpo_ray.report.status import is_running
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Entry, Usage, is_open, read_ledger
+from wrpo_ray.runtime.ledger import AT_REST, Entry, UnderWay, Usage, is_open, read_ledger
 from wrpo_ray.stages.generate.stage import Generate, bytes_of, engine_slots
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
@@ -54,13 +55,30 @@ class Measured:
 
     @cached_property
     def ledger(self) -> dict[str, Entry]:
-        """The usage of each step folder; of answers that are too early to tell only the starts."""
-        found = read_ledger(self.root)
+        """The usage of each step folder; of answers that are too early to tell only the starts.
+
+        Where a run tells what is under way, the time for its tokens does not count for others.
+        """
+        found = dict(self._told)
         for folder in self._early & found.keys():
-            spent = found[folder].usage
-            starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
-            found[folder] = Entry(found[folder].pool, starts)
+            entry, spent = found[folder], found[folder].usage
+            if not entry.under_way:
+                starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
+                found[folder] = Entry(entry.pool, starts)
         return found
+
+    @cached_property
+    def _told(self) -> dict[str, Entry]:
+        """The ledger; nothing is under way in a run that was killed."""
+        found = read_ledger(self.root)
+        if any(entry.under_way for entry in found.values()) and not is_running(self.root):
+            return {folder: Entry(entry.pool, entry.usage) for folder, entry in found.items()}
+        return found
+
+    def under_way(self, step: Step) -> UnderWay:
+        """The answers of a step that engines are at, or hold."""
+        entry = self._told.get(step.folder)
+        return entry.under_way if entry else AT_REST
 
     @cached_property
     def _early(self) -> set[str]:
@@ -70,7 +88,7 @@ class Measured:
         """
         if not is_open(self.root):
             return set()
-        spent = read_ledger(self.root)
+        spent = self._told
         answering = [j for j in self.jobs if isinstance(j, Generate) and j.step.folder in spent]
         return {
             job.step.folder
@@ -124,10 +142,10 @@ class Measured:
     # --- speeds
 
     def usage(self, pool: str, kind: JobKind) -> Iterator[Usage]:
-        """The usages of a pool; folders are named by kind."""
+        """The usages of a pool, with what is under way; folders are named by kind."""
         for folder, entry in self.ledger.items():
             if entry.pool == pool and folder.startswith(f"{kind}-"):
-                yield entry.usage
+                yield entry.usage + entry.under_way.usage
 
     def pace(self, pool: str, kind: JobKind, guess: Callable[[Usage], float]) -> float | None:
         """The pace of a pool; `guess` gives the seconds that a usage should have taken."""
