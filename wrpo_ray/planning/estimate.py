@@ -114,7 +114,7 @@ class _Estimator:
     def _lacking(self, phase: Sequence[Job], work: Work) -> float:
         """Share of a pool's engines that are not up."""
         jobs = (job for job in phase if isinstance(job, Generate) and job.model.name == work.pool)
-        up = max((self.measured.under_way(job.step).actors for job in jobs), default=0)
+        up = max((self.measured.told(job.step).under_way.actors for job in jobs), default=0)
         return max(0.0, 1 - up / work.engines)
 
     def memory(self) -> Iterator[str | None]:
@@ -142,7 +142,7 @@ class _Estimator:
     def _generate(self, job: Generate) -> Work:
         name, samples, actors = job.model.name, job.sampling.samples, of_engine(job.model)
         prompts, lengths = self._count(job.prompts), self.lengths.of(job)
-        wanted, at = prompts * samples, self.measured.under_way(job.step)
+        wanted, at = prompts * samples, self.measured.told(job.step).under_way
         done = min(wanted, self._stored(job.step, wanted) + at.unstored)
         size = self.speeds.size(name, job.folder)
         spent = lengths.left(wanted - done, at, job.sampling)

@@ -81,8 +81,8 @@ class AnswerLengths:
         output, origin, spread = self._output(job, sampling)
         most = sampling.max_tokens
         output = min(output, most)
-        if job and (entry := self.measured.ledger.get(job.step.folder)):
-            output = _with_those(entry, output, most)
+        if job:
+            output = _with_those(self.measured.told(job.step), output, most)
         spread = Spread(spread.less, min(spread.more, max(1.0, most / output)))
         return Lengths(self._prompt(job), output, origin, spread)
 

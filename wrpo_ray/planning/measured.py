@@ -18,7 +18,7 @@ from wrpo_ray.data.finished import sampled, stored
 from wrpo_ray.planning.rates import CPU_START
 from wrpo_ray.report.status import is_running
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import AT_REST, Entry, UnderWay, Usage, is_open, read_ledger
+from wrpo_ray.runtime.ledger import Entry, Usage, is_open, read_ledger
 from wrpo_ray.stages.generate.stage import Generate, bytes_of, engine_slots
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
@@ -28,6 +28,8 @@ GIVEN, MEASURED, INPUT, GUESS = "given", "measured", "input", "guess"
 """Where a number comes from."""
 SHARDS = 32
 """Number of shards of a store whose token counts are read."""
+READ = 32
+"""Mean tokens of answers from which on less of the time was for their prompts."""
 METRICS = "metrics.jsonl"
 TEXTS = pa.schema([("text", pa.string())])
 REWARDS = pa.schema([("prompt_id", pa.string()), ("reward", pa.float64())])
@@ -57,12 +59,13 @@ class Measured:
     def ledger(self) -> dict[str, Entry]:
         """The usage of each step folder; of answers that are too early to tell only the starts.
 
-        Where a run tells what is under way, the time for its tokens does not count for others.
+        With those under way they tell a speed once prompts are the lesser part of the time.
         """
         found = dict(self._told)
         for folder in self._early & found.keys():
             entry, spent = found[folder], found[folder].usage
-            if not entry.under_way:
+            made = spent + entry.under_way.usage
+            if not entry.under_way or made.output_tokens < READ * made.rows:
                 starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
                 found[folder] = Entry(entry.pool, starts)
         return found
@@ -75,10 +78,9 @@ class Measured:
             return {folder: Entry(entry.pool, entry.usage) for folder, entry in found.items()}
         return found
 
-    def under_way(self, step: Step) -> UnderWay:
-        """The answers of a step that engines are at, or hold."""
-        entry = self._told.get(step.folder)
-        return entry.under_way if entry else AT_REST
+    def told(self, step: Step) -> Entry:
+        """What the ledger says of a step, and of its answers that engines are at, or hold."""
+        return self._told.get(step.folder, Entry("", Usage()))
 
     @cached_property
     def _early(self) -> set[str]:

@@ -202,6 +202,11 @@ class Ledger:
             if time.monotonic() - self._written >= EVERY:
                 self._write(is_open=True)
 
+    def flush(self) -> None:
+        """Write the ledger now."""
+        with self._lock:
+            self._write(is_open=True)
+
     def check(self) -> None:
         """Raise BudgetError if the budget is spent."""
         spent = {

@@ -182,6 +182,8 @@ class Account:
         """Note that the pool has ended: nothing is under way."""
         for actor in list(self._actors):
             self._forget(actor)
+        if self.run.ledger:
+            self.run.ledger.flush()
 
     def _forget(self, actor: int) -> None:
         """Take what an actor was at off the ledger; its time since then is lost, too."""

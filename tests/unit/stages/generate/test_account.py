@@ -169,8 +169,7 @@ def test_nothing_is_under_way_after_the_pool(account, ledger, tmp_path):
     ledger._write(is_open=True)
     written = json.loads((tmp_path / FILE).read_text())["steps"]
     assert written[STEPS[0][0].folder]["under_way"]["running_tokens"] == 100
-    account.close()
-    ledger._write(is_open=True)
+    account.close()  # and it is written at once, however long nothing follows
     written = json.loads((tmp_path / FILE).read_text())["steps"]
     assert "under_way" not in written[STEPS[0][0].folder]
 
