@@ -79,7 +79,7 @@ class Measured:
         return found
 
     def told(self, step: Step) -> Entry:
-        """What the ledger says of a step, and of its answers that engines are at, or hold."""
+        """The entry of the ledger for a step, with the answers that engines are at, or hold."""
         return self._told.get(step.folder, Entry("", Usage()))
 
     @cached_property

@@ -96,7 +96,7 @@ class UnderWay:
 
     @property
     def usage(self) -> Usage:
-        """What would be added to the usage if all answers ended now."""
+        """The addition to the usage if all answers ended now."""
         return Usage(self.running + self.ended, self.prompt_tokens, self.tokens, self.seconds)
 
     def __add__(self, other: UnderWay) -> UnderWay:

@@ -90,7 +90,7 @@ class _Times:
 
 @dataclass
 class _Actor:
-    """What an actor has told, and what of it is not booked yet."""
+    """The state of an actor by its reports: answers under way, and times to be booked."""
 
     number: int = -1
     under_way: dict[int, UnderWay] = field(default_factory=dict)
