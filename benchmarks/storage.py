@@ -157,6 +157,10 @@ class FakeEngine:
         for request in requests:
             yield [self._row(request.prompt_id, sample) for sample in request.samples], []
 
+    def under_way(self) -> dict[int, dict[str, int]]:
+        """Nothing: an answer is there at once."""
+        return {}
+
     def _row(self, prompt_id: str, sample: int) -> dict[str, Any]:
         ids = [int(20_000 ** self.rng.random()) - 1 for _ in range(TOKENS)]
         text = " ".join(self.words[i] for i in ids)[: 4 * TOKENS]

@@ -39,6 +39,10 @@ class LoggedEngine:
                 self.log.write(f"{time.time()} {request.prompt_id} {sample}\n")
             yield [self._row(request.prompt_id, sample) for sample in request.samples], []
 
+    def under_way(self) -> dict:
+        """Nothing: an answer is there at once."""
+        return {}
+
     def _row(self, prompt_id: str, sample: int) -> dict[str, Any]:
         key = {"prompt_id": prompt_id, "source": "m", "sample": sample}
         return key | {"text": prompt_id * 20, "output_tokens": 1, "prompt_tokens": 2}

@@ -69,8 +69,12 @@ def cpu_slots(weights: float) -> int:
 
 
 def weight_bytes(folder: Folder) -> int:
-    """Return the bytes of a model folder's weights; 0 where none are there, or on the hub only."""
+    """Return the bytes of a model's weights; 0 where none are there, or not known of the hub's."""
     if folder.uri.startswith(HUB_SCHEME):
+        from wrpo_ray.storage.hub import HubModel  # its client takes a moment to import
+
+        with suppress(UserError):  # a plan may be made where no commit is known
+            return HubModel.at(folder.uri).weight_bytes()
         return 0
     sizes = {info.base_name: info.size for info in folder.infos() if info.is_file}
     return sum(sizes[name] for name in weight_files(sizes))

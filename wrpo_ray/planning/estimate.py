@@ -5,9 +5,8 @@ and token counts of some shards of each store. The rows of a store are an upper 
 skipped: they can hold answers to prompts that are not part of this config.
 """
 
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -36,7 +35,6 @@ from wrpo_ray.planning.speeds import SPREAD, Origin, Speeds, of_engine, on_gpu
 from wrpo_ray.planning.spread import SURE, Spread
 from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
-from wrpo_ray.runtime.ledger import Usage
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
 from wrpo_ray.stages.score.stage import Score
@@ -109,9 +107,17 @@ class _Estimator:
                     work = self._work(job)
                     # only models answer side by side; all requests to one share its engines
                     name = f"{number}" if job.kind is JobKind.GENERATE else f"{number} {work.pool}"
-                    startup = 0.0 if work.pool in started else work.startup
+                    lacking = 0.0 if work.pool in started else self._lacking(phase, work)
                     started |= {work.pool} if work.startup else set()
-                    yield replace(work, stage=stage.name, phase=name, startup=startup)
+                    yield replace(
+                        work, stage=stage.name, phase=name, startup=lacking * work.startup
+                    )
+
+    def _lacking(self, phase: Sequence[Job], work: Work) -> float:
+        """Share of a pool's engines that are not up."""
+        jobs = (job for job in phase if isinstance(job, Generate) and job.model.name == work.pool)
+        up = max((self.measured.told(job.step).under_way.actors for job in jobs), default=0)
+        return max(0.0, 1 - up / work.engines)
 
     def memory(self) -> Iterator[str | None]:
         """A line for each training that is not finished."""
@@ -138,11 +144,10 @@ class _Estimator:
     def _generate(self, job: Generate) -> Work:
         name, samples, actors = job.model.name, job.sampling.samples, of_engine(job.model)
         prompts, lengths = self._count(job.prompts), self.lengths.of(job)
-        done = self._stored(job.step, prompts * samples)
-        left = prompts * samples - done
-        tokens, asked = round(left * lengths.output), math.ceil(left / samples)
+        wanted, at = prompts * samples, self.measured.told(job.step).under_way
+        done = min(wanted, self._stored(job.step, wanted) + at.unstored)
         size = self.speeds.size(name, job.folder)
-        spent = Usage(left, round(asked * lengths.prompt), tokens)
+        spent = lengths.left(wanted - done, at, job.sampling)
         seconds, origin = self.speeds.answer_seconds(job.model, size, spent)
         alike = None if actors.num_gpus else job.kind  # on GPUs it depends on the size
         start = self.speeds.start(name, job.kind, alike) or rates.startup(size, actors.num_gpus)
@@ -152,15 +157,15 @@ class _Estimator:
                 step=job.step.name,
                 pool=name,
                 prompts=prompts,
-                rows=prompts * samples,
+                rows=wanted,
                 done=done,
                 prompt_tokens=spent.prompt_tokens,
-                output_tokens=tokens,
+                output_tokens=spent.output_tokens,
                 actor_seconds=seconds,
-                startup=startup if left else 0.0,
+                startup=startup if spent.rows else 0.0,
                 lengths=lengths.origin,
                 rate=origin,
-                note=NO_SIZE * (size == rates.UNKNOWN and origin == GUESS and left > 0),
+                note=NO_SIZE * (size == rates.UNKNOWN and origin == GUESS and spent.rows > 0),
             ),
             actors,
             lengths.spread,

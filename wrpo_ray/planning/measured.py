@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from wrpo_ray.data.finished import sampled, stored
 from wrpo_ray.planning.rates import CPU_START
+from wrpo_ray.report.status import is_running
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.runtime.ledger import Entry, Usage, is_open, read_ledger
 from wrpo_ray.stages.generate.stage import Generate, bytes_of, engine_slots
@@ -27,6 +28,8 @@ GIVEN, MEASURED, INPUT, GUESS = "given", "measured", "input", "guess"
 """Where a number comes from."""
 SHARDS = 32
 """Number of shards of a store whose token counts are read."""
+READ = 32
+"""Mean tokens of answers from which on less of the time was for their prompts."""
 METRICS = "metrics.jsonl"
 TEXTS = pa.schema([("text", pa.string())])
 REWARDS = pa.schema([("prompt_id", pa.string()), ("reward", pa.float64())])
@@ -54,13 +57,30 @@ class Measured:
 
     @cached_property
     def ledger(self) -> dict[str, Entry]:
-        """The usage of each step folder; of answers that are too early to tell only the starts."""
-        found = read_ledger(self.root)
+        """The usage of each step folder; of answers that are too early to tell only the starts.
+
+        With those under way they tell a speed once prompts are the lesser part of the time.
+        """
+        found = dict(self._told)
         for folder in self._early & found.keys():
-            spent = found[folder].usage
-            starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
-            found[folder] = Entry(found[folder].pool, starts)
+            entry, spent = found[folder], found[folder].usage
+            made = spent + entry.under_way.usage
+            if not entry.under_way or made.output_tokens < READ * made.rows:
+                starts = Usage(start_seconds=spent.start_seconds, starts=spent.starts)
+                found[folder] = Entry(entry.pool, starts)
         return found
+
+    @cached_property
+    def _told(self) -> dict[str, Entry]:
+        """The ledger; nothing is under way in a run that was killed."""
+        found = read_ledger(self.root)
+        if any(entry.under_way for entry in found.values()) and not is_running(self.root):
+            return {folder: Entry(entry.pool, entry.usage) for folder, entry in found.items()}
+        return found
+
+    def told(self, step: Step) -> Entry:
+        """The entry of the ledger for a step, with the answers that engines are at, or hold."""
+        return self._told.get(step.folder, Entry("", Usage()))
 
     @cached_property
     def _early(self) -> set[str]:
@@ -70,7 +90,7 @@ class Measured:
         """
         if not is_open(self.root):
             return set()
-        spent = read_ledger(self.root)
+        spent = self._told
         answering = [j for j in self.jobs if isinstance(j, Generate) and j.step.folder in spent]
         return {
             job.step.folder
@@ -124,10 +144,10 @@ class Measured:
     # --- speeds
 
     def usage(self, pool: str, kind: JobKind) -> Iterator[Usage]:
-        """The usages of a pool; folders are named by kind."""
+        """The usages of a pool, with what is under way; folders are named by kind."""
         for folder, entry in self.ledger.items():
             if entry.pool == pool and folder.startswith(f"{kind}-"):
-                yield entry.usage
+                yield entry.usage + entry.under_way.usage
 
     def pace(self, pool: str, kind: JobKind, guess: Callable[[Usage], float]) -> float | None:
         """The pace of a pool; `guess` gives the seconds that a usage should have taken."""

@@ -52,7 +52,7 @@ class StepStatus:
     seconds: float | None = None
     """Duration of a finished step."""
     notes: tuple[str, ...] = ()
-    """What has to be known of recorded answers."""
+    """What has to be known of recorded answers, and what is under way."""
 
     @property
     def left(self) -> float | None:
@@ -170,8 +170,14 @@ class _StepReader:
         is_active = self.is_running and (changed is None or self.now - changed < RECENT)
         return StepStatus(
             step.stage, step.name, ACTIVE if is_active else BEGUN, done, total, unit, rate,
-            failed=failed_rows(step.failures(self.root)),
+            failed=failed_rows(step.failures(self.root)), notes=tuple(self._under_way(step)),
         )  # fmt: skip
+
+    def _under_way(self, step: StepOutline) -> Iterator[str]:
+        """A line on answers that engines of a run that lives are at."""
+        entry = self.ledger.get(step.folder)
+        if self.is_running and entry and (at := entry.under_way).running:
+            yield f"{at.running:,} answers under way have {at.running_tokens:,} tokens"
 
     def _total(self, step: StepOutline) -> int | None:
         """Expected rows; None if unknown."""
@@ -200,7 +206,7 @@ class _StepReader:
     def _buckets(self, step: StepOutline) -> Any:
         shards = list_shards(self.root / step.folder)
         entry = self.ledger.get(step.folder)
-        if not shards and not (entry and entry.usage.rows):
+        if not shards and not (entry and (entry.usage.rows or any(self._under_way(step)))):
             return None
         times = sorted(shard.written / 1e9 for shard in shards if shard.written)
         changed = times[-1] if times else None

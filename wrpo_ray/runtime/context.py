@@ -12,7 +12,7 @@ from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime import metrics
 from wrpo_ray.runtime.awaited import Awaited
 from wrpo_ray.runtime.connection import ClosedError
-from wrpo_ray.runtime.ledger import Ledger, Usage
+from wrpo_ray.runtime.ledger import AT_REST, Ledger, UnderWay, Usage
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -77,12 +77,13 @@ class Run:
         failed: int = 0,
         prompt_tokens: int = 0,
         output_tokens: int = 0,
+        under_way: UnderWay = AT_REST,
         may_stop: bool = True,
     ) -> None:
         """Add an actor's usage to the ledger and to the Prometheus metrics; for the driver.
 
         The actor has `gpus` GPUs, held them for `seconds`, was `idle` for some of these and
-        loaded its model (`start`) for others.
+        loaded its model (`start`) for others. `under_way` is the change of what it is at.
 
         Raises:
             BudgetError: the budget is spent, and `may_stop`: what was made is committed.
@@ -96,7 +97,7 @@ class Run:
                 rows, prompt_tokens, output_tokens, seconds, seconds * gpus,
                 idle, start, int(start > 0),
             )  # fmt: skip
-            self.ledger.add(step, pool, usage)
+            self.ledger.add(step, pool, usage, under_way)
             if may_stop:
                 self.ledger.check()
 

@@ -4,6 +4,8 @@ The driver sums tokens and actor-seconds by step folder, and writes `ledger.json
 run that is interrupted leaves the ledger marked as open; the next run then also counts the answers
 in the stores, by the names of their shards. Not counted: seconds of actors that were lost before
 they reported them.
+
+While a run is under way the ledger also has what its engines are at, for plans: it is no usage yet.
 """
 
 from __future__ import annotations
@@ -65,8 +67,53 @@ class Usage:
         return tokens + self.gpu_seconds / 3600 * prices.pools.get(pool, prices.gpu_hour)
 
 
-def _values(usage: Usage) -> tuple[Any, ...]:
-    return tuple(asdict(usage).values())
+@dataclass(frozen=True)
+class UnderWay:
+    """Answers that engines are at just now, or hold; they can be added and subtracted.
+
+    Those of a lost actor are gone with it.
+    """
+
+    running: int = 0
+    """Answers that have tokens and are not at their end."""
+    running_tokens: int = 0
+    ended: int = 0
+    """Answers that wait for others of their request, and are in no usage."""
+    ended_tokens: int = 0
+    prompt_tokens: int = 0
+    """Of the requests of these answers."""
+    unstored: int = 0
+    """Answers in the usage that are not committed yet."""
+    seconds: float = 0.0
+    """Of busy actors, in no usage yet."""
+    actors: int = 0
+    """Actors with such answers."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are in no usage."""
+        return self.running_tokens + self.ended_tokens
+
+    @property
+    def usage(self) -> Usage:
+        """The addition to the usage if all answers ended now."""
+        return Usage(self.running + self.ended, self.prompt_tokens, self.tokens, self.seconds)
+
+    def __add__(self, other: UnderWay) -> UnderWay:
+        return UnderWay(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+
+    def __sub__(self, other: UnderWay) -> UnderWay:
+        return UnderWay(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
+
+    def __bool__(self) -> bool:
+        return bool(self.running or self.ended or self.unstored)
+
+
+AT_REST = UnderWay()
+
+
+def _values(counts: Usage | UnderWay) -> tuple[Any, ...]:
+    return tuple(asdict(counts).values())
 
 
 @dataclass(frozen=True)
@@ -76,6 +123,8 @@ class Entry:
     pool: str
     """The model, reward or step whose prices apply."""
     usage: Usage
+    under_way: UnderWay = AT_REST
+    """Nothing is, unless a run that lives has written it."""
 
 
 def read_ledger(root: Folder) -> dict[str, Entry]:
@@ -86,7 +135,10 @@ def read_ledger(root: Folder) -> dict[str, Entry]:
     """
     steps = _read(root)["steps"]
     try:
-        return {f: Entry(e.pop("pool"), Usage(**e)) for f, e in steps.items()}
+        return {
+            f: Entry(e.pop("pool"), under_way=UnderWay(**e.pop("under_way", {})), usage=Usage(**e))
+            for f, e in steps.items()
+        }
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{root}/{FILE}: was changed; put it back from a copy") from None
 
@@ -112,7 +164,7 @@ class Ledger:
 
     def __init__(self, root: Folder, prices: PricesConfig, budget: BudgetConfig):
         self.root, self.prices, self.budget = root, prices, budget
-        self.entries = read_ledger(root)
+        self.entries = {f: Entry(e.pool, e.usage) for f, e in read_ledger(root).items()}
         record = _read(root)
         self._before, self._started = float(record["seconds"]), time.monotonic()
         self._written, self._lock = 0.0, threading.Lock()
@@ -142,13 +194,18 @@ class Ledger:
         """Cost over all steps, by the current prices."""
         return sum(e.usage.money(e.pool, self.prices) for e in self._now())
 
-    def add(self, step: Step, pool: str, usage: Usage) -> None:
-        """Add to the usage of a step."""
+    def add(self, step: Step, pool: str, usage: Usage, change: UnderWay = AT_REST) -> None:
+        """Add to the usage of a step, and to what is under way."""
         with self._lock:
             held = self.entries.get(step.folder, Entry(pool, Usage()))
-            self.entries[step.folder] = Entry(pool, held.usage + usage)
+            self.entries[step.folder] = Entry(pool, held.usage + usage, held.under_way + change)
             if time.monotonic() - self._written >= EVERY:
                 self._write(is_open=True)
+
+    def flush(self) -> None:
+        """Write the ledger now."""
+        with self._lock:
+            self._write(is_open=True)
 
     def check(self) -> None:
         """Raise BudgetError if the budget is spent."""
@@ -172,7 +229,7 @@ class Ledger:
 
     def _write(self, *, is_open: bool) -> None:
         self._written = time.monotonic()
-        steps = {f: {"pool": e.pool} | asdict(e.usage) for f, e in sorted(self.entries.items())}
+        steps = {f: _record(entry) for f, entry in sorted(self.entries.items())}
         seconds = round(self.hours * 3600, 1)
         self.root.write_json(FILE, {"seconds": seconds, "open": is_open, "steps": steps})
 
@@ -185,3 +242,9 @@ class Ledger:
             if there.output_tokens > held.usage.output_tokens:
                 seconds = replace(held.usage, rows=0, prompt_tokens=0, output_tokens=0)
                 self.entries[folder] = Entry(held.pool, there + seconds)
+
+
+def _record(entry: Entry) -> dict[str, Any]:
+    """The entry as JSON; what is under way only while something is."""
+    now = {"under_way": asdict(entry.under_way)} if entry.under_way else {}
+    return {"pool": entry.pool} | asdict(entry.usage) | now

@@ -73,7 +73,8 @@ def map_rows(
     they become ready, as many as `rows` has.
 
     `watch` gets what a worker has made of rows that are not finished, as its method `made` tells,
-    with `seconds` and `idle` since its last report or result, which then has only the rest.
+    with `seconds` and `idle` since its last report or result, which then has only the rest. Then
+    reports and results have the number of their `actor`, and one that is lost is told as `lost`.
 
     Raises:
         WrpoError: as raised by the worker, or one that names the pool and the cause.
@@ -100,6 +101,8 @@ def map_rows(
 
 class RunningPool:
     """The state of a pool while it maps rows: its actors, waiting rows and losses."""
+
+    watch: Callable[[Row], None] | None = None
 
     def __init__(
         self,
@@ -330,7 +333,7 @@ class RunningPool:
         """Note an actor's first answer, or return the result of a row that it finished."""
         if found is member.report:
             member.report = None
-            self._watched(value)
+            self._watched(member, value)
             return []
         member.since = member.told = time.monotonic()
         if member.starting is not None:
@@ -343,13 +346,13 @@ class RunningPool:
         if not self.rows_are_short:
             self.pace.add(value)
         self.left -= 1
-        return [value]
+        return [value | {"actor": member.number} if self.watch else value]
 
-    def _watched(self, told: Row) -> None:
+    def _watched(self, member: Member, told: Row) -> None:
         """Pass on what an actor made of unfinished rows."""
         if told and self.watch:
             self.pace.add(told, rows=0)
-            self.watch(told)
+            self.watch(told | {"actor": member.number})
 
     def _lose(self, member: Member, error: Exception) -> None:
         """Put the rows of a lost actor back to the front of the queue.
@@ -364,6 +367,8 @@ class RunningPool:
         if self.lost_starts > START_LOSSES or most > ROW_LOSSES:
             raise error
         log(f"{self.pool.what}: an actor was lost; its rows go to another one")
+        if self.watch:
+            self.watch({"lost": member.number})
         for row in rows:
             row["is_again"] = True
         self.queue.extendleft(reversed(rows))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 from wrpo_ray.errors import WrpoError
@@ -130,6 +131,7 @@ class Pace:
         return self.seconds / self.rows if self.rows else None
 
 
+_NUMBERS = count()
 REMOVAL_TIMEOUT = 60.0
 """Seconds to wait until Ray has removed a pool's placement groups."""
 
@@ -155,6 +157,8 @@ class Member:
     """Ray object of what the actor has made of unfinished rows, while it is asked."""
     told: float = field(default_factory=time.monotonic)
     """Time at which it was asked last, or finished a row."""
+    number: int = field(default_factory=_NUMBERS.__next__)
+    """No other actor of this process has it."""
 
     @property
     def has_room(self) -> bool:

@@ -60,6 +60,8 @@ class Progress:
         self.done = self.rows = self.failed = self.tokens = 0
         self.begun = self.asked = 0
         """Units that were begun, and the rows that they have."""
+        self.under_way = 0
+        """Tokens of answers that are not at their end, for the rate."""
         self.about: dict[str, str] = {}
         self._started = self._shown = time.monotonic()
 
@@ -108,7 +110,7 @@ class Progress:
             "rows": f"{self.rows:,} rows",
             "failed": f"{self.failed:,} failed" if self.failed else "",
             "rate": format_rate(self.rows / passed, "a row", "rows"),
-            "tokens": format_rate(self.tokens / passed, "a token", "tokens"),
+            "tokens": format_rate((self.tokens + self.under_way) / passed, "a token", "tokens"),
             "left": f"{_clock(left)} left" if left is not None else "",
             **{name: f"{name} {value}" for name, value in self.about.items()},
         }

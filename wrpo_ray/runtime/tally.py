@@ -11,7 +11,10 @@ from wrpo_ray.runtime.progress import log
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-NOT_COUNTED = ("job", "bucket", "seconds", "idle", "start", "is_whole", "is_again", "made")
+NOT_COUNTED = (
+    "job", "bucket", "seconds", "idle", "start", "is_whole", "is_again", "made", "under_way",
+    "number", "actor",
+)  # fmt: skip
 """Fields of a result that are no counts of rows; the ledger has the times."""
 
 

@@ -12,7 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -115,6 +115,18 @@ class HubModel:
             small = set(engine_files(names)) - set(weight_files(names))
             self._download([glob.escape(name) for name in small], cache)
         return folder, names
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of the weights, by a list of files that is here; 0 if none is.
+
+        The check before a run has fetched it (`fetch_metadata`), so that this asks nobody.
+        """
+        for cache in (None, node_cache().folder / "hub"):
+            with suppress(CachedRepoTreeNotFoundError):
+                tree = get_cached_repo_tree(self.repo, revision=self.commit, cache_dir=cache)
+                sizes = {file.path: file.size for file in tree}
+                return sum(sizes[name] for name in weight_files(sizes))
+        return 0
 
     def files(self) -> dict[str, Listed]:
         """Return the files that an engine needs, with their hashes."""

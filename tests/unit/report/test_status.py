@@ -54,6 +54,23 @@ def held(root: Path, ago: float, **changes) -> None:
     put(root, lease.file_name("s"), ago, json.dumps(record | changes))
 
 
+def test_an_engine_without_a_finished_answer_is_running(tmp_path):
+    """As long as the run lives: of a run that was killed nothing is under way."""
+    finished(tmp_path / "prompts", rows=300)
+    at = {"running": 64, "running_tokens": 12_345}
+    ledger = {"seconds": 9.0, "open": True, "steps": {"generate-a": {"pool": "a", "under_way": at}}}
+    (tmp_path / "ledger.json").write_text(json.dumps(ledger))
+    given = outline(PROMPTS, GENERATE)
+    assert status(Folder(str(tmp_path)), given, NOW).steps[1].state == "waiting"
+    held(tmp_path, ago=4)
+    found = status(Folder(str(tmp_path)), given, NOW)
+    generate = found.steps[1]
+    assert (generate.state, generate.done, generate.total) == ("running", 0, 1000)
+    told = StringIO()
+    Console(file=told, width=80).print(screen(found))
+    assert "generate-a: 64 answers under way have 12,345 tokens" in told.getvalue()
+
+
 def test_rows_rate_and_time_left(tmp_path):
     finished(tmp_path / "prompts", rows=300)
     for i in range(11):  # a shard every 10 s

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter, deque
 from types import SimpleNamespace
 
 import pytest
@@ -54,6 +55,7 @@ def test_an_actor_that_told_nothing_for_a_while_is_asked_once(clock, monkeypatch
     assert [m.report for m in pool.members] == ["report 0", None, None]
     report = {"n": 7, "seconds": 5.0, "idle": 1.0, "start": 2.0}
     assert settle(pool, monkeypatch, {"report 0": report}) == []
+    report |= {"actor": pool.members[0].number}
     assert told == [report]
     assert (pool.pace.seconds, pool.pace.rows, pool.left) == (2.0, 0, 3)
     pool._ask()
@@ -73,6 +75,7 @@ def test_a_result_is_no_report(clock, monkeypatch):
     pool.members[0].rows["row 0"] = ({"n": 0}, clock.seconds - 9)
     pool.losses = {}
     result = {"n": 0, "seconds": 3.0, "idle": 0.0}
+    result |= {"actor": pool.members[0].number}
     assert settle(pool, monkeypatch, {"row 0": result}) == [result]
     assert told == []
     assert (pool.left, pool.pace.rows, pool.members[0].report) == (0, 1, "report 0")
@@ -130,3 +133,16 @@ def test_an_actor_tells_while_its_row_runs_and_its_seconds_once():
     assert (told["n"], result["n"], result["row"]) == (3, 1, 1)
     assert told["seconds"] + result["seconds"] <= time.monotonic() - began
     assert told["idle"] + result["idle"] <= told["seconds"] + result["seconds"]
+
+
+def test_whoever_watches_is_told_of_a_lost_actor(clock, monkeypatch):
+    """By the number that its reports had."""
+    told = []
+    pool = Asked(2, told)
+    monkeypatch.setattr(pool, "_release", pool.members.remove)
+    pool._ask()
+    settle(pool, monkeypatch, {"report 0": {"n": 1, "seconds": 1.0, "idle": 0.0}})
+    pool.losses, pool.queue = Counter(), deque()
+    pool._lose(pool.members[0], RuntimeError())
+    assert [row.get("actor", row.get("lost")) for row in told] == 2 * [told[1]["lost"]]
+    assert pool.members[0].number != told[1]["lost"]

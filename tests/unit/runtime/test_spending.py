@@ -13,10 +13,10 @@ from wrpo_ray.cli.entry import main
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import buckets, write_shard
-from wrpo_ray.errors import BudgetError
+from wrpo_ray.errors import BudgetError, UserError
 from wrpo_ray.pipeline import runner
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.ledger import FILE, Ledger, Usage, read_ledger
+from wrpo_ray.runtime.ledger import FILE, Entry, Ledger, UnderWay, Usage, read_ledger
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -98,6 +98,27 @@ def test_what_a_killed_call_did_not_tell_is_counted_in_the_stores(root):
         assert after.entries[STEP.folder].usage == Usage(6, 3 * 5, 60, 7, 7)
         assert after.entries[STEP.folder].pool == "a"
     assert not json.loads(root.read(FILE))["open"]
+
+
+def test_what_a_killed_run_was_at_is_gone(root):
+    """The next run's ledger has its usage only; a ledger without the field is read as it is."""
+    held = ledger(root)
+    held.__enter__()
+    held.add(STEP, "a", Usage(rows=2), UnderWay(running=3, running_tokens=50))
+    held._write(is_open=True)
+    assert read_ledger(root)[STEP.folder].under_way == UnderWay(3, 50)
+    with ledger(root) as after:
+        assert after.entries[STEP.folder] == Entry("a", Usage(rows=2))
+    assert "under_way" not in json.loads(root.read(FILE))["steps"][STEP.folder]
+    assert read_ledger(root)[STEP.folder] == Entry("a", Usage(rows=2))
+
+
+def test_a_ledger_with_another_kind_of_field_is_refused(root):
+    for wrong in ({"running": 1, "walking": 2}, [1], 3):
+        steps = {STEP.folder: {"pool": "a", "rows": 1, "under_way": wrong}}
+        root.write_json(FILE, {"seconds": 1.0, "open": True, "steps": steps})
+        with pytest.raises(UserError, match="was changed"):
+            read_ledger(root)
 
 
 def test_what_was_in_hand_when_a_budget_stopped_is_counted_too(root):

@@ -26,6 +26,7 @@ from wrpo_ray.config import Config, ModelConfig, TargetConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.export.forms import Form
 from wrpo_ray.export.preferences import export_preferences
+from wrpo_ray.llm.vllm_settings import weight_bytes
 from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.check import checked
@@ -179,6 +180,19 @@ def test_a_check_reads_all_but_the_weights(hub, model, tmp_path):
     preflight(config("org/name", tmp_path))
     assert set(hub.downloads()) == {p.name for p in model.iterdir()} - {"model.safetensors"}
     assert not list((tmp_path / "cache").glob("*.json"))
+
+
+def test_the_size_of_weights_is_known_after_the_check_without_a_request(hub, model, tmp_path):
+    """An engine on a CPU has room by it, as by that of a folder."""
+    commit = hub.add("org/name", model, **{"pytorch_model.bin": b"the same weights again"})
+    address = Folder(f"hf://org/name@{commit}")
+    assert weight_bytes(address) == 0
+    assert weight_bytes(Folder("hf://org/name")) == 0  # of no commit
+    preflight(config("org/name", tmp_path))
+    asked = hub.asked.copy()
+    size = (model / "model.safetensors").stat().st_size
+    assert weight_bytes(address) == weight_bytes(Folder(str(model))) == size > 0
+    assert hub.asked == asked
 
 
 def test_without_a_template_or_weights_the_check_says_so(hub, model, tmp_path):

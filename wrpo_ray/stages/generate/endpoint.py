@@ -53,6 +53,10 @@ class EndpointEngine:
             if len(rows) + len(failed) == requests[r].count:
                 yield gathered.pop(r)
 
+    def under_way(self) -> dict[int, dict[str, int]]:
+        """Nothing: servers tell no tokens before an answer ends."""
+        return {}
+
     def _body(
         self, request: Request, sample: int, sampling: SamplingConfig, identity: SamplingIdentity
     ) -> Body:

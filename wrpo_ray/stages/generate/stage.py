@@ -12,6 +12,7 @@ import math
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -239,12 +240,14 @@ def _run_pool(run: Run, pool: Pool, jobs: list[Generate], ready_queue: ReadyQueu
     queue.hold_back(_parts(jobs), rows)
     account = Account(run, pool, [(job.step, job.model.name) for job in jobs], progress)
     arguments = {"run": seen, "jobs": jobs}
-    for result in map_rows(pool, rows, Generator, arguments, queue, account.add):
-        queue.finished(result)
-        tallies[result["job"]].add(result)
-        account.finish(result)
-        if ready_queue:
-            ready_queue.add(jobs[result["job"]].step, result["bucket"], is_whole=result["is_whole"])
+    with closing(account):
+        for result in map_rows(pool, rows, Generator, arguments, queue, account.add):
+            step, is_whole = jobs[result["job"]].step, result["is_whole"]
+            queue.finished(result)
+            tallies[result["job"]].add(result)
+            account.finish(result)
+            if ready_queue:
+                ready_queue.add(step, result["bucket"], is_whole=is_whole)
 
 
 def _parts(jobs: list[Generate]) -> dict[int, int]:
@@ -295,19 +298,23 @@ class Generator:
             return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
 
     def made(self) -> dict[str, Any]:
-        """Return what was made of unfinished buckets since the last report; thread-safe."""
-        made = self._untold.take_answers()
-        return {"made": made} | self._start_clock.take() if made else {}
+        """Return what was made of unfinished buckets, and what is under way; thread-safe."""
+        is_loaded = "engine" in self.__dict__
+        return self._told() if is_loaded or self._untold.has_answers else {}
+
+    def _told(self) -> dict[str, Any]:
+        """Return what was made since the last report."""
+        return self._untold.tell(self.__dict__.get("engine")) | self._start_clock.take()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Fill one bucket of one job and return counts only; thread-safe."""
         job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
         made = Counter(new=0, failed=0, prompt_tokens=0, output_tokens=0)
         with self.workplace.filling(row, records.RESPONSE) as (filling, earlier):
-            held, given_up, requests = self._missing(job, bucket, filling, earlier)
+            held, given_up, requests = self._missing(row["job"], bucket, filling, earlier)
             asked = sum(request.count for request in requests)
             self._untold.add(row["job"], begun=1, asked=asked, failed=given_up)
-            commit = partial(self._commit, job, filling, earlier)
+            commit = partial(self._commit, row["job"], filling, earlier)
             with ShardWriter(commit, self.run.commit_seconds) as writer:
                 for rows, failures in self._answers(job, requests):
                     writer.add(rows, failures)
@@ -318,8 +325,7 @@ class Generator:
         if is_whole := not made["failed"] and not earlier.just_tried:
             most = self.run.max_attempts
             filling.mark(rows=totals["rows"], failed=given_up, attempts=most)
-        told = {"made": self._untold.take()} | self._start_clock.take()
-        return row | totals | {"is_whole": is_whole} | told
+        return row | totals | {"is_whole": is_whole} | self._told()
 
     def _counts(
         self, job: Generate, rows: list[Row], failures: list[records.FailureRow]
@@ -350,10 +356,10 @@ class Generator:
         return SamplingIdentity(job.model.name, job.seed, folder)
 
     def _missing(
-        self, job: Generate, bucket: Bucket, filling: Filling, earlier: EarlierFailures
+        self, number: int, bucket: Bucket, filling: Filling, earlier: EarlierFailures
     ) -> tuple[int, int, list[Request]]:
         """Return the numbers of answers stored and left out, and requests for the others."""
-        done = filling.sample_keys()
+        job, done = self.jobs[number], filling.sample_keys()
         given_up = earlier.left_out - done
         prompts = job.prompts.read(self.run.root, bucket).to_pylist()
         requests, wanted = [], job.sampling.samples
@@ -361,7 +367,7 @@ class Generator:
             keys = [(prompt["prompt_id"], sample) for sample in range(wanted)]
             lacking = [key[1] for key in keys if key not in done and key not in given_up]
             requests += [
-                Request(prompt["prompt_id"], prompt["messages"], first, count)
+                Request(prompt["prompt_id"], prompt["messages"], first, count, number)
                 for first, count in _runs(lacking)
             ]
         tried = sum(request.count for request in requests)
@@ -369,15 +375,17 @@ class Generator:
 
     def _commit(
         self,
-        job: Generate,
+        number: int,
         filling: Filling,
         earlier: EarlierFailures,
         rows: list[Row],
         failures: list[records.FailureRow],
     ) -> None:
+        job = self.jobs[number]
         key = sorted([r["prompt_id"], r["sample"]] for r in [*rows, *failures])
         if rows:
             filling.write([row | {"model": job.fingerprint} for row in rows], key)
+            self._untold.stored(number, len(rows))
         folder = job.step.failures(self.run.root)
         write_failures(folder, filling.bucket, failures, key, earlier)
 

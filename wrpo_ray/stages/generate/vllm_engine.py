@@ -11,7 +11,8 @@ loading weights takes a moment, starting an engine up to minutes. Not covered: i
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -46,6 +47,8 @@ class Request:
     messages: list[Message]
     first: int
     count: int
+    job: int = 0
+    """Its answers under way are counted by this number."""
 
     @property
     def samples(self) -> range:
@@ -75,6 +78,9 @@ class Engine(Protocol):
 
         `identity` defaults to the one that the engine was created with.
         """
+
+    def under_way(self) -> Mapping[int, Mapping[str, int]]:
+        """The counts of `UnderWay` by the number of their job, for any thread."""
 
 
 class PromptTooLongError(ValueError):
@@ -174,6 +180,29 @@ class VllmEngine:
             if isinstance(answers, Exception):
                 raise answers
             yield answers
+
+    def under_way(self) -> dict[int, Counter[str]]:
+        """Count the answers that have tokens and were not returned, by job; for any thread.
+
+        Each look takes a moment for each of them, and a token takes nothing. A request ends with
+        its longest answer; until then vLLM keeps the others.
+        """
+        held, found = self.engine.output_processor, defaultdict[int, Counter[str]](Counter)
+        begun = dict[str, _Asked]()
+
+        def add(key: str, name: str, tokens: int) -> None:
+            if tokens and (asked := self._asked.get(key)):
+                begun[key] = asked
+                found[asked.request.job].update({name: 1, f"{name}_tokens": tokens})
+
+        for state in list(held.request_states.values()):  # in one step: the engine changes it
+            add(state.external_req_id, "running", state.detokenizer.num_output_tokens())
+        for parent in list(held.parent_requests.values()):
+            for answer in filter(None, list(parent.output_aggregator)):
+                add(parent.external_req_id, "ended", len(answer.token_ids))
+        for asked in begun.values():
+            found[asked.request.job]["prompt_tokens"] += len(asked.ids)
+        return found
 
     def _prompt_ids(self, request: Request, name: str) -> list[int]:
         ids = prompt_ids(self.tokenizer, request.messages)

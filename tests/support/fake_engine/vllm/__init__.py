@@ -34,6 +34,8 @@ class Engine:
     """Requests in, answers out."""
 
     model_config = SimpleNamespace(max_model_len=2048)
+    output_processor = SimpleNamespace(request_states={}, parent_requests={})
+    """No answer is seen before its end."""
 
     def __init__(self) -> None:
         self._requests: list[tuple[str, list[int], SamplingParams]] = []

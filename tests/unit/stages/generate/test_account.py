@@ -1,5 +1,6 @@
 """Answers of unfinished buckets: told by actors, and booked once by the driver."""
 
+import json
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from wrpo_ray.config import Actors, BudgetConfig, PricesConfig
 from wrpo_ray.errors import BudgetError
 from wrpo_ray.runtime import progress
 from wrpo_ray.runtime.context import Run
-from wrpo_ray.runtime.ledger import Ledger, Usage
+from wrpo_ray.runtime.ledger import FILE, Ledger, UnderWay, Usage
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool_members import StartClock
 from wrpo_ray.runtime.progress import Progress
@@ -34,7 +35,9 @@ def account(ledger, tmp_path) -> Account:
 
 
 def told(made, seconds=10.0, start=0.0, **more):
-    return {"made": made, "seconds": seconds, "idle": 1.0, "start": start} | more
+    """A report of the actor 0, who is at nothing unless `more` says so."""
+    at = {"under_way": {}, "number": 0, "actor": 0}
+    return {"made": made, "seconds": seconds, "idle": 1.0, "start": start} | at | more
 
 
 def test_what_unfinished_buckets_made_is_booked_once(account, ledger):
@@ -96,23 +99,26 @@ def test_counts_are_taken_once_by_whoever_asks_first():
 def test_only_answers_are_worth_telling():
     untold = Untold()
     untold.add(0, begun=1, asked=8, failed=0)
-    assert untold.take_answers() == {}
+    assert not untold.has_answers
     untold.add(0, new=0, failed=1)
-    assert untold.take_answers() == {0: {"begun": 1, "asked": 8, "failed": 1, "new": 0}}
-    assert untold.take_answers() == {}
+    assert untold.has_answers
+    assert untold.take() == {0: {"begun": 1, "asked": 8, "failed": 1, "new": 0}}
+    assert not untold.has_answers
 
 
-def test_a_bucket_that_ends_while_its_actor_is_asked_leaves_nothing_to_tell():
-    """Whatever comes between two steps of the report, it is whole or nothing."""
+def test_a_bucket_that_ends_while_its_actor_is_asked_leaves_a_report_without_answers(
+    account, ledger
+):
+    """Between two steps of the report: its answers are in the bucket's result, and booked once."""
     actor = Generator.__new__(Generator)
     actor._untold, actor._start_clock = Untold(), StartClock()
-    actor._untold.add(0, begun=1, asked=8, new=1)
+    actor._untold.add(0, begun=1, asked=8, new=1, output_tokens=7)
 
     class EndsAfter:
         """A lock after whose first use the bucket ends."""
 
         def __init__(self, lock):
-            self.lock, self.result = lock, None
+            self.lock = lock
 
         def __enter__(self):
             self.lock.acquire()
@@ -120,12 +126,115 @@ def test_a_bucket_that_ends_while_its_actor_is_asked_leaves_nothing_to_tell():
         def __exit__(self, *_):
             self.lock.release()
             actor._untold._lock = self.lock
-            self.result = {"made": actor._untold.take()}
+            self.result = actor._told()
 
     actor._untold._lock = ends = EndsAfter(actor._untold._lock)
-    told = actor.made()
-    assert sorted(map(len, [told.get("made", {}), ends.result["made"]])) == [0, 1]
-    assert told == {} or told["made"]
+    report, times = actor.made(), {"seconds": 1.0, "idle": 0.0, "actor": 0}
+    assert (len(report["made"]), len(ends.result["made"])) == (0, 1)
+    account.finish(ends.result | times | {"job": 0, "bucket": 0})
+    account.add(report | times)
+    usage = ledger.entries[STEPS[0][0].folder].usage
+    assert (usage.rows, usage.output_tokens, account.progress.rows) == (1, 7, 1)
+
+
+# --- what is under way -----------------------------------------------------------------------
+
+
+def at(running: int, tokens: int, **more: int) -> dict[str, int]:
+    return {"running": running, "running_tokens": tokens} | more
+
+
+def under_way(ledger, job=0) -> UnderWay:
+    return ledger.entries[STEPS[job][0].folder].under_way
+
+
+def test_what_is_under_way_is_no_usage_until_answers_end(account, ledger):
+    """Two reports before the first answer, of 10 s each, of which 1 s idle and 4 s a start."""
+    account.add(told({0: {"begun": 1, "asked": 9}}, start=4.0, under_way={0: at(8, 100)}))
+    account.add(told({}, number=1, under_way={0: at(7, 230, ended=1, ended_tokens=30)}))
+    usage = ledger.entries[STEPS[0][0].folder].usage
+    assert usage == Usage()
+    assert under_way(ledger) == UnderWay(7, 230, 1, 30, seconds=20 - 2 - 4, actors=1)
+    shown = account.progress
+    assert (shown.under_way, shown.rows, shown.asked) == (260, 0, 9)
+    account.add(told({0: {"new": 5, "output_tokens": 50}}, number=2, under_way={0: at(4, 210)}))
+    usage = ledger.entries[STEPS[0][0].folder].usage
+    assert usage == Usage(5, 0, 50, 30.0, 60.0, 3.0, 4.0, 1)
+    assert under_way(ledger) == UnderWay(4, 210, actors=1)
+    assert account.progress.under_way == 210
+    account.finish(told({0: {"new": 4, "output_tokens": 45}}, number=3, job=0, bucket=0))
+    assert not under_way(ledger)
+    assert account.progress.under_way == 0
+
+
+def test_what_a_lost_actor_was_at_is_gone_with_it(account, ledger):
+    """Its seconds, too, as those of unreported answers are; the other actor's are there."""
+    account.add(told({}, under_way={0: at(8, 100), 1: at(2, 50)}))
+    account.add(told({}, under_way={0: at(5, 70)}, actor=1))
+    assert under_way(ledger).running_tokens == 170
+    assert under_way(ledger).actors == 2
+    account.add({"lost": 0})
+    assert under_way(ledger) == UnderWay(5, 70, seconds=9.0, actors=1)
+    assert not under_way(ledger, 1)
+    assert account.progress.under_way == 70
+    account.finish(told({0: {"new": 5, "output_tokens": 80}}, number=1, actor=1, job=0, bucket=0))
+    assert ledger.entries[STEPS[0][0].folder].usage.actor_seconds == 20.0
+
+
+def test_an_older_report_that_comes_late_changes_nothing_that_is_under_way(account, ledger):
+    account.finish(told({0: {"new": 8, "output_tokens": 90}}, number=5, job=0, bucket=0))
+    account.add(told({0: {"new": 1, "output_tokens": 9}}, number=4, under_way={0: at(8, 80)}))
+    assert not under_way(ledger)
+    assert ledger.entries[STEPS[0][0].folder].usage.output_tokens == 99
+
+
+def test_an_actors_time_is_shared_by_the_tokens_since_its_last_report(account, ledger):
+    """The job 0 ended answers of 120 tokens, of which 100 were there; the job 1 made 60 more."""
+    account.add(told({}, seconds=3.0, under_way={0: at(1, 100)}))
+    made = {0: {"new": 1, "output_tokens": 120}}
+    account.add(told(made, seconds=8.0, number=1, under_way={1: at(1, 60)}))
+    assert ledger.entries[STEPS[0][0].folder].usage.actor_seconds == pytest.approx(3 + 8 * 20 / 80)
+    assert under_way(ledger, 1).seconds == pytest.approx((8 - 1) * 60 / 80)
+
+
+def test_nothing_is_under_way_after_the_pool(account, ledger, tmp_path):
+    account.add(told({}, under_way={0: at(8, 100, unstored=3)}))
+    ledger._write(is_open=True)
+    written = json.loads((tmp_path / FILE).read_text())["steps"]
+    assert written[STEPS[0][0].folder]["under_way"]["running_tokens"] == 100
+    account.close()  # and it is written at once, however long nothing follows
+    written = json.loads((tmp_path / FILE).read_text())["steps"]
+    assert "under_way" not in written[STEPS[0][0].folder]
+
+
+class At:
+    """An engine that is at some answers."""
+
+    def under_way(self) -> dict[int, dict[str, int]]:
+        return {1: {"running": 2, "running_tokens": 9}}
+
+
+def test_a_report_has_answers_that_are_not_committed():
+    untold = Untold()
+    untold.add(0, new=5)
+    untold.add(1, new=2, output_tokens=7)
+    untold.stored(0, 5)
+    report = untold.tell(At())
+    assert report["under_way"] == {1: {"running": 2, "running_tokens": 9, "unstored": 2}}
+    assert report["made"][1] == {"new": 2, "output_tokens": 7}
+    untold.stored(1, 2)
+    assert untold.tell(None) == {"made": {}, "under_way": {}, "number": report["number"] + 1}
+
+
+def test_the_rate_has_the_tokens_of_answers_under_way(monkeypatch, capsys):
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = Progress("generate a", 4)
+    now = 60.0
+    shown.under_way = 900
+    shown.count(0)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("generate a  0/4 buckets  0 rows  15 tokens/s")
 
 
 def test_a_line_tells_what_unfinished_buckets_made_and_the_time_that_is_left(monkeypatch, capsys):

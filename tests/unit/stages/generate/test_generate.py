@@ -46,6 +46,10 @@ class FakeEngine:
             else:
                 yield [self.row(request.prompt_id, sample) for sample in request.samples], []
 
+    def under_way(self) -> dict:
+        """Nothing: an answer is there at once."""
+        return {}
+
     def row(self, prompt_id: str, sample: int) -> dict:
         key = {"prompt_id": prompt_id, "source": "m", "sample": sample}
         return key | {"text": f"{prompt_id}/{sample}", "output_tokens": 1, "prompt_tokens": 2}
