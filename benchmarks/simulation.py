@@ -117,6 +117,8 @@ class Policy:
     """Whether a chunk waits until the one before is answered and committed."""
     in_turn: bool = False
     """Whether pools take turns, as at first, and not what the allocator gives them."""
+    moves: bool = True
+    """Whether engines end for another pool's sake."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,8 @@ class _Engine:
         self.ready = math.inf
         self.idle = 0
         """How often it was left without a bucket."""
+        self.is_leaving = False
+        """Whether it takes no more buckets, and ends for another pool."""
         self.factor, self.made = factor, 0.0
         self.active: list[tuple[float, int, int, float]] = []
         """(value of `made` when it leaves, bucket, chunk, tokens) of each answer, a heap."""
@@ -241,6 +245,8 @@ class _Engine:
 
     def take(self, policy: Policy) -> None:
         """Fill the hand, then what is bound, from the pool's queue."""
+        if self.is_leaving:
+            return
         share = math.ceil(self.pool.buckets / max(1, self.pool.engines))
         in_hand = min(self.pool.source.in_hand or policy.in_hand, share)
         while len(self.hand) < in_hand and (self.bound or self.pool.queue):
@@ -289,7 +295,7 @@ class _Engine:
 
 class _Pool:
     def __init__(self, source: Source):
-        self.source, self.engines = source, 0
+        self.source, self.engines, self.leaving = source, 0, 0
         self.left = source.tokens
         """Tokens of unfinished buckets."""
         self.buckets = sum(map(bool, source.buckets))
@@ -330,6 +336,7 @@ class _Pool:
         return Demand(
             source.name, {"GPU": source.gpus}, self.left / source.rate, startup,
             self.engines, min(source.least, most), most,
+            leaving=self.leaving, follows=bool(source.fed_by),
         )  # fmt: skip
 
 
@@ -472,6 +479,7 @@ class _Simulation:
             self._feed((pool.source.name, number), now)
             self._finish_one(pool.group(number), now)
         self._next(engine, now)
+        self._look(now)
 
     def _feed(self, place: Place, now: float) -> None:
         """Put buckets that needed this one, and no other, into their queues."""
@@ -531,7 +539,10 @@ class _Simulation:
                 self._release(idle, now)
             self._look(now)
         if not engine.hand:
-            if engine in self.engines:  # more buckets may come
+            if engine.is_leaving:
+                self._release(engine, now)
+                self._look(now)
+            elif engine in self.engines:  # more buckets may come
                 engine.idle += 1
                 self._at(now + IDLE, partial(self._end_idle, engine, engine.idle))
             return
@@ -559,7 +570,10 @@ class _Simulation:
         self.outcome.starting += (ready - engine.since) * source.gpus
         self.outcome.spans.append(Span(source.name, source.gpus, engine.since, ready, now))
         self.engines.discard(engine)
-        engine.pool.engines -= 1
+        if engine.is_leaving:
+            engine.pool.leaving -= 1
+        else:
+            engine.pool.engines -= 1
 
     def _at(self, second: float, event: Event) -> None:
         self.count += 1  # tells events of the same second apart
@@ -607,11 +621,21 @@ class _Simulation:
                            gang.nodes)
                 )  # fmt: skip
         shares = allocate(nodes, demands)
+        for name, pool in self.pools.items():
+            if name in shares and self.policy.moves:
+                self._let_leave(pool, shares[name].leave)
         return [
             (d.pool, int(n))
             for d in demands
             for (n,) in shares[d.pool].places[: self._most_now(d.pool)]
         ]  # fmt: skip
+
+    def _let_leave(self, pool: _Pool, count: int) -> None:
+        """So many engines that work, those with the least in hand, take no more buckets."""
+        own = [e for e in self.engines if e.pool is pool and e.hand and not e.is_leaving]
+        for engine in sorted(own, key=lambda e: (len(e.hand), e.since, e.node))[:count]:
+            engine.is_leaving = True
+            pool.engines, pool.leaving = pool.engines - 1, pool.leaving + 1
 
     def _most_now(self, name: str) -> int:
         """Engines that have something to do at once."""

@@ -137,6 +137,8 @@ class Member:
     """{Ray object of the result: (row, time of assignment)} of unfinished rows."""
     assigned: int = 0
     """Number of rows assigned so far."""
+    is_leaving: bool = False
+    """Whether it gets no more rows, and ends for another pool."""
 
     @property
     def has_room(self) -> bool:
