@@ -32,6 +32,8 @@ IDLE = 30.0
 """Seconds without a bucket after which an engine that may get one is ended."""
 LOOK = 1.0
 """Seconds between two looks at what the pools should have."""
+MOVES = 10.0
+"""Seconds between two looks where nothing but the work that is left has changed."""
 
 
 @dataclass(frozen=True)
@@ -402,6 +404,7 @@ class _Simulation:
         self.events: list[tuple[float, int, Event]] = []
         self.count = 0
         self.looks_at = -1.0
+        self.looked = 0.0
         self.downloads = _Downloads(cluster.store)
         self.unfinished = Counter(dict.fromkeys(self.others, 1))
         """Buckets by group, trainings and pauses."""
@@ -479,7 +482,8 @@ class _Simulation:
             self._feed((pool.source.name, number), now)
             self._finish_one(pool.group(number), now)
         self._next(engine, now)
-        self._look(now)
+        if self.policy.moves and now - self.looked >= MOVES:
+            self._look(now)
 
     def _feed(self, place: Place, now: float) -> None:
         """Put buckets that needed this one, and no other, into their queues."""
@@ -590,7 +594,7 @@ class _Simulation:
 
     def _place(self, now: float) -> None:
         """Start what the allocator gives the pools, and trainings that have all their nodes."""
-        self.looks_at = -1.0
+        self.looks_at, self.looked = -1.0, now
         places = self._in_turn() if self.policy.in_turn else self._allocated()
         for name, node in places:
             if name in self.pools:
@@ -635,6 +639,8 @@ class _Simulation:
         own = [e for e in self.engines if e.pool is pool and e.hand and not e.is_leaving]
         for engine in sorted(own, key=lambda e: (len(e.hand), e.since, e.node))[:count]:
             engine.is_leaving = True
+            while engine.bound:
+                pool.queue.appendleft(engine.bound.pop())
             pool.engines, pool.leaving = pool.engines - 1, pool.leaving + 1
 
     def _most_now(self, name: str) -> int:
