@@ -167,7 +167,7 @@ def test_an_actor_that_leaves_gets_no_more_rows_and_ends_after_its_last(monkeypa
 
 def test_no_engine_leaves_before_all_pools_are_timed():
     """Eight GPUs for ten rows of a pool, one for thirty of another: until both are known."""
-    few = report("few", 10, row=30.0, placed=["n"] * 8, startup=20.0)
+    few = report("few", 10, row=6.0, placed=["n"] * 8, startup=20.0)
     many = report("many", 30, placed=["m"], startup=20.0)
     nodes = [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})]
 
