@@ -138,7 +138,7 @@ def _with_moves(demands: Sequence[Demand], shares: dict[str, Share]) -> dict[str
     found = {
         d.pool: replace(
             shares[d.pool], leave=leave.get(d.pool, 0),
-            gives_way=shares[d.pool].gives_way or d is not last,
+            gives_way=shares[d.pool].gives_way or not (d is last or d.follows),
         )
         for d in demands
     }  # fmt: skip

@@ -39,6 +39,8 @@ has just started keeps back one row for each requested actor that had room."""
 PLACED_FOR = 20.0
 """Seconds for which an actor that does not answer counts as one on the node that it was given; by
 then Ray has placed it, or there was no room."""
+SEEN_AFTER = 5.0
+"""Seconds after which Ray shows the room of an actor that has ended, and another pool has it."""
 IDLE_TIMEOUT = 30.0
 """Seconds without a row, while more are expected, after which an actor beyond `min` is ended."""
 SHORT_ROW = 0.1
@@ -119,6 +121,8 @@ class RunningPool:
         self.members: list[Member] = []
         self.share = Share(0)
         """The allocator's last decision."""
+        self.left_at = -math.inf
+        """When the last actor ended for another pool."""
         self.starts_until = math.inf
         """`START_TIME` after the first actor answered."""
         self.pace = Pace()
@@ -203,7 +207,14 @@ class RunningPool:
                 member.is_leaving = True
         for member in list(self.members):
             if member.is_leaving and not member.rows:
+                self.left_at = time.monotonic()
                 self._release(member)
+
+    @property
+    def _leaving(self) -> int:
+        """Actors that leave, and one whose room Ray may not show yet."""
+        is_unseen = time.monotonic() - self.left_at < SEEN_AFTER
+        return len(self.members) - len(self._staying) + is_unseen
 
     @property
     def _placed(self) -> list[Member]:
@@ -224,7 +235,7 @@ class RunningPool:
         return Demand(
             self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
             self._least_now, max(most, self._least_now), self._bundles,
-            len(self.members) - len(self._staying), self.follows,
+            self._leaving, self.follows,
         )  # fmt: skip
 
     @property

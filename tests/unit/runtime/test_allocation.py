@@ -163,7 +163,10 @@ def test_near_the_end_an_engine_gives_its_place_to_the_pool_that_ends_last():
     assert leaving([eight, four]) == {}
     eight = replace(eight, running=3)
     assert leaving([eight, four]) == {"eight": 1}
-    shares = allocate([node(n) for n in range(3)], [replace(eight, running=2, leaving=1), four])
+    score = demand("score", 1, 10.0, running=2, follows=True)
+    leaves = [replace(eight, running=2, leaving=1), four, score]
+    shares = allocate([node(n) for n in range(3)], leaves)
+    assert not shares["score"].gives_way  # else what is idle for a moment would end
     assert shares["eight"].leave == 0  # none more while one leaves
     assert shares["eight"].gives_way  # what it frees is the other's
     assert not shares["four"].gives_way

@@ -1,6 +1,7 @@
 """What pools report, what of it the allocator believes, and the places that a pool takes."""
 
 import itertools
+import math
 import time
 from collections import deque
 from dataclasses import replace
@@ -151,7 +152,7 @@ def test_an_actor_that_leaves_gets_no_more_rows_and_ends_after_its_last(monkeypa
     few, many = Member(None, None, place="a"), Member(None, None, place="b")
     few.rows, many.rows = {1: ({}, 0.0)}, {2: ({}, 0.0), 3: ({}, 0.0)}
     pool, share = Waiting(many, few), Share(2, leave=1)
-    pool.share, pool.groups, pool.follows = Share(0), "", False
+    pool.share, pool.groups, pool.follows, pool.left_at = Share(0), "", False, -math.inf
     pool.left, pool.most, pool.to_come, pool.least, pool.pace = 9, 4, 0, 1, Pace()
     pool.needs, pool.queue = GPU, deque([{}])
     for _ in range(3):
@@ -163,6 +164,9 @@ def test_an_actor_that_leaves_gets_no_more_rows_and_ends_after_its_last(monkeypa
     few.rows.clear()
     pool._let_leave(Share(1))
     assert (ended, pool.members) == ([few], [many])
+    assert pool._demand(busy=1).leaving == 1  # its room is not seen at once
+    monkeypatch.setattr(pools, "SEEN_AFTER", 0.0)
+    assert pool._demand(busy=1).leaving == 0
 
 
 def test_no_engine_leaves_before_all_pools_are_timed():
