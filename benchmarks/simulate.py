@@ -17,7 +17,7 @@ from typing import Any
 from fusion import SIGMA, START, TRAINING_START, Fusion, Overlap
 from results import save_rows
 from roofline import MODELS, TRAIN_MFU
-from simulation import Cluster, Outcome, Policy, Source, Store, simulate
+from simulation import Cluster, Outcome, Policy, Source, Span, Store, simulate
 
 from wrpo_ray import config
 from wrpo_ray.planning.estimate import plan as make_plan
@@ -57,17 +57,20 @@ FIRST = Setting(
     64, Policy(1, 1, barrier=True, in_turn=True), 0,
 )  # fmt: skip
 IN_TURN = Setting("pools take turns, as before the allocator", 1024, Policy(2, in_turn=True))
+STAYS = Setting("no engine ends for another pool", 1024, Policy(2, moves=False))
+AHEAD = Setting("weights on all nodes before", 1024, store=ON_NODES)
 SETTINGS = (
     BEST,
     Setting("256 buckets", 256),
     Setting("4,096 buckets", 4096),
     Setting("buckets in hand fill an engine twice", 1024, fills=2),
     Setting("weights from other nodes", 1024, store=replace(STORE, peers=True)),
-    Setting("weights on all nodes before", 1024, store=ON_NODES),
+    AHEAD,
     Setting("4,096 buckets, weights on all nodes before", 4096, store=ON_NODES),
     Setting("a store of 20 GB/s", 1024, store=replace(STORE, total=20e9)),
     Setting("a store of 20 GB/s, weights from other nodes", 1024,
             store=replace(STORE, total=20e9, peers=True)),
+    STAYS,
     IN_TURN,
     FIRST,
 )  # fmt: skip
@@ -233,15 +236,15 @@ def bounds(chain: Result) -> str:
     )
 
 
-def plot_axes(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure whose SVG is the same on every run."""
+def plot_axes(size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
+    """A figure whose SVG is the same on every run, and its axes, below each other if several."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "wrpo"
     from matplotlib import pyplot as plt
 
-    return plt.subplots(figsize=size)
+    return plt.subplots(rows, figsize=size)
 
 
 def save_plot(figure: Any, path: Path) -> None:
@@ -266,12 +269,11 @@ def plot(curves: dict[str, Sequence[Result]], path: Path) -> None:
     save_plot(figure, path)
 
 
-def timeline(result: Result, path: Path) -> None:
-    """GPUs that engines and trainings hold, over time; starts are grey."""
+def draw_gpus(axes: Any, spans: Sequence[Span], step: float, steps: int, unit: float) -> None:
+    """GPUs that engines and trainings hold, every `step` seconds; starts are grey."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plot_axes((8, 4.2))
-    spans, seconds = result.outcome.spans, range(0, int(result.outcome.wall) + 20, 20)
+    seconds = [step * n for n in range(steps)]
     names = dict.fromkeys(s.pool for s in sorted(spans, key=lambda s: s.since))
     counts = {name: [0] * len(seconds) for name in [*names, "starting"]}
     for span in spans:
@@ -281,9 +283,16 @@ def timeline(result: Result, path: Path) -> None:
     all_colours = plt.get_cmap("tab20").colors
     coloured = [c for c in all_colours if max(c) - min(c) > 0.1]  # grey is for starts
     colours = [*coloured[: len(names)], (0.8, 0.8, 0.8)]
-    minutes = [second / 60 for second in seconds]
-    axes.stackplot(minutes, *counts.values(), labels=[*counts], colors=colours)
-    axes.set(xlabel="minutes", ylabel="GPUs", xlim=(0, seconds[-1] / 60))
+    times = [second / unit for second in seconds]
+    axes.stackplot(times, *counts.values(), labels=[*counts], colors=colours)
+    axes.set(ylabel="GPUs", xlim=(0, times[-1]))
+
+
+def timeline(result: Result, path: Path) -> None:
+    """GPUs over time."""
+    figure, axes = plot_axes((8, 4.2))
+    draw_gpus(axes, result.outcome.spans, 20, int(result.outcome.wall) // 20 + 2, 60)
+    axes.set_xlabel("minutes")
     axes.set_ylim(0, result.nodes * GPUS)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
     save_plot(figure, path)
@@ -374,8 +383,12 @@ What the GPUs of 64 nodes do in that chain with a node held:
 - On 64 nodes, 0.90 of the GPUs' time for generation and 0.80 for the chain are out of reach with
   this amount of data; 8 nodes have both. All answers are half an hour of work for 512 GPUs. An
   engine of 236B takes three to four minutes of it to start: with weights on all nodes before,
-  generation has 0.89. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute and a
-  half, and an engine more or less of the slowest pool is two minutes.
+  generation has {ahead:.2f}. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute
+  and a half.
+- An engine more or less of a pool is two minutes of its time, so with whole engines some pools end
+  well before others. Where they would, engines of the first ones end a few minutes before, and
+  others have their GPUs: {best:.2f} against {stays:.2f}, and {idle:.2f} of the GPUs' time without
+  an engine against {stays_idle:.2f}.
 - The runner's engines get **weights from other nodes**: each file leaves the store about once, and
   an engine with a node takes its GPUs when its weights are there
   ([decision 7](../docs/adr/0007-weights.md)). Weights of later phases come ahead; those of the
@@ -442,13 +455,24 @@ def main() -> None:
         start=START, training=TRAINING_START, mfu=TRAIN_MFU,
         rates=rates(bench.fusion(BEST, most)), gemma=twice("gemma2-27b"),
         mistral=twice("mistral-large-2407"), curve=outcomes(curve), settings=outcomes(settings),
-        tenfold=tenfold.outcome.efficiency, chains=outcomes([*chains, wide, ahead]),
+        **conclusions(settings), tenfold=tenfold.outcome.efficiency,
+        chains=outcomes([*chains, wide, ahead]),
         serial_ends=ends(chains[len(CHAINS)]), held_ends=ends(chains[-1]),
         bounds=bounds(chains[-1]), trouble=outcomes(trouble),
     )  # fmt: skip
     (options.out / "SIMULATION.md").write_text(text)
     save_rows(options.out, PREFIX, list(rows(curve[-1], settings, chains)))
     print(text)
+
+
+def conclusions(settings: Sequence[Result]) -> dict[str, float]:
+    """Figures of generation that the text speaks of."""
+    of = {r.name: r.outcome for r in settings}
+    best, stays = of[BEST.name], of[STAYS.name]
+    return {
+        "best": best.efficiency, "stays": stays.efficiency, "ahead": of[AHEAD.name].efficiency,
+        "idle": best.unused / best.capacity, "stays_idle": stays.unused / stays.capacity,
+    }  # fmt: skip
 
 
 def twice(name: str) -> float:

@@ -2,21 +2,27 @@
 
 Every pool gets its least engines first, the largest engines before others. What is left is given
 by water-filling: the next engine goes to the pool that would end last, so that all end together,
-unless it would end before it had worked for a part of the time that it takes to start. No running
-engine is ever taken away. An engine goes to the node that it fills best, so that whole nodes stay
+unless it would end before it had worked for a part of the time that it takes to start. A running
+engine gives its place to another pool, once it has finished its rows, only where all would end
+sooner by more than a start. An engine goes to the node that it fills best, so that whole nodes stay
 free for engines that need them, and it lies on one node if any node of the cluster can hold it.
 """
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 Resources = Mapping[str, float]
 """{name of a resource of Ray, such as CPU or GPU: amount}"""
 WORTH = 0.5
 """An engine is started if it then works for at least this part of the time of its start."""
+GAIN = 0.25
+"""Engines are moved between pools if all then end sooner by this part of the time of a start."""
+NEAR = 12.0
+"""Starts of an engine before the end, from when on engines are moved: before that, what a pool
+frees at its own end serves the others long enough."""
 EPSILON = 1e-6
 """Amounts of resources that differ by less are equal."""
 
@@ -49,6 +55,12 @@ class Demand:
     most: int = 1
     bundles: Sequence[Resources] = ()
     """Parts of an engine, each on one node; used where no node can hold all of them."""
+    leaving: int = 0
+    """Further engines, which finish their rows and then end for another pool."""
+    follows: bool = False
+    """Whether its work comes from other pools, so that it does not end before them."""
+    is_timed: bool = True
+    """Whether `left` is measured, and no guess."""
 
     @cached_property
     def size(self) -> tuple[float, float, float]:
@@ -62,6 +74,8 @@ class Demand:
 
     def end(self, engines: int) -> float:
         """Seconds until the work ends on so many engines, of which new ones start now."""
+        if engines < self.running:
+            return self.left / engines if engines else float("inf")
         if not engines:
             return float("inf")
         new = max(0, engines - self.running)
@@ -92,11 +106,14 @@ class Share:
     places: Sequence[tuple[str, ...]] = ()
     """The nodes of each engine to start: one, or several where no node can hold an engine."""
     gives_way: bool = False
-    """Whether another pool lacks resources of an engine of this one for its least engines."""
+    """Whether another pool lacks resources of an engine of this one for its least engines, or gets
+    those of engines that leave."""
+    leave: int = 0
+    """Engines of these to end for another pool, as soon as their rows are finished."""
 
 
 def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Share]:
-    """The share of each pool, by its name: never fewer engines than run now."""
+    """The share of each pool, by its name."""
     names = {name for demand in demands for name in demand.needs}
     by_size = sorted(demands, key=lambda d: d.size, reverse=True)
     filling = _Filling(_Room(nodes, names), by_size)
@@ -108,7 +125,60 @@ def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Shar
     filling.pour(has_gpus)
     filling.room.keep_cpus(has_gpus)
     filling.pour([d for d in filling.demands if d.is_cpu_only])
-    return {d.pool: filling.share(d, lacking) for d in demands}
+    shares = {d.pool: filling.share(d, lacking) for d in demands}
+    return shares if lacking else _with_moves(has_gpus, shares)
+
+
+def _with_moves(demands: Sequence[Demand], shares: dict[str, Share]) -> dict[str, Share]:
+    """Shares with engines that leave; what they free is for the pool that ends last."""
+    leave = moves(demands, [shares[d.pool].engines for d in demands])
+    if not leave and not any(d.leaving for d in demands):
+        return shares
+    last = max(demands, key=lambda d: 0 if d.follows else d.end(d.running))
+    found = {
+        d.pool: replace(
+            shares[d.pool], leave=leave.get(d.pool, 0),
+            gives_way=shares[d.pool].gives_way or not (d is last or d.follows),
+        )
+        for d in demands
+    }  # fmt: skip
+    return shares | found
+
+
+def moves(demands: Sequence[Demand], engines: Sequence[int]) -> dict[str, int]:
+    """{pool: engines to end} so that pools that would end later have their places.
+
+    One engine after another goes from the pool that then ends first to the one that ends last,
+    while all end sooner. None does while others leave, or if the sum gains less than `GAIN`.
+    """
+    pools = [d for d in demands if not d.follows and d.left > 0]
+    if not pools or any(d.leaving for d in demands) or not all(d.is_timed for d in pools):
+        return {}
+    count = {d.pool: n for d, n in zip(demands, engines, strict=True)}
+    ends = {d.pool: d.end(count[d.pool]) for d in pools}
+    before, leave, startup = max(ends.values()), Counter[str](), 0.0
+    while True:
+        last = max(pools, key=lambda d: ends[d.pool])
+        if ends[last.pool] > NEAR * last.startup:
+            break
+        giving = [
+            (d.end(count[d.pool] - 1), d.pool, room) for d in pools
+            if d is not last and d.least < count[d.pool] <= d.running
+            and (room := min(_room_for(last.needs, d.needs), last.most - count[last.pool])) > 0
+        ]  # fmt: skip
+        end, pool, room = min(giving, default=(float("inf"), "", 0))
+        if max(end, last.end(count[last.pool] + room)) >= ends[last.pool]:
+            break
+        count[pool], count[last.pool] = count[pool] - 1, count[last.pool] + room
+        ends |= {pool: end, last.pool: last.end(count[last.pool])}
+        startup, leave[pool] = max(startup, last.startup), leave[pool] + 1
+    return dict(leave) if before - max(ends.values()) > GAIN * startup else {}
+
+
+def _room_for(needs: Resources, place: Resources) -> int:
+    """How many engines the place of another one holds, which has their GPUs; CPUs are plenty."""
+    scarce = [(n, place.get(name, 0.0)) for name, n in needs.items() if n and name != "CPU"]
+    return int(min(((free + EPSILON) // n for n, free in scarce), default=0))
 
 
 class _Filling:

@@ -27,8 +27,11 @@ class Report:
     """Seconds of an actor for a row; None before the first result."""
     placed: Sequence[str]
     """The node of each actor that lies on one, or was given one."""
-    follows: bool = False
-    """Whether its rows are results of other pools."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether its rows are results of other pools."""
+        return self.demand.follows
 
 
 class Allocator:
@@ -83,8 +86,11 @@ class Allocator:
         usual = mean(known) if known else 1.0
         guesses = {True: FOLLOWING * usual, False: usual}
         demands = [
-            replace(r.demand, left=r.demand.left * (r.row or guesses[r.follows])) for r in reports
-        ]  # fmt: skip
+            replace(
+                r.demand, left=r.demand.left * (r.row or guesses[r.follows]), is_timed=bool(r.row)
+            )
+            for r in reports
+        ]
         self._nodes = _without_own(self._look(), reports)
         self._shares, self._decided = allocate(self._nodes, demands), time.monotonic()
 

@@ -40,6 +40,8 @@ has just started keeps back one row for each requested actor that had room."""
 PLACED_FOR = 20.0
 """Seconds for which an actor that does not answer counts as one on the node that it was given; by
 then Ray has placed it, or there was no room."""
+SEEN_AFTER = 5.0
+"""Seconds after which Ray shows the room of an actor that has ended, and another pool has it."""
 IDLE_TIMEOUT = 30.0
 """Seconds without a row, while more are expected, after which an actor beyond `min` is ended."""
 SHORT_ROW = 0.1
@@ -124,6 +126,10 @@ class RunningPool:
         self.queue: deque[Row] = deque()
         """Rows that are ready and not assigned."""
         self.members: list[Member] = []
+        self.share = Share(0)
+        """The allocator's last decision."""
+        self.left_at = -math.inf
+        """When the last actor ended for another pool."""
         self.starts_until = math.inf
         """`START_TIME` after the first actor answered."""
         self.pace = Pace()
@@ -169,7 +175,7 @@ class RunningPool:
     @property
     def ready(self) -> list[Member]:
         """Actors that have answered."""
-        return [m for m in self.members if m.starting is None]
+        return [m for m in self.members if m.starting is None and not m.is_leaving]
 
     @property
     def _least_now(self) -> int:
@@ -186,24 +192,44 @@ class RunningPool:
         self._log_waiting()
         busy = ready + waiting if self._is_starting else max(ready, waiting)
         demand = self._demand(busy)
-        follows = self.ready_queue.follows
-        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places, follows))
+        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places))
+        self._let_leave(share)
         held = self._take_places(share, most=busy if ready >= least else least)
         placed, wanted = len(self._placed), least
         if ready >= least and not share.gives_way:
             wanted = min(busy, demand.wanted)
-        lacking = max(least, wanted) - len(self.members) - held
+        lacking = max(least, wanted) - len(self._staying) - held
         self.members += [self._start("") for _ in range(lacking)]
         useful = placed if share.gives_way else ready + waiting
         self._shrink(max(least, useful), at_once=share.gives_way or not least)
 
     @property
+    def _staying(self) -> list[Member]:
+        return [m for m in self.members if not m.is_leaving]
+
+    def _let_leave(self, share: Share) -> None:
+        """Give no more rows to actors whose places another pool gets; end those without a row."""
+        if share is not self.share:  # one of the allocator's decisions serves several ticks
+            self.share = share
+            for member in sorted(self.ready, key=lambda m: len(m.rows))[: share.leave]:
+                member.is_leaving = True
+        for member in list(self.members):
+            if member.is_leaving and not member.rows:
+                self.left_at = time.monotonic()
+                self._release(member)
+
+    @property
+    def _leaving(self) -> int:
+        """Actors that leave, and one whose room Ray may not show yet."""
+        is_unseen = time.monotonic() - self.left_at < SEEN_AFTER
+        return len(self.members) - len(self._staying) + is_unseen
+
+    @property
     def _placed(self) -> list[Member]:
         """Actors that have answered, or that are starting on the node that they were given."""
         recent = time.monotonic() - PLACED_FOR
-        return [
-            m for m in self.members if m.starting is None or (m.place and m.since > recent)
-        ]  # fmt: skip
+        starting = [m for m in self.members if m.starting is not None]
+        return self.ready + [m for m in starting if m.place and m.since > recent]
 
     @property
     def _places(self) -> list[str]:
@@ -217,6 +243,7 @@ class RunningPool:
         return Demand(
             self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
             self._least_now, max(most, self._least_now), self._bundles,
+            self._leaving, self.ready_queue.follows,
         )  # fmt: skip
 
     @property
@@ -259,9 +286,9 @@ class RunningPool:
         starting = [m for m in self.members if m.starting is not None]
         starting.sort(key=lambda m: not m.place)  # those that wait for room are ended first
         idle = [m for m in self.ready if not m.rows and (at_once or now - m.since > IDLE_TIMEOUT)]
-        for member in starting[::-1][: max(0, len(self.members) - keep)]:
+        for member in starting[::-1][: max(0, len(self._staying) - keep)]:
             self._release(member)
-        for member in idle[: 0 if self.queue else max(0, len(self.members) - self._least_now)]:
+        for member in idle[: 0 if self.queue else max(0, len(self._staying) - self._least_now)]:
             self._release(member)
 
     def _start(self, place: str) -> Member:
@@ -302,7 +329,7 @@ class RunningPool:
         if not self.watch:
             return
         before = time.monotonic() - max(TOLD_EVERY, len(self.members) / ASKED_A_SECOND)
-        for member in self.ready:
+        for member in self.members:
             if member.rows and member.report is None and member.told < before:
                 member.report, member.told = member.handle.made.remote(), time.monotonic()
 

@@ -155,6 +155,8 @@ class Member:
     """Ray object of what the actor has made of unfinished rows, while it is asked."""
     told: float = field(default_factory=time.monotonic)
     """Time at which it was asked last, or finished a row."""
+    is_leaving: bool = False
+    """Whether it gets no more rows, and ends for another pool."""
 
     @property
     def has_room(self) -> bool:

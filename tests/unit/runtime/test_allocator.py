@@ -1,6 +1,7 @@
 """What pools report, what of it the allocator believes, and the places that a pool takes."""
 
 import itertools
+import math
 import time
 from collections import deque
 from dataclasses import replace
@@ -13,15 +14,15 @@ from wrpo_ray.runtime.allocation import Demand, Node, Share
 from wrpo_ray.runtime.allocator import FOLLOWING, Allocator, Report
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool_members import Member, Pace
+from wrpo_ray.runtime.ready_queue import ReadyQueue
 
 GPU = {"GPU": 1.0}
 
 
 def report(pool: str, left: float, *, row: float | None = None, **changes) -> Report:
-    follows = changes.pop("follows", False)
     placed = changes.pop("placed", [])
     fields = {"running": len(placed), "most": 100}
-    return Report(Demand(pool, GPU, left, **fields | changes), row, placed, follows)
+    return Report(Demand(pool, GPU, left, **fields | changes), row, placed)
 
 
 def cluster(gpus: float, free: float | None = None) -> list[Node]:
@@ -50,7 +51,7 @@ def test_room_is_kept_for_rows_that_follow_others():
     assert FOLLOWING == 0.1
     follows = report("score", 100, follows=True)
     assert shares(cluster(8), report("a", 10), follows) == {"a": 4, "score": 4}
-    assert shares(cluster(8), report("a", 10), replace(follows, follows=False))["score"] == 7
+    assert shares(cluster(8), report("a", 10), report("score", 100))["score"] == 7
 
 
 def test_room_is_kept_for_workers_that_ray_places_until_they_run():
@@ -157,3 +158,45 @@ def test_those_that_wait_for_room_are_ended_first(gives_way, monkeypatch):
     monkeypatch.setattr(Waiting, "_least_now", 1)
     pool._shrink(1, at_once=gives_way)
     assert (ended, pool.members) == ([waits], [placed])
+
+
+def test_an_actor_that_leaves_gets_no_more_rows_and_ends_after_its_last(monkeypatch):
+    """Of two the one with fewer rows; one decision of the allocator counts once."""
+    ended = []
+    monkeypatch.setattr(pools, "end_member", ended.append)
+    few, many = Member(None, None, place="a"), Member(None, None, place="b")
+    few.rows, many.rows = {1: ({}, 0.0)}, {2: ({}, 0.0), 3: ({}, 0.0)}
+    pool, share = Waiting(many, few), Share(2, leave=1)
+    pool.share, pool.groups, pool.left_at = Share(0), "", -math.inf
+    pool.ready_queue = ReadyQueue.of([])
+    pool.left, pool.most, pool.to_come, pool.least, pool.pace = 9, 4, 0, 1, Pace()
+    pool.needs, pool.queue = GPU, deque([{}])
+    for _ in range(3):
+        pool._let_leave(share)
+    assert (pool.ready, ended) == ([many], [])
+    demand = pool._demand(busy=2)
+    assert (demand.running, demand.leaving) == (1, 1)
+    pool._let_leave(Share(1))
+    few.rows.clear()
+    pool._let_leave(Share(1))
+    assert (ended, pool.members) == ([few], [many])
+    assert pool._demand(busy=1).leaving == 1  # its room is not seen at once
+    monkeypatch.setattr(pools, "SEEN_AFTER", 0.0)
+    assert pool._demand(busy=1).leaving == 0
+
+
+def test_no_engine_leaves_before_all_pools_are_timed():
+    """Eight GPUs for ten rows of a pool, one for thirty of another: until both are known."""
+    few = report("few", 10, row=6.0, placed=["n"] * 8, startup=20.0)
+    many = report("many", 30, placed=["m"], startup=20.0)
+    nodes = [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})]
+
+    def leave(*reports: Report) -> int:
+        allocator = Allocator(lambda: nodes)
+        for one in reports:
+            allocator.share(one)
+        allocator._decide()
+        return allocator.share(reports[0]).leave
+
+    assert leave(few, many) == 0
+    assert leave(few, replace(many, row=4.0)) > 0
