@@ -74,6 +74,11 @@ class Allocator:
         return any(fits(needs, node.total) for node in self._nodes)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The nodes that are there."""
+        return tuple(sorted(node.name for node in self._nodes))
+
+    @property
     def lacking(self) -> list[str]:
         """Pools that have fewer actors than their least."""
         with self._lock:

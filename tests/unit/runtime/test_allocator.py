@@ -123,9 +123,9 @@ class Waiting(pools.RunningPool):
         self.started: list[str] = []
         self.arguments, self.groups = {}, ""
 
-    def _start(self, place: str) -> Member:
+    def _start(self, place: str, beyond: tuple[str, ...] = ()) -> Member:
         self.started.append(place)
-        return Member(None, object(), place=place)
+        return Member(None, object(), place=place, beyond=beyond)
 
 
 def test_places_go_to_actors_that_wait_for_room_and_then_to_new_ones():
@@ -136,6 +136,37 @@ def test_places_go_to_actors_that_wait_for_room_and_then_to_new_ones():
     assert pool.started == ["c"]
     pool._take_places(Share(4, (("b",), ("c",), ("d",))), most=3)
     assert pool.started == ["c"]  # the same answer gives nothing twice
+
+
+def test_requests_beyond_the_first_actors_take_no_room_that_is_there(monkeypatch):
+    """They are for nodes to come: one that gets a place is asked for anew, all if nodes change."""
+    ended: list[Member] = []
+    monkeypatch.setattr(pools, "end_member", ended.append)
+    there = [Node("b", GPU, GPU), Node("a", GPU, GPU)]
+    allocator = Allocator(lambda: there)
+    monkeypatch.setattr(pools, "ALLOCATOR", allocator)
+    allocator._decide()
+    pool = Waiting()
+    pool._request(1, 3)
+    assert [m.beyond for m in pool.members] == [(), ("a", "b"), ("a", "b")]
+    first, second, third = pool.members
+    pool._request(1, 3)
+    assert pool.members == [first, second, third]
+    pool._take_places(Share(2, (("a",), ("b",))), most=2)
+    assert (first.place, ended) == ("a", [second])
+    assert [(m.place, m.beyond) for m in pool.members] == [("a", ()), ("", ("a", "b")), ("b", ())]
+    there.append(Node("c", GPU, GPU))
+    allocator._decide()
+    pool._request(1, 3)
+    assert ended == [second, third]
+    assert [(m.place, m.beyond) for m in pool.members][2:] == [("", ("a", "b", "c"))]
+
+
+def test_an_actor_that_leaves_gets_no_other_place():
+    leaves = Member(None, None, place="a", rows={1: ({}, 0.0)}, is_leaving=True)
+    pool = Waiting(leaves)
+    pool._take_places(Share(1, (("b",),)), most=1)
+    assert (leaves.place, pool.started) == ("a", ["b"])
 
 
 def test_an_actor_that_does_not_answer_loses_its_place(monkeypatch):
