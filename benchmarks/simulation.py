@@ -18,7 +18,7 @@ import heapq
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from wrpo_ray.runtime.allocation import Demand, Node, allocate
@@ -121,6 +121,8 @@ class Policy:
     """Whether pools take turns, as at first, and not what the allocator gives them."""
     moves: bool = True
     """Whether engines end for another pool's sake."""
+    displaces: bool = True
+    """Whether engines end for a training that would wait for its nodes."""
 
 
 @dataclass(frozen=True)
@@ -419,6 +421,8 @@ class _Simulation:
                 pool.lacks[number] = len(places)
                 if not places:  # all buckets that it needs are empty
                     pool.queue.append(pool.unready.pop(number))
+        self.displaced: set[str] = set()
+        """Trainings for which engines have left, or leave."""
         self.taken: dict[str, list[int]] = {}
         """Nodes of trainings that are ready, or run."""
         self.ready: dict[str, float] = {}
@@ -617,28 +621,49 @@ class _Simulation:
             for n, free in self.free.items()
             if n not in self.held or own
         ]
-        demands = [p.demand(self._startup(p.source)) for p in self.pools.values() if p.is_open]
+        demands = [
+            replace(p.demand(self._startup(p.source)), places=self._places_of(p))
+            for p in self.pools.values() if p.is_open
+        ]  # fmt: skip
         for name, taken in self.taken.items():
             gang = self.others[name]
             if isinstance(gang, Gang) and len(taken) < gang.nodes:
                 demands.append(
                     Demand(name, size, gang.seconds, gang.startup, len(taken), gang.nodes,
-                           gang.nodes)
+                           gang.nodes, displaces=self._may_displace(name))
                 )  # fmt: skip
         shares = allocate(nodes, demands)
+        trainings = {d.pool for d in demands if d.displaces}
         for name, pool in self.pools.items():
-            if name in shares and self.policy.moves:
+            if name in shares and (self.policy.moves or trainings):
                 self._let_leave(pool, shares[name].leave)
+        if any(share.leave for share in shares.values()):
+            self.displaced |= trainings
         return [
             (d.pool, int(n))
             for d in demands
             for (n,) in shares[d.pool].places[: self._most_now(d.pool)]
         ]  # fmt: skip
 
-    def _let_leave(self, pool: _Pool, count: int) -> None:
-        """So many engines that work, those with the least in hand, take no more buckets."""
+    def _may_displace(self, training: str) -> bool:
+        return self.policy.displaces and training not in self.displaced
+
+    def _working(self, pool: _Pool) -> list[_Engine]:
+        """Engines with buckets that do not leave, those with the least in hand first."""
         own = [e for e in self.engines if e.pool is pool and e.hand and not e.is_leaving]
-        for engine in sorted(own, key=lambda e: (len(e.hand), e.since, e.node))[:count]:
+        return sorted(own, key=lambda e: (len(e.hand), e.since, e.node))
+
+    def _places_of(self, pool: _Pool) -> list[str]:
+        """Nodes of its engines; only trainings need to know."""
+        return [str(e.node) for e in self._working(pool)] if self.taken else []
+
+    def _let_leave(self, pool: _Pool, places: Sequence[str]) -> None:
+        """An engine on each of these nodes, or any, takes no more buckets."""
+        for place in places:
+            own = [e for e in self._working(pool) if place in ("", str(e.node))]
+            if not own:
+                continue
+            engine = own[0]
             engine.is_leaving = True
             while engine.bound:
                 pool.queue.appendleft(engine.bound.pop())

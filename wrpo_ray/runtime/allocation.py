@@ -4,8 +4,9 @@ Every pool gets its least engines first, the largest engines before others. What
 by water-filling: the next engine goes to the pool that would end last, so that all end together,
 unless it would end before it had worked for a part of the time that it takes to start. A running
 engine gives its place to another pool, once it has finished its rows, only where all would end
-sooner by more than a start. An engine goes to the node that it fills best, so that whole nodes stay
-free for engines that need them, and it lies on one node if any node of the cluster can hold it.
+sooner by more than a start; and to a training that would wait for longer. An engine goes to the
+node that it fills best, so that whole nodes stay free for engines that need them, and it lies on
+one node if any node of the cluster can hold it.
 """
 
 import heapq
@@ -61,6 +62,10 @@ class Demand:
     """Whether its work comes from other pools, so that it does not end before them."""
     is_timed: bool = True
     """Whether `left` is measured, and no guess."""
+    places: Sequence[str] = ()
+    """The node of each engine that works, as far as they lie on one."""
+    displaces: bool = False
+    """Whether engines of others end for its least ones, which are workers of a training."""
 
     @cached_property
     def size(self) -> tuple[float, float, float]:
@@ -108,8 +113,8 @@ class Share:
     gives_way: bool = False
     """Whether another pool lacks resources of an engine of this one for its least engines, or gets
     those of engines that leave."""
-    leave: int = 0
-    """Engines of these to end for another pool, as soon as their rows are finished."""
+    leave: Sequence[str] = ()
+    """The node of each engine to end for others as soon as its rows are finished; "" is any."""
 
 
 def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Share]:
@@ -126,7 +131,61 @@ def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Shar
     filling.room.keep_cpus(has_gpus)
     filling.pour([d for d in filling.demands if d.is_cpu_only])
     shares = {d.pool: filling.share(d, lacking) for d in demands}
-    return shares if lacking else _with_moves(has_gpus, shares)
+    if not lacking:
+        return _with_moves(has_gpus, shares)
+    first = next((d for d in lacking if d.displaces and d in has_gpus), None)
+    leave = displaced(first, filling.count(first), has_gpus) if first else {}
+    return shares | {pool: replace(shares[pool], leave=where) for pool, where in leave.items()}
+
+
+def displaced(training: Demand, placed: int, demands: Sequence[Demand]) -> dict[str, list[str]]:
+    """{pool: node of each engine to end} so that all workers of a training have room.
+
+    They are on as few nodes as suffice, on those whose pools then end first. None end while others
+    leave, where a pool is a guess, or where pools that end soon give as many GPUs.
+    """
+    pools = [d for d in demands if d.running and not d.displaces]
+    wanted = training.least - placed
+    if any(d.leaving or not (d.is_timed or d.follows) for d in pools):
+        return {}
+    there: dict[str, list[Demand]] = defaultdict(list)
+    for demand in pools:
+        for place in demand.places:
+            there[place].append(demand)
+    leave: dict[str, list[str]] = defaultdict(list)
+    for node in sorted(there, key=lambda node: (_end_without(there[node]), node)):
+        if wanted <= 0 or _end_without(there[node]) == float("inf"):
+            break
+        freed: Resources = {}
+        for demand in sorted(there[node], key=lambda d: d.size, reverse=True):
+            if len(leave[demand.pool]) < demand.running - max(1, demand.least):
+                leave[demand.pool].append(node)
+                freed = _more(freed, demand.needs)
+            if _room_for(training.needs, freed) >= wanted:
+                break
+        wanted -= _room_for(training.needs, freed)
+    startup = max((d.startup for d in pools if leave[d.pool]), default=0.0)
+    is_soon = _end_of(pools, (training.least - placed) * training.needs["GPU"]) <= startup
+    return {} if wanted > 0 or is_soon else {pool: nodes for pool, nodes in leave.items() if nodes}
+
+
+def _end_without(engines: Sequence[Demand]) -> float:
+    """When the last of these pools ends without these engines; never if one has too few."""
+    counts = Counter(d.pool for d in engines)
+    return max(
+        d.end(left) if (left := d.running - counts[d.pool]) >= max(1, d.least) else float("inf")
+        for d in engines
+    )
+
+
+def _end_of(demands: Sequence[Demand], gpus: float) -> float:
+    """When pools that end by themselves have freed so many GPUs."""
+    for demand in sorted(demands, key=lambda d: d.end(d.running)):
+        if not demand.follows:
+            gpus -= demand.running * demand.needs["GPU"]
+        if gpus <= EPSILON:
+            return demand.end(demand.running)
+    return float("inf")
 
 
 def _with_moves(demands: Sequence[Demand], shares: dict[str, Share]) -> dict[str, Share]:
@@ -137,7 +196,7 @@ def _with_moves(demands: Sequence[Demand], shares: dict[str, Share]) -> dict[str
     last = max(demands, key=lambda d: 0 if d.follows else d.end(d.running))
     found = {
         d.pool: replace(
-            shares[d.pool], leave=leave.get(d.pool, 0),
+            shares[d.pool], leave=("",) * leave.get(d.pool, 0),
             gives_way=shares[d.pool].gives_way or not (d is last or d.follows),
         )
         for d in demands
@@ -310,6 +369,10 @@ def fits(needs: Resources, free: Resources) -> bool:
 
 def _less(free: Resources, needs: Resources) -> dict[str, float]:
     return {name: max(0.0, n - needs.get(name, 0.0)) for name, n in free.items()}
+
+
+def _more(free: Resources, place: Resources) -> Resources:
+    return {name: free.get(name, 0.0) + place.get(name, 0.0) for name in {*free, *place}}
 
 
 def _order(free: Resources) -> tuple[float, float, float]:

@@ -56,8 +56,11 @@ class Allocator:
             return self._shares[pool]
 
     def keep(self, name: str, needs: Resources, count: int) -> None:
-        """Keep what is or becomes free for `count` workers that Ray places, until they `leave`."""
-        demand = Demand(name, needs, left=1.0, least=count, most=count)
+        """Keep what is or becomes free for `count` workers that Ray places, until they `leave`.
+
+        Engines of pools end for them once, where they would wait for long.
+        """
+        demand = Demand(name, needs, left=1.0, least=count, most=count, displaces=True)
         with self._lock:
             self._reports[name] = Report(demand, None, ())
             self._decided = -math.inf
@@ -98,6 +101,11 @@ class Allocator:
         ]
         self._nodes = _without_own(self._look(), reports)
         self._shares, self._decided = allocate(self._nodes, demands), time.monotonic()
+        if any(share.leave for share in self._shares.values()):  # once for each training
+            self._reports = {
+                name: replace(r, demand=replace(r.demand, displaces=False))
+                for name, r in self._reports.items()
+            }
 
 
 def _without_own(nodes: Sequence[Node], reports: Sequence[Report]) -> list[Node]:

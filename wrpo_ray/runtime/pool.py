@@ -196,7 +196,7 @@ class RunningPool:
         self.waiting_log.tick(is_waiting=bool(self.members) and not ready)
         busy = ready + waiting if self._is_starting else max(ready, waiting)
         demand = self._demand(busy)
-        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places))
+        share = ALLOCATOR.share(Report(demand, self.pace.row, self._nodes_of(self._placed)))
         self._let_leave(share)
         held = self._take_places(share, most=busy if ready >= least else least)
         placed, wanted = len(self._placed), least
@@ -224,8 +224,10 @@ class RunningPool:
         """Give no more rows to actors whose places another pool gets; end those without a row."""
         if share is not self.share:  # one of the allocator's decisions serves several ticks
             self.share = share
-            for member in sorted(self.ready, key=lambda m: len(m.rows))[: share.leave]:
-                member.is_leaving = True
+            for place in share.leave:
+                found = [m for m in self.ready if place in ("", m.place)]
+                if found:
+                    min(found, key=lambda m: len(m.rows)).is_leaving = True
         for member in list(self.members):
             if member.is_leaving and not member.rows:
                 self.left_at = time.monotonic()
@@ -244,11 +246,10 @@ class RunningPool:
         starting = [m for m in self.members if m.starting is not None]
         return self.ready + [m for m in starting if m.place and m.since > recent]
 
-    @property
-    def _places(self) -> list[str]:
+    def _nodes_of(self, members: list[Member]) -> list[str]:
         """Nodes of whole actors; parts on several nodes are only seen by Ray."""
         is_whole = self.pool.parts == 1 or ALLOCATOR.one_node_holds(self.needs)
-        return [member.place for member in self._placed] if is_whole else []
+        return [member.place for member in members] if is_whole else []
 
     def _demand(self, busy: int) -> Demand:
         """The request to the allocator: also room for rows that are to come."""
@@ -257,7 +258,7 @@ class RunningPool:
         return Demand(
             self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
             self._least_now, max(most, self._least_now), bundles,
-            self._leaving, self.ready_queue.follows,
+            self._leaving, self.ready_queue.follows, places=self._nodes_of(self.ready),
         )  # fmt: skip
 
     def _take_places(self, share: Share, most: int) -> int:

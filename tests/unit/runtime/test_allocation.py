@@ -150,7 +150,8 @@ def uneven(left: float = 600.0) -> list[Demand]:
 
 def leaving(demands: list[Demand]) -> dict[str, int]:
     full = [replace(node(n), free={"CPU": 48.0}) for n in range(3)]
-    return {pool: share.leave for pool, share in allocate(full, demands).items() if share.leave}
+    shares = allocate(full, demands)
+    return {pool: len(share.leave) for pool, share in shares.items() if share.leave}
 
 
 def test_near_the_end_an_engine_gives_its_place_to_the_pool_that_ends_last():
@@ -167,7 +168,7 @@ def test_near_the_end_an_engine_gives_its_place_to_the_pool_that_ends_last():
     leaves = [replace(eight, running=2, leaving=1), four, score]
     shares = allocate([node(n) for n in range(3)], leaves)
     assert not shares["score"].gives_way  # else what is idle for a moment would end
-    assert shares["eight"].leave == 0  # none more while one leaves
+    assert not shares["eight"].leave  # none more while one leaves
     assert shares["eight"].gives_way  # what it frees is the other's
     assert not shares["four"].gives_way
     assert shares["four"].engines > 2
@@ -188,6 +189,54 @@ def test_engines_stay_where_a_move_gains_nothing():
     slower = replace(four, startup=400.0)
     assert slower.end(2) - max(moving[0].end(2), slower.end(4)) < GAIN * 400
     assert leaving([moving[0], slower]) == {}
+
+
+def training(workers: int = 8) -> Demand:
+    """Workers of a training, each with a GPU."""
+    return Demand("sft", {"GPU": 1.0}, 1.0, least=workers, most=workers, displaces=True)
+
+
+def displacing(*demands: Demand, workers: int = 8, gpus: float = 0.0) -> dict[str, list[str]]:
+    """Four nodes, of which the last has so many free GPUs."""
+    nodes = [replace(node(n), free={"CPU": 48.0, "GPU": gpus * (n == 3)}) for n in range(4)]
+    shares = allocate(nodes, [*demands, training(workers)])
+    return {pool: sorted(share.leave) for pool, share in shares.items() if share.leave}
+
+
+def held(name: str, gpus: float, left: float, places: str, **changes) -> Demand:
+    """A pool without a free GPU, whose engines lie on these nodes and start in 60 s."""
+    where = [f"n{place}" for place in places]
+    return demand(name, gpus, left, startup=60.0, running=len(where), places=where, **changes)
+
+
+def test_engines_of_one_node_end_for_a_training_that_would_wait():
+    """Ends without the engines of a node: "eight" 2000 s in place of 1000, "four" 1000 s of 600.
+
+    So the engines of "four" on node 2 go; with 4 workers one of them, or none if 4 GPUs are free.
+    """
+    eight, four = held("eight", 8, 2000.0, "01"), held("four", 4, 3000.0, "22333")
+    assert displacing(eight, four) == {"four": ["n2", "n2"]}
+    assert displacing(eight, four, workers=4) == {"four": ["n2"]}
+    assert displacing(eight, four, workers=4, gpus=4.0) == {}
+    assert displacing(eight, four, workers=8, gpus=4.0) == {"four": ["n2"]}
+    slow = replace(four, left=9000.0)  # 3000 s without node 2
+    assert displacing(eight, slow) == {"eight": ["n0"]}
+    assert displacing(eight, slow, workers=10) == {"eight": ["n0"], "four": ["n2"]}
+
+
+def test_no_engine_ends_for_a_training_where_that_gains_nothing_or_takes_a_pools_last():
+    eight, four = held("eight", 8, 2000.0, "01"), held("four", 4, 3000.0, "2233")
+    assert displacing(eight, four)
+    assert displacing(eight, replace(four, left=200.0)) == {}  # it ends in 50 s
+    assert displacing(eight, replace(four, left=200.0, follows=True))  # not before the other
+    assert displacing(eight, replace(four, leaving=1)) == {}
+    assert displacing(eight, replace(four, is_timed=False)) == {}
+    assert displacing(replace(eight, least=2), replace(four, least=3)) == {}
+    assert displacing(eight, four, workers=33) == {}
+    assert displacing(held("one", 8, 900.0, "0"), held("other", 8, 900.0, "1")) == {}
+    waiting = replace(training(), displaces=False)
+    full = [replace(node(n), free={}) for n in range(4)]
+    assert not any(s.leave for s in allocate(full, [eight, four, waiting]).values())
 
 
 SIZES = st.sampled_from([0, 1, 2, 4, 8])

@@ -197,7 +197,7 @@ def test_an_actor_that_leaves_gets_no_more_rows_and_ends_after_its_last(monkeypa
     monkeypatch.setattr(pools, "end_member", ended.append)
     few, many = Member(None, None, place="a"), Member(None, None, place="b")
     few.rows, many.rows = {1: ({}, 0.0)}, {2: ({}, 0.0), 3: ({}, 0.0)}
-    pool, share = Waiting(many, few), Share(2, leave=1)
+    pool, share = Waiting(many, few), Share(2, leave=("",))
     pool.share, pool.groups, pool.left_at = Share(0), "", -math.inf
     pool.ready_queue = ReadyQueue.of([])
     pool.left, pool.most, pool.to_come, pool.least, pool.pace = 9, 4, 0, 1, Pace()
@@ -227,7 +227,27 @@ def test_no_engine_leaves_before_all_pools_are_timed():
         for one in reports:
             allocator.share(one)
         allocator._decide()
-        return allocator.share(reports[0]).leave
+        return len(allocator.share(reports[0]).leave)
 
     assert leave(few, many) == 0
     assert leave(few, replace(many, row=4.0)) > 0
+
+
+def test_engines_end_for_a_training_once(monkeypatch):
+    """Its workers have room then, and Ray shows that only when they all run.
+
+    A node with one engine of the pool costs it less than one with two.
+    """
+    full = report("full", 100, row=60.0, placed=["a", "a", "b"], places=["a", "a", "b"])
+    nodes = [Node("a", {"GPU": 2.0}, {}), Node("b", {"GPU": 1.0}, {})]
+    allocator = Allocator(lambda: nodes)
+    allocator.share(full)
+    allocator.keep("sft", GPU, 1)
+    assert allocator.share(full).leave == ["b"]
+    pool = Waiting(Member(None, None, place="a"), Member(None, None, place="b"))
+    pool.share, pool.left_at = Share(0), -math.inf
+    monkeypatch.setattr(pools, "end_member", lambda member: None)
+    pool._let_leave(allocator.share(full))
+    assert [m.place for m in pool.members] == ["a"]
+    allocator._decide()
+    assert not allocator.share(full).leave
