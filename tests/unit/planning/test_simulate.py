@@ -216,8 +216,11 @@ def test_a_node_that_is_held_is_free_when_its_training_can_begin():
     """One of two nodes: ten minutes of answers on the other, and SFT after the first group."""
     work = source(equal(60), engines=9, groups=["first"] * 2 + ["rest"] * 58)
     sft = Gang("sft", 1, 40.0, useful=0.0, after=frozenset({"first"}))
-    waits = simulate([work], Cluster(2, 1), PLAIN, [sft])
+    waits = simulate([work], Cluster(2, 1), replace(PLAIN, displaces=False), [sft])
     assert waits.ends["sft"] == 300 + 40
+    displaces = simulate([work], Cluster(2, 1), PLAIN, [sft])  # an engine ends, 10 s later
+    assert displaces.ends["sft"] == 20 + 40
+    assert displaces.answers == waits.answers == 60
     held = simulate([work], Cluster(2, 1, held="sft"), PLAIN, [sft])
     assert held.ends["sft"] == 20 + 40
 
