@@ -31,11 +31,15 @@ STORE = Store(node=5e9, total=200e9, load=1.25e9)
 ON_NODES = replace(STORE, on_nodes=True)
 HELD = "sft training"
 """The training whose node is held free from the beginning, so that it need not wait for one."""
-CHAINS: tuple[tuple[str, Overlap, str], ...] = (
-    ("serial", "", ""), ("two branches", "branches", ""), ("overlapped", "all", ""),
-    ("with a node held", "all", HELD),
+CHAINS: tuple[tuple[str, Overlap, bool, str], ...] = (
+    ("serial", "", False, ""), ("serial, wide trainings", "", True, ""),
+    ("two branches", "branches", False, ""),
+    ("two branches, wide trainings", "branches", True, ""),
+    ("overlapped", "all", True, ""), ("overlapped, with a node held", "all", True, HELD),
 )  # fmt: skip
-"""(name, what runs side by side, training whose node is held) of the chains."""
+"""(name, what runs side by side, whether trainings are wide, one whose node is held) of each."""
+BUILT = 4
+"""Of these are what the runner does."""
 NOW = Policy(2)
 
 
@@ -121,12 +125,13 @@ class Bench:
         is_wide: bool = True,
         held: str = "",
         store: Store = STORE,
+        policy: Policy = NOW,
     ) -> Result:
         """The whole run."""
         made = replace(self.fusion(BEST, nodes), overlaps=overlaps, is_wide=is_wide)
         pools, others = made.chain()
         cluster = Cluster(nodes, GPUS, store=store, held=held)
-        return Result(name, nodes, simulate(pools, cluster, BEST.policy, others))
+        return Result(name, nodes, simulate(pools, cluster, policy, others))
 
     def _plan(self, sources: Sequence[Source], setting: Setting, nodes: int) -> float:
         """Seconds that `wrpo plan` tells for generation with the same rates and starts."""
@@ -357,24 +362,26 @@ With ten times the prompts (4,096 buckets), the efficiency is {tenfold:.2f}.
 {chains}
 
 - **serial** is what the runner does where there is no room for more: a phase begins when the one
-  before has ended; scores are made beside the answers. Trainings have one node, as in the config;
-  or, wide ones, as many as a step's tokens feed (`workers`).
+  before has ended; scores are made beside the answers.
 - **two branches** is what it does where there is room: the sources answer SFT's prompts first, and
-  SFT and the answers of target-SFT run beside what is left of theirs. Pairs, reference log-probs
-  and WRPO follow one another. Trainings have one node.
+  SFT and the answers of target-SFT run beside what is left of theirs. All GPUs are busy when SFT
+  can begin, and engines of a node end for it. Pairs, reference log-probs and WRPO follow one
+  another.
+- **wide trainings** have as many nodes as a step's tokens feed (`workers`), the others one, as in
+  the config.
 - **overlapped** is not built: reference log-probs follow bucket by bucket as well, and WRPO's
-  workers start before their rows are finished. Trainings are wide.
-- **with a node held**, not built either: a node is kept free for SFT from the beginning. Without
-  it, all GPUs are busy when SFT could begin, and no engine is ended for it.
+  workers start before their rows are finished.
+- **with a node held**, not built either: a node is kept free for SFT from the beginning.
 
-Minutes at which the parts end on 64 nodes:
+Minutes at which the parts end on 64 nodes, with wide trainings:
 
 - serial: {serial_ends}
-- with a node held: {held_ends}
+- two branches, SFT waits for a node: {waits_ends}
+- two branches: {built_ends}
 
 ![GPUs over time](../docs/img/allocation.svg)
 
-What the GPUs of 64 nodes do in that chain with a node held:
+What the GPUs of 64 nodes do in the chain of two branches with wide trainings:
 
 {bounds}
 
@@ -395,7 +402,9 @@ What the GPUs of 64 nodes do in that chain with a node held:
   first one cannot, so that **weights on all nodes before** is a bound for generation.
 - WRPO trains for the last five minutes, on at most as many GPUs as its steps of 128 rows feed. That
   alone is a tenth of the chain's GPU time, which no order of the other parts changes.
-- A node held for SFT is worth it where all else is short: on 64 nodes, and not on 8.
+- Engines of a node that end for SFT make {displaced:.2f} of {waits:.2f} on 64 nodes: all GPUs have
+  engines when its rows are there, and what follows SFT takes longer than the sources. A node held
+  for it from the beginning is worth no more.
 - Engines must be filled: long answers take over four times the mean, so that buckets in hand that
   fill an engine only twice leave it half empty at the end of each (0.57). Six times is enough, and
   is what engines have. Two in hand, whatever their size, suit 256 buckets (0.81).
@@ -423,21 +432,18 @@ def main() -> None:
     settings = [curve[-1], *(bench.generate(s, most) for s in SETTINGS[1:])]
     settings[0] = replace(settings[0], name=BEST.name)
     chains = [
-        bench.chain(
-            f"{nodes} nodes, {name}",
-            nodes,
-            overlaps=overlaps,
-            is_wide=overlaps == "all",
-            held=held,
-        )
+        bench.chain(f"{nodes} nodes, {name}", nodes, overlaps=overlaps, is_wide=is_wide, held=held)
         for nodes in (8, most)
-        for name, overlaps, held in CHAINS
-    ]  # fmt: skip
-    wide = bench.chain(f"{most} nodes, serial, wide trainings", most, overlaps="")
-    ahead = bench.chain(
-        f"{most} nodes, with a node held, weights on all nodes before", most,
-        overlaps="all", held=HELD, store=ON_NODES,
+        for name, overlaps, is_wide, held in CHAINS
+    ]
+    built = chains[len(CHAINS) + BUILT - 1]
+    waits = bench.chain(
+        f"{built.name}, SFT waits for a node", most, overlaps="branches",
+        policy=replace(NOW, displaces=False),
     )  # fmt: skip
+    ahead = bench.chain(
+        f"{built.name}, weights on all nodes before", most, overlaps="branches", store=ON_NODES
+    )
     slow = dict.fromkeys(range(0, most, 20), 0.5)
     lost = {1: curve[-1].outcome.wall / 3}
     trouble = [
@@ -449,16 +455,17 @@ def main() -> None:
     tenfold = Bench(bench.settings, 10 * options.share).generate(Setting("tenfold", 4096), most)
     images = options.out.parent / "docs" / "img"
     plot({"generation": curve}, images / "simulate.svg")
-    timeline(chains[-1], images / "allocation.svg")
+    timeline(built, images / "allocation.svg")
     text = TEXT.format(
         sigma=SIGMA, node=STORE.node / 1e9, total=STORE.total / 1e9, load=STORE.load / 1e9,
         start=START, training=TRAINING_START, mfu=TRAIN_MFU,
         rates=rates(bench.fusion(BEST, most)), gemma=twice("gemma2-27b"),
         mistral=twice("mistral-large-2407"), curve=outcomes(curve), settings=outcomes(settings),
         **conclusions(settings), tenfold=tenfold.outcome.efficiency,
-        chains=outcomes([*chains, wide, ahead]),
-        serial_ends=ends(chains[len(CHAINS)]), held_ends=ends(chains[-1]),
-        bounds=bounds(chains[-1]), trouble=outcomes(trouble),
+        chains=outcomes([*chains, waits, ahead]),
+        serial_ends=ends(chains[len(CHAINS) + 1]), waits_ends=ends(waits), built_ends=ends(built),
+        displaced=built.outcome.efficiency, waits=waits.outcome.efficiency,
+        bounds=bounds(built), trouble=outcomes(trouble),
     )  # fmt: skip
     (options.out / "SIMULATION.md").write_text(text)
     save_rows(options.out, PREFIX, list(rows(curve[-1], settings, chains)))
@@ -493,7 +500,10 @@ def rows(
     planned = best.planned / best.outcome.wall
     yield row(f"wall.{nodes}.vs_plan", best.outcome.wall, best.planned, planned, "s", nodes)
     few, many = chains[: len(CHAINS)], chains[len(CHAINS) :]
-    for name, found in (("64gpus", few), ("512gpus", many), ("64", many)):
+    for name, found in (
+        ("64gpus", few[:BUILT]), ("512gpus", many[:BUILT]), ("64", many[:BUILT]),
+        ("64.not_built", many),
+    ):  # fmt: skip
         ours, serial = max(r.outcome.efficiency for r in found), found[0].outcome.efficiency
         yield row(f"chain_efficiency.{name}", ours, serial, ours / serial, what, found[0].nodes)
 
