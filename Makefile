@@ -57,6 +57,7 @@ bench: .venv/.dev
 	@$(BIN)/python -W ignore benchmarks/pairing.py
 	@$(BIN)/python -W ignore benchmarks/serve.py
 	@$(BIN)/python benchmarks/simulate.py
+	@$(BIN)/python -W ignore benchmarks/on_ray.py
 
 clean:
 	rm -rf .venv .cache out

@@ -17,7 +17,7 @@ from typing import Any
 from fusion import SIGMA, START, TRAINING_START, Fusion, Overlap
 from results import save_rows
 from roofline import MODELS, TRAIN_MFU
-from simulation import Cluster, Outcome, Policy, Source, Store, simulate
+from simulation import Cluster, Outcome, Policy, Source, Span, Store, simulate
 
 from wrpo_ray import config
 from wrpo_ray.planning.estimate import plan as make_plan
@@ -31,11 +31,15 @@ STORE = Store(node=5e9, total=200e9, load=1.25e9)
 ON_NODES = replace(STORE, on_nodes=True)
 HELD = "sft training"
 """The training whose node is held free from the beginning, so that it need not wait for one."""
-CHAINS: tuple[tuple[str, Overlap, str], ...] = (
-    ("serial", "", ""), ("two branches", "branches", ""), ("overlapped", "all", ""),
-    ("with a node held", "all", HELD),
+CHAINS: tuple[tuple[str, Overlap, bool, str], ...] = (
+    ("serial", "", False, ""), ("serial, wide trainings", "", True, ""),
+    ("two branches", "branches", False, ""),
+    ("two branches, wide trainings", "branches", True, ""),
+    ("overlapped", "all", True, ""), ("overlapped, with a node held", "all", True, HELD),
 )  # fmt: skip
-"""(name, what runs side by side, training whose node is held) of the chains."""
+"""(name, what runs side by side, whether trainings are wide, one whose node is held) of each."""
+BUILT = 4
+"""Of these are what the runner does."""
 NOW = Policy(2)
 
 
@@ -57,17 +61,20 @@ FIRST = Setting(
     64, Policy(1, 1, barrier=True, in_turn=True), 0,
 )  # fmt: skip
 IN_TURN = Setting("pools take turns, as before the allocator", 1024, Policy(2, in_turn=True))
+STAYS = Setting("no engine ends for another pool", 1024, Policy(2, moves=False))
+AHEAD = Setting("weights on all nodes before", 1024, store=ON_NODES)
 SETTINGS = (
     BEST,
     Setting("256 buckets", 256),
     Setting("4,096 buckets", 4096),
     Setting("buckets in hand fill an engine twice", 1024, fills=2),
     Setting("weights from other nodes", 1024, store=replace(STORE, peers=True)),
-    Setting("weights on all nodes before", 1024, store=ON_NODES),
+    AHEAD,
     Setting("4,096 buckets, weights on all nodes before", 4096, store=ON_NODES),
     Setting("a store of 20 GB/s", 1024, store=replace(STORE, total=20e9)),
     Setting("a store of 20 GB/s, weights from other nodes", 1024,
             store=replace(STORE, total=20e9, peers=True)),
+    STAYS,
     IN_TURN,
     FIRST,
 )  # fmt: skip
@@ -118,12 +125,13 @@ class Bench:
         is_wide: bool = True,
         held: str = "",
         store: Store = STORE,
+        policy: Policy = NOW,
     ) -> Result:
         """The whole run."""
         made = replace(self.fusion(BEST, nodes), overlaps=overlaps, is_wide=is_wide)
         pools, others = made.chain()
         cluster = Cluster(nodes, GPUS, store=store, held=held)
-        return Result(name, nodes, simulate(pools, cluster, BEST.policy, others))
+        return Result(name, nodes, simulate(pools, cluster, policy, others))
 
     def _plan(self, sources: Sequence[Source], setting: Setting, nodes: int) -> float:
         """Seconds that `wrpo plan` tells for generation with the same rates and starts."""
@@ -233,15 +241,15 @@ def bounds(chain: Result) -> str:
     )
 
 
-def plot_axes(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure whose SVG is the same on every run."""
+def plot_axes(size: tuple[float, float], rows: int = 1) -> tuple[Any, Any]:
+    """A figure whose SVG is the same on every run, and its axes, below each other if several."""
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "wrpo"
     from matplotlib import pyplot as plt
 
-    return plt.subplots(figsize=size)
+    return plt.subplots(rows, figsize=size)
 
 
 def save_plot(figure: Any, path: Path) -> None:
@@ -266,12 +274,11 @@ def plot(curves: dict[str, Sequence[Result]], path: Path) -> None:
     save_plot(figure, path)
 
 
-def timeline(result: Result, path: Path) -> None:
-    """GPUs that engines and trainings hold, over time; starts are grey."""
+def draw_gpus(axes: Any, spans: Sequence[Span], step: float, steps: int, unit: float) -> None:
+    """GPUs that engines and trainings hold, every `step` seconds; starts are grey."""
     from matplotlib import pyplot as plt
 
-    figure, axes = plot_axes((8, 4.2))
-    spans, seconds = result.outcome.spans, range(0, int(result.outcome.wall) + 20, 20)
+    seconds = [step * n for n in range(steps)]
     names = dict.fromkeys(s.pool for s in sorted(spans, key=lambda s: s.since))
     counts = {name: [0] * len(seconds) for name in [*names, "starting"]}
     for span in spans:
@@ -281,9 +288,16 @@ def timeline(result: Result, path: Path) -> None:
     all_colours = plt.get_cmap("tab20").colors
     coloured = [c for c in all_colours if max(c) - min(c) > 0.1]  # grey is for starts
     colours = [*coloured[: len(names)], (0.8, 0.8, 0.8)]
-    minutes = [second / 60 for second in seconds]
-    axes.stackplot(minutes, *counts.values(), labels=[*counts], colors=colours)
-    axes.set(xlabel="minutes", ylabel="GPUs", xlim=(0, seconds[-1] / 60))
+    times = [second / unit for second in seconds]
+    axes.stackplot(times, *counts.values(), labels=[*counts], colors=colours)
+    axes.set(ylabel="GPUs", xlim=(0, times[-1]))
+
+
+def timeline(result: Result, path: Path) -> None:
+    """GPUs over time."""
+    figure, axes = plot_axes((8, 4.2))
+    draw_gpus(axes, result.outcome.spans, 20, int(result.outcome.wall) // 20 + 2, 60)
+    axes.set_xlabel("minutes")
     axes.set_ylim(0, result.nodes * GPUS)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7, frameon=False)
     save_plot(figure, path)
@@ -348,24 +362,26 @@ With ten times the prompts (4,096 buckets), the efficiency is {tenfold:.2f}.
 {chains}
 
 - **serial** is what the runner does where there is no room for more: a phase begins when the one
-  before has ended; scores are made beside the answers. Trainings have one node, as in the config;
-  or, wide ones, as many as a step's tokens feed (`workers`).
+  before has ended; scores are made beside the answers.
 - **two branches** is what it does where there is room: the sources answer SFT's prompts first, and
-  SFT and the answers of target-SFT run beside what is left of theirs. Pairs, reference log-probs
-  and WRPO follow one another. Trainings have one node.
+  SFT and the answers of target-SFT run beside what is left of theirs. All GPUs are busy when SFT
+  can begin, and engines of a node end for it. Pairs, reference log-probs and WRPO follow one
+  another.
+- **wide trainings** have as many nodes as a step's tokens feed (`workers`), the others one, as in
+  the config.
 - **overlapped** is not built: reference log-probs follow bucket by bucket as well, and WRPO's
-  workers start before their rows are finished. Trainings are wide.
-- **with a node held**, not built either: a node is kept free for SFT from the beginning. Without
-  it, all GPUs are busy when SFT could begin, and no engine is ended for it.
+  workers start before their rows are finished.
+- **with a node held**, not built either: a node is kept free for SFT from the beginning.
 
-Minutes at which the parts end on 64 nodes:
+Minutes at which the parts end on 64 nodes, with wide trainings:
 
 - serial: {serial_ends}
-- with a node held: {held_ends}
+- two branches, SFT waits for a node: {waits_ends}
+- two branches: {built_ends}
 
 ![GPUs over time](../docs/img/allocation.svg)
 
-What the GPUs of 64 nodes do in that chain with a node held:
+What the GPUs of 64 nodes do in the chain of two branches with wide trainings:
 
 {bounds}
 
@@ -374,15 +390,21 @@ What the GPUs of 64 nodes do in that chain with a node held:
 - On 64 nodes, 0.90 of the GPUs' time for generation and 0.80 for the chain are out of reach with
   this amount of data; 8 nodes have both. All answers are half an hour of work for 512 GPUs. An
   engine of 236B takes three to four minutes of it to start: with weights on all nodes before,
-  generation has 0.89. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute and a
-  half, and an engine more or less of the slowest pool is two minutes.
+  generation has {ahead:.2f}. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute
+  and a half.
+- An engine more or less of a pool is two minutes of its time, so with whole engines some pools end
+  well before others. Where they would, engines of the first ones end a few minutes before, and
+  others have their GPUs: {best:.2f} against {stays:.2f}, and {idle:.2f} of the GPUs' time without
+  an engine against {stays_idle:.2f}.
 - The runner's engines get **weights from other nodes**: each file leaves the store about once, and
   an engine with a node takes its GPUs when its weights are there
   ([decision 7](../docs/adr/0007-weights.md)). Weights of later phases come ahead; those of the
   first one cannot, so that **weights on all nodes before** is a bound for generation.
 - WRPO trains for the last five minutes, on at most as many GPUs as its steps of 128 rows feed. That
   alone is a tenth of the chain's GPU time, which no order of the other parts changes.
-- A node held for SFT is worth it where all else is short: on 64 nodes, and not on 8.
+- Engines of a node that end for SFT make {displaced:.2f} of {waits:.2f} on 64 nodes: all GPUs have
+  engines when its rows are there, and what follows SFT takes longer than the sources. A node held
+  for it from the beginning is worth no more.
 - Engines must be filled: long answers take over four times the mean, so that buckets in hand that
   fill an engine only twice leave it half empty at the end of each (0.57). Six times is enough, and
   is what engines have. Two in hand, whatever their size, suit 256 buckets (0.81).
@@ -410,21 +432,18 @@ def main() -> None:
     settings = [curve[-1], *(bench.generate(s, most) for s in SETTINGS[1:])]
     settings[0] = replace(settings[0], name=BEST.name)
     chains = [
-        bench.chain(
-            f"{nodes} nodes, {name}",
-            nodes,
-            overlaps=overlaps,
-            is_wide=overlaps == "all",
-            held=held,
-        )
+        bench.chain(f"{nodes} nodes, {name}", nodes, overlaps=overlaps, is_wide=is_wide, held=held)
         for nodes in (8, most)
-        for name, overlaps, held in CHAINS
-    ]  # fmt: skip
-    wide = bench.chain(f"{most} nodes, serial, wide trainings", most, overlaps="")
-    ahead = bench.chain(
-        f"{most} nodes, with a node held, weights on all nodes before", most,
-        overlaps="all", held=HELD, store=ON_NODES,
+        for name, overlaps, is_wide, held in CHAINS
+    ]
+    built = chains[len(CHAINS) + BUILT - 1]
+    waits = bench.chain(
+        f"{built.name}, SFT waits for a node", most, overlaps="branches",
+        policy=replace(NOW, displaces=False),
     )  # fmt: skip
+    ahead = bench.chain(
+        f"{built.name}, weights on all nodes before", most, overlaps="branches", store=ON_NODES
+    )
     slow = dict.fromkeys(range(0, most, 20), 0.5)
     lost = {1: curve[-1].outcome.wall / 3}
     trouble = [
@@ -436,19 +455,31 @@ def main() -> None:
     tenfold = Bench(bench.settings, 10 * options.share).generate(Setting("tenfold", 4096), most)
     images = options.out.parent / "docs" / "img"
     plot({"generation": curve}, images / "simulate.svg")
-    timeline(chains[-1], images / "allocation.svg")
+    timeline(built, images / "allocation.svg")
     text = TEXT.format(
         sigma=SIGMA, node=STORE.node / 1e9, total=STORE.total / 1e9, load=STORE.load / 1e9,
         start=START, training=TRAINING_START, mfu=TRAIN_MFU,
         rates=rates(bench.fusion(BEST, most)), gemma=twice("gemma2-27b"),
         mistral=twice("mistral-large-2407"), curve=outcomes(curve), settings=outcomes(settings),
-        tenfold=tenfold.outcome.efficiency, chains=outcomes([*chains, wide, ahead]),
-        serial_ends=ends(chains[len(CHAINS)]), held_ends=ends(chains[-1]),
-        bounds=bounds(chains[-1]), trouble=outcomes(trouble),
+        **conclusions(settings), tenfold=tenfold.outcome.efficiency,
+        chains=outcomes([*chains, waits, ahead]),
+        serial_ends=ends(chains[len(CHAINS) + 1]), waits_ends=ends(waits), built_ends=ends(built),
+        displaced=built.outcome.efficiency, waits=waits.outcome.efficiency,
+        bounds=bounds(built), trouble=outcomes(trouble),
     )  # fmt: skip
     (options.out / "SIMULATION.md").write_text(text)
     save_rows(options.out, PREFIX, list(rows(curve[-1], settings, chains)))
     print(text)
+
+
+def conclusions(settings: Sequence[Result]) -> dict[str, float]:
+    """Figures of generation that the text speaks of."""
+    of = {r.name: r.outcome for r in settings}
+    best, stays = of[BEST.name], of[STAYS.name]
+    return {
+        "best": best.efficiency, "stays": stays.efficiency, "ahead": of[AHEAD.name].efficiency,
+        "idle": best.unused / best.capacity, "stays_idle": stays.unused / stays.capacity,
+    }  # fmt: skip
 
 
 def twice(name: str) -> float:
@@ -469,7 +500,10 @@ def rows(
     planned = best.planned / best.outcome.wall
     yield row(f"wall.{nodes}.vs_plan", best.outcome.wall, best.planned, planned, "s", nodes)
     few, many = chains[: len(CHAINS)], chains[len(CHAINS) :]
-    for name, found in (("64gpus", few), ("512gpus", many), ("64", many)):
+    for name, found in (
+        ("64gpus", few[:BUILT]), ("512gpus", many[:BUILT]), ("64", many[:BUILT]),
+        ("64.not_built", many),
+    ):  # fmt: skip
         ours, serial = max(r.outcome.efficiency for r in found), found[0].outcome.efficiency
         yield row(f"chain_efficiency.{name}", ours, serial, ours / serial, what, found[0].nodes)
 

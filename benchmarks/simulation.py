@@ -18,7 +18,7 @@ import heapq
 import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from wrpo_ray.runtime.allocation import Demand, Node, allocate
@@ -32,6 +32,8 @@ IDLE = 30.0
 """Seconds without a bucket after which an engine that may get one is ended."""
 LOOK = 1.0
 """Seconds between two looks at what the pools should have."""
+MOVES = 10.0
+"""Seconds between two looks where nothing but the work that is left has changed."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,10 @@ class Policy:
     """Whether a chunk waits until the one before is answered and committed."""
     in_turn: bool = False
     """Whether pools take turns, as at first, and not what the allocator gives them."""
+    moves: bool = True
+    """Whether engines end for another pool's sake."""
+    displaces: bool = True
+    """Whether engines end for a training that would wait for its nodes."""
 
 
 @dataclass(frozen=True)
@@ -234,6 +240,8 @@ class _Engine:
         self.ready = math.inf
         self.idle = 0
         """How often it was left without a bucket."""
+        self.is_leaving = False
+        """Whether it takes no more buckets, and ends for another pool."""
         self.factor, self.made = factor, 0.0
         self.active: list[tuple[float, int, int, float]] = []
         """(value of `made` when it leaves, bucket, chunk, tokens) of each answer, a heap."""
@@ -242,6 +250,8 @@ class _Engine:
 
     def take(self, policy: Policy) -> None:
         """Fill the hand, then what is bound, from the pool's queue."""
+        if self.is_leaving:
+            return
         share = math.ceil(self.pool.buckets / max(1, self.pool.engines))
         in_hand = min(self.pool.source.in_hand or policy.in_hand, share)
         while len(self.hand) < in_hand and (self.bound or self.pool.queue):
@@ -290,7 +300,7 @@ class _Engine:
 
 class _Pool:
     def __init__(self, source: Source):
-        self.source, self.engines = source, 0
+        self.source, self.engines, self.leaving = source, 0, 0
         self.left = source.tokens
         """Tokens of unfinished buckets."""
         self.buckets = sum(map(bool, source.buckets))
@@ -331,6 +341,7 @@ class _Pool:
         return Demand(
             source.name, {"GPU": source.gpus}, self.left / source.rate, startup,
             self.engines, min(source.least, most), most,
+            leaving=self.leaving, follows=bool(source.fed_by),
         )  # fmt: skip
 
 
@@ -396,6 +407,7 @@ class _Simulation:
         self.events: list[tuple[float, int, Event]] = []
         self.count = 0
         self.looks_at = -1.0
+        self.looked = 0.0
         self.downloads = _Downloads(cluster.store)
         self.unfinished = Counter(dict.fromkeys(self.others, 1))
         """Buckets by group, trainings and pauses."""
@@ -409,6 +421,8 @@ class _Simulation:
                 pool.lacks[number] = len(places)
                 if not places:  # all buckets that it needs are empty
                     pool.queue.append(pool.unready.pop(number))
+        self.displaced: set[str] = set()
+        """Trainings for which engines have left, or leave."""
         self.taken: dict[str, list[int]] = {}
         """Nodes of trainings that are ready, or run."""
         self.ready: dict[str, float] = {}
@@ -473,6 +487,8 @@ class _Simulation:
             self._feed((pool.source.name, number), now)
             self._finish_one(pool.group(number), now)
         self._next(engine, now)
+        if self.policy.moves and now - self.looked >= MOVES:
+            self._look(now)
 
     def _feed(self, place: Place, now: float) -> None:
         """Put buckets that needed this one, and no other, into their queues."""
@@ -532,7 +548,10 @@ class _Simulation:
                 self._release(idle, now)
             self._look(now)
         if not engine.hand:
-            if engine in self.engines:  # more buckets may come
+            if engine.is_leaving:
+                self._release(engine, now)
+                self._look(now)
+            elif engine in self.engines:  # more buckets may come
                 engine.idle += 1
                 self._at(now + IDLE, partial(self._end_idle, engine, engine.idle))
             return
@@ -560,7 +579,10 @@ class _Simulation:
         self.outcome.starting += (ready - engine.since) * source.gpus
         self.outcome.spans.append(Span(source.name, source.gpus, engine.since, ready, now))
         self.engines.discard(engine)
-        engine.pool.engines -= 1
+        if engine.is_leaving:
+            engine.pool.leaving -= 1
+        else:
+            engine.pool.engines -= 1
 
     def _at(self, second: float, event: Event) -> None:
         self.count += 1  # tells events of the same second apart
@@ -577,7 +599,7 @@ class _Simulation:
 
     def _place(self, now: float) -> None:
         """Start what the allocator gives the pools, and trainings that have all their nodes."""
-        self.looks_at = -1.0
+        self.looks_at, self.looked = -1.0, now
         places = self._in_turn() if self.policy.in_turn else self._allocated()
         for name, node in places:
             if name in self.pools:
@@ -599,20 +621,53 @@ class _Simulation:
             for n, free in self.free.items()
             if n not in self.held or own
         ]
-        demands = [p.demand(self._startup(p.source)) for p in self.pools.values() if p.is_open]
+        demands = [
+            replace(p.demand(self._startup(p.source)), places=self._places_of(p))
+            for p in self.pools.values() if p.is_open
+        ]  # fmt: skip
         for name, taken in self.taken.items():
             gang = self.others[name]
             if isinstance(gang, Gang) and len(taken) < gang.nodes:
                 demands.append(
                     Demand(name, size, gang.seconds, gang.startup, len(taken), gang.nodes,
-                           gang.nodes)
+                           gang.nodes, displaces=self._may_displace(name))
                 )  # fmt: skip
         shares = allocate(nodes, demands)
+        trainings = {d.pool for d in demands if d.displaces}
+        for name, pool in self.pools.items():
+            if name in shares and (self.policy.moves or trainings):
+                self._let_leave(pool, shares[name].leave)
+        if any(share.leave for share in shares.values()):
+            self.displaced |= trainings
         return [
             (d.pool, int(n))
             for d in demands
             for (n,) in shares[d.pool].places[: self._most_now(d.pool)]
         ]  # fmt: skip
+
+    def _may_displace(self, training: str) -> bool:
+        return self.policy.displaces and training not in self.displaced
+
+    def _working(self, pool: _Pool) -> list[_Engine]:
+        """Engines with buckets that do not leave, those with the least in hand first."""
+        own = [e for e in self.engines if e.pool is pool and e.hand and not e.is_leaving]
+        return sorted(own, key=lambda e: (len(e.hand), e.since, e.node))
+
+    def _places_of(self, pool: _Pool) -> list[str]:
+        """Nodes of its engines; only trainings need to know."""
+        return [str(e.node) for e in self._working(pool)] if self.taken else []
+
+    def _let_leave(self, pool: _Pool, places: Sequence[str]) -> None:
+        """An engine on each of these nodes, or any, takes no more buckets."""
+        for place in places:
+            own = [e for e in self._working(pool) if place in ("", str(e.node))]
+            if not own:
+                continue
+            engine = own[0]
+            engine.is_leaving = True
+            while engine.bound:
+                pool.queue.appendleft(engine.bound.pop())
+            pool.engines, pool.leaving = pool.engines - 1, pool.leaving + 1
 
     def _most_now(self, name: str) -> int:
         """Engines that have something to do at once."""

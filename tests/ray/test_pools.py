@@ -12,7 +12,7 @@ from support.waiting import LIMIT, wait_until
 
 from wrpo_ray.config import Actors, ClusterConfig
 from wrpo_ray.errors import WrpoError
-from wrpo_ray.runtime import cluster
+from wrpo_ray.runtime import cluster, pool_members
 from wrpo_ray.runtime import pool as pools
 from wrpo_ray.runtime.allocator import ALLOCATOR
 from wrpo_ray.runtime.placement import Pool
@@ -213,8 +213,8 @@ def test_a_row_that_ends_every_actor_ends_the_pool(monkeypatch, capfd):
 def test_a_pool_without_room_says_what_it_waits_for(monkeypatch, tmp_path):
     """Another pool holds all CPUs until that is said."""
     said: list[str] = []
-    monkeypatch.setattr(pools, "WAITING_INTERVAL", 1.0)
-    monkeypatch.setattr(pools, "log", said.append)
+    monkeypatch.setattr(pool_members, "WAITING_INTERVAL", 1.0)
+    monkeypatch.setattr(pool_members, "log", said.append)
     message = "waits: waiting for its first actor, which needs 8 CPU"
     after(lambda: message in said, (tmp_path / "end").touch)
 

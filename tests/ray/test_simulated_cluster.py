@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -95,3 +96,38 @@ def test_ray_takes_the_time_that_the_simulator_foretells(nodes, total, tmp_path)
         # engines of a busy machine start after one another, which delays all but the first
         late = seen["last"] - seen["first"]
         assert seen["wall"] < predicted * 1.15 + late + 1
+
+
+SHORT = {
+    "nodes": 2, "prompts": 160, "buckets": 32, "quicker": 40.0,
+    "sources": ["mistral-large-2407", "gemma2-27b"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("work", [SHORT, pytest.param({}, marks=pytest.mark.soak)])
+def test_the_runner_on_logical_gpus_has_the_engines_that_the_simulator_has(work):
+    """Sources with engines of one GPU and with groups of several, and a reward that follows them.
+
+    Pools grow to more than one engine where the simulator's do; none works before its start.
+    """
+    root = Path(__file__).parents[2]
+    result = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "on_ray.py"), "--work", json.dumps(work)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    found = json.loads(result.stdout.splitlines()[-1])
+    working = Counter(s["pool"] for s in found["spans"] if s["ready"] < s["until"])
+    simulated = Counter(s["pool"] for s in found["simulated_spans"] if s["ready"] < s["until"])
+    print(f"Ray {found['wall']:.1f} s, simulated {found['simulated']:.1f} s", working, simulated)
+    assert working.keys() == simulated.keys()
+    for pool, count in simulated.items():
+        assert working[pool] > 1 or count == 1, pool
+    for span in found["spans"]:
+        if span["ready"] < span["until"]:
+            assert span["ready"] - span["since"] >= 0.99 * found["starts"][span["pool"]]
+    assert found["wall"] > 0.95 * found["simulated"]
+    if not work:  # the long form, on a machine of its own
+        assert found["wall"] < 1.1 * found["simulated"]

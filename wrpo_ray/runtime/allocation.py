@@ -2,21 +2,28 @@
 
 Every pool gets its least engines first, the largest engines before others. What is left is given
 by water-filling: the next engine goes to the pool that would end last, so that all end together,
-unless it would end before it had worked for a part of the time that it takes to start. No running
-engine is ever taken away. An engine goes to the node that it fills best, so that whole nodes stay
-free for engines that need them, and it lies on one node if any node of the cluster can hold it.
+unless it would end before it had worked for a part of the time that it takes to start. A running
+engine gives its place to another pool, once it has finished its rows, only where all would end
+sooner by more than a start; and to a training that would wait for longer. An engine goes to the
+node that it fills best, so that whole nodes stay free for engines that need them, and it lies on
+one node if any node of the cluster can hold it.
 """
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 Resources = Mapping[str, float]
 """{name of a resource of Ray, such as CPU or GPU: amount}"""
 WORTH = 0.5
 """An engine is started if it then works for at least this part of the time of its start."""
+GAIN = 0.25
+"""Engines are moved between pools if all then end sooner by this part of the time of a start."""
+NEAR = 12.0
+"""Starts of an engine before the end, from when on engines are moved: before that, what a pool
+frees at its own end serves the others long enough."""
 EPSILON = 1e-6
 """Amounts of resources that differ by less are equal."""
 
@@ -49,6 +56,16 @@ class Demand:
     most: int = 1
     bundles: Sequence[Resources] = ()
     """Parts of an engine, each on one node; used where no node can hold all of them."""
+    leaving: int = 0
+    """Further engines, which finish their rows and then end for another pool."""
+    follows: bool = False
+    """Whether its work comes from other pools, so that it does not end before them."""
+    is_timed: bool = True
+    """Whether `left` is measured, and no guess."""
+    places: Sequence[str] = ()
+    """The node of each engine that works, as far as they lie on one."""
+    displaces: bool = False
+    """Whether engines of others end for its least ones, which are workers of a training."""
 
     @cached_property
     def size(self) -> tuple[float, float, float]:
@@ -62,6 +79,8 @@ class Demand:
 
     def end(self, engines: int) -> float:
         """Seconds until the work ends on so many engines, of which new ones start now."""
+        if engines < self.running:
+            return self.left / engines if engines else float("inf")
         if not engines:
             return float("inf")
         new = max(0, engines - self.running)
@@ -92,11 +111,14 @@ class Share:
     places: Sequence[tuple[str, ...]] = ()
     """The nodes of each engine to start: one, or several where no node can hold an engine."""
     gives_way: bool = False
-    """Whether another pool lacks resources of an engine of this one for its least engines."""
+    """Whether another pool lacks resources of an engine of this one for its least engines, or gets
+    those of engines that leave."""
+    leave: Sequence[str] = ()
+    """The node of each engine to end for others as soon as its rows are finished; "" is any."""
 
 
 def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Share]:
-    """The share of each pool, by its name: never fewer engines than run now."""
+    """The share of each pool, by its name."""
     names = {name for demand in demands for name in demand.needs}
     by_size = sorted(demands, key=lambda d: d.size, reverse=True)
     filling = _Filling(_Room(nodes, names), by_size)
@@ -108,7 +130,114 @@ def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Shar
     filling.pour(has_gpus)
     filling.room.keep_cpus(has_gpus)
     filling.pour([d for d in filling.demands if d.is_cpu_only])
-    return {d.pool: filling.share(d, lacking) for d in demands}
+    shares = {d.pool: filling.share(d, lacking) for d in demands}
+    if not lacking:
+        return _with_moves(has_gpus, shares)
+    first = next((d for d in lacking if d.displaces and d in has_gpus), None)
+    leave = displaced(first, filling.count(first), has_gpus) if first else {}
+    return shares | {pool: replace(shares[pool], leave=where) for pool, where in leave.items()}
+
+
+def displaced(training: Demand, placed: int, demands: Sequence[Demand]) -> dict[str, list[str]]:
+    """{pool: node of each engine to end} so that all workers of a training have room.
+
+    They are on as few nodes as suffice, on those whose pools then end first. None end while others
+    leave, where a pool is a guess, or where pools that end soon give as many GPUs.
+    """
+    pools = [d for d in demands if d.running and not d.displaces]
+    wanted = training.least - placed
+    if any(d.leaving or not (d.is_timed or d.follows) for d in pools):
+        return {}
+    there: dict[str, list[Demand]] = defaultdict(list)
+    for demand in pools:
+        for place in demand.places:
+            there[place].append(demand)
+    leave: dict[str, list[str]] = defaultdict(list)
+    for node in sorted(there, key=lambda node: (_end_without(there[node]), node)):
+        if wanted <= 0 or _end_without(there[node]) == float("inf"):
+            break
+        freed: Resources = {}
+        for demand in sorted(there[node], key=lambda d: d.size, reverse=True):
+            if len(leave[demand.pool]) < demand.running - max(1, demand.least):
+                leave[demand.pool].append(node)
+                freed = _more(freed, demand.needs)
+            if _room_for(training.needs, freed) >= wanted:
+                break
+        wanted -= _room_for(training.needs, freed)
+    startup = max((d.startup for d in pools if leave[d.pool]), default=0.0)
+    is_soon = _end_of(pools, (training.least - placed) * training.needs["GPU"]) <= startup
+    return {} if wanted > 0 or is_soon else {pool: nodes for pool, nodes in leave.items() if nodes}
+
+
+def _end_without(engines: Sequence[Demand]) -> float:
+    """When the last of these pools ends without these engines; never if one has too few."""
+    counts = Counter(d.pool for d in engines)
+    return max(
+        d.end(left) if (left := d.running - counts[d.pool]) >= max(1, d.least) else float("inf")
+        for d in engines
+    )
+
+
+def _end_of(demands: Sequence[Demand], gpus: float) -> float:
+    """When pools that end by themselves have freed so many GPUs."""
+    for demand in sorted(demands, key=lambda d: d.end(d.running)):
+        if not demand.follows:
+            gpus -= demand.running * demand.needs["GPU"]
+        if gpus <= EPSILON:
+            return demand.end(demand.running)
+    return float("inf")
+
+
+def _with_moves(demands: Sequence[Demand], shares: dict[str, Share]) -> dict[str, Share]:
+    """Shares with engines that leave; what they free is for the pool that ends last."""
+    leave = moves(demands, [shares[d.pool].engines for d in demands])
+    if not leave and not any(d.leaving for d in demands):
+        return shares
+    last = max(demands, key=lambda d: 0 if d.follows else d.end(d.running))
+    found = {
+        d.pool: replace(
+            shares[d.pool], leave=("",) * leave.get(d.pool, 0),
+            gives_way=shares[d.pool].gives_way or not (d is last or d.follows),
+        )
+        for d in demands
+    }  # fmt: skip
+    return shares | found
+
+
+def moves(demands: Sequence[Demand], engines: Sequence[int]) -> dict[str, int]:
+    """{pool: engines to end} so that pools that would end later have their places.
+
+    One engine after another goes from the pool that then ends first to the one that ends last,
+    while all end sooner. None does while others leave, or if the sum gains less than `GAIN`.
+    """
+    pools = [d for d in demands if not d.follows and d.left > 0]
+    if not pools or any(d.leaving for d in demands) or not all(d.is_timed for d in pools):
+        return {}
+    count = {d.pool: n for d, n in zip(demands, engines, strict=True)}
+    ends = {d.pool: d.end(count[d.pool]) for d in pools}
+    before, leave, startup = max(ends.values()), Counter[str](), 0.0
+    while True:
+        last = max(pools, key=lambda d: ends[d.pool])
+        if ends[last.pool] > NEAR * last.startup:
+            break
+        giving = [
+            (d.end(count[d.pool] - 1), d.pool, room) for d in pools
+            if d is not last and d.least < count[d.pool] <= d.running
+            and (room := min(_room_for(last.needs, d.needs), last.most - count[last.pool])) > 0
+        ]  # fmt: skip
+        end, pool, room = min(giving, default=(float("inf"), "", 0))
+        if max(end, last.end(count[last.pool] + room)) >= ends[last.pool]:
+            break
+        count[pool], count[last.pool] = count[pool] - 1, count[last.pool] + room
+        ends |= {pool: end, last.pool: last.end(count[last.pool])}
+        startup, leave[pool] = max(startup, last.startup), leave[pool] + 1
+    return dict(leave) if before - max(ends.values()) > GAIN * startup else {}
+
+
+def _room_for(needs: Resources, place: Resources) -> int:
+    """How many engines the place of another one holds, which has their GPUs; CPUs are plenty."""
+    scarce = [(n, place.get(name, 0.0)) for name, n in needs.items() if n and name != "CPU"]
+    return int(min(((free + EPSILON) // n for n, free in scarce), default=0))
 
 
 class _Filling:
@@ -240,6 +369,10 @@ def fits(needs: Resources, free: Resources) -> bool:
 
 def _less(free: Resources, needs: Resources) -> dict[str, float]:
     return {name: max(0.0, n - needs.get(name, 0.0)) for name, n in free.items()}
+
+
+def _more(free: Resources, place: Resources) -> Resources:
+    return {name: free.get(name, 0.0) + place.get(name, 0.0) for name in {*free, *place}}
 
 
 def _order(free: Resources) -> tuple[float, float, float]:

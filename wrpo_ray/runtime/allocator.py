@@ -27,8 +27,11 @@ class Report:
     """Seconds of an actor for a row; None before the first result."""
     placed: Sequence[str]
     """The node of each actor that lies on one, or was given one."""
-    follows: bool = False
-    """Whether its rows are results of other pools."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether its rows are results of other pools."""
+        return self.demand.follows
 
 
 class Allocator:
@@ -53,8 +56,11 @@ class Allocator:
             return self._shares[pool]
 
     def keep(self, name: str, needs: Resources, count: int) -> None:
-        """Keep what is or becomes free for `count` workers that Ray places, until they `leave`."""
-        demand = Demand(name, needs, left=1.0, least=count, most=count)
+        """Keep what is or becomes free for `count` workers that Ray places, until they `leave`.
+
+        Engines of pools end for them once, where they would wait for long.
+        """
+        demand = Demand(name, needs, left=1.0, least=count, most=count, displaces=True)
         with self._lock:
             self._reports[name] = Report(demand, None, ())
             self._decided = -math.inf
@@ -71,6 +77,11 @@ class Allocator:
         return any(fits(needs, node.total) for node in self._nodes)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The nodes that are there."""
+        return tuple(sorted(node.name for node in self._nodes))
+
+    @property
     def lacking(self) -> list[str]:
         """Pools that have fewer actors than their least."""
         with self._lock:
@@ -83,10 +94,18 @@ class Allocator:
         usual = mean(known) if known else 1.0
         guesses = {True: FOLLOWING * usual, False: usual}
         demands = [
-            replace(r.demand, left=r.demand.left * (r.row or guesses[r.follows])) for r in reports
-        ]  # fmt: skip
+            replace(
+                r.demand, left=r.demand.left * (r.row or guesses[r.follows]), is_timed=bool(r.row)
+            )
+            for r in reports
+        ]
         self._nodes = _without_own(self._look(), reports)
         self._shares, self._decided = allocate(self._nodes, demands), time.monotonic()
+        if any(share.leave for share in self._shares.values()):  # once for each training
+            self._reports = {
+                name: replace(r, demand=replace(r.demand, displaces=False))
+                for name, r in self._reports.items()
+            }
 
 
 def _without_own(nodes: Sequence[Node], reports: Sequence[Report]) -> list[Node]:

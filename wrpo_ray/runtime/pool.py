@@ -1,10 +1,11 @@
 """Pools of actors: how many run, when a pool grows or shrinks, and which rows each actor gets.
 
 A pool requests `min` actors from Ray first, then those that the process's allocator gives it, as
-long as there is a row for each. Requests for more, up to `max`, stay open: Ray's autoscaler sees
-them as demand; they are withdrawn while another pool lacks its first actors. An actor gets a
-new row when it finishes one, none in advance; the rows of a lost actor go to the others. Not
-covered: how pools of several drivers share a cluster.
+long as there is a row for each. Requests for more, up to `max`, stay open for nodes that are not
+there yet: Ray's autoscaler sees them as demand, and room that becomes free is the allocator's to
+give. They are withdrawn while another pool lacks its first actors. An actor gets a new row when it
+finishes one, none in advance; the rows of a lost actor go to the others. Not covered: how pools of
+several drivers share a cluster.
 """
 
 import math
@@ -22,6 +23,7 @@ from wrpo_ray.runtime.placement import Pool, capacity_for, check_capacity, is_ow
 from wrpo_ray.runtime.pool_members import (
     Member,
     Pace,
+    WaitingLog,
     end_member,
     loss_errors,
     remove_groups,
@@ -40,14 +42,16 @@ has just started keeps back one row for each requested actor that had room."""
 PLACED_FOR = 20.0
 """Seconds for which an actor that does not answer counts as one on the node that it was given; by
 then Ray has placed it, or there was no room."""
+SEEN_AFTER = 5.0
+"""Seconds after which Ray shows the room of an actor that has ended, and another pool has it."""
+MOST_OPEN = 256
+"""Open requests of a pool for nodes to come, at the most: each names the nodes that are there."""
 IDLE_TIMEOUT = 30.0
 """Seconds without a row, while more are expected, after which an actor beyond `min` is ended."""
 SHORT_ROW = 0.1
 """Seconds: for rows that take less it is not worth waiting for another actor."""
 START_LOSSES = 3
 """Actors in a row that may be lost before they answered."""
-WAITING_INTERVAL = 60.0
-"""Seconds between two log lines that say that a pool has no actor yet."""
 TOLD_EVERY, ASKED_A_SECOND = 5.0, 20
 """Seconds after which an actor without a finished row is asked what it has made, and how many are
 asked in a second, at most: a thousand of them each 50 s."""
@@ -102,8 +106,6 @@ def map_rows(
 class RunningPool:
     """The state of a pool while it maps rows: its actors, waiting rows and losses."""
 
-    watch: Callable[[Row], None] | None = None
-
     def __init__(
         self,
         pool: Pool,
@@ -114,10 +116,12 @@ class RunningPool:
     ):
         import ray
 
-        self.pool, self.arguments, self.ready_queue = pool, arguments, ready_queue
-        self.watch = watch
+        self.pool, self.arguments = pool, arguments
+        self.ready_queue, self.watch = ready_queue, watch
         self.needs = {name: n for name, n in pool.needs.items() if n}
-        most = min(pool.actors.max, capacity_for(pool.needs)) if is_own_ray() else pool.actors.max
+        is_fixed = is_own_ray()
+        most = min(pool.actors.max, capacity_for(pool.needs)) if is_fixed else pool.actors.max
+        self.most_open = 0 if is_fixed else MOST_OPEN
         self.least = min(pool.actors.min, count)
         self.most = max(self.least, min(most, count))
         self.left = count
@@ -127,12 +131,16 @@ class RunningPool:
         self.queue: deque[Row] = deque()
         """Rows that are ready and not assigned."""
         self.members: list[Member] = []
+        self.share = Share(0)
+        """The allocator's last decision."""
+        self.left_at = -math.inf
+        """When the last actor ended for another pool."""
         self.starts_until = math.inf
         """`START_TIME` after the first actor answered."""
         self.pace = Pace()
         self.rows_are_short = False
         """Whether the last row took next to no time, such as one whose result was there."""
-        self.last_waiting_log = time.monotonic()
+        self.waiting_log = WaitingLog(pool.what, self.needs)
         self.lost_starts = 0
         self.losses: Counter[int] = Counter()
         """{id of a row without a result: actors lost while they worked on it}"""
@@ -172,7 +180,7 @@ class RunningPool:
     @property
     def ready(self) -> list[Member]:
         """Actors that have answered."""
-        return [m for m in self.members if m.starting is None]
+        return [m for m in self.members if m.starting is None and not m.is_leaving]
 
     @property
     def _least_now(self) -> int:
@@ -182,49 +190,76 @@ class RunningPool:
     def _resize(self) -> None:
         """Request actors for waiting rows, the minimum first; end those without a row.
 
-        Beyond the minimum, those that the allocator gives come first; the others wait for room,
-        unless another pool lacks its first actors.
+        Beyond the minimum, those that the allocator gives come first; the others wait for nodes to
+        come, unless another pool lacks its first actors.
         """
         ready, waiting, least = len(self.ready), len(self.queue), self._least_now
-        self._log_waiting()
+        self.waiting_log.tick(is_waiting=bool(self.members) and not ready)
         busy = ready + waiting if self._is_starting else max(ready, waiting)
         demand = self._demand(busy)
-        follows = self.ready_queue.follows
-        share = ALLOCATOR.share(Report(demand, self.pace.row, self._places, follows))
+        share = ALLOCATOR.share(Report(demand, self.pace.row, self._nodes_of(self._placed)))
+        self._let_leave(share)
         held = self._take_places(share, most=busy if ready >= least else least)
         placed, wanted = len(self._placed), least
         if ready >= least and not share.gives_way:
-            wanted = min(busy, demand.wanted)
-        lacking = max(least, wanted) - len(self.members) - held
-        self.members += [self._start("") for _ in range(lacking)]
+            wanted = min(busy, demand.wanted, placed + self.most_open)
+        self._request(least - held, wanted - held)
         useful = placed if share.gives_way else ready + waiting
         self._shrink(max(least, useful), at_once=share.gives_way or not least)
+
+    def _request(self, least: int, wanted: int) -> None:
+        """Request first actors wherever there is room, and others on nodes that are not there."""
+        nodes = ALLOCATOR.names
+        for member in [m for m in self.members if m.waits_for_node and m.beyond != nodes]:
+            self._release(member)  # what was to come is there
+        count = len(self._staying)
+        self.members += [self._start("") for _ in range(count, least)]
+        self.members += [self._start("", beyond=nodes) for _ in range(max(count, least), wanted)]
+
+    @property
+    def _staying(self) -> list[Member]:
+        return [m for m in self.members if not m.is_leaving]
+
+    def _let_leave(self, share: Share) -> None:
+        """Give no more rows to actors whose places another pool gets; end those without a row."""
+        if share is not self.share:  # one of the allocator's decisions serves several ticks
+            self.share = share
+            for place in share.leave:
+                found = [m for m in self.ready if place in ("", m.place)]
+                if found:
+                    min(found, key=lambda m: len(m.rows)).is_leaving = True
+        for member in list(self.members):
+            if member.is_leaving and not member.rows:
+                self.left_at = time.monotonic()
+                self._release(member)
+
+    @property
+    def _leaving(self) -> int:
+        """Actors that leave, and one whose room Ray may not show yet."""
+        is_unseen = time.monotonic() - self.left_at < SEEN_AFTER
+        return len(self.members) - len(self._staying) + is_unseen
 
     @property
     def _placed(self) -> list[Member]:
         """Actors that have answered, or that are starting on the node that they were given."""
         recent = time.monotonic() - PLACED_FOR
-        return [
-            m for m in self.members if m.starting is None or (m.place and m.since > recent)
-        ]  # fmt: skip
+        starting = [m for m in self.members if m.starting is not None]
+        return self.ready + [m for m in starting if m.place and m.since > recent]
 
-    @property
-    def _places(self) -> list[str]:
+    def _nodes_of(self, members: list[Member]) -> list[str]:
         """Nodes of whole actors; parts on several nodes are only seen by Ray."""
         is_whole = self.pool.parts == 1 or ALLOCATOR.one_node_holds(self.needs)
-        return [member.place for member in self._placed] if is_whole else []
+        return [member.place for member in members] if is_whole else []
 
     def _demand(self, busy: int) -> Demand:
         """The request to the allocator: also room for rows that are to come."""
         most = min(self.most, busy + self.to_come)
+        bundles = self.pool.bundles if self.pool.parts > 1 else []
         return Demand(
             self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
-            self._least_now, max(most, self._least_now), self._bundles,
+            self._least_now, max(most, self._least_now), bundles,
+            self._leaving, self.ready_queue.follows, places=self._nodes_of(self.ready),
         )  # fmt: skip
-
-    @property
-    def _bundles(self) -> list[dict[str, float]]:
-        return self.pool.bundles if self.pool.parts > 1 else []
 
     def _take_places(self, share: Share, most: int) -> int:
         """Give places to actors that wait for room, and then to new ones, up to `most`.
@@ -232,26 +267,18 @@ class RunningPool:
         Returns the places that are left alone because their weights are still on the way.
         """
         count = min(share.engines, most) - len(self._placed)
-        open_ones, held = [m for m in self.members if m not in self._placed], 0
+        open_ones, held = [m for m in self._staying if m not in self._placed], 0
         for (place, *_), _ in zip(share.places, range(count), strict=False):
             if not PREFETCH.is_ready(place, self.pool.models):
                 held += 1
-            elif open_ones:
+            elif open_ones and not open_ones[0].waits_for_node:
                 member = open_ones.pop(0)
                 member.place, member.since = place, time.monotonic()
             else:
+                if open_ones:
+                    self._release(open_ones.pop(0))
                 self.members.append(self._start(place))
         return held
-
-    def _log_waiting(self) -> None:
-        """Log once a minute that no actor has answered, as where others hold all the room."""
-        now = time.monotonic()
-        if self.ready or not self.members:
-            self.last_waiting_log = now
-        elif now - self.last_waiting_log > WAITING_INTERVAL:
-            self.last_waiting_log = now
-            needs = ", ".join(f"{n:g} {name}" for name, n in self.needs.items())
-            log(f"{self.pool.what}: waiting for its first actor, which needs {needs}")
 
     def _shrink(self, keep: int, *, at_once: bool) -> None:
         """End actors beyond `keep` that have not answered, and ready ones without a row.
@@ -262,13 +289,13 @@ class RunningPool:
         starting = [m for m in self.members if m.starting is not None]
         starting.sort(key=lambda m: not m.place)  # those that wait for room are ended first
         idle = [m for m in self.ready if not m.rows and (at_once or now - m.since > IDLE_TIMEOUT)]
-        for member in starting[::-1][: max(0, len(self.members) - keep)]:
+        for member in starting[::-1][: max(0, len(self._staying) - keep)]:
             self._release(member)
-        for member in idle[: 0 if self.queue else max(0, len(self.members) - self._least_now)]:
+        for member in idle[: 0 if self.queue else max(0, len(self._staying) - self._least_now)]:
             self._release(member)
 
-    def _start(self, place: str) -> Member:
-        return start_member(self.pool, self.arguments, self.groups, place)
+    def _start(self, place: str, beyond: tuple[str, ...] = ()) -> Member:
+        return start_member(self.pool, self.arguments, self.groups, place, beyond)
 
     def _release(self, member: Member) -> None:
         self.members.remove(member)
@@ -302,10 +329,8 @@ class RunningPool:
 
     def _ask(self) -> None:
         """Ask actors that have told nothing for a while what they have made."""
-        if not self.watch:
-            return
         before = time.monotonic() - max(TOLD_EVERY, len(self.members) / ASKED_A_SECOND)
-        for member in self.ready:
+        for member in self.members if self.watch else []:
             if member.rows and member.report is None and member.told < before:
                 member.report, member.told = member.handle.made.remote(), time.monotonic()
 

@@ -13,6 +13,7 @@ from typing import Any
 from wrpo_ray.errors import WrpoError
 from wrpo_ray.runtime.allocator import ALLOCATOR
 from wrpo_ray.runtime.placement import Pool, thread_env
+from wrpo_ray.runtime.progress import log
 from wrpo_ray.runtime.ready_queue import Row
 from wrpo_ray.runtime.weights import use_peers
 from wrpo_ray.runtime.worker_errors import capture_error
@@ -132,6 +133,27 @@ class Pace:
 
 
 _NUMBERS = count()
+
+
+class WaitingLog:
+    """Logs once a minute that a pool has no actor yet, as where others hold all the room."""
+
+    def __init__(self, what: str, needs: dict[str, float]):
+        self.what, self.needs, self.last = what, needs, time.monotonic()
+
+    def tick(self, *, is_waiting: bool) -> None:
+        """Log if it is so for a minute."""
+        now = time.monotonic()
+        if not is_waiting:
+            self.last = now
+        elif now - self.last > WAITING_INTERVAL:
+            self.last = now
+            needs = ", ".join(f"{n:g} {name}" for name, n in self.needs.items())
+            log(f"{self.what}: waiting for its first actor, which needs {needs}")
+
+
+WAITING_INTERVAL = 60.0
+"""Seconds between two log lines that say that a pool has no actor yet."""
 REMOVAL_TIMEOUT = 60.0
 """Seconds to wait until Ray has removed a pool's placement groups."""
 
@@ -147,6 +169,8 @@ class Member:
     """The actor's own placement group, if it has one."""
     place: str = ""
     """The node that it lies on, or was given; empty if it waits for room."""
+    beyond: tuple[str, ...] = ()
+    """The nodes that it must not lie on, as it was requested for one to come."""
     since: float = field(default_factory=time.monotonic)
     """Time of the request, of the first answer, or of the last finished row."""
     rows: dict[Any, tuple[Row, float]] = field(default_factory=dict)
@@ -159,31 +183,45 @@ class Member:
     """Time at which it was asked last, or finished a row."""
     number: int = field(default_factory=_NUMBERS.__next__)
     """No other actor of this process has it."""
+    is_leaving: bool = False
+    """Whether it gets no more rows, and ends for another pool."""
 
     @property
     def has_room(self) -> bool:
         """Whether it has a node."""
         return bool(self.place)
 
+    @property
+    def waits_for_node(self) -> bool:
+        """Whether it has no room on the nodes that were there when it was requested."""
+        return bool(self.beyond) and self.starting is not None
 
-def start_member(pool: Pool, arguments: dict[str, Any], groups: str, place: str) -> Member:
+
+def start_member(
+    pool: Pool,
+    arguments: dict[str, Any],
+    groups: str,
+    place: str,
+    beyond: tuple[str, ...] = (),
+) -> Member:
     """Request an actor from Ray; `groups` begins the names of the pool's placement groups.
 
     It goes to the node `place`, or to another one if that has no room after all; without a place
-    it waits for room.
+    it waits for room, on none of the nodes `beyond`.
     """
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as InGroup
 
     actors, group = pool.actors, None
+    others = _not_on(beyond)
     where: dict[str, Any] = {
         "num_gpus": actors.num_gpus or None,
         "resources": actors.resources or None,
-        "label_selector": pool.selector,
+        "label_selector": pool.selector | others,
         "scheduling_strategy": _on(place) if place else "SPREAD",
     }
     if pool.parts > 1:  # vLLM starts its own workers in the placement group of its actor
-        group = _group(pool, f"{groups}{uuid.uuid4().hex}")
+        group = _group(pool, f"{groups}{uuid.uuid4().hex}", place, others)
         where = {"scheduling_strategy": InGroup(group, 0, True)}
     handle = (
         ray.remote(type(pool.what, (ErrorCapturingWorker,), {}))  # the name in Ray's dashboard
@@ -195,7 +233,12 @@ def start_member(pool: Pool, arguments: dict[str, Any], groups: str, place: str)
         )
         .remote(**arguments)
     )
-    return Member(handle, handle.answers.remote(), group, place)
+    return Member(handle, handle.answers.remote(), group, place, beyond)
+
+
+def _not_on(nodes: tuple[str, ...]) -> dict[str, str]:
+    """Ray's label selector of nodes that are none of these."""
+    return {"ray.io/node-id": f"!in({','.join(nodes)})"} if nodes else {}
 
 
 def _on(node: str) -> Any:
@@ -204,12 +247,18 @@ def _on(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=True)
 
 
-def _group(pool: Pool, name: str) -> Any:
+def _group(pool: Pool, name: str, place: str, others: dict[str, str]) -> Any:
     """The placement group of an actor and its workers: on one node if any can hold it."""
     from ray.util import placement_group
 
-    strategy = "STRICT_PACK" if ALLOCATOR.one_node_holds(pool.needs) else "PACK"
-    return placement_group(pool.bundles, name=name, strategy=strategy)
+    is_one = ALLOCATOR.one_node_holds(pool.needs)
+    return placement_group(
+        pool.bundles,
+        name=name,
+        strategy="STRICT_PACK" if is_one else "PACK",
+        bundle_label_selector=[others] * len(pool.bundles) if others else None,
+        _soft_target_node_id=(place or None) if is_one else None,
+    )
 
 
 def end_member(member: Member) -> None:

@@ -109,7 +109,7 @@ LENGTHS = st.lists(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(LENGTHS, st.integers(1, 2), st.integers(1, 4)), min_size=1, max_size=3),
     st.builds(Policy, st.integers(1, 3), st.integers(0, 2), st.booleans()),
@@ -128,6 +128,27 @@ def test_every_chunk_is_committed_once_whatever_is_lost(pools, policy, second, f
     assert outcome.answers == sum(len(c) for s in sources for b in s.buckets for c in b)
     assert outcome.held <= outcome.capacity + 1e-6 or second > outcome.wall
     assert 0 < outcome.efficiency <= 1 + 1e-9
+
+
+def test_an_engine_that_leaves_finishes_what_it_has_and_the_last_pool_gets_its_place():
+    """Ten GPUs: five engines each, for 1,000 and for 1,200 s of work, so ends after 200 and 240 s.
+
+    After the first end 40 s are left, too little for a start of 30 s. With one engine more for the
+    second pool in good time, all end sooner.
+    """
+    short = source(equal(100), "short", engines=10, startup=30.0)
+    long = source(equal(120), "long", engines=10, startup=30.0)
+    stays, moves = (
+        simulate([short, long], Cluster(1, 10), Policy(moves=moves)) for moves in (False, True)
+    )
+    assert stays.wall == 30 + 240
+    assert moves.wall < stays.wall - 5
+    assert moves.answers == stays.answers == 220
+    gone = min(span.until for span in moves.spans if span.pool == "short")
+    assert (gone - 30) % 10 == 0  # after its bucket
+    late = [span.since for span in moves.spans if span.since]
+    assert len(late) == moves.starts - stays.starts > 0
+    assert min(late) >= gone
 
 
 @settings(max_examples=40)
@@ -195,8 +216,11 @@ def test_a_node_that_is_held_is_free_when_its_training_can_begin():
     """One of two nodes: ten minutes of answers on the other, and SFT after the first group."""
     work = source(equal(60), engines=9, groups=["first"] * 2 + ["rest"] * 58)
     sft = Gang("sft", 1, 40.0, useful=0.0, after=frozenset({"first"}))
-    waits = simulate([work], Cluster(2, 1), PLAIN, [sft])
+    waits = simulate([work], Cluster(2, 1), replace(PLAIN, displaces=False), [sft])
     assert waits.ends["sft"] == 300 + 40
+    displaces = simulate([work], Cluster(2, 1), PLAIN, [sft])  # an engine ends, 10 s later
+    assert displaces.ends["sft"] == 20 + 40
+    assert displaces.answers == waits.answers == 60
     held = simulate([work], Cluster(2, 1, held="sft"), PLAIN, [sft])
     assert held.ends["sft"] == 20 + 40
 

@@ -7,7 +7,17 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wrpo_ray.runtime.allocation import WORTH, Demand, Node, Share, allocate, fits
+from wrpo_ray.runtime.allocation import (
+    GAIN,
+    NEAR,
+    WORTH,
+    Demand,
+    Node,
+    Share,
+    allocate,
+    fits,
+    moves,
+)
 
 
 def node(name, gpus=8.0, cpus=64.0, only_gpu=False, **custom) -> Node:
@@ -132,6 +142,103 @@ def test_a_thousand_nodes_and_ten_pools_are_quick():
     assert took < 5, took
 
 
+def uneven(left: float = 600.0) -> list[Demand]:
+    """Two nodes without a free GPU; one engine of 8 ends after 2/3 of what two of 4 take."""
+    eight = demand("eight", 8, left * 2 / 3 * 2, startup=60.0, running=2)
+    return [eight, demand("four", 4, left * 2, startup=60.0, running=2)]
+
+
+def leaving(demands: list[Demand]) -> dict[str, int]:
+    full = [replace(node(n), free={"CPU": 48.0}) for n in range(3)]
+    shares = allocate(full, demands)
+    return {pool: len(share.leave) for pool, share in shares.items() if share.leave}
+
+
+def test_near_the_end_an_engine_gives_its_place_to_the_pool_that_ends_last():
+    """Left: 240 s of two engines of 8, 360 s of two of 4, whose start takes 60 s.
+
+    One engine of 8 would end after 480 s, so it stays. With three of 8, of 160 s, one can go: the
+    others take 240 s, and four engines of 4 (720 + 2 * 60) / 4 = 210 s.
+    """
+    eight, four = uneven(360.0)
+    assert leaving([eight, four]) == {}
+    eight = replace(eight, running=3)
+    assert leaving([eight, four]) == {"eight": 1}
+    score = demand("score", 1, 10.0, running=2, follows=True)
+    leaves = [replace(eight, running=2, leaving=1), four, score]
+    shares = allocate([node(n) for n in range(3)], leaves)
+    assert not shares["score"].gives_way  # else what is idle for a moment would end
+    assert not shares["eight"].leave  # none more while one leaves
+    assert shares["eight"].gives_way  # what it frees is the other's
+    assert not shares["four"].gives_way
+    assert shares["four"].engines > 2
+
+
+def test_engines_stay_where_a_move_gains_nothing():
+    eight, four = uneven(360.0)
+    moving = [replace(eight, running=3), four]
+    far = [replace(d, left=3 * d.left) for d in moving]
+    assert far[1].end(2) > NEAR * 60 > moving[1].end(2)
+    assert leaving(far) == {}  # what ends by itself serves the others long enough
+    assert leaving([moving[0], replace(four, is_timed=False)]) == {}  # nobody knows
+    assert leaving([moving[0], replace(four, follows=True)]) == {}
+    assert leaving([replace(moving[0], least=3), four]) == {}
+    assert leaving([moving[0], replace(four, most=2)]) == {}
+    slow = replace(four, startup=120.0)  # (720 + 2 * 120) / 4 = 240: 120 s less, as before
+    assert leaving([moving[0], slow]) == {"eight": 1}
+    slower = replace(four, startup=400.0)
+    assert slower.end(2) - max(moving[0].end(2), slower.end(4)) < GAIN * 400
+    assert leaving([moving[0], slower]) == {}
+
+
+def training(workers: int = 8) -> Demand:
+    """Workers of a training, each with a GPU."""
+    return Demand("sft", {"GPU": 1.0}, 1.0, least=workers, most=workers, displaces=True)
+
+
+def displacing(*demands: Demand, workers: int = 8, gpus: float = 0.0) -> dict[str, list[str]]:
+    """Four nodes, of which the last has so many free GPUs."""
+    nodes = [replace(node(n), free={"CPU": 48.0, "GPU": gpus * (n == 3)}) for n in range(4)]
+    shares = allocate(nodes, [*demands, training(workers)])
+    return {pool: sorted(share.leave) for pool, share in shares.items() if share.leave}
+
+
+def held(name: str, gpus: float, left: float, places: str, **changes) -> Demand:
+    """A pool without a free GPU, whose engines lie on these nodes and start in 60 s."""
+    where = [f"n{place}" for place in places]
+    return demand(name, gpus, left, startup=60.0, running=len(where), places=where, **changes)
+
+
+def test_engines_of_one_node_end_for_a_training_that_would_wait():
+    """Ends without the engines of a node: "eight" 2000 s in place of 1000, "four" 1000 s of 600.
+
+    So the engines of "four" on node 2 go; with 4 workers one of them, or none if 4 GPUs are free.
+    """
+    eight, four = held("eight", 8, 2000.0, "01"), held("four", 4, 3000.0, "22333")
+    assert displacing(eight, four) == {"four": ["n2", "n2"]}
+    assert displacing(eight, four, workers=4) == {"four": ["n2"]}
+    assert displacing(eight, four, workers=4, gpus=4.0) == {}
+    assert displacing(eight, four, workers=8, gpus=4.0) == {"four": ["n2"]}
+    slow = replace(four, left=9000.0)  # 3000 s without node 2
+    assert displacing(eight, slow) == {"eight": ["n0"]}
+    assert displacing(eight, slow, workers=10) == {"eight": ["n0"], "four": ["n2"]}
+
+
+def test_no_engine_ends_for_a_training_where_that_gains_nothing_or_takes_a_pools_last():
+    eight, four = held("eight", 8, 2000.0, "01"), held("four", 4, 3000.0, "2233")
+    assert displacing(eight, four)
+    assert displacing(eight, replace(four, left=200.0)) == {}  # it ends in 50 s
+    assert displacing(eight, replace(four, left=200.0, follows=True))  # not before the other
+    assert displacing(eight, replace(four, leaving=1)) == {}
+    assert displacing(eight, replace(four, is_timed=False)) == {}
+    assert displacing(replace(eight, least=2), replace(four, least=3)) == {}
+    assert displacing(eight, four, workers=33) == {}
+    assert displacing(held("one", 8, 900.0, "0"), held("other", 8, 900.0, "1")) == {}
+    waiting = replace(training(), displaces=False)
+    full = [replace(node(n), free={}) for n in range(4)]
+    assert not any(s.leave for s in allocate(full, [eight, four, waiting]).values())
+
+
 SIZES = st.sampled_from([0, 1, 2, 4, 8])
 DEMANDS = st.lists(
     st.builds(
@@ -199,3 +306,20 @@ def test_what_was_given_is_kept(nodes, demands):
     for d in demands:
         assert again[d.pool].engines >= shares[d.pool].engines
         assert all(len(place) == 1 for place in again[d.pool].places)
+
+
+@settings(max_examples=200, deadline=None)
+@given(NODES, DEMANDS)
+def test_all_end_sooner_with_moves_and_no_pool_is_left_without(nodes, demands):
+    """By what is foretold: each engine that leaves makes room for one that is foretold."""
+    shares = allocate(nodes, demands)
+    running = [replace(d, running=shares[d.pool].engines) for d in demands if d.size[0]]
+    running = [d for d in running if d.running]
+    found = moves(running, [d.running for d in running])
+    by_name = {d.pool: d for d in running}
+    for pool, count in found.items():
+        assert by_name[pool].running - count >= by_name[pool].least
+    if found:
+        before = max(d.end(d.running) for d in running)
+        stay = [d.end(d.running - found.get(d.pool, 0)) for d in running if d.pool in found]
+        assert max(stay) < before

@@ -1,6 +1,7 @@
 """What pools report, what of it the allocator believes, and the places that a pool takes."""
 
 import itertools
+import math
 import time
 from collections import deque
 from dataclasses import replace
@@ -13,15 +14,15 @@ from wrpo_ray.runtime.allocation import Demand, Node, Share
 from wrpo_ray.runtime.allocator import FOLLOWING, Allocator, Report
 from wrpo_ray.runtime.placement import Pool
 from wrpo_ray.runtime.pool_members import Member, Pace
+from wrpo_ray.runtime.ready_queue import ReadyQueue
 
 GPU = {"GPU": 1.0}
 
 
 def report(pool: str, left: float, *, row: float | None = None, **changes) -> Report:
-    follows = changes.pop("follows", False)
     placed = changes.pop("placed", [])
     fields = {"running": len(placed), "most": 100}
-    return Report(Demand(pool, GPU, left, **fields | changes), row, placed, follows)
+    return Report(Demand(pool, GPU, left, **fields | changes), row, placed)
 
 
 def cluster(gpus: float, free: float | None = None) -> list[Node]:
@@ -50,7 +51,7 @@ def test_room_is_kept_for_rows_that_follow_others():
     assert FOLLOWING == 0.1
     follows = report("score", 100, follows=True)
     assert shares(cluster(8), report("a", 10), follows) == {"a": 4, "score": 4}
-    assert shares(cluster(8), report("a", 10), replace(follows, follows=False))["score"] == 7
+    assert shares(cluster(8), report("a", 10), report("score", 100))["score"] == 7
 
 
 def test_room_is_kept_for_workers_that_ray_places_until_they_run():
@@ -122,9 +123,9 @@ class Waiting(pools.RunningPool):
         self.started: list[str] = []
         self.arguments, self.groups = {}, ""
 
-    def _start(self, place: str) -> Member:
+    def _start(self, place: str, beyond: tuple[str, ...] = ()) -> Member:
         self.started.append(place)
-        return Member(None, object(), place=place)
+        return Member(None, object(), place=place, beyond=beyond)
 
 
 def test_places_go_to_actors_that_wait_for_room_and_then_to_new_ones():
@@ -135,6 +136,37 @@ def test_places_go_to_actors_that_wait_for_room_and_then_to_new_ones():
     assert pool.started == ["c"]
     pool._take_places(Share(4, (("b",), ("c",), ("d",))), most=3)
     assert pool.started == ["c"]  # the same answer gives nothing twice
+
+
+def test_requests_beyond_the_first_actors_take_no_room_that_is_there(monkeypatch):
+    """They are for nodes to come: one that gets a place is asked for anew, all if nodes change."""
+    ended: list[Member] = []
+    monkeypatch.setattr(pools, "end_member", ended.append)
+    there = [Node("b", GPU, GPU), Node("a", GPU, GPU)]
+    allocator = Allocator(lambda: there)
+    monkeypatch.setattr(pools, "ALLOCATOR", allocator)
+    allocator._decide()
+    pool = Waiting()
+    pool._request(1, 3)
+    assert [m.beyond for m in pool.members] == [(), ("a", "b"), ("a", "b")]
+    first, second, third = pool.members
+    pool._request(1, 3)
+    assert pool.members == [first, second, third]
+    pool._take_places(Share(2, (("a",), ("b",))), most=2)
+    assert (first.place, ended) == ("a", [second])
+    assert [(m.place, m.beyond) for m in pool.members] == [("a", ()), ("", ("a", "b")), ("b", ())]
+    there.append(Node("c", GPU, GPU))
+    allocator._decide()
+    pool._request(1, 3)
+    assert ended == [second, third]
+    assert [(m.place, m.beyond) for m in pool.members][2:] == [("", ("a", "b", "c"))]
+
+
+def test_an_actor_that_leaves_gets_no_other_place():
+    leaves = Member(None, None, place="a", rows={1: ({}, 0.0)}, is_leaving=True)
+    pool = Waiting(leaves)
+    pool._take_places(Share(1, (("b",),)), most=1)
+    assert (leaves.place, pool.started) == ("a", ["b"])
 
 
 def test_an_actor_that_does_not_answer_loses_its_place(monkeypatch):
@@ -157,3 +189,65 @@ def test_those_that_wait_for_room_are_ended_first(gives_way, monkeypatch):
     monkeypatch.setattr(Waiting, "_least_now", 1)
     pool._shrink(1, at_once=gives_way)
     assert (ended, pool.members) == ([waits], [placed])
+
+
+def test_an_actor_that_leaves_gets_no_more_rows_and_ends_after_its_last(monkeypatch):
+    """Of two the one with fewer rows; one decision of the allocator counts once."""
+    ended = []
+    monkeypatch.setattr(pools, "end_member", ended.append)
+    few, many = Member(None, None, place="a"), Member(None, None, place="b")
+    few.rows, many.rows = {1: ({}, 0.0)}, {2: ({}, 0.0), 3: ({}, 0.0)}
+    pool, share = Waiting(many, few), Share(2, leave=("",))
+    pool.share, pool.groups, pool.left_at = Share(0), "", -math.inf
+    pool.ready_queue = ReadyQueue.of([])
+    pool.left, pool.most, pool.to_come, pool.least, pool.pace = 9, 4, 0, 1, Pace()
+    pool.needs, pool.queue = GPU, deque([{}])
+    for _ in range(3):
+        pool._let_leave(share)
+    assert (pool.ready, ended) == ([many], [])
+    demand = pool._demand(busy=2)
+    assert (demand.running, demand.leaving) == (1, 1)
+    pool._let_leave(Share(1))
+    few.rows.clear()
+    pool._let_leave(Share(1))
+    assert (ended, pool.members) == ([few], [many])
+    assert pool._demand(busy=1).leaving == 1  # its room is not seen at once
+    monkeypatch.setattr(pools, "SEEN_AFTER", 0.0)
+    assert pool._demand(busy=1).leaving == 0
+
+
+def test_no_engine_leaves_before_all_pools_are_timed():
+    """Eight GPUs for ten rows of a pool, one for thirty of another: until both are known."""
+    few = report("few", 10, row=6.0, placed=["n"] * 8, startup=20.0)
+    many = report("many", 30, placed=["m"], startup=20.0)
+    nodes = [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})]
+
+    def leave(*reports: Report) -> int:
+        allocator = Allocator(lambda: nodes)
+        for one in reports:
+            allocator.share(one)
+        allocator._decide()
+        return len(allocator.share(reports[0]).leave)
+
+    assert leave(few, many) == 0
+    assert leave(few, replace(many, row=4.0)) > 0
+
+
+def test_engines_end_for_a_training_once(monkeypatch):
+    """Its workers have room then, and Ray shows that only when they all run.
+
+    A node with one engine of the pool costs it less than one with two.
+    """
+    full = report("full", 100, row=60.0, placed=["a", "a", "b"], places=["a", "a", "b"])
+    nodes = [Node("a", {"GPU": 2.0}, {}), Node("b", {"GPU": 1.0}, {})]
+    allocator = Allocator(lambda: nodes)
+    allocator.share(full)
+    allocator.keep("sft", GPU, 1)
+    assert allocator.share(full).leave == ["b"]
+    pool = Waiting(Member(None, None, place="a"), Member(None, None, place="b"))
+    pool.share, pool.left_at = Share(0), -math.inf
+    monkeypatch.setattr(pools, "end_member", lambda member: None)
+    pool._let_leave(allocator.share(full))
+    assert [m.place for m in pool.members] == ["a"]
+    allocator._decide()
+    assert not allocator.share(full).leave
