@@ -24,7 +24,7 @@ class Pooled(pools.RunningPool):
 
     def __init__(self) -> None:
         self.pool, self.losses, self.lost_starts = Pool("pool", Actors()), Counter(), 0
-        self.queue, self.members = deque(), []
+        self.queue, self.members, self.watch = deque(), [], None
 
     def _release(self, member: pools.Member) -> None:
         self.members.remove(member)

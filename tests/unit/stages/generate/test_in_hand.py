@@ -67,7 +67,7 @@ class Counted(pools.RunningPool):
     def __init__(self, pool: pools.Pool, rows: list[dict], ready: int, coming: int = 0):
         self.pool, self.queue, self.left, self.to_come = pool, deque(rows), len(rows), 0
         self.losses, self.lost_starts, self.rows_are_short = Counter(), 0, False
-        self.pace = Pace()
+        self.pace, self.watch = Pace(), None
         self.most, self.starts_until = pool.actors.max, 0.0  # the first one answered long ago
         slots = stage.engine_slots(MODEL)
         self.engines = [CountingEngine(slots) for _ in range(ready + coming)]
