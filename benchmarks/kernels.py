@@ -165,11 +165,11 @@ are no times.
 - Launches: ATen operations of a Llama layer and micro-batch in bf16, forward and backward, that
   are neither views nor allocations; the difference of models with two layers and with one. 12 of
   them are matrix products, where queries, keys and values are one, and gate and up. With
-  adapters or ZeRO-3 they are apart: 21, and 51 launches. Some have more than one kernel (the gradient of
-  attention). What torch compiles on GPUs counts as the kernels that its compiler writes for an
-  H100 (`lowering.py`): one each, and three for the gradient of a norm, whose sum over tokens
-  takes two more. If Triton or a C compiler is missing, nothing is compiled, and launches are
-  about as many as before.
+  adapters or ZeRO-3 they are apart: 21, and 51 launches. Some have more than one kernel (the
+  gradient of attention). What torch compiles on GPUs counts as the kernels that its compiler
+  writes for an H100 (`lowering.py`): one each, and three for the gradient of a norm, whose sum
+  over tokens takes two more. If Triton or a C compiler is missing, nothing is compiled, and
+  launches are about as many as before.
 - Kept: bytes of all storages that operations of the forward pass made and that still exist after
   it, a layer, divided by tokens x width (sizes in Llama-3 8B's ratios, 1.75 keys for each token,
   no checkpointing).
