@@ -52,6 +52,7 @@ soak: .venv/.dev
 
 bench: .venv/.dev
 	@$(BIN)/python -W ignore benchmarks/train.py
+	@$(BIN)/python -W ignore benchmarks/sharing.py
 	@$(BIN)/python -W ignore benchmarks/kernels.py
 	@$(BIN)/python -W ignore benchmarks/data.py
 	@$(BIN)/python -W ignore benchmarks/pairing.py

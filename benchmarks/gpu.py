@@ -10,6 +10,7 @@ Llama-3 8B's, but there are few of them. The parts reuse the contenders of `trai
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -22,9 +23,11 @@ import torch
 from before import TokenLogps
 from report import Cell, machine
 from train import (
+    Contender,
     Ours,
     Published,
     Shape,
+    Trl,
     check_gradients,
     make_rows,
     measure,
@@ -55,6 +58,16 @@ class Adapted(Ours):
         self.optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
 
 
+class TrlLiger(Trl):
+    """TRL's DPO with Liger's kernels in its layers, which it applies where a training starts."""
+
+    def __init__(self, shape: Shape, device: torch.device):
+        from transformers.integrations.liger import apply_liger_kernel
+
+        super().__init__(shape, device)
+        apply_liger_kernel(self.model, {"fused_linear_cross_entropy": False})  # as TRL does
+
+
 class Part:
     """Sizes and the device of all parts."""
 
@@ -77,8 +90,8 @@ class Part:
 
 def step(part: Part) -> dict[str, tuple[float, float, str]]:
     """Time, memory and share of the peak FLOPS of a step, ours and the published algorithm's."""
-    contenders = {"ours": Ours(part.shape, part.device)}
-    contenders |= {"published": Published(part.shape, part.device)}
+    contenders: dict[str, Contender] = {"ours": Ours(part.shape, part.device)}
+    contenders |= {"published": Published(part.shape, part.device)} | trl_with_liger(part)
     for contender in contenders.values():  # gradients and the optimizer's states
         contender.take(make_rows(2, 8, 1.0, 0.0, part.shape.vocabulary))
         contender.step()
@@ -91,11 +104,25 @@ def step(part: Part) -> dict[str, tuple[float, float, str]]:
         "published": 8 * (body + head) * m.tokens["published"],
     }
     ours, published = (flops[n] / m.times[n] / PEAK_FLOPS for n in ("ours", "published"))
-    return {
+    of_trl = {}
+    if "trl_liger" in contenders:
+        each = (m.times["ours"] / m.answers["all"], m.times["trl_liger"] / m.answers["pairs"])
+        of_trl = {"trl_liger.step_time": (1e3 * each[0], 1e3 * each[1], "ms/answer token")}
+    return of_trl | {
         "step_time": (m.times["ours"], m.times["published"], "s"),
         "peak_memory": (m.peaks["ours"] / 1e6, m.peaks["published"] / 1e6, "MB"),
         "mfu": (ours, published, "share of the peak, without attention"),
     }
+
+
+def trl_with_liger(part: Part) -> dict[str, Contender]:
+    """TRL's DPO with Liger's kernels, where it can run; else a line says why it is left out."""
+    absent = [n for n in ("trl", "datasets", "liger_kernel") if not importlib.util.find_spec(n)]
+    if absent or part.device.type != "cuda":
+        why = f"absent: {', '.join(absent)}" if absent else "its kernels need a GPU"
+        print(f"TRL with Liger is not measured: {why}", flush=True)
+        return {}
+    return {"trl_liger": TrlLiger(part.shape, part.device)}
 
 
 def head(part: Part) -> dict[str, tuple[float, float, str]]:

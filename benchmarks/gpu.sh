@@ -3,6 +3,7 @@
 #     benchmarks/gpu.sh FOLDER            # FOLDER/gpu.jsonl has the rows, FOLDER/*.log what each part printed
 #     benchmarks/gpu.sh FOLDER --small    # tiny sizes on a CPU
 # Needs torch, transformers, peft, numpy, and what wrpo_ray imports; PYTHON names the interpreter.
+# With trl, datasets and liger-kernel, TRL's DPO with Liger's kernels takes part in `step`; else step.log says that it is absent.
 set -u
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 shift

@@ -201,10 +201,10 @@ class Ours(Contender):
         return done
 
 
-def least_budget(costs: list[int]) -> int:
-    """The least token budget at which micro-batches hold MICRO_ROWS rows on average."""
-    budget = max(max(costs), sum(costs) * MICRO_ROWS // len(costs))
-    while len(assign_micro_batches(costs, 1, budget)[0]) * MICRO_ROWS > len(costs):
+def least_budget(costs: list[int], rows: int = MICRO_ROWS) -> int:
+    """The least token budget at which micro-batches hold so many rows on average."""
+    budget = max(max(costs), sum(costs) * rows // len(costs))
+    while len(assign_micro_batches(costs, 1, budget)[0]) * rows > len(costs):
         budget += 1
     return budget
 

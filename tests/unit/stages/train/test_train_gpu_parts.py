@@ -22,6 +22,16 @@ def test_a_part_gives_figures_of_both(name):
     assert all(ours > 0 and peer > 0 and unit for ours, peer, unit in found.values())
 
 
+def test_trl_with_liger_is_left_out_in_words(monkeypatch, capsys):
+    known = {"trl", "datasets"}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: name in known)
+    assert gpu.trl_with_liger(gpu.Part(small=False)) == {}
+    assert "not measured: absent: liger_kernel" in capsys.readouterr().out
+    known.add("liger_kernel")
+    assert gpu.trl_with_liger(gpu.Part(small=True)) == {}
+    assert "need a GPU" in capsys.readouterr().out
+
+
 def test_adapters_alone_are_trained():
     contender = gpu.Adapted(gpu.SMALL, gpu.Part(small=True).device)
     trained = [name for name, p in contender.policy.named_parameters() if p.requires_grad]
