@@ -393,10 +393,13 @@ TEXT = """# Pairing: y_ws, y_wt and y_l, side by side
 
 - The query: y_ws (the best answer of three sources), y_wt and y_l (the best and the worst of the
   target's own answers), and every score, with {samples} answers per model and prompt. Both tables,
-  `select` and `pair`, are written as Parquet (zstd). 3% of the answers were cut off and may not be
-  chosen. The rows of all three are checked to be equal; rewards are random doubles, so there are
-  no ties.
-- **ours**: the two stages as the pipeline runs them, on a running Ray with two CPUs.
+  `select` and `pair`, are written as Parquet (zstd, level {level}). 3% of the answers were cut off
+  and may not be chosen. The rows of all three are checked to be equal; rewards are random doubles,
+  so there are no ties. Ours also looks for answers twice, empty ones, those without a reward, and
+  reasoning; the peers' queries apply no rule but the cut-off.
+- **ours**: the two stages as the pipeline runs them, on a running Ray with two CPUs. No process
+  start is timed: its workers have imported the stage (about 0.5 s of CPU each), as after the
+  stages before, and the peers their library.
   **DuckDB**, **Polars** (streaming engine): the same two tables with one query each, on two
   threads, written for speed: answers pass through the aggregation as structs (joining them back by
   their keys took DuckDB the same time).
@@ -411,7 +414,7 @@ Memory: each of our workers holds one bucket at a time, so its peak depends on t
 bucket, not on their total. DuckDB and Polars hold the groups of all prompts, or spill.
 
 What it does not show: several nodes, object stores, stores with many small shards (an interrupted
-generation leaves one per 64 prompts), ties (a hash in Python for each tied answer, about 4 us),
+generation leaves one per 64 prompts), ties (a hash in Python for each tied answer, about 1.2 us),
 and `refusals`, `duplicates`, `max_similarity`, which are off by default.
 """
 
@@ -455,6 +458,7 @@ class Report:
             table=self.table(),
             machine=results.machine(),
             samples=SAMPLES,
+            level=LEVEL,
             repeats=self.repeats,
             load="{:.1f} before and {:.1f} after".format(*self.loads),
         )
