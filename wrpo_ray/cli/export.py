@@ -99,20 +99,22 @@ def _export(arguments: argparse.Namespace) -> None:
         raise UserError("export: --public belongs to --push")
     settings = config.load(arguments.config, arguments.overrides)
     push = _push(arguments)
+    before = push.check_hub if push else lambda: None
     if arguments.format == "model":
         dtype, form = arguments.dtype or "auto", arguments.weights or "merged"
-        size = export_model(settings, arguments.to, dtype, form, gguf=arguments.gguf)
+        size = export_model(settings, arguments.to, dtype, form, gguf=arguments.gguf, before=before)
         say(f"the fused model ({size / 1e6:,.1f} MB of weights) in {Folder(arguments.to)}")
         parts = {"adapters": ("adapters", "base"), "both": ("adapters", "base")}.get(form, ())
         _upload(push, arguments.to, settings.output, parts)
         return
-    rows = export_preferences(settings, arguments.to, Form(arguments.format, arguments.pairs))
+    rows_form = Form(arguments.format, arguments.pairs)
+    rows = export_preferences(settings, arguments.to, rows_form, before)
     say(f"{rows:,} preference rows in {Folder(arguments.to)}")
     _upload(push, arguments.to, settings.output)
 
 
 def _push(arguments: argparse.Namespace) -> "Push | None":
-    """The repository of `--push`, which can be written; None without the option."""
+    """The repository of `--push`, with a name and a token; None without the option."""
     from wrpo_ray.export.push import Push
 
     if arguments.push is None:

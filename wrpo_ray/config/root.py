@@ -174,9 +174,16 @@ class Config(Section):
             yield "sources: zero sources, so nothing to fuse; add at least one {name, model}"
         if self._scores_answers and not self.reward:
             yield (
-                "reward: missing; give `model`, `function`, `verifier`, `judge`, `mixture` or "
-                "`by_group`"
+                f"reward: missing; give `model`, `function`, `verifier`, `judge`, `mixture` or "
+                f"`by_group`{self._own_scores}"
             )
+
+    @property
+    def _own_scores(self) -> str:
+        """How to use the scores of a file that has some and is scored again."""
+        given = self.recorded_sections.items()
+        unused = next((w for w, own in given if own.columns.reward and not own.reward), None)
+        return f", or set {unused}.reward: recorded to use the scores in its file" if unused else ""
 
     @property
     def _scores_answers(self) -> bool:

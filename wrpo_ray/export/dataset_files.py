@@ -22,6 +22,7 @@ from wrpo_ray.storage.folder import Folder
 
 FILES = (".jsonl", ".parquet")
 DATA = "data"
+NO_ROWS = "export: there are no preference rows; see `dropped` in the summary"
 FILE_BYTES = 256 * 2**20
 """Bytes of shards in one file of a folder."""
 BATCH = 4096
@@ -66,7 +67,7 @@ def write_folder(shards: Folder, to: Folder, form: Form) -> Statistics:
     footers = {name: _open(shards, name).metadata for name in _names(shards)}
     parts = _parts({name: footer for name, footer in footers.items() if footer.num_rows})
     if not parts:
-        raise UserError("export: there are no preference rows; see `dropped` in the summary")
+        raise UserError(NO_ROWS)
     names = [f"train-{i:05d}-of-{len(parts):05d}.parquet" for i in range(len(parts))]
     strangers = set(to.files(DATA)) - set(names)
     if strangers:

@@ -1,5 +1,6 @@
 """Export of the fused model: a folder to upload, with merged weights, LoRA adapters or both."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -33,14 +34,21 @@ ADAPTERS_USE = (
 
 
 def export_model(
-    config: Config, to: str, dtype: str = "auto", form: str = "merged", *, gguf: bool = False
+    config: Config,
+    to: str,
+    dtype: str = "auto",
+    form: str = "merged",
+    *,
+    gguf: bool = False,
+    before: Callable[[], None] = lambda: None,
 ) -> int:
     """Write the fused model as a folder ready to upload; return the bytes of its weights.
 
     `dtype` is float32, bfloat16, float16 or auto. `auto` is the target's own precision, but
     float32 after LoRA, because half precision would round the changes away. `form` is `merged`,
     or after LoRA also `adapters` (with the model that they were trained on) or `both`. `gguf`
-    also writes the merged weights as a GGUF file, named like the folder.
+    also writes the merged weights as a GGUF file, named like the folder. `before` is called when
+    the model is known to be there.
 
     Raises:
         UserError: the model is not trained yet or has no adapters, `to` is not writable, or the
@@ -55,6 +63,7 @@ def export_model(
     model_files.check_place(place)
     step = chain.root / trained["wrpo"].step.folder
     file = _gguf_file(step / "model", place, is_asked_for=gguf)
+    before()
     check_writable(place, "--to")
     job, facts, size, lines = trained["wrpo"], run_facts(config, chain.root, jobs), 0, []
     if form != "merged":

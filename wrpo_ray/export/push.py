@@ -1,5 +1,7 @@
 """Upload of an exported folder to the Hugging Face hub, which is asked before the export's work.
 
+It is asked only when there is something to export, as it makes the repository.
+
 huggingface_hub finds the token (HF_TOKEN, or the login of `hf auth login`); no message shows it.
 What the hub holds already is not sent again, so that a broken upload continues when it is repeated.
 """
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's
+    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -25,8 +28,10 @@ from wrpo_ray.export.dataset_files import DATA, is_file
 from wrpo_ray.export.model_card import gguf_name
 from wrpo_ray.export.run_facts import last_name
 from wrpo_ray.storage.folder import Folder
-from wrpo_ray.storage.weight_files import engine_files
+from wrpo_ray.storage.weight_files import TEMPLATES, engine_files, weight_files
 
+PARTS = ("adapters", "base")
+"""Folders of models in an export of LoRA's."""
 REFUSED = (401, 403, 404)
 """Statuses of a token that is not valid, or may not write, or not see a private repository."""
 
@@ -42,11 +47,10 @@ class Push:
     is_public: bool = False
 
     def check(self, to: str) -> None:
-        """Make the repository if it is new, and check that it can be written.
+        """Check what needs no hub.
 
         Raises:
-            UserError: `to` is no local folder, the name is not valid, there is no token or one that
-                may not write, the hub is out of reach, or the repository has the other visibility.
+            UserError: `to` is no local folder, the name is not valid, or there is no token.
         """
         place = Folder(to)
         if place.is_remote or is_file(place):
@@ -59,6 +63,14 @@ class Push:
             raise self._error("not a valid name; give ORG/NAME")
         if get_token() is None:
             raise self._error("there is no token; set HF_TOKEN, or run `hf auth login`")
+
+    def check_hub(self) -> None:
+        """Make the repository if it is new, and check that it can be written.
+
+        Raises:
+            UserError: the token may not write, the hub is out of reach, or the repository has the
+                other visibility.
+        """
         with self._explain_errors():
             api = HfApi()
             api.create_repo(
@@ -78,19 +90,44 @@ class Push:
         Other files that lie in the folder stay here.
 
         Raises:
-            UserError: the hub refuses a file, or the connection broke.
+            UserError: the repository has files of another export, the hub refuses a file, or the
+                connection broke.
         """
         disable_progress_bars()
+        files = self._files(Folder(to), parts)
+        others = self._held() - set(files)
+        stale = {gguf_name(last_name(to))} & others  # of earlier weights
+        if others := stale or set(filter(self._is_read, others)):
+            raise self._error(
+                f"holds {min(others)} of another export, which would be read with this one; delete "
+                f"it on the hub, or give another name"
+            )
         with self._explain_errors():
             HfApi().upload_folder(
                 repo_id=self.repo,
                 repo_type=self.kind,
                 folder_path=Folder(to).path,
                 commit_message=f"Export of the {self.kind} of the run {run} by wrpo_ray",
-                allow_patterns=[glob.escape(name) for name in self._files(Folder(to), parts)],
+                allow_patterns=[glob.escape(name) for name in files],
             )
         prefix = "datasets/" if self.kind == "dataset" else ""
         return f"{constants.ENDPOINT}/{prefix}{self.repo}"
+
+    def _held(self) -> set[str]:
+        """The files that the repository has."""
+        with self._explain_errors():
+            try:
+                return set(HfApi().list_repo_files(self.repo, repo_type=self.kind))
+            except EntryNotFoundError:  # it has none
+                return set()
+
+    def _is_read(self, name: str) -> bool:
+        """Whether loaders would take a file of the repository for a part of the export."""
+        if self.kind == "dataset":
+            return name.startswith(f"{DATA}/")
+        part, _, file = name.rpartition("/")
+        is_ours = part in ("", *PARTS)
+        return (is_ours and bool(weight_files([file]))) or name.startswith(TEMPLATES)
 
     def _files(self, place: Folder, parts: tuple[str, ...]) -> list[str]:
         if self.kind == "dataset":

@@ -273,6 +273,13 @@ RECORDED = {"name": "a", "answers": {"path": "a.jsonl"}}
             "sources.a.answers: columns.id needs `prompts` with the same ids (prompts.columns.id)",
         ),
         ({"sources": [RECORDED], "reward": None}, "reward: missing"),
+        (
+            {
+                "sources": [{"name": "a", "answers": {"path": "x", "columns": {"reward": "s"}}}],
+                "reward": None,
+            },
+            "or set sources.a.answers.reward: recorded to use the scores in its file",
+        ),
         ({"sources": [RECORDED, {"name": "a", "model": "m"}]}, "the name 'a' is given twice"),
         (
             {"sources": [RECORDED], "prompts": None, "import": {"path": "x"}},

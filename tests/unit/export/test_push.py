@@ -66,6 +66,7 @@ def test_adapters_go_with_the_model_that_they_were_trained_on(hub, tmp_path):
         (tmp_path / "to" / name).write_text(name)
     push, to = Push("org/lora", "model"), str(tmp_path / "to")
     push.check(to)
+    push.check_hub()
     push.upload(to, "run", ("adapters", "base"))
     repo = hub.repos["org/lora"]
     assert set(repo.commits[repo.refs["main"]]) == names
@@ -126,3 +127,50 @@ def test_what_cannot_be_pushed_is_refused_before_the_export(
     assert "there is no token; set HF_TOKEN" in refusal("--push", "org/rows")
     to = tmp_path / "rows.parquet"
     assert "--push uploads a folder" in refusal("--push", "org/rows")
+
+
+def test_no_repository_is_made_where_there_is_nothing_to_export(hub, config, tmp_path, capsys):
+    nothing = config.model_copy(update={"output": str(tmp_path / "nothing")})
+    for more, said in (((), "wrpo pair"), (("--format", "model"), "wrpo train")):
+        push = command(nothing, tmp_path / "to", "--push", "org/new", *more)
+        assert main(push) == 2
+        assert f"not there yet; run `{said}` first" in capsys.readouterr().err
+    assert not hub.repos
+    assert not hub.asked
+
+
+BESIDE = ["README.md", ".gitattributes", "notes.md", "x/y.safetensors"]
+"""Files of a repository that no loader takes for a part of an export."""
+
+
+def refused(hub, path: str, name: str, push: list[str], capsys) -> None:
+    """The push is refused for a file that the repository has, which stays as it is."""
+    hub.repos[path] = Repo(is_private=True)
+    held = hub.repos[path].commit(dict.fromkeys([*BESIDE, name], b"x"))
+    assert main(push) == 2
+    assert f"org/m: holds {name} of another export" in capsys.readouterr().err
+    assert hub.repos[path].refs["main"] == held
+    hub.repos[path].commit(dict.fromkeys(BESIDE, b"x"))
+
+
+def test_rows_of_another_export_are_not_mixed_with_those_that_are_pushed(
+    hub, run, tmp_path, capsys
+):
+    push = command(run, tmp_path / "rows", "--push", "org/m")
+    refused(hub, "datasets/org/m", "data/train-00001-of-00002.parquet", push, capsys)
+    assert main(push) == 0
+
+
+def test_weights_of_another_export_are_not_mixed_with_those_that_are_pushed(
+    hub, config, weights, tmp_path, capsys
+):
+    test_export_model.finish(config, weights)
+    push = command(config, tmp_path / "m", "--format", "model", "--push", "org/m")
+    for name in (
+        "m.gguf",  # as an earlier export with --gguf wrote it
+        "model-00001-of-00002.safetensors",
+        "adapters/adapter_model.safetensors",
+        "additional_chat_templates/x.jinja",
+    ):
+        refused(hub, "org/m", name, push, capsys)
+    assert main(push) == 0

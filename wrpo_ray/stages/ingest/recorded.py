@@ -61,6 +61,10 @@ OWN_SCORES = (
     "{} has scores of its own (column {}), on another scale than the run's reward; they are "
     "compared as they are"
 )
+UNUSED_SCORES = (
+    "the scores of {} (column {}) are not used, as the run's reward scores its answers; set "
+    "`reward: recorded` beside its path to use them"
+)
 OFF_POLICY = (
     "off-policy: y_wt and y_l are recorded answers of {}, not samples of the model that is trained"
 )
@@ -109,8 +113,10 @@ class IngestRecorded(BaseJob):
 
     @property
     def note(self) -> str:
-        """A remark for readers of the results: other scores, off-policy training."""
-        own = OWN_SCORES.format(self.source, self.input.columns.reward) if self.has_scores else ""
+        """A remark for readers of the results: other or unused scores, off-policy training."""
+        column = self.input.columns.reward
+        told = OWN_SCORES if self.has_scores else UNUSED_SCORES
+        own = told.format(self.source, column) if column else ""
         return "; ".join(filter(None, (OFF_POLICY.format(self.source) * self.is_own, own)))
 
     @classmethod

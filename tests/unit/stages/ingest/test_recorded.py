@@ -367,6 +367,7 @@ def test_a_plan_has_no_tokens_for_recorded_answers_and_says_what_is_special(tmp_
     sources = [
         {"name": "a", "answers": {"path": str(tmp_path / "a.jsonl")}},
         {"name": "b", "answers": {"path": str(tmp_path / "b.jsonl")} | recorded},
+        {"name": "c", "answers": {"path": str(tmp_path / "b.jsonl"), "columns": {"reward": "s"}}},
     ]
     own = {"path": str(tmp_path / "a.jsonl")}
     target = {"name": "t", "model": "none/t", "answers": own}
@@ -378,6 +379,8 @@ def test_a_plan_has_no_tokens_for_recorded_answers_and_says_what_is_special(tmp_
     assert "generate-target-sft" not in works
     text = plan_text(found)
     assert "recorded-b: b has scores of its own (column s), on another scale" in text
+    assert "recorded-c: the scores of c (column s) are not used" in text
+    assert "recorded-a: " not in text
     assert "recorded-t: off-policy: y_wt and y_l are recorded answers of t" in text
 
 
