@@ -184,9 +184,9 @@ class _Entry:
     @property
     def written(self) -> int:
         """Bytes on the disk so far."""
-        if self.copy.is_dir():
-            return self.bytes
-        return sum(map(_size, self.part.rglob("*")))
+        walk = os.walk(self.part)  # which skips a folder that another process finishes or deletes
+        found = sum(_size(Path(at, name)) for at, _, names in walk for name in names)
+        return self.bytes if self.copy.is_dir() else found
 
     @property
     def used(self) -> float:
@@ -293,7 +293,7 @@ def _check_sizes(sizes: dict[str, int], folder: Path, source: Source) -> None:
 
 
 def _size(file: Path) -> int:
-    """Bytes of a file; 0 for a folder, or a file that was moved meanwhile."""
+    """Bytes of a file; 0 for one that was moved meanwhile."""
     with suppress(FileNotFoundError):
         found = file.stat()
         return found.st_size if stat.S_ISREG(found.st_mode) else 0

@@ -596,6 +596,25 @@ def test_a_waiting_copy_is_made_when_another_is_let_go(tmp_path):
     assert not (tmp_path / "held").exists()
 
 
+@pytest.mark.parametrize("moment", ["key.part", ".arriving"])
+def test_a_copy_that_is_finished_while_another_looks_for_room_is_counted(
+    tmp_path, monkeypatch, moment
+):
+    """Two runs share a cache: the folder that one looks into is renamed by the other."""
+    entry, scandir = caches._Entry(tmp_path, "key"), os.scandir
+    (entry.part / ".arriving").mkdir(parents=True)
+    (entry.part / "data").write_bytes(bytes(300))
+    entry.record("key", 400)
+
+    def look(path):
+        if Path(path).name == moment and entry.part.exists():
+            entry.part.rename(entry.copy)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+    assert entry.written == 400
+
+
 def test_a_full_disk_evicts_too(tmp_path, monkeypatch):
     """The disk's free bytes as they would be beside these copies on a disk of 1 GB and 1000 B."""
     cache = NodeCache(tmp_path)

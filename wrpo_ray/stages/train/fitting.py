@@ -13,6 +13,7 @@ from torch import distributed as dist
 from wrpo_ray.runtime.node_memory import Room, node_memory
 from wrpo_ray.stages.train import packing
 from wrpo_ray.stages.train.memory import Estimate, Shape, Sizes
+from wrpo_ray.stages.train.slimming import keeps_less
 from wrpo_ray.stages.train.task import MEMORY, Task
 
 
@@ -33,6 +34,7 @@ def fitted(task: Task, base: Path, lengths: np.ndarray, device: torch.device) ->
         Shape(float(longest[0]), float(longest[1:].mean()), len(longest) - 1),
         max(packing.costs(lengths, packed=config.packing)),
         dist.get_world_size(),
+        can_slim=keeps_less(base),
     )
     room = _least_of_all(_room(device))
     tokens, told = estimate.check(room, task.step.name)

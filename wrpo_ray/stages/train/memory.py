@@ -293,6 +293,8 @@ class Estimate:
     """Tokens of the longest row, which is a micro-batch of its own if it has to be."""
     workers: int
     process: float = PROCESS
+    can_slim: bool = True
+    """Whether the model's layers can keep less (`slimming`)."""
 
     def at(self, tokens: int, *, slim: bool = True, **changes: Any) -> Memory:
         """The peak with micro-batches of so many tokens, and these changes of the config."""
@@ -303,7 +305,7 @@ class Estimate:
             config,
             max(tokens, self.longest),
             self.shape,
-            slim=slim,
+            slim=slim and self.can_slim,
             workers=workers,
             process=self.process,
         )
@@ -327,7 +329,8 @@ class Estimate:
 
         On CPUs a step takes 4 to 6 % longer, so only where the peak would leave no reserve.
         """
-        return self.config.num_gpus > 0 or self.at(tokens, slim=False).total > SPARE * free
+        is_short = self.can_slim and self.at(tokens, slim=False).total > SPARE * free
+        return self.config.num_gpus > 0 or is_short
 
     def check(self, room: Room, what: str) -> tuple[int, str]:
         """The micro-batch's tokens, and a line that gives the peak and warns if memory is short.

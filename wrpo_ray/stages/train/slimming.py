@@ -16,11 +16,13 @@ import logging
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from wrpo_ray.llm.architecture import without_memory
 from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.layers import (
     ACTIVATIONS,
@@ -55,6 +57,25 @@ def slim(model: nn.Module) -> dict[str, int]:
                 found[name] = found.get(name, 0) + 1
         _join(module)
     return found
+
+
+def keeps_less(folder: Path) -> bool:
+    """Whether all norms and MLPs of the layers of a model folder would get our forwards.
+
+    Else training needs the memory of layers as they are.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = without_memory(AutoModelForCausalLM.from_config, config)
+    except Exception as error:  # who loads it tells
+        log.debug("%s: %s", folder, error)
+        return False
+    slim(model)
+    body = model.get_decoder()
+    parts = [m for m in body.modules() if type(m).__name__.endswith(("Norm", "MLP"))]
+    return all(hasattr(part, "slim_kind") for part in parts)
 
 
 def rotary(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -282,7 +283,7 @@ def test_a_gpu_run_that_does_not_fit_gets_more_workers_or_offload():
 @pytest.fixture
 def task(tmp_path) -> Task:
     run, folder = Run(Folder(str(tmp_path)), 1), Folder(str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(SMOL))
+    (tmp_path / "config.json").write_text(json.dumps(SMOL | {"model_type": "llama"}))
     return Task(run, Step("wrpo"), folder, folder, "base", WrpoConfig(), seed=3)
 
 
@@ -307,6 +308,22 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError):
         fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))
+
+
+@pytest.mark.usefixtures("alone")
+def test_memory_is_counted_for_layers_that_cannot_keep_less(task, tmp_path, monkeypatch):
+    """Phi has other norms and an MLP without a gate; it gets less at once, not a full memory."""
+    lengths = np.array([[10, 5, 5, 5]])
+    found = {}
+    for kind in ("llama", "phi"):
+        (tmp_path / "config.json").write_text(json.dumps(SMOL | {"model_type": kind}))
+        monkeypatch.setattr(fitting, "_room", lambda device: Room(50 * GB, 4.2 * GB))
+        found[kind] = fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))
+    assert (found["llama"].slim, found["phi"].slim) == (True, False)
+    whole = estimate(sizes=LLAMA_8B, **GPUS)
+    plain = replace(whole, can_slim=False)
+    assert plain.at(4096) == whole.at(4096, slim=False)
+    assert plain.tokens(60 * GB) < whole.tokens(60 * GB)
 
 
 def test_a_long_row_counts_as_a_micro_batch(task):
