@@ -44,26 +44,10 @@ class Lengths:
         """The rest of `rows` answers that are not there, some of which engines are at."""
         rows = max(0, rows - at.ended)
         running = min(rows, at.running)
-        begun = running * _still(self.output, at, sampling.max_tokens)
+        begun = running * at.still(self.output, sampling.max_tokens)
         asked = math.ceil((rows - running) / sampling.samples)
         tokens = round((rows - running) * self.output + begun)
         return Usage(rows, round(asked * self.prompt), tokens)
-
-
-def _still(length: float, at: UnderWay, most: int) -> float:
-    """Tokens that an answer under way still needs on average, if answers have `length` on average.
-
-    It is certain neither that an answer has the mean length (the rest would be length - made) nor
-    that it goes on however long it is (length). Half-way between, lengths are sums of two
-    exponential ones; their mean residual life is length/2 * (1 + 1 / (1 + 2 made/length)). Real
-    lengths deviate by 0.5 to 0.7 of their mean, these by 0.71.
-
-    Example:
-        >>> [_still(100, UnderWay(4, 4 * made), 400) for made in (0, 50, 300, 390)]
-        [100.0, 75.0, 57.142857142857146, 10.0]
-    """
-    made = at.running_tokens / max(1, at.running)
-    return max(0.0, min(length / 2 * (1 + 1 / (1 + 2 * made / length)), most - made))
 
 
 class AnswerLengths:
@@ -170,6 +154,6 @@ def _with_those(entry: Entry, length: float, most: int) -> float:
     at, spent = entry.under_way, entry.usage
     if not at:
         return length
-    tokens = spent.output_tokens + at.tokens + at.running * _still(length, at, most)
+    tokens = spent.output_tokens + at.tokens + at.running * at.still(length, most)
     rows = spent.rows + at.ended + at.running
     return (WEIGHT * length + tokens) / (WEIGHT + rows)

@@ -223,9 +223,12 @@ def answer_bytes(store: Folder) -> float | None:
 
 
 def unequal_share(store: Folder) -> float | None:
-    """Share of the prompts with unequal rewards, in some of a store's shards; None without any."""
+    """Share of the prompts with unequal rewards, by some of a store's shards; None without any.
+
+    The first bucket may have a few prompts only, so one more of each kind counts (Laplace's rule).
+    """
     rewards = sampled(store, REWARDS, SHARDS).group_by("prompt_id")
     ends = rewards.aggregate([("reward", "min"), ("reward", "max"), ("reward", "count")])
     ends = ends.filter(pc.greater(ends["reward_count"], 1))
     unequal = pc.less(ends["reward_min"], ends["reward_max"])
-    return float(pc.mean(unequal).as_py()) if len(ends) else None
+    return float((pc.sum(unequal).as_py() + 1) / (len(ends) + 2)) if len(ends) else None

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
+from wrpo_ray.runtime.ledger import AT_REST
 from wrpo_ray.text.addresses import redact
 from wrpo_ray.text.display import printable
 
 EVERY, WITHIN = 5.0, 30.0
 """Seconds between lines of one step, without a table; and between those within a unit."""
+ROUNDS = 50
+"""Of the estimate of a mean length, which changes little after some."""
 listeners: list[Callable[[str], None]] = []
 """Called with each line that is logged, in the thread that logs it."""
 
@@ -60,8 +63,8 @@ class Progress:
         self.done = self.rows = self.failed = self.tokens = 0
         self.begun = self.asked = 0
         """Units that were begun, and the rows that they have."""
-        self.under_way = 0
-        """Tokens of answers that are not at their end, for the rate."""
+        self.under_way = AT_REST
+        """Rows that are not at their end, for the rate of tokens and the time that is left."""
         self.about: dict[str, str] = {}
         self._started = self._shown = time.monotonic()
 
@@ -97,9 +100,26 @@ class Progress:
             return None
         made = self.rows + self.failed
         rows = self.asked / self.begun * self.total if self.begun else 0.0
+        if self.under_way.running and (tokens := self._tokens_left(rows - made)):
+            return passed / (self.tokens + self.under_way.tokens) * tokens
         if made and rows > made:
             return passed / made * (rows - made)
         return passed / self.done * (self.total - self.done) if self.done else None
+
+    def _tokens_left(self, rows: float) -> float | None:
+        """Tokens of `rows` rows that are left; None before the first one ends.
+
+        The first ones are the shortest, so the mean length is that by which those under way get it
+        (expectation maximization).
+        """
+        at, ended = self.under_way, self.rows + self.under_way.ended
+        if not ended:
+            return None
+        tokens = self.tokens + at.tokens
+        length = tokens / ended
+        for _ in range(ROUNDS):
+            length = (tokens + at.running * at.still(length)) / (ended + at.running)
+        return max(0.0, rows - at.ended - at.running) * length + at.running * at.still(length)
 
     def columns(self) -> dict[str, str]:
         """{column: text} of the progress; empty columns are left out."""
@@ -110,7 +130,9 @@ class Progress:
             "rows": f"{self.rows:,} rows",
             "failed": f"{self.failed:,} failed" if self.failed else "",
             "rate": format_rate(self.rows / passed, "a row", "rows"),
-            "tokens": format_rate((self.tokens + self.under_way) / passed, "a token", "tokens"),
+            "tokens": format_rate(
+                (self.tokens + self.under_way.tokens) / passed, "a token", "tokens"
+            ),
             "left": f"{_clock(left)} left" if left is not None else "",
             **{name: f"{name} {value}" for name, value in self.about.items()},
         }

@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from unit.planning.test_plan import job_of, of, on_cpus, tree
 from wrpo_ray.config import Config, SamplingConfig
 from wrpo_ray.planning.estimate import plan as make_plan
 from wrpo_ray.planning.lengths import Lengths
+from wrpo_ray.planning.measured import unequal_share
 from wrpo_ray.planning.work import Work
 from wrpo_ray.runtime import lease
 from wrpo_ray.runtime.ledger import FILE, UnderWay
@@ -144,3 +147,17 @@ def test_a_ledger_of_an_earlier_version_is_read(tmp_path):
     ledger = {"seconds": 9, "open": False, "steps": {job.step.folder: entry}}
     (Folder(config.output).absolute() / "").write(FILE, json.dumps(ledger).encode())
     assert of(make_plan(config), "generate-a").output_tokens == 3000 * 3
+
+
+@pytest.mark.parametrize(
+    ("prompts", "unequal", "share"), [(4, 0, 1 / 6), (4, 4, 5 / 6), (98, 49, 0.5)]
+)
+def test_a_few_scored_prompts_do_not_tell_that_none_will_be_trained_on(
+    prompts, unequal, share, tmp_path
+):
+    """Of answers that have just begun to be scored: five to each prompt."""
+    ids = [str(n) for n in range(prompts) for _ in range(5)]
+    rewards = [float(n < unequal and not s) for n in range(prompts) for s in range(5)]
+    table = pa.table({"prompt_id": ids, "reward": rewards})
+    pq.write_table(table, tmp_path / "00000-of-00001-x.parquet")
+    assert unequal_share(Folder(str(tmp_path))) == pytest.approx(share)

@@ -204,7 +204,7 @@ class Account:
             self.run.ledger.check()
 
     def _record(self, job: int, counts: Mapping[str, int], times: _Times, change: UnderWay) -> None:
-        self.progress.under_way += change.tokens
+        self.progress.under_way += change
         step, name = self.jobs[job]
         self.run.record_usage(
             step, name, times.seconds, idle=times.idle, start=times.start,

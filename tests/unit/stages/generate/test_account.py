@@ -156,15 +156,15 @@ def test_what_is_under_way_is_no_usage_until_answers_end(account, ledger):
     assert usage == Usage()
     assert under_way(ledger) == UnderWay(7, 230, 1, 30, seconds=20 - 2 - 4, actors=1)
     shown = account.progress
-    assert (shown.under_way, shown.rows, shown.asked) == (260, 0, 9)
+    assert (shown.under_way.tokens, shown.rows, shown.asked) == (260, 0, 9)
     account.add(told({0: {"new": 5, "output_tokens": 50}}, number=2, under_way={0: at(4, 210)}))
     usage = ledger.entries[STEPS[0][0].folder].usage
     assert usage == Usage(5, 0, 50, 30.0, 60.0, 3.0, 4.0, 1)
     assert under_way(ledger) == UnderWay(4, 210, actors=1)
-    assert account.progress.under_way == 210
+    assert account.progress.under_way.tokens == 210
     account.finish(told({0: {"new": 4, "output_tokens": 45}}, number=3, job=0, bucket=0))
     assert not under_way(ledger)
-    assert account.progress.under_way == 0
+    assert account.progress.under_way.tokens == 0
 
 
 def test_what_a_lost_actor_was_at_is_gone_with_it(account, ledger):
@@ -176,7 +176,7 @@ def test_what_a_lost_actor_was_at_is_gone_with_it(account, ledger):
     account.add({"lost": 0})
     assert under_way(ledger) == UnderWay(5, 70, seconds=9.0, actors=1)
     assert not under_way(ledger, 1)
-    assert account.progress.under_way == 70
+    assert account.progress.under_way.tokens == 70
     account.finish(told({0: {"new": 5, "output_tokens": 80}}, number=1, actor=1, job=0, bucket=0))
     assert ledger.entries[STEPS[0][0].folder].usage.actor_seconds == 20.0
 
@@ -231,10 +231,31 @@ def test_the_rate_has_the_tokens_of_answers_under_way(monkeypatch, capsys):
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
     shown = Progress("generate a", 4)
     now = 60.0
-    shown.under_way = 900
+    shown.under_way = UnderWay(9, 900)
     shown.count(0)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith("generate a  0/4 buckets  0 rows  15 tokens/s")
+
+
+def test_the_time_that_is_left_does_not_begin_anew_for_answers_under_way(monkeypatch, capsys):
+    """Of 40 answers 10 have ended with 100 tokens each, and 10 have 100 and go on.
+
+    With the mean length x the latter still need x/2 * (1 + x / (x + 200)), so that
+    20 x = 2000 + 5 x (1 + x / (x + 200)) and x = 156.2; 20 of them and 10 times 112.3 tokens are
+    left, at 2,000 a minute. By rows it would be three minutes.
+    """
+    now = 0.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    shown = Progress("generate a", 4)
+    shown.begin(2, 20)
+    now = 60.0
+    shown.under_way = UnderWay(10, 1000)
+    shown.count(10, tokens=1000)
+    assert capsys.readouterr().err.endswith("33.3 tokens/s  2:07 left\n")
+    shown.rows, shown.tokens = 0, 0
+    now = 120.0
+    shown.count(0)  # nothing has ended: how long answers are is not known
+    assert capsys.readouterr().err.endswith("0 rows  8.33 tokens/s\n")
 
 
 def test_a_line_tells_what_unfinished_buckets_made_and_the_time_that_is_left(monkeypatch, capsys):
