@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import mean
@@ -96,12 +96,13 @@ class Work:
 
     def config(self, folder: Path) -> Config:
         """The pipeline's, of which `generate` and `score` are run."""
+        engines = self.table.engines
         sources = [
             {
                 "name": name,
                 "model": str(folder / "model"),
                 "tensor_parallel": (gpus := MODELS[name].gpus),
-                "engine": {"max_num_seqs": len(self.table.engines[name].steps) - 1},
+                "engine": {"max_num_seqs": len(engines[name].steps) - 1},
                 "actors": {"num_gpus": 1, "max": self.nodes * self.gpus // gpus},
             }
             for name in self.sources
@@ -118,6 +119,11 @@ class Work:
                     "actors": {"num_gpus": 1, "max": REWARDS},
                 },
                 "storage": {"buckets": self.buckets},
+                "plan": {
+                    "output_tokens": ANSWER,
+                    "rates": {n: (len(p.steps) - 1) / p.steps[-1] for n, p in engines.items()},
+                    "startup": {name: pace.start for name, pace in engines.items()},
+                },
                 "report": False,
             }
         )
@@ -255,16 +261,32 @@ def run(work: Work, lost_after: float = 0.0) -> dict[str, Any]:
             notice = min((t - recorder.began for t in there if t - recorder.began > killed["at"]),
                          default=killed["at"]) - killed["at"]  # fmt: skip
         nodes.shutdown()
-        return found | told(work, folder, killed.get("at", 0.0), notice)
+        return found | told(work, folder, starts(found["spans"]), killed.get("at", 0.0), notice)
 
 
-def told(work: Work, folder: Path, lost: float, notice: float) -> dict[str, Any]:
-    """The simulated run; for a lost node the mean over the nodes that it may be."""
+def starts(spans: Sequence[Span]) -> dict[str, float]:
+    """Mean seconds of a start of each pool, of engines that started."""
+    pools = {span.pool: [s for s in spans if s.pool == span.pool] for span in spans}
+    return {
+        pool: mean([s.ready - s.since for s in own if s.ready < s.until] or [0.0])
+        for pool, own in pools.items()
+    }
+
+
+def told(
+    work: Work, folder: Path, seen: dict[str, float], lost: float, notice: float
+) -> dict[str, Any]:
+    """The simulated run; for a lost node the mean over the nodes that it may be.
+
+    Also one with starts that take as long as they were `seen` to take on this machine.
+    """
     sources = work.pools(folder)
+    late = [replace(s, startup=max(s.startup, seen.get(s.name, 0.0))) for s in sources]
     trouble = [{"lost": {n: lost}, "notice": notice} for n in range(work.nodes)] if lost else [{}]
     outcomes = [work.foretold(sources, **one) for one in trouble]
     return {
         "simulated": mean(o.wall for o in outcomes), "useful": outcomes[0].useful,
+        "as_seen": mean(work.foretold(late, **one).wall for one in trouble),
         "simulated_spans": outcomes[0].spans, "lost": lost, "notice": notice,
         "engines": {s.name: s.gpus for s in sources},
         "starts": {s.name: s.startup for s in sources},
@@ -280,6 +302,8 @@ class Compared:
     gpus: int
     wall: float
     simulated: float
+    as_seen: float
+    """Simulated with starts that take as long as on this machine."""
     useful: float
     """GPU-seconds."""
     spans: list[Span]
@@ -292,8 +316,8 @@ class Compared:
     def of(name: str, work: Work, found: dict[str, Any]) -> Compared:
         """Of what a process printed."""
         spans = {key: [Span(**s) for s in found[key]] for key in ("spans", "simulated_spans")}
-        kept = {key: found[key] for key in ("wall", "simulated", "useful", "lost", "notice",
-                                            "starts")}  # fmt: skip
+        names = ("wall", "simulated", "as_seen", "useful", "lost", "notice", "starts")
+        kept = {key: found[key] for key in names}
         return Compared(name, work.nodes, work.gpus, **spans, **kept)
 
     def efficiency(self, wall: float) -> float:
@@ -331,11 +355,13 @@ def of_pools(compared: Compared) -> str:
 def walls(found: Sequence[Compared]) -> str:
     """Wall and efficiency of both, in Markdown."""
     return table(
-        ["", "Ray, s", "simulated, s", "efficiency", "simulated", "ratio"],
+        ["", "Ray, s", "simulated, s", "ratio", "with starts as seen, s", "ratio", "efficiency",
+         "simulated"],
         [
             [
-                c.name, f"{c.wall:.1f}", f"{c.simulated:.1f}", f"**{c.efficiency(c.wall):.3f}**",
-                f"{c.efficiency(c.simulated):.3f}", f"{c.simulated / c.wall:.3f}",
+                c.name, f"{c.wall:.1f}", f"{c.simulated:.1f}", f"{c.simulated / c.wall:.3f}",
+                f"{c.as_seen:.1f}", f"{c.as_seen / c.wall:.3f}",
+                f"**{c.efficiency(c.wall):.3f}**", f"{c.efficiency(c.simulated):.3f}",
             ]
             for c in found
         ],
@@ -368,9 +394,11 @@ def rows(found: Sequence[Compared]) -> list[results.Row]:
         for what, pair, unit in (
             (f"chain_efficiency.{name}{one.nodes}nodes", (ours, peer), "useful share of GPU time"),
             (f"{name}vs_simulated", (one.wall, one.simulated), "s"),
+            (f"{name}vs_simulated.starts_as_seen", (one.wall, one.as_seen), "s"),
         ):
+            ratio = one.as_seen / one.wall if what.endswith("as_seen") else one.simulated / one.wall
             row = results.row(PREFIX + what, *pair, unit, about)
-            made.append(row | {"ratio": round(one.simulated / one.wall, 3)})
+            made.append(row | {"ratio": round(ratio, 3)})
     return made
 
 
@@ -388,8 +416,11 @@ and writes this section and [results.json](results.json); `on_ray.py` runs it al
   stands for {shrink}: {prompts:,} prompts, {samples} answers each, {buckets} buckets. No trainings.
 - **efficiency**: the time of all tokens at an engine's full rate, as a part of all GPUs' time. The
   simulator has the same lengths, buckets, rates and starts, and no other delays.
-{lost}- What the simulator does not have: Ray's start of a process; pools that nobody has timed
-  before their first bucket, so that the allocator guesses; all stages on this machine's cores.
+- **with starts as seen**: the simulator's starts take as long as they did on this machine, whose
+  {cores} cores start all processes.
+{lost}- The config tells `plan.rates` and `plan.startup`, so that the allocator need not guess
+  before the first buckets. What the simulator does not have: Ray's start of a process; times of
+  buckets as they are measured; a reward that is not timed at first; all stages on these cores.
 
 {pools}
 
@@ -409,7 +440,8 @@ def text(work: Work, found: Sequence[Compared]) -> str:
     return TEXT.format(
         walls=walls(found), pools=of_pools(whole), nodes=work.nodes, gpus=work.gpus,
         answers=len(work.sources) * work.prompts * SAMPLES, quicker=work.quicker, shrink=SHRINK,
-        prompts=work.prompts, samples=SAMPLES, buckets=work.buckets, lost=lost,
+        prompts=work.prompts, samples=SAMPLES, buckets=work.buckets, cores=os.cpu_count(),
+        lost=lost,
     )  # fmt: skip
 
 
@@ -418,6 +450,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--lose-a-node", action="store_true", help="and run it without one")
+    parser.add_argument("--found", type=Path, help="what a run with --work printed, to report it")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--lost-after", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -426,7 +459,11 @@ def main() -> None:
         print(json.dumps(found, default=asdict))
         return
     work = Work()
-    whole = alone("all nodes", work)
+    if options.found:
+        printed = options.found.read_text().splitlines()[-1]
+        whole = Compared.of("all nodes", work, json.loads(printed))
+    else:
+        whole = alone("all nodes", work)
     print(walls([whole]), of_pools(whole), sep="\n\n", flush=True)
     found = [whole]
     if options.lose_a_node:

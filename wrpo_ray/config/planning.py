@@ -38,7 +38,11 @@ class BudgetConfig(Section):
 
 
 class PlanConfig(Section):
-    """Assumptions of `wrpo plan`; values that can be measured in the output replace them."""
+    """Assumptions of `wrpo plan`; values that can be measured in the output replace them.
+
+    A run uses `rates` and `startup` of sources to share GPUs between them until it has measured its
+    own.
+    """
 
     prompts: int | None = Field(None, ge=1)
     """Number of prompts (or imported rows), if their file does not exist yet."""

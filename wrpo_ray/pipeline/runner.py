@@ -98,6 +98,7 @@ def session(config: Config, root: Folder, pins: Pins) -> Iterator[Run]:
         config.failure_limit,
         uuid.uuid4().hex,
         config.max_attempts,
+        plan=config.plan,
     )
     with (
         Lease(root, run.session) as lease,

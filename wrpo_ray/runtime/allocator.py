@@ -24,7 +24,7 @@ class Report:
     demand: Demand
     """`left` counts rows."""
     row: float | None
-    """Seconds of an actor for a row; None before the first result."""
+    """Seconds of an actor for a row; None if nobody knows."""
     placed: Sequence[str]
     """The node of each actor that lies on one, or was given one."""
 
@@ -95,7 +95,9 @@ class Allocator:
         guesses = {True: FOLLOWING * usual, False: usual}
         demands = [
             replace(
-                r.demand, left=r.demand.left * (r.row or guesses[r.follows]), is_timed=bool(r.row)
+                r.demand,
+                left=r.demand.left * (r.row or guesses[r.follows]),
+                is_timed=bool(r.row) and r.demand.is_timed,
             )
             for r in reports
         ]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from wrpo_ray.config import PlanConfig
 from wrpo_ray.data.buckets import Bucket
 from wrpo_ray.data.shards import Layout, list_shards
 from wrpo_ray.errors import FailureLimitError
@@ -37,6 +38,8 @@ class Run:
     """None in workers: only the driver writes it."""
     beside: tuple[Pool, ...] = ()
     """Pools of another phase that runs at the same time."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """The user's rates and starts, by which pools have engines until there are measured ones."""
     awaited: Awaited | None = None
     """Steps for which another branch of the chain waits; None in workers."""
 

@@ -44,6 +44,10 @@ class Pool:
     """Whether its actors compute with a model, with a thread for each of their CPUs."""
     models: tuple[Model, ...] = ()
     """What its actors load."""
+    row: float | None = None
+    """Seconds of an actor for a row, as the user expects."""
+    startup: float = 0.0
+    """Seconds of its start, as the user expects."""
     is_light: bool = False
     """Whether its actors compute next to nothing, so that they need no core of their own."""
 

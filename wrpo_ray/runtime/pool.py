@@ -137,7 +137,7 @@ class RunningPool:
         """When the last actor ended for another pool."""
         self.starts_until = math.inf
         """`START_TIME` after the first actor answered."""
-        self.pace = Pace()
+        self.pace = Pace(expected=pool.row, expected_start=pool.startup)
         self.rows_are_short = False
         """Whether the last row took next to no time, such as one whose result was there."""
         self.waiting_log = WaitingLog(pool.what, self.needs)
@@ -258,7 +258,7 @@ class RunningPool:
         return Demand(
             self.groups, self.needs, self.left, self.pace.startup, len(self._placed),
             self._least_now, max(most, self._least_now), bundles,
-            self._leaving, self.ready_queue.follows, places=self._nodes_of(self.ready),
+            self._leaving, self.ready_queue.follows, self.pace.rows > 0, self._nodes_of(self.ready),
         )  # fmt: skip
 
     def _take_places(self, share: Share, most: int) -> int:

@@ -117,19 +117,28 @@ class Pace:
     seconds: float = 0.0
     """Of actors with rows, without their starts."""
     rows: int = 0
-    startup: float = 0.0
-    """The longest start of an engine."""
+    longest_start: float = 0.0
+    """Of an engine."""
+    expected: float | None = None
+    """Seconds for a row, as the user tells, until there is a result."""
+    expected_start: float = 0.0
+    """The same of a start."""
 
     def add(self, told: Row, rows: int = 1) -> None:
         """Count finished rows: `seconds` of their actor, of which it was `idle` or did `start`."""
         start = told.get("start", 0.0)
         self.seconds += max(0.0, told["seconds"] - told["idle"] - start)
-        self.rows, self.startup = self.rows + rows, max(self.startup, start)
+        self.rows, self.longest_start = self.rows + rows, max(self.longest_start, start)
+
+    @property
+    def startup(self) -> float:
+        """Seconds of a start."""
+        return self.longest_start or self.expected_start
 
     @property
     def row(self) -> float | None:
-        """Seconds of an actor for a row; None if there is no result."""
-        return self.seconds / self.rows if self.rows else None
+        """Seconds of an actor for a row; if there is no result what is expected, or None."""
+        return self.seconds / self.rows if self.rows else self.expected
 
 
 _NUMBERS = count()

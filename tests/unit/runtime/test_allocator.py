@@ -115,6 +115,34 @@ def test_the_pace_of_a_pool_is_without_starts_and_idle_time():
     assert (pace.row, pace.startup) == (40.0, 60.0)
 
 
+def test_what_the_user_expects_counts_until_there_is_a_result():
+    pace = Pace(expected=7.0, expected_start=100.0)
+    pace.add({"seconds": 5.0, "idle": 0.0}, rows=0)
+    assert (pace.row, pace.startup) == (7.0, 100.0)
+    pace.add({"seconds": 60.0, "idle": 10.0, "start": 30.0})
+    assert (pace.row, pace.startup) == (25.0, 30.0)
+
+
+def test_what_is_expected_shares_the_gpus_and_moves_no_engine():
+    """Rows of "b" take three times as long: six of eight GPUs, by results as by expectations."""
+    expected = [report("a", 10, row=1.0, is_timed=False), report("b", 10, row=3.0, is_timed=False)]
+    assert shares(cluster(8), *expected) == {"a": 2, "b": 6}
+    few = report("few", 10, row=6.0, placed=["n"] * 8, startup=20.0)
+    many = report("many", 30, row=4.0, placed=["m"], startup=20.0)
+    full = [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})]
+
+    def leave(*reports: Report) -> int:
+        allocator = Allocator(lambda: full)
+        for one in reports:
+            allocator.share(one)
+        allocator._decide()
+        return len(allocator.share(reports[0]).leave)
+
+    assert leave(few, many) > 0
+    guessed = replace(many, demand=replace(many.demand, is_timed=False))
+    assert leave(few, guessed) == 0
+
+
 class Waiting(pools.RunningPool):
     """A pool that only counts whom it starts, where."""
 

@@ -140,6 +140,8 @@ class Generate(BaseJob):
             replace(
                 pool_of(same[0].engines, _bucket(run, same), bytes_of(same[0])),
                 models=models_of(same),
+                row=_expected(run, same),
+                startup=run.plan.startup.get(same[0].model.name, 0.0),
             )
             for same in pools.values()
         ]
@@ -212,6 +214,12 @@ def _bucket(run: Run, jobs: list[Generate]) -> float:
     in_others = set(_parts(jobs).values())  # what a part answers is not left for the whole
     samples = [job.sampling.samples * (n not in in_others) for n, job in enumerate(jobs)]
     return float(sum(map(math.prod, zip(counts, samples, strict=True))) / len(jobs) / run.buckets)
+
+
+def _expected(run: Run, jobs: list[Generate]) -> float | None:
+    """Seconds of an engine for a bucket of the jobs, by the rate that the user gives for `plan`."""
+    rate, bucket = run.plan.rates.get(jobs[0].model.name), _bucket(run, jobs)
+    return bucket * run.plan.output_tokens / rate if rate and bucket < math.inf else None
 
 
 def bytes_of(job: Generate) -> int:

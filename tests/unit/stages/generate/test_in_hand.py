@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 
-from wrpo_ray.config import Actors, ModelConfig, SamplingConfig
+from wrpo_ray.config import Actors, ModelConfig, PlanConfig, SamplingConfig
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.llm.vllm_settings import GPU_SLOTS
 from wrpo_ray.runtime import pool as pools
@@ -192,6 +192,22 @@ def test_the_answers_of_a_bucket_are_those_of_its_prompts(tmp_path):
     step.finish(run.root, {"rows": 64}, 0.0)
     assert stage._bucket(run, [one]) == 64 * 5 / 4
     assert stage._bucket(run, [one, other]) == float("inf")  # they take turns
+
+
+def test_a_pool_expects_what_the_user_tells_plans(tmp_path, monkeypatch):
+    """64 prompts in 4 buckets, 5 answers of 300 tokens each at 1,200 a second: 20 s a bucket."""
+    started: list[pools.Pool] = []
+    monkeypatch.setattr(stage, "_run_pool", lambda run, pool, *_: started.append(pool))
+    monkeypatch.setattr(stage, "with_shares", lambda given, beside: list(given))
+    told = PlanConfig(output_tokens=300, rates={"m": 1200.0}, startup={"m": 90.0})
+    step = Step("prompts")
+    for plan in (told, PlanConfig()):
+        run = Run(Folder(str(tmp_path)), buckets=4, plan=plan)
+        step.finish(run.root, {"rows": 64}, 0.0)
+        asked = Prompts(step, ("sft",)), SamplingConfig(samples=5)
+        model = ModelConfig(name="m", model="m", actors=Actors(num_gpus=1))
+        Generate.run(run, [Generate(model, Folder("m").absolute(), "weights", *asked, 0)])
+    assert [(pool.row, pool.startup) for pool in started] == [(20.0, 90.0), (None, 0.0)]
 
 
 @pytest.mark.parametrize(
