@@ -71,6 +71,8 @@ class Work:
     prompts: int = 1360
     buckets: int = 256
     quicker: float = 10.0
+    tells: bool = True
+    """Whether the config has the rates and starts of the sources."""
     sources: Sequence[str] = (
         "deepseek-v2-chat", "mistral-large-2407", "qwen2-72b", "yi-1.5-34b", "gemma2-27b"
     )  # fmt: skip
@@ -97,6 +99,11 @@ class Work:
     def config(self, folder: Path) -> Config:
         """The pipeline's, of which `generate` and `score` are run."""
         engines = self.table.engines
+        told = {
+            "output_tokens": ANSWER,
+            "rates": {n: (len(p.steps) - 1) / p.steps[-1] for n, p in engines.items()},
+            "startup": {name: pace.start for name, pace in engines.items()},
+        }
         sources = [
             {
                 "name": name,
@@ -119,11 +126,7 @@ class Work:
                     "actors": {"num_gpus": 1, "max": REWARDS},
                 },
                 "storage": {"buckets": self.buckets},
-                "plan": {
-                    "output_tokens": ANSWER,
-                    "rates": {n: (len(p.steps) - 1) / p.steps[-1] for n, p in engines.items()},
-                    "startup": {name: pace.start for name, pace in engines.items()},
-                },
+                "plan": told if self.tells else {},
                 "report": False,
             }
         )
@@ -261,6 +264,7 @@ def run(work: Work, lost_after: float = 0.0) -> dict[str, Any]:
             notice = min((t - recorder.began for t in there if t - recorder.began > killed["at"]),
                          default=killed["at"]) - killed["at"]  # fmt: skip
         nodes.shutdown()
+        found |= {"work": asdict(work), "load": os.getloadavg()[1]}
         return found | told(work, folder, starts(found["spans"]), killed.get("at", 0.0), notice)
 
 
@@ -311,12 +315,14 @@ class Compared:
     lost: float
     notice: float
     starts: dict[str, float]
+    load: float | None
+    """Processes that wanted a core in the last five minutes, on average."""
 
     @staticmethod
     def of(name: str, work: Work, found: dict[str, Any]) -> Compared:
         """Of what a process printed."""
         spans = {key: [Span(**s) for s in found[key]] for key in ("spans", "simulated_spans")}
-        names = ("wall", "simulated", "as_seen", "useful", "lost", "notice", "starts")
+        names = ("wall", "simulated", "as_seen", "useful", "lost", "notice", "starts", "load")
         kept = {key: found[key] for key in names}
         return Compared(name, work.nodes, work.gpus, **spans, **kept)
 
@@ -417,10 +423,10 @@ and writes this section and [results.json](results.json); `on_ray.py` runs it al
 - **efficiency**: the time of all tokens at an engine's full rate, as a part of all GPUs' time. The
   simulator has the same lengths, buckets, rates and starts, and no other delays.
 - **with starts as seen**: the simulator's starts take as long as they did on this machine, whose
-  {cores} cores start all processes.
-{lost}- The config tells `plan.rates` and `plan.startup`, so that the allocator need not guess
-  before the first buckets. What the simulator does not have: Ray's start of a process; times of
-  buckets as they are measured; a reward that is not timed at first; all stages on these cores.
+  {cores} cores start all processes{load}.
+{lost}- {told}
+- What the simulator does not have: Ray's start of a process; times of buckets as they are measured;
+  all stages on these cores.
 
 {pools}
 
@@ -428,6 +434,12 @@ and writes this section and [results.json](results.json); `on_ray.py` runs it al
 """
 
 
+TOLD = (
+    "The config tells no rates: until a pool has finished a bucket, the allocator guesses. With\n"
+    "  `plan.rates` and `plan.startup` it need not.",
+    "The config tells `plan.rates` and `plan.startup`, so that the allocator need not guess\n"
+    "  before the first buckets.",
+)
 LOST = """- **a node lost**: its processes are killed after {lost:.0f} s; Ray notices after
   {notice:.0f} s, and the simulator is told so. It gives the mean over the nodes that it may be.
 """
@@ -441,7 +453,8 @@ def text(work: Work, found: Sequence[Compared]) -> str:
         walls=walls(found), pools=of_pools(whole), nodes=work.nodes, gpus=work.gpus,
         answers=len(work.sources) * work.prompts * SAMPLES, quicker=work.quicker, shrink=SHRINK,
         prompts=work.prompts, samples=SAMPLES, buckets=work.buckets, cores=os.cpu_count(),
-        lost=lost,
+        lost=lost, told=TOLD[work.tells],
+        load=f" at a load of {whole.load:.1f}" if whole.load else ", beside other programs",
     )  # fmt: skip
 
 
@@ -460,8 +473,9 @@ def main() -> None:
         return
     work = Work()
     if options.found:
-        printed = options.found.read_text().splitlines()[-1]
-        whole = Compared.of("all nodes", work, json.loads(printed))
+        printed = json.loads(options.found.read_text().splitlines()[-1])
+        work = Work(**printed["work"])
+        whole = Compared.of("all nodes", work, printed)
     else:
         whole = alone("all nodes", work)
     print(walls([whole]), of_pools(whole), sep="\n\n", flush=True)

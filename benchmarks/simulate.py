@@ -61,11 +61,12 @@ FIRST = Setting(
     64, Policy(1, 1, barrier=True, in_turn=True), 0,
 )  # fmt: skip
 IN_TURN = Setting("pools take turns, as before the allocator", 1024, Policy(2, in_turn=True))
+FEW = Setting("256 buckets", 256)
 STAYS = Setting("no engine ends for another pool", 1024, Policy(2, moves=False))
 AHEAD = Setting("weights on all nodes before", 1024, store=ON_NODES)
 SETTINGS = (
     BEST,
-    Setting("256 buckets", 256),
+    FEW,
     Setting("4,096 buckets", 4096),
     Setting("buckets in hand fill an engine twice", 1024, fills=2),
     Setting("weights from other nodes", 1024, store=replace(STORE, peers=True)),
@@ -387,10 +388,10 @@ What the GPUs of 64 nodes do in the chain of two branches with wide trainings:
 
 ## Conclusions
 
-- On 64 nodes, 0.90 of the GPUs' time for generation and 0.80 for the chain are out of reach with
-  this amount of data; 8 nodes have both. All answers are half an hour of work for 512 GPUs. An
-  engine of 236B takes three to four minutes of it to start: with weights on all nodes before,
-  generation has {ahead:.2f}. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute
+- On 64 nodes, 0.90 of the GPUs' time for generation needs weights on all nodes before
+  ({ahead:.2f}), and 0.80 for the chain is out of reach with this amount of data; 8 nodes have both.
+  All answers are half an hour of work for 512 GPUs, and an engine of 236B takes three to four
+  minutes of it to start. The last answers (2,048 tokens in steps of 40 to 50 ms) take a minute
   and a half.
 - An engine more or less of a pool is two minutes of its time, so with whole engines some pools end
   well before others. Where they would, engines of the first ones end a few minutes before, and
@@ -402,12 +403,12 @@ What the GPUs of 64 nodes do in the chain of two branches with wide trainings:
   first one cannot, so that **weights on all nodes before** is a bound for generation.
 - WRPO trains for the last five minutes, on at most as many GPUs as its steps of 128 rows feed. That
   alone is a tenth of the chain's GPU time, which no order of the other parts changes.
-- Engines of a node that end for SFT make {displaced:.2f} of {waits:.2f} on 64 nodes: all GPUs have
-  engines when its rows are there, and what follows SFT takes longer than the sources. A node held
-  for it from the beginning is worth no more.
+- With engines that end for SFT, the chain of two branches has {displaced:.2f} on 64 nodes, and
+  without {waits:.2f}: all GPUs have engines when SFT's rows are there, and much waits for SFT. A
+  node held for it from the beginning is worth no more.
 - Engines must be filled: long answers take over four times the mean, so that buckets in hand that
   fill an engine only twice leave it half empty at the end of each (0.57). Six times is enough, and
-  is what engines have. Two in hand, whatever their size, suit 256 buckets (0.81).
+  is what engines have. Two in hand, whatever their size, suit 256 buckets ({few:.2f}).
 - Pools that take turns end at different times; the GPUs of those that end first start engines of
   others for a few minutes' work.
 - Scores begin when the first bucket is answered. The allocator keeps room for them, or sources
@@ -477,6 +478,7 @@ def conclusions(settings: Sequence[Result]) -> dict[str, float]:
     of = {r.name: r.outcome for r in settings}
     best, stays = of[BEST.name], of[STAYS.name]
     return {
+        "few": of[FEW.name].efficiency,
         "best": best.efficiency, "stays": stays.efficiency, "ahead": of[AHEAD.name].efficiency,
         "idle": best.unused / best.capacity, "stays_idle": stays.unused / stays.capacity,
     }  # fmt: skip

@@ -55,7 +55,7 @@ for an endpoint, so that small buckets also reach its limit of calls in flight."
 FILLS = 6
 """Times that the buckets in hand fill an engine: long answers take over four times the mean, so
 that twice leaves it half empty while the last ones of a bucket are awaited (simulated: 0.57 of the
-GPUs' time against 0.82; `benchmarks/SIMULATION.md`)."""
+GPUs' time against 0.85; `benchmarks/SIMULATION.md`)."""
 
 
 @dataclass(frozen=True)
