@@ -57,20 +57,18 @@ def export_model(
     config = pinned(config)
     chain, place = Chain(config), Folder(to).absolute()
     jobs = jobs_of(chain)
-    trained = {job.step.name: job for _, job in jobs if isinstance(job, Train)}
-    if "wrpo" not in trained or not trained["wrpo"].step.is_done(chain.root):
-        raise UserError("export: the fused model is not there yet; run `wrpo train` first")
+    job = _finished(jobs, chain.root)
     model_files.check_place(place)
-    step = chain.root / trained["wrpo"].step.folder
+    step = chain.root / job.step.folder
     file = _gguf_file(step / "model", place, is_asked_for=gguf)
     before()
     check_writable(place, "--to")
-    job, facts, size, lines = trained["wrpo"], run_facts(config, chain.root, jobs), 0, []
+    facts, size, lines = run_facts(config, chain.root, jobs), 0, []
     if form != "merged":
         size += _export_adapters(config, job, step, place, is_alone=form == "adapters")
         lines += [ADAPTERS_USE]
     if form != "adapters":
-        is_lora = trained["wrpo"].config.lora is not None  # merged weights are wider
+        is_lora = job.config.lora is not None  # merged weights are wider
         how = _weights(config, step / "model", dtype, is_lora)
         size += model_files.copy(step / "model", place, how)
         lines += [f"The weights are in {how.written}."]
@@ -85,6 +83,18 @@ def export_model(
     )
     place.write(CARD, model_card.card(made, facts).encode())
     return size
+
+
+def _finished(jobs: StageJobs, root: Folder) -> Train:
+    """The job that trained the fused model.
+
+    Raises:
+        UserError: it is not done.
+    """
+    trained = {job.step.name: job for _, job in jobs if isinstance(job, Train)}
+    if "wrpo" not in trained or not trained["wrpo"].step.is_done(root):
+        raise UserError("export: the fused model is not there yet; run `wrpo train` first")
+    return trained["wrpo"]
 
 
 def _gguf_file(model: Folder, place: Folder, *, is_asked_for: bool) -> str:
