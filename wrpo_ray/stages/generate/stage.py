@@ -338,17 +338,12 @@ class Generator:
     def _counts(
         self, job: Generate, rows: list[Row], failures: list[records.FailureRow]
     ) -> dict[str, int]:
-        return {
-            "new": len(rows),
-            "failed": len(failures),
-            "prompt_tokens": self._prompt_tokens(job, rows),
-            "output_tokens": sum(row["output_tokens"] or 0 for row in rows),
-        }
-
-    def _prompt_tokens(self, job: Generate, rows: list[dict[str, Any]]) -> int:
-        """Return tokens read: vLLM reads a prompt once for all its samples, a server for each."""
-        lengths = [(r["prompt_id"], r["prompt_tokens"] or 0) for r in rows]
-        return sum(n for _, n in (lengths if job.model.endpoint else dict(lengths).items()))
+        """Return the counts; vLLM reads a prompt once for all its samples, a server for each."""
+        lengths = [(row["prompt_id"], row["prompt_tokens"] or 0) for row in rows]
+        read = lengths if job.model.endpoint else dict(lengths).items()
+        made = sum(row["output_tokens"] or 0 for row in rows)
+        tokens = {"prompt_tokens": sum(n for _, n in read), "output_tokens": made}
+        return {"new": len(rows), "failed": len(failures)} | tokens
 
     def _answers(self, job: Generate, requests: list[Request]) -> Iterator[Answers]:
         """Yield the answers of each request as they finish."""
@@ -359,8 +354,7 @@ class Generator:
         yield from engine.answers(requests, job.sampling, self._identity(job))
 
     def _identity(self, job: Generate) -> SamplingIdentity:
-        is_here = job.model.endpoint is None
-        folder = job.folder.local(job.fingerprint) if is_here else None
+        folder = None if job.model.endpoint else job.folder.local(job.fingerprint)
         return SamplingIdentity(job.model.name, job.seed, folder)
 
     def _missing(
