@@ -133,13 +133,13 @@ def allocate(nodes: Sequence[Node], demands: Sequence[Demand]) -> dict[str, Shar
     shares = {d.pool: filling.share(d, lacking) for d in demands}
     if not lacking:
         return _with_moves(has_gpus, shares)
-    first = next((d for d in lacking if d.displaces and d in has_gpus), None)
+    first = next((d for d in lacking if d.displaces and d.needs.get("GPU")), None)
     leave = displaced(first, filling.count(first), has_gpus) if first else {}
     return shares | {pool: replace(shares[pool], leave=where) for pool, where in leave.items()}
 
 
 def displaced(training: Demand, placed: int, demands: Sequence[Demand]) -> dict[str, list[str]]:
-    """{pool: node of each engine to end} so that all workers of a training have room.
+    """{pool: node of each engine to end} so that all workers of a training have GPUs.
 
     They are on as few nodes as suffice, on those whose pools then end first. None end while others
     leave, where a pool is a guess, or where pools that end soon give as many GPUs.
@@ -182,7 +182,7 @@ def _end_of(demands: Sequence[Demand], gpus: float) -> float:
     """When pools that end by themselves have freed so many GPUs."""
     for demand in sorted(demands, key=lambda d: d.end(d.running)):
         if not demand.follows:
-            gpus -= demand.running * demand.needs["GPU"]
+            gpus -= demand.running * demand.needs.get("GPU", 0.0)
         if gpus <= EPSILON:
             return demand.end(demand.running)
     return float("inf")

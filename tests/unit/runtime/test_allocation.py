@@ -234,6 +234,12 @@ def test_no_engine_ends_for_a_training_where_that_gains_nothing_or_takes_a_pools
     assert displacing(replace(eight, least=2), replace(four, least=3)) == {}
     assert displacing(eight, four, workers=33) == {}
     assert displacing(held("one", 8, 900.0, "0"), held("other", 8, 900.0, "1")) == {}
+    other = Demand("lone", {"slot": 1.0}, 500.0, running=2, places=["n0", "n1"])
+    assert displacing(eight, four, other) == displacing(eight, four)
+    for needs in ({"slot": 1.0}, {"CPU": 1.0, "GPU": 0.0}):  # its own kind of node
+        nodes = [replace(node(n), free={}) for n in range(4)]
+        shares = allocate(nodes, [eight, four, other, replace(training(), needs=needs)])
+        assert not any(share.leave for share in shares.values())
     waiting = replace(training(), displaces=False)
     full = [replace(node(n), free={}) for n in range(4)]
     assert not any(s.leave for s in allocate(full, [eight, four, waiting]).values())
