@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from support.waiting import wait_until
 from xdist.scheduler import LoadFileScheduling
 
@@ -45,6 +46,16 @@ os.environ |= {
 }
 os.environ.pop("RAY_ADDRESS", None)
 
+
+# The same inputs in every run; other tests beside one may make any of them slow.
+settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("tests")
 
 gc.disable()  # the import of 6,000 modules makes no garbage, but every pass looks through them
 

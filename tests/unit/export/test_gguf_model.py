@@ -128,7 +128,7 @@ def test_the_tokenizer_is_the_same(tmp_path, splitter, bos):
     assert (own.eos_token_id, own.bos_token_id) == (read.eos_token_id, read.bos_token_id)
     assert own("a<think>b<end>")["input_ids"] == read("a<think>b<end>")["input_ids"]
 
-    @settings(max_examples=200, deadline=None, database=None)
+    @settings(max_examples=200)
     @given(st.text(max_size=40) | st.text("a1 \n'sé.", max_size=30))
     def same(text: str) -> None:
         assert own(text)["input_ids"] == read(text)["input_ids"]

@@ -451,7 +451,7 @@ def test_the_remedy_for_parts_names_the_number_of_hosts(tmp_path: Path):
     assert problem.text.endswith("generate-2x8gpu has room for 8: set its numOfHosts to 2")
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 8), st.integers(1, 12), st.integers(1, 4))
 def test_actors_fit_as_many_nodes_as_they_fill(gpus: int, count: int, nodes: int):
     # A node of 8 GPUs has room for floor(8 / gpus) actors, so `count` of them take so many nodes.

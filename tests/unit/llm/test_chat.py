@@ -454,7 +454,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
 
 
 @every_style
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_no_text_of_a_message_becomes_a_special_token(name, data):
     """The ids are those of a tokenizer whose special tokens cannot be spelled at all.

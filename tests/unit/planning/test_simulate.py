@@ -109,7 +109,7 @@ LENGTHS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(LENGTHS, st.integers(1, 2), st.integers(1, 4)), min_size=1, max_size=3),
     st.builds(Policy, st.integers(1, 3), st.integers(0, 2), st.booleans()),

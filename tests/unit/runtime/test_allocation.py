@@ -267,7 +267,7 @@ def latest(demands, shares) -> float:
     return max(d.end(shares[d.pool].engines) for d in demands)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NODES, DEMANDS)
 def test_capacity_is_never_exceeded_and_no_pool_starves(nodes, demands):
     shares = allocate(nodes, demands)
@@ -281,7 +281,7 @@ def test_capacity_is_never_exceeded_and_no_pool_starves(nodes, demands):
             assert all(shares[e.pool].engines <= 1 for e in larger)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NODES, DEMANDS)
 def test_a_larger_cluster_is_never_slower(nodes, demands):
     """Predicted ends: with one node more at most 5 % later."""
@@ -291,7 +291,7 @@ def test_a_larger_cluster_is_never_slower(nodes, demands):
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NODES, DEMANDS, st.floats(1, 20))
 def test_a_pool_with_more_work_has_never_fewer_engines(nodes, demands, factor):
     first, *others = demands
@@ -300,7 +300,7 @@ def test_a_pool_with_more_work_has_never_fewer_engines(nodes, demands, factor):
     assert after[first.pool].engines >= before[first.pool].engines
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(NODES, DEMANDS)
 def test_what_was_given_is_kept(nodes, demands):
     """When all engines have started, a second look neither takes nor gives any."""
@@ -314,7 +314,7 @@ def test_what_was_given_is_kept(nodes, demands):
         assert all(len(place) == 1 for place in again[d.pool].places)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(NODES, DEMANDS)
 def test_all_end_sooner_with_moves_and_no_pool_is_left_without(nodes, demands):
     """By what is foretold: each engine that leaves makes room for one that is foretold."""

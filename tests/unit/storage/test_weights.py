@@ -451,7 +451,7 @@ def test_a_trained_model_in_an_object_store_comes_to_the_node_once(
 # --- eviction ------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(0, 5), max_size=30))
 def test_the_least_recently_used_are_evicted_and_no_more_than_needed(tmp_path_factory, asked):
     """Against a list in order of use; the copy `i` has 100 * (i + 1) bytes, the limit is 1000."""

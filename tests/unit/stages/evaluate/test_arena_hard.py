@@ -77,7 +77,7 @@ def test_another_model_on_the_board_leaves_a_win_rate_alone():
     assert arena_hard(board)["m"].win_rate == pytest.approx(alone.win_rate, abs=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(boards)
 def test_win_rates_are_shares_of_battles(pairs):
     """Bradley-Terry of two is the share of battles won; two bootstrap rounds, for speed."""

@@ -41,7 +41,7 @@ def test_intervals_are_the_binomials():
     assert result.win.high == pytest.approx(0.549, abs=0.008)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shares)
 def test_the_other_model_sees_the_mirror_image(values):
     one = figures(values)

@@ -438,7 +438,7 @@ def given_answers(draw: Any) -> Given:
     return Given(prompts, sources, answers("t"), draw(ANSWERS), draw(PAIRS))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(given_answers())
 def test_columns_and_rows_give_the_same(answers):
     store = Store(answers.prompts, answers.sources, answers.own, answers.policies, answers.config)
@@ -473,7 +473,7 @@ def all_verdicts_known(given: Given) -> bool:
     return all(r.get("right", True) is not None for r in rows)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(given_answers().filter(all_verdicts_known))
 def test_select_pairs_gives_the_rows_of_a_run(answers):
     table = answers_of(answers)
@@ -549,7 +549,6 @@ def test_prompts_that_share_13_words_with_an_evaluation_prompt_are_left_out():
     assert counts["contaminated"] == 2
 
 
-@settings(deadline=None)
 @given(st.lists(st.lists(st.sampled_from(["a", "B", "é", "7", "--"]), max_size=8)))
 def test_ngrams_are_those_of_the_words(texts):
     """Equal hashes exactly where the words, without case and punctuation, are equal."""

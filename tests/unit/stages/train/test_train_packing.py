@@ -376,7 +376,7 @@ def test_bf16_is_summed_in_fp32():
 # --- dealing ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.integers(1, 50), min_size=1, max_size=40),
     st.integers(1, 5),
