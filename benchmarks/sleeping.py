@@ -158,6 +158,10 @@ class SleepingEngine:
             asked = out.get()
             yield [_row(asked, n, identity) for n in range(len(asked.tokens))], []
 
+    def under_way(self) -> dict[int, dict[str, int]]:
+        """Nothing: it has no tokens before an answer ends."""
+        return {}
+
     def _work(self) -> None:
         """Go from one event to the next: the end of an answer, or a request that comes."""
         while True:

@@ -269,6 +269,7 @@ class Looks(Prefetch):
         super().__init__()
         self.nodes, self.error = nodes, None
         monkeypatch.setattr(prefetch, "nodes_of_ray", self.look)
+        monkeypatch.setattr(prefetch, "CONNECTION", type(prefetch.CONNECTION)())  # is open
         monkeypatch.setattr(prefetch, "TURN", 0.01)
         self.open("session")
 
