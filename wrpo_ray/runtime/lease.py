@@ -50,6 +50,8 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, daemon=True)
         self._guard = threading.Thread(target=self._watch, daemon=True)
         self._once = threading.Lock()
+        self._is_deaf = False
+        """Whether the process ignores SIGINT but for the loss of the lease."""
         self._count = 0
         self._beaten = _now()
 
@@ -63,6 +65,7 @@ class Lease:
             if isinstance(error, FileNotFoundError):
                 raise self._taken() from None
             raise
+        self._is_deaf = self._listen()
         self._thread.start()
         self._guard.start()
         return self
@@ -72,6 +75,8 @@ class Lease:
         self._guard.join()
         if not self.lost:  # else a heartbeat may hang
             self._thread.join()
+        if self._is_deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.lost:
             raise self._taken()
         self.folder.delete(self.name)
@@ -137,6 +142,21 @@ class Lease:
             if _now() - self._beaten > self.expires - pause:
                 self._lose()
                 return
+
+    def _listen(self) -> bool:
+        """Let a loss interrupt a process that ignores SIGINT, as a shell's background jobs do.
+
+        Returns whether it does. Any other SIGINT stays without effect.
+        """
+        is_main = threading.current_thread() is threading.main_thread()
+        if not is_main or signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+            return False
+        signal.signal(signal.SIGINT, self._interrupt)
+        return True
+
+    def _interrupt(self, *_: object) -> None:
+        if self.lost:
+            raise KeyboardInterrupt
 
     def _lose(self) -> None:
         """Interrupt the main thread, once."""

@@ -305,10 +305,14 @@ def test_on_a_disk_a_heartbeat_leaves_the_file_in_its_place(tmp_path):
         assert files(folder) == []
 
 
-def test_a_heartbeat_that_hangs_ends_the_run_before_another_may_take_the_output(tmp_path):
-    """In a process of its own, since the signal comes to a main thread."""
+@pytest.mark.parametrize("handler", ["default_int_handler", "SIG_IGN"])
+def test_a_heartbeat_that_hangs_ends_the_run_before_another_may_take_the_output(tmp_path, handler):
+    """In a process of its own, since the signal comes to a main thread.
+
+    Shells start background jobs with SIGINT ignored: these end too, and by no other SIGINT.
+    """
     code = (
-        "import threading, time\nfrom wrpo_ray.errors import LeaseError\n"
+        "import signal, threading, time\nfrom wrpo_ray.errors import LeaseError\n"
         "from wrpo_ray.runtime.lease import Lease, _now\n"
         "from wrpo_ray.storage.folder import Folder\n"
         "class Hanging(Lease):\n"
@@ -316,11 +320,15 @@ def test_a_heartbeat_that_hangs_ends_the_run_before_another_may_take_the_output(
         "    def _write(self, *, is_held):\n"
         "        if self.hangs: threading.Event().wait()\n"
         "        super()._write(is_held=is_held)\n"
+        f"before = signal.{handler}\n"
+        "signal.signal(signal.SIGINT, before)\n"
         "try:\n"
         f"    with Hanging(Folder({str(tmp_path)!r}), 'one', beat=0.2, expires=3) as one:\n"
+        "        if before == signal.SIG_IGN: signal.raise_signal(signal.SIGINT)\n"
         "        one.hangs = True\n"
         "        time.sleep(900)\n"
         "except LeaseError: print(_now() - one._beaten)\n"
+        "assert signal.getsignal(signal.SIGINT) == before\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT
