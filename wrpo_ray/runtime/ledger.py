@@ -11,10 +11,11 @@ While a run is under way the ledger also has what its engines are at, for plans:
 from __future__ import annotations
 
 import math
+import operator
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 from wrpo_ray.config import BudgetConfig, PricesConfig
 from wrpo_ray.data.finished import stored
@@ -28,8 +29,22 @@ EVERY = 1.0
 """Seconds between writes of the ledger."""
 
 
+class _Figures:
+    """Numbers that are added and subtracted field by field."""
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(*map(operator.add, _values(self), _values(other)))
+
+    def __sub__(self, other: Self) -> Self:
+        return type(self)(*map(operator.sub, _values(self), _values(other)))
+
+
+def _values(figures: Any) -> tuple[Any, ...]:
+    return tuple(asdict(figures).values())
+
+
 @dataclass(frozen=True)
-class Usage:
+class Usage(_Figures):
     """Rows, tokens and seconds; usages can be added."""
 
     rows: int = 0
@@ -56,9 +71,6 @@ class Usage:
         """Actor-seconds without starts and without waiting for rows."""
         return max(0.0, self.actor_seconds - self.idle_seconds - self.start_seconds)
 
-    def __add__(self, other: Usage) -> Usage:
-        return Usage(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
-
     def money(self, pool: str, prices: PricesConfig) -> float:
         """The cost by the prices of a pool."""
         tokens = (
@@ -69,7 +81,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class UnderWay:
+class UnderWay(_Figures):
     """Answers that engines are at just now, or hold; they can be added and subtracted.
 
     Those of a lost actor are gone with it.
@@ -117,21 +129,11 @@ class UnderWay:
         made = self.running_tokens / self.running
         return max(0.0, min(length / 2 * (1 + length / (length + 2 * made)), most - made))
 
-    def __add__(self, other: UnderWay) -> UnderWay:
-        return UnderWay(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
-
-    def __sub__(self, other: UnderWay) -> UnderWay:
-        return UnderWay(*(a - b for a, b in zip(_values(self), _values(other), strict=True)))
-
     def __bool__(self) -> bool:
         return bool(self.running or self.ended or self.unstored)
 
 
 AT_REST = UnderWay()
-
-
-def _values(counts: Usage | UnderWay) -> tuple[Any, ...]:
-    return tuple(asdict(counts).values())
 
 
 @dataclass(frozen=True)

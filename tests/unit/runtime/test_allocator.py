@@ -123,21 +123,21 @@ def test_what_the_user_expects_counts_until_there_is_a_result():
     assert (pace.row, pace.startup) == (25.0, 30.0)
 
 
+def leave(*reports: Report) -> int:
+    """Engines of the first pool that are to end, on nodes of eight GPUs and of one."""
+    allocator = Allocator(lambda: [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})])
+    for one in reports:
+        allocator.share(one)
+    allocator._decide()
+    return len(allocator.share(reports[0]).leave)
+
+
 def test_what_is_expected_shares_the_gpus_and_moves_no_engine():
     """Rows of "b" take three times as long: six of eight GPUs, by results as by expectations."""
     expected = [report("a", 10, row=1.0, is_timed=False), report("b", 10, row=3.0, is_timed=False)]
     assert shares(cluster(8), *expected) == {"a": 2, "b": 6}
     few = report("few", 10, row=6.0, placed=["n"] * 8, startup=20.0)
     many = report("many", 30, row=4.0, placed=["m"], startup=20.0)
-    full = [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})]
-
-    def leave(*reports: Report) -> int:
-        allocator = Allocator(lambda: full)
-        for one in reports:
-            allocator.share(one)
-        allocator._decide()
-        return len(allocator.share(reports[0]).leave)
-
     assert leave(few, many) > 0
     guessed = replace(many, demand=replace(many.demand, is_timed=False))
     assert leave(few, guessed) == 0
@@ -248,15 +248,6 @@ def test_no_engine_leaves_before_all_pools_are_timed():
     """Eight GPUs for ten rows of a pool, one for thirty of another: until both are known."""
     few = report("few", 10, row=6.0, placed=["n"] * 8, startup=20.0)
     many = report("many", 30, placed=["m"], startup=20.0)
-    nodes = [Node("n", {"GPU": 8.0}, {}), Node("m", {"GPU": 1.0}, {})]
-
-    def leave(*reports: Report) -> int:
-        allocator = Allocator(lambda: nodes)
-        for one in reports:
-            allocator.share(one)
-        allocator._decide()
-        return len(allocator.share(reports[0]).leave)
-
     assert leave(few, many) == 0
     assert leave(few, replace(many, row=4.0)) > 0
 

@@ -12,7 +12,15 @@ import pytest
 import torch
 from support.tiny_models import preference_rows, write_model
 from test_train_faults import STEPS, WRPO, create, records
-from test_train_packing import KINDS, loss_and_gradients, make, plain_logps, relative, some_rows
+from test_train_packing import (
+    KINDS,
+    check_against_plain,
+    loss_and_gradients,
+    make,
+    relative,
+    some_rows,
+)
+from test_train_slim import in_bf16
 from torch import nn
 
 from wrpo_ray.config import LoraConfig
@@ -165,26 +173,12 @@ def test_nothing_is_held_once_each_was_called():
 def test_loss_and_every_gradient_equal_the_plain_computation(
     kind, collate, dtype, tolerance, wide, joined
 ):
-    rows = some_rows(seed=len(kind))
-    reference = make(kind, "eager", dtype)
-    wide(dtype)
-    expected = plain_logps(reference, rows)
-    want, wanted = loss_and_gradients(reference, expected, rows)
-    plain = "eager" if "gemma" in kind else "sdpa"
-    model = make(kind, attention.SHARED_PROMPT if collate is pack else plain, dtype)
-    policy = Policy(model, slim=True)
-    got_logps = policy(collate(rows))
-    got, gradients = loss_and_gradients(model, got_logps, rows)
-    assert relative(got_logps, expected) < tolerance
-    assert relative(got, want) < tolerance
-    assert gradients.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        assert relative(gradients[name], gradient) < tolerance, name
+    model, policy, batch = check_against_plain(kind, collate, dtype, tolerance, wide, slim=True)
     assert (joined["_Joined"], joined["_Mlp"]) == joins_of(model)
     with own_forwards(model):
-        policy(collate(rows))
+        policy(batch)
     assert (joined["_Joined"], joined["_Mlp"]) == joins_of(model)  # as before
-    policy(collate(rows))
+    policy(batch)
     assert joined.total() == 2 * sum(joins_of(model))
 
 
@@ -297,18 +291,7 @@ def test_a_joined_model_is_saved_as_any(tmp_path, joined):
 
 
 def test_in_bf16_gradients_are_as_exact_as_those_of_layers_apart(joined):
-    rows, found = some_rows(seed=4), []
-    for dtype, ours in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
-        model = make("llama-gqa", attention.SHARED_PROMPT, torch.bfloat16).to(dtype)
-        policy = Policy(model, slim=True)
-        if ours:
-            logps = policy(pack(rows))
-        else:
-            with own_forwards(model):
-                logps = policy(pack(rows))
-        found.append(loss_and_gradients(model, logps, rows)[1])
-    exact, *others = found
-    apart, together = (sum(relative(g[n].float(), exact[n]) for n in exact) for g in others)
+    _, (apart, together) = in_bf16("llama-gqa")
     assert joined.total() == 4
     assert together <= 1.05 * apart
 

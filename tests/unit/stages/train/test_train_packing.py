@@ -118,6 +118,11 @@ def test_loss_and_every_gradient_equal_the_plain_computation(
     kind, slim, collate, dtype, tolerance, wide
 ):
     torch.set_num_threads(1)
+    check_against_plain(kind, collate, dtype, tolerance, wide, slim=slim)
+
+
+def check_against_plain(kind, collate, dtype, tolerance, wide, *, slim):
+    """Compare loss and gradients with the plain computation; return model, policy and batch."""
     rows = some_rows(seed=len(kind))
     reference = make(kind, "eager", dtype)
     wide(dtype)
@@ -126,14 +131,15 @@ def test_loss_and_every_gradient_equal_the_plain_computation(
 
     plain = "eager" if "gemma" in kind else "sdpa"
     model = make(kind, attention.SHARED_PROMPT if collate is pack else plain, dtype)
-    policy = Policy(model, slim=slim)
-    got_logps = policy(collate(rows))
+    policy, batch = Policy(model, slim=slim), collate(rows)
+    got_logps = policy(batch)
     got, gradients = loss_and_gradients(model, got_logps, rows)
     assert relative(got_logps, expected) < tolerance
     assert relative(got, want) < tolerance
     assert gradients.keys() == wanted.keys()
     for name, gradient in wanted.items():
         assert relative(gradients[name], gradient) < tolerance, name
+    return model, policy, batch
 
 
 @pytest.mark.parametrize("slim", [False, True])
