@@ -353,6 +353,7 @@ def by_part(rows: Rows, lengths: Sequence[int]) -> tuple[list[tuple[int, Rows]],
 
 
 def joined(tables: list[pa.Table], places: Rows | None, schema: pa.Schema) -> pa.Table:
+    """Return the rows of the parts that `by_part` told, in the order that it was asked for."""
     """Join what was taken of the parts that `by_part` returned, in the order of the rows."""
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return table if places is None else table.take(pa.array(places))

@@ -200,7 +200,7 @@ def read_verdicts(
     keys = candidates.short.select(ANSWER_KEY).take(candidates.rows)
     keys = keys.cast(outcomes.select(ANSWER_KEY).schema)
     keys = keys.append_column("row", pa.array(np.arange(len(candidates))))
-    joined = keys.join(outcomes, list(ANSWER_KEY), join_type="left outer").sort_by("row")
-    values = in_one(joined["reward"]).fill_null(np.nan).to_numpy()
+    found = keys.join(outcomes, list(ANSWER_KEY), join_type="left outer").sort_by("row")
+    values = in_one(found["reward"]).fill_null(np.nan).to_numpy()
     both = ~verifiable[candidates.prompts]
     return Verdicts(both | (values == 1), both | (values < 1))
