@@ -41,8 +41,6 @@ class Cell:
     vocabulary: int
     tokens: int
     settings: dict[str, Any]
-    slim: bool = False
-    """Whether its layers keep less, as they do where memory is short."""
 
     def model(self) -> dict[str, Any]:
         """Its config.json; heads of 64, a third of them with keys, as SmolLM2's."""
@@ -69,17 +67,13 @@ def cells() -> list[Cell]:
     again = {"gradient_checkpointing": True}
     return [
         Cell(*small, 1024, {}),
-        Cell(*small, 1024, {}, slim=True),
         Cell(*small, 4096, wide),
-        Cell(*small, 4096, wide, slim=True),
         Cell(*small, 4096, wide | again),
         Cell(*small, 2048, wide | lora),
         Cell(*smol, 1024, {}),
-        Cell(*smol, 1024, {}, slim=True),
         Cell(*smol, 2048, again),
         Cell(*smol, 1024, {"zero_stage": 3}),
         Cell(*smol, 1024, lora),
-        Cell(*smol, 1024, lora, slim=True),
     ]
 
 
@@ -130,7 +124,7 @@ def train(folder: Path) -> dict[str, float]:
     from wrpo_ray.runtime.context import Run
     from wrpo_ray.stages.train import checkpoint, deepspeed
     from wrpo_ray.stages.train.loop import Trainer
-    from wrpo_ray.stages.train.memory import Estimate, Shape, Sizes, worker_memory
+    from wrpo_ray.stages.train.memory import Shape, Sizes, worker_memory
     from wrpo_ray.stages.train.rows import SUFFIX, write_rows
     from wrpo_ray.stages.train.task import Task
     from wrpo_ray.storage.folder import Folder
@@ -145,12 +139,11 @@ def train(folder: Path) -> dict[str, float]:
     write_rows(rows, f"00000-of-00001{SUFFIX}", _rows(STEPS * in_step, cell.vocabulary), {})
     deepspeed.prepare(config)
     checkpoint.Saver.is_node_leaving = lambda saver: False  # type: ignore[method-assign] # no Ray
-    Estimate.slim = lambda estimate, tokens, free: cell.slim  # type: ignore[method-assign]
     process = _resident("VmRSS")
     run, base = Run(Folder(str(folder)), 1), Folder(str(folder))
     Trainer.create(Task(run, Step("wrpo"), rows, base, "base", config, seed=3)).run(0)
     shape = Shape(PROMPT, ANSWER, 3)
-    sizes, known = Sizes.of(cell.model()), {"slim": cell.slim, "process": process * 1e9}
+    sizes, known = Sizes.of(cell.model()), {"slim": True, "process": process * 1e9}
     estimate = worker_memory(sizes, config, cell.tokens, shape, **known)
     return {"process": process, "peak": _resident("VmHWM"), "estimate": estimate.total / 1e9}
 
@@ -236,7 +229,6 @@ def main() -> None:
         ratio = found["estimate"] / found["peak"]
         worst = max(worst, abs(ratio - 1))
         told = ", ".join(f"{name}: {value}" for name, value in cell.settings.items()) or "defaults"
-        told += "; slim" if cell.slim else ""
         print(
             f"| {cell.layers} x {cell.width} | {cell.tokens:,} | {told} | "
             f"{found['peak']:.2f} GB | {found['estimate']:.2f} GB ({ratio:.2f}) |",

@@ -60,6 +60,7 @@ REWARDS = 6
 CPUS = 64
 """Logical CPUs of a node."""
 SCORES = "score with reward"
+NAMES = "all nodes", "a node lost"
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class Work:
     gpus: int = 8
     prompts: int = 1360
     buckets: int = 256
-    quicker: float = 10.0
+    quicker: float = 4.0
     tells: bool = True
     """Whether the config has the rates and starts of the sources."""
     sources: Sequence[str] = (
@@ -463,7 +464,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--lose-a-node", action="store_true", help="and run it without one")
-    parser.add_argument("--found", type=Path, help="what a run with --work printed, to report it")
+    parser.add_argument(
+        "--found", type=Path, nargs="+", default=[],
+        help="what runs with --work printed, to report them: with all nodes, and without one",
+    )  # fmt: skip
     parser.add_argument("--work", help=argparse.SUPPRESS)
     parser.add_argument("--lost-after", type=float, default=0.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -472,16 +476,15 @@ def main() -> None:
         print(json.dumps(found, default=asdict))
         return
     work = Work()
-    if options.found:
-        printed = json.loads(options.found.read_text().splitlines()[-1])
-        work = Work(**printed["work"])
-        whole = Compared.of("all nodes", work, printed)
-    else:
-        whole = alone("all nodes", work)
+    printed = [json.loads(path.read_text().splitlines()[-1]) for path in options.found]
+    if printed:
+        work = Work(**printed[0]["work"])
+    found = [Compared.of(name, work, one) for name, one in zip(NAMES, printed, strict=False)]
+    found = found or [alone(NAMES[0], work)]
+    whole = found[0]
     print(walls([whole]), of_pools(whole), sep="\n\n", flush=True)
-    found = [whole]
     if options.lose_a_node:
-        found.append(alone("a node lost", work, whole.wall / 3))
+        found.append(alone(NAMES[1], work, whole.wall / 3))
     plot(whole, options.output.parent / "docs" / "img" / "on-ray.svg")
     results.save(options.output, PREFIX, rows(found), text(work, found))
     print(text(work, found))

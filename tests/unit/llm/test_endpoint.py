@@ -562,19 +562,19 @@ def _excess(server: Server, seconds_each: float) -> float:
 def test_requests_a_minute_hold_over_any_stretch(start):
     server, config = start(Server(), concurrency=50, requests_per_minute=6000)
     began = time.monotonic()
-    assert len(list(Endpoint(config, "m").complete_all(body(str(i)) for i in range(50)))) == 50
-    assert _excess(server, 0.01) < 0.25  # what reaches the server late is not early
-    assert time.monotonic() - began < 3  # 0.5 by the limit
+    assert len(list(Endpoint(config, "m").complete_all(body(str(i)) for i in range(99)))) == 99
+    assert _excess(server, 0.01) < 0.5  # what reaches the server late is not early
+    assert time.monotonic() - began < 9  # 1 by the limit
 
 
 def test_tokens_a_minute_hold_over_any_stretch(start):
     """Each call is estimated at 4 // 4 + 9 = 10 tokens, and takes 10: 0.01 s of the limit."""
     server, config = start(Server(), concurrency=50, tokens_per_minute=60_000)
-    calls = [body("four", max_tokens=9)] * 50
+    calls = [body("four", max_tokens=9)] * 99
     began = time.monotonic()
-    assert len(list(Endpoint(config, "m").complete_all(calls))) == 50
-    assert _excess(server, 0.01) < 0.25  # what reaches the server late is not early
-    assert time.monotonic() - began < 3
+    assert len(list(Endpoint(config, "m").complete_all(calls))) == 99
+    assert _excess(server, 0.01) < 0.5  # what reaches the server late is not early
+    assert time.monotonic() - began < 9
 
 
 def test_an_estimate_is_corrected_by_what_the_answer_took(start):
@@ -582,7 +582,7 @@ def test_an_estimate_is_corrected_by_what_the_answer_took(start):
     _, config = start(Server(), concurrency=1, tokens_per_minute=60_000)
     began = time.monotonic()
     list(Endpoint(config, "m").complete_all([body("four", max_tokens=500)] * 30))
-    assert 0.2 < time.monotonic() - began < 5
+    assert 0.2 < time.monotonic() - began < 9
 
 
 def test_the_pace_of_a_limit(monkeypatch):
@@ -673,7 +673,7 @@ def test_the_key_is_in_no_log_no_error_and_no_file(start, tmp_path, monkeypatch,
     def plan(call) -> str:
         return call.prompt.partition(": ")[2] or "ok"
 
-    server, config = start(Server(plan), concurrency=4, attempts=2, timeout=0.3)
+    server, config = start(Server(plan), concurrency=4, attempts=2, timeout=0.8)
     monkeypatch.setattr(server, "completion", completion)
     monkeypatch.setattr("support.openai_server.NO_JSON", [f"x {KEY}" * 30])
     shapes = [{"error": {"message": f"{' ' * n}{KEY}" * 40}} for n in range(5)]

@@ -18,7 +18,7 @@ from wrpo_ray.stages.train.task import MEMORY, Task
 
 
 def fitted(task: Task, base: Path, lengths: np.ndarray, device: torch.device) -> Task:
-    """The task with its micro-batch tokens and kind of layers; all workers get the same.
+    """The task with its micro-batch tokens; all workers get the same.
 
     `lengths` (R, 1 + answers) are those of all rows. The first worker writes the estimate to the
     step's folder, for the driver to log.
@@ -34,14 +34,14 @@ def fitted(task: Task, base: Path, lengths: np.ndarray, device: torch.device) ->
         Shape(float(longest[0]), float(longest[1:].mean()), len(longest) - 1),
         max(packing.costs(lengths, packed=config.packing)),
         dist.get_world_size(),
-        can_slim=keeps_less(base),
+        is_slim=keeps_less(base),
     )
     room = _least_of_all(_room(device))
     tokens, told = estimate.check(room, task.step.name)
     if dist.get_rank() == 0:
         task.folder.write_json(MEMORY, told)
     config = config.model_copy(update={"micro_batch_tokens": tokens})
-    return replace(task, config=config, slim=estimate.slim(tokens, room.free))
+    return replace(task, config=config)
 
 
 def _room(device: torch.device) -> Room:

@@ -76,7 +76,7 @@ class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
         logps, every = [], None
         for part, tokens in zip(hidden.split(rows), targets.split(rows), strict=True):
             del every  # one chunk at a time
-            every = _logits(part, weight, bias, softcap).log_softmax(1)
+            every = _log_softmax(_logits(part, weight, bias, softcap))
             logps.append(every.gather(1, tokens[:, None])[:, 0])
         ctx.softcap, ctx.rows = softcap, rows
         # A soft cap's slope needs the logits.
@@ -98,7 +98,7 @@ class _TokenLogps(torch.autograd.Function):  # type: ignore[misc]
             if every is None:
                 logits = _logits(hidden[part], weight, bias, ctx.softcap)
                 slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-                every = logits.log_softmax(1)
+                every = _log_softmax(logits)
                 del logits
             of_logits = _of_logits(every, targets[part], gradients[0][part], slope, weight.dtype)
             del every
@@ -126,6 +126,16 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
     else:
         logits = torch.nn.functional.linear(hidden, weight, bias).to(_wide(weight))
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Log-probs (rows, V); on CPUs in place of the logits.
+
+    A row is read there before it is written. That holds for CUDA's kernels too, as far as was read
+    and not tried.
+    """
+    out = logits if logits.device.type == "cpu" else None
+    return torch.log_softmax(logits, 1, out=out)
 
 
 def _of_logits(

@@ -122,7 +122,7 @@ class Trainer:
         config = task.config
         settings = deepspeed.engine_config(config, dist.get_world_size())
         with deepspeed.partitioned_loading(settings):
-            load = functools.partial(model.load_policy, base, config, device, slim=task.slim)
+            load = functools.partial(model.load_policy, base, config, device)
             policy, reference = load(), load() if config.has_second_model else None
         engine = deepspeed.policy_engine(policy, config, settings)
         probe.check_forward(policy, config, device)

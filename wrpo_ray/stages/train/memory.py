@@ -293,10 +293,10 @@ class Estimate:
     """Tokens of the longest row, which is a micro-batch of its own if it has to be."""
     workers: int
     process: float = PROCESS
-    can_slim: bool = True
-    """Whether the model's layers can keep less (`slimming`)."""
+    is_slim: bool = True
+    """Whether the model's layers keep less (`slimming`)."""
 
-    def at(self, tokens: int, *, slim: bool = True, **changes: Any) -> Memory:
+    def at(self, tokens: int, **changes: Any) -> Memory:
         """The peak with micro-batches of so many tokens, and these changes of the config."""
         config = self.config.model_copy(update=changes)
         workers = changes.get("workers", self.workers)
@@ -305,7 +305,7 @@ class Estimate:
             config,
             max(tokens, self.longest),
             self.shape,
-            slim=slim and self.can_slim,
+            slim=self.is_slim,
             workers=workers,
             process=self.process,
         )
@@ -318,19 +318,10 @@ class Estimate:
         given = self.config.micro_batch_tokens
         if given != "auto":
             return given
-        slim = self.slim(LEAST, free)
         tokens = MOST_GPU if self.config.num_gpus else MOST_CPU
-        while tokens > LEAST and self.at(tokens, slim=slim).total > SPARE * free:
+        while tokens > LEAST and self.at(tokens).total > SPARE * free:
             tokens //= 2
         return tokens
-
-    def slim(self, tokens: int, free: float) -> bool:
-        """Whether layers keep less (`slimming`): always on GPUs, where they launch fewer kernels.
-
-        On CPUs a step takes 4 to 6 % longer, so only where the peak would leave no reserve.
-        """
-        is_short = self.can_slim and self.at(tokens, slim=False).total > SPARE * free
-        return self.config.num_gpus > 0 or is_short
 
     def check(self, room: Room, what: str) -> tuple[int, str]:
         """The micro-batch's tokens, and a line that gives the peak and warns if memory is short.
@@ -339,11 +330,8 @@ class Estimate:
             UserError: the peak exceeds the memory of the node or GPU, or by far what is free of it.
         """
         tokens = self.tokens(room.free)
-        slim = self.slim(tokens, room.free)
-        peak = self.at(tokens, slim=slim)
+        peak = self.at(tokens)
         told = f"{what}: micro-batches of {tokens:,} tokens need about {peak} for each worker"
-        if slim and not self.config.num_gpus:
-            told += ", in layers that keep less and take longer, as memory is short"
         if peak.total <= room.free:
             return tokens, told
         most = min(room.total, CERTAIN * room.free)

@@ -34,10 +34,10 @@ class Policy(nn.Module):  # type: ignore[misc]
     Its head's forward is replaced by one from hidden states and tokens to log-probs. So ZeRO-3,
     which gathers a module's weights around its forward, works unchanged. If `slim`, norms, gated
     MLPs and rotary positions keep less for the backward pass (see `slimming`), as do linear layers
-    after them (see `recompute`); by default where that costs no time, on GPUs.
+    after them (see `recompute`); without it they stay as they are, to compare with.
     """
 
-    def __init__(self, model: nn.Module, *, slim: bool | None = None):
+    def __init__(self, model: nn.Module, *, slim: bool = True):
         super().__init__()
         self.model = model
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -50,8 +50,8 @@ class Policy(nn.Module):  # type: ignore[misc]
             hidden, head.weight, head.bias, tokens, cap
         )
         self._parts = {"body": body, "head": head}  # known to `model` already
-        self.slim = next(model.parameters()).device.type != "cpu" if slim is None else slim
-        if self.slim:
+        self.slim = slim
+        if slim:
             slimming.slim(inner)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -100,9 +100,7 @@ def packed_policy(model: Any) -> Policy:
     return Policy(model)
 
 
-def load_policy(
-    folder: Path, config: TrainConfig, device: torch.device, *, slim: bool | None = None
-) -> Policy:
+def load_policy(folder: Path, config: TrainConfig, device: torch.device) -> Policy:
     """Load a model folder to train, with dropout off and, if configured, adapters."""
     model = load(folder, DTYPES[config.precision], packing=config.packing)
     if config.gradient_checkpointing:
@@ -110,7 +108,7 @@ def load_policy(
         model.enable_input_require_grads()  # frozen embeddings (LoRA) would cut the graph
     if config.lora:
         model = with_lora(model, config.lora)
-    return Policy(model.to(device).train(), slim=slim)
+    return Policy(model.to(device).train())
 
 
 def load(folder: Path, dtype: torch.dtype, *, packing: bool) -> Any:

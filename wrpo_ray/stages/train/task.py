@@ -61,8 +61,6 @@ class Task:
     seed: int
     template: Template = OWN
     """Replacement of the base's own chat template."""
-    slim: bool | None = None
-    """Whether layers keep less for the backward pass; chosen on the workers (`fitting`)."""
 
     @property
     def folder(self) -> Folder:

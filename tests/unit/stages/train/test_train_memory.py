@@ -154,8 +154,9 @@ def test_a_layer_by_hand():
 
 def test_a_layer_that_is_not_slim_by_hand():
     layer = 16 * 576 + 2 * (3 * 576 + 2 * 1.75 * 576 + 192) + 8 * 1536
-    assert estimate().at(1000, slim=False).activations == pytest.approx(31 * 1000 * layer)
-    again = estimate(gradient_checkpointing=True).at(1000, slim=False).activations
+    plain = replace(estimate(), is_slim=False)
+    assert plain.at(1000).activations == pytest.approx(31 * 1000 * layer)
+    again = plain.at(1000, gradient_checkpointing=True).activations
     assert again == pytest.approx(30 * 1000 * 576 * 2 + 2 * 1000 * layer)
 
 
@@ -204,27 +205,10 @@ def test_auto_takes_what_fits():
     assert found[0] == 2048
     assert found[-1] == 512
     for tokens, room in zip(found[1:-1], (6.0, 5.2), strict=True):
-        one, two = (estimate().at(n, slim=False).total for n in (tokens, 2 * tokens))
+        one, two = (estimate().at(n).total for n in (tokens, 2 * tokens))
         assert one <= 0.85 * room * GB < two
     assert estimate(sizes=LLAMA_8B, **GPUS).tokens(1000 * GB) == 16384
     assert estimate(micro_batch_tokens=77).tokens(0.1 * GB) == 77
-
-
-def test_layers_are_slim_on_gpus_and_on_cpus_where_memory_is_short():
-    """512 tokens take 4.31 GB, slim 4.11; 1,024 slim 4.37. A reserve of 15 % is left."""
-    plain, least = (estimate().at(512, slim=s).total for s in (False, True))
-    short = (plain - 1) / 0.85
-    assert estimate().slim(512, short)
-    assert not estimate().slim(512, short + 2)
-    assert estimate().tokens(short) == 512  # no more fit, slim or not
-    assert estimate().at(1024).total > 0.85 * short > least
-    assert estimate(num_gpus=1).slim(512, 1000 * GB)
-    roomy = Room(100 * GB, short + 2)
-    assert "take longer" not in estimate().check(roomy, "sft")[1]
-    told = estimate().check(Room(100 * GB, short), "sft")[1]
-    assert f"{least / 1e9:.1f} GB" in told
-    assert "in layers that keep less and take longer, as memory is short" in told
-    assert "take longer" not in estimate(num_gpus=1).check(Room(100 * GB, 50 * GB), "sft")[1]
 
 
 def test_forward_passes_take_four_times_as_many():
@@ -295,11 +279,6 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
     assert found.config.micro_batch_tokens == 2048
     assert task.config.micro_batch_tokens == "auto"
     assert "2,048 tokens" in task.folder.read_json(MEMORY)
-    assert found.slim is False
-    with monkeypatch.context() as patch:
-        patch.setattr(fitting, "_room", lambda device: Room(50 * GB, 4.9 * GB))
-        assert fitting.fitted(task, tmp_path, lengths, torch.device("cpu")).slim is True
-        assert "in layers that keep less" in task.folder.read_json(MEMORY)
     monkeypatch.setattr(fitting, "node_memory", lambda: Room(3 * GB, 1.5 * GB))
     with pytest.raises(UserError, match="set gradient_checkpointing: true, lora|set lora"):
         fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))
@@ -314,16 +293,15 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
 def test_memory_is_counted_for_layers_that_cannot_keep_less(task, tmp_path, monkeypatch):
     """Phi has other norms and an MLP without a gate; it gets less at once, not a full memory."""
     lengths = np.array([[10, 5, 5, 5]])
+    monkeypatch.setattr(fitting, "_room", lambda device: Room(50 * GB, 5 * GB))
     found = {}
     for kind in ("llama", "phi"):
         (tmp_path / "config.json").write_text(json.dumps(SMOL | {"model_type": kind}))
-        monkeypatch.setattr(fitting, "_room", lambda device: Room(50 * GB, 4.2 * GB))
-        found[kind] = fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))
-    assert (found["llama"].slim, found["phi"].slim) == (True, False)
+        config = fitting.fitted(task, tmp_path, lengths, torch.device("cpu")).config
+        found[kind] = config.micro_batch_tokens
+    assert found["phi"] < found["llama"]
     whole = estimate(sizes=LLAMA_8B, **GPUS)
-    plain = replace(whole, can_slim=False)
-    assert plain.at(4096) == whole.at(4096, slim=False)
-    assert plain.tokens(60 * GB) < whole.tokens(60 * GB)
+    assert replace(whole, is_slim=False).tokens(60 * GB) < whole.tokens(60 * GB)
 
 
 def test_a_long_row_counts_as_a_micro_batch(task):

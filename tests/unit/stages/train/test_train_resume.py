@@ -19,7 +19,6 @@ from support.tiny_models import make_tokenizer, preference_rows, write_model
 from test_train_faults import STEPS, WRPO, create, records
 
 from wrpo_ray.stages.train import checkpoint
-from wrpo_ray.stages.train.memory import Estimate
 from wrpo_ray.stages.train.rows import Tokenizing
 from wrpo_ray.stages.train.task import WRPO_ANSWERS
 
@@ -75,17 +74,15 @@ def weights(trainer: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("copies", [False, True], ids=["written", "copied"])
-@pytest.mark.parametrize(("stage", "slim"), [(0, False), (1, False), (1, True)])
-def test_each_batch_is_taken_once(tmp_path, kept, stage, slim, copies, monkeypatch):
+@pytest.mark.parametrize("stage", [0, 1])
+def test_each_batch_is_taken_once(tmp_path, kept, stage, copies, monkeypatch):
     """Six steps with checkpoints behind the second and fourth; the run ends behind each of them."""
     monkeypatch.setattr(checkpoint, "has_room_for_copies", lambda engine, device: copies)
-    monkeypatch.setattr(Estimate, "slim", lambda estimate, tokens, free: slim)
     base = write_model(tmp_path / "base", tied=True)
     tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), WRPO_ANSWERS, WRPO)
     rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
     config = LONG.model_copy(update={"zero_stage": stage})
     whole = create(tmp_path / "whole", base, rows, config)
-    assert whole.policy.module.slim is slim
     assert checkpoint.restore(whole.policy, whole.task.step.key) == 0
     whole.run(0)
     assert len(kept) == 2
