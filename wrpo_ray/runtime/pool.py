@@ -39,9 +39,9 @@ TICK = 0.2
 START_TIME = 20.0
 """Seconds within which an actor that has room is expected to answer. For this long, a pool that
 has just started keeps back one row for each requested actor that had room."""
-PLACED_FOR = 20.0
+PLACED_FOR = 60.0
 """Seconds for which an actor that does not answer counts as one on the node that it was given; by
-then Ray has placed it, or there was no room."""
+then its process, of many on a node, has started, or there was no room."""
 SEEN_AFTER = 5.0
 """Seconds after which Ray shows the room of an actor that has ended, and another pool has it."""
 MOST_OPEN = 256
@@ -197,7 +197,9 @@ class RunningPool:
         self.waiting_log.tick(is_waiting=bool(self.members) and not ready)
         busy = ready + waiting if self._is_starting else max(ready, waiting)
         demand = self._demand(busy)
-        share = ALLOCATOR.share(Report(demand, self.pace.row, self._nodes_of(self._placed)))
+        in_hand = sum(len(m.rows) for m in self.members) if self.watch else 0
+        row = self.pace.row(in_hand)
+        share = ALLOCATOR.share(Report(demand, row, self._nodes_of(self._placed)))
         self._let_leave(share)
         held = self._take_places(share, most=busy if ready >= least else least)
         placed, wanted = len(self._placed), least
@@ -358,7 +360,9 @@ class RunningPool:
         """Note an actor's first answer, or return the result of a row that it finished."""
         if found is member.report:
             member.report = None
-            self._watched(member, value)
+            if value and self.watch:  # what it made of unfinished rows
+                self.pace.add(value, rows=0)
+                self.watch(value | {"actor": member.number})
             return []
         member.since = member.told = time.monotonic()
         if member.starting is not None:
@@ -372,12 +376,6 @@ class RunningPool:
             self.pace.add(value)
         self.left -= 1
         return [value | {"actor": member.number} if self.watch else value]
-
-    def _watched(self, member: Member, told: Row) -> None:
-        """Pass on what an actor made of unfinished rows."""
-        if told and self.watch:
-            self.pace.add(told, rows=0)
-            self.watch(told | {"actor": member.number})
 
     def _lose(self, member: Member, error: Exception) -> None:
         """Put the rows of a lost actor back to the front of the queue.

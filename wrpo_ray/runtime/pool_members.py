@@ -135,10 +135,16 @@ class Pace:
         """Seconds of a start."""
         return self.longest_start or self.expected_start
 
-    @property
-    def row(self) -> float | None:
-        """Seconds of an actor for a row; if there is no result what is expected, or None."""
-        return self.seconds / self.rows if self.rows else self.expected
+    def row(self, in_hand: int) -> float | None:
+        """Seconds of an actor for a row; None if nobody knows.
+
+        While fewer rows have ended than are `in_hand` it is what is expected. Of these, whose
+        seconds are told as they pass, half of each is done: else a pool would seem the slower, and
+        get the more actors, the more it has.
+        """
+        if not self.rows or (self.expected and self.rows < in_hand):
+            return self.expected
+        return self.seconds / (self.rows + in_hand / 2)
 
 
 _NUMBERS = count()

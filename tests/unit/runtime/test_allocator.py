@@ -109,18 +109,18 @@ def test_pools_that_lack_their_first_actors_are_named():
 
 def test_the_pace_of_a_pool_is_without_starts_and_idle_time():
     pace = Pace()
-    assert pace.row is None
+    assert pace.row(0) is None
     pace.add({"seconds": 100.0, "idle": 10.0, "start": 60.0})
     pace.add({"seconds": 50.0, "idle": 0.0})
-    assert (pace.row, pace.startup) == (40.0, 60.0)
+    assert (pace.row(0), pace.startup) == (40.0, 60.0)
 
 
 def test_what_the_user_expects_counts_until_there_is_a_result():
     pace = Pace(expected=7.0, expected_start=100.0)
     pace.add({"seconds": 5.0, "idle": 0.0}, rows=0)
-    assert (pace.row, pace.startup) == (7.0, 100.0)
+    assert (pace.row(0), pace.startup) == (7.0, 100.0)
     pace.add({"seconds": 60.0, "idle": 10.0, "start": 30.0})
-    assert (pace.row, pace.startup) == (25.0, 30.0)
+    assert (pace.row(0), pace.startup) == (25.0, 30.0)
 
 
 def leave(*reports: Report) -> int:

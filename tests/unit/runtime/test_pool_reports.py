@@ -81,6 +81,25 @@ def test_a_result_is_no_report(clock, monkeypatch):
     assert (pool.left, pool.pace.rows, pool.members[0].report) == (0, 1, "report 0")
 
 
+@pytest.mark.parametrize("actors", [1, 5, 40])
+def test_a_pool_seems_no_slower_the_more_actors_it_has(actors):
+    """Of rows of 8 s, half done one after another, each actor has four at once."""
+    pace = Pace()
+    assert pace.row(0) is None
+    for rows in (0, 1, 3 * actors, 8 * actors):
+        pace.rows, pace.seconds = rows, 8.0 * (rows + actors * 4 / 2)
+        assert pace.row(4 * actors) == (pytest.approx(8.0) if rows else None)
+
+
+def test_what_is_expected_holds_until_as_many_rows_have_ended_as_are_in_hand():
+    pace = Pace(expected=5.0)
+    pace.add({"seconds": 40.0, "idle": 0.0}, rows=3)
+    assert pace.row(4) == 5.0
+    pace.add({"seconds": 20.0, "idle": 2.0})
+    assert pace.row(4) == pytest.approx(58 / 6)
+    assert pace.row(0) == pytest.approx(58 / 4)
+
+
 def test_many_actors_are_asked_less_often(clock):
     """2,000 actors: at most 20 a second, so each is asked after 100 s."""
     pool = Asked(2000, [])
