@@ -27,7 +27,6 @@ from wrpo_ray.config import LoraConfig
 from wrpo_ray.llm.rendering import load_tokenizer
 from wrpo_ray.stages.train import attention, layers, slimming
 from wrpo_ray.stages.train.layers import Together, put_side_by_side, side_by_side
-from wrpo_ray.stages.train.memory import Estimate
 from wrpo_ray.stages.train.model import Policy, gather_weights, with_lora
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Tokenizing
@@ -331,14 +330,13 @@ def test_a_training_takes_the_same_steps(tmp_path, settings, want, monkeypatch, 
     environment = {"DS_ACCELERATOR": "cpu", "TORCHDYNAMO_DISABLE": "1", "LOCAL_RANK": "0"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(Estimate, "slim", lambda estimate, tokens, free: True)
     base, found, weights = write_model(tmp_path / "base", tied=True), {}, {}
     tokenizing = Tokenizing(load_tokenizer(base), frozenset({1}), WRPO_ANSWERS, WRPO)
     rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
     for ours in (False, True):
         monkeypatch.setattr(slimming, "saves_time", lambda weight, chosen=ours: chosen)
-        joined.clear()
         trainer = create(tmp_path / str(ours), base, rows, WRPO.model_copy(update=settings))
+        joined.clear()  # of the reference's pass, whose weights are whole
         trainer.run(0)
         found[ours] = [[line[key] for line in records(trainer)] for key in ("loss", "grad_norm")]
         weights[ours] = gather_weights(trainer.policy.module.model, base, keep=True)[0]

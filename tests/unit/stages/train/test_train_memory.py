@@ -293,7 +293,7 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
 def test_memory_is_counted_for_layers_that_cannot_keep_less(task, tmp_path, monkeypatch):
     """Phi has other norms and an MLP without a gate; it gets less at once, not a full memory."""
     lengths = np.array([[10, 5, 5, 5]])
-    monkeypatch.setattr(fitting, "_room", lambda device: Room(50 * GB, 5 * GB))
+    monkeypatch.setattr(fitting, "_room", lambda device: Room(50 * GB, 6 * GB))
     found = {}
     for kind in ("llama", "phi"):
         (tmp_path / "config.json").write_text(json.dumps(SMOL | {"model_type": kind}))
