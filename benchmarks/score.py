@@ -243,10 +243,10 @@ class Sharing:
     apart: float
     """The largest difference of an answer's two rewards."""
 
-    @property
-    def at_most(self) -> float:
-        """The ratio of tokens."""
-        return self.samples * (1 + self.ratio) / (self.samples + self.ratio)
+    tokens: float
+    """Tokens with padding, alone over sharing."""
+    unpadded: float
+    """The same without padding."""
 
 
 KINDS = ((0.5, SAMPLES), (1.0, SAMPLES), (4.0, SAMPLES), (1.0, 1))
@@ -279,11 +279,14 @@ def measure_sharing(options: argparse.Namespace) -> list[Sharing]:
             alone = load_classifier(part, folder, on_gpu=False)
     assert sharing.shares
     assert not alone.shares
+    computed = {reward: tokens_of(reward) for reward in (sharing, alone)}
     found = []
     for ratio, samples in KINDS:
         items = asked(ratio, samples, options)
         times: dict[Any, list[float]] = {sharing: [], alone: []}
         scores: dict[Any, list[Any]] = {}
+        for counts in computed.values():
+            counts.clear()
         for _ in range(options.repeats):
             for reward, taken in times.items():
                 began = time.process_time()
@@ -291,11 +294,25 @@ def measure_sharing(options: argparse.Namespace) -> list[Sharing]:
                 taken.append(time.process_time() - began)
         apart = max(abs(a - b) for a, b in zip(scores[sharing], scores[alone], strict=True))
         assert apart < 1e-4, f"rewards differ by {apart}"
+        rows = options.repeats * sum(len(sharing.encode(item)) for item in items)
+        sums = [sum(computed[reward]) for reward in (sharing, alone)]
         medians = [statistics.median(times[reward]) for reward in (sharing, alone)]
         name = f"r{ratio:g}" + ("" if samples == SAMPLES else f".n{samples}")
-        found.append(Sharing(name, ratio, samples, len(items), *medians, apart))
+        found.append(
+            Sharing(
+                name, ratio, samples, len(items), *medians, apart, sums[1] / sums[0], rows / sums[0]
+            )
+        )
         print(found[-1], times.values(), flush=True)
     return found
+
+
+def tokens_of(reward: Any) -> list[int]:
+    """The tokens of each of its forward passes from now on, with padding."""
+    counts: list[int] = []
+    embedding = reward.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, out: counts.append(given[0].numel()))
+    return counts
 
 
 SHARING_TEXT = """# Scoring: answers that share their prompt
@@ -304,16 +321,16 @@ Rewards of a classifier, where the answers to a prompt are packed behind it, so 
 once; and where each answer has a row of its own, padded on the right, as before and still for
 models that do not allow it. Ratio: alone / sharing.
 
-| prompt / answer tokens | answers | sharing, answers/s | alone, answers/s | ratio | at most |
-| --- | --- | --- | --- | --- | --- |
+| prompt / answer | answers | sharing, answers/s | alone, answers/s | ratio | tokens | unpadded |
+| --- | --- | --- | --- | --- | --- | --- |
 {lines}
 
 - {machine}, one thread, CPU time; medians of {repeats} runs, in turn in one process. Load average
   {load:.1f}.
 - A Llama of random weights (width 512, 12 layers, fp32), {batch} answers at the most in a forward
-  pass, answers of {answer_mean} tokens on average (log-normal, sigma 0.6). "At most" is the ratio
-  of tokens without padding and what the template adds: n (1 + r) / (n + r) for n answers and a
-  prompt r times as long as one.
+  pass, answers of {answer_mean} tokens on average (log-normal, sigma 0.6). "Tokens" is the
+  ratio of the tokens in all forward passes, with padding; where many answers are sorted by length,
+  as in a run (64 batches at once), little of it is left, and the ratio of unpadded tokens counts.
 - Rewards of both ways are compared: they are within {apart:.0e}.
 - Versions: {versions}. `python benchmarks/score.py` repeats it.
 """
@@ -335,7 +352,7 @@ def told(found: list[Sharing], options: argparse.Namespace) -> tuple[list[result
     ]
     lines = [
         f"| {k.ratio:g} | {k.samples} | {k.answers / k.sharing:.3g} | {k.answers / k.alone:.3g} "
-        f"| **{k.alone / k.sharing:.2f}** | {k.at_most:.2f} |"
+        f"| **{k.alone / k.sharing:.2f}** | {k.tokens:.2f} | {k.unpadded:.2f} |"
         for k in found
     ]
     section = SHARING_TEXT.format(
@@ -354,7 +371,7 @@ def main() -> None:
     import torch
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=10, help="with five answers each")
+    parser.add_argument("--prompts", type=int, default=4, help="with five answers each")
     parser.add_argument("--answer-mean", type=int, default=160, help="bytes, which are tokens")
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=3)
