@@ -55,6 +55,7 @@ bench: .venv/.dev
 	@$(BIN)/python -W ignore benchmarks/sharing.py
 	@$(BIN)/python -W ignore benchmarks/kernels.py
 	@$(BIN)/python -W ignore benchmarks/data.py
+	@$(BIN)/python -W ignore benchmarks/score.py
 	@$(BIN)/python -W ignore benchmarks/pairing.py
 	@$(BIN)/python -W ignore benchmarks/serve.py
 	@$(BIN)/python benchmarks/simulate.py

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wrpo_ray.stages.train import attention
+from wrpo_ray.llm import attention
 
 CHUNK = 2**24
 

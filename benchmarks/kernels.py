@@ -25,7 +25,8 @@ import torch
 from before import TokenLogps, by_varlen
 from counting import Counts
 
-from wrpo_ray.stages.train import attention, layers
+from wrpo_ray.llm import attention
+from wrpo_ray.stages.train import layers
 from wrpo_ray.stages.train.logprobs import token_logps
 from wrpo_ray.stages.train.memory import chunk_on
 from wrpo_ray.stages.train.packing import Batch, pack

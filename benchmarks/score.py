@@ -1,19 +1,27 @@
-"""Scoring answers with a reward model: our pipeline, and plain loops over padded batches."""
+"""Scoring answers with a reward model: our pipeline, and plain loops over padded batches.
+
+python benchmarks/score.py     # answers that share their prompt's computation, and that do not
+"""
 
 from __future__ import annotations
 
+import argparse
 import os
+import statistics
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import results
 from parts import Part
 from workload import SAMPLES, Clock, ContenderRun, Message, Shape, key, texts, user, write_prompts
 
-from wrpo_ray.config import Config
+from wrpo_ray.config import Config, ScoreConfig
 from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.data.records import RESPONSE, SCORED, prompt_id
 from wrpo_ray.runtime.placement import thread_env
@@ -215,3 +223,165 @@ PART = Part(
     packages=("ray", "torch", "transformers", "wrpo-ray"),
     text=TEXT,
 )
+
+
+# --- sharing prompts ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """A kind of answers, and the CPU seconds of scoring them in both ways."""
+
+    name: str
+    ratio: float
+    """Tokens of a prompt over those of an answer."""
+    samples: int
+    """Answers to a prompt."""
+    answers: int
+    sharing: float
+    alone: float
+    apart: float
+    """The largest difference of an answer's two rewards."""
+
+    tokens: float
+    """Tokens with padding, alone over sharing."""
+    unpadded: float
+    """The same without padding."""
+
+
+KINDS = ((0.5, SAMPLES), (1.0, SAMPLES), (4.0, SAMPLES), (1.0, 1))
+"""(ratio, answers to a prompt)."""
+
+
+def asked(ratio: float, samples: int, options: argparse.Namespace) -> list[Item]:
+    """About as many answers of each kind."""
+    prompts = options.prompts * SAMPLES // samples
+    given = texts(prompts, int(ratio * options.answer_mean), "prompts")
+    said = texts(samples * prompts, options.answer_mean, "answers")
+    return [Item(user(given[i // samples]), text, None) for i, text in enumerate(said)]
+
+
+def measure_sharing(options: argparse.Namespace) -> list[Sharing]:
+    """Both in turn, in one process; each has its own copy of the model.
+
+    Raises:
+        AssertionError: rewards differ, or nothing is shared.
+    """
+    from wrpo_ray.stages.score.decoder import Decoder
+    from wrpo_ray.stages.score.reward_models import load_classifier
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        Shape().write(folder, classifier=True, context=16 * options.answer_mean * 2)
+        part = ScoreConfig(model="m", dtype="float32", batch_size=options.batch, max_length=2**16)
+        sharing = load_classifier(part, folder, on_gpu=False)
+        with mock.patch.object(Decoder, "_can_share", return_value=False):
+            alone = load_classifier(part, folder, on_gpu=False)
+    assert sharing.shares
+    assert not alone.shares
+    computed = {reward: tokens_of(reward) for reward in (sharing, alone)}
+    found = []
+    for ratio, samples in KINDS:
+        items = asked(ratio, samples, options)
+        times: dict[Any, list[float]] = {sharing: [], alone: []}
+        scores: dict[Any, list[Any]] = {}
+        for counts in computed.values():
+            counts.clear()
+        for _ in range(options.repeats):
+            for reward, taken in times.items():
+                began = time.process_time()
+                scores[reward] = reward.score(items)
+                taken.append(time.process_time() - began)
+        apart = max(abs(a - b) for a, b in zip(scores[sharing], scores[alone], strict=True))
+        assert apart < 1e-4, f"rewards differ by {apart}"
+        rows = options.repeats * sum(len(sharing.encode(item)) for item in items)
+        sums = [sum(computed[reward]) for reward in (sharing, alone)]
+        medians = [statistics.median(times[reward]) for reward in (sharing, alone)]
+        name = f"r{ratio:g}" + ("" if samples == SAMPLES else f".n{samples}")
+        found.append(
+            Sharing(
+                name, ratio, samples, len(items), *medians, apart, sums[1] / sums[0], rows / sums[0]
+            )
+        )
+        print(found[-1], times.values(), flush=True)
+    return found
+
+
+def tokens_of(reward: Any) -> list[int]:
+    """The tokens of each of its forward passes from now on, with padding."""
+    counts: list[int] = []
+    embedding = reward.model.get_input_embeddings()
+    embedding.register_forward_hook(lambda _, given, out: counts.append(given[0].numel()))
+    return counts
+
+
+SHARING_TEXT = """# Scoring: answers that share their prompt
+
+Rewards of a classifier, where the answers to a prompt are packed behind it, so that it is computed
+once; and where each answer has a row of its own, padded on the right, as before and still for
+models that do not allow it. Ratio: alone / sharing.
+
+| prompt / answer | answers | sharing, answers/s | alone, answers/s | ratio | tokens | unpadded |
+| --- | --- | --- | --- | --- | --- | --- |
+{lines}
+
+- {machine}, one thread, CPU time; medians of {repeats} runs, in turn in one process. Load average
+  {load:.1f}.
+- A Llama of random weights (width 512, 12 layers, fp32), {batch} answers at the most in a forward
+  pass, answers of {answer_mean} tokens on average (log-normal, sigma 0.6). "Tokens" is the
+  ratio of the tokens in all forward passes, with padding; where many answers are sorted by length,
+  as in a run (64 batches at once), little of it is left, and the ratio of unpadded tokens counts.
+- Rewards of both ways are compared: they are within {apart:.0e}.
+- Versions: {versions}. `python benchmarks/score.py` repeats it.
+"""
+
+
+def told(found: list[Sharing], options: argparse.Namespace) -> tuple[list[results.Row], str]:
+    """Rows of results.json, and the section."""
+    versions = results.versions("torch", "transformers", "wrpo-ray")
+    about = {"machine": results.machine(), "versions": versions}
+    rows = [
+        results.row(
+            f"reward.sharing.{kind.name}.vs_alone",
+            1e3 * kind.sharing / kind.answers,
+            1e3 * kind.alone / kind.answers,
+            "CPU ms/answer",
+            about,
+        )
+        for kind in found
+    ]
+    lines = [
+        f"| {k.ratio:g} | {k.samples} | {k.answers / k.sharing:.3g} | {k.answers / k.alone:.3g} "
+        f"| **{k.alone / k.sharing:.2f}** | {k.tokens:.2f} | {k.unpadded:.2f} |"
+        for k in found
+    ]
+    section = SHARING_TEXT.format(
+        **vars(options),
+        lines="\n".join(lines),
+        machine=about["machine"],
+        load=os.getloadavg()[2],
+        apart=max(kind.apart for kind in found),
+        versions=", ".join(f"{name} {v}" for name, v in versions.items()),
+    )
+    return rows, section
+
+
+def main() -> None:
+    """Measure what sharing prompts brings, and write it."""
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=4, help="with five answers each")
+    parser.add_argument("--answer-mean", type=int, default=160, help="bytes, which are tokens")
+    parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows, section = told(measure_sharing(options), options)
+    print(section)
+    results.save(options.output, "reward.sharing.", rows, section)
+
+
+if __name__ == "__main__":
+    main()

@@ -39,8 +39,9 @@ from train import (
     seconds,
 )
 
+from wrpo_ray.llm.attention import Layout
 from wrpo_ray.stages.train.loss import Answers, preference_loss
-from wrpo_ray.stages.train.packing import Batch, Layout, assign_micro_batches, costs, pack
+from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack
 from wrpo_ray.stages.train.rows import Row
 
 CELL = Cell(1.6)

@@ -27,7 +27,7 @@ import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from report import Cell, Measured, Report, machine, versions
 from torch import Tensor, nn
 
-from wrpo_ray.stages.train import attention
+from wrpo_ray.llm import attention
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.memory import FORWARD_TOKENS
 from wrpo_ray.stages.train.model import Policy

@@ -40,7 +40,14 @@ class Shape:
     hidden: int = 512
     layers: int = 12
 
-    def write(self, folder: Path, *, classifier: bool = False, dtype: str = "float32") -> None:
+    def write(
+        self,
+        folder: Path,
+        *,
+        classifier: bool = False,
+        dtype: str = "float32",
+        context: int = CONTEXT,
+    ) -> None:
         """Make a model folder, always of the same random weights."""
         import torch
         from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
@@ -48,7 +55,7 @@ class Shape:
         from wrpo_ray.zoo.tokenizers import byte_tokenizer
 
         tokenizer = byte_tokenizer()
-        tokenizer.model_max_length = CONTEXT
+        tokenizer.model_max_length = context
         heads = self.hidden // 64
         config = LlamaConfig(
             vocab_size=len(tokenizer),
@@ -57,7 +64,7 @@ class Shape:
             num_hidden_layers=self.layers,
             num_attention_heads=heads,
             num_key_value_heads=heads // 2,
-            max_position_embeddings=CONTEXT,
+            max_position_embeddings=context,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,

@@ -17,7 +17,9 @@ from wrpo_ray.stages.score.rewards import load_reward
 asked = [{"role": "user", "content": "w1 w2"}]
 items = [Item(asked, text, None) for text in json.loads(sys.argv[2])]
 config = RewardConfig(model="m", engine="vllm", max_length=100)
-scores = load_reward(config, [Path(sys.argv[1])]).score(items)
+reward = load_reward(config, [Path(sys.argv[1])])
+assert reward.llm.llm_engine.vllm_config.cache_config.enable_prefix_caching  # of a shared prompt
+scores = reward.score(items)
 Path(sys.argv[3]).write_text(json.dumps([s if isinstance(s, float) else str(s) for s in scores]))
 """
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "stages" / "train"))
 
 from test_train_packing import KINDS, make, plain_logps, relative, some_rows
 
-from wrpo_ray.stages.train import attention
+from wrpo_ray.llm import attention
 from wrpo_ray.stages.train.model import Policy
 from wrpo_ray.stages.train.packing import pack
 

@@ -4,8 +4,8 @@ A pool requests `min` actors from Ray first, then those that the process's alloc
 long as there is a row for each. Requests for more, up to `max`, stay open for nodes that are not
 there yet: Ray's autoscaler sees them as demand, and room that becomes free is the allocator's to
 give. They are withdrawn while another pool lacks its first actors. An actor gets a new row when it
-finishes one, none in advance; the rows of a lost actor go to the others. Not covered: how pools of
-several drivers share a cluster.
+finishes one, and has `threads` of them at most; the rows of a lost actor go to the others. Not
+covered: how pools of several drivers share a cluster.
 """
 
 import math

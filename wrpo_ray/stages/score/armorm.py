@@ -22,7 +22,8 @@ from wrpo_ray.config import ScoreConfig
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import first_of, telling_of
 from wrpo_ray.stages.score.base import Item
-from wrpo_ray.stages.score.reward_models import TokenReward, padded, torch_dtype
+from wrpo_ray.stages.score.decoder import Decoder
+from wrpo_ray.stages.score.reward_models import TokenReward, torch_dtype
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.tensors import Tensors, read_tensors
 
@@ -96,9 +97,15 @@ class ArmoReward(TokenReward):
         llama = LlamaModel.from_pretrained(folder, config=config, dtype=torch_dtype(part))
         self.llama = llama.to(self.device).eval()
         self.heads = load_heads(config, files).to(self.device).eval()
-        self.pad = 0 if config.pad_token_id is None else config.pad_token_id
         self.context = config.max_position_embeddings
         super().__init__(part, folder)
+        pad = 0 if config.pad_token_id is None else config.pad_token_id
+        self.decoder = Decoder(self.llama, pad, self.device, self.max_length)
+
+    @property
+    def shares(self) -> bool:
+        """If the loaded model allows it."""
+        return bool(self.decoder.shares)
 
     def encode(self, item: Item) -> list[int]:
         """The conversation's token ids.
@@ -111,16 +118,12 @@ class ArmoReward(TokenReward):
         gate_position(ids)
         return ids
 
-    def rewards(self, rows: list[list[int]]) -> list[float]:
-        """One forward pass; padding is masked, and on the right, so that no token sees it."""
-        ids, mask = padded(rows, self.pad, self.device)
-        row = torch.arange(len(rows))
+    def rewards(self, groups: list[list[list[int]]]) -> list[float]:
+        """One forward pass."""
         with torch.inference_mode():
-            out = self.llama(input_ids=ids, attention_mask=mask, use_cache=False)
-            states = out.last_hidden_state  # (B, T, H)
-            last = states[row, [len(ids) - 1 for ids in rows]]
-            gate = states[row, [gate_position(ids) for ids in rows]]
-            rewards: list[float] = self.heads(last.float(), gate.float()).tolist()
+            states = self.decoder.states(groups, lambda ids: [len(ids) - 1, gate_position(ids)])
+            last, gate = states.float().unbind(1)
+            rewards: list[float] = self.heads(last, gate).tolist()
         return rewards
 
 

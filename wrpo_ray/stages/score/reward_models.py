@@ -1,13 +1,16 @@
-"""Reward models on the conversation's tokens: batches of like length, padded on the right."""
+"""Reward models on the conversation's tokens, in batches; answers to a prompt share it."""
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from wrpo_ray.config import ScoreConfig
+from wrpo_ray.data.buckets import chunks
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm.architecture import Use, check_loaded, check_weights, telling_of, without_memory
 from wrpo_ray.llm.chat import conversation_ids, prompt_ids
@@ -139,11 +142,16 @@ class TokenReward(ABC):
         self.batch_size = part.batch_size
 
     @abstractmethod
-    def rewards(self, rows: list[list[int]]) -> list[float]:
-        """Return the rewards of rows of token ids."""
+    def rewards(self, groups: list[list[list[int]]]) -> list[float]:
+        """Return the rewards of the groups' rows of token ids, one after another."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether rows of the same prompt, as a group, share the computation of the prompt."""
+        return False
 
     def score(self, items: list[Item]) -> list[Outcome]:
-        """Score in batches of similar length; an item's reward does not depend on its batch."""
+        """Score in batches; an item's reward does not depend on its batch, but for rounding."""
         scores: dict[int, Outcome] = {}
         encoded: dict[int, list[int]] = {}
         for i, item in enumerate(items):
@@ -151,12 +159,29 @@ class TokenReward(ABC):
                 encoded[i] = self.encode(item)
             except Exception as error:  # a template can raise anything; the row keeps it
                 scores[i] = error
-        ready = sorted(encoded, key=lambda i: len(encoded[i]))
-        for start in range(0, len(ready), self.batch_size):
-            batch = ready[start : start + self.batch_size]
-            values = self.rewards([encoded[i] for i in batch])
-            scores |= {i: finite(value) for i, value in zip(batch, values, strict=True)}
-        return [scores[i] for i in range(len(items))]
+        first: dict[tuple[int, ...], int] = {}
+        same = {i: first.setdefault(tuple(row), i) for i, row in encoded.items()}
+        for batch in self._batches(items, {i: encoded[i] for i in first.values()}):
+            values = self.rewards([[encoded[i] for i in group] for group in batch])
+            scores |= zip(chain(*batch), map(finite, values), strict=True)
+        return [scores[same.get(i, i)] for i in range(len(items))]
+
+    def _batches(
+        self, items: list[Item], encoded: dict[int, list[int]]
+    ) -> Iterator[list[list[int]]]:
+        """Yield batches of at most `batch_size` items of similar length, by numbers, in groups."""
+        groups = [[i] for i in encoded]
+        if self.shares:
+            by_prompt = groupby(encoded, key=lambda i: items[i].messages)
+            groups = [g for _, same in by_prompt for g in chunks([*same], self.batch_size)]
+        batch: list[list[int]] = []
+        for group in sorted(groups, key=lambda group: len(encoded[group[0]])):
+            if sum(map(len, batch)) + len(group) > self.batch_size:
+                yield batch
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch
 
     def encode(self, item: Item) -> list[int]:
         """Return the conversation's token ids, at most `max_length`.
@@ -180,16 +205,6 @@ class TokenReward(ABC):
         return ids[:start] + ids[start + excess :]
 
 
-def padded(rows: list[list[int]], pad: int, device: str) -> tuple[Any, Any]:
-    """Return token ids (B, T) with padding on the right, and their attention mask (B, T)."""
-    import torch
-
-    longest = max(map(len, rows))
-    ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return ids.to(device), mask.to(device)
-
-
 def to_list(outputs: Any) -> list[float]:
     """Return a head's outputs (B, 1) as numbers."""
     values: list[float] = outputs[:, 0].float().tolist()
@@ -207,6 +222,8 @@ class ClassifierReward(TokenReward):
     def __init__(self, part: ScoreConfig, folder: Path, *, on_gpu: bool):
         from transformers import AutoModelForSequenceClassification
 
+        from wrpo_ray.stages.score.decoder import Decoder
+
         model, loaded = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=torch_dtype(part), output_loading_info=True, trust_remote_code=False
         )
@@ -214,25 +231,32 @@ class ClassifierReward(TokenReward):
             check_loaded(loaded, model)
         self.device = "cuda" if on_gpu else "cpu"
         self.model = model.to(self.device).eval()
-        self.is_decoder = _has_head(model)
         text = model.config.get_text_config()
         self.pad, self.context = text.pad_token_id, getattr(text, "max_position_embeddings", None)
-        if self.is_decoder and (self.pad is None or self.pad < 0):
-            self.pad = 0  # any token will do on the right, where none that is read sees it
         super().__init__(part, folder)
+        self.decoder = None
+        if _has_head(model):
+            # any token will do on the right, where none that is read sees it
+            pad = 0 if self.pad is None or self.pad < 0 else self.pad
+            self.decoder = Decoder(self.model.base_model, pad, self.device, self.max_length)
 
-    def rewards(self, rows: list[list[int]]) -> list[float]:
+    @property
+    def shares(self) -> bool:
+        """If the model is a decoder that allows it."""
+        return self.decoder is not None and self.decoder.shares
+
+    def rewards(self, groups: list[list[list[int]]]) -> list[float]:
         """One forward pass."""
         import torch
 
-        ids, mask = padded(rows, self.pad, self.device)
+        from wrpo_ray.stages.score.decoder import ends, padded
+
         with torch.inference_mode():
-            if not self.is_decoder:  # it reads its first token, or has a head of its own
-                out = self.model(input_ids=ids, attention_mask=mask)
-                return to_list(out.logits)
-            states = self.model.base_model(input_ids=ids, attention_mask=mask)[0]  # (B, T, H)
-            last = states[torch.arange(len(rows)), [len(row) - 1 for row in rows]]
-            return to_list(self.model.score(last))
+            if self.decoder:
+                return to_list(self.model.score(self.decoder.states(groups, ends)[:, 0]))
+            # it reads its first token, or has a head of its own
+            ids, mask = padded([*chain(*groups)], self.pad, self.device)
+            return to_list(self.model(input_ids=ids, attention_mask=mask).logits)
 
 
 class VllmReward(TokenReward):
@@ -256,12 +280,17 @@ class VllmReward(TokenReward):
         )
         self.batch_size = 2**31
 
-    def rewards(self, rows: list[list[int]]) -> list[float]:
+    @property
+    def shares(self) -> bool:
+        """Its prefix caching finds a prompt that was computed shortly before."""
+        return True
+
+    def rewards(self, groups: list[list[list[int]]]) -> list[float]:
         """All rows at once, as the raw output of the head."""
         from vllm import PoolingParams
 
         outputs = self.llm.classify(
-            [{"prompt_token_ids": row} for row in rows],
+            [{"prompt_token_ids": row} for row in chain(*groups)],
             pooling_params=PoolingParams(use_activation=False),
             use_tqdm=False,
         )

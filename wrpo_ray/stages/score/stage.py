@@ -3,9 +3,11 @@
 An actor skips the answers that have a score, and commits the others by their size and age
 (`ShardWriter`). A bucket that is whole, answers and scores, is marked and passed over later. Scores
 are rewards, or a verifier's verdicts on answers that have rewards too: `Score.outcome` says which.
+An actor reads its next bucket, and writes the last one, while it scores: it has two at most.
 """
 
 import json
+import threading
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -145,8 +147,12 @@ def pool_of(reward: RewardConfig) -> Pool:
         env = engine_env(on_gpu=bool(reward.actors.num_gpus))
     has_model = any(part.model for part in reward.parts)
     is_light = not has_model and all(part.verifier != "code" for part in reward.parts)
-    name = f"score with {reward.name}"
-    return Pool(name, reward.actors, env, has_model=has_model, is_light=is_light)
+    # a user's function may need the process's main thread, as for `signal.alarm`
+    reads_ahead = not any(part.function for part in reward.parts)
+    return Pool(
+        f"score with {reward.name}", reward.actors, env, threads=1 + reads_ahead,
+        has_model=has_model, is_light=is_light,
+    )  # fmt: skip
 
 
 def _run_pool(run: Run, jobs: list[Score], ready_queue: ReadyQueue | None) -> None:
@@ -213,6 +219,8 @@ class Scorer:
         self.run, self.jobs = run, jobs
         self.workplace = Workplace(run, [job.step for job in jobs], parts(_asked(jobs)))
         self._start_clock = StartClock()
+        self._scoring = threading.Lock()
+        """Held while answers are scored, of one bucket at a time; another is read and written."""
 
     @cached_property
     def reward(self) -> Reward:
@@ -225,14 +233,14 @@ class Scorer:
             )
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Score one bucket of one job; return counts only."""
+        """Score one bucket of one job; return counts only. Threads may call at once."""
         job, bucket = self.jobs[row["job"]], self.workplace.bucket(row)
         done, failed, score_sum = 0, 0, 0.0
         with self.workplace.filling(row, records.SCORED) as (filling, earlier):
             held, given_up, missing = self._missing(job, bucket, filling, earlier)
             prompts = self._prompts(job, bucket) if missing else {}
             commit = partial(self._commit, job, filling, earlier)
-            with ShardWriter(commit, self.run.commit_seconds) as writer:
+            with ShardWriter(commit, self.run.commit_seconds) as writer, self._scoring:
                 for rows in chunks(missing, BATCHES * job.reward.batch_size):
                     good, failures = self._score(job, prompts, rows)
                     writer.add(good, failures)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from wrpo_ray.config import LoraConfig, TrainConfig
 from wrpo_ray.errors import UserError, WrpoError
+from wrpo_ray.llm import attention
 from wrpo_ray.llm.architecture import Use, check_loaded, check_weights, telling_of
 from wrpo_ray.llm.chat import end_ids
 from wrpo_ray.llm.rounding import Rounding, Tensors
-from wrpo_ray.stages.train import attention, slimming
+from wrpo_ray.stages.train import slimming
 from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
 from wrpo_ray.stages.train.memory import forward_tokens
 from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad

@@ -12,41 +12,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from wrpo_ray.llm.attention import Layout
 from wrpo_ray.stages.train.rows import Row
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Tokens that attend causally to themselves, and to all of an earlier block, `prefix`."""
-
-    length: int
-    prefix: int | None = None
-    """Index of the block of the row's prompt; None for a prompt."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """The blocks of a packed sequence, in order; together they cover it."""
-
-    blocks: tuple[Block, ...]
-    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
-    """Masks and indices of the attention, computed once for all layers."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each block."""
-        return [block.length for block in self.blocks]
-
-    def prefix_length(self, block: Block) -> int:
-        """Tokens of the block's prompt."""
-        return 0 if block.prefix is None else self.blocks[block.prefix].length
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,28 +76,21 @@ def pack(rows: Sequence[Row]) -> Batch:
         >>> batch.size, batch.lengths.tolist()
         (7, [1, 2, 1])
     """
-    blocks: list[Block] = []
-    ids, positions, predict = [], [], []
-    start = 0
-    for row in rows:
-        prompt, first = len(row.prompt), start
-        ids.append(row.prompt)
-        positions.append(np.arange(prompt))
-        blocks.append(Block(prompt))
-        prefix, start = len(blocks) - 1, start + prompt
-        for answer in row.answers:
-            ids.append(answer)
-            positions.append(np.arange(prompt, prompt + len(answer)))
-            predict.append(_predictors(first + prompt - 1, start, len(answer)))
-            blocks.append(Block(len(answer), prefix))
-            start += len(answer)
+    layout = Layout.of([row.lengths for row in rows])
+    ends = np.cumsum(layout.lengths)
+    answers = [answer for row in rows for answer in row.answers]
+    predict = [
+        _predictors(int(ends[block.prefix]) - 1, int(end) - block.length, block.length)
+        for block, end in zip(layout.blocks, ends, strict=True)
+        if block.prefix is not None
+    ]
     return Batch(
-        _tensor(ids)[None],
-        _tensor(positions)[None],
+        _tensor([part for row in rows for part in (row.prompt, *row.answers)])[None],
+        layout.positions[None],
         _tensor(predict),
-        _tensor([answer for row in rows for answer in row.answers]),
-        _answer_mask([len(answer) for row in rows for answer in row.answers]),
-        layout=Layout(tuple(blocks)),
+        _tensor(answers),
+        _answer_mask([len(answer) for answer in answers]),
+        layout=layout,
     )
 
 

@@ -7,7 +7,6 @@ exceed: a model that applies them by its own mask, which packed rows lack, fails
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.attention import changing_positions, reachable_spans
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.stages.train.slimming import own_forwards
@@ -24,8 +24,6 @@ from wrpo_ray.stages.train.slimming import own_forwards
 if TYPE_CHECKING:
     from wrpo_ray.stages.train.model import Policy
 
-SPANS = re.compile(r"window|chunk|local|block|span|top_?k|stride|floor_scale")
-"""Words in the keys of a config whose numbers limit attention, in tokens."""
 PROMPT, ANSWERS = 4, (2, 3, 7)
 """Tokens of the shortest probe."""
 NO_MEMORY = "can't allocate memory"
@@ -44,7 +42,7 @@ def check_forward(policy: Policy, config: TrainConfig, device: torch.device) -> 
     _check_rope(settings, config.max_length)
     probe = _probe(settings, config.max_length)
     with torch.no_grad():
-        window = max(_reachable(settings, config.max_length), default=0)
+        window = max(reachable_spans(settings, config.max_length), default=0)
         failing = as_user_error(settings.model_type, "its own forward pass fails", NOT_HERE)
         with failing, _memory_errors(settings.model_type, window):
             plain = _plain_logps(policy, probe, device)
@@ -113,48 +111,23 @@ def _check_finite(policy: Policy, plain: Tensor) -> None:
 
 
 def _check_rope(settings: Any, max_length: int) -> None:
-    """Reject position encodings that depend on the longest row of a micro-batch.
-
-    transformers 5.23 chooses their scaling by the greatest position of a forward pass.
-    """
-    rope = getattr(settings, "rope_parameters", None) or {}
-    for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
-        if kind.get("rope_type") not in ("longrope", "dynamic"):
-            continue
-        original = kind.get("original_max_position_embeddings") or settings.max_position_embeddings
-        if max_length > original:
-            raise UserError(
-                f"{settings.model_type}: rows above {original} tokens would change the log-probs "
-                f"of others in their micro-batch ({kind['rope_type']} positions); set max_length "
-                f"to {original}"
-            )
+    """Reject position encodings that depend on the longest row of a micro-batch."""
+    if found := changing_positions(settings, max_length):
+        kind, original = found
+        raise UserError(
+            f"{settings.model_type}: rows above {original} tokens would change the log-probs "
+            f"of others in their micro-batch ({kind} positions); set max_length to {original}"
+        )
 
 
 def _probe(settings: Any, max_length: int) -> Row:
     """A row with short answers, whose prompt is longer than all spans that rows can exceed."""
     longest, answer = max(PROMPT, max_length - max(ANSWERS)), max(ANSWERS)
-    reachable = _reachable(settings, max_length)
+    reachable = reachable_spans(settings, max_length)
     prompt = min(longest, max([PROMPT, *(span + answer for span in reachable)]))
     ids = (np.arange(1, prompt + sum(ANSWERS) + 1, dtype=np.int32) * 7) % settings.vocab_size
     parts = np.split(ids, np.cumsum([prompt, *ANSWERS])[:-1])
     return Row("probe", parts[0], tuple(parts[1:]))
-
-
-def _reachable(settings: Any, max_length: int) -> list[int]:
-    """The spans that rows can exceed, in tokens."""
-    return [span for span in _spans(settings.to_dict()) if span < max_length]
-
-
-def _spans(settings: Any, key: str = "") -> Iterator[int]:
-    """Numbers of a config whose key, or a parent's key, names a span of tokens."""
-    if isinstance(settings, dict):
-        for name, value in settings.items():
-            yield from _spans(value, f"{key}.{name}")
-    elif isinstance(settings, list | tuple):
-        for value in settings:
-            yield from _spans(value, key)
-    elif isinstance(settings, int) and not isinstance(settings, bool) and SPANS.search(key):
-        yield settings
 
 
 def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wrpo_ray.llm import attention
 from wrpo_ray.llm.architecture import without_memory
-from wrpo_ray.stages.train import attention
 from wrpo_ray.stages.train.layers import (
     ACTIVATIONS,
     Together,

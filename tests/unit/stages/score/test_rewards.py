@@ -161,7 +161,8 @@ def test_whatever_token_pads_the_reward_is_read_at_the_last_one(folder, tmp_path
     cases = 0
     for pad in (None, -1, *range(VOCABULARY)):
         copy = with_pad(folder, tmp_path, pad)
-        found = load_classifier(RewardConfig(model="m"), copy, on_gpu=False).rewards(rows)
+        reward = load_classifier(RewardConfig(model="m"), copy, on_gpu=False)
+        found = reward.rewards([[row] for row in rows])
         assert found == pytest.approx(wanted, abs=1e-5)
         cases += len(found)
     assert cases == (VOCABULARY + 2) * VOCABULARY == 2208
@@ -214,8 +215,8 @@ def test_decoders_of_any_family_are_read_as_transformers_reads_them(family, tmp_
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
     wanted = [plain(torch.tensor([row])).logits.item() for row in rows]
     reward = load_classifier(RewardConfig(model="m"), tmp_path, on_gpu=False)
-    assert reward.is_decoder
-    assert reward.rewards(rows) == pytest.approx(wanted, abs=1e-5)
+    assert reward.decoder is not None
+    assert reward.rewards([[row] for row in rows]) == pytest.approx(wanted, abs=1e-5)
     assert len(set(wanted)) == 3
 
 

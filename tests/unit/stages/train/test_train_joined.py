@@ -24,8 +24,9 @@ from test_train_slim import in_bf16
 from torch import nn
 
 from wrpo_ray.config import LoraConfig
+from wrpo_ray.llm import attention
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.stages.train import attention, layers, slimming
+from wrpo_ray.stages.train import layers, slimming
 from wrpo_ray.stages.train.layers import Together, put_side_by_side, side_by_side
 from wrpo_ray.stages.train.model import Policy, gather_weights, with_lora
 from wrpo_ray.stages.train.packing import pack, pad

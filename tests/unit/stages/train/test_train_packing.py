@@ -11,11 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wrpo_ray.stages.train import attention, logprobs
+from wrpo_ray.llm import attention
+from wrpo_ray.llm.attention import Block
+from wrpo_ray.stages.train import logprobs
 from wrpo_ray.stages.train.logprobs import token_logps
 from wrpo_ray.stages.train.loss import Answers, Wrpo, preference_loss
 from wrpo_ray.stages.train.model import Policy, disable_dropout
-from wrpo_ray.stages.train.packing import Block, assign_micro_batches, costs, pack, pad
+from wrpo_ray.stages.train.packing import assign_micro_batches, costs, pack, pad
 from wrpo_ray.stages.train.rows import Row
 
 VOCABULARY = 61

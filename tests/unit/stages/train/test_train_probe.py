@@ -14,6 +14,7 @@ import torch
 
 from wrpo_ray.config import TrainConfig
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm.attention import spans
 from wrpo_ray.stages.train import model, probe
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row
@@ -153,7 +154,7 @@ def test_spans_are_found_wherever_a_config_has_them():
         "rope": {"beta": 3}, "layers": [{"local_window": [9, 10]}, {"x": 4}], "hidden_size": 5,
         "index_topk": 11, "vocab_size": 6, "sliding_window_pattern": None,
     }  # fmt: skip
-    assert sorted(probe._spans(settings)) == [7, 8, 9, 10, 11]
+    assert sorted(spans(settings)) == [7, 8, 9, 10, 11]
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

@@ -20,8 +20,9 @@ from torch import nn
 
 from wrpo_ray.config import LoraConfig
 from wrpo_ray.errors import UserError
+from wrpo_ray.llm import attention
 from wrpo_ray.llm.rendering import load_tokenizer
-from wrpo_ray.stages.train import attention, layers, recompute, slimming
+from wrpo_ray.stages.train import layers, recompute, slimming
 from wrpo_ray.stages.train.model import Policy
 from wrpo_ray.stages.train.packing import pack
 from wrpo_ray.stages.train.rows import Tokenizing

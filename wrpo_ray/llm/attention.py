@@ -7,15 +7,61 @@ transformers makes no mask (5.23: `_preprocess_mask_arguments`). Two ways, equal
 H query heads, K key heads, T tokens, D head size.
 """
 
-from typing import Any
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (PyTorch's own convention)
 from torch import Tensor
 
-from wrpo_ray.stages.train.packing import Block, Layout
-
 SHARED_PROMPT = "wrpo_shared_prompt"
+SPANS = re.compile(r"window|chunk|local|block|span|top_?k|stride|floor_scale")
+"""Words in the keys of a config whose numbers limit attention, in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens that attend causally to themselves, and to all of an earlier block, `prefix`."""
+
+    length: int
+    prefix: int | None = None
+    """Index of the block of the row's prompt; None for a prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The blocks of a packed sequence, in order; together they cover it."""
+
+    blocks: tuple[Block, ...]
+    masks: dict[Any, Tensor] = field(default_factory=dict, compare=False)
+    """Masks and indices of the attention, computed once for all layers."""
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[int]]) -> Self:
+        """That of rows, each its tokens of the prompt, which may be none, and of each answer."""
+        blocks: list[Block] = []
+        for prompt, *answers in rows:
+            prefix = len(blocks) if prompt else None
+            blocks += [Block(prompt)] * bool(prompt)
+            blocks += [Block(answer, prefix) for answer in answers]
+        return cls(tuple(blocks))
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each block."""
+        return [block.length for block in self.blocks]
+
+    @property
+    def positions(self) -> Tensor:
+        """The position of each token, (T,): an answer's go on from its prompt's."""
+        befores = [(self.prefix_length(block), block) for block in self.blocks]
+        return torch.cat([torch.arange(n, n + block.length) for n, block in befores])
+
+    def prefix_length(self, block: Block) -> int:
+        """Tokens of the block's prompt."""
+        return 0 if block.prefix is None else self.blocks[block.prefix].length
 
 
 def register() -> None:
@@ -198,3 +244,39 @@ def _sequences(layout: Layout, device: torch.device) -> dict[Any, Tensor]:
 
 def _starts(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+# --- what a config says of attention -----------------------------------------------------------
+
+
+def reachable_spans(settings: Any, max_length: int) -> list[int]:
+    """The windows, chunks and the like of a model's config that rows can exceed, in tokens."""
+    return [span for span in spans(settings.to_dict()) if span < max_length]
+
+
+def spans(settings: Any, key: str = "") -> Iterator[int]:
+    """Numbers of a config whose key, or a parent's key, names a span of tokens."""
+    if isinstance(settings, dict):
+        for name, value in settings.items():
+            yield from spans(value, f"{key}.{name}")
+    elif isinstance(settings, list | tuple):
+        for value in settings:
+            yield from spans(value, key)
+    elif isinstance(settings, int) and not isinstance(settings, bool) and SPANS.search(key):
+        yield settings
+
+
+def changing_positions(settings: Any, max_length: int) -> tuple[str, int] | None:
+    """The kind of positions that depend on the longest row of a forward pass, and from where on.
+
+    None where no row of `max_length` tokens is that long. transformers 5.23 chooses the scaling of
+    these kinds by the greatest position of a forward pass.
+    """
+    rope = getattr(settings, "rope_parameters", None) or {}
+    for kind in [rope, *(part for part in rope.values() if isinstance(part, dict))]:
+        if (name := kind.get("rope_type")) not in ("longrope", "dynamic"):
+            continue
+        original = kind.get("original_max_position_embeddings") or settings.max_position_embeddings
+        if max_length > original:
+            return name, original
+    return None
