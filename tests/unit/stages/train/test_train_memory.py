@@ -23,12 +23,15 @@ from wrpo_ray.runtime.node_memory import Room
 from wrpo_ray.stages.train import fitting
 from wrpo_ray.stages.train.memory import (
     BESIDE_TRAINING,
+    PROCESS,
+    Choice,
     Estimate,
     Shape,
-    Sizes,
     chunk_on,
     forward_tokens,
+    offloaded,
 )
+from wrpo_ray.stages.train.sizes import Sizes
 from wrpo_ray.stages.train.task import MEMORY, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -111,6 +114,36 @@ def test_the_sizes_of_a_real_model_are_counted_right(tmp_path):
     assert Sizes.of(config.to_dict()).parameters == counted
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "opt", "codegen", "gemma2", "qwen2"])
+def test_configs_of_all_makers_tell_the_sizes(kind, tmp_path):
+    """As transformers writes them: with names of its own, and without what is the class's default.
+
+    Within a third: MLPs without a gate count as if they had one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoConfig.for_model(kind, vocab_size=5000)
+    made.save_pretrained(tmp_path)
+    found = Sizes.of(json.loads((tmp_path / "config.json").read_text()))
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(made)
+    assert (found.width, found.layers) == (made.hidden_size, made.num_hidden_layers)
+    assert found.tied is (
+        network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    )
+    counted = sum(p.numel() for p in network.parameters())
+    assert found.parameters == pytest.approx(counted, rel=0.34)
+
+
+def test_a_size_that_is_null_or_a_list_of_layers():
+    for odd in ({"intermediate_size": [96, 1536]}, {"num_key_value_heads": [1, 3]}):
+        assert Sizes.of(SMOL | odd) == Sizes.of(SMOL)
+    assert Sizes.of(SMOL | {"intermediate_size": None}).inner == 4 * 576
+    assert Sizes.of(SMOL | {"num_key_value_heads": None}).keys == 576
+    for kind, tied in (("none", False), ("llama", False), ("gemma2", True)):
+        assert Sizes.of(LLAMA_8B | {"model_type": kind}).tied is tied  # as the class has it
+
+
 def test_the_state_by_hand():
     """P = 134.5M: in fp32 without ZeRO 4P, 4P and 8P; in bf16 2P, 4P + 2P and 12P."""
     p = Sizes.of(SMOL).parameters
@@ -164,6 +197,24 @@ def test_a_chunk_takes_a_hundredth_of_a_gpu():
     assert [chunk_on(int(n * GB)) for n in (1, 24, 80, 200)] == [2**24, 2**25, 2**27, 2**27]
     head = estimate(sizes=LLAMA_8B, **GPUS).at(16384).head
     assert head == 8 * 2**27 + 6 * 128256 * 4096
+
+
+def test_state_that_is_offloaded_lies_in_the_nodes_memory():
+    """8B: 16 bytes each on 8 workers, and 2 of the weights; refused before the kernel ends them."""
+    p = Sizes.of(LLAMA_8B).parameters
+    for offload, each in (("none", 0), ("optimizer", 16), ("all", 18)):
+        asked = estimate(sizes=LLAMA_8B, offload=offload, **GPUS)
+        need = each * p / 8 + (PROCESS if each else 0)
+        assert offloaded(asked.sizes, asked.config, 8) == pytest.approx(need)
+        asked.check_node(Room(need + 1, 0), "wrpo")
+        if each:
+            with pytest.raises(
+                UserError, match=f"^wrpo: offload: {offload} needs about 1.* GB; set"
+            ):
+                asked.check_node(Room(need - 1, 0), "wrpo")
+    with_lora = WrpoConfig(offload="optimizer", lora=LoraConfig(), **GPUS)
+    assert offloaded(Sizes.of(LLAMA_8B), with_lora, 8) < 2 * PROCESS
+    assert offloaded(Sizes.of(SMOL), WrpoConfig(offload="optimizer"), 1) == 0  # counted with all
 
 
 def test_what_needs_less():
@@ -227,6 +278,23 @@ def test_layers_are_slim_on_gpus_and_on_cpus_where_memory_is_short():
     assert "take longer" not in estimate(num_gpus=1).check(Room(100 * GB, 50 * GB), "sft")[1]
 
 
+def test_an_interrupted_training_keeps_its_choice_while_it_fits():
+    """Other micro-batches add the same numbers in another order, so that results differ in bits."""
+    auto, roomy = estimate(), 100 * GB
+    before = auto.choice(5.2 * GB)
+    assert before.tokens < auto.choice(roomy).tokens
+    assert auto.choice(roomy, before) == before
+    least = auto.at(before.tokens, slim=before.slim).total
+    assert auto.choice(least, before) == before  # without the reserve
+    assert auto.choice(least - 1, before) != before
+    slim = Choice(2048, slim=True, workers=1)
+    assert auto.choice(roomy, slim) == slim
+    assert not auto.choice(roomy).slim
+    assert estimate(micro_batch_tokens=2048).choice(roomy, slim) == slim
+    for changed in (estimate(workers=2), estimate(micro_batch_tokens=1024)):
+        assert changed.choice(roomy, before) == changed.choice(roomy)
+
+
 def test_forward_passes_take_four_times_as_many():
     assert forward_tokens(SftConfig(micro_batch_tokens=100)) == 400
     assert forward_tokens(SftConfig()) == 8192
@@ -263,8 +331,8 @@ def test_the_remedy_fits(settings):
 
 def test_memory_that_others_hold_only_warns():
     """Estimated 4.9 GB: the node has 100 GB, of which 4.5 are free now."""
-    tokens, line = estimate(micro_batch_tokens=2048).check(Room(100 * GB, 4.5 * GB), "sft")
-    assert tokens == 2048
+    chosen, line = estimate(micro_batch_tokens=2048).check(Room(100 * GB, 4.5 * GB), "sft")
+    assert chosen.tokens == 2048
     assert "of which 4.5 GB are free; set micro_batch_tokens: 1024" in line
     assert line.endswith("(it may fit if other processes end)")
     with pytest.raises(UserError):
@@ -296,6 +364,9 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
     assert task.config.micro_batch_tokens == "auto"
     assert "2,048 tokens" in task.folder.read_json(MEMORY)
     assert found.slim is False
+    before = Choice(512, slim=True, workers=1)
+    again = fitting.fitted(task, tmp_path, lengths, torch.device("cpu"), before)
+    assert (again.config.micro_batch_tokens, again.slim) == (512, True)
     with monkeypatch.context() as patch:
         patch.setattr(fitting, "_room", lambda device: Room(50 * GB, 4.9 * GB))
         assert fitting.fitted(task, tmp_path, lengths, torch.device("cpu")).slim is True
