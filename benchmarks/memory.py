@@ -124,8 +124,9 @@ def train(folder: Path) -> dict[str, float]:
     from wrpo_ray.runtime.context import Run
     from wrpo_ray.stages.train import checkpoint, deepspeed
     from wrpo_ray.stages.train.loop import Trainer
-    from wrpo_ray.stages.train.memory import Shape, Sizes, worker_memory
+    from wrpo_ray.stages.train.memory import Shape, worker_memory
     from wrpo_ray.stages.train.rows import SUFFIX, write_rows
+    from wrpo_ray.stages.train.sizes import Sizes
     from wrpo_ray.stages.train.task import Task
     from wrpo_ray.storage.folder import Folder
     from wrpo_ray.storage.steps import Step
@@ -186,7 +187,8 @@ WAYS: list[dict[str, Any]] = [{}, {"offload": "optimizer"}, {"offload": "all"}, 
 def longest_row(numbers: tuple[int, ...], workers: int, way: dict[str, Any]) -> int:
     """Tokens of the longest row, a tenth of it prompt, with ZeRO-3 and checkpointing; 0 if none."""
     from wrpo_ray.config import WrpoConfig
-    from wrpo_ray.stages.train.memory import Shape, Sizes, worker_memory
+    from wrpo_ray.stages.train.memory import Shape, worker_memory
+    from wrpo_ray.stages.train.sizes import Sizes
 
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     more = {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256}

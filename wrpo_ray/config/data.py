@@ -63,9 +63,10 @@ class PromptsConfig(InputFiles):
     """
 
     path: str
-    """A JSONL or Parquet file, or a folder of them, local or in an object store, or of a data set
-    on the Hugging Face hub, such as `hf://datasets/org/name/data/train-*.parquet`. Write the name
-    without URL escapes."""
+    """A JSONL or Parquet file, a folder of them, or a pattern of names such as `data/train-*`;
+    local, in an object store, or of a data set on the Hugging Face hub, such as
+    `hf://datasets/org/name/data/train-*.parquet`. A folder with files of several splits is refused.
+    Write the name without URL escapes."""
     columns: Columns = Columns()
     """Column names in the file."""
     group: str | None = None

@@ -24,6 +24,7 @@ from typing import Any
 from wrpo_ray.data.records import Message
 from wrpo_ray.errors import TemplateError, UserError
 from wrpo_ray.llm.message_checks import check_said, check_written
+from wrpo_ray.llm.reasoning import Format
 from wrpo_ray.llm.rendering import PROBE, render, without_whitespace
 from wrpo_ray.llm.special_tokens import Encode, encoder, escape_special_tokens, special_tokens
 
@@ -90,19 +91,30 @@ def conversation_ids(tokenizer: Any, messages: list[Message], text: str) -> list
 
 
 def answer_ids(
-    tokenizer: Any, messages: list[Message], text: str, ends: frozenset[int], *, closed: bool = True
+    tokenizer: Any,
+    messages: list[Message],
+    text: str,
+    ends: frozenset[int],
+    *,
+    closed: bool = True,
+    format_: Format | None = None,
 ) -> list[int]:
     """Return the token ids of an answer's text, as it is, that follow the prompt's ids.
 
     The ids end with exactly one end of turn, or with none where `closed` is false (an answer
-    that was cut off). An empty answer is its end of turn alone.
+    that was cut off). An empty answer is its end of turn alone. With the `format_` of the model's
+    reasoning, markers at the start of the text are tokens, and what the prompt opens is closed.
 
     Raises:
         UserError: the prompt is no prefix, nothing closes the answer, nothing of it is left, or
             the messages or the answer cannot be written as they are.
     """
     check_written(tokenizer, messages)
-    (*messages, answer), encode = escape_special_tokens(tokenizer, [*messages, _answer(text)])
+    if format_:
+        asked = render(messages, tokenizer, add_generation_prompt=True)
+        text = format_.after(asked).finished(text)
+    whole, markers = [*messages, _answer(text)], format_.markers if format_ else None
+    (*messages, answer), encode = escape_special_tokens(tokenizer, whole, markers)
     text = answer["content"]
     prompt = render(messages, tokenizer, add_generation_prompt=True)
     check_said(messages, prompt, partial(render, tokenizer=tokenizer, add_generation_prompt=True))

@@ -128,9 +128,12 @@ def read_completion(answer: Any, *, thinks: bool = False) -> Completion:
     message, reason = choice["message"], _reason(choice)
     _check_is_text(message, reason)
     reasoning = _reasoning(message)
-    is_thought = thinks and reasoning is not None
-    content = message.get("content")
-    text = "" if is_thought and content is None else _text(content, reason)
+    try:
+        text = _text(message.get("content"), reason)
+    except NoTextError:
+        if not thinks or reasoning is None:
+            raise
+        text = ""
     if reason not in FINISH:
         given = choice.get("finish_reason")
         raise UnknownEndError(f"says with finish_reason {given!r} not whether the answer is whole")
@@ -217,12 +220,24 @@ def _part(part: Any) -> str | None:
 
 
 def _reasoning(message: dict[str, Any]) -> str | None:
-    """Return the text of the field with the reasoning; None if it is missing or no Unicode."""
-    for name in REASONING_FIELDS:
-        text = message.get(name)
+    """Return the text of the field or parts with the reasoning; None if missing or no Unicode."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else []
+    for text in (*map(message.get, REASONING_FIELDS), "".join(map(_thought, parts))):
         if isinstance(text, str) and text:
             return None if any("\ud800" <= c <= "\udfff" for c in text) else text
     return None
+
+
+def _thought(part: Any) -> str:
+    """Return the text of a part with reasoning, which may have parts itself; else an empty one."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in REASONING_PARTS:
+        return ""
+    inside = next((part[name] for name in (kind, "text") if name in part), None)
+    parts = inside if isinstance(inside, list) else [{"text": inside}]
+    texts = [one.get("text") for one in parts if isinstance(one, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 def _count(value: Any) -> int | None:

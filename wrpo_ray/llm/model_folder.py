@@ -316,9 +316,8 @@ def _check_turns(tokenizer: Any, folder: Path, use: Use, format_: Format | None 
             "nothing ends an answer: list the end of turn as eos_token_id in generation_config.json"
         )
     if use is Use.TRAINED:
-        text = format_.finished(PROBE) if format_ else PROBE
         for messages in (CHAT[:1], CHAT):
-            ids |= set(answer_ids(tokenizer, messages, text, ends))
+            ids |= set(answer_ids(tokenizer, messages, PROBE, ends, format_=format_))
         _check_generation(folder, ends)
     return ids | ends
 

@@ -3,7 +3,8 @@
 A model writes its reasoning between two markers, such as `<think>` and `</think>`, and then its
 answer. Rules:
 - Reasoning stands at the start: the text begins with the opening marker after white space, or the
-  prompt has opened it (`Format.opening`). Markers anywhere else are text, as in code.
+  prompt has opened it (`Format.opening`). Markers anywhere else are text, as in code. Templates may
+  open it for some prompts only, so each prompt's own end decides (`following`).
 - The first closing marker ends it, whatever stands in it: an inner opening marker, code, quotes.
 - What follows is the answer, without blank lines at its start. Further markers there are its text.
 - Without a closing marker all of it is reasoning, and there is no answer, whether the text was cut
@@ -14,7 +15,7 @@ A text in pieces is split like the whole.
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from wrpo_ray.config import ModelConfig, RecordedAnswers
@@ -56,6 +57,8 @@ OTHER_PARSERS = frozenset(
     }
 )
 """vLLM's other reasoning parsers, for formats with more than a pair of markers."""
+END = 64
+"""Tokens at the end of a prompt that hold its opening marker, if it has one."""
 
 
 Thinker = ModelConfig | RecordedAnswers
@@ -75,11 +78,29 @@ class Format:
     def finished(self, text: str) -> str:
         """Return an answer's text as it may follow the prompt: reasoning that it opens is closed.
 
-        An answer without reasoning gets an empty one, as templates write it.
+        An answer without reasoning gets an empty one, as templates write it. Another's begins as
+        the prompt does, which may have other white space than the model that wrote it.
         """
-        if not self.opening or text.lstrip().startswith(self.markers.open):
+        if not self.opening or text.startswith(self.opening):
             return text
+        if self.begins(text):
+            return self.opening + text.partition(self.markers.open)[2]
         return f"{self.opening}\n{self.markers.close}\n\n{text}"
+
+    def begins(self, text: str) -> bool:
+        """Whether a text begins with the opening marker."""
+        return text.lstrip().startswith(self.markers.open)
+
+    def after(self, prompt: str) -> "Format":
+        """Return the format of what follows a prompt, of which at least the end is given.
+
+        Templates may open reasoning or not by what a message says (`/no_think`).
+        """
+        if self.opening and prompt.endswith(self.opening):
+            return self
+        _, opening, behind = prompt.rpartition(self.markers.open)
+        is_open = bool(opening) and not behind.strip()
+        return replace(self, opening=opening + behind if is_open else "")
 
 
 class Piece(NamedTuple):
@@ -176,7 +197,7 @@ def split(text: str, format_: Format) -> Split:
     last = splitter.finish()
     answer = first.answer + last.answer
     before = text[: len(text) - len(answer)]
-    if format_.opening and not before.lstrip().startswith(format_.markers.open):
+    if format_.opening and not format_.begins(before):
         before = format_.opening + before
     return Split(before, first.reasoning + last.reasoning, answer, not splitter.is_within)
 
@@ -212,7 +233,15 @@ def format_of(tokenizer: Any, parser: str | None = None) -> Format:
     start = asked.rfind(markers.open)
     is_open = start > asked.rfind(markers.close) and start > asked.rfind(PROBE)
     special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-    return Format(markers, asked[start:] if is_open else "", markers.close in special)
+    return Format(markers, asked[start:] if is_open else "", not special.isdisjoint(markers))
+
+
+def following(format_: Format, tokenizer: Any, prompt: list[int]) -> Format:
+    """Return the format of what follows a prompt, given its token ids."""
+    end = prompt[-(END + 4 * len(format_.opening)) :]  # a character has at most four tokens
+    return format_.after(
+        tokenizer.decode(end, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    )
 
 
 def _markers(tokenizer: Any) -> Markers:
@@ -241,10 +270,14 @@ def unseen_markers(given: Thinker) -> Markers:
     return markers_of_parser(parser) if parser else THINK
 
 
-def of_text(text: str, markers: Markers = THINK) -> Format:
-    """Return the format of a text whose prompt is not seen, and may have opened its reasoning."""
-    is_open = markers.close in text and not text.lstrip().startswith(markers.open)
-    return Format(markers, f"{markers.open}\n" if is_open else "")
+def of_text(text: str, markers: Markers = THINK, *, is_cut: bool = False) -> Format:
+    """Return the format of a text whose prompt is not seen, and may have opened its reasoning.
+
+    One that was cut off before any marker is taken for reasoning: it may be nothing else.
+    """
+    plain = Format(markers)
+    is_open = not plain.begins(text) and (is_cut or markers.close in text)
+    return replace(plain, opening=f"{markers.open}\n") if is_open else plain
 
 
 # --- records -----------------------------------------------------------------------------------
@@ -275,26 +308,40 @@ def put_apart(
 def put_apart_unseen(row: Row, given: Thinker, reasoning: str | None) -> Row:
     """Return a RESPONSE row of a server or a file, with the reasoning in its own column.
 
-    `reasoning` is that of a field of its own, if there is one.
+    `reasoning` is that of a field of its own, if there is one; the text may have it, too.
     """
     if given.reasoning is None:
         return row
-    markers = unseen_markers(given)
-    if reasoning is not None:
-        return written_apart(row, reasoning, markers, given.reasoning)
-    return put_apart(row, of_text(row["text"], markers), given.reasoning)
+    markers, text = unseen_markers(given), row["text"]
+    is_cut = reasoning is None and row["finish_reason"] == "length"
+    format_ = of_text(text, markers, is_cut=is_cut)
+    if reasoning is None or _repeats(text, format_, reasoning):
+        return put_apart(row, format_, given.reasoning)
+    return written_apart(row, reasoning, markers, given.reasoning)
+
+
+def _repeats(text: str, format_: Format, reasoning: str) -> bool:
+    """Whether a text begins with reasoning although a field of its own has it."""
+    inside = split(text, format_).reasoning.strip()
+    return format_.begins(text) or inside == _bare(reasoning, format_.markers)
+
+
+def _bare(reasoning: str, markers: Markers) -> str:
+    """Return the reasoning in a field without the markers and white space around it."""
+    inside = reasoning.strip().removeprefix(markers.open)
+    return inside.removesuffix(markers.close).strip()
 
 
 def written_apart(row: Row, reasoning: str, markers: Markers, policy: str) -> Row:
     """Return a RESPONSE row with the reasoning that stands in a field of its own.
 
     It is written between the markers, so that it can be trained on; no token ids are known of that.
+    Without a text behind it, it may have no end.
     """
     state = KEPT if policy == "keep" else STRIPPED
-    is_finished = row["text"].strip() or row["finish_reason"] == "stop"
     return row | {
-        "reasoning": f"{markers.open}\n{reasoning.strip()}\n{markers.close}\n\n",
-        "reasoning_state": state if is_finished else UNFINISHED,
+        "reasoning": f"{markers.open}\n{_bare(reasoning, markers)}\n{markers.close}\n\n",
+        "reasoning_state": state if row["text"].strip() else UNFINISHED,
         "token_ids": None,
     }
 

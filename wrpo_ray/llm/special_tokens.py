@@ -72,8 +72,13 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def escape_special_tokens(tokenizer: Any, messages: list[Message]) -> tuple[list[Message], Encode]:
+def escape_special_tokens(
+    tokenizer: Any, messages: list[Message], spared: tuple[str, str] | None = None
+) -> tuple[list[Message], Encode]:
     """Return messages that spell no special token, and the encoder for their rendering.
+
+    `spared` are the markers of reasoning that the last message may begin with: a model writes them
+    as tokens, which special ones stay.
 
     A mark is put behind the first character of each spelled token, so that neither template nor
     tokenizer reads it as the token. The encoder finds the template's special tokens, drops the
@@ -84,16 +89,27 @@ def escape_special_tokens(tokenizer: Any, messages: list[Message]) -> tuple[list
     Raises:
         SpelledTokenError: the tokenizer cannot keep the text apart from the token.
     """
-    texts = [message["content"] for message in messages]
-    special = special_tokens(tokenizer)
-    if not any(map(special.are_in, texts)):
+    *before, last = [[message["content"]] for message in messages]
+    texts = [*before, _around(spared, *last)]  # texts and markers in turn
+    special, plain = special_tokens(tokenizer), [text for parts in texts for text in parts[::2]]
+    if not any(map(special.are_in, plain)):
         return messages, encoder(tokenizer)
-    mark = next((mark for mark in MARKS if not any(mark in text for text in texts)), None)
-    hidden = [special.starts.sub(rf"\g<1>{mark}", text) for text in texts]
+    mark = next((mark for mark in MARKS if not any(mark in text for text in plain)), None)
+    for parts in texts:
+        parts[::2] = [special.starts.sub(rf"\g<1>{mark}", text) for text in parts[::2]]
+    hidden = (text for parts in texts for text in parts[::2])
     if mark is None or any(map(special.spelled.search, hidden)) or not tokenizer.is_fast:
         raise SpelledTokenError("a text spells a special token and cannot be kept apart from it")
-    pairs = zip(messages, hidden, strict=True)
+    pairs = zip(messages, map("".join, texts), strict=True)
     return [m | {"content": text} for m, text in pairs], _mark_dropping_encoder(tokenizer, mark)
+
+
+def _around(markers: tuple[str, str] | None, text: str) -> list[str]:
+    """Return the parts of a text around the markers of reasoning that it begins with, and these."""
+    if markers is None or not text.lstrip().startswith(markers[0]):
+        return [text]
+    space, opening, rest = text.partition(markers[0])
+    return [space, opening, *rest.partition(markers[1])]
 
 
 def _mark_dropping_encoder(tokenizer: Any, mark: str) -> Encode:

@@ -12,13 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from wrpo_ray.config import (
-    Actors,
-    Config,
-    ImportConfig,
-    PromptsConfig,
-    RecordedAnswers,
-)
+from wrpo_ray.config import Actors, Config, ImportConfig, PromptsConfig
 from wrpo_ray.data.finished import stored_rows
 from wrpo_ray.data.samples import Prompts
 from wrpo_ray.errors import UserError
@@ -26,10 +20,11 @@ from wrpo_ray.pipeline.chain import Chain
 from wrpo_ray.pipeline.model_sections import pinned
 from wrpo_ray.pipeline.stage_table import STAGES, Stage
 from wrpo_ray.planning import rates
+from wrpo_ray.planning.answered import Answered
 from wrpo_ray.planning.branching import beside_of
 from wrpo_ray.planning.input_rows import InputRows
 from wrpo_ray.planning.lengths import AnswerLengths
-from wrpo_ray.planning.measured import GUESS, Measured, unequal_share
+from wrpo_ray.planning.measured import GUESS, Measured
 from wrpo_ray.planning.memory import training_memory
 from wrpo_ray.planning.speeds import SPREAD, Origin, Speeds, of_engine, on_gpu
 from wrpo_ray.planning.spread import SURE, Spread
@@ -37,15 +32,14 @@ from wrpo_ray.planning.work import Plan, Work, share
 from wrpo_ray.runtime.job import Job, JobKind
 from wrpo_ray.stages.generate.stage import Generate
 from wrpo_ray.stages.ingest.groups import CheckGroups
+from wrpo_ray.stages.ingest.recorded import IngestRecorded
+from wrpo_ray.stages.pair.stage import Pair, Select
 from wrpo_ray.stages.score.stage import Score
 from wrpo_ray.stages.train.prepare import Prepare
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
-TIES = 0.5
-"""Share of prompts that are expected to give a preference row where rewards are verdicts, which are
-often equal for all answers to a prompt; between none and all."""
 KEPT = ("rows", "prompt_tokens", "output_tokens", "gpu_hours", "money", "seconds")
 """Fields of a work that the report shows."""
 NO_SIZE = (
@@ -250,7 +244,7 @@ class _Estimator:
         """
         rows, origin = self._rows(rows_of.step), self.lengths.of().origin
         done = rows if job.step.is_done(self.root) else 0
-        paired, least = self._paired(rows_of)
+        paired, least = self._answered.paired(rows_of.rows)
         each = self.measured.row_tokens(rows_of.step) or self._row_tokens(rows_of)
         tokens = round((rows - done) * epochs * each * paired)
         return Work(
@@ -274,19 +268,6 @@ class _Estimator:
     def _row_spread(self, job: Prepare) -> Spread:
         """How far the tokens of rows may be off."""
         return SURE if self.measured.row_tokens(job.step) else self.lengths.of().spread
-
-    def _paired(self, job: Prepare) -> tuple[float, float]:
-        """Share of the rows that have answers of unequal rewards, and how much of it is certain."""
-        pairs, scores = self.jobs[job.rows.key], self._of(Score)
-        if pairs.kind is not JobKind.PAIR or pairs.step.is_done(self.root):
-            return 1.0, 1.0
-        compared = [scores[step.key] for step in pairs.step.inputs if step.key in scores]
-        for made in compared:
-            unequal = unequal_share(made.samples.folder(self.root))
-            if unequal is not None:
-                return unequal, 1.0
-        verdicts = any(part.verifier for made in compared for part in made.reward.parts)
-        return (TIES, 0.0) if verdicts else (1.0, 1.0)
 
     def _plain(self, job: Job) -> Work:
         """Ingesting, selecting, pairing, tables: short CPU work, of which only starts count."""
@@ -369,6 +350,10 @@ class _Estimator:
     def _inputs(self) -> InputRows:
         return InputRows(self.config)
 
+    @cached_property
+    def _answered(self) -> Answered:
+        return Answered(self.root, self.jobs, self._inputs, self._count)
+
     def _rows(self, step: Step) -> int:
         """Rows of a step's result: of its manifest, or at most so many."""
         job = self.jobs[step.key]
@@ -376,6 +361,15 @@ class _Estimator:
             return round(self._rows(job.rows) * self.config.split.sft)
         if step.is_done(self.root):
             return int(step.read_manifest(self.root)["counts"]["rows"])
+        if isinstance(job, Select | Pair):
+            return self._answered.rows(job)
+        if isinstance(job, IngestRecorded):
+            return self._inputs.recorded(job.input, job.source, step.name)[0]
+        return self._source_rows(job)
+
+    def _source_rows(self, job: Job) -> int:
+        """Rows of what a job says that it has as many as."""
+        step = job.step
         match job.row_source:
             case int(rows):
                 return rows
@@ -385,7 +379,7 @@ class _Estimator:
                 return self._rows(other)
             case PromptsConfig() as given if getattr(job, "without", None):
                 return self._inputs.held_out(given, step.name)
-            case PromptsConfig() | ImportConfig() | RecordedAnswers() as given:
+            case PromptsConfig() | ImportConfig() as given:
                 return self._inputs.of(given, step.name)
             case tuple(inputs):
                 return self._inputs.prompts(inputs, step.name)

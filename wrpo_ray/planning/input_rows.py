@@ -11,7 +11,13 @@ import pyarrow.dataset as ds
 
 from wrpo_ray.config import Config, ImportConfig, PromptsConfig, RecordedAnswers
 from wrpo_ray.errors import UserError
-from wrpo_ray.planning.input_texts import answers_per_row, share_of_prompts
+from wrpo_ray.planning.input_texts import (
+    Matches,
+    answers_per_row,
+    matches,
+    prompt_keys,
+    share_of_prompts,
+)
 from wrpo_ray.runtime.job import AnyInput
 from wrpo_ray.stages.ingest.readers import exist, input_files
 from wrpo_ray.storage.folder import Folder
@@ -30,8 +36,12 @@ class InputRows:
     config: Config
     known: dict[str, int] = field(default_factory=dict)
     """Rows by path."""
+    matched: dict[str, Matches | None] = field(default_factory=dict)
+    """By path and source, how recorded answers match; null if it is not known."""
+    keys: dict[bool, frozenset[str] | None] = field(default_factory=dict)
+    """The ids or keys of the prompts; null if they are too many to look at."""
 
-    def of(self, given: AnyInput, what: str) -> int:
+    def of(self, given: PromptsConfig | ImportConfig, what: str) -> int:
         """Rows that an input gives, at most; `what` names it in errors.
 
         Raises:
@@ -40,11 +50,20 @@ class InputRows:
         match given:
             case PromptsConfig():
                 return self._prompts(given, what)
-            case RecordedAnswers():
-                answers = self._recorded(given, what) * answers_per_row(given)
-                return math.ceil(answers * self._share_asked(what))
             case ImportConfig():
                 return self._rows(given.path, what)
+
+    def recorded(self, given: RecordedAnswers, source: str, what: str) -> tuple[int, float]:
+        """Recorded answers of a source to prompts of the run, and these prompts; both at most.
+
+        Raises:
+            UserError: as for `of`.
+        """
+        rows, found = self._recorded(given, what), self._matches(given, source)
+        if found is None:
+            asked = rows * self._share_asked(what)
+            found = Matches(asked / rows, asked / rows) if rows else Matches(0, 0)
+        return math.ceil(rows * answers_per_row(given) * found.rows), rows * found.prompts
 
     def prompts(self, inputs: Sequence[AnyInput], what: str) -> int:
         """Prompts of several inputs; of recorded answers as their first rows are alike.
@@ -54,7 +73,8 @@ class InputRows:
         """
         recorded = [given for given in inputs if isinstance(given, RecordedAnswers)]
         if not recorded:
-            return sum(self.of(given, what) for given in inputs)
+            files = (one for one in inputs if not isinstance(one, RecordedAnswers))
+            return sum(self.of(given, what) for given in files)
         rows = sum(self._rows(path, what) for path in {given.path for given in recorded})
         most = sum(self._recorded(given, what) for given in recorded)
         return math.ceil(min(most, rows * share_of_prompts(recorded)))
@@ -72,6 +92,18 @@ class InputRows:
             return rows
         readers = (a.path for a in self.config.recorded_sections.values() if a.columns.source)
         return rows / list(readers).count(given.path)  # each takes a model's rows
+
+    def _matches(self, given: RecordedAnswers, source: str) -> Matches | None:
+        """How the answers match the prompts; None where that is not known."""
+        files, is_by_id = self.config.prompt_files, given.columns.id is not None
+        if not files:
+            return None
+        if is_by_id not in self.keys:
+            self.keys[is_by_id] = prompt_keys(files, is_by_id=is_by_id)
+        known, place = self.keys[is_by_id], f"{given.path} of {source}"
+        if place not in self.matched:
+            self.matched[place] = None if known is None else matches(given, source, known)
+        return self.matched[place]
 
     def _share_asked(self, what: str) -> float:
         """Share of the prompts in the files that `limit` leaves."""

@@ -1,22 +1,32 @@
-"""The first rows of the user's files: bytes of texts, answers and prompts of a row; for plans."""
+"""The first rows of the user's files, for plans: bytes of texts, answers, equal prompts."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
 from itertools import islice
 from statistics import mean
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from wrpo_ray.config import RecordedAnswers
+from wrpo_ray.config import PromptsConfig, RecordedAnswers
 from wrpo_ray.data.records import prompt_id
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.job import AnyInput
-from wrpo_ray.stages.ingest.readers import Row, exist, input_files, messages_of, read_rows
+from wrpo_ray.stages.ingest.answers import is_of
+from wrpo_ray.stages.ingest.cells import exact_text
+from wrpo_ray.stages.ingest.readers import (
+    Row,
+    cell_of,
+    exist,
+    input_files,
+    messages_of,
+    read_rows,
+)
 from wrpo_ray.storage.folder import HUB_SCHEME
 
 T = TypeVar("T")
-FIRST, COMPARED = 200, 1000
-"""Rows of a file that are looked at for lengths, and for equal prompts."""
+FIRST, COMPARED, ALL = 200, 1000, 10_000
+"""Rows of a file that are looked at for lengths, and for equal prompts; and most prompts that
+recorded answers are compared with."""
 
 
 def prompt_bytes(files: Iterable[AnyInput]) -> float | None:
@@ -46,6 +56,66 @@ def share_of_prompts(files: Iterable[AnyInput]) -> float:
         key = partial(_key, f)
         found += _first(f.path, [f.columns.prompt], key, COMPARED)
     return len(set(found)) / len(found) if found else 1.0
+
+
+class Matches(NamedTuple):
+    """How a row of recorded answers of a source meets the prompts of a run."""
+
+    rows: float
+    """The share of rows that are to one of them."""
+    prompts: float
+    """Different ones of them for each row."""
+
+
+def prompt_keys(prompts: Iterable[PromptsConfig], *, is_by_id: bool) -> frozenset[str] | None:
+    """Return the keys or ids of all prompts; None where they are too many, or cannot be read."""
+    known: set[str] = set()
+    with suppress(UserError, OSError, ValueError):  # a run tells what is wrong with a file
+        for one in prompts:
+            most = min(one.limit or ALL + 1, ALL + 1)
+            keys = list(islice(_keys(one, is_by_id=is_by_id), most))
+            if len(keys) > ALL:
+                return None
+            known |= set(filter(None, keys))
+        return frozenset(known)
+    return None
+
+
+def matches(given: RecordedAnswers, source: str, known: frozenset[str]) -> Matches | None:
+    """How recorded answers of a source match prompts, by its first rows; None without any."""
+    is_by_id, found = given.columns.id is not None, list[str]()
+    with suppress(UserError, OSError, ValueError):
+        keys = islice(_keys(given, is_by_id=is_by_id, source=source), ALL)
+        found = list(islice(filter(None, keys), COMPARED))
+    met = [key for key in found if key in known]
+    return Matches(len(met) / len(found), len(set(met)) / len(found)) if found else None
+
+
+def _keys(
+    given: PromptsConfig | RecordedAnswers, *, is_by_id: bool, source: str = ""
+) -> Iterator[str | None]:
+    """Yield what the prompt of each row is known by; None for a row that is not meant."""
+    if given.path.startswith(HUB_SCHEME):
+        raise UserError(f"{given.path}: not read for a plan")
+    columns = given.columns
+    name = columns.id if is_by_id else None
+    wanted = [name or columns.prompt, *filter(None, [getattr(columns, "source", None)])]
+    for uri in input_files(given.path, given.path):
+        for _, row in read_rows(uri, wanted, [name] if name else []):
+            key = None
+            with suppress(KeyError, TypeError, ValueError):
+                key = _key_of(row if isinstance(row, dict) else {}, given, name, source)
+            yield key
+
+
+def _key_of(
+    row: Row, given: PromptsConfig | RecordedAnswers, name: str | None, source: str
+) -> str | None:
+    if isinstance(given, RecordedAnswers) and not is_of(row, given, source):
+        return None
+    if name:
+        return exact_text(cell_of(row, name), name)
+    return prompt_id(messages_of(row, given.columns))
 
 
 def _sizes(path: str, columns: list[str], size: Callable[[Row], float]) -> Iterator[float]:

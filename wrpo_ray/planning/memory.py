@@ -5,7 +5,8 @@ import os
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
 from wrpo_ray.runtime.node_memory import Room, node_memory
-from wrpo_ray.stages.train.memory import Estimate, Shape, Sizes
+from wrpo_ray.stages.train.memory import Estimate, Shape
+from wrpo_ray.stages.train.sizes import Sizes
 from wrpo_ray.stages.train.stage import Train
 from wrpo_ray.storage.folder import Folder
 
@@ -28,7 +29,8 @@ def training_memory(
     if not base.exists("config.json"):
         return None
     shape = Shape(prompt, answer, len(job.config.answers))
-    longest = max(round(shape.tokens), job.config.max_length)
+    copies = 1 if job.config.packing else shape.answers  # padded, each answer has its prompt
+    longest = max(round(shape.tokens), copies * job.config.max_length)
     sizes = Sizes.of(base.read_json("config.json"))
     estimate = Estimate(sizes, job.config, shape, longest, job.config.workers)
     room = _room(config, job)

@@ -24,7 +24,7 @@ from wrpo_ray.serve.backends import DONE, MAX_BATCH, Call, Rejection, Replies, o
 from wrpo_ray.serve.grammars import Grammars
 from wrpo_ray.serve.prompts import KEY, Prompts, longest_tokens
 from wrpo_ray.serve.proxy import bind_to_loopback
-from wrpo_ray.serve.thoughts import Thoughts, is_apart
+from wrpo_ray.serve.thoughts import thoughts_on
 from wrpo_ray.serve.validation import problem_of
 from wrpo_ray.stages.score.base import Item, MissingReferenceError, TooLongError
 from wrpo_ray.stages.score.rewards import load_reward
@@ -60,6 +60,7 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
             tokenizer.chat_template = tokenizer.get_chat_template()
         asks = model.reasoning is not None
         self._format = format_of(tokenizer, model.reasoning_parser) if asks else None
+        self._texts = tokenizer
         self._grammars = Grammars(folder, settings.grammar_seconds)
         self._running: Counter[str] = Counter()
         is_one = model.parts == 1 and not model.actors.num_gpus
@@ -101,9 +102,9 @@ class Model(LLMServer):  # type: ignore[misc]  # Ray has no types
             self._prompts.check_length(body)
             if call == "chat":
                 body = await self._prompts.add(body)
-            format_ = self._format if call == "chat" and is_apart(body) else None
-            thoughts = Thoughts(format_) if format_ else None
-            if format_ and format_.is_special:
+            format_ = self._format if call == "chat" else None
+            thoughts = thoughts_on(body, format_, self._texts) if format_ else None
+            if thoughts and thoughts.format.is_special:
                 body |= {"skip_special_tokens": False}
             request = kind.model_validate(self._prompts.stopping(body))
         except Exception as error:  # some of vLLM's checks fail on what they do not expect

@@ -8,7 +8,7 @@ that ends within its reasoning has no content.
 import json
 from typing import Any
 
-from wrpo_ray.llm.reasoning import Format, Piece, Splitter, split
+from wrpo_ray.llm.reasoning import Format, Piece, Splitter, following, split
 
 FIELD = "reasoning_content"
 Json = dict[str, Any]
@@ -65,6 +65,17 @@ class Thoughts:
             delta["content"] = ""
         keys = {name for name, value in delta.items() if value is not None}
         return bool(keys or choice.get("finish_reason") or choice.get("logprobs"))
+
+
+def thoughts_on(body: Json, format_: Format, tokenizer: Any) -> Thoughts | None:
+    """Return what finds the reasoning in the answer to a chat; None if it can have none.
+
+    The token ids of a prompt with tools are not known here: it is taken to end as others do.
+    """
+    if not is_apart(body):
+        return None
+    prompt = body.get("kv_transfer_params", {}).get("prompt_token_ids")
+    return Thoughts(following(format_, tokenizer, prompt) if prompt else format_)
 
 
 def _fields(piece: Piece) -> Json:

@@ -132,6 +132,14 @@ class Folder:
         inside = f"{self._address.name.rstrip('/')}/{name}"
         return Folder(replace(self._address, name=inside).whole)
 
+    def parted(self) -> tuple[Folder, str]:
+        """Return the folder that it is in, and its name there; a local one is absolute."""
+        if self._address is None:
+            folder, name = os.path.split(self.path)
+            return Folder(folder), name
+        folder, _, name = self._address.name.rpartition("/")
+        return Folder(replace(self._address, name=folder).whole), name
+
     def is_within(self, other: Folder) -> bool:
         """Whether it is below another folder of the same store."""
         return str(self).startswith(f"{other}/")

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerFast
 from wrpo_ray.config import ModelConfig
 from wrpo_ray.errors import SpelledTokenError, TemplateError, TokenizeError, UserError
 from wrpo_ray.llm.chat import answer_ids, check_sampled, conversation_ids, end_ids, prompt_ids
-from wrpo_ray.llm.reasoning import format_of
+from wrpo_ray.llm.reasoning import THINK, Format, following, format_of, split
 from wrpo_ray.llm.rendering import Template, load_tokenizer, render
 from wrpo_ray.llm.special_tokens import MARKS
 from wrpo_ray.zoo.tokenizers import char_tokenizer
@@ -615,6 +615,68 @@ def test_reasoning_is_trained_on_as_the_model_writes_it_after_the_prompt(templat
         whole = tokenizer.decode([*prompt, *answer])
         assert whole.startswith(asked)
         assert whole.endswith(f"{text}<|im_end|>")
+
+
+MAY_OPEN = (
+    "{% set asks = '/no' not in messages[0].content %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' and not asks %}{{ '<think></think>' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\\n' + ('<think>\\n' if asks else '<think></think>') }}{% endif %}"
+)
+"""Opens the reasoning, unless a message asks for none: then it is empty, as in Nemotron's."""
+
+
+@pytest.mark.parametrize(
+    ("words", "text", "expected"),
+    [
+        ("hi", THOUGHT, "hi Ċ </think> ĊĊ yes <|im_end|>"),
+        ("hi", "yes", "Ċ </think> ĊĊ yes <|im_end|>"),
+        ("hi /no", "yes", "yes <|im_end|>"),
+    ],
+)
+def test_each_prompt_says_whether_it_opens_reasoning(words, text, expected):
+    tokenizer = variant("qwen3", MAY_OPEN)
+    format_, asked = format_of(tokenizer), said(words)
+    answer = answer_ids(tokenizer, asked, text, ends("qwen3"), format_=format_)
+    assert shown(tokenizer, answer) == expected
+    opening, answer = ("", "hi") if "/no" in words else ("<think>\n", "")
+    after = following(format_, tokenizer, prompt_ids(tokenizer, asked))
+    assert (after.opening, split("hi", after).answer) == (opening, answer)
+    closed = following(Format(THINK), tokenizer, prompt_ids(tokenizer, asked))  # of another probe
+    assert closed.opening == opening
+
+
+@pytest.mark.parametrize("thought", ["<think>hi\n</think>\n\nyes", "\n<think>hi\n</think>\n\nyes"])
+def test_reasoning_of_another_model_begins_as_the_prompt_opens_it(thought):
+    """Its white space around the opening marker may be another one."""
+    tokenizer = variant("qwen3", opens_in_prompt(CHATML))
+    answer = answer_ids(tokenizer, HI, thought, ends("qwen3"), format_=format_of(tokenizer))
+    assert shown(tokenizer, answer) == "hi Ċ </think> ĊĊ yes <|im_end|>"
+
+
+def test_markers_that_are_special_tokens_are_tokens_where_reasoning_stands():
+    """And text anywhere else: in the prompt, in the reasoning, and in the answer."""
+    style = replace(STYLES["qwen3"], plain=(), template=CHATML)
+    special = replace(style, others=(*style.others, "<think>", "</think>"))
+    tokenizer, plain = build(special), build(style)
+    format_ = format_of(tokenizer, "qwen3")
+    assert format_ == Format(THINK, is_special=True)
+    marks = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+
+    def ids(text):
+        return answer_ids(tokenizer, HI, text, ends("qwen3"), format_=format_)
+
+    assert shown(tokenizer, ids(THOUGHT)) == "<think> Ċ hi Ċ </think> ĊĊ yes <|im_end|>"
+    found = ids("<think>hi <think> hi</think>yes </think> no")
+    assert [token for token in found if token in marks] == marks
+    assert found[0] == marks[0]
+    assert tokenizer.decode(found) == "<think>hi <think> hi</think>yes </think> no<|im_end|>"
+    for text in ("yes", "yes <think> no </think>"):
+        assert ids(text) == answer_ids(plain, HI, text, ends("qwen3"))
+    assert ids("<think>hi") == [marks[0], *answer_ids(plain, HI, "hi", ends("qwen3"))]
+    asked = prompt_ids(tokenizer, said("hi <think> hi"))
+    assert not set(asked) & set(marks)
 
 
 def test_a_thought_that_a_finished_answer_lacks_is_refused():

@@ -266,6 +266,14 @@ THINKS: dict[str, tuple[Any, tuple[str, str | None]]] = {
     "a field that is no Unicode": (said("a", reasoning="\ud800"), ("a", None)),
     "no field": (said("<think>hm</think>a"), ("<think>hm</think>a", None)),
     "all tokens went into a thought": (said(None, "length", reasoning="hm"), ("", "hm")),
+    "in a part": (said([THOUGHT, TEXT]), ("a", "hm")),
+    "in parts of other names": (
+        said([part("reasoning", "h"), {"type": "reasoning_text", "text": "m"}, TEXT]),
+        ("a", "hm"),
+    ),
+    "a part that hides it": (said([{"type": "redacted_thinking", "data": "x"}, TEXT]), ("a", None)),
+    "parts that are no text": (said([part("thinking", [7, {"text": 7}]), TEXT]), ("a", None)),
+    "only a part": (said([THOUGHT], "length"), ("", "hm")),
 }
 """Completions of a model that thinks, with their text and reasoning."""
 UNUSABLE: dict[str, tuple[Any, str]] = {

@@ -150,6 +150,40 @@ def test_pieces_are_given_as_soon_as_they_are_known() -> None:
     assert found[6:] == [("", ""), ("", " y"), ("", "es</think>")]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "opening"),
+    [
+        ("A:<think>\n", "<think>\n"),
+        ("A:<think>", "<think>"),
+        ("A:<think></think>", ""),
+        ("A:<think>\n\n</think>\n\n", ""),
+        ("<think>\nA:", ""),  # a user's
+        ("</think> <think>\n\n ", "<think>\n\n "),
+        ("", ""),
+    ],
+)
+def test_the_end_of_the_prompt_says_whether_it_opens_reasoning(prompt: str, opening: str) -> None:
+    for format_ in (PLAIN, OPENED, Format(THINK, "<think>Well")):
+        assert format_.after(prompt) == Format(THINK, opening)
+    assert Format(THINK, "<think>Well").after("A:<think>Well").opening == "<think>Well"
+
+
+@pytest.mark.parametrize(
+    ("text", "finished"),
+    [
+        ("yes", "<think>\n\n</think>\n\nyes"),
+        ("<think>\n\nhm</think>yes", "<think>\n\nhm</think>yes"),
+        ("<think>hm</think>yes", "<think>\nhm</think>yes"),
+        (" \n<think> hm</think>yes", "<think>\n hm</think>yes"),
+        ("say <think>", "<think>\n\n</think>\n\nsay <think>"),
+        ("", "<think>\n\n</think>\n\n"),
+    ],
+)
+def test_a_text_follows_the_prompt_that_opens_reasoning(text: str, finished: str) -> None:
+    assert OPENED.finished(text) == finished
+    assert PLAIN.finished(text) == text
+
+
 # --- records -----------------------------------------------------------------------------------
 
 
@@ -211,6 +245,52 @@ def test_a_field_with_the_reasoning_is_written_between_the_markers() -> None:
     found = put_apart_unseen(row("8"), named, "hm")
     assert found["reasoning"] == "[THINK]\nhm\n[/THINK]\n\n"
     assert found["reasoning_state"] == "stripped"
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning"),
+    [
+        ("<think>\nhm\n</think>\n\n8", "hm"),  # in both places
+        ("<think>hm</think>8", "another one"),
+        ("hm\n</think>\n\n8", " hm "),
+        ("8", "<think>\nhm\n</think>"),  # with its markers
+        ("8", "hm"),
+    ],
+)
+def test_reasoning_is_left_out_of_the_text_wherever_a_server_puts_it(
+    text: str, reasoning: str
+) -> None:
+    model = ModelConfig(name="a", model="a", reasoning="keep")
+    found = put_apart_unseen(row(text), model, reasoning)
+    assert (found["text"], found["reasoning_state"]) == ("8", "kept")
+    assert found["reasoning"].count("<think>") + found["reasoning"].count("</think>") <= 2
+    assert "hm" in found["reasoning"]
+
+
+def test_markers_in_an_answer_whose_reasoning_is_apart_are_its_text() -> None:
+    model = ModelConfig(name="a", model="a", reasoning="strip")
+    text = "Write `<think>` and `</think>`."
+    assert put_apart_unseen(row(text), model, "hm")["text"] == text
+    assert put_apart_unseen(row(text, reason="length"), model, "hm")["text"] == text
+
+
+def test_what_was_cut_off_before_any_marker_is_no_answer() -> None:
+    """Of a prompt that is not seen and may have opened the reasoning."""
+    model = ModelConfig(name="a", model="a", reasoning="strip")
+    for text in ("7 or 8", "", "<think>7"):
+        found = put_apart_unseen(row(text, reason="length"), model, None)
+        assert (found["text"], found["reasoning_state"]) == ("", "unfinished")
+    for text, answer in (("7</think>8, as", "8, as"), ("<think>7</think>8, as", "8, as")):
+        assert put_apart_unseen(row(text, reason="length"), model, None)["text"] == answer
+
+
+@pytest.mark.parametrize("reason", ["stop", "length", None])
+def test_reasoning_without_an_answer_is_unfinished(reason: Any) -> None:
+    """A server that finds no closing marker says so by no text."""
+    model = ModelConfig(name="a", model="a", reasoning="keep")
+    for text in ("", " \n"):
+        found = put_apart_unseen(row(text, reason=reason), model, "hm")
+        assert found["reasoning_state"] == "unfinished"
 
 
 def test_a_servers_text_may_lack_the_opening_marker() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
-from wrpo_ray.planning import lengths
+from wrpo_ray.pipeline.chain import Chain
+from wrpo_ray.planning import input_texts, lengths
 from wrpo_ray.planning.estimate import plan as make_plan
 from wrpo_ray.planning.input_texts import prompt_bytes, recorded_bytes
 from wrpo_ray.planning.measured import TOKEN
 from wrpo_ray.planning.text import plan_text
 from wrpo_ray.planning.work import Plan, Work
+from wrpo_ray.storage.folder import Folder
 
 PROMPTS, BYTES = 50, 70
 """Different prompts in the file, and bytes of a recorded answer."""
@@ -178,6 +181,116 @@ def test_the_prompts_of_several_recorded_files_are_counted_once(tmp_path):
     sampled = of(plan, "generate-target-sft")
     assert sampled.prompts == round(40 * 2 / 3)
     assert sampled.prompt_tokens == round(sampled.prompts * (20 / TOKEN + lengths.TEMPLATE))
+
+
+def test_the_longest_row_of_padded_answers_has_its_prompt_with_each(tmp_path):
+    rows = write(tmp_path / "p.jsonl", [{"prompt": "p", "response": "r"}])
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps({"hidden_size": 64, "vocab_size": 64}))
+    target = {"name": "t", "model": str(tmp_path / "m")}
+    sources = [{"name": "x", "answers": rows}]
+
+    def told(packing: bool) -> str:
+        more = {"packing": packing, "max_length": 8192, "gradient_checkpointing": True}
+        settings = {"prompts": rows, "sources": sources, "target": target, "evaluate": None}
+        plan = make_plan(config_of(tmp_path, **settings, sft=None, wrpo=more))
+        (line,) = plan.memory
+        return line
+
+    packed, padded = (float(re.search(r"activations ([\d.]+)", told(p))[1]) for p in (True, False))
+    assert padded > 2 * packed
+
+
+# --- prompts without an answer --------------------------------------------------------------------
+
+
+def partly(tmp_path: Path, answered: dict[str, list[int]], **changes: Any) -> Config:
+    """40 prompts, and files of two answers of each source to those with these numbers."""
+    prompts = write(tmp_path / "p.jsonl", [{"prompt": f"{n:020}", "key": n} for n in range(40)])
+    sources = []
+    for name, numbers in answered.items():
+        rows = [
+            {"prompt": f"{n:020}", "key": n, "response": f"{n}{i}"} for n in numbers for i in "ab"
+        ]
+        sources.append({"name": name, "answers": write(tmp_path / f"{name}.jsonl", rows)})
+    more = changes.pop("more", [])
+    settings = {"prompts": prompts, "sources": [*sources, *more], "evaluate": None}
+    return config_of(tmp_path, **settings | changes)
+
+
+X, Y = [*range(10), *range(100, 130)], list(range(5, 20))
+"""Numbers of prompts that sources have answers to; 30 of X's are none of the run's."""
+
+
+def test_a_prompt_without_a_recorded_answer_gives_no_row(tmp_path):
+    """Ten of 40 have one; 13 of the 40 are for SFT."""
+    plan = make_plan(partly(tmp_path, {"x": X}))
+    assert of(plan, "score-reward-x").rows == of(plan, "recorded-x").rows == 20
+    assert (of(plan, "select").rows, of(plan, "pair").rows) == (10, round(27 / 4))
+    assert (of(plan, "rows-sft").rows, of(plan, "rows-wrpo").rows) == (3, 7)
+    assert of(plan, "sft").rows == 3
+    assert of(plan, "generate-target-sft").prompts == 27  # it is asked all the same
+    assert {of(plan, name).least for name in ("sft", "wrpo")} == {1.0}
+    whole = make_plan(partly(tmp_path, {"x": list(range(40))}))
+    assert of(whole, "select").rows == 40
+    assert of(whole, "sft").prompt_tokens > 3 * of(plan, "sft").prompt_tokens
+
+
+def test_sources_with_answers_to_parts_of_the_prompts_have_bounds(tmp_path):
+    """X has 10, Y 15; both together have 15 to 25 of the 40."""
+    plan = make_plan(partly(tmp_path, {"x": X, "y": Y}))
+    assert (of(plan, "recorded-x").rows, of(plan, "recorded-y").rows) == (20, 30)
+    assert of(plan, "select").rows == 20
+    assert of(plan, "sft").least == pytest.approx(15 / 20)
+    with_model = make_plan(partly(tmp_path, {"x": X}, more=[{"name": "m", "model": "none/m-1B"}]))
+    assert of(with_model, "select").rows == 40
+    assert of(with_model, "sft").least == 1
+
+
+def test_answers_meet_prompts_by_their_ids(tmp_path):
+    config = partly(tmp_path, {"x": X})
+    for row in (settings := config.model_dump(exclude_unset=True))["sources"]:
+        row["answers"]["columns"] = {"id": "key", "prompt": "none"}
+    settings["prompts"]["columns"] = {"id": "key"}
+    assert of(make_plan(Config.model_validate(settings)), "select").rows == 10
+
+
+def test_prompts_that_are_limited_or_too_many_to_look_at(tmp_path, monkeypatch):
+    config = partly(tmp_path, {"x": X, "y": Y})
+    few = config.prompt_files[0].model_copy(update={"limit": 8})
+    plan = make_plan(config.model_copy(update={"prompts": few}))
+    assert (of(plan, "recorded-x").rows, of(plan, "recorded-y").rows) == (16, 6)
+    assert of(plan, "select").rows == 8  # X has all
+    monkeypatch.setattr(input_texts, "ALL", 39)
+    assert of(make_plan(config), "recorded-x").rows == 80
+    assert of(make_plan(config), "select").rows == 40
+
+
+def test_what_was_matched_is_counted_when_the_answers_are_read(tmp_path, monkeypatch):
+    config = partly(tmp_path, {"x": X})
+    monkeypatch.setattr(input_texts, "ALL", 1)
+    jobs = [job for stage in Chain(config, for_plan=True).build() for job in stage.jobs]
+    (read,) = (job for job in jobs if job.step.name == "recorded-x")
+    read.step.finish(Folder(config.output), {"rows": 20, "prompts": 10}, 0.0)
+    plan = make_plan(config)
+    assert (of(plan, "select").rows, of(plan, "score-reward-x").rows) == (10, 20)
+
+
+def test_groups_that_models_answer_and_recorded_answers_add_up(tmp_path):
+    """Models answer the half of group a, twice; X has 10 of 40 prompts."""
+    rows = [{"prompt": f"{n:020}", "kind": "ab"[n % 2]} for n in range(40)]
+    prompts = write(tmp_path / "q.jsonl", rows) | {"columns": {"group": "kind"}}
+    models = [{"name": n, "model": "none/m-1B", "groups": ["a"]} for n in "mn"]
+    plan = make_plan(partly(tmp_path, {"x": X}, more=models, prompts=prompts))
+    assert of(plan, "select").rows == 25  # 20 to 30
+    assert of(plan, "sft").least == pytest.approx(20 / 25)
+
+
+def test_recorded_answers_of_the_target_are_to_part_of_the_prompts_too(tmp_path):
+    own = write(tmp_path / "t.jsonl", [{"prompt": f"{n:020}", "response": "a"} for n in range(8)])
+    target = {"name": "t", "model": "none/m-1B", "answers": own}
+    plan = make_plan(partly(tmp_path, {"x": list(range(40))}, target=target))
+    assert (of(plan, "select").rows, of(plan, "pair").rows) == (40, round(27 / 5))
 
 
 def test_a_file_that_cannot_be_counted_is_told_in_a_line(tmp_path):

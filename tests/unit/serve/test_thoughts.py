@@ -8,11 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
+from support.tiny_models import make_tokenizer
 
 from wrpo_ray.llm.reasoning import THINK, Format, split
 from wrpo_ray.serve.backends import DONE
 from wrpo_ray.serve.requests import Chat
-from wrpo_ray.serve.thoughts import Thoughts, is_apart
+from wrpo_ray.serve.thoughts import Thoughts, is_apart, thoughts_on
 
 PLAIN, OPENED = Format(THINK), Format(THINK, "<think>\n")
 TEXT = "<think>\n7 or 8\n</think>\n\nIt is 8."
@@ -98,6 +99,21 @@ def test_what_is_no_text_passes() -> None:
 )
 def test_an_answer_by_a_grammar_has_no_reasoning(body: dict[str, Any], apart: bool) -> None:
     assert is_apart(body) is apart
+
+
+def test_the_end_of_each_prompt_says_whether_it_opens_reasoning():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    for end, opening in (("w1 <think>", "<think>"), ("w1 <think></think>", ""), ("w1", "")):
+        ids = tokenizer(end, add_special_tokens=False)["input_ids"]
+        body = {"kv_transfer_params": {"prompt_token_ids": ids}}
+        thoughts = thoughts_on(body, OPENED, tokenizer)
+        assert thoughts is not None
+        assert thoughts.format == Format(THINK, opening)
+    with_tools = thoughts_on({"tools": [{}]}, OPENED, tokenizer)
+    assert with_tools is not None
+    assert with_tools.format == OPENED
+    assert thoughts_on({"tools": [{}], "tool_choice": "required"}, OPENED, tokenizer) is None
 
 
 def test_a_history_with_reasoning_is_taken_and_the_reasoning_left_out() -> None:

@@ -22,7 +22,7 @@ from wrpo_ray.config import ModelConfig, SamplingConfig
 from wrpo_ray.data.records import FailureRow, Message, failure
 from wrpo_ray.llm.architecture import Use, check_weights
 from wrpo_ray.llm.chat import end_ids, prompt_ids, separator
-from wrpo_ray.llm.reasoning import format_of, put_apart
+from wrpo_ray.llm.reasoning import Format, following, format_of, put_apart
 from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.llm.vllm_settings import (
     CPU_ENGINE,
@@ -118,6 +118,8 @@ class _Asked:
     sampling: SamplingConfig
     identity: SamplingIdentity
     out: SimpleQueue[Answers | Exception]
+    format: Format | None = None
+    """How its answers show their reasoning; null if they are not read for it."""
 
 
 def engine_arguments(model: ModelConfig, weights: int) -> dict[str, Any]:
@@ -172,7 +174,8 @@ class VllmEngine:
         for request in requests:
             try:
                 ids = self._prompt_ids(request, identity.name)
-                self._inbox.put(_Asked(request, ids, sampling, identity, out))
+                format_ = self.format and following(self.format, self.tokenizer, ids)
+                self._inbox.put(_Asked(request, ids, sampling, identity, out, format_))
             except Exception as error:  # a template can raise anything; the row is kept with it
                 out.put(failures(identity.name, request, error))
         for _ in requests:
@@ -318,13 +321,9 @@ class VllmEngine:
             }
             for sample, answer in zip(request.samples, output.outputs, strict=True)
         ]
-        return [self._put_apart(row) for row in rows]
-
-    def _put_apart(self, row: Row) -> Row:
-        """Return the row with its reasoning in a column of its own, if the config asks for it."""
-        if self.format is None:
-            return row
-        return put_apart(row, self.format, self.policy, self._decode)
+        if asked.format is None:
+            return rows
+        return [put_apart(row, asked.format, self.policy, self._decode) for row in rows]
 
     def _decode(self, ids: list[int]) -> str:
         """Return the text of an answer's token ids as the engine gives it."""

@@ -3,10 +3,12 @@
 import codecs
 import io
 import reprlib
+import string
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from fnmatch import fnmatchcase
 from typing import Any, NotRequired, TypedDict
 
 import pyarrow as pa
@@ -33,16 +35,23 @@ from wrpo_ray.text.documents import read_row
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".parquet")
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Splits of data sets by the words that files and folders are named with."""
 
 
 def input_files(path: str, what: str) -> list[str]:
     """Return the URIs of the data files at `path`: the file itself, or those in the folder.
 
-    Where a folder holds none, those in its subfolders are taken, as in data sets of the hub.
+    Where a folder holds none, those in its subfolders are taken, as in data sets of the hub. A
+    path may end with a pattern of names, such as `train-*`.
 
     Raises:
-        UserError: there is no such file, or none that ends in .jsonl or .parquet; or the hub
-            refuses to list those of a data set.
+        UserError: there is no such file, or none that ends in .jsonl or .parquet; a folder holds
+            those of several splits; or the hub refuses to list those of a data set.
     """
     if path.startswith(HUB_SCHEME):
         from wrpo_ray.storage.hub_data import HubData  # its client takes a moment to import
@@ -51,13 +60,80 @@ def input_files(path: str, what: str) -> list[str]:
             return HubData.at(path).files(SUFFIXES)
     place = Folder(path)
     info = place.filesystem.get_file_info(place.path)
-    if info.type == pafs.FileType.NotFound:
-        raise UserError(f"{what}: no such file: {place}; give a JSONL or Parquet file, or a folder")
     place = place.absolute()  # a worker's working directory is another
+    if info.type == pafs.FileType.NotFound:
+        if files := _matching(place):
+            return files
+        raise UserError(
+            f"{what}: no such file: {Folder(path)}; give a JSONL or Parquet file, or a folder"
+        )
     files = _data_files([place]) if info.is_file else _files_within(place)
     if not files:
         raise UserError(f"{what}: {place} is no .jsonl or .parquet file, and holds none")
+    if not info.is_file:
+        with telling_of(what):
+            _check_one_split(place, files)
     return files
+
+
+def _matching(place: Folder) -> list[str]:
+    """The data files that a pattern at the end of a path names, or those in folders that it names.
+
+    None where the path has no pattern.
+    """
+    folder, last = place.parted()
+    if "*" not in last:
+        return []
+    pattern = last.replace("[", "[[]")
+    files = [folder / name for name in folder.files() if fnmatchcase(name, pattern)]
+    if found := _data_files(files):
+        return found
+    folders = [n for n in folder.folders() if fnmatchcase(n, pattern) and not n.startswith(".")]
+    return [uri for name in folders for uri in _files_within(folder / name)]
+
+
+def _check_one_split(place: Folder, files: list[str]) -> None:
+    """Check that no two of a folder's files are named after different splits of a data set.
+
+    Raises:
+        UserError: some are; the message says how to give one split, and how all.
+    """
+    first: dict[str, str] = {}
+    for file in map(str, map(Folder, files)):
+        parts = file.removeprefix(f"{place}/").split("/")
+        places = [(split, i) for i, part in enumerate(parts) if (split := _split_of(part))]
+        if places:
+            split, depth = places[0]
+            first.setdefault(split, "/".join([str(place), *parts[: depth + 1]]))
+    if len(first) > 1:
+        one = first.get("train") or next(iter(first.values()))
+        folder, _, name = one.rpartition("/")
+        raise UserError(
+            f"{place}: holds files of several splits ({', '.join(sorted(first))}); give one, such "
+            f"as {folder}/{_alike(name)}, or {place}/* for all"
+        )
+
+
+def _split_of(name: str) -> str | None:
+    """The split whose word begins or ends the name of a file or folder, if one does."""
+    stem = name.rpartition(".")[0] if name.endswith(SUFFIXES) else name
+    words = "".join(c if c.isalpha() else " " for c in stem.lower()).split()
+    return next((SPLITS[word] for word in (*words[:1], *words[-1:]) if word in SPLITS), None)
+
+
+def _alike(name: str) -> str:
+    """A pattern for the files of a split, by one of them, such as `train-*`; a folder's own name.
+
+    Example:
+        >>> _alike("train-00000-of-00002.parquet"), _alike("dev.jsonl"), _alike("test")
+        ('train-*', 'dev*', 'test')
+    """
+    if not name.endswith(SUFFIXES):
+        return name
+    bare = name.rpartition(".")[0].rstrip(string.digits)
+    if bare.endswith("-of-"):
+        bare = bare.removesuffix("-of-").rstrip(string.digits)
+    return f"{bare}*"
 
 
 def _files_within(folder: Folder) -> list[str]:
@@ -77,7 +153,7 @@ def exist(path: str) -> bool:
     Those of a data set on the hub whose commit is not known, or where it is not reached, are not.
     """
     if not path.startswith(HUB_SCHEME):
-        return Folder(path).exists()
+        return Folder(path).exists() or bool(_matching(Folder(path)))
     try:
         return bool(input_files(path, path))
     except UserError:

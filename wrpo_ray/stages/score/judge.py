@@ -130,7 +130,8 @@ class JudgeReward:
         try:
             text = judgement.text
             if self.config.reasoning == "strip":
-                text = split(text, of_text(text)).answer
+                is_cut = judgement.finish_reason == "length" and judgement.reasoning is None
+                text = split(text, of_text(text, is_cut=is_cut)).answer
             return read_rating(text, self.config.worst, self.config.best)
         except NoRatingError as error:
             cut = ", which was cut off at max_tokens" * (judgement.finish_reason == "length")

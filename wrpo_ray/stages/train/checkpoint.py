@@ -1,11 +1,12 @@
 """Checkpoints of an unfinished run, saved and resumed through Ray Train.
 
-A checkpoint holds the training state (`state`), one part per worker, and the next step. The rest
-(order of rows, alpha, learning rate) is a function of the step. So any number of workers can
-resume from it, at any ZeRO stage. Each worker writes its part to a local folder, with a GPU from a
-copy while training continues. Ray Train uploads it to the run's storage meanwhile, and lists a
-checkpoint in its snapshot once all parts are uploaded. So a run never resumes from an incomplete
-checkpoint: if a worker is lost before its upload ends, training resumes from the one before.
+A checkpoint holds the training state (`state`), one part per worker, the next step, and the choice
+of micro-batches. The rest (order of rows, alpha, learning rate) is a function of the step. So any
+number of workers can resume from it, at any ZeRO stage. Each worker writes its part to a local
+folder, with a GPU from a copy while training continues. Ray Train uploads it to the run's storage
+meanwhile, and lists a checkpoint in its snapshot once all parts are uploaded. So a run never
+resumes from an incomplete checkpoint: if a worker is lost before its upload ends, training resumes
+from the one before.
 """
 
 import json
@@ -21,6 +22,7 @@ from torch import distributed as dist
 
 from wrpo_ray.runtime.node_memory import node_memory
 from wrpo_ray.runtime.progress import log
+from wrpo_ray.stages.train.memory import Choice
 from wrpo_ray.stages.train.state import INDEX, bytes_of, load_state, part_of
 from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.fingerprints import digest
@@ -39,9 +41,10 @@ NOTICE_INTERVAL = float(os.environ.get("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "
 class Saver:
     """Saves the state of one engine; every worker has one and calls it after the same steps."""
 
-    def __init__(self, engine: Any, key: str, device: torch.device):
+    def __init__(self, engine: Any, key: str, chosen: Choice, device: torch.device):
         """`key` is the step's key, as a series of models shares one folder of checkpoints."""
-        self._engine, self._key, self._device = engine, key, device
+        self._engine, self._device = engine, device
+        self._extra = {"step": key, "chosen": chosen._asdict()}
         self._copies: dict[str, Tensor] | None = {} if has_room_for_copies(engine, device) else None
         self._asked = time.monotonic()
         self._saved_for = ""
@@ -59,7 +62,7 @@ class Saver:
         if folder.exists():  # of a worker that was killed
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
-        part = part_of(self._engine, {"next_step": next_step, "step": self._key}, self._copies)
+        part = part_of(self._engine, {"next_step": next_step} | self._extra, self._copies)
         if self._copies is None:
             part.write(folder)
 
@@ -120,24 +123,38 @@ def _local_folder() -> Path:
     return node_cache().folder / f"checkpoint-{name}"
 
 
+def chosen_before(key: str) -> Choice | None:
+    """The choice of the newest complete checkpoint; None without one, as of an earlier version."""
+    _, extra = _newest(key)
+    return Choice(**extra["chosen"]) if "chosen" in extra else None
+
+
 def restore(engine: Any, key: str) -> int:
     """Load the newest complete checkpoint; returns the step to go on with, 0 without one.
 
-    A checkpoint of another model of the same series does not count.
-
     Raises:
         WrpoError: the checkpoint is damaged.
+    """
+    checkpoint, _ = _newest(key)
+    if checkpoint is None:
+        return 0
+    with checkpoint.as_directory() as folder:
+        return int(load_state(engine, Path(folder))["next_step"])
+
+
+def _newest(key: str) -> tuple[Any, dict[str, Any]]:
+    """The newest complete checkpoint and what it holds beside tensors; None without one.
+
+    A checkpoint of another model of the same series does not count.
     """
     from ray import train
 
     checkpoint = train.get_checkpoint()
     if checkpoint is None:
-        return 0
+        return None, {}
     with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{INDEX}") as index:
-        if json.loads(index.read())["extra"].get("step", key) != key:
-            return 0
-    with checkpoint.as_directory() as folder:
-        return int(load_state(engine, Path(folder))["next_step"])
+        extra: dict[str, Any] = json.loads(index.read())["extra"]
+    return (checkpoint, extra) if extra.get("step", key) == key else (None, {})
 
 
 def repair(folder: Folder, label: str) -> None:

@@ -31,6 +31,7 @@ from wrpo_ray.stages.train import (
     probe,
     split_reference,
 )
+from wrpo_ray.stages.train.memory import Choice
 from wrpo_ray.stages.train.metrics import MetricsFile, Sums, Tracker, peak_memory, trackers
 from wrpo_ray.stages.train.objectives import Losses, Objective, training_objective
 from wrpo_ray.stages.train.order import Order, learning_rate_at
@@ -60,7 +61,7 @@ def _train(task: Task, *, in_series: bool) -> TrainedCounts:
     started = time.time()
     torch.set_num_threads(max(1, int(task.config.cpus)))
     deepspeed.prepare(task.config)
-    trainer = Trainer.create(task)
+    trainer = Trainer.create(task, checkpoint.chosen_before(task.step.key))
     first_step = checkpoint.restore(trainer.policy, task.step.key)
     final_loss = trainer.run(first_step)
     lost_in_bf16 = trainer.save()
@@ -100,8 +101,10 @@ class Trainer:
     device: torch.device
 
     @classmethod
-    def create(cls, task: Task) -> Self:
+    def create(cls, task: Task, before: Choice | None = None) -> Self:
         """Load the policy and, if the objective needs a live one, the reference model.
+
+        `before` is the choice of the checkpoint that training will resume from.
 
         Raises:
             UserError: no row is left to train on, or the memory is too small.
@@ -118,7 +121,7 @@ class Trainer:
             )
         order = Order(len(train_rows), config.epochs, config.batch_size, task.seed)
         device = torch.device("cuda" if config.num_gpus else "cpu")
-        task = fitting.fitted(task, base, rows.lengths, device)
+        task = fitting.fitted(task, base, rows.lengths, device, before)
         config = task.config
         settings = deepspeed.engine_config(config, dist.get_world_size())
         with deepspeed.partitioned_loading(settings):
@@ -153,7 +156,7 @@ class Trainer:
         return file.records[-1]["loss"] if file.records else None
 
     def _steps(self, first_step: int, file: MetricsFile | None, active: list[Tracker]) -> None:
-        saver = checkpoint.Saver(self.policy, self.task.step.key, self.device)
+        saver = checkpoint.Saver(self.policy, self.task.step.key, self._chosen, self.device)
         for step in range(first_step, self.order.steps):
             record = self.step(step) | self._held_out(step)
             if file:
@@ -245,6 +248,12 @@ class Trainer:
             cause = faults.find(self, parts, objective)
             raise UserError(f"{self.task.step.name}: {problem} at step {step}: {cause}")
 
+    @property
+    def _chosen(self) -> Choice:
+        tokens = self.task.config.micro_batch_tokens
+        assert tokens != "auto"  # `fitted` has chosen
+        return Choice(tokens, dist.get_world_size())
+
     def _micro_batches(self, batch: np.ndarray) -> list[tuple[list[Row], bool]]:
         """This worker's micro-batches, and whether each is real and not a dummy.
 
@@ -252,9 +261,8 @@ class Trainer:
         """
         config = self.task.config
         costs = packing.costs(self.rows.lengths[batch], packed=config.packing)
-        assert config.micro_batch_tokens != "auto"  # `fitted` has chosen
         parts = packing.micro_batches_of(
-            dist.get_rank(), costs, dist.get_world_size(), config.micro_batch_tokens
+            dist.get_rank(), costs, dist.get_world_size(), self._chosen.tokens
         )
         return [([self.rows[batch[i]] for i in part], is_real) for part, is_real in parts]
 

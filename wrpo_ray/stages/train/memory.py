@@ -8,15 +8,15 @@ layers with gated MLPs. P parameters, W workers, T tokens, H width; s bytes of t
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 from wrpo_ray.config import LoraConfig, TrainConfig
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.experts import experts_of
 from wrpo_ray.runtime.node_memory import Room
+from wrpo_ray.stages.train.sizes import Sizes
 
 CHUNK, MOST_CHUNK = 2**24, 2**27
 """Most logits in memory at once: 64 MB in fp32 on CPUs, up to 512 MB on GPUs (`chunk_on`)."""
@@ -35,65 +35,6 @@ PROCESS = 0.75e9
 """A worker with torch, Ray, transformers and DeepSpeed, before it loads anything: 0.57 without Ray,
 measured; Ray is a guess."""
 BYTES = {"fp32": 4, "bf16": 2}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Sizes of a decoder model."""
-
-    width: int
-    layers: int
-    queries: int
-    """Width of all query heads together."""
-    keys: int
-    """Width of all key heads together."""
-    inner: int
-    """Width of the MLPs that a token goes through in a layer, together."""
-    all_inner: int
-    """The same of all experts."""
-    vocabulary: int
-    tied: bool
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Sizes":
-        """The sizes in a Hugging Face config; what it lacks is a Llama's of its width."""
-        tied = bool(config.get("tie_word_embeddings", False))
-        config = config.get("text_config") or config
-        width, heads = config.get("hidden_size", 4096), config.get("num_attention_heads", 32)
-        head = config.get("head_dim") or width // heads
-        dense = config.get("intermediate_size", 4 * width)
-        experts, active, shared = experts_of(config)
-        inner = config.get("moe_intermediate_size", dense) if experts > 1 else dense
-        return cls(
-            width=width,
-            layers=config.get("num_hidden_layers", 32),
-            queries=head * heads,
-            keys=head * (config.get("num_key_value_heads") or heads),
-            inner=inner * (active + shared),
-            all_inner=inner * (experts + shared),
-            vocabulary=config.get("vocab_size", 32000),
-            tied=tied or bool(config.get("tie_word_embeddings", False)),
-        )
-
-    @property
-    def layer(self) -> int:
-        """Parameters of a layer."""
-        return self.width * (2 * self.queries + 2 * self.keys + 3 * self.all_inner + 2)
-
-    @property
-    def head(self) -> int:
-        """Parameters of the head."""
-        return self.vocabulary * self.width
-
-    @property
-    def parameters(self) -> int:
-        """All parameters, shared ones once."""
-        return self.layers * self.layer + self.head * (1 if self.tied else 2) + self.width
-
-    def adapters(self, rank: int) -> int:
-        """Parameters of LoRA adapters on all linear layers of the body."""
-        ends = 4 * self.width + 2 * self.queries + 2 * self.keys  # of q, k, v, o
-        return self.layers * rank * (ends + 3 * (self.width + self.all_inner))
 
 
 @dataclass(frozen=True)
@@ -179,6 +120,19 @@ def worker_memory(
         reference=wide * whole / share if config.has_second_model else 0.0,
         process=0.0 if gpu else process,
     )
+
+
+def offloaded(sizes: Sizes, config: TrainConfig, workers: int) -> float:
+    """Bytes of the node's memory that a worker on a GPU keeps its state in.
+
+    fp32 masters, moments and gradients; with `all` the weights as well.
+    """
+    if not config.num_gpus or config.offload == "none":
+        return 0.0
+    whole = sizes.parameters
+    trained = sizes.adapters(config.lora.rank) if config.lora else whole
+    weights = BYTES[config.precision] * (whole + (trained if config.lora else 0))
+    return (16.0 * trained + (weights if config.offload == "all" else 0)) / workers + PROCESS
 
 
 def _gradients(trained: int, stage: int, wide: int, workers: int) -> float:
@@ -282,6 +236,14 @@ CERTAIN = 1.5
 """An estimate of so many times the free memory is refused although memory may become free."""
 
 
+class Choice(NamedTuple):
+    """A choice by the free memory; another one would add numbers in another order."""
+
+    tokens: int
+    """Of a micro-batch."""
+    workers: int
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Peaks of a worker of one training, for any of its settings."""
@@ -323,23 +285,52 @@ class Estimate:
             tokens //= 2
         return tokens
 
-    def check(self, room: Room, what: str) -> tuple[int, str]:
-        """The micro-batch's tokens, and a line that gives the peak and warns if memory is short.
+    def choice(self, free: float, before: Choice | None = None) -> Choice:
+        """Micro-batches for so many bytes, with the process.
+
+        The choice of `before`, an interrupted try of as many workers, is kept while it fits.
+        """
+        if before and self._is_still_good(before, free):
+            return before
+        return Choice(self.tokens(free), self.workers)
+
+    def _is_still_good(self, before: Choice, free: float) -> bool:
+        given = self.config.micro_batch_tokens
+        is_alike = before.workers == self.workers and given in ("auto", before.tokens)
+        return is_alike and self.at(before.tokens).total <= free
+
+    def check(self, room: Room, what: str, before: Choice | None = None) -> tuple[Choice, str]:
+        """The choice, and a line that gives the peak and warns if memory is short.
 
         Raises:
             UserError: the peak exceeds the memory of the node or GPU, or by far what is free of it.
         """
-        tokens = self.tokens(room.free)
+        chosen = self.choice(room.free, before)
+        tokens = chosen.tokens
         peak = self.at(tokens)
         told = f"{what}: micro-batches of {tokens:,} tokens need about {peak} for each worker"
         if peak.total <= room.free:
-            return tokens, told
+            return chosen, told
         most = min(room.total, CERTAIN * room.free)
         lack = f"{told}, of which {room.free / 1e9:.1f} GB are free"
         line = f"{lack}; {self.remedy(tokens, min(room.total, room.free))}"
         if peak.total > most:
             raise UserError(line)
-        return tokens, f"{line} (it may fit if other processes end)"
+        return chosen, f"{line} (it may fit if other processes end)"
+
+    def check_node(self, room: Room, what: str) -> None:
+        """Check that the node has memory for the state that GPUs offload to it.
+
+        Raises:
+            UserError: a worker's part is more than its room.
+        """
+        need = offloaded(self.sizes, self.config, self.workers)
+        if need > room.total:
+            raise UserError(
+                f"{what}: offload: {self.config.offload} needs about {need / 1e9:.1f} GB of a "
+                f"node's memory for each worker, and there are {room.total / 1e9:.1f} GB; set more "
+                f"workers, on more nodes, or lora: {{rank: 16}}"
+            )
 
     def remedy(self, tokens: int, room: float) -> str:
         """Which settings to change so that the peak is at most `room` bytes; few before many."""

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from wrpo_ray.config import TrainConfig, WrpoConfig
 from wrpo_ray.data.records import FailureRow, failure
 from wrpo_ray.llm import chat
-from wrpo_ray.llm.reasoning import Format
+from wrpo_ray.llm.reasoning import Format, following
 from wrpo_ray.stages.train import published_tokens as published
 from wrpo_ray.storage.fingerprints import unit_interval
 from wrpo_ray.storage.folder import Folder
@@ -124,25 +124,32 @@ class Tokenizing:
             prompt, answers = published.tokenize(self.tokenizer, messages, texts)
         else:
             prompt = chat.prompt_ids(self.tokenizer, messages)
-            answers = [self._answer(messages, record[name]) for name in self.names]
+            answers = [self._answer(messages, record[name], prompt) for name in self.names]
         prompt, answers, cut = fit(prompt, answers, self.config)
         return Row(record["prompt_id"], _ids(prompt), tuple(map(_ids, answers))), cut
 
-    def _answer(self, messages: list[Any], answer: Record) -> list[int]:
-        """Token ids of an answer: as sampled by the model `own`, else tokenized from its text.
+    def _answer(self, messages: list[Any], answer: Record, prompt: list[int]) -> list[int]:
+        """Token ids of an answer: as sampled by the model `own`, else tokenized from its text."""
+        closed, text = answer["finish_reason"] != "length", answer["text"]
+        if self._may_use_ids(answer, prompt):
+            ids = list(answer["token_ids"])
+            chat.check_sampled(ids, self.ends, closed=closed)
+            return ids
+        return chat.answer_ids(
+            self.tokenizer, messages, text, self.ends, closed=closed, format_=self.format
+        )
 
-        Token ids are valid only for the tokenizer that made them.
+    def _may_use_ids(self, answer: Record, prompt: list[int]) -> bool:
+        """Whether an answer's token ids can follow the prompt.
+
+        They are valid only for the tokenizer that made them. A recorded answer without reasoning
+        cannot follow a prompt that opens it.
         """
-        closed = answer["finish_reason"] != "length"
         if self.own is None or answer["source"] != self.own or not answer["token_ids"]:
-            return self._of_text(messages, answer["text"], closed=closed)
-        ids = list(answer["token_ids"])
-        chat.check_sampled(ids, self.ends, closed=closed)
-        return ids
-
-    def _of_text(self, messages: list[Any], text: str, *, closed: bool) -> list[int]:
-        text = self.format.finished(text) if self.format else text
-        return chat.answer_ids(self.tokenizer, messages, text, self.ends, closed=closed)
+            return False
+        if self.format is None or self.format.begins(answer["text"]):
+            return True
+        return not following(self.format, self.tokenizer, prompt).opening
 
 
 def tokenize_pairs(

@@ -8,9 +8,10 @@ files have them. Nothing is gathered: a worker holds its own share and a copy of
 `part-<worker>-<n>.safetensors` has 1-D fp32 tensors `<parameter>|<kind>|<first element>`, all
 kinds of a range in one file; `state.json` has the count of Adam's steps and the caller's extras.
 
-A run resumes bit by bit if world size, stage and precision are the same. Not covered: frozen
-parameters, which are not saved; gradients within a step; optimizers other than torch's AdamW (not
-fused, no amsgrad); optimizer state on NVMe or partly offloaded; fp16 with loss scaling.
+A run resumes bit by bit if world size, stage, precision and micro-batches are the same. Not
+covered: frozen parameters, which are not saved; gradients within a step; optimizers other than
+torch's AdamW (not fused, no amsgrad); optimizer state on NVMe or partly offloaded; fp16 with loss
+scaling.
 """
 
 import json

@@ -25,7 +25,7 @@ from wrpo_ray.planning.estimate import plan
 from wrpo_ray.planning.text import plan_text
 from wrpo_ray.stages.ingest import input_checks
 from wrpo_ray.stages.ingest.answers import ENDS, merged_prompts, recorded_answers, settled
-from wrpo_ray.stages.ingest.readers import input_files
+from wrpo_ray.stages.ingest.readers import exist, input_files
 
 ALL = {"reward": "r", "finish_reason": "f", "token_ids": "t"}
 
@@ -273,14 +273,83 @@ def test_prompts_of_several_files_are_one_and_two_references_fail():
 # --- files ---------------------------------------------------------------------------------------
 
 
+def names_of(path: Path | str) -> list[str]:
+    return [Path(uri).name for uri in input_files(str(path), "prompts")]
+
+
+def touched(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
 def test_files_of_a_data_set_of_the_hub_are_in_subfolders(tmp_path):
-    for name in ("data/train/0.parquet", "data/test/1.jsonl", ".cache/2.jsonl", "README.md"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    found = [Path(uri).name for uri in input_files(str(tmp_path), "x")]
-    assert found == ["1.jsonl", "0.parquet"]
-    (tmp_path / "top.jsonl").touch()  # then those in subfolders are left out, as before
-    assert [Path(uri).name for uri in input_files(str(tmp_path), "x")] == ["top.jsonl"]
+    touched(tmp_path, "data/a/0.parquet", "data/b/1.jsonl", ".cache/2.jsonl", "README.md")
+    assert names_of(tmp_path) == ["0.parquet", "1.jsonl"]
+    touched(tmp_path, "top.jsonl")  # then those in subfolders are left out, as before
+    assert names_of(tmp_path) == ["top.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("names", "splits", "one"),
+    [
+        (["train-00000-of-00001.parquet", "test-0.parquet"], "test, train", "train-*"),
+        (
+            ["data/train-0.parquet", "data/validation-0.parquet"],
+            "train, validation",
+            "data/train-*",
+        ),
+        (["train/0.jsonl", "test/0.jsonl", "README.md"], "test, train", "train"),
+        (["gsm8k_Train.jsonl", "gsm8k_test.jsonl"], "test, train", "gsm8k_Train*"),
+        (["test_sft-00.parquet", "val.jsonl", "more.jsonl"], "test, validation", "test_sft-*"),
+    ],
+)
+def test_a_folder_with_files_of_several_splits_is_refused(names, splits, one, tmp_path):
+    """With a path for one, and a path for all."""
+    touched(tmp_path, *names)
+    with pytest.raises(UserError) as told:
+        names_of(tmp_path)
+    assert str(told.value) == (
+        f"prompts: {tmp_path}: holds files of several splits ({splits}); give one, such as "
+        f"{tmp_path}/{one}, or {tmp_path}/* for all"
+    )
+    assert names_of(tmp_path / one)
+    every = sorted(Path(name).name for name in names if name != "README.md")
+    assert sorted(names_of(tmp_path / "*")) == every
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-0.parquet", "train-1.parquet", "train_more.parquet"],
+        ["a.jsonl", "b.jsonl", "latest.jsonl", "strain.jsonl"],
+        ["train.jsonl", "notes-on-test-time.jsonl"],
+        ["train/test-tasks.jsonl", "train/dev-tasks.jsonl"],
+        ["testing.jsonl", "a-test.jsonl", "evaluation.jsonl"],
+    ],
+)
+def test_a_folder_with_files_of_one_split_is_read(names, tmp_path):
+    assert len(names_of(touched(tmp_path, *names))) == len(names)
+
+
+def test_a_pattern_names_files_of_a_folder(tmp_path, monkeypatch):
+    touched(
+        tmp_path, "train-0.parquet", "train-1.jsonl", "train-2.csv", "test-0.parquet", "[x]1.jsonl"
+    )
+    assert names_of(tmp_path / "train-*") == ["train-0.parquet", "train-1.jsonl"]
+    assert names_of(f"file://{tmp_path}/*.parquet") == ["test-0.parquet", "train-0.parquet"]
+    assert names_of(tmp_path / "[x]*") == ["[x]1.jsonl"]
+    monkeypatch.chdir(tmp_path)
+    assert input_files("train-*", "prompts")[0] == f"{tmp_path}/train-0.parquet"
+    assert exist("test-*")
+    touched(tmp_path, "train-*")  # a file of that very name goes before the pattern
+    with pytest.raises(UserError, match=r"train-\* is no \.jsonl"):
+        names_of("train-*")
+    for none in ("none-*", "none/train-*", "*.txt"):
+        assert not exist(none)
+        with pytest.raises(UserError, match="no such file"):
+            names_of(none)
 
 
 # --- the chain -----------------------------------------------------------------------------------

@@ -254,12 +254,16 @@ def test_bounds_have_an_order():
 def test_a_rating_is_not_read_from_reasoning():
     """Unless the config says nothing of reasoning: then the whole text counts, as ever."""
 
-    def rated(text, **more):
+    def rated(text, end="stop", thought=None, **more):
         asked = JudgeReward(config("http://127.0.0.1:9/v1", **more))
-        return asked._rating(Completion(text, "length", None, None, "j"))
+        return asked._rating(Completion(text, end, None, None, "j", reasoning=thought))
 
     for text in ("<think>[[3]]", "<think>[[3]]</think>\n\nso so", "[[3]], no [[4]]</think>bad"):
-        assert isinstance(rated(text, reasoning="strip"), NoRatingError), text
+        for end in ("stop", "length"):
+            assert isinstance(rated(text, end, reasoning="strip"), NoRatingError), text
         assert isinstance(rated(text), float), text
-    assert rated("<think>[[3]]</think>\n\n[[8]]", reasoning="strip") == 8
+    assert rated("<think>[[3]]</think>\n\n[[8]]", "length", reasoning="strip") == 8
     assert rated("[[8]]", reasoning="strip") == 8
+    draft = "Perhaps [[8]], but"  # the prompt may have opened the reasoning
+    assert isinstance(rated(draft, "length", reasoning="strip"), NoRatingError)
+    assert rated(draft, "length", thought="hm", reasoning="strip") == 8

@@ -23,12 +23,15 @@ from wrpo_ray.runtime.node_memory import Room
 from wrpo_ray.stages.train import fitting
 from wrpo_ray.stages.train.memory import (
     BESIDE_TRAINING,
+    PROCESS,
+    Choice,
     Estimate,
     Shape,
-    Sizes,
     chunk_on,
     forward_tokens,
+    offloaded,
 )
+from wrpo_ray.stages.train.sizes import Sizes
 from wrpo_ray.stages.train.task import MEMORY, Task
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
@@ -111,6 +114,36 @@ def test_the_sizes_of_a_real_model_are_counted_right(tmp_path):
     assert Sizes.of(config.to_dict()).parameters == counted
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "gpt_neo", "opt", "codegen", "gemma2", "qwen2"])
+def test_configs_of_all_makers_tell_the_sizes(kind, tmp_path):
+    """As transformers writes them: with names of its own, and without what is the class's default.
+
+    Within a third: MLPs without a gate count as if they had one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made = AutoConfig.for_model(kind, vocab_size=5000)
+    made.save_pretrained(tmp_path)
+    found = Sizes.of(json.loads((tmp_path / "config.json").read_text()))
+    with torch.device("meta"):
+        network = AutoModelForCausalLM.from_config(made)
+    assert (found.width, found.layers) == (made.hidden_size, made.num_hidden_layers)
+    assert found.tied is (
+        network.get_output_embeddings().weight is network.get_input_embeddings().weight
+    )
+    counted = sum(p.numel() for p in network.parameters())
+    assert found.parameters == pytest.approx(counted, rel=0.34)
+
+
+def test_a_size_that_is_null_or_a_list_of_layers():
+    for odd in ({"intermediate_size": [96, 1536]}, {"num_key_value_heads": [1, 3]}):
+        assert Sizes.of(SMOL | odd) == Sizes.of(SMOL)
+    assert Sizes.of(SMOL | {"intermediate_size": None}).inner == 4 * 576
+    assert Sizes.of(SMOL | {"num_key_value_heads": None}).keys == 576
+    for kind, tied in (("none", False), ("llama", False), ("gemma2", True)):
+        assert Sizes.of(LLAMA_8B | {"model_type": kind}).tied is tied  # as the class has it
+
+
 def test_the_state_by_hand():
     """P = 134.5M: in fp32 without ZeRO 4P, 4P and 8P; in bf16 2P, 4P + 2P and 12P."""
     p = Sizes.of(SMOL).parameters
@@ -167,6 +200,24 @@ def test_a_chunk_takes_a_hundredth_of_a_gpu():
     assert head == 8 * 2**27 + 6 * 128256 * 4096
 
 
+def test_state_that_is_offloaded_lies_in_the_nodes_memory():
+    """8B: 16 bytes each on 8 workers, and 2 of the weights; refused before the kernel ends them."""
+    p = Sizes.of(LLAMA_8B).parameters
+    for offload, each in (("none", 0), ("optimizer", 16), ("all", 18)):
+        asked = estimate(sizes=LLAMA_8B, offload=offload, **GPUS)
+        need = each * p / 8 + (PROCESS if each else 0)
+        assert offloaded(asked.sizes, asked.config, 8) == pytest.approx(need)
+        asked.check_node(Room(need + 1, 0), "wrpo")
+        if each:
+            with pytest.raises(
+                UserError, match=f"^wrpo: offload: {offload} needs about 1.* GB; set"
+            ):
+                asked.check_node(Room(need - 1, 0), "wrpo")
+    with_lora = WrpoConfig(offload="optimizer", lora=LoraConfig(), **GPUS)
+    assert offloaded(Sizes.of(LLAMA_8B), with_lora, 8) < 2 * PROCESS
+    assert offloaded(Sizes.of(SMOL), WrpoConfig(offload="optimizer"), 1) == 0  # counted with all
+
+
 def test_what_needs_less():
     whole = estimate().at(2048).total
     for change in (
@@ -211,6 +262,21 @@ def test_auto_takes_what_fits():
     assert estimate(micro_batch_tokens=77).tokens(0.1 * GB) == 77
 
 
+def test_an_interrupted_training_keeps_its_choice_while_it_fits():
+    """Other micro-batches add the same numbers in another order, so that results differ in bits."""
+    auto, roomy = estimate(), 100 * GB
+    before = auto.choice(5.2 * GB)
+    assert before.tokens < auto.choice(roomy).tokens
+    assert auto.choice(roomy, before) == before
+    least = auto.at(before.tokens).total
+    assert auto.choice(least, before) == before  # without the reserve
+    assert auto.choice(least - 1, before) != before
+    fixed = Choice(2048, workers=1)
+    assert estimate(micro_batch_tokens=2048).choice(roomy, fixed) == fixed
+    for changed in (estimate(workers=2), estimate(micro_batch_tokens=1024)):
+        assert changed.choice(roomy, before) == changed.choice(roomy)
+
+
 def test_forward_passes_take_four_times_as_many():
     assert forward_tokens(SftConfig(micro_batch_tokens=100)) == 400
     assert forward_tokens(SftConfig()) == 8192
@@ -247,8 +313,8 @@ def test_the_remedy_fits(settings):
 
 def test_memory_that_others_hold_only_warns():
     """Estimated 4.9 GB: the node has 100 GB, of which 4.5 are free now."""
-    tokens, line = estimate(micro_batch_tokens=2048).check(Room(100 * GB, 4.5 * GB), "sft")
-    assert tokens == 2048
+    chosen, line = estimate(micro_batch_tokens=2048).check(Room(100 * GB, 4.5 * GB), "sft")
+    assert chosen.tokens == 2048
     assert "of which 4.5 GB are free; set micro_batch_tokens: 1024" in line
     assert line.endswith("(it may fit if other processes end)")
     with pytest.raises(UserError):
@@ -279,6 +345,9 @@ def test_workers_choose_and_tell(task, tmp_path, monkeypatch):
     assert found.config.micro_batch_tokens == 2048
     assert task.config.micro_batch_tokens == "auto"
     assert "2,048 tokens" in task.folder.read_json(MEMORY)
+    before = Choice(512, workers=1)
+    again = fitting.fitted(task, tmp_path, lengths, torch.device("cpu"), before)
+    assert again.config.micro_batch_tokens == 512
     monkeypatch.setattr(fitting, "node_memory", lambda: Room(3 * GB, 1.5 * GB))
     with pytest.raises(UserError, match="set gradient_checkpointing: true, lora|set lora"):
         fitting.fitted(task, tmp_path, lengths, torch.device("cpu"))

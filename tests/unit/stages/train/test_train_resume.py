@@ -6,8 +6,10 @@ asked is answered here.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +21,12 @@ from support.tiny_models import make_tokenizer, preference_rows, write_model
 from test_train_faults import STEPS, WRPO, create, records
 
 from wrpo_ray.stages.train import checkpoint
+from wrpo_ray.stages.train.loop import Trainer, _train
+from wrpo_ray.stages.train.memory import Choice, Estimate
 from wrpo_ray.stages.train.rows import Tokenizing
+from wrpo_ray.stages.train.state import INDEX
 from wrpo_ray.stages.train.task import WRPO_ANSWERS
+from wrpo_ray.storage.folder import Folder
 
 pytestmark = pytest.mark.usefixtures("alone")
 EVERY = 2
@@ -98,6 +104,38 @@ def test_each_batch_is_taken_once(tmp_path, kept, stage, copies, monkeypatch):
         assert got == want[last:]
         for name, value in weights(whole).items():
             assert torch.equal(weights(again)[name], value), name
+
+
+@pytest.mark.parametrize("is_kept", [True, False])
+def test_a_resumed_training_has_the_micro_batches_of_its_checkpoint(
+    tmp_path, kept, is_kept, monkeypatch
+):
+    """Those that `auto` would choose now would add the numbers in another order."""
+    monkeypatch.setattr(Estimate, "tokens", lambda estimate, free: 16)
+    base = write_model(tmp_path / "base", tied=True)
+    tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), WRPO_ANSWERS, WRPO)
+    rows = tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
+    config = LONG.model_copy(update={"micro_batch_tokens": "auto"})
+    whole = create(tmp_path / "whole", base, rows, config)
+    whole.run(0)
+    assert checkpoint.chosen_before(whole.task.step.key) == Choice(16, workers=1)
+    monkeypatch.setattr(Estimate, "tokens", lambda estimate, free: 1024)
+    if not is_kept:  # of an earlier version
+        for folder in kept:
+            index = json.loads((folder / INDEX).read_text())
+            del index["extra"]["chosen"]
+            (folder / INDEX).write_text(json.dumps(index))
+    task = replace(
+        whole.task, config=config, run=replace(whole.task.run, root=Folder(str(tmp_path / "again")))
+    )
+    found = []
+    monkeypatch.setattr(Trainer, "save", lambda trainer: found.append(trainer))
+    assert _train(task, in_series=False)["resumed_at"] == 4
+    assert [trainer.task.config.micro_batch_tokens for trainer in found] == [
+        16 if is_kept else 1024
+    ]
+    same = [torch.equal(weights(found[0])[name], value) for name, value in weights(whole).items()]
+    assert all(same) is is_kept
 
 
 def test_a_leaving_node_makes_one_checkpoint_more(tmp_path, kept, monkeypatch):

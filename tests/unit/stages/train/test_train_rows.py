@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.tiny_models import make_tokenizer, preference_rows
+from support.tiny_models import TEMPLATE, make_tokenizer, preference_rows
 
 from wrpo_ray.config import TrainConfig
+from wrpo_ray.llm.reasoning import THINK, Format
 from wrpo_ray.stages.train.rows import (
     SUFFIX,
     PreparedRows,
@@ -94,6 +95,30 @@ def test_only_the_own_models_token_ids_are_used(tokenizing, tokenizer, record, o
     is_own = own is not None and own == source
     of_text = [*tokenizer.convert_tokens_to_ids(["w1"]), END]
     assert answers[name].tolist() == ([8, 9, END] if is_own else of_text)
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "uses_ids"),
+    [
+        ("<think>w2</think>w3", "w0", True),
+        ("w3", "w0", False),  # its empty reasoning has no ids
+        ("w3", "w1", True),
+    ],
+)
+def test_own_ids_follow_only_a_prompt_that_they_can_follow(record, text, prompt, uses_ids):
+    """The template opens reasoning after prompts of `w0`."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    opens = "<assistant>{% if messages[0].content == 'w0' %}<think>{% endif %}{% endif %}"
+    tokenizer.chat_template = TEMPLATE.replace("<assistant>{% endif %}", opens)
+    config, format_ = TrainConfig(max_length=64), Format(THINK, "<think>")
+    given = Tokenizing(tokenizer, ENDS, WRPO_ANSWERS, config, "target-sft", format_)
+    record["messages"] = [{"role": "user", "content": prompt}]
+    record["target_chosen"] |= {"text": text, "token_ids": [8, 9, END]}
+    answer = given.row(record)[0].answers[1].tolist()
+    assert (answer == [8, 9, END]) is uses_ids
+    if not uses_ids:
+        assert tokenizer.convert_tokens_to_ids("</think>") in answer
 
 
 def test_sft_takes_the_sources_answer_alone(tokenizing, record):
