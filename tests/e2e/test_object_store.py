@@ -1,12 +1,16 @@
 """The data part of the demo in an S3 store, killed once: the same rows as on local disk."""
 
+import importlib.util
+
 import pyarrow as pa
+import pytest
 from support.harness import SOURCES, greedy
 
 from wrpo_ray.cli.entry import main
 from wrpo_ray.data import records
 from wrpo_ray.data.buckets import Bucket, read_bucket
 from wrpo_ray.data.shards import list_shards
+from wrpo_ray.storage.cache import node_cache
 from wrpo_ray.storage.folder import Folder
 
 SOURCE = SOURCES[0]
@@ -25,8 +29,16 @@ KEY = ("prompt_id", "source", "sample")
 
 
 def test_same_rows_as_on_disk_after_a_kill(demo, zoo, bucket, greedy_run, on_cluster):
-    """Greedy, so that answers can be compared by content."""
-    store, remote = Folder(bucket), greedy(demo, zoo, bucket)
+    """Greedy, so that answers can be compared by content.
+
+    Where its package is installed, the source's weights are streamed from the store: the step is
+    the same as from disk, and nodes have no copy.
+    """
+    has_streamer = importlib.util.find_spec("runai_model_streamer_s3") is not None
+    model = Folder(bucket.replace("/run?", f"/models/{SOURCE}?"))
+    model.upload(zoo / "sources" / SOURCE)
+    streamed = {"model": model.uri, "stream_weights": True} if has_streamer else {}
+    store, remote = Folder(bucket), greedy(demo, zoo, bucket, **streamed)
 
     def is_generating() -> bool:
         names = [
@@ -49,6 +61,17 @@ def test_same_rows_as_on_disk_after_a_kill(demo, zoo, bucket, greedy_run, on_clu
     columns = ["prompt_id", "messages", "split"]
     ours = tables(store, "select", records.SELECTION).select(columns)
     assert ours.equals(tables(disk, "select", records.SELECTION).select(columns))
+    if not has_streamer:
+        pytest.skip("all but streaming was checked: runai-model-streamer[s3] is not installed")
+    step = f"generate-{SOURCE}-"
+    assert [n for n in store.folders() if n.startswith(step)] == [
+        n for n in disk.folders() if n.startswith(step)
+    ]
+    copies = [copy for copy in node_cache().folder.glob("*.json") if str(model) in copy.read_text()]
+    files = [{file.name for file in copy.with_suffix("").iterdir()} for copy in copies]
+    assert len(files) == 1
+    assert files[0] >= {"config.json", "tokenizer.json"}
+    assert not [name for name in files[0] if name.endswith(".safetensors")]
 
 
 def test_training_from_and_to_an_object_store(demo, zoo, bucket, on_cluster, tmp_path, capsys):

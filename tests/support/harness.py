@@ -99,13 +99,19 @@ def greedy(
     output: str | Path,
     prompts: dict[str, Any] | None = None,
     sources: Sequence[str] = SOURCES[:1],
+    **more: Any,
 ) -> Wrpo:
-    """The demo with one answer to a prompt, which is decided by it, in 16 shards of each source."""
+    """The demo with one answer to a prompt, which is decided by it, in 16 shards of each source.
+
+    `more` are settings of the sources.
+    """
     long = {"engine": {"hf_overrides": {"max_position_embeddings": 2048}, "max_model_len": 2048}}
     return demo(
         output,
         prompts=prompts or {"path": str(zoo / "prompts.jsonl"), "limit": 120},
-        sources=[{"name": name, "model": str(zoo / "sources" / name), **long} for name in sources],
+        sources=[
+            {"name": name, "model": str(zoo / "sources" / name), **long, **more} for name in sources
+        ],
         sampling={"samples": 1, "temperature": 0, "max_tokens": 16},
         reward={"model": str(zoo / "reward"), "overflow": "cut_prompt"},
         storage={"buckets": 16, "commit_seconds": 2},

@@ -38,7 +38,9 @@ PERFORMANCE = (
     "safetensors_prefetch_num_threads",
 )
 """Arguments of `vllm.LLM` that change answers by no more than rounding (vLLM 0.29)."""
-LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "runai_streamer")
+STREAMER = "runai_streamer"
+"""vLLM's name of the way of loading that reads files, or objects, in several streams."""
+LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", STREAMER)
 """Ways of loading that read the folder's own weights."""
 
 
@@ -212,6 +214,9 @@ class ModelConfig(Section):
     performance: dict[str, Any] = Field({}, json_schema_extra=PLACEMENT)
     """Arguments of `vllm.LLM` for speed and memory, such as {max_num_seqs: 512}: the answers that
     are there stay valid when they change."""
+    stream_weights: bool = Field(False, json_schema_extra=PLACEMENT)
+    """Whether engines read the weights straight from the object store, by vLLM's `runai_streamer`,
+    without a copy on the node. False copies them to each node, from node to node."""
     license: str | None = Field(None, json_schema_extra=PLACEMENT)
     """The model's licence by its Hugging Face id, for the card of exported rows; null reads it
     from the model folder's README.md."""
@@ -249,6 +254,8 @@ class ModelConfig(Section):
                     f"engine.{name}: the tokenizer is that of the model folder; put another one's "
                     f"files there, in a copy of the folder"
                 )
+        if "model_weights" in self.engine:
+            raise ValueError("engine.model_weights: the weights are those of `model`; drop it")
         if self.engine.get("trust_remote_code"):
             raise ValueError("engine.trust_remote_code: code in a model's folder never runs")
         return self
@@ -268,6 +275,19 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"performance.load_format: {value!r} is not among {', '.join(LOAD_FORMATS)}"
                 )
+        return self
+
+    @property
+    def load_format(self) -> str | None:
+        """How vLLM reads the weights, in its lower case; None is its own choice."""
+        own = STREAMER if self.stream_weights else None
+        given = (self.performance | self.engine).get("load_format", own)
+        return str(given).lower() if given else None
+
+    @model_validator(mode="after")
+    def _streams_by_streamer(self) -> ModelConfig:
+        if self.stream_weights and self.load_format != STREAMER:
+            raise ValueError(f"stream_weights: loads by {STREAMER}; leave load_format out")
         return self
 
     @model_validator(mode="after")

@@ -21,6 +21,8 @@ class ServedModel(ModelConfig):
     def _is_here(self) -> Self:
         if self.endpoint is not None:
             raise ValueError("endpoint: a served model is on vLLM; drop it")
+        if self.stream_weights:
+            raise ValueError("stream_weights: a served model is copied to its nodes; drop it")
         return self
 
 

@@ -78,14 +78,16 @@ def telling_of(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error}") from None
 
 
-def check_weights(folder: Path, use: Use) -> None:
+def check_weights(folder: Path, use: Use, store: Folder | None = None) -> None:
     """Check the tensors of a local folder that is about to be loaded.
+
+    `store` has the weights if the folder has none.
 
     Raises:
         UserError: tensors are missing, left over, or of another shape.
     """
-    with telling_of(str(folder)):
-        tensors = read_tensors(Folder(str(folder)))
+    with telling_of(str(store or folder)):
+        tensors = read_tensors(store or Folder(str(folder)))
         if tensors is not None:
             check_tensors(folder, tensors, use)
 

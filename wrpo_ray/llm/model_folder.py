@@ -34,7 +34,7 @@ from wrpo_ray.storage.tensors import (
     read_json,
     read_tensors,
 )
-from wrpo_ray.storage.weight_files import engine_files, weight_files
+from wrpo_ray.storage.weight_files import small_engine_files
 from wrpo_ray.text.files import decode
 
 Compare = Callable[[Path, Tensors, Use], None]
@@ -141,6 +141,16 @@ def small_files(folder: Folder) -> Folder:
     return _on_hub(folder)[0] if folder.uri.startswith(HUB_SCHEME) else folder
 
 
+def model_files(folder: Folder) -> tuple[Folder, list[str]]:
+    """Return the folder of a model's config and tokenizer, and the names of all its files.
+
+    Raises:
+        UserError: they cannot be downloaded from the hub.
+    """
+    is_on_hub = folder.uri.startswith(HUB_SCHEME)
+    return _on_hub(folder) if is_on_hub else (folder, folder.files())
+
+
 def _on_hub(folder: Folder) -> tuple[Folder, list[str]]:
     """Return a copy of a model's small files, and the names of all its files."""
     from wrpo_ray.storage.hub import HubModel  # its client takes a moment to import
@@ -227,19 +237,14 @@ def _local_copy(folder: Folder) -> Iterator[Path]:
         yield Path(folder.path)
         return
     with tempfile.TemporaryDirectory(prefix="wrpo-model-") as scratch:
-        for name in _small(folder):
+        for name in small_engine_files(folder.files()):
             (Path(scratch) / name).write_bytes(folder.read(name))
         yield Path(scratch)
 
 
-def _small(folder: Folder) -> list[str]:
-    names = folder.files()
-    return [name for name in engine_files(names) if name not in weight_files(names)]
-
-
 def _marker(folder: Path, use: Use, template: Template, tensors: Tensors | None) -> Path:
     """Return the marker file that exists once a folder has passed with these inputs."""
-    names = _small(Folder(str(folder)))
+    names = small_engine_files(Folder(str(folder)).files())
     inputs = [
         _own_code(),
         [importlib.metadata.version(library) for library in LIBRARIES],
@@ -271,7 +276,7 @@ def _read_template(file: str) -> str:
 def _check_closely(
     folder: Path, use: Use, template: Template, tensors: Tensors | None, compare: Compare
 ) -> None:
-    for name in _small(Folder(str(folder))):
+    for name in small_engine_files(Folder(str(folder)).files()):
         check_no_pointer((folder / name).read_bytes(), name)
         if name in OBJECTS:
             read_json(Folder(str(folder)), name)

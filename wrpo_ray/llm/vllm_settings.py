@@ -1,7 +1,6 @@
 """Settings of vLLM in our actors; variables of the driver's environment override them."""
 
 import gc
-import importlib.util
 import os
 import re
 from collections.abc import Iterator
@@ -37,25 +36,6 @@ are computed twice, and the first one is finished with the last."""
 PARALLEL_ENGINE = {"max_num_seqs": GPU_SLOTS, "max_num_batched_tokens": 16384}
 """vLLM's own values on such a GPU, for engines of several GPUs: the actor that starts one has none,
 so that vLLM would take its values for small ones."""
-
-
-LOADERS = {"runai_streamer": "runai_model_streamer", "fastsafetensors": "fastsafetensors"}
-"""{`load_format` that vLLM needs another package for: what that is imported as}"""
-
-
-def check_load_format(what: str, engine: dict[str, Any]) -> None:
-    """Check that the package is installed by which an engine with these arguments loads.
-
-    Raises:
-        UserError: it is not.
-    """
-    given = engine.get("load_format")
-    package = LOADERS.get(given) if isinstance(given, str) else None
-    if package and importlib.util.find_spec(package) is None:
-        raise UserError(
-            f"{what}: load_format: {given} needs its package: on every node, run pip install "
-            f"{package.replace('_', '-')}, or leave load_format out"
-        )
 
 
 def slots(engine: dict[str, Any], *, on_gpu: bool, weights: float) -> int:

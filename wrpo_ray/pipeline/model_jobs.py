@@ -16,6 +16,7 @@ from wrpo_ray.config import (
     TrainConfig,
 )
 from wrpo_ray.config.base import required
+from wrpo_ray.config.models import STREAMER
 from wrpo_ray.data.samples import Groups, Prompts, Samples
 from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import small_files
@@ -171,6 +172,8 @@ class ModelJobs:
         """A name for the target and the models trained from it, which differ in weights only."""
         target = self.config.target
         if not target or model.name not in (target.name, *self.trained):
+            return ""
+        if model.load_format == STREAMER:  # vLLM's gives a running engine no other weights
             return ""
         key = self.fingerprint(Folder(target.model).absolute(), target)
         return f"{target.name} {key[:6]} and its kin"

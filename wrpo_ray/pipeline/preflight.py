@@ -10,7 +10,7 @@ from wrpo_ray.llm.architecture import telling_of
 from wrpo_ray.llm.model_folder import reasoning_format
 from wrpo_ray.llm.reasoning import Markers, Thinker, unseen_markers
 from wrpo_ray.llm.rendering import Template
-from wrpo_ray.llm.vllm_settings import check_load_format
+from wrpo_ray.llm.weight_stream import check_loader, check_streamed
 from wrpo_ray.pipeline.groups import check_first_groups, prompt_files
 from wrpo_ray.pipeline.identities import verifier_reward
 from wrpo_ray.pipeline.model_sections import (
@@ -59,16 +59,16 @@ def preflight(config: Config, pins: Pins | None = None) -> Config:
         attempt(check)
     if not problems:
         attempt(_check_kept_reasoning, config)
+        for what, model in _on_vllm(config):
+            attempt(check_streamed, what, model)
     if problems:
         raise UserError("\n".join(dict.fromkeys(problems)))
     return config
 
 
 def _checks(config: Config) -> Iterator[Callable[[], None]]:
-    more = config.evaluate.models if config.evaluate else ()
-    for model in [*config.models, *([config.target] if config.target else []), *more]:
-        what = "target" if model is config.target else model.name
-        yield partial(check_load_format, what, model.performance | model.engine)
+    for what, model in _on_vllm(config):
+        yield partial(check_loader, what, model, Folder(config.output))
     for model in config.models:
         if model.endpoint:
             yield partial(_check_key, f"sources.{model.name}", model.endpoint)
@@ -89,6 +89,15 @@ def _checks(config: Config) -> Iterator[Callable[[], None]]:
     for what, given in prompt_files(config).items():
         yield partial(check_first_groups, config, what, given)
     yield partial(check_writable, Folder(config.output))
+
+
+def _on_vllm(config: Config) -> Iterator[tuple[str, ModelConfig]]:
+    """Yield (name in messages, section) of each model that vLLM loads for its answers."""
+    asked = config.evaluate
+    more = [*asked.models, *([asked.judge] if asked.judge else [])] if asked else []
+    for model in [*config.models, *([config.target] if config.target else []), *more]:
+        if not model.endpoint:
+            yield "target" if model is config.target else model.name, model
 
 
 def _checked_input(

@@ -321,6 +321,14 @@ class Folder:
         return Publication(self.filesystem, self._at(name))
 
 
+class WithoutWeights(Folder):
+    """A model's folder in an object store whose local copies have no weights."""
+
+    def _copied(self, version: str) -> tuple[str, RemoteFolder | HubModel]:
+        key = uuid.uuid5(uuid.NAMESPACE_URL, f"{self.uri}#{version}#without weights").hex
+        return key, RemoteFolder(self.filesystem, self.path, str(self), has_weights=False)
+
+
 def _record(line: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(line)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import pyarrow.fs as pafs
 
-from wrpo_ray.storage.weight_files import engine_files
+from wrpo_ray.storage.weight_files import engine_files, small_engine_files
 
 ARRIVING = ".arriving"
 """Folder within an unfinished copy with files that are not known to be right yet."""
@@ -59,6 +59,8 @@ class RemoteFolder:
     path: str
     name: str
     """The address without secrets."""
+    has_weights: bool = True
+    """Whether a model's weights are among its files; else an engine reads them in the store."""
 
     def __str__(self) -> str:
         return self.name
@@ -69,7 +71,10 @@ class RemoteFolder:
         found = self.filesystem.get_file_info(selector)
         start = len(self.path) + 1
         files = {i.path[start:]: Listed(i.size) for i in found if i.is_file}
-        return {n: files[n] for n in engine_files(files)} if "config.json" in files else files
+        if "config.json" not in files:
+            return files
+        wanted = engine_files(files) if self.has_weights else small_engine_files(files)
+        return {n: files[n] for n in wanted}
 
     def fetch(self, name: str, file: Listed, to: Path) -> str:
         """Copy a file, and return the hash that was computed on the way."""

@@ -29,6 +29,11 @@ def engine_files(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in weights or _is_small(name)]
 
 
+def small_engine_files(names: Iterable[str]) -> list[str]:
+    """Return the files that an engine needs beside the weights."""
+    return [name for name in names if _is_small(name)]
+
+
 def _is_small(name: str) -> bool:
     below = name.removeprefix(TEMPLATES)
     return "/" not in below and any(fnmatch(below, pattern) for pattern in SMALL)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import groupby
+from pathlib import Path
 from typing import Any, Self
 
 from wrpo_ray.config import ModelConfig, SamplingConfig
@@ -26,6 +26,7 @@ from wrpo_ray.data.finished import Filling
 from wrpo_ray.data.samples import Prompts, Samples, parts, shares
 from wrpo_ray.data.writer import ShardWriter
 from wrpo_ray.llm.vllm_settings import engine_env, slots, weight_bytes
+from wrpo_ray.llm.weight_stream import streams
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.cores import with_shares
 from wrpo_ray.runtime.job import BaseJob, JobKind, Stream, models_of
@@ -45,8 +46,9 @@ from wrpo_ray.stages.generate.vllm_engine import (
     Row,
     SamplingIdentity,
     VllmEngine,
+    requests_for,
 )
-from wrpo_ray.storage.folder import Folder
+from wrpo_ray.storage.folder import Folder, WithoutWeights
 from wrpo_ray.storage.steps import Step
 
 LEAST_IN_HAND, MOST_IN_HAND, MAX_ENDPOINT_BUCKETS = 2, 128, 8
@@ -85,6 +87,15 @@ class Generate(BaseJob):
             return self.model
         return self.model.model_copy(update={"name": self.family, "model": ""})
 
+    @property
+    def copied(self) -> Folder:
+        """The folder as nodes copy it: without weights that engines read in the store."""
+        return WithoutWeights(self.folder.uri) if streams(self.model, self.folder) else self.folder
+
+    def local(self) -> Path:
+        """The model's files on this node."""
+        return self.copied.local(self.fingerprint)
+
     @cached_property
     def step(self) -> Step:
         """The step; prompts and number of samples are not in the store's key, so they can grow."""
@@ -117,7 +128,7 @@ class Generate(BaseJob):
     @property
     def loads(self) -> Pool:
         """The engines."""
-        models = () if self.model.endpoint else ((self.folder, self.fingerprint),)
+        models = () if self.model.endpoint else ((self.copied, self.fingerprint),)
         return replace(pool_of(self.engines), models=models)
 
     def of_splits(self, splits: tuple[str, ...]) -> Self:
@@ -303,7 +314,7 @@ class Generator:
 
             return EndpointEngine(job.model, job.seed)
         with self._start_clock.running():
-            return VllmEngine(job.model, job.folder.local(job.fingerprint), job.seed)
+            return VllmEngine(job.model, job.local(), job.seed, job.folder)
 
     def made(self) -> dict[str, Any]:
         """Return what was made of unfinished buckets, and what is under way; thread-safe."""
@@ -354,7 +365,7 @@ class Generator:
         yield from engine.answers(requests, job.sampling, self._identity(job))
 
     def _identity(self, job: Generate) -> SamplingIdentity:
-        folder = None if job.model.endpoint else job.folder.local(job.fingerprint)
+        folder = None if job.model.endpoint else job.local()
         return SamplingIdentity(job.model.name, job.seed, folder)
 
     def _missing(
@@ -364,14 +375,11 @@ class Generator:
         job, done = self.jobs[number], filling.sample_keys()
         given_up = earlier.left_out - done
         prompts = job.prompts.read(self.run.root, bucket).to_pylist()
-        requests, wanted = [], job.sampling.samples
+        requests, wanted = list[Request](), job.sampling.samples
         for prompt in prompts:
             keys = [(prompt["prompt_id"], sample) for sample in range(wanted)]
             lacking = [key[1] for key in keys if key not in done and key not in given_up]
-            requests += [
-                Request(prompt["prompt_id"], prompt["messages"], first, count, number)
-                for first, count in _runs(lacking)
-            ]
+            requests += requests_for(prompt, lacking, number)
         tried = sum(request.count for request in requests)
         return wanted * len(prompts) - tried - len(given_up), len(given_up), requests
 
@@ -390,10 +398,3 @@ class Generator:
             self._untold.stored(number, len(rows))
         folder = job.step.failures(self.run.root)
         write_failures(folder, filling.bucket, failures, key, earlier)
-
-
-def _runs(numbers: list[int]) -> list[tuple[int, int]]:
-    """Return (first, count) of each run of consecutive numbers: [0, 1, 4] gives (0, 2), (4, 1)."""
-    groups = groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
-    runs = [[number for _, number in group] for _, group in groups]
-    return [(run[0], len(run)) for run in runs]

@@ -9,11 +9,14 @@ engine has another one. Models that differ only in their weights can share one e
 loading weights takes a moment, starting an engine up to minutes. Not covered: images.
 """
 
+import os
 import secrets
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -31,6 +34,7 @@ from wrpo_ray.llm.vllm_settings import (
     quick_imports,
     weight_bytes,
 )
+from wrpo_ray.llm.weight_stream import stream_arguments, stream_env, streams
 from wrpo_ray.storage.fingerprints import digest
 from wrpo_ray.storage.folder import Folder
 
@@ -54,6 +58,19 @@ class Request:
     def samples(self) -> range:
         """The sample numbers."""
         return range(self.first, self.first + self.count)
+
+
+def requests_for(prompt: Row, samples: list[int], job: int = 0) -> list[Request]:
+    """Return requests for some samples of a PROMPT row, one for each run of consecutive numbers.
+
+    Example:
+        >>> asked = requests_for({"prompt_id": "p", "messages": []}, [0, 1, 4])
+        >>> [(request.first, request.count) for request in asked]
+        [(0, 2), (4, 1)]
+    """
+    groups = groupby(enumerate(samples), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return [Request(prompt["prompt_id"], prompt["messages"], run[0], len(run), job) for run in runs]
 
 
 @dataclass(frozen=True)
@@ -144,9 +161,10 @@ class VllmEngine:
     """A model that is loaded in the engine's thread; errors of loading are raised here.
 
     Requests of other identities may name other weights of the same shape, tokenizer and template.
+    `source` is what `folder` is a copy of: weights that are streamed are read there.
     """
 
-    def __init__(self, model: ModelConfig, folder: Path, seed: int):
+    def __init__(self, model: ModelConfig, folder: Path, seed: int, source: Folder | None = None):
         self.identity = SamplingIdentity(model.name, seed, folder)
         self._loaded: Path | None = folder
         self.tokenizer = load_tokenizer(folder, Template.of(model))
@@ -158,7 +176,9 @@ class VllmEngine:
         self._asked: dict[str, _Asked] = {}
         self._held: _Asked | None = None
         loaded: SimpleQueue[Exception | None] = SimpleQueue()
-        threading.Thread(target=self._work, args=(model, folder, loaded), daemon=True).start()
+        store = source if source and streams(model, source) else None
+        loading = partial(self._load, model, folder, store)
+        threading.Thread(target=self._work, args=(loading, loaded), daemon=True).start()
         if error := loaded.get():
             raise error
 
@@ -217,11 +237,9 @@ class VllmEngine:
 
     # --- the engine's thread
 
-    def _work(
-        self, model: ModelConfig, folder: Path, loaded: SimpleQueue[Exception | None]
-    ) -> None:
+    def _work(self, load: Callable[[], None], loaded: SimpleQueue[Exception | None]) -> None:
         try:
-            self._load(model, folder)
+            load()
         except Exception as error:  # raised by the constructor
             loaded.put(error)
             return
@@ -235,13 +253,16 @@ class VllmEngine:
             while True:
                 self._inbox.get().out.put(error)
 
-    def _load(self, model: ModelConfig, folder: Path) -> None:
-        check_weights(folder, Use.ANSWERS)
+    def _load(self, model: ModelConfig, folder: Path, store: Folder | None) -> None:
+        check_weights(folder, Use.ANSWERS, store)
         with quick_imports():
             import vllm
             from vllm import LLM
 
-        arguments = engine_arguments(model, weight_bytes(Folder(str(folder))))
+        arguments = engine_arguments(model, weight_bytes(store or Folder(str(folder))))
+        if store:
+            os.environ.update(stream_env(store))
+            arguments |= stream_arguments(store)
         llm = LLM(model=str(folder), disable_log_stats=True, **arguments)
         self.engine = llm.llm_engine
         self.context = self.engine.model_config.max_model_len

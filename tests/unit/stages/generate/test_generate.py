@@ -16,8 +16,13 @@ from wrpo_ray.errors import FailureLimitError
 from wrpo_ray.runtime.awaited import Awaited
 from wrpo_ray.runtime.context import Run
 from wrpo_ray.runtime.tally import Tally, unmarked
-from wrpo_ray.stages.generate.stage import Generate, Generator, _runs
-from wrpo_ray.stages.generate.vllm_engine import Request, SamplingIdentity, failures
+from wrpo_ray.stages.generate.stage import Generate, Generator
+from wrpo_ray.stages.generate.vllm_engine import (
+    Request,
+    SamplingIdentity,
+    failures,
+    requests_for,
+)
 from wrpo_ray.storage.folder import Folder
 from wrpo_ray.storage.steps import Step
 
@@ -210,8 +215,10 @@ def test_a_marked_bucket_is_of_no_later_run(run):
 
 
 def test_runs_of_consecutive_samples():
-    assert _runs([0, 1, 4]) == [(0, 2), (4, 1)]
-    assert _runs([]) == []
+    prompt = {"prompt_id": "p", "messages": []}
+    asked = [(r.first, r.count, r.job) for r in requests_for(prompt, [0, 1, 4], 7)]
+    assert asked == [(0, 2, 7), (4, 1, 7)]
+    assert requests_for(prompt, []) == []
 
 
 def test_samples_of_all_sources_in_one_store_are_kept_apart(run):
