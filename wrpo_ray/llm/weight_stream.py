@@ -3,8 +3,8 @@
 An engine that streams gets a local folder without weights, and their address in the store
 (`model_weights`). The streamer knows a store by the environment of its process, which is made here
 from the options of the address. What vLLM 0.29 takes from the headers of local weight files, and
-so does not see of streamed ones, is refused. Tried: the streamer alone, with an S3 store. Not yet
-tried: an engine that loads by it, and Google's stores.
+so does not see of streamed ones, is refused. Tried with an S3 store, by engines on the CPU; GPUs
+and Google's stores are not tried.
 """
 
 import importlib.util
