@@ -186,7 +186,7 @@ def test_the_prompts_of_several_recorded_files_are_counted_once(tmp_path):
 def test_the_longest_row_of_padded_answers_has_its_prompt_with_each(tmp_path):
     rows = write(tmp_path / "p.jsonl", [{"prompt": "p", "response": "r"}])
     (tmp_path / "m").mkdir()
-    (tmp_path / "m/config.json").write_text(json.dumps({"hidden_size": 64, "vocab_size": 64}))
+    (tmp_path / "m/config.json").write_text(json.dumps({"hidden_size": 1024, "vocab_size": 64}))
     target = {"name": "t", "model": str(tmp_path / "m")}
     sources = [{"name": "x", "answers": rows}]
 
