@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 from typing import Any
 
+from wrpo_ray.config import Config
 from wrpo_ray.data.buckets import buckets, write_shard
 from wrpo_ray.data.records import PREFERENCE, SELECTION
 from wrpo_ray.storage.fingerprints import digest
@@ -124,3 +126,15 @@ def _write(folder: Folder, schema: Any, rows: list[dict[str, Any]], count: int) 
         part = [row for row in rows if row["prompt_id"] in bucket]
         if part:
             write_shard(folder, bucket, schema, part, "rows")
+
+
+def one_source(model: str, output: Path, **more: Any) -> Config:
+    """A run with one source, whose rewards come from a function."""
+    prompts = output / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "w1"}) + "\n")
+    return Config(
+        output=str(output / "out"),
+        prompts={"path": str(prompts)},
+        sources=[{"name": "a", "model": model} | more],
+        reward={"function": "wrpo_ray.zoo.skills:verify"},
+    )

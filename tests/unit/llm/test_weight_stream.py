@@ -8,9 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support.tiny_models import write_model
+from support.tiny_models import one_source, write_model
 
-from wrpo_ray.config import Config, EvaluateConfig, ModelConfig, TargetConfig, serving
+from wrpo_ray.config import EvaluateConfig, ModelConfig, TargetConfig, serving
 from wrpo_ray.errors import UserError
 from wrpo_ray.llm import weight_stream
 from wrpo_ray.llm.weight_stream import (
@@ -50,18 +50,6 @@ def installed(monkeypatch) -> None:
 
 def streamed(model: str | Path, **more) -> ModelConfig:
     return ModelConfig(name="a", model=str(model), stream_weights=True, **more)
-
-
-def config(model: str, output: Path, **more) -> Config:
-    """A run with one source, whose rewards come from a function."""
-    prompts = output / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "w1"}) + "\n")
-    return Config(
-        output=str(output / "out"),
-        prompts={"path": str(prompts)},
-        sources=[{"name": "a", "model": model} | more],
-        reward={"function": "wrpo_ray.zoo.skills:verify"},
-    )
 
 
 # --- the store as the streamer knows it ----------------------------------------------------------
@@ -118,15 +106,15 @@ def test_only_weights_in_a_store_are_streamed(tmp_path):
 
 def test_a_run_can_change_the_way_and_redoes_nothing(stored, folder, tmp_path, installed):
     """The keys are also those of the same files on disk."""
-    ways = [config(stored, tmp_path, stream_weights=way) for way in (True, False)]
-    ways.append(config(str(folder), tmp_path))
+    ways = [one_source(stored, tmp_path, stream_weights=way) for way in (True, False)]
+    ways.append(one_source(str(folder), tmp_path))
     jobs = [Chain(preflight(way), "generate").build()[-1].steps[-1] for way in ways]
     assert len({step.key for step in jobs}) == 1
 
 
 def test_nodes_get_all_files_but_the_weights(stored, folder, tmp_path, installed, monkeypatch):
     monkeypatch.setenv("WRPO_CACHE", str(tmp_path / "cache"))
-    settings = preflight(config(stored, tmp_path, stream_weights=True))
+    settings = preflight(one_source(stored, tmp_path, stream_weights=True))
     (job,) = Chain(settings, "generate").build()[-1].jobs
     ((copied, version),) = job.loads.models
     copied.bring(version)  # as the shelf of a node does
@@ -146,7 +134,7 @@ def test_a_running_engine_is_given_no_other_weights_by_the_streamer(tmp_path, fo
     from vllm.model_executor.model_loader import get_model_loader
 
     for way, is_shared in (("runai_streamer", False), ("safetensors", True)):
-        settings = config(str(folder), tmp_path)
+        settings = one_source(str(folder), tmp_path)
         target = TargetConfig(name="t", model=str(folder), performance={"load_format": way})
         settings = settings.model_copy(update={"target": target})
         chain = Chain(settings, "sample", shares_engines=True)
@@ -295,8 +283,8 @@ def test_the_preflight_of_a_run_tells_it(stored, folder, bucket, tmp_path, insta
         (tied, "a: stream_weights: its weights have an lm_head.weight"),
     ):
         with pytest.raises(UserError, match=reason):
-            preflight(config(model, tmp_path, stream_weights=True))
+            preflight(one_source(model, tmp_path, stream_weights=True))
         judging = EvaluateConfig(judge=streamed(model))
         with pytest.raises(UserError, match=reason):
-            preflight(config(stored, tmp_path).model_copy(update={"evaluate": judging}))
-    preflight(config(stored, tmp_path, stream_weights=True))
+            preflight(one_source(stored, tmp_path).model_copy(update={"evaluate": judging}))
+    preflight(one_source(stored, tmp_path, stream_weights=True))

@@ -20,7 +20,7 @@ import pytest
 from huggingface_hub import constants
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import make_model, write_model
+from support.tiny_models import make_model, one_source, write_model
 
 from wrpo_ray.config import Config, ModelConfig, TargetConfig, serving
 from wrpo_ray.errors import UserError
@@ -97,18 +97,6 @@ def fetching(folder: Folder, code: str = FETCH) -> subprocess.Popen[str]:
     )
 
 
-def config(model: str, output: Path, **more: str) -> Config:
-    """A run with one source, whose rewards come from a function."""
-    prompts = output / "prompts.jsonl"
-    prompts.write_text(json.dumps({"prompt": "w1"}) + "\n")
-    return Config(
-        output=str(output / "out"),
-        prompts={"path": str(prompts)},
-        sources=[{"name": "a", "model": model} | more],
-        reward={"function": "wrpo_ray.zoo.skills:verify"},
-    )
-
-
 # --- which files ---------------------------------------------------------------------------------
 
 
@@ -154,13 +142,13 @@ def test_a_revision_is_known_by_its_commit(hub, model, tmp_path):
     """The branch moves: a new identity. The commit, or a tag at it, is the old one."""
     first = hub.add("org/name", model)
     hub.repos["org/name"].refs["v1"] = first
-    branch = preflight(config("org/name", tmp_path))
+    branch = preflight(one_source("org/name", tmp_path))
     assert branch.sources[0].model == f"hf://org/name@{first}"
     assert branch.sources[0].revision is None
     second = hub.add("org/name", model, extra=b"{}")
-    moved = preflight(config("org/name", tmp_path))
-    pinned = preflight(config("org/name", tmp_path, revision=first))
-    tagged = preflight(config("hf://org/name@v1", tmp_path))
+    moved = preflight(one_source("org/name", tmp_path))
+    pinned = preflight(one_source("org/name", tmp_path, revision=first))
+    tagged = preflight(one_source("hf://org/name@v1", tmp_path))
     assert moved.sources[0].model == f"hf://org/name@{second}"
     assert pinned == tagged == branch
 
@@ -171,13 +159,13 @@ def test_a_revision_is_known_by_its_commit(hub, model, tmp_path):
     assert model_fingerprint(Folder(moved.sources[0].model)) == second
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages }}")
-    other = preflight(config("org/name", tmp_path, chat_template=str(template)))
+    other = preflight(one_source("org/name", tmp_path, chat_template=str(template)))
     assert key(other) != key(moved)
 
 
 def test_a_check_reads_all_but_the_weights(hub, model, tmp_path):
     hub.add("org/name", model)
-    preflight(config("org/name", tmp_path))
+    preflight(one_source("org/name", tmp_path))
     assert set(hub.downloads()) == {p.name for p in model.iterdir()} - {"model.safetensors"}
     assert not list((tmp_path / "cache").glob("*.json"))
 
@@ -188,7 +176,7 @@ def test_the_size_of_weights_is_known_after_the_check_without_a_request(hub, mod
     address = Folder(f"hf://org/name@{commit}")
     assert weight_bytes(address) == 0
     assert weight_bytes(Folder("hf://org/name")) == 0  # of no commit
-    preflight(config("org/name", tmp_path))
+    preflight(one_source("org/name", tmp_path))
     asked = hub.asked.copy()
     size = (model / "model.safetensors").stat().st_size
     assert weight_bytes(address) == weight_bytes(Folder(str(model))) == size > 0
@@ -200,12 +188,12 @@ def test_without_a_template_or_weights_the_check_says_so(hub, model, tmp_path):
     (bare / "chat_template.jinja").unlink()
     hub.add("org/bare", bare)
     with pytest.raises(UserError, match=r"sources.a: org/bare: has no chat template; .*set `chat"):
-        preflight(config("org/bare", tmp_path))
+        preflight(one_source("org/bare", tmp_path))
     empty = shutil.copytree(model, tmp_path / "empty")
     (empty / "model.safetensors").unlink()
     hub.add("org/empty", empty, **{"model.gguf": b"x"})
     with pytest.raises(UserError, match=r"sources.a: org/empty: has no weights \(\*.safetensors"):
-        preflight(config("org/empty", tmp_path))
+        preflight(one_source("org/empty", tmp_path))
 
 
 def test_what_is_broken_on_the_hub_is_told_before_its_weights_are_fetched(
@@ -217,7 +205,7 @@ def test_what_is_broken_on_the_hub_is_told_before_its_weights_are_fetched(
     (sharded / "model.safetensors").unlink()
     make_model().save_pretrained(sharded, max_shard_size="40KB")
     hub.add("org/whole", sharded)
-    preflight(config("org/whole", tmp_path))
+    preflight(one_source("org/whole", tmp_path))
     (sharded / "model-00002-of-00004.safetensors").unlink()
     hub.add("org/shards", sharded)
     for name, told in (
@@ -230,7 +218,7 @@ def test_what_is_broken_on_the_hub_is_told_before_its_weights_are_fetched(
         if name in files:
             hub.add(name, model, **files[name])
         with pytest.raises(UserError, match=f"sources.a: {name}: .*{told}"):
-            preflight(config(name, tmp_path))
+            preflight(one_source(name, tmp_path))
         with pytest.raises(UserError, match=f"serve: m: {name}: .*{told}"):
             checked(serving({"models": [{"name": "m", "model": name}]}))
     assert not hub.downloads(".safetensors")
@@ -307,15 +295,17 @@ def test_a_model_in_the_users_own_cache_is_used_in_place(hub, model, tmp_path):
 
 def test_offline_with_a_commit_and_a_cache(hub, model, tmp_path, monkeypatch):
     commit = hub.add("org/name", model)
-    settings = config("org/name", tmp_path, revision=commit)
+    settings = one_source("org/name", tmp_path, revision=commit)
     online = preflight(settings)
-    assert preflight(config("org/name", tmp_path)) == online
+    assert preflight(one_source("org/name", tmp_path)) == online
     place = Folder(online.sources[0].model).local()
     asked = hub.asked.total()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert preflight(settings) == online
     assert Folder(online.sources[0].model).local() == place
-    assert preflight(config("org/name", tmp_path)) == online  # the branch where it was seen last
+    assert (
+        preflight(one_source("org/name", tmp_path)) == online
+    )  # the branch where it was seen last
     assert hub.asked.total() == asked
 
 
@@ -333,11 +323,11 @@ def refusal(settings: Config) -> str:
 def test_a_gated_model(hub, model, tmp_path, monkeypatch):
     hub.add("org/gated", model)
     hub.repos["org/gated"].is_gated = True
-    line = refusal(config("org/gated", tmp_path))
+    line = refusal(one_source("org/gated", tmp_path))
     assert f"org/gated: is gated; accept its licence on {hub.url}/org/gated" in line
     assert "set HF_TOKEN, on every node" in line
     monkeypatch.setenv("HF_TOKEN", "hf_granted")
-    preflight(config("org/gated", tmp_path))
+    preflight(one_source("org/gated", tmp_path))
     assert "Bearer hf_granted" in hub.tokens
 
 
@@ -345,7 +335,7 @@ def test_a_token_goes_nowhere_but_to_the_hub(hub, model, tmp_path, monkeypatch, 
     monkeypatch.setenv("HF_TOKEN", "hf_granted")
     commit = hub.add("org/gated", model)
     hub.repos["org/gated"].is_gated = True
-    settings = preflight(config("org/gated", tmp_path))
+    settings = preflight(one_source("org/gated", tmp_path))
     Folder(settings.sources[0].model).local()
     assert hub.asked["GET", f"/org/gated/resolve/{commit}/model.safetensors"] == 1
     files = [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -355,7 +345,7 @@ def test_a_token_goes_nowhere_but_to_the_hub(hub, model, tmp_path, monkeypatch, 
 
 
 def test_a_missing_model(hub, tmp_path):
-    line = refusal(config("org/gone", tmp_path))
+    line = refusal(one_source("org/gone", tmp_path))
     assert "org/gone: no such folder, and no model that" in line
     assert "correct `model`, or set HF_TOKEN" in line
 
@@ -363,22 +353,24 @@ def test_a_missing_model(hub, tmp_path):
 def test_a_wrong_revision(hub, model, tmp_path):
     hub.add("org/name", model)
     for revision in ("v9", "0" * 40):
-        line = refusal(config("org/name", tmp_path, revision=revision))
+        line = refusal(one_source("org/name", tmp_path, revision=revision))
         assert f"org/name: has no revision '{revision}'; give a branch, tag or commit" in line
 
 
 def test_no_network(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert "while HF_HUB_OFFLINE is set; put that right" in refusal(config("org/name", tmp_path))
+    assert "while HF_HUB_OFFLINE is set; put that right" in refusal(
+        one_source("org/name", tmp_path)
+    )
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    line = refusal(config("org/name", tmp_path, revision="v1"))
+    line = refusal(one_source("org/name", tmp_path, revision="v1"))
     assert "while http://127.0.0.1:9 does not answer" in line
     assert "run `hf download org/name --revision v1` where there is a network" in line
 
 
 def test_all_problems_are_told_at_once(hub, tmp_path):
-    settings = config("org/gone", tmp_path)
+    settings = one_source("org/gone", tmp_path)
     more = ModelConfig(name="b", model=str(tmp_path / "gone"))
     settings = settings.model_copy(update={"sources": (*settings.sources, more)})
     with pytest.raises(UserError) as caught:
@@ -391,7 +383,7 @@ def test_all_problems_are_told_at_once(hub, tmp_path):
 
 def test_an_export_finds_the_steps_of_a_hub_model(hub, model, tmp_path):
     hub.add("org/name", model)
-    settings = config("org/name", tmp_path).model_copy(
+    settings = one_source("org/name", tmp_path).model_copy(
         update={"target": TargetConfig(name="t", model="org/name")}
     )
     with pytest.raises(UserError, match="the preference rows are not there yet"):
@@ -711,9 +703,9 @@ def test_a_disk_that_others_may_write_to_has_a_folder_of_ones_own(tmp_path, monk
 def test_a_way_of_loading_without_its_package_is_told_before_any_work(
     model, tmp_path, section, monkeypatch
 ):
-    settings = config(str(model), tmp_path, **{section: {"load_format": "runai_streamer"}})
+    settings = one_source(str(model), tmp_path, **{section: {"load_format": "runai_streamer"}})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="a: load_format: runai_streamer needs its package: on ev"):
         preflight(settings)
     monkeypatch.undo()
-    preflight(config(str(model), tmp_path, **{section: {"load_format": "safetensors"}}))
+    preflight(one_source(str(model), tmp_path, **{section: {"load_format": "safetensors"}}))

@@ -129,11 +129,7 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
-    """Log-probs (rows, V); on CPUs in place of the logits.
-
-    A row is read there before it is written. That holds for CUDA's kernels too, as far as was read
-    and not tried.
-    """
+    """Log-probs (rows, V); on CPUs in place of the logits: a row is read before it is written."""
     out = logits if logits.device.type == "cpu" else None
     return torch.log_softmax(logits, 1, out=out)
 
