@@ -104,12 +104,16 @@ class Run:
             if may_stop:
                 self.ledger.check()
 
-    def check_failures(self, step: Step, failed: int, done: int) -> None:
-        """Raise FailureLimitError if more than `failure_limit` of the rows failed."""
-        if failed and failed > self.failure_limit * (failed + done):
+    def check_failures(self, step: Step, failed: int, done: int, left: int = 0) -> None:
+        """Raise FailureLimitError if more than `failure_limit` of the rows failed.
+
+        Rows that are `left` count as if none of them would fail.
+        """
+        if failed and failed > self.failure_limit * (failed + done + left):
+            so_far = " so far" if left else ""
             raise FailureLimitError(
-                f"{step.name}: {failed} of {failed + done} rows failed, above failure_limit "
-                f"{self.failure_limit}{self._example(step)}; all are kept in "
+                f"{step.name}: {failed} of {failed + done} rows failed{so_far}, above "
+                f"failure_limit {self.failure_limit}{self._example(step)}; all are kept in "
                 f"{step.failures(self.root)}; fix the cause and run the same command "
                 f"again (`wrpo failures` shows more), or raise failure_limit"
             )
