@@ -273,7 +273,8 @@ and [results.json](results.json); `data.py --only generate` runs this part.
   prompts.
 - ray.data.llm runs its engine in a separate process, whatever `VLLM_ENABLE_V1_MULTIPROCESSING`
   says, so it can use a second core. With this variable set to 1, all three do; such a run, on a
-  machine with other work, gave ratios of 0.939 and 1.065.
+  machine with other work, gave ratios of 0.939 and 1.065. Ratios vary by a few hundredths: three
+  runs as above gave 1.02, 1.08 and 1.05 against vLLM and 0.99, 1.03 and 0.99 against ray.data.llm.
 - Versions: {versions}.
 
 What it does not show: GPUs, several engines and nodes, a large vocabulary, object stores.
