@@ -1,6 +1,7 @@
 """The memory that a config's trainings need, against that of a GPU or of this node."""
 
 import os
+from dataclasses import replace
 
 from wrpo_ray.config import Config
 from wrpo_ray.errors import UserError
@@ -18,6 +19,8 @@ def training_memory(
     config: Config, job: Train, base: Folder, prompt: float, answer: float
 ) -> str | None:
     """A line on the peak of a training's workers; None if the model's sizes are not known.
+
+    It warns if the fewest workers (`min_workers`) hold too much: ZeRO splits the model over fewer.
 
     Args:
         config: the whole config.
@@ -38,7 +41,24 @@ def training_memory(
         line = estimate.check(room or Room(float("inf"), float("inf")), job.step.name)[1]
     except UserError as error:
         return str(error)
-    return line if room is None else f"{line}; there are {room.free / 1e9:.1f} GB"
+    if room is None:
+        return line
+    line = f"{line}; there are {room.free / 1e9:.1f} GB"
+    enough = _enough_workers(estimate, room)
+    if enough <= (job.config.min_workers or enough):
+        return line
+    less = f"after a loss of nodes, that is too little for fewer than {enough} workers"
+    return f"{line}; {less}: set min_workers: {enough}"
+
+
+def _enough_workers(estimate: Estimate, room: Room) -> int:
+    """The fewest workers whose parts of the model fit, of as many as the training begins with."""
+
+    def fits(workers: int) -> bool:
+        fewer = replace(estimate, workers=workers)
+        return fewer.at(fewer.tokens(room.free)).total <= room.free
+
+    return next(filter(fits, range(1, estimate.workers)), estimate.workers)
 
 
 def _room(config: Config, job: Train) -> Room | None:

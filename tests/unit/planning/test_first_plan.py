@@ -201,6 +201,35 @@ def test_the_longest_row_of_padded_answers_has_its_prompt_with_each(tmp_path):
     assert padded > 2 * packed
 
 
+def test_the_plan_warns_of_workers_too_few_for_the_model_after_a_loss(tmp_path):
+    """8B parameters with ZeRO-3 over 8 GPUs of 80 GB: two hold too little."""
+    rows = write(tmp_path / "p.jsonl", [{"prompt": "p", "response": "r"}])
+    sizes = {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+        "vocab_size": 128256, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }  # fmt: skip
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text(json.dumps(sizes))
+    target = {"name": "t", "model": str(tmp_path / "m")}
+    sources = [{"name": "x", "answers": rows}]
+
+    def told(**more: Any) -> str:
+        training = {"workers": 8, "num_gpus": 1, "zero_stage": 3, "gradient_checkpointing": True}
+        settings = {"prompts": rows, "sources": sources, "target": target, "evaluate": None}
+        plan = make_plan(config_of(tmp_path, **settings, sft=None, wrpo=training | more))
+        (line,) = plan.memory
+        return line
+
+    warned = told(min_workers=2)
+    (enough,) = re.findall(r"set min_workers: (\d+)$", warned)
+    assert 2 < int(enough) <= 8
+    for fits in ({}, {"min_workers": int(enough)}, {"min_workers": 8}):
+        assert "min_workers" not in told(**fits)
+    assert "of which 77.6 GB are free" in told(workers=int(enough) - 1)
+    assert "there are 77.6 GB" in told(workers=int(enough))
+
+
 # --- prompts without an answer --------------------------------------------------------------------
 
 
