@@ -9,8 +9,10 @@ Not covered: architectures that transformers does not know, shapes of quantized 
 of quantized experts.
 """
 
+import inspect
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -103,6 +105,8 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     found = None if config is None else _class_of(config, use)
     if found is None:
         return
+    if use is Use.TRAINED:
+        balancing_loss_of(found, config.get_text_config())
     is_quantized = bool(getattr(config, "quantization_config", None))
     compare = _missing_modules if is_quantized else _differences
     try:
@@ -117,6 +121,25 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     refuse(problems, found.__name__)
     if has_two_heads:
         raise UserError(TWO_HEADS)
+
+
+def balancing_loss_of(architecture: type, config: Any) -> Callable[..., Any] | None:
+    """The function of the router's loss in transformers; None if the config does not ask for it.
+
+    Raises:
+        UserError: the config asks for it, and the architecture has none.
+    """
+    if not getattr(config, "output_router_logits", False):
+        return None
+    function = getattr(sys.modules[architecture.__module__], "load_balancing_loss_func", None)
+    takes = inspect.signature(function).parameters if function else ()
+    is_known = [*takes] == ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    if not is_known or not hasattr(config, "router_aux_loss_coef"):
+        raise UserError(
+            "its config.json asks for the loss of its router (output_router_logits: true), which "
+            f"is not known for {architecture.__name__}; set it to false to train without"
+        )
+    return function
 
 
 def refuse(problems: list[str], architecture: str) -> None:

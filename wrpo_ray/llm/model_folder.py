@@ -174,11 +174,6 @@ def _check_architecture(config: dict[str, Any], use: Use) -> None:
 def _check_trainable(config: dict[str, Any]) -> None:
     text = config.get("text_config")
     parts = [config, text] if isinstance(text, dict) else [config]
-    if any(part.get("output_router_logits") for part in parts):
-        raise UserError(
-            "its config.json asks for the loss of its router (output_router_logits: true), which "
-            "training here does not have; set it to false to train without"
-        )
     found = next(filter(None, (part.get("quantization_config") for part in parts)), None)
     if not found or (isinstance(found, dict) and found.get("dequantize") is True):
         return

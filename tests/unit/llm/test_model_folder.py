@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.llm.architecture import Use, check_tensors, check_weights
+from wrpo_ray.llm.architecture import Use, balancing_loss_of, check_tensors, check_weights
 from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder
 from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.pipeline.preflight import preflight
@@ -373,20 +373,32 @@ def test_a_quantized_target_is_refused(settings, told, is_text, tmp_path):
         check(folder)
 
 
-@pytest.mark.parametrize("is_text", [False, True])
 @pytest.mark.parametrize("asked", [None, False, True])
-def test_a_target_that_asks_for_its_routers_loss_is_refused(asked, is_text, tmp_path):
+def test_a_target_that_asks_for_the_loss_of_a_router_has_one(asked, tmp_path):
     folder = write_model(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     change = {} if asked is None else {"output_router_logits": asked}
-    changed = config | ({"text_config": config | change} if is_text else change)
-    _check_architecture(changed, Use.ANSWERS)
+    (folder / "config.json").write_text(json.dumps(config | change))
     if not asked:
-        _check_architecture(changed, Use.TRAINED)
-        return
-    (folder / "config.json").write_text(json.dumps(changed))
-    with pytest.raises(UserError, match=r"output_router_logits: true.*set it to false"):
         check(folder)
+        return
+    with pytest.raises(UserError, match=r"output_router_logits: true.*LlamaForCausalLM; set it to"):
+        check(folder)
+
+
+def test_the_loss_of_a_router_is_the_architectures_own_in_transformers():
+    """JetMoE's has a weight of another name."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    config = MixtralConfig()
+    assert balancing_loss_of(MixtralForCausalLM, config) is None
+    config.output_router_logits = True
+    assert balancing_loss_of(MixtralForCausalLM, config) is load_balancing_loss_func
+    other = JetMoeConfig()
+    other.output_router_logits = True
+    with pytest.raises(UserError, match="not known for JetMoeForCausalLM"):
+        balancing_loss_of(JetMoeForCausalLM, other)
 
 
 # --- every tensor of an adapter ------------------------------------------------------------------

@@ -270,8 +270,13 @@ class Trainer:
         """The losses of a micro-batch, with metrics."""
         batch = model.collate(rows, self.task.config).to(self.device)
         logps = self.policy(batch)  # (A,)
+        routed = self.policy.module.router_loss  # of this pass; the reference may be another one
         reference = self.reference_logps(rows, batch, logps)
         losses, metrics = objective.losses(logps, reference, batch.lengths)
+        if routed is not None:
+            share = objective.divisor(np.array([row.lengths for row in rows])) / len(rows)
+            losses = losses + share * routed
+            metrics |= {"router_loss": routed.detach().expand(len(rows))}
         sizes = {"tokens": batch.tokens, "size": batch.size}
         return losses, metrics | {
             n: torch.tensor([float(v)], device=self.device) for n, v in sizes.items()

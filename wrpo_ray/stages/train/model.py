@@ -23,6 +23,7 @@ from wrpo_ray.stages.train.memory import forward_tokens
 from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad
 from wrpo_ray.stages.train.probe import NOT_HERE, UNPACKED, as_user_error, check_forward
 from wrpo_ray.stages.train.recompute import recomputing
+from wrpo_ray.stages.train.router_loss import RouterLoss
 from wrpo_ray.stages.train.rows import Row
 from wrpo_ray.storage.folder import Folder
 
@@ -51,6 +52,9 @@ class Policy(nn.Module):  # type: ignore[misc]
             hidden, head.weight, head.bias, tokens, cap
         )
         self._parts = {"body": body, "head": head}  # known to `model` already
+        self._router_loss = RouterLoss.of(inner)
+        self.router_loss: Tensor | None = None
+        """Of the last forward pass with gradients, (); None if the model's config has none."""
         self.slim = slim
         if slim:
             slimming.slim(inner)
@@ -60,15 +64,18 @@ class Policy(nn.Module):  # type: ignore[misc]
         layout = {} if batch.layout is None else {"layout": batch.layout}
         body = self._parts["body"]
         again = self.slim and torch.is_grad_enabled() and not body.is_activation_checkpointing
+        routed = self._router_loss if torch.is_grad_enabled() else None
         with recomputing() if again else nullcontext():
-            hidden = body(
+            found = body(
                 input_ids=batch.ids,
                 attention_mask=batch.attention_mask,
                 position_ids=batch.positions,
                 use_cache=False,
                 **layout,
-            ).last_hidden_state
-        return answer_logps(hidden, self._parts["head"], batch)
+                **{"output_router_logits": routed is not None} if self._router_loss else {},
+            )
+        self.router_loss = routed and routed(found.router_logits, batch)
+        return answer_logps(found.last_hidden_state, self._parts["head"], batch)
 
     def without_adapters(self) -> Any:
         """A context in which LoRA adapters are switched off."""

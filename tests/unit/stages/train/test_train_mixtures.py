@@ -5,6 +5,10 @@ Tiny random Mixtral and Qwen3-MoE, real DeepSpeed, no Ray; compared with transfo
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +17,17 @@ import torch
 from support.tiny_models import make_tokenizer, preference_rows
 from test_train_faults import STEPS, WRPO, create, plain_norm, records
 
-from wrpo_ray.config import LoraConfig
+from wrpo_ray.config import LoraConfig, SftConfig
 from wrpo_ray.stages.train import model, probe
-from wrpo_ray.stages.train.packing import pack
+from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row, Tokenizing
 from wrpo_ray.stages.train.task import WRPO_ANSWERS
 from wrpo_ray.storage.folder import Folder
 
 KINDS = ("mixtral", "qwen3_moe")
 CPU = torch.device("cpu")
+COEFFICIENT = 2.0
+"""Of the router's loss."""
 SHAPE: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
@@ -61,6 +67,16 @@ def base(request, tmp_path_factory) -> Path:
 def rows() -> list[Row]:
     tokenizing = Tokenizing(make_tokenizer(), frozenset({1}), WRPO_ANSWERS, WRPO)
     return tokenizing.rows(preference_rows(4 * STEPS), "rows").kept
+
+
+@pytest.fixture(scope="module")
+def balanced(base, tmp_path_factory) -> Path:
+    """The same model, whose config.json asks for the loss of its router."""
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("balanced") / base.name)
+    config = json.loads((folder / "config.json").read_text())
+    asked = {"output_router_logits": True, "router_aux_loss_coef": COEFFICIENT}
+    (folder / "config.json").write_text(json.dumps(config | asked))
+    return folder
 
 
 def logps(policy: Any, rows: list[Row]) -> torch.Tensor:
@@ -103,6 +119,86 @@ def test_all_experts_of_a_layer_are_one_module(base):
     for part in experts:
         assert {p.shape[0] for p in part.parameters(recurse=False)} == {4}
         assert not any(True for child in part.children() for _ in child.parameters())
+
+
+# --- the router's loss ---------------------------------------------------------------------------
+
+
+def transformers_loss(network: Any, rows: list[Row]) -> torch.Tensor:
+    """The weighted loss of the router by transformers' own forward pass, of all sequences."""
+    padded = pad(rows)
+    found = network(input_ids=padded.ids, attention_mask=padded.attention_mask, use_cache=False)
+    return COEFFICIENT * found.aux_loss
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"zero_stage": 0},
+        {"zero_stage": 0, "packing": False},
+        {"zero_stage": 3},
+        {"zero_stage": 3, "gradient_checkpointing": True},
+    ],
+)
+def test_the_routers_loss_is_that_of_transformers(tmp_path, balanced, rows, settings):
+    """In the loss of a step, in its metrics, and in the gradient, beside the preference loss."""
+    from transformers import AutoModelForCausalLM
+
+    more = settings | {"micro_batch_tokens": 4096, "holdout": 0.5}
+    trainer = create(tmp_path, balanced, rows, WRPO.model_copy(update=more))
+    first = [trainer.rows[i] for i in trainer.train_rows[list(trainer.order.batch(0))]]
+    trainer.run(0)
+    found = records(trainer)
+    network = AutoModelForCausalLM.from_pretrained(balanced, dtype=torch.float32)
+    network.eval()  # no noise of the router
+    want = transformers_loss(network, first)
+    assert found[0]["router_loss"] == pytest.approx(want.item(), rel=1e-5)
+    assert found[0]["loss"] == pytest.approx(0.6931472 + want.item(), abs=1e-5)
+    for row in first:
+        each = [probe._plain_logp(network, row.prompt, answer, CPU) for answer in row.answers]
+        (-0.5 * 0.1 * (each[1] - each[2]) / len(first)).backward()
+    without = norm_of(network)
+    want.backward()
+    assert norm_of(network) > 1.05 * without
+    assert found[0]["grad_norm"] == pytest.approx(norm_of(network), rel=1e-4)
+    # rows held out are measured by the preference loss alone
+    assert found[-1]["holdout/loss"] == pytest.approx(0.6931472, abs=0.05)
+    assert found[-1]["router_loss"] > 0.1
+
+
+def norm_of(network: Any) -> float:
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def test_in_sft_the_routers_loss_is_a_mean_over_answer_tokens(tmp_path, balanced, rows):
+    """Micro-batches of one row each: their losses of the router count by their answer tokens."""
+    from transformers import AutoModelForCausalLM
+
+    config = SftConfig(batch_size=4, precision="fp32", micro_batch_tokens=1, zero_stage=0)
+    sft = [replace(row, answers=row.answers[:1], reference=()) for row in rows]
+    trainer = create(tmp_path, balanced, sft, config)
+    first = [trainer.rows[i] for i in trainer.train_rows[list(trainer.order.batch(0))]]
+    record = trainer.step(0)
+    network = AutoModelForCausalLM.from_pretrained(balanced, dtype=torch.float32).eval()
+    tokens = [len(row.answers[0]) for row in first]
+    assert len(set(tokens)) > 1
+    with torch.no_grad():
+        each = [float(transformers_loss(network, [row])) for row in first]
+        plain = -float(plain_logps(network, first).sum())
+    shares = sum(map(math.prod, zip(each, tokens, strict=True)))
+    assert record["loss"] == pytest.approx((plain + shares) / sum(tokens), rel=1e-5)
+    assert record["router_loss"] == pytest.approx(sum(each) / len(each), rel=1e-5)
+
+
+def test_a_reference_without_adapters_leaves_the_routers_loss_of_the_policy(
+    tmp_path, balanced, rows
+):
+    """The second pass of the same model is without gradients, and has none."""
+    change = {"reference": WRPO.reference.model_copy(update={"mode": "live"})}
+    more = change | {"lora": LoraConfig(rank=2), "micro_batch_tokens": 4096}
+    trainer = create(tmp_path, balanced, rows, WRPO.model_copy(update=more))
+    assert trainer.step(0)["router_loss"] > 0.1
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
