@@ -10,6 +10,7 @@ of quantized experts.
 """
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ PLAIN = ("weight", "bias")
 """The tensors of a module that is not quantized."""
 EXPERTS = re.compile(r"\.experts\.")
 """transformers merges experts into tensors that quantized models need not have."""
+RANDOM_ROUTERS = ("phimoe",)
+"""Model types that sample experts in training, not only add noise that can be switched off."""
 LANGUAGE_MODEL = "give a causal language model, such as LlamaForCausalLM"
 TWO_HEADS = (
     "its head and its embeddings are two different tensors, although its config.json has "
@@ -105,8 +108,6 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
     found = None if config is None else _class_of(config, use)
     if found is None:
         return
-    if use is Use.TRAINED:
-        balancing_loss_of(found, config.get_text_config())
     is_quantized = bool(getattr(config, "quantization_config", None))
     compare = _missing_modules if is_quantized else _differences
     try:
@@ -123,18 +124,31 @@ def check_tensors(folder: Path, tensors: Tensors, use: Use) -> None:
         raise UserError(TWO_HEADS)
 
 
+def check_routers(folder: Path) -> None:
+    """Check that a mixture of experts with the `config.json` in a local folder can be trained.
+
+    Raises:
+        UserError: its routers draw experts at random, or have a loss that is not known.
+    """
+    config = load_config(folder, Use.TRAINED)
+    if config.get_text_config().model_type in RANDOM_ROUTERS:
+        raise UserError("its routers draw experts at random in training, so it is not trained here")
+    balancing_loss_of(_class_of(config, Use.TRAINED), config)
+
+
 def balancing_loss_of(architecture: type, config: Any) -> Callable[..., Any] | None:
     """The function of the router's loss in transformers; None if the config does not ask for it.
 
     Raises:
-        UserError: the config asks for it, and the architecture has none.
+        UserError: the config asks for it, and the architecture has none, or no weight for it.
     """
-    if not getattr(config, "output_router_logits", False):
+    text = config.get_text_config()
+    if not any(getattr(part, "output_router_logits", False) for part in (config, text)):
         return None
     function = getattr(sys.modules[architecture.__module__], "load_balancing_loss_func", None)
     takes = inspect.signature(function).parameters if function else ()
     is_known = [*takes] == ["gate_logits", "num_experts", "top_k", "attention_mask"]
-    if not is_known or not hasattr(config, "router_aux_loss_coef"):
+    if not is_known or not math.isfinite(getattr(text, "router_aux_loss_coef", math.nan)):
         raise UserError(
             "its config.json asks for the loss of its router (output_router_logits: true), which "
             f"is not known for {architecture.__name__}; set it to false to train without"

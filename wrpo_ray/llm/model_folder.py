@@ -18,7 +18,7 @@ from typing import Any
 
 from wrpo_ray.data.records import Message
 from wrpo_ray.errors import UserError
-from wrpo_ray.llm.architecture import LANGUAGE_MODEL, Use, check_tensors, telling_of
+from wrpo_ray.llm.architecture import LANGUAGE_MODEL, Use, check_routers, check_tensors, telling_of
 from wrpo_ray.llm.chat import answer_ids, conversation_ids, end_ids, prompt_ids
 from wrpo_ray.llm.reasoning import Format, format_of
 from wrpo_ray.llm.rendering import OWN, PROBE, Template, load_tokenizer
@@ -276,6 +276,8 @@ def _check_closely(
         if name in OBJECTS:
             read_json(Folder(str(folder)), name)
     _check_ends(folder)
+    if use is Use.TRAINED:
+        check_routers(folder)
     if tensors is not None:
         compare(folder, tensors, use)
     try:

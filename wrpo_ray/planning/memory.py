@@ -20,7 +20,7 @@ def training_memory(
 ) -> str | None:
     """A line on the peak of a training's workers; None if the model's sizes are not known.
 
-    It warns if the fewest workers (`min_workers`) hold too much: ZeRO splits the model over fewer.
+    It warns if the fewest GPUs (`min_workers`) hold too much: ZeRO splits the model over fewer.
 
     Args:
         config: the whole config.
@@ -44,21 +44,21 @@ def training_memory(
     if room is None:
         return line
     line = f"{line}; there are {room.free / 1e9:.1f} GB"
-    enough = _enough_workers(estimate, room)
-    if enough <= (job.config.min_workers or enough):
+    enough = _enough_workers(estimate, room) if job.config.num_gpus else 0
+    if enough <= (job.config.min_workers or job.config.workers):
         return line
     less = f"after a loss of nodes, that is too little for fewer than {enough} workers"
     return f"{line}; {less}: set min_workers: {enough}"
 
 
 def _enough_workers(estimate: Estimate, room: Room) -> int:
-    """The fewest workers whose parts of the model fit, of as many as the training begins with."""
+    """The fewest workers whose parts of the model fit; 0 if they do not fit for all workers."""
 
     def fits(workers: int) -> bool:
         fewer = replace(estimate, workers=workers)
         return fewer.at(fewer.tokens(room.free)).total <= room.free
 
-    return next(filter(fits, range(1, estimate.workers)), estimate.workers)
+    return next(filter(fits, range(1, estimate.workers + 1)), 0)
 
 
 def _room(config: Config, job: Train) -> Room | None:

@@ -17,7 +17,7 @@ NOT_COUNTED = (
 )  # fmt: skip
 """Fields of a result that are no counts of rows; the ledger has the times."""
 FEW = 100
-"""Rows that are left at least before the last bucket, for `failure_limit`."""
+"""Rows that are left at least before a job's last bucket, for `failure_limit`."""
 
 
 class Tally:
@@ -51,8 +51,8 @@ class Tally:
 
         Raises:
             FailureLimitError: more rows failed than `failure_limit` allows for the whole job, or
-                for the one that it does a part of. Before its last bucket the whole is not known:
-                what is left is taken as twice what the buckets so far let expect, `FEW` at least.
+                for the one that it does a part of. Before its last bucket, what is left is taken
+                as twice what the buckets so far let expect, `FEW` at least.
         """
         self.counts.update({k: v for k, v in result.items() if k not in NOT_COUNTED})
         self._buckets += 1
@@ -62,10 +62,11 @@ class Tally:
         if not self._buckets:
             return
         failed, rows = self.counts["failed"], self.counts["rows"]
+        is_whole = self._buckets == self.run.buckets
         seen = self.share * self._buckets / self.run.buckets
-        left = max(2 * round((failed + rows) * (1 / seen - 1)), FEW) if seen < 1 else 0
-        self.run.check_failures(self.step, failed, rows, left)
-        if self._buckets == self.run.buckets:
+        left = round((failed + rows) * (1 / seen - 1)) if seen else 0
+        self.run.check_failures(self.step, failed, rows, left if is_whole else max(2 * left, FEW))
+        if is_whole:
             skipped = rows - self.counts.pop("new")
             self.step.finish(self.run.root, {**self.counts, "skipped": skipped}, self._started)
             self.run.finished(self.step)

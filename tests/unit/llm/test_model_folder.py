@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,8 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForSequenceClass
 
 from wrpo_ray.config import Config, LoraConfig, ModelConfig, RewardConfig, SftConfig
 from wrpo_ray.errors import UserError, WrpoError
-from wrpo_ray.llm.architecture import Use, balancing_loss_of, check_tensors, check_weights
-from wrpo_ray.llm.model_folder import _check_architecture, check_model_folder
+from wrpo_ray.llm.architecture import (
+    Use,
+    balancing_loss_of,
+    check_routers,
+    check_tensors,
+    check_weights,
+)
+from wrpo_ray.llm.model_folder import _check_architecture, _check_closely, check_model_folder
 from wrpo_ray.llm.rendering import Template, load_tokenizer
 from wrpo_ray.pipeline.preflight import preflight
 from wrpo_ray.serve.adapters import check_adapter
@@ -386,6 +393,21 @@ def test_a_target_that_asks_for_the_loss_of_a_router_has_one(asked, tmp_path):
         check(folder)
 
 
+def test_a_router_without_a_loss_is_refused_before_its_weights_are_there(tmp_path):
+    """As on a hub."""
+    folder = write_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"output_router_logits": True}))
+    with pytest.raises(UserError, match="is not known for LlamaForCausalLM"):
+        _check_closely(folder, Use.TRAINED, Template(), None, check_tensors)
+
+
+def test_a_mixture_that_draws_its_experts_is_not_trained(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phimoe"}))
+    with pytest.raises(UserError, match="at random in training"):
+        check_routers(tmp_path)
+
+
 def test_the_loss_of_a_router_is_the_architectures_own_in_transformers():
     """JetMoE's has a weight of another name."""
     from transformers import JetMoeConfig, JetMoeForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -395,6 +417,9 @@ def test_the_loss_of_a_router_is_the_architectures_own_in_transformers():
     assert balancing_loss_of(MixtralForCausalLM, config) is None
     config.output_router_logits = True
     assert balancing_loss_of(MixtralForCausalLM, config) is load_balancing_loss_func
+    config.router_aux_loss_coef = math.inf
+    with pytest.raises(UserError, match="not known for MixtralForCausalLM"):
+        balancing_loss_of(MixtralForCausalLM, config)
     other = JetMoeConfig()
     other.output_router_logits = True
     with pytest.raises(UserError, match="not known for JetMoeForCausalLM"):

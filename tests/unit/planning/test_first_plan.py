@@ -227,6 +227,7 @@ def test_the_plan_warns_of_workers_too_few_for_the_model_after_a_loss(tmp_path):
     for fits in ({}, {"min_workers": int(enough)}, {"min_workers": 8}):
         assert "min_workers" not in told(**fits)
     assert "of which 77.6 GB are free" in told(workers=int(enough) - 1)
+    assert "min_workers" not in told(min_workers=2, num_gpus=0)
     assert "there are 77.6 GB" in told(workers=int(enough))
 
 

@@ -58,11 +58,18 @@ def test_failures_that_are_too_many_for_the_whole_stop_the_run_early(tmp_path):
 
 
 def test_a_part_may_hold_failures_that_the_whole_allows(tmp_path):
-    """A third of the prompts, all done: what is left is the rest of the whole."""
-    for failed in (20, 60):
-        found = tally(tmp_path / str(failed), 0.1, 1, share=1 / 3)
-        if failed == 60:  # of 100 + 2 * 200
-            with pytest.raises(FailureLimitError, match="60 of 100 rows failed so far"):
-                found.add(counts(40, failed))
-        else:
-            found.add(counts(80, failed))
+    """A third of the prompts, 100 rows in two buckets: 30 failed rows are a tenth of the whole."""
+    for failed, stops in ((30, False), (31, True)):
+        found = tally(tmp_path / str(failed), 0.1, 2, share=1 / 3)
+        found.add(counts(50 - failed, failed))
+        if not stops:
+            found.add(counts(50, 0))
+            continue
+        with pytest.raises(FailureLimitError, match="31 of 100 rows failed so far"):
+            found.add(counts(50, 0))
+
+
+def test_a_part_of_nothing_is_done(tmp_path):
+    found = tally(tmp_path, 0.1, 1, share=0.0)
+    found.add(counts(0, 0))
+    assert STEP.is_done(found.run.root)

@@ -2,7 +2,9 @@
 
 The gradient of a step is the sum of the losses of its rows (preferences) or answer tokens (SFT)
 over all workers, divided by their real number: the same for every number of workers, packing,
-micro-batch and ZeRO stage. Not covered: the driver (`stage`).
+micro-batch and ZeRO stage, but for the loss of a router (`router_loss`).
+
+Not covered: the driver (`stage`).
 """
 
 import functools
@@ -270,7 +272,7 @@ class Trainer:
         """The losses of a micro-batch, with metrics."""
         batch = model.collate(rows, self.task.config).to(self.device)
         logps = self.policy(batch)  # (A,)
-        routed = self.policy.module.router_loss  # of this pass; the reference may be another one
+        routed = self.policy.module.take_router_loss()  # the reference may be another pass
         reference = self.reference_logps(rows, batch, logps)
         losses, metrics = objective.losses(logps, reference, batch.lengths)
         if routed is not None:

@@ -159,14 +159,17 @@ def _activations(
 ) -> tuple[float, float]:
     """The tensors that layers keep, and the work of the layer whose gradient is computed.
 
-    With checkpointing that layer is whole, and in it nothing else is computed again.
+    With checkpointing that layer is whole, and in it nothing else is computed again. The logits of
+    routers that have a loss, and their softmax, are kept in any case.
     """
     wide, layer = BYTES[config.precision], _layer_bytes(sizes, config, shape, slim=slim)
     work = _work_bytes(sizes, config) if slim else layer
+    routers = tokens * sizes.layers * 2 * wide * sizes.routed
     if not config.gradient_checkpointing:
-        return tokens * sizes.layers * layer, tokens * work
+        return tokens * sizes.layers * layer + routers, tokens * work
     again = wide * (sizes.inner + 2 * sizes.width) if slim else 0
-    return sizes.layers * tokens * sizes.width * wide, tokens * (layer + again + work)
+    kept = sizes.layers * tokens * sizes.width * wide
+    return kept + routers, tokens * (layer + again + work)
 
 
 def _layer_bytes(sizes: Sizes, config: TrainConfig, shape: Shape, *, slim: bool) -> float:

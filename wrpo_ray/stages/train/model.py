@@ -21,7 +21,7 @@ from wrpo_ray.stages.train import slimming
 from wrpo_ray.stages.train.logprobs import answer_logps, token_logps
 from wrpo_ray.stages.train.memory import forward_tokens
 from wrpo_ray.stages.train.packing import Batch, assign_micro_batches, costs, pack, pad
-from wrpo_ray.stages.train.probe import NOT_HERE, UNPACKED, as_user_error, check_forward
+from wrpo_ray.stages.train.probe import NOT_HERE, RATES, UNPACKED, as_user_error, check_forward
 from wrpo_ray.stages.train.recompute import recomputing
 from wrpo_ray.stages.train.router_loss import RouterLoss
 from wrpo_ray.stages.train.rows import Row
@@ -53,8 +53,7 @@ class Policy(nn.Module):  # type: ignore[misc]
         )
         self._parts = {"body": body, "head": head}  # known to `model` already
         self._router_loss = RouterLoss.of(inner)
-        self.router_loss: Tensor | None = None
-        """Of the last forward pass with gradients, (); None if the model's config has none."""
+        self._routed: Tensor | None = None
         self.slim = slim
         if slim:
             slimming.slim(inner)
@@ -65,6 +64,7 @@ class Policy(nn.Module):  # type: ignore[misc]
         body = self._parts["body"]
         again = self.slim and torch.is_grad_enabled() and not body.is_activation_checkpointing
         routed = self._router_loss if torch.is_grad_enabled() else None
+        self._routed = None
         with recomputing() if again else nullcontext():
             found = body(
                 input_ids=batch.ids,
@@ -74,8 +74,17 @@ class Policy(nn.Module):  # type: ignore[misc]
                 **layout,
                 **{"output_router_logits": routed is not None} if self._router_loss else {},
             )
-        self.router_loss = routed and routed(found.router_logits, batch)
+        if routed and found.router_logits:
+            self._routed = routed(found.router_logits, batch)
         return answer_logps(found.last_hidden_state, self._parts["head"], batch)
+
+    def take_router_loss(self) -> Tensor | None:
+        """The weighted loss of the routers in the last forward pass, (); it is given once.
+
+        None if the pass was without gradients or the model's config.json asks for no such loss.
+        """
+        routed, self._routed = self._routed, None
+        return routed
 
     def without_adapters(self) -> Any:
         """A context in which LoRA adapters are switched off."""
@@ -93,14 +102,17 @@ def packed_policy(model: Any) -> Policy:
 
     The model itself is changed: attention over packed rows with a shared prompt (see `attention`),
     no dropout, and a head that gives log-probs in place of logits. So copy a model before, not
-    after: the head of a later copy would still use the weights of the first one.
+    after: the head of a later copy would still use the weights of the first one. If the config of a
+    mixture of experts asks for the loss of its router, add `policy.take_router_loss()` to yours
+    after each forward pass.
 
     Example:
         >>> policy = packed_policy(model)  # doctest: +SKIP
         >>> logps = policy(pack(rows)).reshape(len(rows), 3)  # doctest: +SKIP
 
     Raises:
-        UserError: the head of the model cannot be told apart from its body.
+        UserError: the head of the model cannot be told apart from its body, or the loss of its
+            router is not known.
     """
     attention.register()
     model.set_attn_implementation(attention.SHARED_PROMPT)
@@ -153,14 +165,19 @@ def disable_dropout(model: nn.Module) -> None:
     """Set every dropout rate and a router's noise to 0; the model's config keeps its own.
 
     Then the policy equals the reference at the first step, and a resumed run needs no random
-    state.
+    state. What was set is kept in `probe.RATES` of a module, as the probe compares with the model
+    as it was.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        for name, value in vars(module).items():
-            if ("dropout" in name or "jitter" in name) and isinstance(value, float):
-                setattr(module, name, 0.0)
+        rates = {
+            name: value
+            for name, value in vars(module).items()
+            if ("dropout" in name or "jitter" in name) and isinstance(value, float)
+        }
+        if rates:
+            vars(module).update({RATES: rates} | dict.fromkeys(rates, 0.0))
 
 
 class Reference:

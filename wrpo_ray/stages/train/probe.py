@@ -19,6 +19,7 @@ from wrpo_ray.errors import UserError
 from wrpo_ray.llm.attention import changing_positions, reachable_spans
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row
+from wrpo_ray.stages.train.sizes import ROUTER_LOSS
 from wrpo_ray.stages.train.slimming import own_forwards
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ PROMPT, ANSWERS = 4, (2, 3, 7)
 """Tokens of the shortest probe."""
 NO_MEMORY = "can't allocate memory"
 """Text of torch's error when the CPU has no memory left; the error has no type of its own."""
+RATES = "_rates"
+"""Attribute of a module with its rates of dropout and noise as the model was loaded."""
 UNPACKED, NOT_HERE = "set packing: false", "it cannot be trained here"
 
 
@@ -137,7 +140,7 @@ def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
     implementation = policy.model.config._attn_implementation
     policy.model.set_attn_implementation("eager")
     try:
-        with own_forwards(policy.model):
+        with own_forwards(policy.model), _as_loaded(policy.model):
             each = [_plain_logp(policy.model, row.prompt, a, device) for a in row.answers]
         return torch.stack(each)
     finally:
@@ -145,7 +148,25 @@ def _plain_logps(policy: Policy, row: Row, device: torch.device) -> Tensor:
         head.forward = replaced
 
 
+@contextlib.contextmanager
+def _as_loaded(model: Any) -> Iterator[None]:
+    """The model with its own rates, out of training: as it answers."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for module in modes:
+            vars(module).update(getattr(module, RATES, {}))
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+            vars(module).update(dict.fromkeys(getattr(module, RATES, {}), 0.0))
+
+
 def _plain_logp(model: Any, prompt: Any, answer: Any, device: torch.device) -> Tensor:
     ids = torch.tensor([[*prompt, *answer]], device=device)
-    table = model(input_ids=ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    is_routed = hasattr(model.config.get_text_config(), ROUTER_LOSS)
+    without_loss = {ROUTER_LOSS: False} if is_routed else {}
+    logits = model(input_ids=ids, use_cache=False, **without_loss).logits
+    table = logits[0, :-1].float().log_softmax(-1)
     return table.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum()

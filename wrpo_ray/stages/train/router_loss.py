@@ -40,13 +40,11 @@ class RouterLoss:
         Raises:
             UserError: the config asks for it, and transformers has none for this architecture.
         """
-        config = model.config.get_text_config()
-        function = balancing_loss_of(type(model), config)
+        function = balancing_loss_of(type(model), model.config)
         if function is None:
             return None
-        return cls(
-            function, model.num_experts, model.num_experts_per_tok, config.router_aux_loss_coef
-        )
+        weight = model.config.get_text_config().router_aux_loss_coef
+        return cls(function, model.num_experts, model.num_experts_per_tok, weight)
 
     def __call__(self, logits: tuple[Tensor, ...], batch: Batch) -> Tensor:
         """The weighted loss, (), from the router's logits of each layer, each (T, E)."""

@@ -18,6 +18,7 @@ KEY_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 """As in transformers 5.23."""
 TIED = "tie_word_embeddings"
+ROUTER_LOSS = "output_router_logits"
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,13 @@ class Sizes:
     """The same of all experts."""
     vocabulary: int
     tied: bool
+    routed: int = 0
+    """Experts of a layer if the config asks for the loss of its router, else 0."""
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Sizes":
         """The sizes in a config, or in its part for text."""
-        tied = _is_tied(config)
+        tied, has_loss = _is_tied(config), config.get(ROUTER_LOSS)
         config = config.get("text_config") or config
         width, heads = _number(config, WIDTH, 4096), _number(config, HEADS, 32)
         head = _number(config, ("head_dim",), width // heads)
@@ -56,6 +59,7 @@ class Sizes:
             all_inner=inner * (experts + shared),
             vocabulary=_number(config, ("vocab_size",), 32000),
             tied=tied,
+            routed=experts if has_loss or config.get(ROUTER_LOSS) else 0,
         )
 
     @property

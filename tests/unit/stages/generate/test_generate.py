@@ -300,7 +300,7 @@ def test_a_row_is_tried_once_a_run_whether_a_part_or_the_whole_tries_it(split_ru
 
 
 def test_failures_of_a_part_count_against_the_rows_of_the_whole(split_run):
-    """3 of 12 rows for SFT failed; the rest of the request may be 100 rows."""
+    """3 of 12 rows for SFT failed, which are 3 of 18 of the request."""
     run, part, whole = split_run
     config = {"splits": {"sft": 2 / 3, "preference": 1 / 3}}
     step = Step("prompts", config)
@@ -311,6 +311,6 @@ def test_failures_of_a_part_count_against_the_rows_of_the_whole(split_run):
     actor = Generator(run, [part, whole])
     actor.engine = FakeEngine(refuses=(records.digest(0),))
     counts, store = actor(ROW), run.root / part.step.folder
-    Tally(replace(run, failure_limit=0.027), part.step, store, share).add(counts)
+    Tally(replace(run, failure_limit=0.17), part.step, store, share).add(counts)
     with pytest.raises(FailureLimitError, match="3 of 12 rows failed so far"):
-        Tally(replace(run, failure_limit=0.026), part.step, store, share).add(counts)
+        Tally(replace(run, failure_limit=0.16), part.step, store, share).add(counts)

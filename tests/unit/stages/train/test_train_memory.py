@@ -185,6 +185,20 @@ def test_a_layer_by_hand():
     assert again == pytest.approx(30 * 1000 * 576 * 2 + 1000 * (whole + work))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("is_text", [False, True])
+def test_the_loss_of_a_router_keeps_its_logits_and_their_softmax(checkpointing, is_text):
+    """128 experts: twice so many numbers of two bytes for each token and layer."""
+    mixture = SMOL | {"num_experts": 128, "num_experts_per_tok": 8}
+    asks = mixture | {"output_router_logits": True}
+    plain, more = (
+        estimate(sizes={"text_config": s} if is_text else s, gradient_checkpointing=checkpointing)
+        for s in (mixture, asks)
+    )
+    kept = more.at(1000).activations - plain.at(1000).activations
+    assert kept == pytest.approx(1000 * 30 * 128 * 2 * 2)
+
+
 def test_a_layer_that_is_not_slim_by_hand():
     layer = 16 * 576 + 2 * (3 * 576 + 2 * 1.75 * 576 + 192) + 8 * 1536
     plain = replace(estimate(), is_slim=False)

@@ -5,6 +5,7 @@ Tiny random Mixtral and Qwen3-MoE, real DeepSpeed, no Ray; compared with transfo
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from support.tiny_models import make_tokenizer, preference_rows
 from test_train_faults import STEPS, WRPO, create, plain_norm, records
 
 from wrpo_ray.config import LoraConfig, SftConfig
+from wrpo_ray.errors import UserError
 from wrpo_ray.stages.train import model, probe
 from wrpo_ray.stages.train.packing import pack, pad
 from wrpo_ray.stages.train.rows import Row, Tokenizing
@@ -136,6 +138,7 @@ def transformers_loss(network: Any, rows: list[Row]) -> torch.Tensor:
     [
         {"zero_stage": 0},
         {"zero_stage": 0, "packing": False},
+        {"zero_stage": 2},
         {"zero_stage": 3},
         {"zero_stage": 3, "gradient_checkpointing": True},
     ],
@@ -199,6 +202,45 @@ def test_a_reference_without_adapters_leaves_the_routers_loss_of_the_policy(
     more = change | {"lora": LoraConfig(rank=2), "micro_batch_tokens": 4096}
     trainer = create(tmp_path, balanced, rows, WRPO.model_copy(update=more))
     assert trainer.step(0)["router_loss"] > 0.1
+
+
+def test_the_routers_loss_is_given_once_and_keeps_no_pass_alive(balanced, rows):
+    policy = model.load_policy(balanced, WRPO, CPU)
+    policy(pack(rows[:2]))
+    assert policy.take_router_loss().requires_grad
+    assert policy.take_router_loss() is None
+    policy(pack(rows[:2]))
+    with torch.no_grad():
+        policy(pack(rows[:2]))
+    assert policy.take_router_loss() is None
+    copy.deepcopy(policy)
+
+
+def test_a_mixture_of_dense_layers_alone_has_no_loss_of_a_router(tmp_path, rows):
+    """As a config may say, whatever else it asks for."""
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    given = {name: value for name, value in SHAPE.items() if hasattr(Qwen3MoeConfig(), name)}
+    config = Qwen3MoeConfig(
+        **given, vocab_size=46, mlp_only_layers=[0, 1], output_router_logits=True
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = model.load_policy(tmp_path, WRPO, CPU)
+    probe.check_forward(policy, WRPO, CPU)
+    policy(pack(rows[:2]))
+    assert policy.take_router_loss() is None
+
+
+def test_a_rate_that_is_no_noise_is_noticed(tmp_path):
+    """PhiMoE chooses experts by what its config calls a jitter, also when it answers."""
+    from transformers import AutoModelForCausalLM, PhimoeConfig
+
+    given = {name: value for name, value in SHAPE.items() if hasattr(PhimoeConfig(), name)}
+    config = PhimoeConfig(**given, vocab_size=46)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy = model.load_policy(tmp_path, WRPO, CPU)
+    with pytest.raises(UserError, match="phimoe: its log-probs of packed rows differ from those"):
+        probe.check_forward(policy, WRPO, CPU)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
