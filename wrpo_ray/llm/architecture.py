@@ -131,7 +131,7 @@ def check_routers(folder: Path) -> None:
         UserError: its routers draw experts at random, or have a loss that is not known.
     """
     config = load_config(folder, Use.TRAINED)
-    if config.get_text_config().model_type in RANDOM_ROUTERS:
+    if getattr(config.get_text_config(), "model_type", None) in RANDOM_ROUTERS:
         raise UserError("its routers draw experts at random in training, so it is not trained here")
     balancing_loss_of(_class_of(config, Use.TRAINED), config)
 
