@@ -177,7 +177,8 @@ def disable_dropout(model: nn.Module) -> None:
             if ("dropout" in name or "jitter" in name) and isinstance(value, float)
         }
         if rates:
-            vars(module).update({RATES: rates} | dict.fromkeys(rates, 0.0))
+            before = vars(module).get(RATES, {})
+            vars(module).update({RATES: rates | before} | dict.fromkeys(rates, 0.0))
 
 
 class Reference:

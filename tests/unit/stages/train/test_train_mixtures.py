@@ -231,16 +231,18 @@ def test_a_mixture_of_dense_layers_alone_has_no_loss_of_a_router(tmp_path, rows)
     assert policy.take_router_loss() is None
 
 
-def test_a_rate_that_is_no_noise_is_noticed(tmp_path):
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_rate_that_is_no_noise_is_noticed(tmp_path, packing):
     """PhiMoE chooses experts by what its config calls a jitter, also when it answers."""
     from transformers import AutoModelForCausalLM, PhimoeConfig
 
     given = {name: value for name, value in SHAPE.items() if hasattr(PhimoeConfig(), name)}
     config = PhimoeConfig(**given, vocab_size=46)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    policy = model.load_policy(tmp_path, WRPO, CPU)
-    with pytest.raises(UserError, match="phimoe: its log-probs of packed rows differ from those"):
-        probe.check_forward(policy, WRPO, CPU)
+    settings = WRPO.model_copy(update={"packing": packing})
+    policy = model.load_policy(tmp_path, settings, CPU)
+    with pytest.raises(UserError, match="phimoe: its log-probs of p.* rows differ from those"):
+        probe.check_forward(policy, settings, CPU)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])

@@ -36,7 +36,7 @@ GOOD = (
 )  # fmt: skip
 REFUSED = {
     "qwen2_moe": "its log-probs of packed rows differ",  # its window is in the mask alone
-    "phimoe": "its log-probs of packed rows differ",
+    "phimoe": "its log-probs of packed rows differ",  # routers that training changes
     "gpt_oss": "its log-probs of packed rows differ",  # attention sinks
     "cohere": "its log-probs of packed rows differ",  # scaled logits
     "cohere2": "its log-probs of packed rows differ",
@@ -47,7 +47,7 @@ REFUSED = {
     "llama4_text": "its body and its head cannot be told apart; it cannot be trained here",
     "gptj": r"it cannot be loaded to train \(KeyError: 'wrpo_shared_prompt'\); set packing: false",
 }
-SAFE_UNPACKED = ("qwen2_moe", "phimoe", "stablelm", "nemotron", "minimax")
+SAFE_UNPACKED = ("qwen2_moe", "stablelm", "nemotron", "minimax")
 
 
 def write(folder: Path, kind: str, **changes: Any) -> Path:
@@ -112,7 +112,6 @@ def test_the_remedy_is_one(tmp_path, kind):
         assert difference(policy, long_row(length), config) < 2e-4
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "phimoe"])
 @pytest.mark.parametrize(
     "span",
     [
@@ -122,9 +121,9 @@ def test_the_remedy_is_one(tmp_path, kind):
         *(pytest.param(n, marks=pytest.mark.soak) for n in (13, 50, *range(93, 97))),
     ],
 )
-def test_every_span_below_the_longest_row_is_probed(tmp_path, kind, span):
+def test_every_span_below_the_longest_row_is_probed(tmp_path, span):
     """Rows that no window cuts are right even there."""
-    folder = write(tmp_path, kind, sliding_window=span)
+    folder = write(tmp_path, "qwen2_moe", sliding_window=span)
     with pytest.raises(UserError, match="differ from those of its own logits"):
         checked(folder, TrainConfig(precision="fp32", max_length=LENGTH))
     config = TrainConfig(precision="fp32", max_length=span)
